@@ -1,0 +1,340 @@
+"""One replica's vLLM engine, in a process of its own. The only file that imports vLLM.
+
+The supervising script starts `python -m batch_inference.engine REPLY_FD` and talks to it in JSON lines: commands on
+standard input, replies on the file descriptor REPLY_FD. Standard output and error are vLLM's, and go to the log.
+
+    {"op": "load", "config": {...}, "replica": 0}                  -> {"event": "loaded", "engine": {...}}
+    {"op": "prepare", "batch_size": 4, "seq_len": 512, "max_tokens": 128, "seed_parts": [...]}
+                                                                    -> {"event": "ready"}
+    {"op": "start", "at_s": 12.5}   (time.monotonic)                -> {"event": "done", "outcome": {...}}
+    {"op": "close"}                                                 -> the process ends
+A command that fails is answered {"event": "failed", "reason": ..., "usage": true where the user's flags are wrong}.
+End of input without "close" means that the supervisor is gone: the process ends its whole group at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TextIO
+
+from batch_inference.config import ConfigError, ExperimentConfig, unknown_flag_message
+from batch_inference.hardware import GIB
+from batch_inference.prompts import make_prompts
+
+# A tokenizer is not needed for prompts of token ids; cached prefixes would not be computed; without statistics
+# RequestOutput.metrics is None.
+MEASURING_SETTINGS = {
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "disable_log_stats": False,
+    "worker_extension_cls": "batch_inference.engine.WorkerReport",
+}
+
+
+class WorkerReport:
+    """Added to vLLM's workers (`worker_extension_cls`), so that each can be asked what it holds."""
+
+    def batch_inference_report(self) -> dict[str, Any]:
+        """Bytes of weights and KV pool of this rank, and seconds spent compiling."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                    for tensor in _tensors(runner.kv_caches)}  # fmt: skip
+        return {
+            "weights_bytes": _weights_bytes(runner.model, config.model_config.dtype.itemsize),
+            "kv_bytes": sum(storages.values()),
+            "compile_s": config.compilation_config.compilation_time,
+            "runner": f"{type(runner).__module__}.{type(runner).__name__}",
+        }
+
+
+def _weights_bytes(model: Any, packed_item_size: int) -> int:
+    """Bytes of this rank's parameters, those included that the CPU backend packed into buffers of its own."""
+    visible = sum(item.numel() * item.element_size() for item in model.parameters())
+    # After packing, vLLM leaves an empty weight behind; the layer still knows its sizes.
+    packed = sum(
+        module.input_size_per_partition * module.output_size_per_partition * packed_item_size
+        for module in model.modules()
+        if hasattr(module, "input_size_per_partition") and getattr(module, "weight", None) is not None
+        and module.weight.numel() == 0
+    )  # fmt: skip
+    return int(visible + packed)
+
+
+def _tensors(caches: Any) -> Iterable[Any]:
+    """The tensors in a nest of lists: some layers keep several per cache."""
+    for cache in caches:
+        if isinstance(cache, (list, tuple)):
+            yield from _tensors(cache)
+        else:
+            yield cache
+
+
+def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
+    """vLLM's own flags -> the keyword arguments that the user gave. Raises ConfigError for a wrong flag or value."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message)
+
+    parser = EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS))
+    # argparse leaves alone what a namespace already holds: what is still `unset` afterwards was not given.
+    unset = object()
+    namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    try:
+        given = vars(parser.parse_args(list(words), namespace))
+    except ConfigError as error:
+        raise ConfigError(_explain(str(error), parser)) from None
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    return {name: value for name, value in given.items() if value is not unset and name in fields}
+
+
+def _explain(message: str, parser: argparse.ArgumentParser) -> str:
+    unknown = re.match(r"unrecognized arguments: (--?[\w.-]+)", message)
+    if not unknown:
+        return message
+    return unknown_flag_message(unknown[1], sorted(set(re.findall(r"--[a-z][\w-]+", parser.format_help()))))
+
+
+def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """Keyword arguments of vLLM's LLM. What is left open is sized for the grid: no slot that no point uses."""
+    ours = {
+        "model": config.model,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "distributed_executor_backend": config.distributed_executor_backend,
+        "max_model_len": config.max_model_len or config.longest_request,
+        "max_num_seqs": config.max_num_seqs or max(config.batch_sizes),
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "dtype": config.dtype,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": config.enforce_eager,
+        "trust_remote_code": config.trust_remote_code,
+        "seed": config.seed,
+    }
+    return {**ours, **MEASURING_SETTINGS, **parse_engine_flags(config.engine_args)}
+
+
+class Engine:
+    """A loaded vLLM engine that runs one batch at a time."""
+
+    def __init__(self, config: ExperimentConfig, started_s: float) -> None:
+        import vllm
+
+        imported_s = time.monotonic()
+        self._config = config
+        settings = engine_settings(config)
+        self._llm = vllm.LLM(**settings)
+        ready_s = time.monotonic()
+        self._sampling_params = vllm.SamplingParams
+        model_config = self._llm.llm_engine.model_config
+        self._vocab_size: int = model_config.get_vocab_size()
+        self._special_ids = _special_ids(model_config.hf_text_config)
+        load_s = {
+            "import_s": imported_s - started_s,
+            "engine_s": ready_s - imported_s,
+            "total_s": ready_s - started_s,
+        }
+        self.description = {"vllm_version": vllm.__version__, **self._describe(load_s)}
+
+    def _describe(self, load_s: dict[str, float]) -> dict[str, Any]:
+        """The settings that vLLM really runs with, read back from it."""
+        config = self._llm.llm_engine.vllm_config
+        workers = self._llm.collective_rpc("batch_inference_report")
+        kv_cache_tokens = config.cache_config.kv_cache_size_tokens
+        return {
+            **effective_settings(config),
+            "multiprocess_engine": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0",
+            "runner": workers[0]["runner"],
+            "load_s": {**load_s, "compile_s": max(worker["compile_s"] for worker in workers)},
+            "weights_gib": max(worker["weights_bytes"] for worker in workers) / GIB,
+            "kv_pool_gib": max(worker["kv_bytes"] for worker in workers) / GIB,
+            "kv_cache_tokens": kv_cache_tokens,
+            "workers": workers,
+        }
+
+    def make_prompts(self, batch_size: int, seq_len: int, seed_parts: Sequence[object]) -> list[dict[str, list[int]]]:
+        prompts = make_prompts(
+            num_prompts=batch_size,
+            seq_len=seq_len,
+            vocab_size=self._vocab_size,
+            avoid=self._special_ids,
+            seed_parts=tuple(seed_parts),
+        )
+        return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+    def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, at_s: float) -> dict[str, Any]:
+        """Submit one batch at `at_s` (time.monotonic), wait for its end, and count what came back."""
+        params = self._sampling_params(
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        preemptions_before = self._preemptions()
+        time.sleep(max(0.0, at_s - time.monotonic()))
+        start_s = time.monotonic()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        end_s = time.monotonic()
+        return {
+            "start_s": start_s,
+            "end_s": end_s,
+            **count_outputs(outputs),
+            "preemptions": self._preemptions() - preemptions_before,
+        }
+
+    def _preemptions(self) -> int:
+        """Requests preempted since the engine started, by vLLM's own counter."""
+        return sum(int(metric.value) for metric in self._llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def effective_settings(config: Any) -> dict[str, Any]:
+    """The settings of a VllmConfig that decide what a measurement means."""
+    model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
+    cache, compilation = config.cache_config, config.compilation_config
+    executor = parallel.distributed_executor_backend
+    return {
+        "executor": executor if isinstance(executor, str) else getattr(executor, "__name__", None),
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
+        "max_model_len": model.max_model_len,
+        "enforce_eager": model.enforce_eager,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "chunked_prefill": scheduler.enable_chunked_prefill,
+        "async_scheduling": scheduler.async_scheduling,
+        "gpu_memory_utilization": cache.gpu_memory_utilization,
+        "kv_cache_dtype": cache.cache_dtype,
+        "block_size": cache.block_size,
+        "num_gpu_blocks": cache.num_gpu_blocks,
+        "enable_prefix_caching": cache.enable_prefix_caching,
+        "load_format": str(getattr(config.load_config.load_format, "value", config.load_config.load_format)),
+        "compilation_mode": getattr(compilation.mode, "name", None),
+        "cudagraph_mode": getattr(compilation.cudagraph_mode, "name", None),
+        "cudagraph_capture_sizes": list(compilation.cudagraph_capture_sizes or []),
+    }
+
+
+def count_outputs(outputs: Sequence[Any]) -> dict[str, Any]:
+    """Tokens and times of vLLM's RequestOutputs, in submission order.
+
+    `arrival_time` is wall clock and the `*_ts` are monotonic, so only durations within one clock are used:
+    first_token_latency runs from arrival to first token, on the wall clock of the process that submits.
+    """
+    requests: dict[str, list[Any]] = {"ttft_s": [], "latency_s": [], "queue_s": [], "output_tokens": []}
+    for output in outputs:
+        stats = output.metrics
+        ttft_s = stats.first_token_latency
+        requests["ttft_s"].append(ttft_s)
+        requests["latency_s"].append(ttft_s + stats.last_token_ts - stats.first_token_ts)
+        # Never below 0: the two clocks tick apart by microseconds when nothing waits.
+        requests["queue_s"].append(max(0.0, ttft_s - (stats.first_token_ts - stats.scheduled_ts)))
+        requests["output_tokens"].append(sum(len(completion.token_ids) for completion in output.outputs))
+    return {
+        "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
+        "output_tokens": sum(requests["output_tokens"]),
+        "requests": requests,
+        "prefix_cache_hit_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
+    }
+
+
+def _special_ids(hf_config: Any) -> set[int]:
+    """The ids that the model's config names as special (bos_token_id, eos_token_id, pad_token_id ...)."""
+    special: set[int] = set()
+    for name, value in hf_config.to_dict().items():
+        if name.endswith("_token_id") and value is not None:
+            special.update(value if isinstance(value, list) else [value])
+    return special
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+class _Server:
+    """Answers the supervisor's commands, one after the other."""
+
+    def __init__(self, replies: TextIO, started_s: float) -> None:
+        self._replies = replies
+        self._started_s = started_s
+        self._engine: Engine | None = None
+        self._prompts: list[dict[str, list[int]]] = []
+        self._max_tokens = 0
+
+    def serve(self, commands: queue.Queue[dict[str, Any]]) -> None:
+        while (command := commands.get())["op"] != "close":
+            try:
+                reply = self._answer(command)
+            except ConfigError as error:
+                reply = {"event": "failed", "reason": str(error), "usage": True}
+            except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the supervisor's to judge
+                traceback.print_exc()
+                reply = {"event": "failed", "reason": f"{type(error).__name__}: {error}", "usage": False}
+            self._replies.write(json.dumps(reply) + "\n")
+            self._replies.flush()
+        if self._engine:
+            self._engine.close()
+
+    def _answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        if command["op"] == "load":
+            self._engine = Engine(_config_from(command["config"]), self._started_s)
+            return {"event": "loaded", "engine": self._engine.description}
+        if self._engine is None:
+            raise ConfigError(f"{command['op']} before load")
+        if command["op"] == "prepare":
+            self._max_tokens = command["max_tokens"]
+            self._prompts = self._engine.make_prompts(
+                command["batch_size"], command["seq_len"], command["seed_parts"]
+            )
+            return {"event": "ready"}
+        return {"event": "done", "outcome": self._engine.run(self._prompts, self._max_tokens, command["at_s"])}
+
+
+def _config_from(values: dict[str, Any]) -> ExperimentConfig:
+    return ExperimentConfig(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )
+
+
+def _read_commands(commands: queue.Queue[dict[str, Any]]) -> None:
+    """Hand on commands; when the supervisor is gone, leave no process of this group behind."""
+    for line in sys.stdin:
+        command = json.loads(line)
+        commands.put(command)
+        if command["op"] == "close":
+            return
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def main() -> None:
+    started_s = time.monotonic()
+    # Ctrl-C reaches the supervisor, which ends this group in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    commands: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
+    reply_fd = int(sys.argv[1])
+    os.set_inheritable(reply_fd, False)
+    with os.fdopen(reply_fd, "w", encoding="utf-8") as replies:
+        _Server(replies, started_s).serve(commands)
+
+
+if __name__ == "__main__":
+    main()
