@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DESCRIPTION = """\
-Measure one TP/PP/DP setting of a model on vLLM: every batch size at every prompt length, on one engine load.
-Any other vLLM engine flag (--quantization fp8, --load-format dummy, --kv-cache-dtype ...) is passed on to vLLM.
+Measure one TP/PP/DP setting of a model on vLLM: every batch size at every
+prompt length, on one engine load. Any other vLLM engine flag (--load-format
+dummy, --quantization fp8, --kv-cache-dtype fp8 ...) is passed on to vLLM."""
 
+EPILOG = """\
 example:
-  python batch_inference_experiment.py --model meta-llama/Llama-3.1-8B --tensor-parallel-size 2 \\
-      --batch-sizes 1,16,64 --seq-lens 512,2048 --max-tokens 128 --output-file results/tp_2_results.json"""
+  python batch_inference_experiment.py --model meta-llama/Llama-3.1-8B \\
+      --tensor-parallel-size 2 --batch-sizes 1,16,64 --seq-lens 512,2048
 
-EPILOG = "exit codes: 0 every point ok; 1 some work failed (the file says which); 2 wrong use; 130/143 interrupted"
+exit codes:
+  0 every point ok   1 some work failed (the file says which)
+  2 wrong use        130, 143 interrupted; finished points are kept"""
 
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
 
@@ -133,9 +137,7 @@ class ExperimentConfig:
     )
     seq_lens: tuple[int, ...] = _flag((512, 1024, 2048), "prompt lengths in tokens", positive_ints, measured=False)
     max_tokens: int = _flag(128, "output tokens of each request, exact", positive_int, measured=False)
-    max_model_len: int | None = _flag(
-        None, "longest prompt plus output; default: what the grid needs", token_length
-    )
+    max_model_len: int | None = _flag(None, "longest prompt plus output; default: what the grid needs", token_length)
     dtype: str = _flag(
         "auto", "weights and activations", choices=("auto", "half", "float16", "bfloat16", "float", "float32")
     )
@@ -248,10 +250,8 @@ def flag_of(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def _argparse_type(field: "dataclasses.Field[Any]") -> Callable[[str], Any] | None:
+def _argparse_type(field: "dataclasses.Field[Any]") -> Callable[[str], Any]:
     parse = field.metadata["parse"]
-    if parse is None:
-        return None
 
     def convert(text: str) -> Any:
         try:
@@ -264,6 +264,7 @@ def _argparse_type(field: "dataclasses.Field[Any]") -> Callable[[str], Any] | No
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
+        usage="python batch_inference_experiment.py [flags] [vLLM engine flags]",
         description=DESCRIPTION,
         epilog=EPILOG,
         allow_abbrev=False,
@@ -280,14 +281,16 @@ def build_parser() -> argparse.ArgumentParser:
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         suffix = "" if field.default is None else f" (default: {shown})"
         if "choices" not in options:
-            options["metavar"] = {tuple[int, ...]: "N,N,..", float: "X"}.get(field.type) or _metavar(field)
-        parser.add_argument(
-            *names, type=_argparse_type(field), default=field.default, help=field.metadata["help"] + suffix, **options
-        )
+            options |= {"metavar": _metavar(field), "type": _argparse_type(field)}
+        parser.add_argument(*names, default=field.default, help=field.metadata["help"] + suffix, **options)
     return parser
 
 
 def _metavar(field: "dataclasses.Field[Any]") -> str:
+    if field.type == tuple[int, ...]:
+        return "N,N,.."
+    if field.type is float:
+        return "X"
     return "N" if field.type in (int, int | None) else field.name.rpartition("_")[2].upper()
 
 

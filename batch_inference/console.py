@@ -51,7 +51,7 @@ class Console:
         word = "warm-up" if phase == "warmup" else "run"
         self._bar.set_description(f"batch {point.batch_size} x len {point.seq_len}, {word} {index + 1}")
 
-    def point_done(self, result: Result, point: Point) -> None:
+    def point_done(self, point: Point) -> None:
         self._number += 1
         line = f"  [{self._number}/{self._total}] batch {point.batch_size} x len {point.seq_len}: "
         self._bar.write(line + point_words(point), file=sys.stderr)
@@ -78,27 +78,38 @@ def point_words(point: Point) -> str:
 
 def closing_table(result: Result) -> str:
     """Every point of a setting, within 80 columns."""
-    from tabulate import tabulate
+    import tabulate
 
+    tabulate.MIN_PADDING = 0  # the headers are no wider than they must be
     columns = {
-        "tok/s": ("output_tok_per_s", ".1f"),
-        "latency s": ("latency_mean_s", ".3f"),
-        "± s": ("latency_ci95_s", ".3f"),
-        "TTFT s": ("ttft_mean_s", ".3f"),
-        "TPOT ms": ("tpot_mean_s", ".2f"),
-        "GiB": ("memory_used_gib", ".1f"),
+        "tok/s": "output_tok_per_s",
+        "latency s": "latency_mean_s",
+        "± s": "latency_ci95_s",
+        "TTFT s": "ttft_mean_s",
+        "TPOT s": "tpot_mean_s",
+        "GiB": "memory_used_gib",
     }
-    rows = []
-    for point in result.points:
-        cells: list[Any] = [point.batch_size, point.seq_len]
-        for name, form in columns.values():
-            value = point.summary.get(name)
-            scale = 1000 if name.startswith("tpot") else 1
-            cells.append("" if value is None else format(value * scale, form))
-        rows.append([*cells, point.verdict if point.status == "ok" else point.status])
+    rows = [
+        [
+            point.batch_size,
+            point.seq_len,
+            *(short(point.summary.get(name)) for name in columns.values()),
+            point.verdict if point.status == "ok" else point.status,
+        ]
+        for point in result.points
+    ]
     headers = ["batch", "length", *columns, "verdict"]
-    align = ("right",) * (len(headers) - 1) + ("left",)
-    return str(tabulate(rows, headers=headers, colalign=align if rows else None, disable_numparse=True))
+    align = (*("right",) * (len(headers) - 1), "left")
+    return tabulate.tabulate(rows, headers=headers, colalign=align if rows else None, disable_numparse=True)
+
+
+def short(value: float | None) -> str:
+    """Four significant digits, never in powers of ten; empty for unknown."""
+    if value is None:
+        return ""
+    whole_digits = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    # Below 1 the zeros after the point count too: nothing here is worth more than a tenth of a millisecond.
+    return f"{value:.{max(0, 4 - whole_digits)}f}"
 
 
 def _gib(value: float) -> str:

@@ -97,16 +97,15 @@ def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
     try:
         given = vars(parser.parse_args(list(words), namespace))
     except ConfigError as error:
-        raise ConfigError(_explain(str(error), parser)) from None
+        known = ["--" + name.replace("_", "-") for name in vars(namespace)]
+        raise ConfigError(_explain(str(error), known)) from None
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     return {name: value for name, value in given.items() if value is not unset and name in fields}
 
 
-def _explain(message: str, parser: argparse.ArgumentParser) -> str:
+def _explain(message: str, vllm_flags: Sequence[str]) -> str:
     unknown = re.match(r"unrecognized arguments: (--?[\w.-]+)", message)
-    if not unknown:
-        return message
-    return unknown_flag_message(unknown[1], sorted(set(re.findall(r"--[a-z][\w-]+", parser.format_help()))))
+    return unknown_flag_message(unknown[1], vllm_flags) if unknown else message
 
 
 def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -301,17 +300,17 @@ class _Server:
             raise ConfigError(f"{command['op']} before load")
         if command["op"] == "prepare":
             self._max_tokens = command["max_tokens"]
-            self._prompts = self._engine.make_prompts(
-                command["batch_size"], command["seq_len"], command["seed_parts"]
-            )
+            self._prompts = self._engine.make_prompts(command["batch_size"], command["seq_len"], command["seed_parts"])
             return {"event": "ready"}
         return {"event": "done", "outcome": self._engine.run(self._prompts, self._max_tokens, command["at_s"])}
 
 
 def _config_from(values: dict[str, Any]) -> ExperimentConfig:
-    return ExperimentConfig(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    """JSON knows no tuples: its lists become tuples again."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return ExperimentConfig(**fields)
 
 
 def _read_commands(commands: queue.Queue[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from batch_inference.environment import now
 from batch_inference.hardware import Monitor
 from batch_inference.metrics import summarise
 from batch_inference.replicas import ReplicaError, Replicas
-from batch_inference.results import Point, Requests, Result, Run, load_result, save_result
+from batch_inference.results import Point, PointKey, Requests, Result, Run, check_writable, load_result, save_result
 from batch_inference.statistics import is_steady
 
 # A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
@@ -32,20 +32,36 @@ class Experiment:
     def run(self, replicas: Replicas) -> Result:
         """Load, measure every point that is still open, save after each. The replicas are closed at the end."""
         # Before anything loads: an unwritable file must not cost a model load.
-        self._save()
+        check_writable(self._config.output_path)
         try:
-            self._console.loading(self._config)
-            self._describe_engine(replicas.start())
-            self._save()
-            self._measure_grid(replicas)
+            if self._open_points():
+                self._console.loading(self._config)
+                self._describe_engine(replicas.start())
+                self._save()
+                self._measure_grid(replicas)
+                self.result.environment["ended_at"] = now()
+            else:
+                self._console.note(f"{self._config.setting_name}: every point is there already")
+                self.result.status = "complete"
         except ReplicaError as error:
             self._fail(error)
+        except (KeyboardInterrupt, SystemExit):
+            # Interrupted while loading: say so in a file, but never in place of one that holds measurements.
+            if not self._config.output_path.exists():
+                self._save()
+            raise
         finally:
             self._console.close()
             replicas.close()
-        self.result.environment["ended_at"] = now()
         self._save()
         return self.result
+
+    def _open_points(self) -> list[PointKey]:
+        done = {point.key for point in self.result.points if point.status == "ok"}
+        return [key for key in self._grid() if key not in done]
+
+    def _grid(self) -> list[PointKey]:
+        return [(*key, self._config.max_tokens) for key in self._config.points()]
 
     def _describe_engine(self, engines: list[dict[str, Any]]) -> None:
         """Keep the first replica's engine, and beside it what is not the same in every replica."""
@@ -58,13 +74,9 @@ class Experiment:
         self._console.loaded(self.result)
 
     def _measure_grid(self, replicas: Replicas) -> None:
-        done = {point.key for point in self.result.points if point.status == "ok"}
-        self.result.points = [point for point in self.result.points if point.key in done]
-        grid = [(*key, self._config.max_tokens) for key in self._config.points()]
-        self._console.start(len(grid), len(done))
-        for key in grid:
-            if key in done:
-                continue
+        open_points = self._open_points()
+        self._console.start(len(self._grid()), len(self._grid()) - len(open_points))
+        for number, key in enumerate(open_points):
             point = Point(*key, status="ok")
             try:
                 self._measure(point, replicas)
@@ -72,14 +84,11 @@ class Experiment:
                 point.status = "oom" if is_out_of_memory(error) else "error"
                 point.reason, point.log_tail = error.reason, error.log_tail
                 self._add(point)
-                self._skip_the_rest(grid, f"the engine was lost at batch_size {key[0]}, seq_len {key[1]}")
+                reason = f"the engine was lost at batch_size {point.batch_size}, seq_len {point.seq_len}"
+                self.result.points += [Point(*rest, "skipped", reason) for rest in open_points[number + 1 :]]
                 return
             self._add(point)
         self.result.status = "complete"
-
-    def _skip_the_rest(self, grid: list[tuple[int, int, int]], reason: str) -> None:
-        known = {point.key for point in self.result.points}
-        self.result.points += [Point(*key, status="skipped", reason=reason) for key in grid if key not in known]
 
     def _add(self, point: Point) -> None:
         if point.runs:
@@ -87,7 +96,7 @@ class Experiment:
         point.summary = summarise(self.result, point)
         self.result.points.append(point)
         self._save()
-        self._console.point_done(self.result, point)
+        self._console.point_done(point)
 
     def _measure(self, point: Point, replicas: Replicas) -> None:
         latencies_s: list[float] = []
@@ -105,13 +114,12 @@ class Experiment:
     def _run(self, point: Point, replicas: Replicas, phase: str, index: int) -> Run:
         self._console.running(point, phase, index)
         stream = (self._config.seed, point.seq_len, point.batch_size, phase, index)
-        energy_before_j = self._monitor.energy_j()
+        before_j = self._monitor.energy_j()
         outcomes = replicas.run(point.batch_size, point.seq_len, point.max_tokens, stream)
-        energy_after_j = self._monitor.energy_j()
-        measured = energy_before_j is not None and energy_after_j is not None
+        after_j = self._monitor.energy_j()
         return combine(
             outcomes,
-            energy_j=energy_after_j - energy_before_j if measured else None,
+            energy_j=None if before_j is None or after_j is None else after_j - before_j,
             memory=self._monitor.used_gib(replicas.pids()),
         )
 
@@ -126,17 +134,14 @@ class Experiment:
 def combine(outcomes: list[dict[str, Any]], *, energy_j: float | None, memory: dict[str, Any]) -> Run:
     """One run out of what each replica reports: the last end, the sum of tokens, every request."""
     requests = {
-        name: [value for outcome in outcomes for value in outcome["requests"][name]]
-        for name in outcomes[0]["requests"]
+        name: [value for outcome in outcomes for value in outcome["requests"][name]] for name in outcomes[0]["requests"]
     }
     kept = ("start_s", "end_s", "prompt_tokens", "output_tokens")
     return Run(
         latency_s=max(outcome["end_s"] for outcome in outcomes),
         prompt_tokens=sum(outcome["prompt_tokens"] for outcome in outcomes),
         output_tokens=sum(outcome["output_tokens"] for outcome in outcomes),
-        replicas=[
-            {"replica": index, **{key: outcome[key] for key in kept}} for index, outcome in enumerate(outcomes)
-        ],
+        replicas=[{"replica": index, **{key: outcome[key] for key in kept}} for index, outcome in enumerate(outcomes)],
         requests=Requests(**requests),
         energy_j=energy_j,
         memory=memory,
@@ -225,7 +230,11 @@ def _resumed(config: ExperimentConfig, fresh: Result, path: Path) -> Result:
     old = load_result(path)
     if old.config.get("config_hash") != config.config_hash():
         raise ConfigError(f"--resume: {path} was measured with other settings: {_differences(old, config)}")
-    fresh.points = [point for point in old.points if point.status == "ok"]
+    old.points = [point for point in old.points if point.status == "ok"]
+    grid = {(*key, config.max_tokens) for key in config.points()}
+    if grid <= {point.key for point in old.points}:
+        return old
+    fresh.points = old.points
     fresh.environment["resumed_from"] = [*old.environment.get("resumed_from", []), old.environment.get("started_at")]
     return fresh
 

@@ -111,7 +111,10 @@ class GpuMonitor:
     def energy_j(self) -> float | None:
         """Joules that the devices have drawn since the driver was loaded; None where the GPU has no counter."""
         nvml = self._nvml
-        return _or_none(nvml, lambda: sum(nvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in self._handles) / 1000)
+        millijoules: float | None = _or_none(
+            nvml, lambda: sum(nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles)
+        )
+        return None if millijoules is None else millijoules / 1000
 
 
 class CpuMonitor:
@@ -173,8 +176,8 @@ def _tree_bytes(pid: int) -> int:
 
 
 def cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return os.uname().machine

@@ -177,3 +177,13 @@ METRICS: tuple[Metric, ...] = (
 )  # fmt: skip
 
 METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+def markdown_table() -> str:
+    """The README's table of metrics."""
+    rows = [f"| `{metric.name}` | {metric.unit} | {metric.better or ''} | {metric.definition} |" for metric in METRICS]
+    return "\n".join(["| metric | unit | better | definition |", "|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 
 RunStatus = Literal["complete", "partial", "failed"]
 PointStatus = Literal["ok", "oom", "timeout", "error", "skipped"]
+PointKey = tuple[int, int, int]  # batch_size, seq_len, max_tokens
 Verdict = Literal["valid", "suspect", "invalid"]
 
 
@@ -67,7 +68,7 @@ class Point:
     summary: dict[str, float | None] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def key(self) -> PointKey:
         return (self.batch_size, self.seq_len, self.max_tokens)
 
 
@@ -101,8 +102,7 @@ def save_result(result: Result, path: Path) -> None:
     """
     document = {"schema_version": result.schema_version, **asdict(result)}
     text = json.dumps(document, allow_nan=False, indent=1, default=_refuse) + "\n"
-    # Per-process name: two writers of one file must not share a temporary one.
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -111,7 +111,24 @@ def save_result(result: Result, path: Path) -> None:
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise ResultFileError(f"{path}: cannot be written: {error.strerror}; free the disk or the path") from error
+        raise ResultFileError(
+            f"{path}: cannot be written: {error.strerror}; free the disk or choose another path"
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises ResultFileError unless a file can be made beside `path`; the file at `path` is not touched."""
+    beside = _beside(path)
+    try:
+        beside.write_text("{}")
+        beside.unlink()
+    except OSError as error:
+        raise ResultFileError(f"{path}: cannot be written: {error.strerror}; choose another --output-file") from error
+
+
+def _beside(path: Path) -> Path:
+    # Per-process name: two writers of one file must not share a temporary one.
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def load_result(path: Path) -> Result:

@@ -1,0 +1,343 @@
+#!/usr/bin/env bash
+# Run the settings of a preset, one process each: see --help.
+#
+# This script knows which settings a preset has, and where their files go. Values, defaults, results and devices are
+# the business of the Python scripts.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# --- Presets ----------------------------------------------------------------------------------------------------------
+# preset_NAME calls `setting TP PP DP [torchrun]` for each of its settings; the comment above it is its line in --help.
+
+# TP=1, 2, 4, 8
+preset_tensor-parallel() {
+  local n
+  for n in 1 2 4 8; do setting "$n" 1 1; done
+}
+
+# PP=1, 2, 4
+preset_pipeline-parallel() {
+  local n
+  for n in 1 2 4; do setting 1 "$n" 1; done
+}
+
+# TP2_PP2, TP4_PP2, TP2_PP4
+preset_mixed-parallel() {
+  setting 2 2 1
+  setting 4 2 1
+  setting 2 4 1
+}
+
+# DP=1, 2, 4
+preset_data-parallel() {
+  local n
+  for n in 1 2 4; do setting 1 1 "$n"; done
+}
+
+# all of the above, without repeats
+preset_scaling-study() {
+  preset_tensor-parallel
+  preset_pipeline-parallel
+  preset_mixed-parallel
+  preset_data-parallel
+}
+
+# TP=2, 4, 8 under torchrun
+preset_torchrun-tensor-parallel() {
+  local n
+  for n in 2 4 8; do setting "$n" 1 1 torchrun; done
+}
+
+# TP2_PP2, TP4_PP2, TP2_PP4 under torchrun
+preset_torchrun-mixed-parallel() {
+  setting 2 2 1 torchrun
+  setting 4 2 1 torchrun
+  setting 2 4 1 torchrun
+}
+
+# one setting: custom TP=x PP=y DP=z, any of them
+preset_custom() {
+  setting "${custom[TP]:-1}" "${custom[PP]:-1}" "${custom[DP]:-1}"
+}
+
+# a first try: a tiny model at TP=1 and 2, analysed
+preset_quickstart() {
+  preset_flags=(
+    --model "$here/models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456
+    --batch-sizes "1,4,8" --seq-lens "64,128" --max-tokens 32
+  )
+  $resume || preset_flags+=(--overwrite)
+  setting 1 1 1
+  setting 2 1 1
+}
+
+# --- Machinery --------------------------------------------------------------------------------------------------------
+
+preset=''
+output_dir=''
+nnodes=1
+node_rank=0
+master_addr=''
+master_port=29500
+dry_run=false
+resume=false
+experiment_flags=() # from our own options
+user_flags=()       # after --
+preset_flags=()
+declare -A custom=()
+names=() # of the settings, in order
+declare -A sizes=()
+
+say() { printf '%s\n' "$*" >&2; }
+die() {
+  say "error: $1"
+  exit "${2:-2}"
+}
+
+# "name<tab>comment" of every preset, in the order of this file.
+list_presets() {
+  local line comment=''
+  while IFS= read -r line; do
+    if [[ $line =~ ^preset_([a-z-]+)\(\) ]]; then
+      printf '%s\t%s\n' "${BASH_REMATCH[1]}" "$comment"
+    fi
+    comment=${line#\# }
+  done <"$here/run_batch_experiments.sh"
+}
+
+usage() {
+  cat <<'EOF'
+usage: ./run_batch_experiments.sh [options] PRESET [options] [-- flags]
+
+Run the settings of a preset, one process and one result file each.
+
+presets:
+EOF
+  local name comment
+  while IFS=$'\t' read -r name comment; do printf '  %-25s %s\n' "$name" "$comment"; done < <(list_presets)
+  cat <<'EOF'
+
+options, before or after the preset:
+  --model MODEL         model folder or hub name
+  --batch-sizes N,N,..  requests handed to each replica at once
+  --seq-lens N,N,..     prompt lengths in tokens
+  --output-dir DIR      folder of the result files (default: results/PRESET)
+  --resume              keep the good points of existing files, measure the rest
+  --overwrite           replace existing files
+  --dry-run             print the commands and stop
+  --nnodes N            nodes of a torchrun preset (default: 1)
+  --node-rank N         number of this node, from 0 (default: 0)
+  --master-addr HOST    address of node 0
+  --master-port PORT    a free port there (default: 29500)
+  -h, --help            this text
+  -- flags              everything after -- goes to batch_inference_experiment.py
+
+examples:
+  ./run_batch_experiments.sh quickstart
+  ./run_batch_experiments.sh tensor-parallel --model meta-llama/Llama-3.1-8B
+  ./run_batch_experiments.sh custom TP=2 PP=2 --batch-sizes 1,16 -- --num-runs 5
+
+exit codes: 0 every setting ok; 1 some failed, or none could run; 2 wrong use;
+130, 143 interrupted. A setting that needs more devices than there are is
+skipped. PYTHON=/path/to/python chooses the Python that has vLLM.
+EOF
+}
+
+# Sizes come from `custom` or a preset: a name that says the sizes above 1, as in the file names.
+setting() {
+  local name=''
+  (($1 > 1)) && name+=_tp_$1
+  (($2 > 1)) && name+=_pp_$2
+  (($3 > 1)) && name+=_dp_$3
+  name=${4:+${4}_}${name#_}
+  [[ -n ${name#torchrun_} ]] || name+=tp_1
+  [[ -z ${sizes[$name]:-} ]] || return 0
+  names+=("$name")
+  sizes[$name]="$1 $2 $3 ${4:-}"
+}
+
+parse() {
+  local word value
+  while (($#)); do
+    word=$1 && shift
+    case $word in
+      -h | --help) usage && exit 0 ;;
+      --) user_flags=("$@") && return 0 ;;
+      --dry-run) dry_run=true && continue ;;
+      --resume) resume=true && experiment_flags+=(--resume) && continue ;;
+      --overwrite) experiment_flags+=(--overwrite) && continue ;;
+      --*=*) value=${word#*=} && word=${word%%=*} ;;
+      --*)
+        (($#)) && [[ $1 != -* ]] || die_unless_known "$word"
+        value=$1 && shift
+        ;;
+      -*) die_unless_known "$word" ;;
+      # No `&&`: it would switch `set -e` off inside the function.
+      *)
+        take_word "$word"
+        continue
+        ;;
+    esac
+    take_option "$word" "$value"
+  done
+}
+
+die_unless_known() {
+  case $1 in
+    --model | --batch-sizes | --seq-lens | --output-dir | --nnodes | --node-rank | --master-addr | --master-port)
+      die "$1: a value is needed"
+      ;;
+    *) die "$1: unknown option; see --help, flags for the experiment script go after --" ;;
+  esac
+}
+
+take_option() {
+  [[ -n $2 ]] || die_unless_known "$1"
+  case $1 in
+    --model | --batch-sizes | --seq-lens) experiment_flags+=("$1" "$2") ;;
+    --output-dir) output_dir=$2 ;;
+    --nnodes) nnodes=$(whole_number "$1" "$2" 1) ;;
+    --node-rank) node_rank=$(whole_number "$1" "$2" 0) ;;
+    --master-addr) master_addr=$2 ;;
+    --master-port) master_port=$(whole_number "$1" "$2" 1) ;;
+    *) die_unless_known "$1" ;;
+  esac
+}
+
+whole_number() {
+  if ! [[ $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then
+    die "$1: '$2' was given, a whole number of at least $3 is needed"
+  fi
+  printf '%s\n' "$((10#$2))"
+}
+
+take_word() {
+  if [[ -z $preset ]]; then
+    declare -F "preset_$1" >/dev/null || die "'$1' is no preset; choose one of: $(list_presets | cut -f1 | paste -sd' ')"
+    preset=$1
+  elif [[ $preset != custom ]]; then
+    die "'$1' is one word too many after the preset $preset"
+  else
+    [[ $1 =~ ^(TP|PP|DP)=(.*)$ ]] || die "custom: '$1' was given, TP=N, PP=N or DP=N is needed"
+    local key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
+    [[ -z ${custom[$key]:-} ]] || die "custom: $key is given twice"
+    custom[$key]=$(whole_number "custom $key" "$value" 1)
+  fi
+}
+
+check_together() {
+  [[ -n $preset ]] || { usage >&2 && exit 2; }
+  [[ $preset != custom ]] || ((${#custom[@]})) || die "custom: at least one of TP=N, PP=N, DP=N is needed"
+  ((node_rank < nnodes)) || die "--node-rank: '$node_rank' was given, --nnodes $nnodes goes up to $((nnodes - 1))"
+  ((nnodes == 1)) || [[ $preset == torchrun-* ]] || die "--nnodes: '$nnodes' was given, only the torchrun presets run on several nodes so far"
+  ((nnodes == 1)) || [[ -n $master_addr ]] || die "--nnodes: '$nnodes' was given, --master-addr HOST is needed too"
+}
+
+# The Python that has vLLM: the user's word, ours, the one at hand, or the one that setup_env.sh makes.
+find_python() {
+  if [[ -n ${PYTHON:-} ]]; then
+    python=$PYTHON
+  elif compgen -G "$here/.venv/.installed-*" >/dev/null; then
+    python=$here/.venv/bin/python
+  elif $dry_run; then
+    python=python3
+  elif python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' 2>/dev/null; then
+    python=python3
+  else
+    "$here/setup_env.sh"
+    python=$here/.venv/bin/python
+  fi
+}
+
+# Fills `command` with the words that measure one setting.
+build_command() {
+  local name=$1 tp pp dp torchrun
+  read -r tp pp dp torchrun <<<"${sizes[$name]}"
+  command=("$python")
+  local backend=()
+  if [[ -n $torchrun ]]; then
+    command+=(-m torch.distributed.run --nproc-per-node $((tp * pp * dp / nnodes)))
+    if ((nnodes > 1)); then
+      command+=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")
+    else
+      command+=(--standalone)
+    fi
+    backend=(--distributed-executor-backend external_launcher)
+  elif ((tp * pp > 1)); then
+    backend=(--distributed-executor-backend mp)
+  fi
+  command+=(
+    "$here/batch_inference_experiment.py" --name "$name" --output-file "$output_dir/${name}_results.json"
+    --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" --data-parallel-size "$dp"
+    "${backend[@]}" "${preset_flags[@]}" "${experiment_flags[@]}" "${user_flags[@]}"
+  )
+}
+
+run_settings() {
+  local name number=0 total=${#names[@]} tp pp dp needed devices kind rc
+  local skipped=() failed=() done_names=()
+  if [[ $preset == torchrun-* ]] && ! $dry_run; then
+    die "'$preset' cannot run yet: the experiment script does not support torchrun; use ${preset#torchrun-}"
+  fi
+  read -r devices kind < <(PYTHONPATH=$here "$python" -m batch_inference.hardware) || die "$python does not work; set PYTHON" 1
+  for name in "${names[@]}"; do
+    number=$((number + 1))
+    read -r tp pp dp _ <<<"${sizes[$name]}"
+    needed=$((tp * pp * dp))
+    if ((needed > devices * nnodes)); then
+      say "[$number/$total] $name skipped: it needs $needed devices, there are $((devices * nnodes)) ($kind)"
+      skipped+=("$name")
+      continue
+    fi
+    build_command "$name"
+    if $dry_run; then
+      printf '%q ' "${command[@]}" && printf '\n'
+      continue
+    fi
+    say "[$number/$total] $name"
+    rc=0
+    "${command[@]}" || rc=$?
+    case $rc in
+      0) done_names+=("$name") ;;
+      130 | 143) exit "$rc" ;;
+      *)
+        # A flag or a model that is wrong for the first setting is wrong for all.
+        if ((rc == 2 && ${#done_names[@]} + ${#failed[@]} == 0)); then exit 2; fi
+        failed+=("$name")
+        ;;
+    esac
+  done
+  $dry_run && return 0
+  report
+}
+
+report() {
+  say ""
+  say "done: ${done_names[*]:-none}   skipped: ${skipped[*]:-none}   failed: ${failed[*]:-none}"
+  local name
+  for name in "${failed[@]}"; do
+    [[ ! -e $output_dir/${name}_results.log ]] || say "  $name: see $output_dir/${name}_results.log"
+  done
+  ((${#done_names[@]} + ${#failed[@]})) || die "no setting of $preset can run on this machine" 1
+  if [[ $preset == quickstart ]]; then
+    say ""
+    "$python" "$here/analyze_results.py" --input "$output_dir"
+  else
+    say "analyse with: $python $here/analyze_results.py --input $output_dir"
+  fi
+  ((${#failed[@]} == 0)) || exit 1
+}
+
+main() {
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  parse "$@"
+  check_together
+  output_dir=${output_dir:-results/$preset}
+  find_python
+  "preset_$preset"
+  run_settings
+}
+
+main "$@"

@@ -1,0 +1,48 @@
+"""What several test modules need: the repository's folder, and the scripts run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STUB = REPOSITORY / "tests" / "stub"
+SMALL_GRID = ("--batch-sizes", "1,2", "--seq-lens", "8", "--max-tokens", "4", "--num-runs", "2")
+
+
+@pytest.fixture
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run batch_inference_experiment.py on the stub vLLM, the tiny model and a small grid."""
+
+    def run(*flags: str, grid: tuple[str, ...] = SMALL_GRID, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            experiment_command(tmp_path, *grid, *flags),
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=stub_environment(**variables),
+            timeout=60,
+        )
+
+    return run
+
+
+def experiment_command(folder: Path, *flags: str) -> list[str]:
+    script = str(REPOSITORY / "batch_inference_experiment.py")
+    model = str(REPOSITORY / "models" / "tiny-llama")
+    output = ("--output-file", str(folder / "tp_1_results.json"))
+    return [sys.executable, script, "--model", model, *output, *flags]
+
+
+def stub_environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(STUB), **variables}

@@ -1,0 +1,136 @@
+"""A stand-in for vLLM with the same names and strict keywords: `PYTHONPATH=tests/stub` puts it in vLLM's place.
+
+A run "takes" STUB_RUN_S seconds. STUB_FAIL makes it misbehave:
+  load          the engine does not start; the cause stands only in the log, as with vLLM
+  run:N         batches of N requests fail with an out-of-memory error
+  die:N         batches of N requests kill the process
+  tokens        one output token is missing
+  prefix        prompt tokens come from the prefix cache
+  hang          the first run never ends
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.metrics.stats import RequestStateStats
+
+__version__ = "0.32.0"
+FAIL = os.environ.get("STUB_FAIL", "")
+HF_CONFIG = SimpleNamespace(to_dict=lambda: {"bos_token_id": 1, "eos_token_id": [2], "vocab_size": 100})
+RUN_S = float(os.environ.get("STUB_RUN_S", "0.002"))
+
+
+@dataclass
+class SamplingParams:
+    temperature: float
+    top_p: float
+    max_tokens: int
+    ignore_eos: bool
+    detokenize: bool
+
+
+@dataclass
+class RequestOutput:
+    prompt_token_ids: list[int]
+    outputs: list[SimpleNamespace]
+    metrics: RequestStateStats
+    num_cached_tokens: int
+
+
+class _ModelConfig(SimpleNamespace):
+    def get_vocab_size(self):
+        return 100
+
+
+class LLM:
+    def __init__(self, **keywords):
+        args = EngineArgs(**keywords)
+        print("stub vLLM is loading", flush=True)
+        if FAIL == "load":
+            print("(EngineCore pid=1) ERROR 01-01 [core.py:1] ValueError: the planted reason", file=sys.stderr)
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
+        self.args = args
+        self.llm_engine = SimpleNamespace(
+            model_config=_ModelConfig(hf_text_config=HF_CONFIG),
+            vllm_config=_vllm_config(args),
+            engine_core=SimpleNamespace(shutdown=lambda: None),
+        )
+
+    def collective_rpc(self, method):
+        assert method == "batch_inference_report"
+        world_size = self.args.tensor_parallel_size * self.args.pipeline_parallel_size
+        report = {"weights_bytes": 2**30, "kv_bytes": 2**29, "compile_s": 0.25, "runner": "stub.Runner"}
+        return [report] * world_size
+
+    def get_metrics(self):
+        return [SimpleNamespace(name="vllm:num_preemptions", value=0)]
+
+    def generate(self, prompts, sampling_params, use_tqdm):
+        assert use_tqdm is False
+        assert len(prompts[0]["prompt_token_ids"]) + sampling_params.max_tokens <= self.args.max_model_len
+        _misbehave(len(prompts))
+        time.sleep(RUN_S)
+        return [_output(prompt["prompt_token_ids"], sampling_params.max_tokens) for prompt in prompts]
+
+
+def _misbehave(batch_size):
+    if f"run:{batch_size}" == FAIL:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if f"die:{batch_size}" == FAIL:
+        os.abort()
+    if FAIL == "hang":
+        time.sleep(3600)
+
+
+def _output(prompt, max_tokens):
+    tokens = max_tokens - (FAIL == "tokens")
+    # Wall clock and monotonic clock are far apart on purpose: a difference between them would show.
+    now = time.monotonic()
+    stats = RequestStateStats(
+        arrival_time=time.time(),
+        queued_ts=now,
+        scheduled_ts=now + 0.25 * RUN_S,
+        first_token_ts=now + 0.5 * RUN_S,
+        last_token_ts=now + RUN_S,
+        first_token_latency=0.5 * RUN_S,
+    )
+    return RequestOutput(prompt, [SimpleNamespace(token_ids=[7] * tokens)], stats, 16 if FAIL == "prefix" else 0)
+
+
+def _vllm_config(args):
+    world_size = args.tensor_parallel_size * args.pipeline_parallel_size
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            dtype="torch.bfloat16",
+            quantization=args.quantization,
+            max_model_len=args.max_model_len,
+            enforce_eager=args.enforce_eager,
+        ),
+        parallel_config=SimpleNamespace(
+            distributed_executor_backend=args.distributed_executor_backend or ("mp" if world_size > 1 else "uni"),
+            tensor_parallel_size=args.tensor_parallel_size,
+            pipeline_parallel_size=args.pipeline_parallel_size,
+        ),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens or 2048,
+            enable_chunked_prefill=True,
+            async_scheduling=False,
+        ),
+        cache_config=SimpleNamespace(
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            cache_dtype="auto",
+            block_size=16,
+            num_gpu_blocks=1000,
+            enable_prefix_caching=args.enable_prefix_caching,
+            kv_cache_size_tokens=16000,
+        ),
+        load_config=SimpleNamespace(load_format=args.load_format),
+        compilation_config=SimpleNamespace(
+            mode=SimpleNamespace(name="NONE"), cudagraph_mode=SimpleNamespace(name="NONE"), cudagraph_capture_sizes=[]
+        ),
+    )

@@ -1,0 +1,32 @@
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class EngineArgs:
+    model: str = "stub/default"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    dtype: str = "auto"
+    gpu_memory_utilization: float = 0.92
+    enforce_eager: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+    skip_tokenizer_init: bool = False
+    enable_prefix_caching: bool = True
+    disable_log_stats: bool = True
+    worker_extension_cls: str = ""
+    quantization: str | None = None
+    load_format: str = "auto"
+    hf_token: str | None = None
+    block_size: int | None = None
+
+    @staticmethod
+    def add_cli_args(parser):
+        for item in fields(EngineArgs):
+            kind = {int | None: int, int: int, float: float}.get(item.type, str)
+            parser.add_argument("--" + item.name.replace("_", "-"), type=kind, default=item.default)
+        return parser

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from batch_inference.config import ConfigError, ExperimentConfig, build_parser, parse_flags, redact
+
+
+def test_defaults_are_those_of_the_readme() -> None:
+    config, notes = parse_flags([])
+    assert config == ExperimentConfig()
+    assert config.model == "meta-llama/Llama-2-7b-chat-hf"
+    assert config.batch_sizes == (1, 4, 8, 16)
+    assert config.seq_lens == (512, 1024, 2048)
+    assert (config.max_tokens, config.temperature, config.top_p) == (128, 0.8, 0.95)
+    assert (config.gpu_memory_utilization, config.num_runs, config.trust_remote_code) == (0.8, 3, False)
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--batch-sizes", "0"], "--batch-sizes: '0'"),
+        (["--batch-sizes", "1,-4"], "--batch-sizes: '1,-4'"),
+        (["--batch-sizes", "1,four"], "--batch-sizes: '1,four'"),
+        (["--batch-sizes", ""], "--batch-sizes: ''"),
+        (["--batch-sizes", "1,,2"], "--batch-sizes: '1,,2'"),
+        (["--batch-sizes"], "--batch-sizes"),
+        (["--batch-sizes", "1", "4"], "'4' is no flag"),
+        (["--seq-lens", "1.5"], "--seq-lens: '1.5'"),
+        (["--max-tokens", "0"], "--max-tokens: '0'"),
+        (["--num-runs", "-1"], "--num-runs: '-1'"),
+        (["--tensor-parallel-size", "two"], "--tensor-parallel-size: 'two'"),
+        (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization: '1.5'"),
+        (["--gpu-memory-utilization", "0"], "--gpu-memory-utilization: '0'"),
+        (["--gpu-memory-utilization", "nan"], "--gpu-memory-utilization: 'nan'"),
+        (["--temperature", "-0.1"], "--temperature: '-0.1'"),
+        (["--temperature", "inf"], "--temperature: 'inf'"),
+        (["--top-p", "0"], "--top-p: '0'"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--model", ""], "--model: ''"),
+        (["--batch-size", "4"], "--batch-size is an abbreviation; write --batch-sizes"),
+        (["--batch_sizes", "4"], "is written --batch-sizes here"),
+        (["--enable-prefix-caching"], "--enable-prefix-caching cannot be passed on"),
+        (["--overwrite", "--resume"], "--overwrite and --resume"),
+        (["--max-model-len", "600"], "2176, over --max-model-len 600"),
+        (["--distributed-executor-backend", "mpi"], "--distributed-executor-backend"),
+        (["--distributed-executor-backend", "ray"], "ray is not supported yet"),
+        (["--distributed-executor-backend", "external_launcher"], "external_launcher is not supported yet"),
+        (["--data-parallel-size", "2"], "--data-parallel-size 2 is not supported yet"),
+        (["--distributed-executor-backend", "uni", "-tp", "2"], "uni runs one device, TP x PP is 2"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_flag_and_the_value(argv: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(argv)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_repeated_sizes_are_dropped_with_a_note() -> None:
+    config, notes = parse_flags(["--batch-sizes", "4,1,4", "--seq-lens", "8,8"])
+    assert config.batch_sizes == (4, 1)
+    assert config.seq_lens == (8,)
+    assert len(notes) == 2
+    assert "--batch-sizes" in notes[0]
+
+
+def test_unknown_flags_are_kept_for_vllm_in_order() -> None:
+    config, _ = parse_flags(["--quantization", "fp8", "--max-tokens", "4", "--load-format=dummy"])
+    assert config.engine_args == ("--quantization", "fp8", "--load-format=dummy")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [((1, 1), "tp_1"), ((2, 1), "tp_2"), ((1, 4), "pp_4"), ((2, 4), "tp_2_pp_4")],
+)
+def test_a_setting_is_named_by_its_sizes(sizes: tuple[int, int], name: str) -> None:
+    config = ExperimentConfig(tensor_parallel_size=sizes[0], pipeline_parallel_size=sizes[1])
+    assert config.setting_name == name
+    assert str(config.output_path) == f"results/{name}_results.json"
+    assert str(config.log_path) == f"results/{name}_results.log"
+
+
+def test_the_hash_changes_with_what_is_measured_and_not_with_the_grid_or_the_file() -> None:
+    base = ExperimentConfig()
+    same = dataclasses.replace(base, batch_sizes=(2,), output_file="x.json", name="x", resume=True, max_tokens=9)
+    assert same.config_hash() == base.config_hash()
+    for change in ({"seed": 1}, {"tensor_parallel_size": 2}, {"engine_args": ("--quantization", "fp8")}):
+        assert dataclasses.replace(base, **change).config_hash() != base.config_hash()
+
+
+def test_secrets_are_blotted_out_wherever_they_stand() -> None:
+    words = ["--hf-token", "abc", "--api-key=xyz", "--model", "m", "--max-tokens", "4"]
+    assert redact(words) == ["--hf-token", "***", "--api-key=***", "--model", "m", "--max-tokens", "4"]
+    config = ExperimentConfig(engine_args=("--hf-token", "abc"))
+    assert "abc" not in str(config.to_json())
+
+
+def test_every_flag_has_a_help_text_and_a_field() -> None:
+    text = build_parser().format_help()
+    for field in dataclasses.fields(ExperimentConfig):
+        if field.name != "engine_args":
+            assert "--" + field.name.replace("_", "-") in text
+            assert len(field.metadata["help"]) > 5
+
+
+def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, build_parser().format_help().splitlines())) <= 80

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from batch_inference.config import ConfigError, ExperimentConfig
+from batch_inference.engine import MEASURING_SETTINGS, count_outputs, engine_settings, parse_engine_flags
+from conftest import STUB
+
+
+@pytest.fixture
+def stub_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STUB))
+
+
+def output(*, prompt: int, tokens: int, ttft_s: float, decode_s: float, cached: int | None = 0) -> SimpleNamespace:
+    stats = SimpleNamespace(
+        arrival_time=time.time(),
+        queued_ts=100.0,
+        scheduled_ts=100.0 + ttft_s / 4,
+        first_token_ts=100.0 + ttft_s,
+        last_token_ts=100.0 + ttft_s + decode_s,
+        first_token_latency=ttft_s,
+    )
+    completion = SimpleNamespace(token_ids=[0] * tokens)
+    return SimpleNamespace(prompt_token_ids=[0] * prompt, outputs=[completion], metrics=stats, num_cached_tokens=cached)
+
+
+def test_tokens_are_counted_from_the_outputs_and_times_stay_within_one_clock() -> None:
+    counted = count_outputs(
+        [output(prompt=5, tokens=3, ttft_s=0.4, decode_s=1.0), output(prompt=5, tokens=2, ttft_s=0.8, decode_s=0.5)]
+    )
+    assert (counted["prompt_tokens"], counted["output_tokens"]) == (10, 5)
+    assert counted["requests"]["ttft_s"] == [0.4, 0.8]
+    assert counted["requests"]["latency_s"] == pytest.approx([1.4, 1.3])
+    assert counted["requests"]["queue_s"] == pytest.approx([0.1, 0.2])
+    assert counted["requests"]["output_tokens"] == [3, 2]
+
+
+def test_prefix_cache_hits_are_counted_and_an_unknown_count_is_no_hit() -> None:
+    outputs = [output(prompt=5, tokens=1, ttft_s=0.1, decode_s=0.0, cached=cached) for cached in (None, 0, 16)]
+    assert count_outputs(outputs)["prefix_cache_hit_tokens"] == 16
+
+
+@pytest.mark.usefixtures("stub_vllm")
+def test_what_is_left_open_is_sized_for_the_grid() -> None:
+    config = ExperimentConfig(batch_sizes=(2, 8), seq_lens=(64, 32), max_tokens=16)
+    settings = engine_settings(config)
+    assert settings["max_num_seqs"] == 8
+    assert settings["max_model_len"] == 80
+    assert {name: settings[name] for name in MEASURING_SETTINGS} == MEASURING_SETTINGS
+
+
+@pytest.mark.usefixtures("stub_vllm")
+def test_a_flag_overrides_what_the_grid_would_need() -> None:
+    settings = engine_settings(ExperimentConfig(max_num_seqs=3, max_model_len=4096))
+    assert (settings["max_num_seqs"], settings["max_model_len"]) == (3, 4096)
+
+
+@pytest.mark.usefixtures("stub_vllm")
+def test_only_vllm_flags_that_were_given_are_passed_on() -> None:
+    assert parse_engine_flags(["--load-format", "dummy"]) == {"load_format": "dummy"}
+    # Given, though equal to vLLM's default: still the user's word.
+    assert parse_engine_flags(["--seed", "0"]) == {"seed": 0}
+    assert parse_engine_flags([]) == {}
+
+
+@pytest.mark.usefixtures("stub_vllm")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--quantisation", "fp8"],
+            "--quantisation is no flag of this program or of vLLM; did you mean --quantization?",
+        ),
+        (["--batchsizes", "1"], "did you mean --batch-sizes?"),
+        (["--zzz"], "see --help"),
+        (["--seed", "two"], "argument --seed: invalid int value: 'two'"),
+        (["--load-form", "dummy"], "did you mean --load-format?"),
+    ],
+)
+def test_a_misspelt_vllm_flag_is_named_with_its_likely_meaning(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_engine_flags(words)
+    assert said in str(caught.value)

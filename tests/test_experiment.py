@@ -1,0 +1,323 @@
+"""The grid loop, with replicas that answer from a script instead of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_inference.config import ConfigError, ExperimentConfig
+from batch_inference.console import Console, closing_table, short
+from batch_inference.experiment import Experiment, combine, starting_result
+from batch_inference.replicas import ReplicaError
+from batch_inference.results import Point, Result, load_result
+
+ENGINE = {
+    "vllm_version": "0.32.0",
+    "dtype": "bfloat16",
+    "weights_gib": 1.0,
+    "kv_pool_gib": 0.5,
+    "kv_cache_tokens": 1000,
+    "max_num_seqs": 8,
+    "load_s": {"total_s": 30.0},
+}
+
+
+def outcome(batch_size: int, seq_len: int, max_tokens: int, latency_s: float, **changes: Any) -> dict[str, Any]:
+    requests = {
+        "ttft_s": [0.1] * batch_size,
+        "latency_s": [latency_s] * batch_size,
+        "queue_s": [0.0] * batch_size,
+        "output_tokens": [max_tokens] * batch_size,
+    }
+    numbers = {
+        "start_s": 0.0,
+        "end_s": latency_s,
+        "prompt_tokens": batch_size * seq_len,
+        "output_tokens": batch_size * max_tokens,
+        "preemptions": 0,
+        "prefix_cache_hit_tokens": 0,
+    }
+    return {**numbers, "requests": requests, **changes}
+
+
+class FakeReplicas:
+    """Each run takes what `latency_s(batch_size, phase, index)` says; `fail_at` raises at that batch size."""
+
+    def __init__(
+        self,
+        latency_s: Callable[[int, str, int], float] = lambda *_: 2.0,
+        *,
+        fail_at: int | None = None,
+        replicas: int = 1,
+        changes: dict[str, Any] | None = None,
+    ) -> None:
+        self.latency_s, self.fail_at, self.replicas, self.changes = latency_s, fail_at, replicas, changes or {}
+        self.calls: list[tuple[int, str, int]] = []
+        self.closed = False
+
+    def start(self) -> list[dict[str, Any]]:
+        return [ENGINE] * self.replicas
+
+    def run(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> list[dict[str, Any]]:
+        if batch_size == self.fail_at:
+            raise ReplicaError("torch.OutOfMemoryError: CUDA out of memory", ["the log's end"])
+        phase, index = stream[-2:]
+        self.calls.append((batch_size, phase, index))
+        taken_s = self.latency_s(batch_size, phase, index)
+        return [outcome(batch_size, seq_len, max_tokens, taken_s, **self.changes)] * self.replicas
+
+    def pids(self) -> list[int]:
+        return [1]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeMonitor:
+    """Draws 50 J between any two readings."""
+
+    joules = 0.0
+
+    def energy_j(self) -> float:
+        self.joules += 50.0
+        return self.joules
+
+    def used_gib(self, _: Any = ()) -> dict[str, Any]:
+        return {"scope": "device", "used_gib": [2.5]}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ExperimentConfig:
+    return ExperimentConfig(
+        batch_sizes=(1, 4), seq_lens=(8,), max_tokens=4, output_file=str(tmp_path / "tp_1_results.json")
+    )
+
+
+def run(config: ExperimentConfig, replicas: FakeReplicas) -> Result:
+    result = starting_result(config, {"started_at": "then"})
+    Experiment(config, result, FakeMonitor(), Console()).run(replicas)  # type: ignore[arg-type]
+    on_disk = load_result(config.output_path)
+    assert dataclasses.asdict(on_disk) == dataclasses.asdict(result)
+    return on_disk
+
+
+def test_throughput_is_exact(config: ExperimentConfig) -> None:
+    result = run(config, FakeReplicas())
+    assert result.status == "complete"
+    assert [point.key for point in result.points] == [(1, 8, 4), (4, 8, 4)]
+    summary = result.points[1].summary
+    assert summary["output_tok_per_s"] == 4 * 4 / 2.0
+    assert summary["prompt_tok_per_s"] == 4 * 8 / 2.0
+    assert summary["latency_mean_s"] == 2.0
+    assert summary["latency_ci95_s"] == 0.0
+    assert summary["energy_j_per_output_token"] == 50 / 16
+    assert summary["memory_used_gib"] == 2.5
+    assert result.points[1].verdict == "valid"
+
+
+def test_num_runs_are_timed_after_the_warmups(config: ExperimentConfig) -> None:
+    replicas = FakeReplicas()
+    result = run(dataclasses.replace(config, num_runs=4), replicas)
+    assert [len(point.runs) for point in result.points] == [4, 4]
+    first_point = [(phase, index) for batch_size, phase, index in replicas.calls if batch_size == 1]
+    assert first_point == [("warmup", 0), ("warmup", 1), ("run", 0), ("run", 1), ("run", 2), ("run", 3)]
+
+
+def test_a_kernel_compiled_in_the_first_warmups_never_reaches_a_timed_run(config: ExperimentConfig) -> None:
+    spikes = {0: 7.2, 1: 1.5}
+    result = run(config, FakeReplicas(lambda _, phase, index: spikes.get(index, 1.0) if phase == "warmup" else 1.0))
+    assert [warmup["latency_s"] for warmup in result.points[0].warmups] == [7.2, 1.5, 1.0, 1.0]
+    assert {run.latency_s for run in result.points[0].runs} == {1.0}
+
+
+def test_a_point_that_never_becomes_steady_is_measured_and_suspect(config: ExperimentConfig) -> None:
+    result = run(config, FakeReplicas(lambda _, phase, index: 1.0 + index % 2 if phase == "warmup" else 1.0))
+    assert len(result.points[0].warmups) == 5
+    assert result.points[0].verdict == "suspect"
+    assert "not steady after 5 warm-ups" in result.points[0].verdict_reasons[0]
+
+
+def test_more_warmups_are_made_when_asked_for(config: ExperimentConfig) -> None:
+    result = run(dataclasses.replace(config, warmup_runs=7), FakeReplicas())
+    assert len(result.points[0].warmups) == 7
+
+
+def test_prompts_of_every_run_come_from_a_stream_of_their_own(config: ExperimentConfig) -> None:
+    streams: list[tuple[Any, ...]] = []
+
+    class Recorder(FakeReplicas):
+        def run(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> list[dict[str, Any]]:
+            streams.append(stream)
+            return super().run(batch_size, seq_len, max_tokens, stream)
+
+    run(config, Recorder())
+    assert len(set(streams)) == len(streams) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "said"),
+    [
+        ({"output_tokens": 15}, "invalid", "32 prompt and 15 output tokens came back, 32 and 16 were asked"),
+        ({"prompt_tokens": 31}, "invalid", "31 prompt and 16 output tokens came back"),
+        ({"prefix_cache_hit_tokens": 16}, "invalid", "48 prompt tokens came from the prefix cache"),
+        ({"preemptions": 2}, "suspect", "6 requests were preempted"),
+    ],
+)
+def test_each_reason_against_a_point_is_found(
+    config: ExperimentConfig, changes: dict[str, Any], verdict: str, said: str
+) -> None:
+    result = run(dataclasses.replace(config, batch_sizes=(4,)), FakeReplicas(changes=changes))
+    assert result.points[0].verdict == verdict
+    assert said in result.points[0].verdict_reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "said"),
+    [(9, 8, "batch_size 9 is over max_num_seqs 8"), (8, 200, "1632 tokens are more than the KV cache holds (1000)")],
+)
+def test_a_batch_that_runs_in_waves_is_suspect(
+    config: ExperimentConfig, batch_size: int, seq_len: int, said: str
+) -> None:
+    result = run(dataclasses.replace(config, batch_sizes=(batch_size,), seq_lens=(seq_len,)), FakeReplicas())
+    assert result.points[0].verdict == "suspect"
+    assert said in result.points[0].verdict_reasons[0]
+
+
+def test_a_lost_engine_keeps_the_points_before_it(config: ExperimentConfig) -> None:
+    replicas = FakeReplicas(fail_at=4)
+    result = run(dataclasses.replace(config, batch_sizes=(1, 4, 8)), replicas)
+    assert [point.status for point in result.points] == ["ok", "oom", "skipped"]
+    assert result.points[1].reason == "torch.OutOfMemoryError: CUDA out of memory"
+    assert result.points[1].log_tail == ["the log's end"]
+    assert result.points[2].reason == "the engine was lost at batch_size 4, seq_len 8"
+    assert result.status == "partial"
+    assert replicas.closed
+
+
+def test_an_engine_that_does_not_start_leaves_a_failed_file(config: ExperimentConfig) -> None:
+    class Broken(FakeReplicas):
+        def start(self) -> list[dict[str, Any]]:
+            raise ReplicaError("ValueError: no", ["tail"])
+
+    result = run(config, Broken())
+    assert result.status == "failed"
+    assert result.engine["failure"] == {"reason": "ValueError: no", "log_tail": ["tail"]}
+    assert result.points == []
+
+
+def test_an_interrupted_sweep_leaves_its_finished_points_on_disk(config: ExperimentConfig) -> None:
+    class Interrupted(FakeReplicas):
+        def run(self, batch_size: int, *rest: Any) -> list[dict[str, Any]]:
+            if batch_size == 4:
+                raise KeyboardInterrupt
+            return super().run(batch_size, *rest)
+
+    replicas = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, replicas)
+    on_disk = load_result(config.output_path)
+    assert on_disk.status == "partial"
+    assert [point.key for point in on_disk.points] == [(1, 8, 4)]
+    assert replicas.closed
+
+
+def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
+    first, second = outcome(2, 8, 4, 1.0), outcome(2, 8, 4, 1.5, start_s=0.1)
+    combined = combine([first, second], energy_j=None, memory={})
+    assert combined.latency_s == 1.5
+    assert (combined.prompt_tokens, combined.output_tokens) == (32, 16)
+    assert combined.requests.latency_s == [1.0, 1.0, 1.5, 1.5]
+    assert [replica["end_s"] for replica in combined.replicas] == [1.0, 1.5]
+    assert combined.energy_j is None
+    assert "energy_j" in combined.unknown
+
+
+def test_an_existing_file_is_never_overwritten_unasked(config: ExperimentConfig) -> None:
+    config.output_path.write_text("precious")
+    with pytest.raises(ConfigError, match="it exists; give --resume"):
+        starting_result(config, {})
+    assert config.output_path.read_text() == "precious"
+    assert starting_result(dataclasses.replace(config, overwrite=True), {}).points == []
+
+
+def test_resume_measures_only_what_is_missing(config: ExperimentConfig) -> None:
+    run(config, FakeReplicas(fail_at=4))
+    replicas = FakeReplicas()
+    grown = dataclasses.replace(config, resume=True, batch_sizes=(1, 4, 8))
+    result = run(grown, replicas)
+    assert {batch_size for batch_size, *_ in replicas.calls} == {4, 8}
+    assert sorted(point.key for point in result.points) == [(1, 8, 4), (4, 8, 4), (8, 8, 4)]
+    assert result.status == "complete"
+    assert result.environment["resumed_from"] == ["then"]
+
+
+def test_resume_with_nothing_open_starts_no_engine_and_keeps_the_file(config: ExperimentConfig) -> None:
+    before = run(config, FakeReplicas())
+    replicas = FakeReplicas(fail_at=1)
+    after = run(dataclasses.replace(config, resume=True), replicas)
+    assert replicas.calls == []
+    assert dataclasses.asdict(after) == dataclasses.asdict(before)
+
+
+def test_a_wrong_flag_found_by_vllm_costs_no_old_measurement(config: ExperimentConfig) -> None:
+    class Wrong(FakeReplicas):
+        def start(self) -> list[dict[str, Any]]:
+            raise ConfigError("--quantisation is no flag")
+
+    run(config, FakeReplicas())
+    before = config.output_path.read_text()
+    with pytest.raises(ConfigError):
+        run(dataclasses.replace(config, overwrite=True), Wrong())
+    assert config.output_path.read_text() == before
+
+
+@pytest.mark.parametrize("already_there", [True, False])
+def test_interrupted_while_loading_leaves_the_old_file_or_a_partial_one(
+    config: ExperimentConfig, already_there: bool
+) -> None:
+    class Interrupted(FakeReplicas):
+        def start(self) -> list[dict[str, Any]]:
+            raise KeyboardInterrupt
+
+    if already_there:
+        run(config, FakeReplicas())
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(config, overwrite=True), Interrupted())
+    on_disk = load_result(config.output_path)
+    assert on_disk.status == ("complete" if already_there else "partial")
+    assert len(on_disk.points) == (2 if already_there else 0)
+
+
+def test_resume_refuses_other_settings_and_names_them(config: ExperimentConfig) -> None:
+    run(config, FakeReplicas())
+    with pytest.raises(ConfigError, match="seed was 0, now 7"):
+        starting_result(dataclasses.replace(config, resume=True, seed=7), {})
+
+
+def test_the_closing_table_fits_80_columns(config: ExperimentConfig) -> None:
+    result = run(config, FakeReplicas())
+    long = Point(4096, 131072, 128, "ok", verdict="suspect", summary=dict.fromkeys(result.points[0].summary, 99999.9))
+    result.points.append(long)
+    result.points.append(Point(8192, 131072, 128, "skipped", reason="x"))
+    lines = closing_table(result).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].split() == ["8192", "131072", "skipped"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (24531.4, "24531"), (213.82, "213.8"), (1.5, "1.500"), (0.0047, "0.0047"), (0.0, "0.0000")],
+)
+def test_numbers_are_short_and_plain(value: float | None, text: str) -> None:
+    assert short(value) == text
+
+
+def test_the_file_is_valid_json_without_nan(config: ExperimentConfig) -> None:
+    run(config, FakeReplicas())
+    text = config.output_path.read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the file"))

@@ -1,0 +1,206 @@
+"""batch_inference_experiment.py as a user runs it, on the stub vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_flags_become_a_result_file_a_log_and_a_table(experiment: Run, tmp_path: Path) -> None:
+    done = experiment("-tp", "2", "--load-format", "dummy")
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "tp_1_results.json").read_text())
+    assert document["status"] == "complete"
+    assert [(point["batch_size"], point["verdict"]) for point in document["points"]] == [(1, "valid"), (2, "valid")]
+    assert [run["output_tokens"] for point in document["points"] for run in point["runs"]] == [4, 4, 8, 8]
+    assert document["engine"]["load_format"] == "dummy"
+    assert document["engine"]["executor"] == "mp"
+    assert document["environment"]["ended_at"] >= document["environment"]["started_at"]
+    assert "stub vLLM is loading" in (tmp_path / "tp_1_results.log").read_text()
+    table = done.stdout.splitlines()
+    assert table[0].split()[:2] == ["batch", "length"]
+    assert len([line for line in table if line.endswith("valid")]) == 2
+    assert table[-1] == str(tmp_path / "tp_1_results.json")
+    assert "stub vLLM" not in done.stderr
+    assert "[2/2] batch 2 x len 8" in done.stderr
+
+
+def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
+    command = experiment_command(tmp_path, *SMALL_GRID, "-pp", "2")
+    del command[4:6]
+    done = subprocess.run(command, cwd=tmp_path, env=stub_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results" / "pp_2_results.json").read_text())["name"] == "pp_2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--batch-sizes", "0"), "--batch-sizes"),
+        (("--quantisation", "fp8"), "did you mean --quantization?"),
+        (("--model", "./absent"), "--model ./absent: there is no such folder"),
+        (("--max-model-len", "4096"), "--max-model-len 4096 is over the model's 2048"),
+        (("-tp", "3"), "TP x PP x DP is 3 devices, this machine has"),
+        (("--data-parallel-size", "2"), "--data-parallel-size 2 is not supported yet"),
+        (("--output-file", "/proc/nowhere/x.json"), "--output-file /proc/nowhere/x.json"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_2_with_nothing_loaded(
+    experiment: Run, tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
+    done = experiment(*flags)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in done.stderr
+    log = tmp_path / "tp_1_results.log"
+    assert not log.exists() or "stub vLLM is loading" not in log.read_text()
+
+
+def test_a_wrong_vllm_flag_leaves_no_result_file_behind(experiment: Run, tmp_path: Path) -> None:
+    assert experiment("--quantisation", "fp8").returncode == 2
+    assert not (tmp_path / "tp_1_results.json").exists()
+    assert experiment("--quantization", "fp8").returncode == 0
+
+
+def test_repeats_are_noted_and_dropped(experiment: Run) -> None:
+    done = experiment("--batch-sizes", "1,1,2")
+    assert done.returncode == 0
+    assert "note: --batch-sizes: repeats dropped, 1,2 is measured" in done.stderr
+
+
+def test_a_second_run_refuses_and_resume_keeps_what_is_there(experiment: Run, tmp_path: Path) -> None:
+    assert experiment().returncode == 0
+    first = (tmp_path / "tp_1_results.json").read_text()
+    refused = experiment()
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    assert (tmp_path / "tp_1_results.json").read_text() == first
+    grown = experiment("--resume", "--batch-sizes", "1,2,3")
+    assert grown.returncode == 0, grown.stderr
+    assert "2 of 3 points are kept" in grown.stderr
+    old, new = json.loads(first), json.loads((tmp_path / "tp_1_results.json").read_text())
+    assert new["points"][:2] == old["points"]
+    assert len(new["points"]) == 3
+    assert experiment("--overwrite").returncode == 0
+
+
+def test_resume_with_nothing_left_to_do_loads_no_engine(experiment: Run, tmp_path: Path) -> None:
+    assert experiment().returncode == 0
+    done = experiment("--resume", STUB_FAIL="load")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "complete"
+
+
+def test_an_engine_that_does_not_start_is_exit_1_with_the_cause_and_the_log(experiment: Run, tmp_path: Path) -> None:
+    done = experiment(STUB_FAIL="load")
+    assert done.returncode == 1
+    assert "error: tp_1: ValueError: the planted reason" in done.stderr
+    assert str(tmp_path / "tp_1_results.log") in done.stderr
+    assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(("fail", "status"), [("run:2", "oom"), ("die:2", "error")])
+def test_a_failing_point_is_recorded_and_the_others_are_kept(
+    experiment: Run, tmp_path: Path, fail: str, status: str
+) -> None:
+    done = experiment(STUB_FAIL=fail)
+    assert done.returncode == 1
+    points = json.loads((tmp_path / "tp_1_results.json").read_text())["points"]
+    assert [point["status"] for point in points] == ["ok", status]
+    assert points[1]["log_tail"]
+
+
+@pytest.mark.parametrize(("fail", "said"), [("tokens", "output tokens came back"), ("prefix", "prefix cache")])
+def test_a_run_that_did_not_do_what_was_asked_is_invalid(experiment: Run, tmp_path: Path, fail: str, said: str) -> None:
+    assert experiment(STUB_FAIL=fail).returncode == 0
+    point = json.loads((tmp_path / "tp_1_results.json").read_text())["points"][0]
+    assert point["verdict"] == "invalid"
+    assert said in point["verdict_reasons"][0]
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_script_keeps_its_file_and_leaves_no_process(
+    tmp_path: Path, signal_number: signal.Signals, code: int
+) -> None:
+    process = subprocess.Popen(
+        experiment_command(tmp_path, *SMALL_GRID),
+        env=stub_environment(STUB_FAIL="hang"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = tmp_path / "tp_1_results.log"
+    _wait_for(lambda: log.exists() and "stub vLLM is loading" in log.read_text())
+    engines = _children(process.pid)
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "partial"
+    assert engines
+    assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+
+
+def test_no_secret_of_the_command_line_or_the_environment_is_written(experiment: Run, tmp_path: Path) -> None:
+    done = experiment("--hf-token", "hush-1", HF_TOKEN="hush-2", VLLM_API_KEY="hush-3")
+    assert done.returncode == 0, done.stderr
+    assert "hush" not in (tmp_path / "tp_1_results.json").read_text()
+
+
+def test_the_plan_loads_nothing_and_says_what_will_run(experiment: Run, tmp_path: Path) -> None:
+    done = experiment("--dry-run")
+    assert done.returncode == 0
+    assert "2 points, 2 timed runs each" in done.stdout
+    assert done.stdout.splitlines()[-1] == "verdict   can run"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_python_without_vllm_is_told_what_to_do(tmp_path: Path) -> None:
+    # -S: no site-packages at all, as on a fresh machine.
+    command = experiment_command(tmp_path, *SMALL_GRID)
+    command.insert(1, "-S")
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2
+    assert "has no vLLM; run ./setup_env.sh" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "--dry-run"])
+def test_help_and_plan_answer_at_once_without_heavy_imports(flag: str) -> None:
+    command = [sys.executable, "-X", "importtime", "batch_inference_experiment.py", flag]
+    best_s = min(_timed(command)[0] for _ in range(3))
+    assert best_s < 0.3
+    _, imported = _timed(command)
+    for module in ("vllm", "torch", "pandas", "matplotlib", "seaborn", "numpy"):
+        assert f" {module}\n" not in imported
+
+
+def _timed(command: list[str]) -> tuple[float, str]:
+    start_s = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    return time.perf_counter() - start_s, done.stderr
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

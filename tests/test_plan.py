@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from batch_inference.config import ConfigError, ExperimentConfig
+from batch_inference.hardware import GIB, Devices
+from batch_inference.plan import ModelFacts, describe, infeasible, read_model_facts
+
+EIGHT_GPUS = Devices("gpu", tuple("01234567"))
+# Llama-2-7B: https://arxiv.org/abs/2307.09288, and its config.json
+LLAMA_2_7B = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float16",
+}
+
+
+def model(folder: Path, **changes: object) -> str:
+    (folder / "config.json").write_text(json.dumps({**LLAMA_2_7B, **changes}))
+    return str(folder)
+
+
+def facts(folder: Path, **changes: object) -> ModelFacts:
+    read = read_model_facts(model(folder, **changes))
+    assert read is not None
+    return read
+
+
+def test_weights_of_llama_2_7b_are_its_published_parameter_count(tmp_path: Path) -> None:
+    weights_gib = facts(tmp_path).weights_gib(1, 1, "auto")
+    assert weights_gib == pytest.approx(6_738_415_616 * 2 / GIB)
+
+
+def test_weights_are_shared_out_over_tp_and_stages(tmp_path: Path) -> None:
+    read = facts(tmp_path)
+    whole, half = read.weights_gib(1, 1, "auto"), read.weights_gib(2, 1, "auto")
+    assert whole is not None
+    assert half == pytest.approx(whole / 2, rel=1e-3)
+    stage = read.weights_gib(1, 2, "auto")
+    assert stage == pytest.approx(whole / 2, rel=1e-3)
+    assert read.weights_gib(1, 1, "float32") == pytest.approx(whole * 2)
+
+
+def test_kv_bytes_count_keys_and_values_of_this_devices_heads_and_layers(tmp_path: Path) -> None:
+    read = facts(tmp_path, num_key_value_heads=8)
+    assert read.kv_bytes_per_token(1, 1, "auto") == 2 * 32 * 8 * 128 * 2
+    assert read.kv_bytes_per_token(4, 2, "auto") == 2 * 16 * 2 * 128 * 2
+    assert read.kv_bytes_per_token(16, 1, "auto") == 2 * 32 * 1 * 128 * 2  # copied, not split below one head
+
+
+def test_a_mixture_of_experts_is_not_estimated_by_the_dense_formula(tmp_path: Path) -> None:
+    assert facts(tmp_path, num_local_experts=8).weights_gib(1, 1, "auto") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tensor_parallel_size": 16}, "is 16 devices, this machine has 8 GPUs"),
+        ({"tensor_parallel_size": 5}, "--tensor-parallel-size 5 does not divide the model's 32 attention heads"),
+        ({"max_model_len": 5000}, "--max-model-len 5000 is over the model's 4096"),
+        ({"seq_lens": (4000,)}, "--seq-lens 4000 plus --max-tokens 128 is 4128, over the model's 4096"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_loads(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    reason = infeasible(dataclasses.replace(ExperimentConfig(), **changes), facts(tmp_path), EIGHT_GPUS)
+    assert reason is not None
+    assert said in reason
+
+
+def test_more_stages_than_layers_and_odd_kv_heads_are_found(tmp_path: Path) -> None:
+    assert "more stages" in (
+        infeasible(ExperimentConfig(pipeline_parallel_size=8), facts(tmp_path, num_hidden_layers=4), EIGHT_GPUS) or ""
+    )
+    assert "KV heads" in (
+        infeasible(ExperimentConfig(tensor_parallel_size=4), facts(tmp_path, num_key_value_heads=6), EIGHT_GPUS) or ""
+    )
+
+
+def test_a_setting_that_fits_has_no_reason_against_it(tmp_path: Path) -> None:
+    assert infeasible(ExperimentConfig(tensor_parallel_size=8), facts(tmp_path), EIGHT_GPUS) is None
+
+
+def test_stretched_positions_are_left_to_vllm(tmp_path: Path) -> None:
+    assert facts(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4}).max_model_len is None
+    assert facts(tmp_path, rope_scaling={"rope_type": "llama3", "factor": 8}).max_model_len == 4096
+
+
+def test_the_user_may_insist_on_a_longer_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    assert infeasible(ExperimentConfig(max_model_len=5000), facts(tmp_path), EIGHT_GPUS) is None
+
+
+def test_a_hub_name_is_no_error_and_its_memory_is_unknown() -> None:
+    assert read_model_facts("meta-llama/Llama-2-7b-chat-hf") is None
+    lines = describe(ExperimentConfig(), None, EIGHT_GPUS)
+    assert any("unknown" in line for line in lines)
+    assert lines[-1] == "verdict   can run"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no config.json"), ("{", "cannot be read"), ("[]", "is not an object")],
+)
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        read_model_facts(str(tmp_path))
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        read_model_facts(str(tmp_path / "absent"))
+
+
+def test_the_plan_fits_80_columns_but_for_the_users_own_words(tmp_path: Path) -> None:
+    lines = describe(ExperimentConfig(model="m/n"), facts(tmp_path), EIGHT_GPUS)
+    assert "can run" in lines[-1]
+    assert any("12.6 GiB weights" in line for line in lines)

@@ -1,0 +1,126 @@
+"""The experiment script on a real vLLM engine: the tiny model, dummy weights, this machine's devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_inference.engine import MEASURING_SETTINGS
+from batch_inference.hardware import find_devices
+from batch_inference.plan import read_model_facts
+from conftest import REPOSITORY
+
+pytestmark = pytest.mark.vllm
+
+MODEL = str(REPOSITORY / "models" / "tiny-llama")
+GRID = ("--batch-sizes", "1,3", "--seq-lens", "16,40", "--max-tokens", "9", "--num-runs", "2")
+SMALL_ENGINE = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864")
+
+
+def measure(folder: Path, *flags: str) -> dict[str, Any]:
+    """Run the script as a user would; its result file."""
+    file = folder / "tp_1_results.json"
+    command = [sys.executable, "batch_inference_experiment.py", "--model", MODEL, *SMALL_ENGINE, *GRID, *flags]
+    done = subprocess.run(
+        [*command, "--output-file", str(file)], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+    )
+    log = file.with_suffix(".log")
+    assert done.returncode == 0, done.stderr + log.read_text()[-5000:]
+    assert "Traceback" not in done.stderr
+    document: dict[str, Any] = json.loads(file.read_text())
+    return document
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel_size", "pipeline_parallel_size"), [(1, 1), (2, 1), (1, 2)], ids=["tp_1", "tp_2", "pp_2"]
+)
+def test_a_setting_gives_exact_tokens_at_every_point(
+    tmp_path: Path, tensor_parallel_size: int, pipeline_parallel_size: int
+) -> None:
+    world_size = tensor_parallel_size * pipeline_parallel_size
+    if len(find_devices()) < world_size:
+        pytest.skip(f"needs {world_size} devices")
+    document = measure(tmp_path, "-tp", str(tensor_parallel_size), "-pp", str(pipeline_parallel_size))
+
+    assert document["status"] == "complete"
+    assert [(point["batch_size"], point["seq_len"]) for point in document["points"]] == [
+        (1, 16),
+        (3, 16),
+        (1, 40),
+        (3, 40),
+    ]
+    for point in document["points"]:
+        assert point["status"] == "ok"
+        assert not {"prompt", "prefix"} & set(" ".join(point["verdict_reasons"]).split())
+        assert len(point["runs"]) == 2
+        for run in point["runs"]:
+            assert run["prompt_tokens"] == point["batch_size"] * point["seq_len"]
+            assert run["output_tokens"] == point["batch_size"] * 9
+            assert run["requests"]["output_tokens"] == [9] * point["batch_size"]
+            assert run["counters"] == {"preemptions": 0, "prefix_cache_hit_tokens": 0}
+            check_times(run)
+
+    engine = document["engine"]
+    assert (engine["tensor_parallel_size"], engine["pipeline_parallel_size"]) == (
+        tensor_parallel_size,
+        pipeline_parallel_size,
+    )
+    assert engine["enable_prefix_caching"] is False
+    assert (engine["max_num_seqs"], engine["max_model_len"]) == (3, 49)
+    assert len(engine["workers"]) == world_size
+    facts = read_model_facts(MODEL)
+    assert facts is not None
+    expected_gib = facts.weights_gib(tensor_parallel_size, pipeline_parallel_size, "auto")
+    assert engine["weights_gib"] == pytest.approx(expected_gib, rel=0.03)
+
+
+def check_times(run: dict[str, Any]) -> None:
+    requests = run["requests"]
+    for ttft_s, latency_s, queue_s in zip(requests["ttft_s"], requests["latency_s"], requests["queue_s"], strict=True):
+        # 5 ms: the engine stamps a token before the process that submits sees it.
+        assert 0 <= queue_s <= ttft_s < latency_s < run["latency_s"] + 0.005
+
+
+def test_a_misspelt_vllm_flag_is_found_by_vllms_own_parser(tmp_path: Path) -> None:
+    command = [sys.executable, "batch_inference_experiment.py", "--model", MODEL, "--quantisation", "fp8"]
+    done = subprocess.run(
+        [*command, "--output-file", str(tmp_path / "x.json"), "--seq-lens", "16"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "--quantisation is no flag of this program or of vLLM; did you mean --quantization?" in done.stderr
+    assert "Initializing" not in (tmp_path / "x.log").read_text()
+
+
+def test_the_stub_and_vllm_agree_on_every_name_we_use() -> None:
+    program = """
+import dataclasses, inspect, json, vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.metrics.stats import RequestStateStats
+
+fields = [[field.name for field in dataclasses.fields(kind)] for kind in (EngineArgs, RequestStateStats)]
+calls = [list(inspect.signature(call).parameters) for call in (vllm.SamplingParams, vllm.LLM.generate)]
+print(json.dumps(fields + calls))
+"""
+
+    def names(path: str) -> list[set[str]]:
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120, check=True
+        )
+        return [set(group) for group in json.loads(done.stdout.splitlines()[-1])]
+
+    stub_path = REPOSITORY / "tests" / "stub"
+    real = names("")
+    for stub_names, real_names in zip(names(str(stub_path)), real, strict=True):
+        assert stub_names <= real_names
+    assert set(MEASURING_SETTINGS) <= real[0]
