@@ -56,12 +56,12 @@ preset_torchrun-mixed-parallel() {
   setting 2 4 1 torchrun
 }
 
-# one setting: custom TP=x PP=y DP=z, any of them
+# one setting: TP=x PP=y DP=z, any of them
 preset_custom() {
   setting "${custom[TP]:-1}" "${custom[PP]:-1}" "${custom[DP]:-1}"
 }
 
-# a first try: a tiny model at TP=1 and 2, analysed
+# a first try: a tiny model at TP=1, 2, analysed
 preset_quickstart() {
   preset_flags=(
     --model "$here/models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456
@@ -131,7 +131,7 @@ options, before or after the preset:
   --master-addr HOST    address of node 0
   --master-port PORT    a free port there (default: 29500)
   -h, --help            this text
-  -- flags              everything after -- goes to batch_inference_experiment.py
+  -- flags              everything after -- goes to the experiment script
 
 examples:
   ./run_batch_experiments.sh quickstart

@@ -1,0 +1,298 @@
+"""run_batch_experiments.sh with a fake Python that writes down how it was called."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from batch_inference.config import ExperimentConfig, parse_flags
+from conftest import REPOSITORY
+
+LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
+# Says how many devices there are; otherwise notes its arguments, and fails or waits for the setting it is told to.
+FAKE_PYTHON = """\
+#!/usr/bin/env bash
+if [[ $* == "-m batch_inference.hardware" ]]; then echo "${DEVICES:-8} gpu"; exit 0; fi
+printf '%s\\0' "$@" >>"$CALLS"; printf '\\n' >>"$CALLS"
+[[ $* != *"--name ${WAIT_FOR:-nothing} "* ]] || sleep 30
+[[ $* != *"--name ${FAIL:-nothing} "* ]] || exit "${FAIL_WITH:-1}"
+"""
+ALL = ["tp_1", "tp_2", "tp_4", "tp_8", "pp_2", "pp_4", "tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4", "dp_2", "dp_4"]
+
+
+class Launcher:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls_file = folder / "calls"
+        python = folder / "python"
+        python.write_text(FAKE_PYTHON)
+        python.chmod(0o755)
+        self.environment = {**os.environ, "PYTHON": str(python), "CALLS": str(self.calls_file)}
+
+    def __call__(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(LAUNCHER), *words],
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env={**self.environment, **variables},
+            timeout=30,
+        )
+
+    def calls(self) -> list[list[str]]:
+        if not self.calls_file.exists():
+            return []
+        return [line.split("\0")[:-1] for line in self.calls_file.read_text().splitlines()]
+
+    def names(self) -> list[str]:
+        return [call[call.index("--name") + 1] for call in self.calls() if "--name" in call]
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    return Launcher(tmp_path)
+
+
+def config_of(words: list[str]) -> ExperimentConfig:
+    """The configuration that the experiment script makes of a command line."""
+    script = next(index for index, word in enumerate(words) if word.endswith("batch_inference_experiment.py"))
+    return parse_flags(words[script + 1 :])[0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "names"),
+    [
+        ("tensor-parallel", ["tp_1", "tp_2", "tp_4", "tp_8"]),
+        ("pipeline-parallel", ["tp_1", "pp_2", "pp_4"]),
+        ("mixed-parallel", ["tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4"]),
+        ("data-parallel", ["tp_1", "dp_2", "dp_4"]),
+        ("scaling-study", ALL),
+        ("quickstart", ["tp_1", "tp_2"]),
+    ],
+)
+def test_a_preset_runs_its_settings_each_once(launcher: Launcher, preset: str, names: list[str]) -> None:
+    done = launcher(preset)
+    assert done.returncode == 0, done.stderr
+    assert launcher.names() == names
+
+
+def test_names_files_and_sizes_belong_together(launcher: Launcher) -> None:
+    launcher("mixed-parallel")
+    for call in launcher.calls():
+        config = config_of(call)
+        assert config.name == dataclasses.replace(config, name=None).setting_name
+        assert config.output_file == f"results/mixed-parallel/{config.name}_results.json"
+        assert config.distributed_executor_backend == "mp"
+
+
+@pytest.mark.parametrize("preset", ["torchrun-tensor-parallel", "torchrun-mixed-parallel"])
+def test_torchrun_presets_start_one_process_per_device(launcher: Launcher, preset: str) -> None:
+    done = launcher(preset, "--dry-run")
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 3
+    for words in lines:
+        sizes = [int(words[words.index(f"--{kind}-parallel-size") + 1]) for kind in ("tensor", "pipeline", "data")]
+        assert int(words[words.index("--nproc-per-node") + 1]) == sizes[0] * sizes[1] * sizes[2]
+        assert words[words.index("--distributed-executor-backend") + 1] == "external_launcher"
+        assert words[words.index("--name") + 1].startswith("torchrun_tp_")
+        assert "--standalone" in words
+
+
+def test_torchrun_over_nodes_shares_out_the_processes(launcher: Launcher) -> None:
+    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "head", "--master-port", "1234")
+    done = launcher("torchrun-tensor-parallel", *nodes, "--dry-run", DEVICES="4")
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[words.index("--nproc-per-node") + 1] == "4"
+    assert words[words.index("--node-rank") + 1] == "1"
+    assert words[words.index("--master-addr") + 1] == "head"
+    assert words[words.index("--master-port") + 1] == "1234"
+
+
+def test_torchrun_presets_say_that_they_cannot_run_yet(launcher: Launcher) -> None:
+    done = launcher("torchrun-tensor-parallel")
+    assert done.returncode == 2
+    assert "cannot run yet" in done.stderr
+    assert launcher.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("TP=2",), "tp_2"),
+        (("PP=2", "TP=4"), "tp_4_pp_2"),
+        (("DP=2", "PP=1"), "dp_2"),
+        (("TP=1",), "tp_1"),
+        (("TP=2", "PP=2", "DP=2"), "tp_2_pp_2_dp_2"),
+    ],
+)
+def test_custom_takes_any_sizes_in_any_order(launcher: Launcher, words: tuple[str, ...], name: str) -> None:
+    assert launcher("custom", *words).returncode == 0
+    assert launcher.names() == [name]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--model", "a b", "--seq-lens=64", "--output-dir", "out dir", "custom", "TP=2"),
+        ("custom", "--model=a b", "TP=2", "--output-dir", "out dir", "--seq-lens", "64"),
+    ],
+)
+def test_options_stand_before_or_after_the_preset(launcher: Launcher, words: tuple[str, ...]) -> None:
+    assert launcher(*words).returncode == 0
+    config = config_of(launcher.calls()[0])
+    assert (config.model, config.seq_lens, config.output_file) == ("a b", (64,), "out dir/tp_2_results.json")
+
+
+def test_what_stands_after_the_dashes_goes_to_the_script_and_wins(launcher: Launcher) -> None:
+    launcher("custom", "TP=2", "--batch-sizes", "1", "--", "--batch-sizes", "7", "--load-format", "dummy")
+    config = config_of(launcher.calls()[0])
+    assert config.batch_sizes == (7,)
+    assert config.engine_args == ("--load-format", "dummy")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_resume_and_overwrite_are_passed_on(launcher: Launcher, flag: str) -> None:
+    launcher("custom", "TP=1", flag)
+    assert launcher.calls()[0].count(flag) == 1
+    launcher("quickstart", flag)
+    assert config_of(launcher.calls()[1]).resume == (flag == "--resume")
+
+
+def test_quickstart_ends_with_the_analysis_of_its_folder(launcher: Launcher) -> None:
+    launcher("quickstart", "--output-dir", "q")
+    *_, last = launcher.calls()
+    assert last[0].endswith("analyze_results.py")
+    assert last[1:] == ["--input", "q"]
+
+
+def test_a_setting_that_needs_more_devices_is_skipped_and_no_failure(launcher: Launcher) -> None:
+    done = launcher("tensor-parallel", DEVICES="2")
+    assert done.returncode == 0
+    assert launcher.names() == ["tp_1", "tp_2"]
+    assert "tp_4 skipped: it needs 4 devices, there are 2" in done.stderr
+
+
+def test_nothing_that_could_run_is_exit_1(launcher: Launcher) -> None:
+    done = launcher("mixed-parallel", DEVICES="2")
+    assert done.returncode == 1
+    assert "no setting of mixed-parallel can run" in done.stderr
+
+
+def test_one_failure_does_not_stop_the_rest_and_is_named(launcher: Launcher) -> None:
+    done = launcher("tensor-parallel", FAIL="tp_2")
+    assert done.returncode == 1
+    assert launcher.names() == ["tp_1", "tp_2", "tp_4", "tp_8"]
+    assert "done: tp_1 tp_4 tp_8   skipped: none   failed: tp_2" in done.stderr
+
+
+def test_what_is_wrong_for_the_first_setting_stops_all(launcher: Launcher) -> None:
+    done = launcher("tensor-parallel", FAIL="tp_1", FAIL_WITH="2")
+    assert done.returncode == 2
+    assert launcher.names() == ["tp_1"]
+
+
+def test_a_setting_refused_later_is_a_failure_like_others(launcher: Launcher) -> None:
+    done = launcher("tensor-parallel", FAIL="tp_2", FAIL_WITH="2")
+    assert done.returncode == 1
+    assert len(launcher.names()) == 4
+
+
+@pytest.mark.parametrize("code", ["130", "143"])
+def test_an_interrupted_setting_stops_all(launcher: Launcher, code: str) -> None:
+    done = launcher("tensor-parallel", FAIL="tp_2", FAIL_WITH=code)
+    assert done.returncode == int(code)
+    assert launcher.names() == ["tp_1", "tp_2"]
+
+
+def test_ctrl_c_starts_no_further_setting(launcher: Launcher) -> None:
+    process = subprocess.Popen(
+        [str(LAUNCHER), "tensor-parallel"],
+        cwd=launcher.folder,
+        env={**launcher.environment, "WAIT_FOR": "tp_2"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline_s = time.monotonic() + 10
+    while launcher.names() != ["tp_1", "tp_2"]:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the whole group
+    assert process.wait(timeout=10) == 130
+    assert launcher.names() == ["tp_1", "tp_2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("nope",), "'nope' is no preset"),
+        (("tensor-parallel", "extra"), "'extra' is one word too many"),
+        (("custom",), "at least one of TP=N"),
+        (("custom", "TP=0"), "custom TP: '0' was given"),
+        (("custom", "TP=two"), "custom TP: 'two' was given"),
+        (("custom", "XX=2"), "'XX=2' was given"),
+        (("custom", "TP=1", "TP=2"), "TP is given twice"),
+        (("quickstart", "--modle", "x"), "--modle: unknown option"),
+        (("quickstart", "-x"), "-x: unknown option"),
+        (("quickstart", "--model"), "--model: a value is needed"),
+        (("quickstart", "--model="), "--model: a value is needed"),
+        (("quickstart", "--model", "--dry-run"), "--model: a value is needed"),
+        (("torchrun-tensor-parallel", "--nnodes", "x"), "--nnodes: 'x' was given"),
+        (("torchrun-tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed"),
+        (("torchrun-tensor-parallel", "--node-rank", "1"), "--node-rank: '1' was given"),
+        (("tensor-parallel", "--nnodes", "2"), "only the torchrun presets"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_2(launcher: Launcher, words: tuple[str, ...], said: str) -> None:
+    done = launcher(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+    assert launcher.calls() == []
+
+
+def test_no_preset_shows_the_usage(launcher: Launcher) -> None:
+    done = launcher()
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+
+
+def test_help_names_every_preset_with_its_comment_and_fits_80_columns(launcher: Launcher) -> None:
+    done = launcher("--help")
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for name in re.findall(r"^preset_([a-z-]+)\(\)", LAUNCHER.read_text(), re.MULTILINE):
+        assert re.search(rf"^  {name} +\S", done.stdout, re.MULTILINE)
+
+
+def test_the_plan_of_a_study_answers_at_once_and_needs_no_environment(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+
+    def dry_run() -> tuple[float, str]:
+        start_s = time.perf_counter()
+        done = subprocess.run(
+            [str(LAUNCHER), "--dry-run", "scaling-study"],
+            capture_output=True, text=True, cwd=tmp_path, env=environment, check=True,
+        )  # fmt: skip
+        return time.perf_counter() - start_s, done.stdout
+
+    results = [dry_run() for _ in range(3)]
+    assert min(taken_s for taken_s, _ in results) < 0.3
+    for line in results[0][1].splitlines():
+        assert shlex.split(line)[1] == str(REPOSITORY / "batch_inference_experiment.py")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_planned_command_is_one_that_the_script_understands(launcher: Launcher) -> None:
+    for preset in ("tensor-parallel", "pipeline-parallel", "mixed-parallel", "quickstart"):
+        for line in launcher(preset, "--dry-run").stdout.splitlines():
+            config = config_of(shlex.split(line))
+            assert config.name == dataclasses.replace(config, name=None).setting_name
