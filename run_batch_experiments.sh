@@ -76,10 +76,10 @@ preset_quickstart() {
 
 preset=''
 output_dir=''
-nnodes=1
-node_rank=0
+nnodes=''
+node_rank=''
 master_addr=''
-master_port=29500
+master_port=''
 dry_run=false
 resume=false
 experiment_flags=() # from our own options
@@ -229,6 +229,13 @@ take_word() {
 check_together() {
   [[ -n $preset ]] || { usage >&2 && exit 2; }
   [[ $preset != custom ]] || ((${#custom[@]})) || die "custom: at least one of TP=N, PP=N, DP=N is needed"
+  local word=''
+  # Without --nnodes each node would run the whole preset by itself.
+  [[ -z $node_rank ]] || word="--node-rank: '$node_rank'"
+  [[ -z $master_addr ]] || word="--master-addr: '$master_addr'"
+  [[ -z $master_port ]] || word="--master-port: '$master_port'"
+  [[ -n $nnodes || -z $word ]] || die "$word was given without --nnodes; add --nnodes N"
+  nnodes=${nnodes:-1} node_rank=${node_rank:-0} master_port=${master_port:-29500}
   ((node_rank < nnodes)) || die "--node-rank: '$node_rank' was given, --nnodes $nnodes goes up to $((nnodes - 1))"
   ((nnodes == 1)) || [[ $preset == torchrun-* ]] || die "--nnodes: '$nnodes' was given, only the torchrun presets run on several nodes so far"
   ((nnodes == 1)) || [[ -n $master_addr ]] || die "--nnodes: '$nnodes' was given, --master-addr HOST is needed too"
@@ -237,6 +244,7 @@ check_together() {
 # The Python that has vLLM: the user's word, ours, the one at hand, or the one that setup_env.sh makes.
 find_python() {
   if [[ -n ${PYTHON:-} ]]; then
+    command -v "$PYTHON" >/dev/null || die "PYTHON: '$PYTHON' cannot be run; give the path of a Python that has vLLM"
     python=$PYTHON
   elif compgen -G "$here/.venv/.installed-*" >/dev/null; then
     python=$here/.venv/bin/python
@@ -274,8 +282,20 @@ build_command() {
   )
 }
 
+# Why a setting cannot run here; nothing where it can.
+unrunnable() {
+  local tp pp dp needed
+  read -r tp pp dp _ <<<"${sizes[$1]}"
+  needed=$((tp * pp * dp))
+  if ((needed > devices * nnodes)); then
+    printf '%s\n' "it needs $needed devices, there are $((devices * nnodes)) ($kind)"
+  elif ((needed % nnodes)); then
+    printf '%s\n' "its $needed processes cannot be shared out evenly over $nnodes nodes"
+  fi
+}
+
 run_settings() {
-  local name number=0 total=${#names[@]} tp pp dp needed devices kind rc
+  local name number=0 total=${#names[@]} reason devices kind rc
   local skipped=() failed=() done_names=()
   if [[ $preset == torchrun-* ]] && ! $dry_run; then
     die "'$preset' cannot run yet: the experiment script does not support torchrun; use ${preset#torchrun-}"
@@ -283,10 +303,9 @@ run_settings() {
   read -r devices kind < <(PYTHONPATH=$here "$python" -m batch_inference.hardware) || die "$python does not work; set PYTHON" 1
   for name in "${names[@]}"; do
     number=$((number + 1))
-    read -r tp pp dp _ <<<"${sizes[$name]}"
-    needed=$((tp * pp * dp))
-    if ((needed > devices * nnodes)); then
-      say "[$number/$total] $name skipped: it needs $needed devices, there are $((devices * nnodes)) ($kind)"
+    reason=$(unrunnable "$name")
+    if [[ -n $reason ]]; then
+      say "[$number/$total] $name skipped: $reason"
       skipped+=("$name")
       continue
     fi
@@ -295,7 +314,7 @@ run_settings() {
       printf '%q ' "${command[@]}" && printf '\n'
       continue
     fi
-    say "[$number/$total] $name"
+    say "[$number/$total] $name -> $output_dir/${name}_results.json"
     rc=0
     "${command[@]}" || rc=$?
     case $rc in
@@ -320,11 +339,12 @@ report() {
     [[ ! -e $output_dir/${name}_results.log ]] || say "  $name: see $output_dir/${name}_results.log"
   done
   ((${#done_names[@]} + ${#failed[@]})) || die "no setting of $preset can run on this machine" 1
-  if [[ $preset == quickstart ]]; then
+  if [[ $preset != quickstart ]]; then
+    say "analyse with: $(printf '%q ' "$python" "$here/analyze_results.py" --input "$output_dir")"
+  elif ((${#done_names[@]})); then
     say ""
-    "$python" "$here/analyze_results.py" --input "$output_dir"
-  else
-    say "analyse with: $python $here/analyze_results.py --input $output_dir"
+    # Its exit code 2 would say that the preset was used wrongly.
+    "$python" "$here/analyze_results.py" --input "$output_dir" || exit 1
   fi
   ((${#failed[@]} == 0)) || exit 1
 }

@@ -29,19 +29,60 @@ pip_setting() {
   fi
 }
 
-# The wheel folders to look in, separated by commas as uv wants them.
-wheel_folders() {
-  { printf '%s\n' "${WHEELS:-}" "${UV_FIND_LINKS:-}" && pip_setting find-links; } | tr ' \n' ',,' | tr -s ',' | sed 's/^,//; s/,$//'
+# Fills `folders` with the places of wheels. pip only warns of a folder that is missing; uv fails.
+find_folders() {
+  local found place
+  IFS=, read -ra folders <<<"${UV_FIND_LINKS:-}"
+  [[ -z ${WHEELS:-} ]] || folders=("$WHEELS" "${folders[@]}")
+  read -rd '' -a found < <(pip_setting find-links) || true # read returns 1 at the end of its input
+  for place in "${found[@]}"; do
+    [[ $place == http*://* || -e ${place#file://} ]] && folders+=("$place")
+  done
+  return 0
 }
 
-# True where one of the comma-separated folders holds a CPU build of torch.
+# True where one of the folders holds a CPU build of torch; the + in its name may be percent-encoded.
 has_cpu_torch() {
   local folder wheels
-  for folder in ${1//,/ }; do
+  for folder in "${folders[@]}"; do
     wheels=("${folder#file://}"/torch-*cpu*.whl)
     [[ -e ${wheels[0]} ]] && return 0
   done
   return 1
+}
+
+# Those of pip's extra indexes that uv can use. One that cannot be reached makes it fail; a file:// one hides newer
+# versions elsewhere, because uv takes a package only from the first index that has it.
+usable_indexes() {
+  local urls=() url
+  read -rd '' -a urls < <(pip_setting extra-index-url) || true
+  for url in "${urls[@]}"; do
+    if [[ $url == http*://* ]] && reachable "$url"; then printf '%s ' "$url"; fi
+  done
+}
+
+# Behind a proxy only the proxy can tell.
+reachable() {
+  "$venv/bin/python" -c '
+import socket, sys, urllib.parse, urllib.request
+url = urllib.parse.urlsplit(sys.argv[1])
+if url.scheme not in urllib.request.getproxies():
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    socket.create_connection((url.hostname, port), timeout=5).close()
+' "$1" 2>/dev/null
+}
+
+# What the user tells uv himself is left as it is.
+export_uv_settings() {
+  local index indexes name
+  index=$(pip_setting index-url)
+  indexes=$(usable_indexes)
+  ((${#folders[@]} == 0)) || UV_FIND_LINKS=$(IFS=, && printf '%s' "${folders[*]}")
+  [[ -z $index ]] || UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
+  [[ -z $indexes ]] || UV_INDEX=${UV_INDEX:-$indexes}
+  for name in UV_FIND_LINKS UV_DEFAULT_INDEX UV_INDEX; do
+    [[ -z ${!name:-} ]] || export "${name?}"
+  done
 }
 
 has_gpu() {
@@ -66,27 +107,33 @@ install_requirements() {
 }
 
 main() {
-  local dev=false folders index start=$SECONDS
+  local dev=false folders=() start=$SECONDS
   case $* in
     '') ;;
     --dev) dev=true ;;
     *) die 2 "$*: only --dev is understood" ;;
   esac
+  [[ -z ${WHEELS:-} || -d $WHEELS ]] || die 2 "WHEELS: '$WHEELS' is no folder; name the one that holds the wheels"
 
   local requirements="requirements.txt"
   has_gpu || requirements="requirements-cpu.txt"
-  local files=("$here/$requirements")
+  local files=("$here/$requirements") overrides=()
+  [[ $requirements == requirements.txt ]] || overrides=("$here/requirements-cpu-overrides.txt")
   $dev && files+=("$here/requirements-dev.txt")
 
   # The stamp is written last: a half-finished installation has none, and is made again. What --dev installs is
   # enough without --dev.
-  local stamp=$venv/.installed-$requirements wanted
-  wanted=$(cat "${files[@]}" | cksum)
+  local stamp=$venv/.installed-$requirements wanted without_dev
+  wanted=$(cat "${files[@]}" "${overrides[@]}" | cksum)
   if [[ -e $stamp ]] && grep -qxF "$wanted" "$stamp"; then
     return 0
   fi
 
-  [[ -x $venv/bin/python ]] || make_venv
+  # A failure to add the tools leaves a good installation good; any other change makes the stamp untrue.
+  without_dev=$(cat "$here/$requirements" "${overrides[@]}" | cksum)
+  [[ ! -e $stamp ]] || grep -qxF "$without_dev" "$stamp" || rm "$stamp"
+  # pip comes last into a new environment: without it, the making was interrupted.
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
   say "installing $requirements into .venv: a few minutes the first time"
   local log=$venv/install.log
   install_uv >"$log" 2>&1 || {
@@ -95,13 +142,11 @@ main() {
   }
 
   local options=(--python "$venv/bin/python")
-  folders=$(wheel_folders)
-  index=$(pip_setting index-url)
-  [[ -n $folders ]] && export UV_FIND_LINKS=$folders
-  [[ -n $index ]] && export UV_DEFAULT_INDEX=$index
-  if [[ $requirements == requirements-cpu.txt ]]; then
-    options+=(--override "$here/requirements-cpu-overrides.txt")
-    has_cpu_torch "$folders" || options+=(--torch-backend cpu)
+  find_folders
+  export_uv_settings
+  if ((${#overrides[@]})); then
+    options+=(--override "${overrides[@]}")
+    has_cpu_torch || options+=(--torch-backend cpu)
   fi
   local file
   for file in "${files[@]}"; do options+=(--requirements "$file"); done
@@ -109,7 +154,7 @@ main() {
     tail -n 15 "$log" >&2
     die 1 "the installation failed (whole output: $log); without internet, put the wheels into a folder and set WHEELS"
   }
-  { printf '%s\n' "$wanted" && cat "$here/$requirements" | cksum; } >"$stamp"
+  printf '%s\n' "$wanted" "$without_dev" >"$stamp"
   say "installed in $((SECONDS - start)) s"
 }
 

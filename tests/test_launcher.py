@@ -22,6 +22,7 @@ FAKE_PYTHON = """\
 #!/usr/bin/env bash
 if [[ $* == "-m batch_inference.hardware" ]]; then echo "${DEVICES:-8} gpu"; exit 0; fi
 printf '%s\\0' "$@" >>"$CALLS"; printf '\\n' >>"$CALLS"
+[[ $* != *analyze_results.py* ]] || exit "${ANALYSIS:-0}"
 [[ $* != *"--name ${WAIT_FOR:-nothing} "* ]] || sleep 30
 [[ $* != *"--name ${FAIL:-nothing} "* ]] || exit "${FAIL_WITH:-1}"
 """
@@ -116,6 +117,16 @@ def test_torchrun_over_nodes_shares_out_the_processes(launcher: Launcher) -> Non
     assert words[words.index("--master-port") + 1] == "1234"
 
 
+def test_torchrun_skips_what_cannot_be_shared_out_over_the_nodes(launcher: Launcher) -> None:
+    nodes = ("--nnodes", "4", "--node-rank", "0", "--master-addr", "head")
+    done = launcher("torchrun-tensor-parallel", *nodes, "--dry-run")
+    assert [words[words.index("--nproc-per-node") + 1] for words in map(shlex.split, done.stdout.splitlines())] == [
+        "1",
+        "2",
+    ]
+    assert "torchrun_tp_2 skipped: its 2 processes cannot be shared out evenly over 4 nodes" in done.stderr
+
+
 def test_torchrun_presets_say_that_they_cannot_run_yet(launcher: Launcher) -> None:
     done = launcher("torchrun-tensor-parallel")
     assert done.returncode == 2
@@ -171,6 +182,30 @@ def test_quickstart_ends_with_the_analysis_of_its_folder(launcher: Launcher) -> 
     *_, last = launcher.calls()
     assert last[0].endswith("analyze_results.py")
     assert last[1:] == ["--input", "q"]
+
+
+def test_quickstart_analyses_what_succeeded_and_still_names_the_failure(launcher: Launcher) -> None:
+    done = launcher("quickstart", FAIL="tp_2")
+    assert done.returncode == 1
+    assert launcher.calls()[-1][0].endswith("analyze_results.py")
+
+
+def test_quickstart_without_any_result_is_exit_1_and_starts_no_analysis(launcher: Launcher) -> None:
+    done = launcher("quickstart", DEVICES="1", FAIL="tp_1", ANALYSIS="2")
+    assert done.returncode == 1
+    assert launcher.names() == ["tp_1"]
+    assert len(launcher.calls()) == 1
+
+
+def test_a_failed_analysis_is_no_wrong_use_of_the_launcher(launcher: Launcher) -> None:
+    assert launcher("quickstart", ANALYSIS="2").returncode == 1
+
+
+def test_every_setting_says_where_its_file_goes_and_the_end_how_to_analyse(launcher: Launcher) -> None:
+    done = launcher("data-parallel", "--output-dir", "out dir", DEVICES="2")
+    assert "[2/3] dp_2 -> out dir/dp_2_results.json" in done.stderr.splitlines()
+    advice = next(line for line in done.stderr.splitlines() if line.startswith("analyse with: "))
+    assert shlex.split(advice)[-2:] == ["--input", "out dir"]
 
 
 def test_a_setting_that_needs_more_devices_is_skipped_and_no_failure(launcher: Launcher) -> None:
@@ -246,7 +281,10 @@ def test_ctrl_c_starts_no_further_setting(launcher: Launcher) -> None:
         (("quickstart", "--model", "--dry-run"), "--model: a value is needed"),
         (("torchrun-tensor-parallel", "--nnodes", "x"), "--nnodes: 'x' was given"),
         (("torchrun-tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed"),
-        (("torchrun-tensor-parallel", "--node-rank", "1"), "--node-rank: '1' was given"),
+        (("torchrun-tensor-parallel", "--node-rank", "1"), "--node-rank: '1' was given without --nnodes"),
+        (("torchrun-tensor-parallel", "--master-addr", "h"), "--master-addr: 'h' was given without --nnodes"),
+        (("tensor-parallel", "--master-port", "1"), "--master-port: '1' was given without --nnodes"),
+        (("torchrun-tensor-parallel", "--nnodes", "2", "--node-rank", "2"), "--node-rank: '2' was given"),
         (("tensor-parallel", "--nnodes", "2"), "only the torchrun presets"),
     ],
 )
@@ -257,6 +295,13 @@ def test_wrong_use_is_one_line_and_exit_2(launcher: Launcher, words: tuple[str, 
     assert len(done.stderr.splitlines()) == 1
     assert said in done.stderr
     assert launcher.calls() == []
+
+
+def test_a_python_that_cannot_be_run_is_wrong_use(launcher: Launcher) -> None:
+    done = launcher("quickstart", PYTHON="/no/such/python")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "PYTHON: '/no/such/python' cannot be run" in done.stderr
 
 
 def test_no_preset_shows_the_usage(launcher: Launcher) -> None:

@@ -1,4 +1,4 @@
-"""setup_env.sh with a fake Python and a fake uv that write down how they were called."""
+"""setup_env.sh with a fake Python and a fake uv that write down how they were called, and tests/run.sh likewise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from conftest import REPOSITORY
 # Makes a "virtual environment" whose python and uv are this very script.
 FAKE = """\
 #!/usr/bin/env bash
-echo "$(basename "$0") $* find_links=${UV_FIND_LINKS:-}" >>"$CALLS"
+echo "$(basename "$0") $* find_links=${UV_FIND_LINKS:-} default=${UV_DEFAULT_INDEX:-} index=${UV_INDEX:-}" >>"$CALLS"
 case $* in
   "-c import sys"*) exit "${TOO_OLD:-0}" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/uv" ;;
+  "-m pip --version") exit "${NO_PIP:-0}" ;;
+  "-c "*socket*) [[ $* == *reachable.example* ]] ;;
   "pip install"*) echo "uv's own words" && exit "${UV_FAILS:-0}" ;;
 esac
 """
@@ -97,6 +99,36 @@ def test_changed_requirements_are_installed_again(setup: Setup) -> None:
     assert len(setup.installs()) == 2
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_changed_overrides_are_installed_again(setup: Setup) -> None:
+    setup()
+    with (setup.folder / "requirements-cpu-overrides.txt").open("a") as file:
+        file.write("another\n")
+    setup()
+    assert len(setup.installs()) == 2
+
+
+def test_a_failed_update_leaves_no_stamp(setup: Setup) -> None:
+    setup(NO_GPU="0")
+    with (setup.folder / "requirements.txt").open("a") as file:
+        file.write("another\n")
+    assert setup(NO_GPU="0", UV_FAILS="1").returncode == 1
+    assert list((setup.folder / ".venv").glob(".installed-*")) == []
+
+
+def test_tools_that_cannot_be_added_leave_the_installation_good(setup: Setup) -> None:
+    setup()
+    assert setup("--dev", UV_FAILS="1").returncode == 1
+    assert setup().returncode == 0
+    assert len(setup.installs()) == 2
+
+
+def test_an_environment_without_pip_is_made_again(setup: Setup) -> None:
+    assert setup(UV_FAILS="1").returncode == 1
+    assert setup(NO_PIP="1").returncode == 0
+    assert setup.calls_file.read_text().count(" -m venv ") == 2
+
+
 def test_a_failed_installation_is_explained_and_tried_again(setup: Setup) -> None:
     failed = setup(UV_FAILS="1")
     assert failed.returncode == 1
@@ -118,6 +150,38 @@ def test_a_folder_with_a_cpu_torch_replaces_pytorchs_own_index(setup: Setup, tmp
         assert f"find_links={wheels}" in install
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_a_wheel_folder_may_have_a_space_and_an_encoded_name(setup: Setup, tmp_path: Path) -> None:
+    wheels = tmp_path / "my wheels"
+    wheels.mkdir()
+    (wheels / "torch-2.13.0%2Bcpu-cp311-cp311-linux_x86_64.whl").touch()
+    setup(WHEELS=str(wheels))
+    for install in setup.installs():
+        assert "--torch-backend" not in install
+        assert f"find_links={wheels} default=" in install
+
+
+def test_a_wheel_folder_that_does_not_exist_is_refused(setup: Setup) -> None:
+    done = setup(WHEELS="/no/such folder")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: WHEELS: '/no/such folder' is no folder")
+
+
+def test_pips_indexes_reach_uv_where_uv_can_use_them(setup: Setup, tmp_path: Path) -> None:
+    extras = f"file://{tmp_path} https://gone.example/simple https://reachable.example/simple"
+    links = f"{tmp_path} /no/such/folder"
+    setup(PIP_INDEX_URL="https://mirror.example/simple", PIP_EXTRA_INDEX_URL=extras, PIP_FIND_LINKS=links)
+    (install,) = setup.installs()
+    assert install.rstrip().endswith(
+        f"find_links={tmp_path} default=https://mirror.example/simple index=https://reachable.example/simple"
+    )
+
+
+def test_what_the_user_tells_uv_wins_over_pips_settings(setup: Setup) -> None:
+    setup(PIP_INDEX_URL="https://mirror.example/simple", UV_DEFAULT_INDEX="https://own.example/simple")
+    assert "default=https://own.example/simple" in setup.installs()[0]
+
+
 def test_wheels_alone_are_tried_first(setup: Setup, tmp_path: Path) -> None:
     setup(WHEELS=str(tmp_path))
     assert ["--no-index" in install for install in setup.installs()] == [True]
@@ -131,3 +195,34 @@ def test_an_old_python_is_refused(setup: Setup) -> None:
 
 def test_an_unknown_word_is_refused(setup: Setup) -> None:
     assert setup("--devel").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "exits", "code", "parts"),
+    [
+        ((), (0, 0), 0, 2),
+        (("--fast",), (0, 0), 0, 1),
+        ((), (1, 0), 1, 1),
+        ((), (0, 1), 1, 2),
+        ((), (5, 0), 5, 1),
+        (("-k", "only_slow"), (5, 0), 0, 2),
+        (("-k", "nothing"), (5, 5), 5, 2),
+    ],
+)
+def test_all_tests_pass_only_if_both_parts_do(
+    tmp_path: Path, words: tuple[str, ...], exits: tuple[int, int], code: int, parts: int
+) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "tests" / "run.sh", tmp_path / "tests")
+    calls = tmp_path / "calls"
+    Setup._script(tmp_path / "setup_env.sh", "#!/bin/sh\n")
+    pytest_stand_in = f"""#!/usr/bin/env bash
+        echo "$*" >>"{calls}"
+        [[ $* == *"not vllm"* ]] && exit {exits[0]}
+        exit {exits[1]}
+    """
+    Setup._script(tmp_path / ".venv" / "bin" / "python", pytest_stand_in)
+    done = subprocess.run([str(tmp_path / "tests" / "run.sh"), *words], timeout=30)
+    assert done.returncode == code
+    assert len(calls.read_text().splitlines()) == parts
