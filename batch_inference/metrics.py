@@ -84,7 +84,8 @@ def _energy_j_per_output_token(_: Result, point: Point) -> float | None:
     joules = [run.energy_j for run in point.runs if run.energy_j is not None]
     if len(joules) != len(point.runs):
         return None
-    return sum(joules) / sum(run.output_tokens for run in point.runs)
+    tokens = sum(run.output_tokens for run in point.runs)
+    return sum(joules) / tokens if tokens else None
 
 
 def _memory_used_gib(_: Result, point: Point) -> float | None:
@@ -96,7 +97,7 @@ def _engine_number(key: str) -> Callable[[Result, Point], float | None]:
 
 
 def _load_s(result: Result, _: Point) -> float | None:
-    total: float | None = result.engine.get("load_s", {}).get("total_s")
+    total: float | None = (result.engine.get("load_s") or {}).get("total_s")
     return total
 
 

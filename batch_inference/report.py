@@ -1,152 +1,236 @@
-"""The summary on the terminal and report.md, both from the same table of points."""
+"""What the analysis says: sections made once, written as text for a terminal and as Markdown."""
 
 from __future__ import annotations
 
-import html
+import math
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import tabulate
 
 from batch_inference.console import short
 from batch_inference.metrics import METRIC_BY_NAME
-from batch_inference.results import Result
-from batch_inference.tables import best_points, group_differences, measured, measured_on
+from batch_inference.tables import (
+    GOALS,
+    GROUP_BY,
+    TO_MENTION,
+    Setting,
+    best_points,
+    differing,
+    groups,
+    half_width,
+    plain,
+    setting_labels,
+)
 
 WIDTH = 80
-# What "best" means.
-BEST = ("output_tok_per_s", "latency_mean_s", "output_tok_per_s_per_device")
+# A terminal shows this many lines of a list, and so much of each; report.md has them all.
+LIST_LIMIT, LINE_LIMIT = 12, 400
 
 
-def summary(results: Sequence[Result], table: pd.DataFrame) -> str:
-    """The answer in text, within 80 columns."""
-    parts = [_text_table(*settings_rows(results))]
-    if not measured(table).empty:
-        parts += [*_measured_on(table), *_group_notes(table)]
-        parts += [f"{title}\n{_text_table(headers, rows)}" for title, headers, rows in best_tables(table)]
-    parts += [_wrapped(problem) for problem in problems(results)]
-    return "\n\n".join(part for part in parts if part)
+@dataclass(frozen=True)
+class Section:
+    """A heading, then facts (name, value), a table, and lines; each part may be empty."""
+
+    title: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    header: tuple[str, ...] = ()
+    rows: list[list[str]] = field(default_factory=list)
+    numbers: frozenset[str] = frozenset()  # columns set to the right
+    lines: list[str] = field(default_factory=list)
 
 
-def markdown(results: Sequence[Result], table: pd.DataFrame, plots: Sequence[Path], left_out: Sequence[str]) -> str:
-    """report.md: the same content as the summary, with the plots."""
-    parts = ["# Batch inference results", _markdown_table(*settings_rows(results))]
-    if not measured(table).empty:
-        parts += [escape(note) for note in (*_measured_on(table), *_group_notes(table))]
-        for title, headers, rows in best_tables(table):
-            parts += [f"## {escape(title)}", _markdown_table(headers, rows)]
-    parts += [f"![{path.stem}]({path.name})" for path in plots]
-    if left_out:
-        parts += ["## Plots left out", *(f"- {escape(reason)}" for reason in left_out)]
-    found = problems(results)
-    if found:
-        parts += ["## Problems", "\n".join(f"- {escape(problem)}" for problem in found)]
-    return "\n\n".join(parts) + "\n"
+def sections(settings: Sequence[Setting], points: pd.DataFrame) -> list[Section]:
+    """Everything that the files say, in the order in which it is read."""
+    parts = list(groups(points))
+    found = [_about(points, parts), _settings(settings, points), *_best(points, parts), _problems(settings, points)]
+    return [section for section in found if section.facts or section.rows or section.lines]
 
 
-def settings_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """One row per setting: what it is, how far it came, how long its engine took to start."""
-    headers = ["setting", "TP", "PP", "DP", "devices", "status", "points ok", "load s"]
-    rows = []
-    for result in results:
-        sizes = [str(result.config[f"{kind}_parallel_size"]) for kind in ("tensor", "pipeline", "data")]
-        ok = sum(point.status == "ok" for point in result.points)
-        load_s = result.engine.get("load_s", {}).get("total_s")
-        rows.append(
-            [result.name, *sizes, str(result.num_devices), result.status, f"{ok}/{len(result.points)}", short(load_s)]
-        )
-    return headers, rows
+# --- the sections -------------------------------------------------------------------------------------------------
 
 
-def best_tables(table: pd.DataFrame) -> list[tuple[str, list[str], list[list[str]]]]:
-    """For each kind of best: title, headers, one row per group and length."""
-    several = table["group"].nunique() > 1
-    tables = []
-    for name in BEST:
-        metric = METRIC_BY_NAME[name]
-        title = f"Best by {metric.label[0].lower()}{metric.label[1:]}"
-        headers = [*(["group"] if several else []), "length", "setting", "batch", metric.unit, "± 95 %", "verdict"]
-        rows = [
-            [
-                *([str(point["group"])] if several else []),
-                str(point["seq_len"]),
-                str(point["name"]),
-                str(point["batch_size"]),
-                short(point[name]),
-                _relative_interval(point),
-                str(point["verdict"]),
-            ]
-            for _, point in best_points(table, name, str(metric.better)).iterrows()
-        ]
-        tables.append((title, headers, rows))
-    return tables
-
-
-def problems(results: Sequence[Result]) -> list[str]:
-    """Everything that did not go as asked, a line each."""
+def _about(points: pd.DataFrame, parts: list[tuple[int, pd.DataFrame]]) -> Section:
+    unlike = differing(points, GROUP_BY)
+    names = {"model": "model", "device": "device_name", "vLLM": "vllm_version", "dtype": "dtype",
+             "output tokens": "max_tokens", "host": "host"}  # fmt: skip
+    facts = [
+        (label, ", ".join(map(str, points[column].dropna().unique())))
+        for label, column in names.items()
+        if column not in unlike
+    ]
     lines = []
-    for result in results:
-        failure = result.engine.get("failure")
-        if failure:
-            lines.append(f"{result.name} failed: {failure['reason']}")
-        for point in result.points:
-            where = f"{result.name}, batch {point.batch_size}, length {point.seq_len}"
-            if point.status != "ok":
-                lines.append(f"{where}: {point.status}: {point.reason}")
-            elif point.verdict != "valid":
-                lines.append(f"{where}: {point.verdict}: {'; '.join(point.verdict_reasons)}")
-    return lines
+    if unlike:
+        lines.append(
+            f"{len(parts)} groups of unlike points, never ranked together; they differ in {', '.join(unlike)}:"
+        )
+        for number, part in parts:
+            who = ", ".join(map(str, part["setting"].unique()))
+            lines.append(f"group {number}: {_values(part, unlike)} ({who})")
+    for number, part in parts:
+        mixed = differing(part, TO_MENTION)
+        if mixed:
+            where = f"In group {number} settings" if unlike else "Settings"
+            lines.append(f"{where} also differ in {', '.join(mixed)}; see results.csv.")
+    return Section("Measured", [(label, value) for label, value in facts if value], lines=lines)
 
 
-def _relative_interval(point: pd.Series) -> str:
-    """The interval of the mean latency, as a share of it: throughput is its reciprocal and has the same share."""
-    half_width = point["latency_ci95_s"]
-    return "" if pd.isna(half_width) else f"{half_width / point['latency_mean_s']:.1%}"
+def _values(part: pd.DataFrame, columns: Sequence[str]) -> str:
+    """The values of a group; a group has one for each of these columns."""
+    first = part.iloc[0]
+    return ", ".join(f"{name} {'unknown' if pd.isna(first[name]) else first[name]}" for name in columns)
 
 
-def _measured_on(table: pd.DataFrame) -> list[str]:
-    """One line for each group."""
-    points = measured(table).drop_duplicates("group")
-    several = len(points) > 1
-    return [
-        _wrapped((f"group {point['group']}: " if several else "") + measured_on(point))
-        for _, point in points.iterrows()
-    ]
+def _settings(settings: Sequence[Setting], points: pd.DataFrame) -> Section:
+    labels = setting_labels(settings)
+    several = points["group"].nunique() > 1
+    rows = []
+    for setting in sorted(settings, key=lambda setting: (setting.result.num_devices, labels[setting.path])):
+        label = labels[setting.path]
+        numbers = sorted(points.loc[points["setting"] == label, "group"].unique())
+        group = [",".join(map(str, numbers))] if several else []
+        done = f"{setting.points_ok}/{setting.points_asked}"
+        load = "" if setting.load_s is None else f"{setting.load_s:.1f}"
+        rows.append([label, *group, str(setting.result.num_devices), done, plain(setting.result.status), load])
+    header = ("setting", *(["group"] if several else []), "devices", "points ok", "status", "load s")
+    return Section("Settings", header=header, rows=rows, numbers=frozenset({"devices", "points ok", "load s"}))
 
 
-def _group_notes(table: pd.DataFrame) -> list[str]:
-    differences = group_differences(table)
-    if not differences:
-        return []
-    count = table["group"].nunique()
-    lines = [f"These {count} groups were measured on unlike things and are not compared with each other:"]
-    lines += [
-        f"  {name}: " + ", ".join(f"group {number} {value}" for number, value in enumerate(values, 1))
-        for name, values in differences.items()
-    ]
-    return ["\n".join(_wrapped(line) for line in lines)]
+def _best(points: pd.DataFrame, parts: list[tuple[int, pd.DataFrame]]) -> Iterator[Section]:
+    unlike = differing(points, GROUP_BY)
+    for number, part in parts:
+        rows = [
+            [str(seq_len), goal, str(row["setting"]), str(row["num_devices"]), str(row["batch_size"]),
+             _with_unit(row, GOALS[goal])]
+            for seq_len, goal, row in best_points(part)
+        ]  # fmt: skip
+        lines = []
+        if (part["global_batch_size"] != part["batch_size"]).any():
+            lines.append("batch: requests handed to each replica.")
+        if any(row[-1].endswith("*") for row in rows):
+            lines.append("* suspect: see below, and do not rely on it alone.")
+        if any("±" in row[-1] for row in rows):
+            lines.append("±: 95 % confidence interval of the mean over the runs.")
+        title = f"Best of group {number}: {_values(part, unlike)}" if unlike else "Best"
+        header = ("length", "best", "setting", "devices", "batch", "value")
+        yield Section(title, [], header, rows, frozenset({"length", "devices", "batch"}), lines)
 
 
-def _text_table(headers: list[str], rows: list[list[str]]) -> str:
+def _problems(settings: Sequence[Setting], points: pd.DataFrame) -> Section:
+    labels = setting_labels(settings)
+    lines = [f"{labels[setting.path]} failed: {setting.failure}" for setting in settings if setting.failure]
+    lost = points[points["status"] != "ok"].fillna({"reason": "no reason is given"})
+    for (name, status, reason), rows in lost.groupby(["setting", "status", "reason"], observed=True, sort=False):
+        lines.append(f"{name}: {status}, {_where(rows)}: {reason}")
+    doubtful = points[(points["status"] == "ok") & points["verdict"].isin(["suspect", "invalid"])]
+    doubtful = doubtful.fillna({"verdict_reasons": "no reason is given"})
+    keys = ["setting", "verdict", "verdict_reasons"]
+    for (name, verdict, reasons), rows in doubtful.groupby(keys, observed=True, sort=False):
+        lines.append(f"{name}: {verdict}, {_where(rows)}: {reasons}")
+    return Section("Failed, skipped and doubtful", lines=lines)
+
+
+def _where(rows: pd.DataFrame) -> str:
+    """batch 1, 4 x length 512; single points are not named where the shapes make no full grid."""
+    batches, lengths = sorted(rows["batch_size"].unique()), sorted(rows["seq_len"].unique())
+    if len(rows) < len(batches) * len(lengths):
+        return "batch x length " + ", ".join(
+            f"{a}x{b}" for a, b in zip(rows["batch_size"], rows["seq_len"], strict=True)
+        )
+    return f"batch {', '.join(map(str, batches))} x length {', '.join(map(str, lengths))}"
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def _with_unit(row: Mapping[Hashable, Any], metric: str) -> str:
+    mark = "*" if row["verdict"] == "suspect" else ""
+    return f"{with_interval(row[metric], half_width(row, metric))} {METRIC_BY_NAME[metric].unit}{mark}"
+
+
+def with_interval(value: float, half: float | None) -> str:
+    """Digits as far as the interval allows: two of it, and the value as far as those. The interval is rounded up."""
+    if not half:
+        return short(value)
+    four_digits = 3 - math.floor(math.log10(abs(value)))
+    decimals = min(1 - math.floor(math.log10(half)), four_digits + 1)
+    rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
+    shown = max(0, decimals)
+    return f"{round(value, decimals):.{shown}f} ±{rounded_up:.{shown}f}"
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def as_text(parts: Sequence[Section]) -> str:
+    return "\n\n".join("\n".join([*_wrapped(part.title, indent=2), *_text_body(part)]) for part in parts)
+
+
+def _text_body(part: Section) -> Iterator[str]:
+    name_width = max((len(name) for name, _ in part.facts), default=0)
+    for name, value in part.facts:
+        yield from _wrapped(f"  {name:<{name_width}}  {value}", indent=name_width + 4)
+    if part.rows:
+        yield _text_table(part)
+    for line in part.lines[:LIST_LIMIT]:
+        yield from _wrapped(f"  {_short(line, LINE_LIMIT)}", indent=4)
+    if len(part.lines) > LIST_LIMIT:
+        yield f"  … and {len(part.lines) - LIST_LIMIT} more in report.md"
+
+
+def _wrapped(line: str, indent: int) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def _text_table(part: Section) -> str:
+    place = part.header.index("setting")
+    others = [max(map(len, column)) + 2 for column in zip(part.header, *part.rows, strict=True)]
+    room = max(8, WIDTH - 2 - (sum(others) - others[place]))
+    rows = [[_short(cell, room) if index == place else cell for index, cell in enumerate(row)] for row in part.rows]
     tabulate.MIN_PADDING = 0  # the headers are no wider than they must be
-    shown = [[textwrap.shorten(cell, 28, placeholder="…") for cell in row] for row in rows]
-    return tabulate.tabulate(shown, headers=headers, disable_numparse=True)
+    text = tabulate.tabulate(rows, part.header, "simple", colalign=_alignment(part), disable_numparse=True)
+    return textwrap.indent(text, "  ")
 
 
-def _markdown_table(headers: list[str], rows: list[list[str]]) -> str:
-    shown = [[escape(cell) for cell in row] for row in rows]
-    return tabulate.tabulate(shown, headers=headers, tablefmt="github", disable_numparse=True)
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width // 2]}…{text[len(text) - (width - width // 2 - 1) :]}"
 
 
-def escape(text: str) -> str:
-    """Text from a file, made harmless in Markdown: no HTML, no table cell of its own, no link, no emphasis."""
-    safe = html.escape(" ".join(text.split()), quote=False)
-    for character in "\\|`[]*":
-        safe = safe.replace(character, f"\\{character}")
-    return safe
+def _alignment(part: Section) -> list[str]:
+    return ["right" if name in part.numbers else "left" for name in part.header]
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def as_markdown(parts: Sequence[Section], plots: Sequence[tuple[str, Path]], missing: Sequence[str]) -> str:
+    """The same sections, and the plots by name: they lie beside the report."""
+    blocks = ["# Batch inference: results"]
+    for part in parts:
+        blocks.append(f"## {escaped(part.title)}")
+        blocks.append("\n".join(f"- {name}: {escaped(value)}" for name, value in part.facts))
+        if part.rows:
+            rows = [[escaped(cell) for cell in row] for row in part.rows]
+            blocks.append(
+                tabulate.tabulate(rows, part.header, "github", colalign=_alignment(part), disable_numparse=True)
+            )
+        blocks.append("\n".join(f"- {escaped(line)}" for line in part.lines))
+    if plots or missing:
+        blocks.append("## Plots")
+    blocks += [f"![{title}]({path.name})" for title, path in plots]
+    blocks.append("\n".join(f"- Not drawn: {escaped(reason)}" for reason in missing))
+    blocks.append("Every point with all its numbers: [results.csv](results.csv).")
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text from a file as Markdown that shows it as it is: no HTML, no link, no cell border, no emphasis."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
+    # Within a word an underscore means nothing, and tp\_2 is hard to read.
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)

@@ -1,87 +1,164 @@
-"""Results with known numbers, built by hand."""
+"""Synthetic results with known numbers, for the tests of the analysis."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from batch_inference.config import ExperimentConfig
 from batch_inference.metrics import summarise
-from batch_inference.results import Point, Requests, Result, Run
+from batch_inference.results import Point, Requests, Result, Run, save_result
 
-GPU = "NVIDIA H100 80GB HBM3"
+DEVICE = "NVIDIA H100 80GB HBM3"
 
 
-def make_run(batch_size: int, latency_s: float, *, seq_len: int = 512, max_tokens: int = 128, dp: int = 1) -> Run:
-    """Every request gets its first token after a tenth of the run, and its last at the end."""
-    requests = batch_size * dp
-    return Run(
-        latency_s=latency_s,
-        prompt_tokens=requests * seq_len,
-        output_tokens=requests * max_tokens,
-        replicas=[
-            {"replica": index, "start_s": 0.0, "end_s": latency_s, "prompt_tokens": 0, "output_tokens": 0}
-            for index in range(dp)
-        ],
-        requests=Requests(
-            ttft_s=[latency_s / 10] * requests,
-            latency_s=[latency_s] * requests,
-            queue_s=[latency_s / 20] * requests,
-            output_tokens=[max_tokens] * requests,
-        ),
-        energy_j=600.0,
-        memory={"scope": "device", "used_gib": [64.0]},
-        counters={"preemptions": 0, "prefix_cache_hit_tokens": 0},
+def make_run(latency_s: float, *, requests: int = 1, seq_len: int = 64, max_tokens: int = 32, **changes: Any) -> Run:
+    """All requests arrive at 0, see their first token after a tenth of the run, and end with it. The requests' own
+    times are replaced by times=."""
+    times = Requests(
+        ttft_s=[latency_s / 10] * requests,
+        latency_s=[latency_s] * requests,
+        queue_s=[latency_s / 100] * requests,
+        output_tokens=[max_tokens] * requests,
     )
+    values: dict[str, Any] = {
+        "latency_s": latency_s,
+        "prompt_tokens": requests * seq_len,
+        "output_tokens": requests * max_tokens,
+        "replicas": [{"replica": 0, "start_s": 0.0, "end_s": latency_s}],
+        "requests": changes.pop("times", times),
+        "energy_j": None,
+        "memory": {"scope": "device", "used_gib": [60.0]},
+        "counters": {"preemptions": 0, "prefix_cache_hit_tokens": 0},
+    }
+    return Run(**(values | changes))
 
 
-def make_result(tp: int = 1, pp: int = 1, dp: int = 1, *, speed: float = 100.0, **changes: Any) -> Result:
-    """A setting that makes `speed` output tokens per second for each request of a replica.
+def make_point(
+    batch_size: int = 1,
+    seq_len: int = 64,
+    latencies_s: Sequence[float] = (1.0, 1.01, 0.99),
+    *,
+    replicas: int = 1,
+    max_tokens: int = 32,
+    **changes: Any,
+) -> Point:
+    shape = {"requests": batch_size * replicas, "seq_len": seq_len, "max_tokens": max_tokens}
+    runs = [make_run(latency_s, **shape) for latency_s in latencies_s]
+    return Point(batch_size, seq_len, max_tokens, **{"status": "ok", "verdict": "valid", "runs": runs, **changes})
 
-    `changes`: batch_sizes, seq_lens and gpu; `config` and `engine`, which are laid over those of the result.
-    """
-    batch_sizes, seq_lens = changes.pop("batch_sizes", (1, 4, 16)), changes.pop("seq_lens", (512,))
-    config = ExperimentConfig(
-        tensor_parallel_size=tp,
-        pipeline_parallel_size=pp,
-        data_parallel_size=dp,
-        batch_sizes=batch_sizes,
-        seq_lens=seq_lens,
-    )
-    gpu = {"index": 0, "name": changes.pop("gpu", GPU), "memory_gib": 80.0, "power_limit_w": 700.0}
+
+def make_result(
+    name: str = "tp_1",
+    points: Sequence[Point] = (),
+    sizes: tuple[int, int, int] = (1, 1, 1),
+    status: Any = "complete",
+    **sections: dict[str, Any],
+) -> Result:
+    """A setting on H100s of (TP, PP, DP) `sizes`; config=, environment= and engine= change single entries."""
+    devices_per_replica = sizes[0] * sizes[1]
     result = Result(
-        name=config.setting_name,
-        status="complete",
-        config={**config.to_json(), **changes.pop("config", {})},
-        environment={
-            "started_at": "2026-01-01T00:00:00+00:00",
-            "ended_at": "2026-01-01T01:00:00+00:00",
-            "versions": {"vllm": "0.26.0"},
-            "device_kind": "gpu",
-            "devices": [gpu],
-        },
-        engine={
-            "vllm_version": "0.26.0",
-            "dtype": "float16",
-            "weights_gib": 12.6 / tp / pp,
-            "kv_pool_gib": 50.0,
-            "kv_cache_tokens": 100_000,
-            "load_s": {"total_s": 42.0},
-            **changes.pop("engine", {}),
-        },
+        name=name,
+        status=status,
+        config=make_config(sizes, points) | sections.pop("config", {}),
+        environment=make_environment(devices_per_replica * sizes[2]) | sections.pop("environment", {}),
+        engine=make_engine(devices_per_replica) | sections.pop("engine", {}),
+        points=list(points),
     )
-    assert not changes
-    result.points = [
-        make_point(result, batch_size, seq_len, 128 / speed) for seq_len in seq_lens for batch_size in batch_sizes
-    ]
+    assert not sections, f"a result has no {sections}"
+    for point in result.points:
+        point.summary = summarise(result, point)
     return result
 
 
-def make_point(result: Result, batch_size: int, seq_len: int, latency_s: float) -> Point:
-    """Three runs of `latency_s`, give or take a per cent."""
-    point = Point(batch_size, seq_len, 128, "ok", verdict="valid")
-    latencies_s = [latency_s * share for share in (0.99, 1.0, 1.01)]
-    point.runs = [
-        make_run(batch_size, taken_s, seq_len=seq_len, dp=result.data_parallel_size) for taken_s in latencies_s
-    ]
-    point.summary = summarise(result, point)
-    return point
+def make_config(sizes: tuple[int, int, int], points: Sequence[Point]) -> dict[str, Any]:
+    return {
+        "model": "meta-llama/Llama-2-7b-chat-hf",
+        "tensor_parallel_size": sizes[0],
+        "pipeline_parallel_size": sizes[1],
+        "data_parallel_size": sizes[2],
+        "distributed_executor_backend": None,
+        "batch_sizes": sorted({point.batch_size for point in points}) or [1],
+        "seq_lens": sorted({point.seq_len for point in points}) or [64],
+        "max_tokens": 32,
+        "max_model_len": None,
+        "dtype": "auto",
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "num_runs": 3,
+        "seed": 0,
+        "enforce_eager": False,
+        "engine_args": [],
+        "config_hash": "0123456789abcdef",
+    }
+
+
+def make_environment(num_devices: int) -> dict[str, Any]:
+    device = {"name": DEVICE, "memory_gib": 79.6, "power_limit_w": 700.0}
+    return {
+        "started_at": "2026-01-02T03:04:05+00:00",
+        "ended_at": "2026-01-02T03:14:05+00:00",
+        "argv": ["batch_inference_experiment.py"],
+        "host": "node-1",
+        "platform": "Linux",
+        "python_version": "3.11.7",
+        "cpu_name": "a CPU",
+        "versions": {"vllm": "0.32.0", "torch": "2.13.0"},
+        "device_kind": "gpu",
+        "devices": [{"index": index, **device} for index in range(num_devices)],
+        "driver_version": "570.86",
+        "git_commit": "f" * 40,
+        "git_dirty": False,
+        "variables": {},
+    }
+
+
+def make_engine(devices_per_replica: int) -> dict[str, Any]:
+    return {
+        "vllm_version": "0.32.0",
+        "executor": "uni" if devices_per_replica == 1 else "mp",
+        "runner": "GPUModelRunner",
+        "dtype": "bfloat16",
+        "quantization": None,
+        "max_model_len": 4096,
+        "enforce_eager": False,
+        "kv_cache_dtype": "auto",
+        "load_format": "auto",
+        "load_s": {"import_s": 8.0, "engine_s": 32.0, "compile_s": 11.0, "total_s": 40.0},
+        "weights_gib": 12.6 / devices_per_replica,
+        "kv_pool_gib": 40.0,
+        "kv_cache_tokens": 80000 * devices_per_replica,
+    }
+
+
+def make_sweep(
+    settings: Sequence[tuple[int, int, int]],
+    batch_sizes: Sequence[int] = (1, 4, 16),
+    seq_lens: Sequence[int] = (512,),
+    **sections: dict[str, Any],
+) -> list[Result]:
+    """One result per (TP, PP, DP), with latencies that look real: TP and DP speed up, PP a little, length costs."""
+    results = []
+    for tp, pp, dp in settings:
+        scale = 0.2 + 0.8 / (tp * (1 + 0.4 * (pp - 1)))
+        points = []
+        for seq_len, batch_size in itertools.product(seq_lens, batch_sizes):
+            middle_s = scale * (0.8 + 0.01 * batch_size * (1 + seq_len / 1024))
+            latencies_s = [middle_s * factor for factor in (0.99, 1.0, 1.012)]
+            points.append(make_point(batch_size, seq_len, latencies_s, replicas=dp))
+        results.append(make_result(setting_name(tp, pp, dp), points, (tp, pp, dp), **sections))
+    return results
+
+
+def setting_name(tp: int, pp: int, dp: int) -> str:
+    return "_".join(f"{key}_{size}" for key, size in (("tp", tp), ("pp", pp), ("dp", dp)) if size > 1) or "tp_1"
+
+
+def save_all(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Files named as the launcher names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{result.name}_results.json" for result in results]
+    for result, path in zip(results, paths, strict=True):
+        save_result(result, path)
+    return paths

@@ -1,80 +1,144 @@
+"""Every metric against a number worked out by hand."""
+
 from __future__ import annotations
 
 import pytest
 
-from batch_inference.metrics import METRICS, summarise
-from batch_inference.results import Point
-from builders import make_result, make_run
-from conftest import REPOSITORY
+from batch_inference.metrics import METRIC_BY_NAME, METRICS, markdown_table, summarise
+from batch_inference.results import Requests
+from builders import make_point, make_result, make_run
 
-
-@pytest.fixture
-def summary() -> dict[str, float | None]:
-    """Two replicas of two devices; batches of 4; runs of 1, 2 and 3 s."""
-    result = make_result(tp=2, dp=2)
-    point = Point(4, 512, 128, "ok", runs=[make_run(4, latency_s, dp=2) for latency_s in (1.0, 2.0, 3.0)])
-    return summarise(result, point)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("output_tok_per_s", 3 * 8 * 128 / 6),
-        ("prompt_tok_per_s", 3 * 8 * 512 / 6),
-        ("total_tok_per_s", 3 * 8 * 640 / 6),
-        ("requests_per_s", 3 * 8 / 6),
-        ("output_tok_per_s_per_device", 3 * 8 * 128 / 6 / 4),
-        ("latency_mean_s", 2.0),
-        ("latency_p50_s", 2.0),
-        ("latency_p90_s", 2.8),
-        ("latency_p99_s", 2.98),
-        ("latency_ci95_s", 4.303 / 3**0.5),
-        ("ttft_mean_s", 0.2),
-        ("ttft_p50_s", 0.2),
-        ("ttft_p99_s", 0.3),
-        ("tpot_mean_s", 1.8 / 127),
-        ("tpot_p50_s", 1.8 / 127),
-        ("tpot_p99_s", 2.7 / 127),
-        ("queue_mean_s", 0.1),
-        ("memory_used_gib", 64.0),
-        ("weights_gib", 6.3),
-        ("kv_pool_gib", 50.0),
-        ("kv_cache_tokens", 100_000),
-        ("kv_use", 4 * 640 / 100_000),
-        ("preemptions", 0),
-        ("energy_j_per_output_token", 1800 / (3 * 8 * 128)),
-        ("load_s", 42.0),
-    ],
+# Two replicas of TP=2, two requests each: 4 requests of 100 prompt and 10 output tokens, in two runs of 2 s and 3 s.
+RUNS = [
+    make_run(
+        2.0,
+        requests=4,
+        seq_len=100,
+        max_tokens=10,
+        times=Requests(
+            ttft_s=[0.2, 0.2, 0.4, 0.4],
+            latency_s=[2.0, 2.0, 1.3, 1.3],
+            queue_s=[0.0, 0.0, 0.1, 0.1],
+            output_tokens=[10, 10, 10, 10],
+        ),
+        energy_j=600.0,
+        memory={"scope": "device", "used_gib": [10.0, 11.0, 12.0, 13.0]},
+        counters={"preemptions": 1, "prefix_cache_hit_tokens": 0},
+    ),
+    make_run(
+        3.0,
+        requests=4,
+        seq_len=100,
+        max_tokens=10,
+        times=Requests(
+            ttft_s=[0.3, 0.3, 0.3, 0.3],
+            latency_s=[3.0, 3.0, 3.0, 3.0],
+            queue_s=[0.2, 0.2, 0.2, 0.2],
+            output_tokens=[10, 10, 10, 10],
+        ),
+        energy_j=1000.0,
+        memory={"scope": "device", "used_gib": [10.0, 11.0, 12.0, 14.0]},
+        counters={"preemptions": 2, "prefix_cache_hit_tokens": 0},
+    ),
+]
+POINT = make_point(2, 100, max_tokens=10, runs=RUNS)
+RESULT = make_result(
+    "tp_2_dp_2",
+    [POINT],
+    (2, 1, 2),
+    engine={"weights_gib": 6.5, "kv_pool_gib": 30.0, "kv_cache_tokens": 2200, "load_s": {"total_s": 40.0}},
 )
-def test_every_metric_by_hand(summary: dict[str, float | None], name: str, value: float) -> None:
-    assert summary[name] == pytest.approx(value)
+EXPECTED = {
+    "output_tok_per_s": 16.0,  # 80 tokens / 5 s
+    "prompt_tok_per_s": 160.0,  # 800 / 5
+    "total_tok_per_s": 176.0,
+    "requests_per_s": 1.6,  # 2 x 2 replicas x 2 runs / 5
+    "output_tok_per_s_per_device": 4.0,  # on 4 devices
+    "latency_mean_s": 2.5,
+    "latency_p50_s": 2.5,
+    "latency_p90_s": 2.9,
+    "latency_p99_s": 2.99,
+    "latency_ci95_s": 6.353,  # 12.706 x sqrt(0.5) / sqrt(2)
+    "ttft_mean_s": 0.3,
+    "ttft_p50_s": 0.3,
+    "ttft_p90_s": 0.4,  # sorted: .2 .2 .3 .3 .3 .3 .4 .4; rank 6.3
+    "ttft_p99_s": 0.4,
+    # (2 - .2) / 9 = .2 twice, (1.3 - .4) / 9 = .1 twice, (3 - .3) / 9 = .3 four times
+    "tpot_mean_s": 0.225,
+    "tpot_p50_s": 0.25,
+    "tpot_p90_s": 0.3,
+    "tpot_p99_s": 0.3,
+    "queue_mean_s": 0.125,
+    "memory_used_gib": 14.0,
+    "weights_gib": 6.5,
+    "kv_pool_gib": 30.0,
+    "kv_cache_tokens": 2200,
+    "kv_use": 0.1,  # 2 x 110 / 2200: the batch of one replica in its own cache
+    "preemptions": 3,
+    "energy_j_per_output_token": 20.0,  # 1600 J / 80 tokens
+    "load_s": 40.0,
+}
 
 
-def test_no_metric_is_left_without_a_test() -> None:
-    (mark,) = test_every_metric_by_hand.pytestmark  # type: ignore[attr-defined]
-    tested = {name for name, _ in mark.args[1]}
-    # The 90th percentiles of requests are made by the same code as the others.
-    assert {metric.name for metric in METRICS} - tested == {"ttft_p90_s", "tpot_p90_s"}
+def test_every_metric_has_a_number_worked_out_by_hand() -> None:
+    assert set(EXPECTED) == {metric.name for metric in METRICS}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_metric_is_what_its_definition_says(name: str) -> None:
+    assert METRIC_BY_NAME[name].formula(RESULT, POINT) == pytest.approx(EXPECTED[name])
 
 
 def test_a_point_without_runs_has_no_numbers() -> None:
-    summary = summarise(make_result(), Point(1, 8, 4, "oom"))
-    assert set(summary.values()) == {None}
-    assert len(summary) == len(METRICS)
+    point = make_point(status="oom", verdict=None, runs=[])
+    assert set(summarise(RESULT, point).values()) == {None}
 
 
-def test_what_was_not_measured_is_none_and_never_zero() -> None:
+def test_one_run_has_no_interval() -> None:
+    assert summarise(RESULT, make_point(latencies_s=[1.0]))["latency_ci95_s"] is None
+
+
+def test_requests_of_one_output_token_have_no_time_per_output_token() -> None:
+    numbers = summarise(RESULT, make_point(max_tokens=1))
+    assert numbers["tpot_mean_s"] is None
+    assert numbers["tpot_p99_s"] is None
+    assert numbers["ttft_mean_s"] is not None
+
+
+def test_energy_of_some_runs_alone_is_no_energy_of_the_point() -> None:
+    runs = [make_run(1.0, energy_j=5.0), make_run(1.0, energy_j=None)]
+    assert summarise(RESULT, make_point(runs=runs))["energy_j_per_output_token"] is None
+
+
+def test_no_output_token_has_no_energy_per_token() -> None:
+    runs = [make_run(1.0, energy_j=5.0, output_tokens=0)]
+    assert summarise(RESULT, make_point(runs=runs))["energy_j_per_output_token"] is None
+
+
+@pytest.mark.parametrize("used", [None, []])
+def test_memory_that_nobody_measured_is_unknown(used: list[float] | None) -> None:
+    runs = [make_run(1.0, memory={"scope": "device", "used_gib": used})]
+    assert summarise(RESULT, make_point(runs=runs))["memory_used_gib"] is None
+
+
+@pytest.mark.parametrize("load_s", [None, {}, {"import_s": 3.0}])
+def test_an_engine_that_says_nothing_leaves_its_numbers_unknown(load_s: dict[str, float] | None) -> None:
     result = make_result()
-    run = make_run(1, 1.0, max_tokens=1)
-    bare = Point(1, 512, 1, "ok", runs=[type(run)(**{**vars(run), "energy_j": None, "memory": {"used_gib": None}})])
-    result.engine = {}
-    summary = summarise(result, bare)
-    unknown = {name for name, value in summary.items() if value is None}
-    assert {"energy_j_per_output_token", "memory_used_gib", "load_s", "weights_gib", "kv_use"} <= unknown
-    assert {"tpot_mean_s", "latency_ci95_s"} <= unknown  # a single token, a single run
+    result.engine = {"load_s": load_s}
+    numbers = summarise(result, make_point())
+    names = ("weights_gib", "kv_pool_gib", "kv_cache_tokens", "kv_use", "load_s")
+    assert {numbers[name] for name in names} == {None}
 
 
-def test_the_readme_shows_the_table_of_metrics_as_it_is() -> None:
-    from batch_inference.metrics import markdown_table
+def test_names_are_unique_and_end_with_their_unit() -> None:
+    names = [metric.name for metric in METRICS]
+    assert len(set(names)) == len(names)
+    for metric in METRICS:
+        if metric.unit in ("s", "GiB"):
+            assert metric.name.endswith({"s": "_s", "GiB": "_gib"}[metric.unit])
 
-    assert markdown_table() in (REPOSITORY / "README_batch_inference.md").read_text()
+
+def test_the_table_for_the_readme_has_a_line_for_every_metric() -> None:
+    lines = markdown_table().splitlines()
+    assert len(lines) == len(METRICS) + 2
+    assert all(f"`{metric.name}`" in line for metric, line in zip(METRICS, lines[2:], strict=True))

@@ -1,109 +1,166 @@
+"""The result file: round trip, atomic save, and what is refused."""
+
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from batch_inference.results import ResultFileError, check_writable, load_result, save_result
-from builders import make_result
+from batch_inference.results import (
+    SCHEMA_VERSION,
+    Point,
+    ResultFileError,
+    check_writable,
+    load_result,
+    save_result,
+)
+from builders import make_point, make_result
 
 
-def saved(folder: Path) -> Path:
-    path = folder / "tp_1_results.json"
-    save_result(make_result(), path)
-    return path
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "tp_1_results.json"
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
-    result = make_result(tp=2, seq_lens=(8, 16))
-    path = tmp_path / "x.json"
+def write(path: Path, **changes: Any) -> None:
+    """A good result file with some entries changed; None takes an entry out."""
+    save_result(make_result(points=[make_point()]), path)
+    document = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+
+
+def test_what_is_saved_is_what_is_loaded(path: Path) -> None:
+    failed = Point(16, 64, 32, "oom", reason="out of memory", log_tail=["a", "ä"])
+    result = make_result("tp_2_dp_2", [make_point(replicas=2), failed], (2, 1, 2), status="partial")
     save_result(result, path)
     assert load_result(path) == result
-    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path)
-    before = path.read_bytes()
+def test_a_setting_has_tp_times_pp_times_dp_devices() -> None:
+    assert make_result(sizes=(2, 3, 4)).num_devices == 24
 
-    def disk_full(_: int) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", disk_full)
+def test_saving_again_replaces_the_file_and_leaves_nothing_beside_it(path: Path) -> None:
+    save_result(make_result("old"), path)
+    save_result(make_result("new"), path)
+    assert load_result(path).name == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_cut_short_leaves_the_old_file_and_nothing_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_result(make_result("old"), path)
+
+    def cut_short(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", cut_short)
     with pytest.raises(ResultFileError, match=r"tp_1_results\.json: cannot be written: No space left"):
-        save_result(make_result(speed=1.0), path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+        save_result(make_result("new"), path)
+    assert load_result(path).name == "old"
+    assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_no_number_that_is_not_json_is_written(tmp_path: Path, number: float) -> None:
-    result = make_result()
-    result.engine["weights_gib"] = number
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        save_result(result, tmp_path / "x.json")
-    assert list(tmp_path.iterdir()) == []
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ResultFileError, match=r"missing/x\.json: cannot be written"):
+        save_result(make_result(), tmp_path / "missing" / "x.json")
+    with pytest.raises(ResultFileError, match="--output-file"):
+        check_writable(tmp_path / "missing" / "x.json")
 
 
-def test_an_unwritable_folder_is_found_without_touching_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ResultFileError, match="cannot be written"):
-        check_writable(tmp_path / "absent" / "x.json")
-    path = saved(tmp_path)
-    before = path.stat().st_mtime_ns
+def test_checking_does_not_touch_the_file(path: Path) -> None:
+    save_result(make_result("old"), path)
     check_writable(path)
-    assert path.stat().st_mtime_ns == before
+    assert load_result(path).name == "old"
+    assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "not valid JSON"),
-        ("", "not valid JSON"),
-        ('{"schema_version": 1, "x": NaN}', "NaN is not JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ("[]", "no schema_version"),
-        ('{"some": "thing"}', "no schema_version"),
-        ('{"schema_version": 99}', "schema_version is 99, this program reads up to 1; update this program"),
-        ('{"schema_version": "1"}', "schema_version is '1'"),
-        ('{"schema_version": 1}', "'points' is missing"),
-        ('{"schema_version": 1, "points": 7}', "not iterable"),
-    ],
-)
-def test_a_foreign_or_broken_file_is_named_with_the_reason(tmp_path: Path, text: str, said: str) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    with pytest.raises(ResultFileError) as caught:
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_no_number_is_never_written(path: Path, number: float) -> None:
+    save_result(make_result("old"), path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_result(make_result("new", engine={"weights_gib": number}), path)
+    assert load_result(path).name == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_value_that_json_does_not_know_is_never_written(path: Path) -> None:
+    with pytest.raises(TypeError, match="PosixPath does not belong"):
+        save_result(make_result(config={"model": path}), path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_no_number_is_never_read(path: Path, word: str) -> None:
+    write(path, engine={"weights_gib": "HERE"})
+    path.write_text(path.read_text().replace('"HERE"', word))
+    with pytest.raises(ResultFileError, match=f"{word} is not JSON"):
         load_result(path)
-    assert str(caught.value).startswith(str(path))
-    assert said in str(caught.value)
+
+
+def test_a_newer_file_asks_for_a_newer_program(path: Path) -> None:
+    write(path, schema_version=SCHEMA_VERSION + 1)
+    with pytest.raises(ResultFileError, match=f"schema_version is {SCHEMA_VERSION + 1}.*update this program"):
+        load_result(path)
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("text", "reason"),
     [
-        (("points", 0, "batch_size"), "four"),
-        (("points", 0, "runs", 0, "latency_s"), "fast"),
-        (("points", 0, "runs", 0, "latency_s"), 0),
-        (("points", 0, "runs", 0, "requests"), None),
-        (("config",), []),
-        (("config", "tensor_parallel_size"), None),
-        (("points", 0, "surprise"), 1),
+        ("", "not valid JSON"),
+        ('{"schema_version": 1, "name"', "not valid JSON"),
+        ("\x80", "not valid JSON"),
+        ("[" * 100000, "not valid JSON"),
+        ("[1, 2]", "no schema_version"),
+        ('{"results": []}', "no schema_version"),
+        ('{"schema_version": "one"}', "schema_version is 'one'"),
+        ('{"schema_version": 1}', "'points' is missing"),
     ],
 )
-def test_values_of_the_wrong_kind_are_refused(tmp_path: Path, place: tuple[str | int, ...], value: object) -> None:
-    path = saved(tmp_path)
-    document = json.loads(path.read_text())
-    *outer, last = place
-    target = document
-    for step in outer:
-        target = target[step]
-    target[last] = value
-    path.write_text(json.dumps(document))
+def test_a_foreign_or_broken_file_is_named_with_the_reason(path: Path, text: str, reason: str) -> None:
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ResultFileError, match=f"^{path}: .*{reason}"):
+        load_result(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": None},
+        {"points": [{"batch_size": 1}]},
+        {"points": [1]},
+        {"points": 5},
+        {"config": {}},
+        {"config": []},
+        {"engine": "none"},
+        {"config": {"tensor_parallel_size": 0, "pipeline_parallel_size": 1, "data_parallel_size": 1}},
+        {"config": {"tensor_parallel_size": "two", "pipeline_parallel_size": 1, "data_parallel_size": 1}},
+    ],
+)
+def test_a_file_with_the_wrong_shape_is_not_ours(path: Path, changes: dict[str, Any]) -> None:
+    write(path, **changes)
     with pytest.raises(ResultFileError, match="not a result of this program"):
         load_result(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ResultFileError, match="cannot be read"):
-        load_result(tmp_path / "absent.json")
+@pytest.mark.parametrize("latency_s", [0, -1.5, "fast", True])
+def test_a_run_needs_a_latency_above_zero(path: Path, latency_s: Any) -> None:
+    save_result(make_result(points=[make_point()]), path)
+    document = json.loads(path.read_text())
+    document["points"][0]["runs"][1]["latency_s"] = latency_s
+    path.write_text(json.dumps(document))
+    with pytest.raises(ResultFileError, match="latency_s is"):
+        load_result(path)
+
+
+def test_a_missing_file_is_named(path: Path) -> None:
+    with pytest.raises(ResultFileError, match="cannot be read: No such file"):
+        load_result(path)
+
+
+def test_unknown_sections_of_the_same_version_are_left_alone(path: Path) -> None:
+    write(path, remark="kept by hand")
+    assert load_result(path).name == "tp_1"

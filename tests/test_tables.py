@@ -1,107 +1,299 @@
+"""Result files to tables: columns, groups of like things, the best points, scaling, CSV."""
+
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from batch_inference.metrics import METRICS
-from batch_inference.results import Point
-from batch_inference.tables import best_points, group_differences, points_table, scaling_table, write_csv
-from builders import make_result
+from batch_inference.results import Point, Result, ResultFileError
+from batch_inference.tables import (
+    GROUP_BY,
+    TO_MENTION,
+    Setting,
+    believable,
+    best_points,
+    differing,
+    groups,
+    half_width,
+    load_setting,
+    point_table,
+    setting_labels,
+    write_csv,
+)
+from builders import make_point, make_result, make_sweep, save_all
 
 
-def test_one_row_per_point_with_settings_and_every_metric() -> None:
-    table = points_table([make_result(), make_result(tp=2, dp=2)])
-    assert len(table) == 6
-    assert {metric.name for metric in METRICS} <= set(table.columns)
-    last = table.iloc[-1]
-    assert (last["name"], last["batch_size"], last["global_batch_size"], last["num_devices"]) == (
-        "tp_2_dp_2",
-        16,
-        32,
-        4,
+@pytest.fixture
+def table(tmp_path: Path) -> Any:
+    def build(results: Sequence[Result]) -> pd.DataFrame:
+        return point_table([load_setting(path) for path in save_all(results, tmp_path)])
+
+    return build
+
+
+def winners(group: pd.DataFrame) -> dict[str, tuple[str, int]]:
+    return {goal: (row["setting"], row["batch_size"]) for _, goal, row in best_points(group)}
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_one_row_per_point_with_settings_environment_and_metrics(table: Any) -> None:
+    points = table(make_sweep([(1, 1, 1), (2, 1, 2)], batch_sizes=(1, 4), seq_lens=(8, 16)))
+    assert len(points) == 8
+    assert {metric.name for metric in METRICS} <= set(points.columns)
+    assert {*GROUP_BY, *TO_MENTION, "tensor_parallel_size", "data_parallel_size", "python_version"} <= set(points)
+    row = points[points["setting"] == "tp_2_dp_2"].iloc[1]
+    assert (row["batch_size"], row["global_batch_size"], row["num_devices"]) == (4, 8, 4)
+    assert (row["vllm_version"], row["device_name"], row["torch_version"]) == (
+        "0.32.0",
+        "NVIDIA H100 80GB HBM3",
+        "2.13.0",
     )
 
 
-def test_numbers_come_from_the_runs_and_not_from_the_stored_summary() -> None:
-    result = make_result()
-    true = result.points[0].summary["output_tok_per_s"]
-    result.points[0].summary["output_tok_per_s"] = 1e9
-    assert points_table([result]).iloc[0]["output_tok_per_s"] == true
+def test_what_vllm_really_used_stands_in_place_of_what_was_asked(table: Any) -> None:
+    row = table([make_result(points=[make_point()])]).iloc[0]
+    assert (row["dtype"], row["max_model_len"]) == ("bfloat16", 4096)
+    assert row["temperature"] == 0.8
 
 
-def test_the_best_point_is_the_planted_one() -> None:
-    table = points_table([make_result(), make_result(tp=2, speed=150), make_result(tp=4, speed=140)])
-    (best,) = best_points(table, "output_tok_per_s", "higher").to_dict("records")
-    assert (best["name"], best["batch_size"]) == ("tp_2", 16)
-    (best,) = best_points(table, "output_tok_per_s_per_device", "higher").to_dict("records")
-    assert best["name"] == "tp_1"
-    (best,) = best_points(table, "latency_mean_s", "lower").to_dict("records")
-    assert best["name"] == "tp_2"
+def test_metrics_are_computed_again_and_not_believed(table: Any) -> None:
+    result = make_result(points=[make_point(2, latencies_s=[1.0, 1.0])])
+    result.points[0].summary = {"output_tok_per_s": 1e9}
+    assert table([result])["output_tok_per_s"].tolist() == [64.0]
 
 
-def test_an_invalid_point_never_wins() -> None:
-    fast = make_result(tp=2, speed=1000)
-    for point in fast.points:
-        point.verdict = "invalid"
-    (best,) = best_points(points_table([make_result(), fast]), "output_tok_per_s", "higher").to_dict("records")
-    assert best["name"] == "tp_1"
+def test_smaller_settings_come_first_whatever_their_files_are_called(table: Any) -> None:
+    points = table(make_sweep([(8, 1, 1), (1, 1, 1), (1, 2, 1)], batch_sizes=(1,)))
+    assert points["setting"].tolist() == ["tp_1", "pp_2", "tp_8"]
+
+
+def test_a_name_in_two_files_is_told_apart_by_the_file(tmp_path: Path) -> None:
+    one, two = make_result(points=[make_point()]), make_result(points=[make_point()])
+    paths = save_all([one], tmp_path) + save_all([two], tmp_path / "other")
+    paths[1] = paths[1].rename(tmp_path / "again.json")
+    settings = [load_setting(path) for path in paths]
+    assert list(setting_labels(settings).values()) == ["tp_1 [tp_1_results]", "tp_1 [again]"]
+    assert point_table(settings)["setting"].nunique() == 2
+
+
+def test_points_asked_for_and_never_reached_are_counted() -> None:
+    config = {"batch_sizes": [1, 2, 4], "seq_lens": [8, 16]}
+    result = make_result(points=[make_point(), make_point(2, status="oom", runs=[])], config=config)
+    setting = Setting(Path("x.json"), result, [])
+    assert (setting.points_ok, setting.points_asked) == (1, 6)
+
+
+@pytest.mark.parametrize("nothing", [None, {}, [], "text", 5])
+def test_whatever_is_missing_is_an_empty_cell(table: Any, nothing: Any) -> None:
+    result = make_result(points=[make_point()])
+    result.engine = {"load_s": None, "kv_cache_tokens": None, "dtype": None}
+    result.environment = {"versions": nothing, "devices": nothing, "device_kind": None}
+    row = table([result]).iloc[0]
+    assert row[["device_name", "device_memory_gib", "vllm_version", "load_s", "weights_gib"]].isna().all()
+    assert row["dtype"] == "auto"
+
+
+def test_devices_of_two_kinds_in_one_setting_are_both_named(table: Any) -> None:
+    devices = [{"name": "B", "memory_gib": 80}, {"name": "A", "memory_gib": 40}, {"name": "B"}, {}]
+    row = table([make_result(points=[make_point()], environment={"devices": devices})]).iloc[0]
+    assert (row["device_name"], row["device_memory_gib"]) == ("A + B", 40)
+
+
+def test_no_point_at_all_is_a_table_with_columns(table: Any) -> None:
+    points = table([make_result(status="failed")])
+    assert points.empty
+    assert {"setting", "group", "output_tok_per_s", "scaling_efficiency"} <= set(points.columns)
+    assert list(groups(points)) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "column"),
+    ("where", "value"),
     [
-        ({"gpu": "NVIDIA H200"}, "device"),
-        ({"engine": {"vllm_version": "0.27.0"}}, "vllm_version"),
-        ({"engine": {"dtype": "bfloat16"}}, "dtype"),
-        ({"engine": {"quantization": "fp8"}}, "quantization"),
-        ({"config": {"model": "another/model"}}, "model"),
-        ({"config": {"max_tokens": 64}}, "max_tokens"),
-        ({"config": {"distributed_executor_backend": "external_launcher"}}, "under_torchrun"),
-        ({"engine": {"enforce_eager": True}}, "enforce_eager"),
+        (("engine", "weights_gib"), "much"),
+        (("engine", "kv_cache_tokens"), "many"),
+        (("points", 0, "batch_size"), 0),
+        (("points", 0, "seq_len"), -8),
+        (("points", 0, "verdict_reasons"), None),
+        (("points", 0, "runs", 0, "memory"), 5),
+        (("points", 0, "runs", 0, "counters"), {}),
+        (("points", 0, "runs", 0, "output_tokens"), "32"),
+        (("config", "data_parallel_size"), 10**400),
     ],
 )
-def test_unlike_things_are_never_ranked_together(changes: dict[str, object], column: str) -> None:
-    table = points_table([make_result(), make_result(tp=2, speed=500, **changes)])
-    assert len(best_points(table, "output_tok_per_s", "higher")) == 2
-    assert column in group_differences(table)
-    assert scaling_table(table)["num_devices"].tolist() == scaling_table(table)["baseline_devices"].tolist()
+def test_a_value_that_cannot_be_used_names_the_file(tmp_path: Path, where: tuple[Any, ...], value: Any) -> None:
+    (path,) = save_all([make_result(points=[make_point()])], tmp_path)
+    document = json.loads(path.read_text())
+    inner = document
+    for step in where[:-1]:
+        inner = inner[step]
+    inner[where[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(ResultFileError, match=f"^{path}: "):
+        load_setting(path)
 
 
-def test_like_things_are_one_group() -> None:
-    table = points_table([make_result(), make_result(tp=2, engine={"executor": "mp"})])
-    assert set(table["group"]) == {1}
-    assert group_differences(table) == {}
+# --- groups -------------------------------------------------------------------------------------------------------
 
 
-def test_scaling_is_judged_at_equal_global_batch_size() -> None:
-    one = make_result(batch_sizes=(4, 8))
-    two = make_result(dp=2, batch_sizes=(4, 8))
-    table = scaling_table(points_table([one, two]))
-    scaled = table[table["name"] == "dp_2"]
-    # DP=2 at batch 4 is 8 requests; its batch of 8 is 16, which the baseline did not measure.
-    assert scaled["global_batch_size"].tolist() == [8]
-    assert scaled["speedup"].tolist() == pytest.approx([1.0])
-    assert scaled["scaling_efficiency"].tolist() == pytest.approx([0.5])
-    assert set(table["baseline"]) == {"tp_1"}
+UNLIKE: list[dict[str, Any]] = [
+    {"environment": {"devices": [{"name": "NVIDIA A100"}]}},
+    {"environment": {"device_kind": "cpu"}},
+    {"environment": {"versions": {"vllm": "0.26.0"}}},
+    {"engine": {"dtype": "float16"}},
+    {"engine": {"quantization": "fp8"}},
+    {"engine": {"load_format": "dummy"}},
+    {"engine": {"runner": "GPUModelRunnerV2"}},
+    {"engine": {"enforce_eager": True}},
+    {"config": {"model": "other"}},
+    {"config": {"temperature": 0.0}},
+    {"config": {"distributed_executor_backend": "external_launcher"}},
+]
 
 
-def test_the_csv_has_one_header_row_and_empty_cells_for_the_unknown(tmp_path: Path) -> None:
-    result = make_result()
-    result.points.append(Point(64, 512, 128, "oom", "out of memory"))
-    path = tmp_path / "results.csv"
-    write_csv(points_table([result]), path)
-    table = pd.read_csv(path)
-    assert len(table) == 4
-    assert table["status"].tolist() == ["ok", "ok", "ok", "oom"]
-    assert table["output_tok_per_s"].isna().tolist() == [False, False, False, True]
-    assert table["output_tok_per_s"].dtype == float
+@pytest.mark.parametrize("change", UNLIKE, ids=str)
+def test_unlike_things_are_never_ranked_together(table: Any, change: dict[str, Any]) -> None:
+    faster = make_result("other", [make_point(latencies_s=[0.1, 0.1])], **change)
+    points = table([make_result(points=[make_point()]), faster])
+    parts = [part for _, part in groups(points)]
+    assert [winners(part)["throughput"] for part in parts] == [("other", 1), ("tp_1", 1)]
+    assert len(differing(points, GROUP_BY)) == 1
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx"])
-def test_no_cell_is_a_formula_to_a_spreadsheet(tmp_path: Path, text: str) -> None:
-    result = make_result(config={"model": text})
-    path = tmp_path / "results.csv"
-    write_csv(points_table([result]), path)
-    assert set(pd.read_csv(path)["model"]) == {"'" + text}
+def test_points_of_unequal_output_length_are_unlike_even_in_one_file(table: Any) -> None:
+    points = table([make_result(points=[make_point(), make_point(max_tokens=64)])])
+    assert points["group"].tolist() == [1, 2]
+    assert differing(points, GROUP_BY) == ["max_tokens"]
+
+
+def test_one_process_and_many_belong_together_and_so_do_tp_pp_and_dp(table: Any) -> None:
+    points = table(make_sweep([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]))
+    assert set(points["executor"]) == {"uni", "mp"}
+    assert set(points["group"]) == {1}
+
+
+def test_a_difference_within_a_group_is_found(table: Any) -> None:
+    other = make_result("b", [make_point()], config={"gpu_memory_utilization": 0.5, "engine_args": ["--x", "a b"]})
+    points = table([make_result(points=[make_point()]), other])
+    assert set(points["group"]) == {1}
+    assert differing(points, TO_MENTION) == ["gpu_memory_utilization", "engine_args"]
+    assert points["engine_args"].dropna().tolist() == ["--x 'a b'"]
+
+
+# --- the best -----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_each_goal_is_found_per_length(table: Any) -> None:
+    points = table(
+        [
+            # 32 output tokens per request: 32, 128/2 = 64 tok/s
+            make_result("tp_1", [make_point(1, latencies_s=[1.0]), make_point(4, latencies_s=[2.0])]),
+            # 40, 80 tok/s on two devices: 40 each
+            make_result("tp_2", [make_point(1, latencies_s=[0.8]), make_point(4, latencies_s=[1.6])], (2, 1, 1)),
+        ]
+    )
+    assert winners(points) == {"throughput": ("tp_2", 4), "per device": ("tp_1", 4), "latency": ("tp_2", 1)}
+
+
+def test_an_invalid_or_failed_point_never_wins(table: Any) -> None:
+    invalid = make_point(4, latencies_s=[0.001, 0.001], verdict="invalid")
+    failed = Point(8, 64, 32, "error", reason="x")
+    points = table([make_result(points=[make_point(), invalid, failed])])
+    assert set(winners(points).values()) == {("tp_1", 1)}
+    assert believable(points)["batch_size"].tolist() == [1]
+
+
+def test_no_measured_point_has_no_best(table: Any) -> None:
+    assert best_points(table([make_result(points=[Point(1, 64, 32, "oom", reason="x")])])) == []
+
+
+def test_the_interval_of_throughput_is_as_wide_as_that_of_latency(table: Any) -> None:
+    row = table([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0])])]).iloc[0]
+    assert half_width(row, "latency_mean_s") == pytest.approx(4.303 / math.sqrt(3))
+    assert half_width(row, "output_tok_per_s") == pytest.approx(16 * 4.303 / math.sqrt(3) / 2)
+
+
+def test_one_run_has_no_interval(table: Any) -> None:
+    row = table([make_result(points=[make_point(latencies_s=[1.0])])]).iloc[0]
+    assert half_width(row, "output_tok_per_s") is None
+
+
+# --- scaling ------------------------------------------------------------------------------------------------------
+
+
+def efficiencies(points: pd.DataFrame, name: str) -> list[float]:
+    return list(points.loc[points["setting"] == name, "scaling_efficiency"])
+
+
+def test_scaling_efficiency_compares_equal_global_batch_and_length(table: Any) -> None:
+    one = make_result("tp_1", [make_point(batch, latencies_s=[1.0]) for batch in (1, 2, 4)])
+    two = make_result("tp_2", [make_point(4, latencies_s=[0.625])], (2, 1, 1))
+    # DP=2 at batch 2 is a global batch of 4, as fast as one device with half of it.
+    replicas = make_result("dp_2", [make_point(b, latencies_s=[0.5], replicas=2) for b in (1, 2, 4)], (1, 1, 2))
+    points = table([one, two, replicas])
+    assert set(points["scaling_baseline"]) == {"tp_1"}
+    assert efficiencies(points, "tp_1") == [1.0, 1.0, 1.0]
+    assert efficiencies(points, "tp_2") == pytest.approx([0.8])
+    assert efficiencies(points, "dp_2") == pytest.approx([1.0, 1.0, math.nan], nan_ok=True)
+
+
+def test_each_group_has_its_own_baseline(table: Any) -> None:
+    other = {"engine": {"dtype": "float16"}}
+    sweep = make_sweep([(1, 1, 1), (2, 1, 1)]) + make_sweep([(4, 1, 1), (8, 1, 1)], **other)
+    points = table(sweep)
+    assert points.groupby("group")["scaling_baseline"].unique().map(list).tolist() == [["tp_1"], ["tp_4"]]
+
+
+def test_an_invalid_baseline_point_is_no_baseline(table: Any) -> None:
+    one = make_result("tp_1", [make_point(1, verdict="invalid"), make_point(2)])
+    two = make_result("tp_2", [make_point(1), make_point(2)], (2, 1, 1))
+    assert efficiencies(table([one, two]), "tp_2") == pytest.approx([math.nan, 0.5], nan_ok=True)
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_csv_reads_back_as_the_same_table(table: Any, tmp_path: Path) -> None:
+    points = table([*make_sweep([(1, 1, 1), (2, 1, 1)]), make_result("f", [Point(1, 9, 32, "oom", reason='a,"b"\nc')])])
+    write_csv(points, tmp_path / "results.csv")
+    back = pd.read_csv(tmp_path / "results.csv")
+    assert list(back.columns) == list(points.columns)
+    assert len(back) == len(points)
+    for metric in METRICS:
+        assert back[metric.name].tolist() == pytest.approx(points[metric.name].tolist(), nan_ok=True)
+    assert back["reason"].dropna().tolist() == ['a,"b" c']
+    assert back["batch_size"].dtype == "int64"
+    assert back["quantization"].isna().all()
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", " =", "\r="])
+def test_a_spreadsheet_finds_no_formula(tmp_path: Path, start: str) -> None:
+    evil = f"{start}HYPERLINK(1)"
+    point = Point(1, 8, 4, "error", reason=evil)
+    result = make_result(evil, [point], config={"engine_args": [evil], evil: evil}, environment={"host": evil})
+    path = tmp_path / "evil.json"
+    save_all([result], tmp_path)[0].rename(path)
+    write_csv(point_table([load_setting(path)]), tmp_path / "results.csv")
+    back = pd.read_csv(tmp_path / "results.csv", dtype=str)
+    for text in [*back.columns, *back.iloc[0].dropna()]:
+        assert text.lstrip()[0] not in "=+-@\t"
+    assert back["name"][0].startswith("'")
+
+
+def test_negative_numbers_are_left_alone(table: Any, tmp_path: Path) -> None:
+    points = table([make_result(points=[make_point()], config={"seed": -1})])
+    write_csv(points, tmp_path / "results.csv")
+    assert pd.read_csv(tmp_path / "results.csv")["seed"].tolist() == [-1]
+
+
+def test_a_table_without_points_is_a_csv_with_a_header(table: Any, tmp_path: Path) -> None:
+    write_csv(table([make_result(status="failed")]), tmp_path / "results.csv")
+    assert "output_tok_per_s" in pd.read_csv(tmp_path / "results.csv").columns
