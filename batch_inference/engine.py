@@ -1,7 +1,7 @@
 """One replica's vLLM engine, in a process of its own. The only file that imports vLLM.
 
-The supervising script starts `python -m batch_inference.engine REPLY_FD` and talks to it in JSON lines: commands on
-standard input, replies on the file descriptor REPLY_FD. Standard output and error are vLLM's, and go to the log.
+The supervising script starts `python -m batch_inference.engine COMMAND_FD REPLY_FD` and talks to it in JSON lines over
+these two file descriptors. Standard output and error are vLLM's, and go to the log.
 
     {"op": "load", "config": {...}, "replica": 0}                  -> {"event": "loaded", "engine": {...}}
     {"op": "prepare", "batch_size": 4, "seq_len": 512, "max_tokens": 128, "seed_parts": [...]}
@@ -9,7 +9,7 @@ standard input, replies on the file descriptor REPLY_FD. Standard output and err
     {"op": "start", "at_s": 12.5}   (time.monotonic)                -> {"event": "done", "outcome": {...}}
     {"op": "close"}                                                 -> the process ends
 A command that fails is answered {"event": "failed", "reason": ..., "usage": true where the user's flags are wrong}.
-End of input without "close" means that the supervisor is gone: the process ends its whole group at once.
+End of the commands without "close" means that the supervisor is gone: the process ends its whole group at once.
 """
 
 from __future__ import annotations
@@ -313,13 +313,20 @@ def _config_from(values: dict[str, Any]) -> ExperimentConfig:
     return ExperimentConfig(**fields)
 
 
-def _read_commands(commands: queue.Queue[dict[str, Any]]) -> None:
-    """Hand on commands; when the supervisor is gone, leave no process of this group behind."""
-    for line in sys.stdin:
-        command = json.loads(line)
-        commands.put(command)
-        if command["op"] == "close":
-            return
+def _read_commands(command_fd: int, commands: queue.Queue[dict[str, Any]]) -> None:
+    """Hand on commands; when the supervisor is gone, leave no process of this group behind.
+
+    Reads with os.read and never through a file object: on GPUs vLLM forks its EngineCore while this thread waits, and
+    the child would wait for ever for the lock that a file object holds while it reads (so it was with sys.stdin).
+    """
+    buffer = b""
+    while chunk := os.read(command_fd, 1 << 16):
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        for line in lines:
+            command = json.loads(line)
+            commands.put(command)
+            if command["op"] == "close":
+                return
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
@@ -327,10 +334,11 @@ def main() -> None:
     started_s = time.monotonic()
     # Ctrl-C reaches the supervisor, which ends this group in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    command_fd, reply_fd = map(int, sys.argv[1:])
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
-    reply_fd = int(sys.argv[1])
-    os.set_inheritable(reply_fd, False)
+    threading.Thread(target=_read_commands, args=(command_fd, commands), daemon=True).start()
+    for descriptor in (command_fd, reply_fd):
+        os.set_inheritable(descriptor, False)
     with os.fdopen(reply_fd, "w", encoding="utf-8") as replies:
         _Server(replies, started_s).serve(commands)
 

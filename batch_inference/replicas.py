@@ -109,18 +109,21 @@ class _EngineProcess:
 
     def __init__(self, devices: Devices, log_path: Path) -> None:
         self._log_path = log_path
+        commands_read, commands_write = os.pipe()
         replies_read, replies_write = os.pipe()
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "batch_inference.engine", str(replies_write)],
-                stdin=subprocess.PIPE,
+                [sys.executable, "-m", "batch_inference.engine", str(commands_read), str(replies_write)],
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[replies_write],
+                pass_fds=[commands_read, replies_write],
                 env={**os.environ, **_quiet_environment(), **devices.environment()},
                 start_new_session=True,
             )
+        os.close(commands_read)
         os.close(replies_write)
+        self._commands = os.fdopen(commands_write, "wb", buffering=0)
         self._replies = os.fdopen(replies_read, "rb", buffering=0)
         self._buffer = b""
 
@@ -129,11 +132,9 @@ class _EngineProcess:
         return self._process.pid
 
     def send(self, command: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
         # A process that is gone shows in `receive`, with its log.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            self._process.stdin.flush()
+            self._commands.write(json.dumps(command).encode() + b"\n")
 
     def receive(self) -> dict[str, Any]:
         """The next reply. Raises ConfigError for the user's flags, ReplicaError for anything else that failed."""
@@ -171,9 +172,7 @@ class _EngineProcess:
                 os.killpg(self.pid, signal_number)
             self._group_is_empty(patience_s)
         self._replies.close()
-        if self._process.stdin:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+        self._commands.close()
 
     def _group_is_empty(self, patience_s: float) -> bool:
         deadline_s = time.monotonic() + patience_s

@@ -9,6 +9,7 @@ A run "takes" STUB_RUN_S seconds. STUB_FAIL makes it misbehave:
   hang          the first run never ends
 """
 
+import multiprocessing
 import os
 import sys
 import time
@@ -50,6 +51,7 @@ class LLM:
     def __init__(self, **keywords):
         args = EngineArgs(**keywords)
         print("stub vLLM is loading", flush=True)
+        _fork_engine_core()
         if FAIL == "load":
             print("(EngineCore pid=1) ERROR 01-01 [core.py:1] ValueError: the planted reason", file=sys.stderr)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
@@ -75,6 +77,16 @@ class LLM:
         _misbehave(len(prompts))
         time.sleep(RUN_S)
         return [_output(prompt["prompt_token_ids"], sampling_params.max_tokens) for prompt in prompts]
+
+
+def _fork_engine_core():
+    """vLLM forks its EngineCore on GPUs: whatever the process waits for in another thread must survive that."""
+    core = multiprocessing.get_context("fork").Process(target=int)
+    core.start()
+    core.join(timeout=5)
+    if core.is_alive():
+        core.kill()
+        raise RuntimeError("the forked EngineCore hangs")
 
 
 def _misbehave(batch_size):
