@@ -63,8 +63,10 @@ preset_custom() {
 
 # a first try: a tiny model at TP=1, 2, analysed
 preset_quickstart() {
+  local model=$here/models/tiny-llama
+  [[ $PWD != "$here" ]] || model=models/tiny-llama
   preset_flags=(
-    --model "$here/models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456
+    --model "$model" --load-format dummy --kv-cache-memory-bytes 268435456
     --batch-sizes "1,4,8" --seq-lens "64,128" --max-tokens 32
   )
   $resume || preset_flags+=(--overwrite)
@@ -93,6 +95,13 @@ say() { printf '%s\n' "$*" >&2; }
 die() {
   say "error: $1"
   exit "${2:-2}"
+}
+
+# The words as one line that can be pasted.
+quoted() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s\n' "${line% }"
 }
 
 # "name<tab>comment" of every preset, in the order of this file.
@@ -311,7 +320,7 @@ run_settings() {
     fi
     build_command "$name"
     if $dry_run; then
-      printf '%q ' "${command[@]}" && printf '\n'
+      quoted "${command[@]}"
       continue
     fi
     say "[$number/$total] $name -> $output_dir/${name}_results.json"
@@ -340,7 +349,7 @@ report() {
   done
   ((${#done_names[@]} + ${#failed[@]})) || die "no setting of $preset can run on this machine" 1
   if [[ $preset != quickstart ]]; then
-    say "analyse with: $(printf '%q ' "$python" "$here/analyze_results.py" --input "$output_dir")"
+    say "analyse with: $(quoted "$python" "$here/analyze_results.py" --input "$output_dir")"
   elif ((${#done_names[@]})); then
     say ""
     # Its exit code 2 would say that the preset was used wrongly.

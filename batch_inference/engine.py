@@ -54,7 +54,7 @@ class WorkerReport:
         return {
             "weights_bytes": _weights_bytes(runner.model, config.model_config.dtype.itemsize),
             "kv_bytes": sum(storages.values()),
-            "compile_s": config.compilation_config.compilation_time,
+            "compile_s": config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
             "runner": f"{type(runner).__module__}.{type(runner).__name__}",
         }
 
@@ -153,12 +153,13 @@ class Engine:
         """The settings that vLLM really runs with, read back from it."""
         config = self._llm.llm_engine.vllm_config
         workers = self._llm.collective_rpc("batch_inference_report")
+        compile_s = [worker["compile_s"] for worker in workers if worker["compile_s"] is not None]
         kv_cache_tokens = config.cache_config.kv_cache_size_tokens
         return {
             **effective_settings(config),
             "multiprocess_engine": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0",
             "runner": workers[0]["runner"],
-            "load_s": {**load_s, "compile_s": max(worker["compile_s"] for worker in workers)},
+            "load_s": {**load_s, "compile_s": max(compile_s, default=None)},
             "weights_gib": max(worker["weights_bytes"] for worker in workers) / GIB,
             "kv_pool_gib": max(worker["kv_bytes"] for worker in workers) / GIB,
             "kv_cache_tokens": kv_cache_tokens,

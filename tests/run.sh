@@ -27,6 +27,6 @@ run_part() {
 
 ran=false
 chosen=$#
-run_part -m "not vllm" --durations=3 "$@"
+run_part -m "not vllm" -n auto --maxprocesses 8 --durations=3 "$@"
 $fast || run_part -m vllm --durations=0 "$@"
 $ran || exit 5

@@ -23,6 +23,7 @@ class EngineArgs:
     load_format: str = "auto"
     hf_token: str | None = None
     block_size: int | None = None
+    kv_cache_memory_bytes: int | None = None
 
     @staticmethod
     def add_cli_args(parser):

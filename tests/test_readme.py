@@ -1,0 +1,140 @@
+"""The README against the program: every command in it is run or parsed, every table and sample output compared."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import analyze_results
+from batch_inference.config import ConfigError, ExperimentConfig, flag_of, parse_flags
+from batch_inference.hardware import find_devices
+from batch_inference.metrics import markdown_table
+from batch_inference.plots import PLOTS
+from conftest import REPOSITORY, stub_environment
+
+README = (REPOSITORY / "README_batch_inference.md").read_text()
+LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
+
+
+def commands() -> list[str]:
+    """Every line of every bash block, continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def section(title: str) -> str:
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The rows of a table whose first cell is code."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
+
+
+def launch(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**stub_environment(**variables), "PYTHON": sys.executable}
+    return subprocess.run([str(LAUNCHER), *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words.pop(0)
+    match words[:2]:
+        case ["python", "batch_inference_experiment.py"]:
+            parse_flags(words[2:])
+        case ["python", "analyze_results.py"]:
+            analyze_results.build_parser().parse_args(words[2:])
+        case ["./run_batch_experiments.sh", *_]:
+            check_plan(words[1:], tmp_path)
+        case _:
+            script, *options = words
+            assert os.access(REPOSITORY / script, os.X_OK)
+            assert all(option in (REPOSITORY / script).read_text() for option in options)
+
+
+def check_plan(words: list[str], folder: Path) -> None:
+    """The launcher takes the words, and the experiment script takes what the launcher makes of them."""
+    done = launch("--dry-run", *words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        with not_supported_yet() if "--data-parallel-size 1" not in line else contextlib.nullcontext():
+            parse_flags(shlex.split(line)[2:])
+
+
+def not_supported_yet() -> pytest.RaisesExc[ConfigError]:
+    return pytest.raises(ConfigError, match="not supported yet")
+
+
+def test_every_flag_is_in_the_table_with_its_default() -> None:
+    rows = {row[0].split("`")[1]: row for row in table_rows(section("Measure one setting"))}
+    fields = [field for field in dataclasses.fields(ExperimentConfig) if field.name != "engine_args"]
+    assert list(rows) == [flag_of(field.name) for field in fields]
+    for field in fields:
+        if isinstance(field.default, bool) or field.default is None:
+            continue
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+        assert rows[flag_of(field.name)][1].strip("`") == shown
+
+
+def test_every_preset_is_in_the_table() -> None:
+    presets = re.findall(r"^preset_([a-z-]+)\(\)", LAUNCHER.read_text(), re.MULTILINE)
+    assert [row[0].strip("`") for row in table_rows(section("Run many settings"))] == presets
+
+
+def test_every_option_of_the_launcher_is_named(tmp_path: Path) -> None:
+    help_text = launch("--help", cwd=tmp_path).stdout
+    options = re.findall(r"^  (--[a-z-]+)", help_text, re.MULTILINE)
+    assert len(options) > 8
+    for option in options:
+        assert f"`{option}`" in section("Run many settings")
+
+
+def test_the_table_of_metrics_is_the_one_the_program_prints() -> None:
+    shown = README.partition("<!-- metrics -->\n")[2].partition("\n<!-- /metrics -->")[0]
+    assert shown == markdown_table(), "paste the output of `python -m batch_inference.metrics`"
+
+
+def test_every_plot_and_every_dependency_is_named() -> None:
+    assert all(f"`{name}.png`" in section("Analyse") for name, _, _ in PLOTS)
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    for package in (re.split(r"[<>=~]", line)[0] for line in lines if line and not line.startswith("#")):
+        assert package.lower() in section("Dependencies").lower()
+
+
+def test_every_file_and_link_exists() -> None:
+    for name in re.findall(r"`((?:docs|tests|models|batch_inference|examples)/[\w./-]+)`", README):
+        assert (REPOSITORY / name).exists(), name
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in target or (REPOSITORY / target).exists(), target
+
+
+def masked(text: str) -> set[str]:
+    """Lines without what differs from machine to machine: numbers, verdicts, the width of columns."""
+    text = re.sub(r"\b(valid|suspect|invalid)\b", "VERDICT", text)
+    text = re.sub(r"-{3,}", "-", re.sub(r"\d+(\.\d+)?", "#", text))
+    return {" ".join(line.split()) for line in text.splitlines()}
+
+
+@pytest.mark.skipif(len(find_devices()) < 2, reason="the sample is of two devices")
+def test_the_sample_output_is_what_the_quick_start_prints(tmp_path: Path) -> None:
+    shown = re.search(r"```\n(\[1/2\] .*?)```", section("Quick start"), re.DOTALL)
+    assert shown is not None
+    assert max(map(len, shown[1].splitlines())) <= 80
+    # Long enough runs to be steady.
+    done = launch("quickstart", cwd=tmp_path, STUB_RUN_S="0.01")
+    assert done.returncode == 0, done.stderr
+    printed = masked(done.stdout + done.stderr.replace(f"{REPOSITORY}/", ""))
+    of_this_machine = ("device", "host", "model", "ready after", "installing", "installed", "*", "VERDICT", "...")
+    missing = {line for line in masked(shown[1]) - printed if not line.startswith(of_this_machine)}
+    assert not missing
