@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batch_inference.config import ConfigError, ExperimentConfig
+from batch_inference.config import ConfigError, ExperimentConfig, redact
 from batch_inference.hardware import GIB, Devices
 
 _BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
@@ -154,32 +155,40 @@ def describe(config: ExperimentConfig, facts: ModelFacts | None, devices: Device
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     points = list(config.points())
     reason = infeasible(config, facts, devices)
-    lines = [
-        f"setting   {config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
+    words = {
+        "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
         f"{devices.kind} devices",
-        f"model     {config.model}",
-        f"grid      batch sizes {_words(config.batch_sizes)} x lengths {_words(config.seq_lens)}, "
+        "model": config.model,
+        "grid": f"batch sizes {_words(config.batch_sizes)} x lengths {_words(config.seq_lens)}, "
         f"{config.max_tokens} output tokens: {len(points)} points, {config.num_runs} timed runs each",
-        f"file      {config.output_path}",
-        *_memory_lines(config, facts),
-    ]
-    if config.engine_args:
-        lines.append(f"vLLM      {' '.join(config.to_json()['engine_args'])} (vLLM checks these when it starts)")
-    return [*lines, f"verdict   cannot run: {reason}" if reason else "verdict   can run"]
+        "file": str(config.output_path),
+        "memory": _memory_words(config, facts),
+        "vLLM": f"{' '.join(redact(config.engine_args))} (vLLM checks these when it starts)",
+        "verdict": f"cannot run: {reason}" if reason else "can run",
+    }
+    if not config.engine_args:
+        del words["vLLM"]
+    return [line for name, text in words.items() for line in _wrapped(name, text)]
 
 
-def _memory_lines(config: ExperimentConfig, facts: ModelFacts | None) -> list[str]:
+def _wrapped(name: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        f"{name:<10}{text}", 80, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _memory_words(config: ExperimentConfig, facts: ModelFacts | None) -> str:
     sizes = (config.tensor_parallel_size, config.pipeline_parallel_size, config.dtype)
     weights = facts.weights_gib(*sizes) if facts else None
     per_token = facts.kv_bytes_per_token(*sizes) if facts else None
     if weights is None or per_token is None:
-        return ["memory    unknown: the model's sizes cannot be read from here"]
+        return "unknown: the model's sizes cannot be read from here"
     kv_gib = per_token * max(config.batch_sizes) * config.longest_request / GIB
-    return [
-        f"memory    about {weights:.3g} GiB weights per device, "
+    return (
+        f"about {weights:.3g} GiB weights per device, "
         f"{kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
-    ]
+    )
 
 
 def _words(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))
+    return ", ".join(map(str, numbers))

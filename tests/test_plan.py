@@ -122,7 +122,15 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
         read_model_facts(str(tmp_path / "absent"))
 
 
-def test_the_plan_fits_80_columns_but_for_the_users_own_words(tmp_path: Path) -> None:
-    lines = describe(ExperimentConfig(model="m/n"), facts(tmp_path), EIGHT_GPUS)
-    assert "can run" in lines[-1]
+def test_the_plan_fits_80_columns_and_estimates_the_memory(tmp_path: Path) -> None:
+    config = ExperimentConfig(model="m/n", batch_sizes=tuple(range(1, 40)), engine_args=("--hf-token", "hush"))
+    lines = describe(config, facts(tmp_path), EIGHT_GPUS)
+    assert max(map(len, lines)) <= 80
     assert any("12.6 GiB weights" in line for line in lines)
+    assert "hush" not in "".join(lines)
+    assert lines[-1] == "verdict   can run"
+
+
+def test_the_plan_says_why_a_setting_cannot_run(tmp_path: Path) -> None:
+    lines = describe(ExperimentConfig(tensor_parallel_size=5), facts(tmp_path), EIGHT_GPUS)
+    assert "verdict   cannot run: --tensor-parallel-size 5 does not divide" in "\n".join(lines)
