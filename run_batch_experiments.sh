@@ -6,6 +6,9 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# What stands before the names of our own files: nothing where the user is in this folder.
+prefix=$here/
+[[ $PWD != "$here" ]] || prefix=''
 
 # --- Presets ----------------------------------------------------------------------------------------------------------
 # preset_NAME calls `setting TP PP DP [torchrun]` for each of its settings; the comment above it is its line in --help.
@@ -63,10 +66,8 @@ preset_custom() {
 
 # a first try: a tiny model at TP=1, 2, analysed
 preset_quickstart() {
-  local model=$here/models/tiny-llama
-  [[ $PWD != "$here" ]] || model=models/tiny-llama
   preset_flags=(
-    --model "$model" --load-format dummy --kv-cache-memory-bytes 268435456
+    --model "${prefix}models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456
     --batch-sizes "1,4,8" --seq-lens "64,128" --max-tokens 32
   )
   $resume || preset_flags+=(--overwrite)
@@ -256,14 +257,14 @@ find_python() {
     command -v "$PYTHON" >/dev/null || die "PYTHON: '$PYTHON' cannot be run; give the path of a Python that has vLLM"
     python=$PYTHON
   elif compgen -G "$here/.venv/.installed-*" >/dev/null; then
-    python=$here/.venv/bin/python
+    python=${prefix}.venv/bin/python
   elif $dry_run; then
     python=python3
   elif python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' 2>/dev/null; then
     python=python3
   else
     "$here/setup_env.sh"
-    python=$here/.venv/bin/python
+    python=${prefix}.venv/bin/python
   fi
 }
 
@@ -285,7 +286,7 @@ build_command() {
     backend=(--distributed-executor-backend mp)
   fi
   command+=(
-    "$here/batch_inference_experiment.py" --name "$name" --output-file "$output_dir/${name}_results.json"
+    "${prefix}batch_inference_experiment.py" --name "$name" --output-file "$output_dir/${name}_results.json"
     --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" --data-parallel-size "$dp"
     "${backend[@]}" "${preset_flags[@]}" "${experiment_flags[@]}" "${user_flags[@]}"
   )
@@ -349,11 +350,11 @@ report() {
   done
   ((${#done_names[@]} + ${#failed[@]})) || die "no setting of $preset can run on this machine" 1
   if [[ $preset != quickstart ]]; then
-    say "analyse with: $(quoted "$python" "$here/analyze_results.py" --input "$output_dir")"
+    say "analyse with: $(quoted "$python" "${prefix}analyze_results.py" --input "$output_dir")"
   elif ((${#done_names[@]})); then
     say ""
     # Its exit code 2 would say that the preset was used wrongly.
-    "$python" "$here/analyze_results.py" --input "$output_dir" || exit 1
+    "$python" "${prefix}analyze_results.py" --input "$output_dir" || exit 1
   fi
   ((${#failed[@]} == 0)) || exit 1
 }

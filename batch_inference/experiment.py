@@ -13,11 +13,13 @@ from batch_inference.hardware import Monitor
 from batch_inference.metrics import summarise
 from batch_inference.replicas import ReplicaError, Replicas
 from batch_inference.results import Point, PointKey, Requests, Result, Run, check_writable, load_result, save_result
-from batch_inference.statistics import is_steady
+from batch_inference.statistics import ci95_half_width, is_steady, mean
 
 # A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
 STEADY_WITHIN = 0.05
 MAX_WARMUPS = 5
+# A mean that is known no better than this decides nothing between settings.
+WIDEST_INTERVAL = 0.1
 
 
 class Experiment:
@@ -34,17 +36,9 @@ class Experiment:
         # Before anything loads: an unwritable file must not cost a model load.
         check_writable(self._config.output_path)
         try:
-            if self._open_points():
-                self._console.loading(self._config)
-                self._describe_engine(replicas.start())
-                self._save()
-                self._measure_grid(replicas)
-                self.result.environment["ended_at"] = now()
-            else:
-                self._console.note(f"{self._config.setting_name}: every point is there already")
-                self.result.status = "complete"
-        except ReplicaError as error:
-            self._fail(error)
+            self._measure_open_points(replicas)
+            # Before the engine closes, which takes seconds: a finished setting that is ended then is still complete.
+            self._save()
         except (KeyboardInterrupt, SystemExit):
             # Interrupted while loading: say so in a file, but never in place of one that holds measurements.
             if not self._config.output_path.exists():
@@ -53,8 +47,21 @@ class Experiment:
         finally:
             self._console.close()
             replicas.close()
-        self._save()
         return self.result
+
+    def _measure_open_points(self, replicas: Replicas) -> None:
+        if not self._open_points():
+            self._console.note(f"{self._config.setting_name}: every point is there already")
+            self.result.status = "complete"
+            return
+        try:
+            self._console.loading(self._config)
+            self._describe_engine(replicas.start())
+            self._save()
+            self._measure_grid(replicas)
+            self.result.environment["ended_at"] = now()
+        except ReplicaError as error:
+            self._fail(error)
 
     def _open_points(self) -> list[PointKey]:
         done = {point.key for point in self.result.points if point.status == "ok"}
@@ -205,9 +212,17 @@ def _never_steady(_: Result, point: Point) -> list[str]:
     return [f"not steady after {len(latencies_s)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
 
 
+def _wide_interval(_: Result, point: Point) -> list[str]:
+    latencies_s = [run.latency_s for run in point.runs]
+    half_width_s, mean_s = ci95_half_width(latencies_s), mean(latencies_s)
+    if half_width_s is None or mean_s is None or half_width_s <= WIDEST_INTERVAL * mean_s:
+        return []
+    return [f"runs differ: the 95 % interval of the latency is ±{half_width_s / mean_s:.0%}; raise --num-runs"]
+
+
 _Check = Callable[[Result, Point], list[str]]
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
-_SUSPECT: tuple[_Check, ...] = (_preempted, _waves, _never_steady)
+_SUSPECT: tuple[_Check, ...] = (_preempted, _waves, _never_steady, _wide_interval)
 
 
 # --- the file to start from ---------------------------------------------------------------------------------------

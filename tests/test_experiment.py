@@ -188,6 +188,26 @@ def test_a_batch_that_runs_in_waves_is_suspect(
     assert said in result.points[0].verdict_reasons[0]
 
 
+@pytest.mark.parametrize(("spread", "verdict"), [(0.04, "valid"), (0.05, "suspect")])
+def test_runs_that_differ_too_much_are_suspect(config: ExperimentConfig, spread: float, verdict: str) -> None:
+    # The standard deviation is the spread, and the 95 % interval 4.303 / sqrt(3) = 2.48 of it.
+    times = [1.0, 1.0 + spread, 1.0 - spread]
+    result = run(config, FakeReplicas(lambda _, phase, index: times[index] if phase == "run" else 1.0))
+    assert result.points[0].verdict == verdict
+    assert [reason[:11] for reason in result.points[0].verdict_reasons] == ["runs differ"] * (verdict == "suspect")
+
+
+def test_a_setting_ended_while_its_engine_closes_is_complete(config: ExperimentConfig) -> None:
+    class EndedWhileClosing(FakeReplicas):
+        def close(self) -> None:
+            raise SystemExit(143)
+
+    experiment = Experiment(config, starting_result(config, {}), FakeMonitor(), Console())  # type: ignore[arg-type]
+    with pytest.raises(SystemExit):
+        experiment.run(EndedWhileClosing())
+    assert load_result(config.output_path).status == "complete"
+
+
 def test_a_lost_engine_keeps_the_points_before_it(config: ExperimentConfig) -> None:
     replicas = FakeReplicas(fail_at=4)
     result = run(dataclasses.replace(config, batch_sizes=(1, 4, 8)), replicas)
