@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,6 +43,11 @@ def experiment_command(folder: Path, *flags: str) -> list[str]:
     model = str(REPOSITORY / "models" / "tiny-llama")
     output = ("--output-file", str(folder / "tp_1_results.json"))
     return [sys.executable, script, "--model", model, *output, *flags]
+
+
+def with_ctrl_c() -> None:
+    """preexec_fn of a process that is to be interrupted: one in the background may have inherited to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stub_environment(**variables: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment
+from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment, with_ctrl_c
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -23,7 +23,7 @@ def test_flags_become_a_result_file_a_log_and_a_table(experiment: Run, tmp_path:
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "tp_1_results.json").read_text())
     assert document["status"] == "complete"
-    assert [(point["batch_size"], point["verdict"]) for point in document["points"]] == [(1, "valid"), (2, "valid")]
+    assert [(point["batch_size"], point["status"]) for point in document["points"]] == [(1, "ok"), (2, "ok")]
     assert [run["output_tokens"] for point in document["points"] for run in point["runs"]] == [4, 4, 8, 8]
     assert document["engine"]["load_format"] == "dummy"
     assert document["engine"]["executor"] == "mp"
@@ -31,7 +31,8 @@ def test_flags_become_a_result_file_a_log_and_a_table(experiment: Run, tmp_path:
     assert "stub vLLM is loading" in (tmp_path / "tp_1_results.log").read_text()
     table = done.stdout.splitlines()
     assert table[0].split()[:2] == ["batch", "length"]
-    assert len([line for line in table if line.endswith("valid")]) == 2
+    # On a busy machine runs of milliseconds may differ enough to be suspect.
+    assert [line.split()[-1] for line in table[2:4]] == [point["verdict"] for point in document["points"]]
     assert table[-1] == str(tmp_path / "tp_1_results.json")
     assert "stub vLLM" not in done.stderr
     assert "[2/2] batch 2 x len 8" in done.stderr
@@ -142,6 +143,7 @@ def test_an_interrupted_script_keeps_its_file_and_leaves_no_process(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=with_ctrl_c,
     )
     log = tmp_path / "tp_1_results.log"
     _wait_for(lambda: log.exists() and "stub vLLM is loading" in log.read_text())

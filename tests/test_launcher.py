@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from batch_inference.config import ExperimentConfig, parse_flags
-from conftest import REPOSITORY
+from conftest import REPOSITORY, with_ctrl_c
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
 # Says how many devices there are; otherwise notes its arguments, and fails or waits for the setting it is told to.
@@ -254,6 +254,7 @@ def test_ctrl_c_starts_no_further_setting(launcher: Launcher) -> None:
         env={**launcher.environment, "WAIT_FOR": "tp_2"},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=with_ctrl_c,
     )
     deadline_s = time.monotonic() + 10
     while launcher.names() != ["tp_1", "tp_2"]:
