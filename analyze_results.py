@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        usage="python analyze_results.py --input FILE_OR_DIR [--output-dir DIR] [--no-plots]",
+        usage="python analyze_results.py --input PATH [--output-dir DIR] [--no-plots]",
         description=DESCRIPTION,
         epilog=EPILOG,
         allow_abbrev=False,

@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ BACKENDS = ("mp", "ray", "external_launcher", "uni")
 
 # vLLM flags that this program sets itself, and why a user's own value would break the measurement.
 OWNED_BY_US = {
+    "--config": "write its flags on the command line, so that they are checked and kept in the file",
     "--enable-prefix-caching": "cached prefixes would be counted as computed prompt tokens",
     "--disable-log-stats": "the request times come from vLLM's own statistics",
     "--worker-extension-cls": "it is used to ask the workers for their memory",
@@ -37,10 +39,10 @@ OWNED_BY_US = {
     "--data-parallel-size-local": "replicas are started by this program; use --data-parallel-size",
     "--data-parallel-address": "replicas are started by this program; use --data-parallel-size",
     "--data-parallel-rpc-port": "replicas are started by this program; use --data-parallel-size",
-    "--nnodes": "several nodes are not supported yet",
-    "--node-rank": "several nodes are not supported yet",
-    "--master-addr": "several nodes are not supported yet",
-    "--master-port": "several nodes are not supported yet",
+    "--nnodes": "run a torchrun preset of run_batch_experiments.sh on several nodes",
+    "--node-rank": "run a torchrun preset of run_batch_experiments.sh on several nodes",
+    "--master-addr": "run a torchrun preset of run_batch_experiments.sh on several nodes",
+    "--master-port": "run a torchrun preset of run_batch_experiments.sh on several nodes",
 }
 
 _SECRET = re.compile(r"token$|key$|secret|password", re.IGNORECASE)
@@ -95,6 +97,7 @@ def _number_in(low: float, high: float, wanted: str, *, low_is_allowed: bool) ->
     return parse
 
 
+positive = _number_in(0, float("inf"), "a number above 0 is needed", low_is_allowed=False)
 fraction = _number_in(0, 1, "a number above 0 and up to 1 is needed", low_is_allowed=False)
 temperature = _number_in(0, 100, "a number of at least 0 is needed", low_is_allowed=True)
 
@@ -114,10 +117,11 @@ def _flag(
     parse: Callable[[str], Any] | None = None,
     *,
     measured: bool = True,
+    short: str | None = None,
     **argparse_options: Any,
 ) -> Any:
     """A field that is a flag. `measured`: it changes what is measured, and so is part of `config_hash`."""
-    metadata = {"help": help_text, "parse": parse, "measured": measured, "options": argparse_options}
+    metadata = {"help": help_text, "parse": parse, "measured": measured, "short": short, "options": argparse_options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -164,6 +168,9 @@ class ExperimentConfig:
     overwrite: bool = _flag(False, "replace an existing result file", measured=False)
     resume: bool = _flag(False, "keep the good points of an existing result file", measured=False)
     dry_run: bool = _flag(False, "print the plan and stop", measured=False)
+    device_memory_gib: float | None = _flag(
+        None, "for --dry-run on a machine without the GPUs: the memory of one of them", positive, measured=False
+    )
     engine_args: tuple[str, ...] = ()  # vLLM's own flags, as given
 
     @property
@@ -197,7 +204,15 @@ class ExperimentConfig:
 
     @property
     def log_path(self) -> Path:
-        return self.output_path.with_suffix(".log")
+        path = self.output_path
+        return path.with_suffix(".log") if path.suffix == ".json" else path.with_name(path.name + ".log")
+
+    @property
+    def kv_cache_memory_bytes(self) -> int | None:
+        """What vLLM's own flag of that name says, where it is a plain number."""
+        words = [part for word in self.engine_args for part in word.replace("_", "-").split("=", 1)]
+        after = dict(itertools.pairwise(words)).get("--kv-cache-memory-bytes", "")
+        return int(after) if after.isdecimal() else None
 
     def points(self) -> Iterator[tuple[int, int]]:
         """(batch_size, seq_len) of the grid, lengths outermost."""
@@ -219,8 +234,16 @@ class ExperimentConfig:
         return {**measured, "engine_args": redact(self.engine_args)}
 
     def config_hash(self) -> str:
-        text = json.dumps(self.measured_settings(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash_of(self.measured_settings())
+
+    def arguments_hash(self) -> str:
+        """Equal where two processes are about to measure the same: settings and grid."""
+        grid = (self.batch_sizes, self.seq_lens, self.max_tokens)
+        return _hash_of({**self.measured_settings(), "grid": grid})
+
+
+def _hash_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def redact(argv: Sequence[str]) -> list[str]:
@@ -274,29 +297,30 @@ def build_parser() -> argparse.ArgumentParser:
         if "help" not in field.metadata:
             continue
         options = dict(field.metadata["options"])
-        names = [name for name in (options.pop("short", None), flag_of(field.name)) if name]
+        name = flag_of(field.name)
         if field.type is bool:
-            parser.add_argument(*names, action="store_true", help=field.metadata["help"])
+            parser.add_argument(name, action="store_true", help=field.metadata["help"])
             continue
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         suffix = "" if field.default is None else f" (default: {shown})"
+        suffix = f", or {field.metadata['short']}{suffix}" if field.metadata["short"] else suffix
         if "choices" not in options:
             options |= {"metavar": _metavar(field), "type": _argparse_type(field)}
-        parser.add_argument(*names, default=field.default, help=field.metadata["help"] + suffix, **options)
+        parser.add_argument(name, default=field.default, help=field.metadata["help"] + suffix, **options)
     return parser
 
 
 def _metavar(field: "dataclasses.Field[Any]") -> str:
     if field.type == tuple[int, ...]:
         return "N,N,.."
-    if field.type is float:
+    if field.type in (float, float | None):
         return "X"
     return "N" if field.type in (int, int | None) else field.name.rpartition("_")[2].upper()
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
     """Flags -> configuration and notes for the user. Raises ConfigError for anything wrong in the flags alone."""
-    namespace, rest = build_parser().parse_known_args(argv)
+    namespace, rest = build_parser().parse_known_args(_long_flags(argv))
     _check_engine_args(rest)
     values = vars(namespace)
     notes = []
@@ -308,6 +332,13 @@ def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
     config = ExperimentConfig(**values, engine_args=tuple(rest))
     _check_together(config)
     return config, notes
+
+
+def _long_flags(argv: Sequence[str]) -> list[str]:
+    """-tp 2 -> --tensor-parallel-size 2. argparse itself would take -t for -tp, though abbreviations are off."""
+    known = {field.metadata["short"]: flag_of(field.name) for field in dataclasses.fields(ExperimentConfig)
+             if field.metadata.get("short")}  # fmt: skip
+    return [known.get((parts := word.partition("="))[0], parts[0]) + parts[1] + parts[2] for word in argv]
 
 
 def _check_engine_args(words: Sequence[str]) -> None:
@@ -349,13 +380,8 @@ def _check_together(config: ExperimentConfig) -> None:
 
 def _check_backend(config: ExperimentConfig) -> None:
     backend = config.distributed_executor_backend
-    if backend in ("ray", "external_launcher"):
-        raise ConfigError(f"--distributed-executor-backend {backend} is not supported yet; use mp")
-    if config.data_parallel_size > 1:
-        raise ConfigError(
-            f"--data-parallel-size {config.data_parallel_size} is not supported yet; use --tensor-parallel-size or "
-            "--pipeline-parallel-size"
-        )
+    if backend == "ray":
+        raise ConfigError("--distributed-executor-backend ray is not supported yet; use mp")
     if backend == "uni" and config.devices_per_replica > 1:
         raise ConfigError(
             f"--distributed-executor-backend uni runs one device, TP x PP is {config.devices_per_replica}; use mp"

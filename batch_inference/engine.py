@@ -1,34 +1,18 @@
-"""One replica's vLLM engine, in a process of its own. The only file that imports vLLM.
-
-The supervising script starts `python -m batch_inference.engine COMMAND_FD REPLY_FD` and talks to it in JSON lines over
-these two file descriptors. Standard output and error are vLLM's, and go to the log.
-
-    {"op": "load", "config": {...}, "replica": 0}                  -> {"event": "loaded", "engine": {...}}
-    {"op": "prepare", "batch_size": 4, "seq_len": 512, "max_tokens": 128, "seed_parts": [...]}
-                                                                    -> {"event": "ready"}
-    {"op": "start", "at_s": 12.5}   (time.monotonic)                -> {"event": "done", "outcome": {...}}
-    {"op": "close"}                                                 -> the process ends
-A command that fails is answered {"event": "failed", "reason": ..., "usage": true where the user's flags are wrong}.
-End of the commands without "close" means that the supervisor is gone: the process ends its whole group at once.
-"""
+"""One vLLM engine: the only file that imports vLLM."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import queue
 import re
-import signal
-import sys
-import threading
+import socket
 import time
-import traceback
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-from batch_inference.config import ConfigError, ExperimentConfig, unknown_flag_message
+from batch_inference.config import OWNED_BY_US, ConfigError, ExperimentConfig, unknown_flag_message
 from batch_inference.hardware import GIB
 from batch_inference.prompts import make_prompts
 
@@ -52,6 +36,7 @@ class WorkerReport:
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
                     for tensor in _tensors(runner.kv_caches)}  # fmt: skip
         return {
+            "host": socket.gethostname(),
             "weights_bytes": _weights_bytes(runner.model, config.model_config.dtype.itemsize),
             "kv_bytes": sum(storages.values()),
             "compile_s": config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
@@ -100,7 +85,19 @@ def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
         known = ["--" + name.replace("_", "-") for name in vars(namespace)]
         raise ConfigError(_explain(str(error), known)) from None
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
-    return {name: value for name, value in given.items() if value is not unset and name in fields}
+    settings = {name: value for name, value in given.items() if value is not unset and name in fields}
+    for name, value in settings.items():
+        _refuse_ours(name, value)
+    return settings
+
+
+def _refuse_ours(name: str, value: Any) -> None:
+    """vLLM has short flags too, which nobody knows before its parser: -n for --nnodes."""
+    flag = "--" + name.replace("_", "-")
+    if name in {field.name for field in dataclasses.fields(ExperimentConfig)}:
+        raise ConfigError(f"{flag} is a flag of this program too; write it out")
+    if flag in OWNED_BY_US and value != MEASURING_SETTINGS.get(name, ...):
+        raise ConfigError(f"{flag} cannot be passed on to vLLM: {OWNED_BY_US[flag]}")
 
 
 def _explain(message: str, vllm_flags: Sequence[str]) -> str:
@@ -111,7 +108,7 @@ def _explain(message: str, vllm_flags: Sequence[str]) -> str:
 def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
     """Keyword arguments of vLLM's LLM. What is left open is sized for the grid: no slot that no point uses."""
     ours = {
-        "model": config.model,
+        "model": str(Path(config.model).expanduser()) if config.model.startswith("~") else config.model,
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "distributed_executor_backend": config.distributed_executor_backend,
@@ -124,6 +121,9 @@ def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
         "trust_remote_code": config.trust_remote_code,
         "seed": config.seed,
     }
+    # Under torchrun vLLM itself assigns the ranks to replicas; otherwise each replica is an engine of its own.
+    if config.distributed_executor_backend == "external_launcher":
+        ours["data_parallel_size"] = config.data_parallel_size
     return {**ours, **MEASURING_SETTINGS, **parse_engine_flags(config.engine_args)}
 
 
@@ -152,19 +152,13 @@ class Engine:
     def _describe(self, load_s: dict[str, float]) -> dict[str, Any]:
         """The settings that vLLM really runs with, read back from it."""
         config = self._llm.llm_engine.vllm_config
-        workers = self._llm.collective_rpc("batch_inference_report")
-        compile_s = [worker["compile_s"] for worker in workers if worker["compile_s"] is not None]
-        kv_cache_tokens = config.cache_config.kv_cache_size_tokens
-        return {
+        description = {
             **effective_settings(config),
             "multiprocess_engine": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0",
-            "runner": workers[0]["runner"],
-            "load_s": {**load_s, "compile_s": max(compile_s, default=None)},
-            "weights_gib": max(worker["weights_bytes"] for worker in workers) / GIB,
-            "kv_pool_gib": max(worker["kv_bytes"] for worker in workers) / GIB,
-            "kv_cache_tokens": kv_cache_tokens,
-            "workers": workers,
+            "load_s": load_s,
+            "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
         }
+        return with_workers(description, self._llm.collective_rpc("batch_inference_report"))
 
     def make_prompts(self, batch_size: int, seq_len: int, seed_parts: Sequence[object]) -> list[dict[str, list[int]]]:
         prompts = make_prompts(
@@ -176,8 +170,8 @@ class Engine:
         )
         return [{"prompt_token_ids": prompt} for prompt in prompts]
 
-    def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, at_s: float) -> dict[str, Any]:
-        """Submit one batch at `at_s` (time.monotonic), wait for its end, and count what came back."""
+    def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, wait: Callable[[], None]) -> dict[str, Any]:
+        """Submit one batch when `wait` returns, wait for its end, and count what came back."""
         params = self._sampling_params(
             temperature=self._config.temperature,
             top_p=self._config.top_p,
@@ -186,7 +180,7 @@ class Engine:
             detokenize=False,
         )
         preemptions_before = self._preemptions()
-        time.sleep(max(0.0, at_s - time.monotonic()))
+        wait()
         start_s = time.monotonic()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         end_s = time.monotonic()
@@ -205,6 +199,19 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
+def with_workers(description: dict[str, Any], workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A description of an engine, completed by what all its workers report."""
+    compile_s = [worker["compile_s"] for worker in workers if worker["compile_s"] is not None]
+    return {
+        **description,
+        "runner": workers[0]["runner"],
+        "load_s": {**description["load_s"], "compile_s": max(compile_s, default=None)},
+        "weights_gib": max(worker["weights_bytes"] for worker in workers) / GIB,
+        "kv_pool_gib": max(worker["kv_bytes"] for worker in workers) / GIB,
+        "workers": workers,
+    }
+
+
 def effective_settings(config: Any) -> dict[str, Any]:
     """The settings of a VllmConfig that decide what a measurement means."""
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
@@ -214,6 +221,8 @@ def effective_settings(config: Any) -> dict[str, Any]:
         "executor": executor if isinstance(executor, str) else getattr(executor, "__name__", None),
         "tensor_parallel_size": parallel.tensor_parallel_size,
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        # Under torchrun vLLM runs one stage after the other, and a batch through all before the next.
+        "pipeline_stages_overlap": None if parallel.pipeline_parallel_size == 1 else executor != "external_launcher",
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "max_model_len": model.max_model_len,
@@ -264,85 +273,3 @@ def _special_ids(hf_config: Any) -> set[int]:
         if name.endswith("_token_id") and value is not None:
             special.update(value if isinstance(value, list) else [value])
     return special
-
-
-# --- the process --------------------------------------------------------------------------------------------------
-
-
-class _Server:
-    """Answers the supervisor's commands, one after the other."""
-
-    def __init__(self, replies: TextIO, started_s: float) -> None:
-        self._replies = replies
-        self._started_s = started_s
-        self._engine: Engine | None = None
-        self._prompts: list[dict[str, list[int]]] = []
-        self._max_tokens = 0
-
-    def serve(self, commands: queue.Queue[dict[str, Any]]) -> None:
-        while (command := commands.get())["op"] != "close":
-            try:
-                reply = self._answer(command)
-            except ConfigError as error:
-                reply = {"event": "failed", "reason": str(error), "usage": True}
-            except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the supervisor's to judge
-                traceback.print_exc()
-                reply = {"event": "failed", "reason": f"{type(error).__name__}: {error}", "usage": False}
-            self._replies.write(json.dumps(reply) + "\n")
-            self._replies.flush()
-        if self._engine:
-            self._engine.close()
-
-    def _answer(self, command: dict[str, Any]) -> dict[str, Any]:
-        if command["op"] == "load":
-            self._engine = Engine(_config_from(command["config"]), self._started_s)
-            return {"event": "loaded", "engine": self._engine.description}
-        if self._engine is None:
-            raise ConfigError(f"{command['op']} before load")
-        if command["op"] == "prepare":
-            self._max_tokens = command["max_tokens"]
-            self._prompts = self._engine.make_prompts(command["batch_size"], command["seq_len"], command["seed_parts"])
-            return {"event": "ready"}
-        return {"event": "done", "outcome": self._engine.run(self._prompts, self._max_tokens, command["at_s"])}
-
-
-def _config_from(values: dict[str, Any]) -> ExperimentConfig:
-    """JSON knows no tuples: its lists become tuples again."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return ExperimentConfig(**fields)
-
-
-def _read_commands(command_fd: int, commands: queue.Queue[dict[str, Any]]) -> None:
-    """Hand on commands; when the supervisor is gone, leave no process of this group behind.
-
-    Reads with os.read and never through a file object: on GPUs vLLM forks its EngineCore while this thread waits, and
-    the child would wait for ever for the lock that a file object holds while it reads (so it was with sys.stdin).
-    """
-    buffer = b""
-    while chunk := os.read(command_fd, 1 << 16):
-        *lines, buffer = (buffer + chunk).split(b"\n")
-        for line in lines:
-            command = json.loads(line)
-            commands.put(command)
-            if command["op"] == "close":
-                return
-    os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
-def main() -> None:
-    started_s = time.monotonic()
-    # Ctrl-C reaches the supervisor, which ends this group in order.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    command_fd, reply_fd = map(int, sys.argv[1:])
-    commands: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_read_commands, args=(command_fd, commands), daemon=True).start()
-    for descriptor in (command_fd, reply_fd):
-        os.set_inheritable(descriptor, False)
-    with os.fdopen(reply_fd, "w", encoding="utf-8") as replies:
-        _Server(replies, started_s).serve(commands)
-
-
-if __name__ == "__main__":
-    main()

@@ -64,6 +64,11 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def installed_vllm() -> str | None:
+    """Its version, found without importing it."""
+    return _versions().get("vllm")
+
+
 def _git_state() -> tuple[str | None, bool | None]:
     folder = str(Path(__file__).resolve().parent)
     commit = _output_of("git", "-C", folder, "rev-parse", "HEAD")

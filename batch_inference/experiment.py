@@ -12,7 +12,7 @@ from batch_inference.environment import now
 from batch_inference.hardware import Monitor
 from batch_inference.metrics import summarise
 from batch_inference.replicas import ReplicaError, Replicas
-from batch_inference.results import Point, PointKey, Requests, Result, Run, check_writable, load_result, save_result
+from batch_inference.results import Point, PointKey, Requests, Result, Run, load_result, save_result
 from batch_inference.statistics import ci95_half_width, is_steady, mean
 
 # A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
@@ -33,16 +33,16 @@ class Experiment:
 
     def run(self, replicas: Replicas) -> Result:
         """Load, measure every point that is still open, save after each. The replicas are closed at the end."""
-        # Before anything loads: an unwritable file must not cost a model load.
-        check_writable(self._config.output_path)
         try:
             self._measure_open_points(replicas)
             # Before the engine closes, which takes seconds: a finished setting that is ended then is still complete.
             self._save()
         except (KeyboardInterrupt, SystemExit):
+            self._console.note("\nending the engine; finished points are kept")
             # Interrupted while loading: say so in a file, but never in place of one that holds measurements.
             if not self._config.output_path.exists():
                 self._save()
+            replicas.close(hurry=True)
             raise
         finally:
             self._console.close()
@@ -74,10 +74,13 @@ class Experiment:
         """Keep the first replica's engine, and beside it what is not the same in every replica."""
         common, *_ = engines
         differing = [key for key in common if any(engine[key] != common[key] for engine in engines)]
+        before = self.result.engine
         self.result.engine = {
             **common,
             "replicas": [{key: engine[key] for key in differing} for engine in engines] if differing else [],
         }
+        for point in self.result.points:
+            point.engine = _of_its_own({**before, **point.engine}, self.result.engine)
         self._console.loaded(self.result)
 
     def _measure_grid(self, replicas: Replicas) -> None:
@@ -98,7 +101,7 @@ class Experiment:
         self.result.status = "complete"
 
     def _add(self, point: Point) -> None:
-        if point.runs:
+        if point.status == "ok":
             point.verdict_reasons, point.verdict = judge(self.result, point)
         point.summary = summarise(self.result, point)
         self.result.points.append(point)
@@ -121,9 +124,12 @@ class Experiment:
     def _run(self, point: Point, replicas: Replicas, phase: str, index: int) -> Run:
         self._console.running(point, phase, index)
         stream = (self._config.seed, point.seq_len, point.batch_size, phase, index)
+        replicas.prepare(point.batch_size, point.seq_len, point.max_tokens, stream)
         before_j = self._monitor.energy_j()
-        outcomes = replicas.run(point.batch_size, point.seq_len, point.max_tokens, stream)
+        outcomes = replicas.run()
         after_j = self._monitor.energy_j()
+        if "memory" in outcomes[0]:  # each replica has measured its own devices
+            return combine(outcomes, energy_j=_sum_known(outcomes, "energy_j"), memory=_memory_of(outcomes))
         return combine(
             outcomes,
             energy_j=None if before_j is None or after_j is None else after_j - before_j,
@@ -157,6 +163,25 @@ def combine(outcomes: list[dict[str, Any]], *, energy_j: float | None, memory: d
         },
         unknown={} if energy_j is not None else {"energy_j": "this machine has no energy counter for its devices"},
     )
+
+
+def _of_its_own(measured_on: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+    """What was otherwise with the engine of an earlier session: the grid decides some of its sizes."""
+    return {
+        name: value
+        for name, value in measured_on.items()
+        if name in engine and name != "workers" and engine[name] != value
+    }
+
+
+def _sum_known(outcomes: list[dict[str, Any]], name: str) -> float | None:
+    values = [outcome[name] for outcome in outcomes]
+    return None if None in values else sum(values)
+
+
+def _memory_of(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    used_gib = [value for outcome in outcomes for value in outcome["memory"]["used_gib"]]
+    return {**outcomes[0]["memory"], "used_gib": used_gib}
 
 
 def is_out_of_memory(error: ReplicaError) -> bool:
@@ -206,7 +231,7 @@ def _waves(result: Result, point: Point) -> list[str]:
 
 def _never_steady(_: Result, point: Point) -> list[str]:
     latencies_s = [warmup["latency_s"] for warmup in point.warmups]
-    # A single warm-up was all that was asked for, or all that is known.
+    # Fewer than two are not known to differ.
     if len(latencies_s) < 2 or is_steady(latencies_s, STEADY_WITHIN):
         return []
     return [f"not steady after {len(latencies_s)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
@@ -245,13 +270,28 @@ def _resumed(config: ExperimentConfig, fresh: Result, path: Path) -> Result:
     old = load_result(path)
     if old.config.get("config_hash") != config.config_hash():
         raise ConfigError(f"--resume: {path} was measured with other settings: {_differences(old, config)}")
-    old.points = [point for point in old.points if point.status == "ok"]
+    elsewhere = _measured_elsewhere(old.environment, fresh.environment)
+    if elsewhere:
+        raise ConfigError(f"--resume: {path} was measured elsewhere: {elsewhere}; give another --output-file")
+    old.points = [point for point in old.points if point.status == "ok" and point.verdict != "invalid"]
     grid = {(*key, config.max_tokens) for key in config.points()}
     if grid <= {point.key for point in old.points}:
         return old
-    fresh.points = old.points
+    fresh.points, fresh.engine = old.points, old.engine
     fresh.environment["resumed_from"] = [*old.environment.get("resumed_from", []), old.environment.get("started_at")]
     return fresh
+
+
+def _measured_elsewhere(old: dict[str, Any], now_here: dict[str, Any]) -> str | None:
+    """What makes points of two sessions unlike: another vLLM, or other devices."""
+    for name, of in (
+        ("vLLM", lambda environment: environment.get("versions", {}).get("vllm")),
+        ("devices", lambda environment: [device.get("name") for device in environment.get("devices", [])]),
+    ):
+        before, here = of(old), of(now_here)
+        if before != here:
+            return f"{name} was {before}, now {here}"
+    return None
 
 
 def _differences(old: Result, config: ExperimentConfig) -> str:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from batch_inference.config import ConfigError
+
 GIB = 2**30
 # A machine without a GPU is divided into at most as many devices as a common GPU node has.
 MAX_CPU_DEVICES = 8
@@ -44,6 +46,13 @@ class Devices:
             return {}
         return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(self.ids)}
 
+    def rank_environment(self, local_rank: int) -> dict[str, str]:
+        """The same for one rank of a torchrun job: vLLM takes its GPU by LOCAL_RANK, and binds no cores there."""
+        if self.kind == "gpu":
+            return {}
+        cores = self.ids[local_rank]
+        return {"OMP_NUM_THREADS": str(cores.count(",") + 1), "OMP_PLACES": f"{{{cores}}}", "OMP_PROC_BIND": "true"}
+
 
 def find_devices() -> Devices:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves visible; without a GPU, the slices of the cores."""
@@ -53,7 +62,26 @@ def find_devices() -> Devices:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return Devices("gpu", physical)
-    return Devices("gpu", tuple(part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")))
+    return Devices("gpu", tuple(_visible(visible, physical)))
+
+
+def _visible(variable: str, physical: tuple[str, ...]) -> Iterator[str]:
+    """As CUDA reads CUDA_VISIBLE_DEVICES: what comes after the first entry that is no GPU does not count."""
+    for part in map(str.strip, variable.split(",")):
+        if part not in physical and not part.startswith(("GPU-", "MIG-")):
+            return
+        yield part
+
+
+def smallest_memory_gib(devices: Devices) -> float | None:
+    """Memory of the smallest of the GPUs; None without GPUs, or where NVML is not installed."""
+    if devices.kind == "cpu" or not devices.ids:
+        return None
+    try:
+        sizes: list[float] = [device["memory_gib"] for device in GpuMonitor(devices).describe()]
+    except ConfigError:
+        return None
+    return min(sizes)
 
 
 def _gpu_ids() -> tuple[str, ...]:
@@ -82,11 +110,16 @@ class GpuMonitor:
     """Memory and energy of some GPUs, by NVML, from outside the engine."""
 
     def __init__(self, devices: Devices) -> None:
-        import pynvml
-
+        try:
+            import pynvml
+        except ModuleNotFoundError:
+            raise ConfigError(f"{sys.executable} has no nvidia-ml-py; run ./setup_env.sh") from None
         self._nvml = pynvml
-        pynvml.nvmlInit()
-        self._handles = [_nvml_handle(pynvml, device_id) for device_id in devices.ids]
+        try:
+            pynvml.nvmlInit()
+            self._handles = [_nvml_handle(pynvml, device_id) for device_id in devices.ids]
+        except pynvml.NVMLError as error:
+            raise ConfigError(f"CUDA_VISIBLE_DEVICES: '{','.join(devices.ids)}': NVML says: {error}") from error
 
     def describe(self) -> list[dict[str, Any]]:
         nvml = self._nvml
@@ -152,6 +185,11 @@ def monitor(devices: Devices) -> Monitor:
 def _nvml_handle(nvml: Any, device_id: str) -> Any:
     if device_id.isdecimal():
         return nvml.nvmlDeviceGetHandleByIndex(int(device_id))
+    # CUDA takes the beginning of an identifier for the whole; NVML does not.
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        if nvml.nvmlDeviceGetUUID(handle).startswith(device_id):
+            return handle
     return nvml.nvmlDeviceGetHandleByUUID(device_id)
 
 

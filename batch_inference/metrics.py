@@ -28,8 +28,9 @@ class Metric:
 
 
 def summarise(result: Result, point: Point) -> dict[str, float | None]:
-    """Every metric of a point; all None for a point without runs."""
-    return {metric.name: metric.formula(result, point) if point.runs else None for metric in METRICS}
+    """Every metric of a point; all None for one that failed, though some of its runs may be there."""
+    measured = point.status == "ok" and bool(point.runs)
+    return {metric.name: metric.formula(result, point) if measured else None for metric in METRICS}
 
 
 def run_latencies_s(point: Point) -> list[float]:
@@ -93,16 +94,16 @@ def _memory_used_gib(_: Result, point: Point) -> float | None:
 
 
 def _engine_number(key: str) -> Callable[[Result, Point], float | None]:
-    return lambda result, _: result.engine.get(key)
+    return lambda result, point: result.engine_of(point).get(key)
 
 
-def _load_s(result: Result, _: Point) -> float | None:
-    total: float | None = (result.engine.get("load_s") or {}).get("total_s")
+def _load_s(result: Result, point: Point) -> float | None:
+    total: float | None = (result.engine_of(point).get("load_s") or {}).get("total_s")
     return total
 
 
 def _kv_use(result: Result, point: Point) -> float | None:
-    capacity = result.engine.get("kv_cache_tokens")
+    capacity = result.engine_of(point).get("kv_cache_tokens")
     return point.batch_size * (point.seq_len + point.max_tokens) / capacity if capacity else None
 
 

@@ -57,12 +57,20 @@ class ModelFacts:
         return 2 * math.ceil(self.num_layers / pipeline_parallel_size) * kv_heads * self.head_dim * self._bytes(dtype)
 
     def _bytes(self, dtype: str) -> int:
-        return _BYTES.get(self.dtype if dtype == "auto" else dtype, 2)
+        if dtype == "auto":
+            # vLLM runs a float32 checkpoint in 16 bits.
+            return 2 if self.dtype in ("float32", "float") else _BYTES.get(self.dtype, 2)
+        return _BYTES.get(dtype, 2)
 
 
 def is_local(model: str) -> bool:
-    """A folder, or written like one; anything else is a hub name such as org/name."""
-    return Path(model).exists() or model.startswith(("/", "./", "../", "~")) or model.count("/") != 1
+    """A folder, or written like one: m/x where there is a folder m. Others are hub names: org/name, or name alone."""
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        return True
+    try:
+        return Path(model).exists() or (model.count("/") == 1 and Path(model).parent.exists())
+    except OSError:  # too long to be a path
+        return False
 
 
 def read_model_facts(model: str) -> ModelFacts | None:
@@ -75,13 +83,19 @@ def read_model_facts(model: str) -> ModelFacts | None:
     path = folder / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+        return _facts_from(_text_part(document))
     except FileNotFoundError:
         raise ConfigError(f"--model {model}: it has no config.json; give the folder that holds one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--model {model}: config.json cannot be read ({error}); fetch the model again") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"--model {model}: config.json is not an object; fetch the model again")
-    return _facts_from(document.get("text_config") or document)
+
+
+def _text_part(document: Any) -> dict[str, Any]:
+    """The sizes of the language model; those with vision keep them apart. Raises ValueError for anything else."""
+    part = (document.get("text_config") or document) if isinstance(document, dict) else document
+    if not isinstance(part, dict):
+        raise ValueError("it is not an object")
+    return part
 
 
 def _facts_from(document: dict[str, Any]) -> ModelFacts:
@@ -107,13 +121,29 @@ def _facts_from(document: dict[str, Any]) -> ModelFacts:
 
 def _scales_positions(document: dict[str, Any]) -> bool:
     """True where rope scaling stretches the length by rules that only vLLM knows."""
-    scaling = document.get("rope_scaling") or {}
+    scaling = document.get("rope_scaling") or document.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        return True
     return scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "llama3", "mrope")
 
 
-def infeasible(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices) -> str | None:
-    """Why this setting cannot run here, in one line with the remedy; None when nothing speaks against it."""
-    if config.num_devices > len(devices):
+def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
+    """True where the replicas share out experts, and so must be coupled by vLLM. A model that cannot be read from
+    here is taken for the mixture of experts that --enable-expert-parallel is meant for."""
+    asked = {"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in config.engine_args}
+    return bool(asked) and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
+
+
+def infeasible(
+    config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, devices_here: int | None = None
+) -> str | None:
+    """Why this setting cannot run here, in one line with the remedy; None when nothing speaks against it.
+    `devices_here`: how many of the setting's devices are to be on this node; by default all."""
+    if devices_here is not None and devices_here > len(devices):
+        return f"torchrun started {devices_here} processes on a node with {len(devices)} {devices.kind} devices"
+    if devices.kind == "gpu" and not devices.ids:
+        return "CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it or name GPUs that are there"
+    if devices_here is None and config.num_devices > len(devices):
         kind = "GPUs" if devices.kind == "gpu" else "CPU devices (slices of the cores)"
         return (
             f"TP x PP x DP is {config.num_devices} devices, this machine has {len(devices)} {kind}; "
@@ -121,6 +151,8 @@ def infeasible(config: ExperimentConfig, facts: ModelFacts | None, devices: Devi
         )
     if devices.kind == "cpu" and config.enforce_eager and config.pipeline_parallel_size > 1:
         return "--enforce-eager with --pipeline-parallel-size on the CPU fails in vLLM; drop --enforce-eager"
+    if devices.kind == "cpu" and is_coupled(config, facts):
+        return "--enable-expert-parallel with --data-parallel-size on the CPU fails in vLLM; it needs GPUs"
     return None if facts is None else _model_against_setting(config, facts)
 
 
@@ -150,8 +182,10 @@ def _length_against_model(config: ExperimentConfig, limit: int | None) -> str | 
     return None
 
 
-def describe(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices) -> list[str]:
-    """The plan of --dry-run, line by line."""
+def describe(
+    config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None = None
+) -> list[str]:
+    """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known."""
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     points = list(config.points())
     reason = infeasible(config, facts, devices)
@@ -162,7 +196,7 @@ def describe(config: ExperimentConfig, facts: ModelFacts | None, devices: Device
         "grid": f"batch sizes {_words(config.batch_sizes)} x lengths {_words(config.seq_lens)}, "
         f"{config.max_tokens} output tokens: {len(points)} points, {config.num_runs} timed runs each",
         "file": str(config.output_path),
-        "memory": _memory_words(config, facts),
+        "memory": _memory_words(config, facts, memory_gib),
         "vLLM": f"{' '.join(redact(config.engine_args))} (vLLM checks these when it starts)",
         "verdict": f"cannot run: {reason}" if reason else "can run",
     }
@@ -177,17 +211,34 @@ def _wrapped(name: str, text: str) -> list[str]:
     )
 
 
-def _memory_words(config: ExperimentConfig, facts: ModelFacts | None) -> str:
+def _memory_words(config: ExperimentConfig, facts: ModelFacts | None, memory_gib: float | None) -> str:
     sizes = (config.tensor_parallel_size, config.pipeline_parallel_size, config.dtype)
-    weights = facts.weights_gib(*sizes) if facts else None
+    weights_gib = facts.weights_gib(*sizes) if facts else None
     per_token = facts.kv_bytes_per_token(*sizes) if facts else None
-    if weights is None or per_token is None:
+    if weights_gib is None or per_token is None:
         return "unknown: the model's sizes cannot be read from here"
     kv_gib = per_token * max(config.batch_sizes) * config.longest_request / GIB
-    return (
-        f"about {weights:.3g} GiB weights per device, "
+    needs = (
+        f"about {weights_gib:.3g} GiB weights per device, "
         f"{kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
     )
+    pool_gib = _kv_pool_gib(config, weights_gib, memory_gib)
+    if pool_gib is None:
+        return needs
+    if pool_gib <= 0:
+        return f"{needs}; the weights do not fit: {memory_gib:.4g} GiB x {config.gpu_memory_utilization} is there"
+    waves = ", ".join(
+        f"{int(pool_gib * GIB / per_token / (seq_len + config.max_tokens))} of length {seq_len}"
+        for seq_len in config.seq_lens
+    )
+    return f"{needs}; {pool_gib:.3g} GiB are there for it; requests that fit in one wave: {waves}"
+
+
+def _kv_pool_gib(config: ExperimentConfig, weights_gib: float, memory_gib: float | None) -> float | None:
+    """What is left for the KV cache on a device, activations not counted (2 GiB of 80 for a 7B model)."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes / GIB
+    return None if memory_gib is None else memory_gib * config.gpu_memory_utilization - weights_gib
 
 
 def _words(numbers: tuple[int, ...]) -> str:

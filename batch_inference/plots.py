@@ -147,6 +147,10 @@ PLOTS: tuple[tuple[str, str, Callable[[pd.DataFrame], Figure]], ...] = (
 
 def write_plots(table: pd.DataFrame, folder: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     """One PNG per plot and group of like things: (title, path) of each, and why each of the others was not drawn."""
+    # Those of an earlier analysis, which may have had other groups.
+    for name, _, _ in PLOTS:
+        for old in (folder / f"{name}.png", *folder.glob(f"{name}_group_*.png")):
+            old.unlink(missing_ok=True)
     written, missing = [], []
     parts = list(groups(table))
     for name, title, draw in PLOTS:

@@ -1,4 +1,7 @@
-"""The replicas of a setting: one engine process each, in a process group of its own, on its own devices."""
+"""The replicas of a setting: engine processes of this machine, or the ranks of a torchrun job.
+
+Every engine process leads a process group of its own and has its own devices.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batch_inference.config import ConfigError, ExperimentConfig
+from batch_inference.engine import with_workers
 from batch_inference.hardware import Devices
 
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent
@@ -23,6 +27,7 @@ PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 START_LEAD_S = 0.02
 # A closing engine hands its devices back in 2 to 6 s; afterwards its group is ended.
 CLOSE_TIMEOUT_S = 15.0
+HURRY_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 40
 
 # Errors that only pass on that another one happened.
@@ -48,51 +53,63 @@ class Replicas(Protocol):
     def start(self) -> list[dict[str, Any]]:
         """Load every replica; one description of the engine each. Raises ReplicaError or ConfigError."""
 
-    def run(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[object, ...]) -> list[dict[str, Any]]:
-        """Submit one batch to every replica at the same moment; one outcome each, times from the common start."""
+    def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[object, ...]) -> None:
+        """Make the prompts of the next run."""
+
+    def run(self) -> list[dict[str, Any]]:
+        """Submit one batch to every replica at the same moment; one outcome each, times from the common start.
+
+        An outcome may carry "energy_j" and "memory" where only the replica itself can see its devices.
+        """
 
     def pids(self) -> list[int]: ...
 
-    def close(self) -> None: ...
+    def close(self, *, hurry: bool = False) -> None:
+        """End every process. `hurry`: somebody waits for the end, and nothing is left to be done in order."""
 
 
 class LocalReplicas:
-    """Replicas as processes of this machine."""
+    """Replicas as processes of this machine, each on its own slice of the devices.
 
-    def __init__(self, config: ExperimentConfig, devices: Devices, log_path: Path) -> None:
+    They are independent of each other, because vLLM refuses coupled replicas of a dense model; those of a
+    mixture of experts with expert parallelism are `coupled`, because vLLM shares out the experts among them.
+    """
+
+    def __init__(self, config: ExperimentConfig, devices: Devices, log_path: Path, *, coupled: bool = False) -> None:
         self._config = config
         self._devices = devices
         self._log_path = log_path
+        self._coupled = coupled
         self._processes: list[_EngineProcess] = []
 
     def start(self) -> list[dict[str, Any]]:
-        per_replica = self._config.devices_per_replica
-        for replica in range(self._config.data_parallel_size):
-            devices = self._devices.slice_for(replica, per_replica)
-            self._processes.append(_EngineProcess(devices, self._log_path))
-        command = {"op": "load", "config": dataclasses.asdict(self._config)}
-        return [reply["engine"] for reply in self._all([command] * len(self._processes))]
+        count = self._config.data_parallel_size
+        for replica in range(count):
+            environment = self._devices.slice_for(replica, self._config.devices_per_replica).environment()
+            environment |= ports_of(replica) if count > 1 else {}
+            environment |= coupling_of(replica, count) if self._coupled else {}
+            self._processes.append(_EngineProcess(environment, replica_log(self._log_path, replica)))
+        load = {"op": "load", "config": dataclasses.asdict(self._config)}
+        replies = self._all([{**load, "replica": replica} for replica in range(len(self._processes))])
+        return [reply["engine"] for reply in replies]
 
-    def run(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[object, ...]) -> list[dict[str, Any]]:
-        prepare = {"op": "prepare", "batch_size": batch_size, "seq_len": seq_len, "max_tokens": max_tokens}
-        self._all(
-            [{**prepare, "seed_parts": [*stream, replica]} for replica in range(len(self._processes))],
-        )
+    def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[object, ...]) -> None:
+        self._all([_prepare(batch_size, seq_len, max_tokens, stream)] * len(self._processes))
+
+    def run(self) -> list[dict[str, Any]]:
+        count = len(self._processes)
         at_s = time.monotonic() + START_LEAD_S
-        outcomes = [reply["outcome"] for reply in self._all([{"op": "start", "at_s": at_s}] * len(self._processes))]
+        outcomes = [reply["outcome"] for reply in self._all([{"op": "start", "at_s": at_s}] * count)]
         first_s = min(outcome["start_s"] for outcome in outcomes)
-        return [
-            {**outcome, "start_s": outcome["start_s"] - first_s, "end_s": outcome["end_s"] - first_s}
-            for outcome in outcomes
-        ]
+        return [_from(first_s, outcome) for outcome in outcomes]
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def close(self) -> None:
+    def close(self, *, hurry: bool = False) -> None:
         for process in self._processes:
             process.ask_to_close()
-        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        deadline_s = time.monotonic() + (HURRY_TIMEOUT_S if hurry else CLOSE_TIMEOUT_S)
         for process in self._processes:
             process.end(deadline_s)
         self._processes.clear()
@@ -101,24 +118,136 @@ class LocalReplicas:
         """Send one command to each replica, then wait for every answer."""
         for process, command in zip(self._processes, commands, strict=True):
             process.send(command)
-        return [process.receive() for process in self._processes]
+        return [reply for process in self._processes for reply in process.receive()]
+
+
+class TorchrunReplicas:
+    """The ranks of a torchrun job, seen from rank 0: one engine process here, which leads those of the other ranks."""
+
+    def __init__(self, config: ExperimentConfig, environment: dict[str, str], log_path: Path) -> None:
+        self._config = config
+        self._environment = environment
+        self._log_path = log_path
+        self._process: _EngineProcess | None = None
+        self._closed = False
+
+    def start(self) -> list[dict[str, Any]]:
+        self._join()
+        config = dataclasses.asdict(self._config)
+        replies = self._all({"op": "load", "config": config, "replica": 0})
+        return [
+            with_workers(ranks[0]["engine"], [worker for rank in ranks for worker in rank["engine"]["workers"]])
+            for ranks in self._by_replica(replies)
+        ]
+
+    def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[object, ...]) -> None:
+        self._all(_prepare(batch_size, seq_len, max_tokens, stream))
+
+    def run(self) -> list[dict[str, Any]]:
+        outcomes = [reply["outcome"] for reply in self._all({"op": "start"})]
+        # Clocks of different machines have different zeros, so each rank counts from its own release.
+        outcomes = [_from(outcome["start_s"], outcome) for outcome in outcomes]
+        return [_slowest(ranks) for ranks in self._by_replica(outcomes)]
+
+    def pids(self) -> list[int]:
+        return []
+
+    def close(self, *, hurry: bool = False) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        # The other ranks wait for a word, also where nothing was left to measure.
+        if self._process is None and not hurry:
+            with contextlib.suppress(ReplicaError, ConfigError):
+                self._join()
+        if self._process:
+            self._process.ask_to_close()
+            self._process.end(time.monotonic() + (HURRY_TIMEOUT_S if hurry else CLOSE_TIMEOUT_S))
+
+    def _join(self) -> None:
+        self._process = _EngineProcess(self._environment, self._log_path)
+        self._all({"op": "join", "config": dataclasses.asdict(self._config)})
+
+    def _all(self, command: dict[str, Any]) -> list[dict[str, Any]]:
+        assert self._process is not None
+        self._process.send(command)
+        return self._process.receive()
+
+    def _by_replica(self, of_ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        size = self._config.devices_per_replica
+        return [of_ranks[first : first + size] for first in range(0, len(of_ranks), size)]
+
+
+def _prepare(batch_size: int, seq_len: int, max_tokens: int, stream: tuple[object, ...]) -> dict[str, Any]:
+    sizes = {"batch_size": batch_size, "seq_len": seq_len, "max_tokens": max_tokens}
+    return {"op": "prepare", **sizes, "stream": list(stream)}
+
+
+def _from(start_s: float, outcome: dict[str, Any]) -> dict[str, Any]:
+    return {**outcome, "start_s": outcome["start_s"] - start_s, "end_s": outcome["end_s"] - start_s}
+
+
+def _slowest(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The outcome of one replica from those of its ranks, which all hold the same outputs."""
+    joules = [rank["energy_j"] for rank in ranks]
+    used_gib = [value for rank in ranks for value in rank["memory"]["used_gib"]]
+    return {
+        **ranks[0],
+        "end_s": max(rank["end_s"] for rank in ranks),
+        "energy_j": None if None in joules else sum(joules),
+        "memory": {**ranks[0]["memory"], "used_gib": used_gib},
+    }
+
+
+def replica_log(log_path: Path, replica: int) -> Path:
+    """The log of the first replica is that of the setting; the others have theirs beside it."""
+    return log_path if replica == 0 else log_path.with_suffix(f".replica_{replica}.log")
+
+
+def rank_log(log_path: Path, rank: int) -> Path:
+    return log_path.with_suffix(f".rank_{rank}.log")
+
+
+def ports_of(replica: int) -> dict[str, str]:
+    """vLLM looks for a free port and takes it later: replicas that start together must not look in the same place."""
+    if "VLLM_PORT" in os.environ:
+        return {}
+    # Far below the ports that the kernel gives out, and elsewhere for another sweep on this machine.
+    return {"VLLM_PORT": str(_first_port() + 100 * (replica + 1))}
+
+
+def coupling_of(replica: int, replicas: int) -> dict[str, str]:
+    """What makes vLLM run a mixture-of-experts model as one of several coupled replicas; each sees only its slice of
+    the devices, so each is the first of its kind there."""
+    return {
+        "VLLM_DP_SIZE": str(replicas),
+        "VLLM_DP_RANK": str(replica),
+        "VLLM_DP_RANK_LOCAL": "0",
+        "VLLM_DP_MASTER_IP": "127.0.0.1",
+        "VLLM_DP_MASTER_PORT": str(_first_port()),
+    }
+
+
+def _first_port() -> int:
+    return 15_000 + os.getpid() % 15 * 1000
 
 
 class _EngineProcess:
-    """`python -m batch_inference.engine`, the leader of its own process group."""
+    """`python -m batch_inference.worker`, the leader of its own process group."""
 
-    def __init__(self, devices: Devices, log_path: Path) -> None:
+    def __init__(self, environment: dict[str, str], log_path: Path) -> None:
         self._log_path = log_path
         commands_read, commands_write = os.pipe()
         replies_read, replies_write = os.pipe()
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "batch_inference.engine", str(commands_read), str(replies_write)],
+                # -P: a batch_inference or a queue.py in the user's folder is not meant.
+                [sys.executable, "-P", "-m", "batch_inference.worker", str(commands_read), str(replies_write)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=[commands_read, replies_write],
-                env={**os.environ, **_quiet_environment(), **devices.environment()},
+                env={**os.environ, **quiet_environment(), **environment},
                 start_new_session=True,
             )
         os.close(commands_read)
@@ -136,8 +265,8 @@ class _EngineProcess:
         with contextlib.suppress(BrokenPipeError):
             self._commands.write(json.dumps(command).encode() + b"\n")
 
-    def receive(self) -> dict[str, Any]:
-        """The next reply. Raises ConfigError for the user's flags, ReplicaError for anything else that failed."""
+    def receive(self) -> list[dict[str, Any]]:
+        """The next replies, one per rank. Raises ConfigError for the user's flags, ReplicaError for other failures."""
         while b"\n" not in self._buffer:
             readable, _, _ = select.select([self._replies], [], [], 1.0)
             chunk = os.read(self._replies.fileno(), 1 << 16) if readable else b""
@@ -146,12 +275,13 @@ class _EngineProcess:
             if not chunk and self._process.poll() is not None:
                 raise self._failure(f"the engine process ended with {_exit_words(self._process.returncode)}")
         line, _, self._buffer = self._buffer.partition(b"\n")
-        reply: dict[str, Any] = json.loads(line)
-        if reply["event"] != "failed":
-            return reply
-        if reply["usage"]:
-            raise ConfigError(reply["reason"])
-        raise self._failure(reply["reason"])
+        replies: list[dict[str, Any]] = json.loads(line)
+        for reply in replies:
+            if reply["event"] == "failed" and reply["usage"]:
+                raise ConfigError(reply["reason"])
+            if reply["event"] == "failed":
+                raise self._failure(reply["reason"])
+        return replies
 
     def _failure(self, reason: str) -> ReplicaError:
         tail = read_log_tail(self._log_path)
@@ -187,7 +317,7 @@ class _EngineProcess:
             time.sleep(0.05)
 
 
-def _quiet_environment() -> dict[str, str]:
+def quiet_environment() -> dict[str, str]:
     path = os.environ.get("PYTHONPATH")
     return {
         "PYTHONPATH": os.pathsep.join([str(PACKAGE_PARENT)] + ([path] if path else [])),

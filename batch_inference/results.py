@@ -66,6 +66,7 @@ class Point:
     warmups: list[dict[str, float]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     summary: dict[str, float | None] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)  # of an earlier session: what differs from the result's engine
 
     @property
     def key(self) -> PointKey:
@@ -83,6 +84,10 @@ class Result:
     engine: dict[str, Any]
     points: list[Point] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+
+    def engine_of(self, point: Point) -> dict[str, Any]:
+        """The engine that measured the point."""
+        return {**self.engine, **point.engine}
 
     @property
     def data_parallel_size(self) -> int:
@@ -117,13 +122,10 @@ def save_result(result: Result, path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ResultFileError unless a file can be made beside `path`; the file at `path` is not touched."""
+    """Raises OSError unless a file can be made beside `path`; the file at `path` is not touched."""
     beside = _beside(path)
-    try:
-        beside.write_text("{}")
-        beside.unlink()
-    except OSError as error:
-        raise ResultFileError(f"{path}: cannot be written: {error.strerror}; choose another --output-file") from error
+    beside.write_text("{}")
+    beside.unlink()
 
 
 def _beside(path: Path) -> Path:
@@ -148,7 +150,7 @@ def load_result(path: Path) -> Result:
         )
     try:
         return _result_from(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ResultFileError(f"{path}: not a result of this program ({_describe(error)})") from error
 
 

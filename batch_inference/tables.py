@@ -97,7 +97,7 @@ def plain(value: object) -> str:
 
 def _row(path: Path, result: Result, point: Point) -> Row:
     identity = _identity(path, result, point)
-    row = {**identity, **_settings(result), **_environment(result), **identity, **_numbers(result, point)}
+    row = {**identity, **_settings(result, point), **_environment(result), **identity, **_numbers(result, point)}
     return {plain(name): plain(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
@@ -122,9 +122,9 @@ def _identity(path: Path, result: Result, point: Point) -> Row:
     }
 
 
-def _settings(result: Result) -> Row:
+def _settings(result: Result, point: Point) -> Row:
     """What was asked; where vLLM reports what it really used (dtype, max_model_len ...), that."""
-    config, engine = result.config, result.engine
+    config, engine = result.config, result.engine_of(point)
     asked = {name: value for name, value in config.items() if name not in _NOT_IN_ROWS and _is_cell(value)}
     used = {name: value for name, value in engine.items() if _is_cell(value) and value is not None}
     phases = {f"load_{name}": value for name, value in _section(engine, "load_s").items() if _is_cell(value)}

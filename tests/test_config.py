@@ -42,13 +42,12 @@ def test_defaults_are_those_of_the_readme() -> None:
         (["--model", ""], "--model: ''"),
         (["--batch-size", "4"], "--batch-size is an abbreviation; write --batch-sizes"),
         (["--batch_sizes", "4"], "is written --batch-sizes here"),
+        (["--config", "x.yaml"], "--config cannot be passed on"),
         (["--enable-prefix-caching"], "--enable-prefix-caching cannot be passed on"),
         (["--overwrite", "--resume"], "--overwrite and --resume"),
         (["--max-model-len", "600"], "2176, over --max-model-len 600"),
         (["--distributed-executor-backend", "mpi"], "--distributed-executor-backend"),
         (["--distributed-executor-backend", "ray"], "ray is not supported yet"),
-        (["--distributed-executor-backend", "external_launcher"], "external_launcher is not supported yet"),
-        (["--data-parallel-size", "2"], "--data-parallel-size 2 is not supported yet"),
         (["--distributed-executor-backend", "uni", "-tp", "2"], "uni runs one device, TP x PP is 2"),
     ],
 )
@@ -65,6 +64,18 @@ def test_repeated_sizes_are_dropped_with_a_note() -> None:
     assert config.seq_lens == (8,)
     assert len(notes) == 2
     assert "--batch-sizes" in notes[0]
+
+
+def test_short_flags_are_those_of_vllm_and_are_not_abbreviated() -> None:
+    config, _ = parse_flags(["-tp", "2", "-pp=4"])
+    assert (config.tensor_parallel_size, config.pipeline_parallel_size) == (2, 4)
+    assert parse_flags(["-t", "2"])[0].tensor_parallel_size == 1
+    assert parse_flags(["-t", "2"])[0].engine_args == ("-t", "2")  # vLLM's parser will judge it
+
+
+def test_the_log_is_beside_the_result_whatever_its_name() -> None:
+    for name, log in (("a/x.json", "a/x.log"), ("run.log", "run.log.log"), ("llama-3.1", "llama-3.1.log")):
+        assert str(ExperimentConfig(output_file=name).log_path) == log
 
 
 def test_unknown_flags_are_kept_for_vllm_in_order() -> None:

@@ -13,6 +13,7 @@ import pytest
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.console import Console, closing_table, short
 from batch_inference.experiment import Experiment, combine, starting_result
+from batch_inference.metrics import summarise
 from batch_inference.replicas import ReplicaError
 from batch_inference.results import Point, Result, load_result
 
@@ -46,27 +47,30 @@ def outcome(batch_size: int, seq_len: int, max_tokens: int, latency_s: float, **
 
 
 class FakeReplicas:
-    """Each run takes what `latency_s(batch_size, phase, index)` says; `fail_at` raises at that batch size."""
+    """Each run takes what `latency_s(batch_size, phase, index)` says; that of `fail_at` fails."""
 
     def __init__(
         self,
         latency_s: Callable[[int, str, int], float] = lambda *_: 2.0,
         *,
-        fail_at: int | None = None,
+        fail_at: tuple[int, str, int] | None = None,
         replicas: int = 1,
         changes: dict[str, Any] | None = None,
     ) -> None:
         self.latency_s, self.fail_at, self.replicas, self.changes = latency_s, fail_at, replicas, changes or {}
         self.calls: list[tuple[int, str, int]] = []
-        self.closed = False
+        self.closed = self.hurried = False
 
     def start(self) -> list[dict[str, Any]]:
         return [ENGINE] * self.replicas
 
-    def run(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> list[dict[str, Any]]:
-        if batch_size == self.fail_at:
+    def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> None:
+        self.prepared = (batch_size, seq_len, max_tokens, stream)
+
+    def run(self) -> list[dict[str, Any]]:
+        batch_size, seq_len, max_tokens, (*_, phase, index) = self.prepared
+        if (batch_size, phase, index) == self.fail_at:
             raise ReplicaError("torch.OutOfMemoryError: CUDA out of memory", ["the log's end"])
-        phase, index = stream[-2:]
         self.calls.append((batch_size, phase, index))
         taken_s = self.latency_s(batch_size, phase, index)
         return [outcome(batch_size, seq_len, max_tokens, taken_s, **self.changes)] * self.replicas
@@ -74,8 +78,8 @@ class FakeReplicas:
     def pids(self) -> list[int]:
         return [1]
 
-    def close(self) -> None:
-        self.closed = True
+    def close(self, *, hurry: bool = False) -> None:
+        self.closed, self.hurried = True, self.hurried or hurry
 
 
 class FakeMonitor:
@@ -151,9 +155,9 @@ def test_prompts_of_every_run_come_from_a_stream_of_their_own(config: Experiment
     streams: list[tuple[Any, ...]] = []
 
     class Recorder(FakeReplicas):
-        def run(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> list[dict[str, Any]]:
+        def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> None:
             streams.append(stream)
-            return super().run(batch_size, seq_len, max_tokens, stream)
+            super().prepare(batch_size, seq_len, max_tokens, stream)
 
     run(config, Recorder())
     assert len(set(streams)) == len(streams) == 10
@@ -199,8 +203,10 @@ def test_runs_that_differ_too_much_are_suspect(config: ExperimentConfig, spread:
 
 def test_a_setting_ended_while_its_engine_closes_is_complete(config: ExperimentConfig) -> None:
     class EndedWhileClosing(FakeReplicas):
-        def close(self) -> None:
-            raise SystemExit(143)
+        def close(self, *, hurry: bool = False) -> None:
+            super().close(hurry=hurry)
+            if not hurry:
+                raise SystemExit(143)
 
     experiment = Experiment(config, starting_result(config, {}), FakeMonitor(), Console())  # type: ignore[arg-type]
     with pytest.raises(SystemExit):
@@ -208,8 +214,48 @@ def test_a_setting_ended_while_its_engine_closes_is_complete(config: ExperimentC
     assert load_result(config.output_path).status == "complete"
 
 
+def test_a_point_that_fails_after_some_runs_has_no_verdict_and_no_numbers(
+    config: ExperimentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(config, FakeReplicas(fail_at=(4, "run", 2)))
+    point = result.points[1]
+    assert (point.status, point.verdict, len(point.runs)) == ("oom", None, 2)
+    assert set(point.summary.values()) == {None}
+    assert "batch 4 x len 8: oom: torch.OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
+
+
+def test_energy_is_read_after_the_prompts_are_made(config: ExperimentConfig) -> None:
+    order: list[str] = []
+
+    class Watched(FakeReplicas):
+        def prepare(self, *words: Any) -> None:
+            order.append("prepare")
+            super().prepare(*words)
+
+        def run(self) -> list[dict[str, Any]]:
+            order.append("run")
+            return super().run()
+
+    class Watch(FakeMonitor):
+        def energy_j(self) -> float:
+            order.append("energy")
+            return super().energy_j()
+
+    experiment = Experiment(config, starting_result(config, {}), Watch(), Console())  # type: ignore[arg-type]
+    experiment.run(Watched())
+    assert order[:4] == ["prepare", "energy", "run", "energy"]
+
+
+def test_replicas_that_see_their_own_devices_are_believed(config: ExperimentConfig) -> None:
+    own = {"energy_j": 7.0, "memory": {"scope": "device", "used_gib": [1.0, 2.0]}}
+    result = run(dataclasses.replace(config, data_parallel_size=2), FakeReplicas(replicas=2, changes=own))
+    measured = result.points[0].runs[0]
+    assert measured.energy_j == 14.0
+    assert measured.memory["used_gib"] == [1.0, 2.0, 1.0, 2.0]
+
+
 def test_a_lost_engine_keeps_the_points_before_it(config: ExperimentConfig) -> None:
-    replicas = FakeReplicas(fail_at=4)
+    replicas = FakeReplicas(fail_at=(4, "warmup", 0))
     result = run(dataclasses.replace(config, batch_sizes=(1, 4, 8)), replicas)
     assert [point.status for point in result.points] == ["ok", "oom", "skipped"]
     assert result.points[1].reason == "torch.OutOfMemoryError: CUDA out of memory"
@@ -232,10 +278,10 @@ def test_an_engine_that_does_not_start_leaves_a_failed_file(config: ExperimentCo
 
 def test_an_interrupted_sweep_leaves_its_finished_points_on_disk(config: ExperimentConfig) -> None:
     class Interrupted(FakeReplicas):
-        def run(self, batch_size: int, *rest: Any) -> list[dict[str, Any]]:
-            if batch_size == 4:
+        def run(self) -> list[dict[str, Any]]:
+            if self.prepared[0] == 4:
                 raise KeyboardInterrupt
-            return super().run(batch_size, *rest)
+            return super().run()
 
     replicas = Interrupted()
     with pytest.raises(KeyboardInterrupt):
@@ -244,6 +290,7 @@ def test_an_interrupted_sweep_leaves_its_finished_points_on_disk(config: Experim
     assert on_disk.status == "partial"
     assert [point.key for point in on_disk.points] == [(1, 8, 4)]
     assert replicas.closed
+    assert replicas.hurried
 
 
 def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
@@ -266,7 +313,7 @@ def test_an_existing_file_is_never_overwritten_unasked(config: ExperimentConfig)
 
 
 def test_resume_measures_only_what_is_missing(config: ExperimentConfig) -> None:
-    run(config, FakeReplicas(fail_at=4))
+    run(config, FakeReplicas(fail_at=(4, "warmup", 0)))
     replicas = FakeReplicas()
     grown = dataclasses.replace(config, resume=True, batch_sizes=(1, 4, 8))
     result = run(grown, replicas)
@@ -278,7 +325,7 @@ def test_resume_measures_only_what_is_missing(config: ExperimentConfig) -> None:
 
 def test_resume_with_nothing_open_starts_no_engine_and_keeps_the_file(config: ExperimentConfig) -> None:
     before = run(config, FakeReplicas())
-    replicas = FakeReplicas(fail_at=1)
+    replicas = FakeReplicas(fail_at=(1, "warmup", 0))
     after = run(dataclasses.replace(config, resume=True), replicas)
     assert replicas.calls == []
     assert dataclasses.asdict(after) == dataclasses.asdict(before)
@@ -311,6 +358,38 @@ def test_interrupted_while_loading_leaves_the_old_file_or_a_partial_one(
     on_disk = load_result(config.output_path)
     assert on_disk.status == ("complete" if already_there else "partial")
     assert len(on_disk.points) == (2 if already_there else 0)
+
+
+def test_resume_measures_invalid_points_again(config: ExperimentConfig) -> None:
+    before = run(config, FakeReplicas(changes={"prefix_cache_hit_tokens": 1}))
+    assert {point.verdict for point in before.points} == {"invalid"}
+    after = run(dataclasses.replace(config, resume=True), FakeReplicas())
+    assert [(point.batch_size, point.verdict) for point in after.points] == [(1, "valid"), (4, "valid")]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"versions": {"vllm": "0.26.0"}}, "vLLM was None, now 0.26.0"),
+        ({"devices": [{"name": "H200"}]}, r"devices was \[\], now \['H200'\]"),
+    ],
+)
+def test_resume_refuses_another_machine(config: ExperimentConfig, environment: dict[str, Any], said: str) -> None:
+    run(config, FakeReplicas())
+    with pytest.raises(ConfigError, match=said):
+        starting_result(dataclasses.replace(config, resume=True), environment)
+
+
+def test_points_of_an_earlier_session_keep_the_engine_that_measured_them(config: ExperimentConfig) -> None:
+    class Larger(FakeReplicas):
+        def start(self) -> list[dict[str, Any]]:
+            return [{**ENGINE, "max_num_seqs": 64, "kv_cache_tokens": 500}]
+
+    run(config, FakeReplicas())
+    result = run(dataclasses.replace(config, batch_sizes=(1, 4, 64), resume=True), Larger())
+    assert [point.engine for point in result.points] == [{"max_num_seqs": 8, "kv_cache_tokens": 1000}] * 2 + [{}]
+    assert [point.summary["kv_use"] for point in result.points] == [12 / 1000, 48 / 1000, 768 / 500]
+    assert summarise(result, result.points[0]) == result.points[0].summary
 
 
 def test_resume_refuses_other_settings_and_names_them(config: ExperimentConfig) -> None:

@@ -54,8 +54,11 @@ def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
         (("--model", "./absent"), "--model ./absent: there is no such folder"),
         (("--max-model-len", "4096"), "--max-model-len 4096 is over the model's 2048"),
         (("-tp", "3"), "TP x PP x DP is 3 devices, this machine has"),
-        (("--data-parallel-size", "2"), "--data-parallel-size 2 is not supported yet"),
+        (("--distributed-executor-backend", "ray"), "ray is not supported yet"),
+        (("-tp", "2", "--distributed-executor-backend", "external_launcher"), "torchrun --nproc-per-node 2"),
         (("--output-file", "/proc/nowhere/x.json"), "--output-file /proc/nowhere/x.json"),
+        (("--output-file", "/proc/x.json"), "--output-file /proc/x.json"),
+        (("--output-file", "x" * 300), "File name too long"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_2_with_nothing_loaded(
@@ -94,7 +97,8 @@ def test_a_second_run_refuses_and_resume_keeps_what_is_there(experiment: Run, tm
     assert grown.returncode == 0, grown.stderr
     assert "2 of 3 points are kept" in grown.stderr
     old, new = json.loads(first), json.loads((tmp_path / "tp_1_results.json").read_text())
-    assert new["points"][:2] == old["points"]
+    assert [{**point, "engine": {}} for point in new["points"][:2]] == old["points"]
+    assert [point["engine"]["max_num_seqs"] for point in new["points"][:2]] == [2, 2]
     assert len(new["points"]) == 3
     assert experiment("--overwrite").returncode == 0
 
@@ -137,24 +141,58 @@ def test_a_run_that_did_not_do_what_was_asked_is_invalid(experiment: Run, tmp_pa
 def test_an_interrupted_script_keeps_its_file_and_leaves_no_process(
     tmp_path: Path, signal_number: signal.Signals, code: int
 ) -> None:
+    process, engines = hanging_script(tmp_path)
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "partial"
+    assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+
+
+def hanging_script(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """The script in the middle of a run that never ends, and the pids of its engine processes."""
     process = subprocess.Popen(
-        experiment_command(tmp_path, *SMALL_GRID),
+        experiment_command(folder, *SMALL_GRID),
         env=stub_environment(STUB_FAIL="hang"),
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=with_ctrl_c,
     )
-    log = tmp_path / "tp_1_results.log"
-    _wait_for(lambda: log.exists() and "stub vLLM is loading" in log.read_text())
+    log = folder / "tp_1_results.log"
+    _wait_for(lambda: log.exists() and "prompts" in log.read_text())
     engines = _children(process.pid)
+    assert engines
+    return process, engines
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_impatient_user_leaves_no_process_behind(tmp_path: Path, signal_number: signal.Signals) -> None:
+    process, engines = hanging_script(tmp_path)
+    process.send_signal(signal_number)
+    time.sleep(0.5)
     process.send_signal(signal_number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert "Traceback" not in errors
-    assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "partial"
-    assert engines
-    assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+    assert process.returncode in (130, 143)
+    assert "ending the engine" in errors
+    _wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines))
+
+
+def test_files_of_the_users_own_are_no_modules_of_ours(experiment: Run, tmp_path: Path) -> None:
+    for name in ("queue.py", "batch_inference"):
+        (tmp_path / name).write_text("raise SystemExit('not meant')")
+    done = experiment()
+    assert done.returncode == 0, done.stderr
+
+
+def test_resume_goes_on_with_the_log(experiment: Run, tmp_path: Path) -> None:
+    experiment()
+    log = tmp_path / "tp_1_results.log"
+    before = log.read_text()
+    experiment("--resume", "--batch-sizes", "1,2,3")
+    assert log.read_text().startswith(before)
+    assert log.read_text().count("stub vLLM is loading") == 2
 
 
 def test_no_secret_of_the_command_line_or_the_environment_is_written(experiment: Run, tmp_path: Path) -> None:

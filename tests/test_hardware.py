@@ -36,7 +36,17 @@ def test_a_binding_of_the_users_own_is_left_alone(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("visible", "ids"), [(None, ("0", "1", "2", "3")), ("2,0", ("2", "0")), ("", ()), ("-1", ()), ("GPU-a", ("GPU-a",))]
+    ("visible", "ids"),
+    [
+        (None, ("0", "1", "2", "3")),
+        ("2,0", ("2", "0")),
+        ("", ()),
+        ("-1", ()),
+        ("GPU-a", ("GPU-a",)),
+        ("0,-1,1", ("0",)),
+        ("1,7,2", ("1",)),
+        ("0,abc", ("0",)),
+    ],
 )
 def test_cuda_visible_devices_decides(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, ids: tuple[str, ...]

@@ -8,7 +8,7 @@ import pytest
 
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.hardware import GIB, Devices
-from batch_inference.plan import ModelFacts, describe, infeasible, read_model_facts
+from batch_inference.plan import ModelFacts, describe, infeasible, is_coupled, read_model_facts
 
 EIGHT_GPUS = Devices("gpu", tuple("01234567"))
 # Llama-2-7B: https://arxiv.org/abs/2307.09288, and its config.json
@@ -85,12 +85,19 @@ def test_more_stages_than_layers_and_odd_kv_heads_are_found(tmp_path: Path) -> N
     )
 
 
+def test_gpus_that_are_all_hidden_are_said_to_be(tmp_path: Path) -> None:
+    reason = infeasible(ExperimentConfig(), facts(tmp_path), Devices("gpu", ()))
+    assert "CUDA_VISIBLE_DEVICES hides every GPU" in (reason or "")
+
+
 def test_a_setting_that_fits_has_no_reason_against_it(tmp_path: Path) -> None:
     assert infeasible(ExperimentConfig(tensor_parallel_size=8), facts(tmp_path), EIGHT_GPUS) is None
 
 
 def test_stretched_positions_are_left_to_vllm(tmp_path: Path) -> None:
     assert facts(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4}).max_model_len is None
+    assert facts(tmp_path, rope_parameters={"rope_type": "yarn", "factor": 4}).max_model_len is None
+    assert facts(tmp_path, rope_scaling="dynamic").max_model_len is None
     assert facts(tmp_path, rope_scaling={"rope_type": "llama3", "factor": 8}).max_model_len == 4096
 
 
@@ -108,7 +115,13 @@ def test_a_hub_name_is_no_error_and_its_memory_is_unknown() -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "no config.json"), ("{", "cannot be read"), ("[]", "is not an object")],
+    [
+        (None, "no config.json"),
+        ("{", "cannot be read"),
+        ("[]", "is not an object"),
+        ('{"text_config": "x"}', "is not an object"),
+        ("[" * 100_000, "cannot be read"),
+    ],
 )
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
     if content is not None:
@@ -117,9 +130,17 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | Non
         read_model_facts(str(tmp_path))
 
 
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such folder"):
-        read_model_facts(str(tmp_path / "absent"))
+def test_a_missing_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in (str(tmp_path / "absent"), "./absent", "models/absent"):
+        with pytest.raises(ConfigError, match="no such folder"):
+            read_model_facts(name)
+
+
+@pytest.mark.parametrize("name", ["org/name", "gpt2", "x" * 5000])
+def test_what_is_no_path_is_a_hub_name(name: str) -> None:
+    assert read_model_facts(name) is None
 
 
 def test_the_plan_fits_80_columns_and_estimates_the_memory(tmp_path: Path) -> None:
@@ -134,3 +155,48 @@ def test_the_plan_fits_80_columns_and_estimates_the_memory(tmp_path: Path) -> No
 def test_the_plan_says_why_a_setting_cannot_run(tmp_path: Path) -> None:
     lines = describe(ExperimentConfig(tensor_parallel_size=5), facts(tmp_path), EIGHT_GPUS)
     assert "verdict   cannot run: --tensor-parallel-size 5 does not divide" in "\n".join(lines)
+
+
+def plan(config: ExperimentConfig, read: ModelFacts | None, memory_gib: float | None = None) -> str:
+    return " ".join(" ".join(describe(config, read, EIGHT_GPUS, memory_gib)).split())
+
+
+def test_the_plan_says_how_many_requests_fit_in_one_wave(tmp_path: Path) -> None:
+    config = ExperimentConfig(seq_lens=(512, 2048))
+    # 80 GiB x 0.8 - 12.55 GiB of weights, at 512 KiB per token
+    assert "requests that fit in one wave: 164 of length 512, 48 of length 2048" in plan(config, facts(tmp_path), 80.0)
+    assert "one wave:" not in plan(config, facts(tmp_path))
+
+
+def test_the_plan_takes_vllms_own_word_for_the_size_of_the_cache(tmp_path: Path) -> None:
+    for words in (("--kv-cache-memory-bytes", str(2**30)), (f"--kv_cache_memory_bytes={2**30}",)):
+        config = ExperimentConfig(seq_lens=(384,), engine_args=words)
+        assert "1 GiB are there for it; requests that fit in one wave: 4 of length 384" in plan(config, facts(tmp_path))
+
+
+def test_the_plan_says_that_the_weights_do_not_fit(tmp_path: Path) -> None:
+    assert "the weights do not fit: 12 GiB x 0.8 is there" in plan(ExperimentConfig(), facts(tmp_path), 12.0)
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "dp", "changes", "coupled"),
+    [
+        (("--enable-expert-parallel",), 2, {"num_local_experts": 8}, True),
+        (("-ep",), 2, {"num_local_experts": 8}, True),
+        ((), 2, {"num_local_experts": 8}, False),
+        (("--enable-expert-parallel",), 1, {"num_local_experts": 8}, False),
+        (("--enable-expert-parallel",), 2, {}, False),
+    ],
+)
+def test_only_replicas_that_share_out_experts_are_coupled(
+    tmp_path: Path, engine_args: tuple[str, ...], dp: int, changes: dict[str, object], coupled: bool
+) -> None:
+    config = ExperimentConfig(engine_args=engine_args, data_parallel_size=dp)
+    assert is_coupled(config, facts(tmp_path, **changes)) is coupled
+
+
+def test_coupled_replicas_are_refused_on_the_cpu(tmp_path: Path) -> None:
+    config = ExperimentConfig(engine_args=("--enable-expert-parallel",), data_parallel_size=2)
+    read = facts(tmp_path, num_local_experts=8)
+    assert "on the CPU fails in vLLM" in (infeasible(config, read, Devices("cpu", ("0", "1"))) or "")
+    assert infeasible(config, read, EIGHT_GPUS) is None

@@ -240,6 +240,15 @@ def test_unlike_things_get_figures_of_their_own(table: Any, tmp_path: Path, monk
     assert [figure.texts[0].get_text()[-9:] for figure in saved] == ["(group 1)", "(group 2)"]
 
 
+def test_plots_of_an_earlier_analysis_do_not_stay(table: Any, tmp_path: Path) -> None:
+    for name in ("throughput.png", "throughput_group_7.png", "mine.png"):
+        (tmp_path / name).touch()
+    failed = make_result(points=[Point(1, 8, 4, "oom", reason="x")])
+    write_plots(table([failed]), tmp_path)
+    assert not list(tmp_path.glob("throughput*.png"))
+    assert (tmp_path / "mine.png").exists()
+
+
 def test_nothing_measured_is_said_for_every_plot(table: Any, tmp_path: Path) -> None:
     failed = make_result(points=[Point(1, 8, 4, "oom", reason="x")])
     failed.engine = {}

@@ -23,10 +23,11 @@ GRID = ("--batch-sizes", "1,3", "--seq-lens", "16,40", "--max-tokens", "9", "--n
 SMALL_ENGINE = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864")
 
 
-def measure(folder: Path, *flags: str) -> dict[str, Any]:
+def measure(folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
     """Run the script as a user would; its result file."""
     file = folder / "tp_1_results.json"
-    command = [sys.executable, "batch_inference_experiment.py", "--model", MODEL, *SMALL_ENGINE, *GRID, *flags]
+    script = "batch_inference_experiment.py"
+    command = [sys.executable, *launcher, script, "--model", MODEL, *SMALL_ENGINE, *GRID, *flags]
     done = subprocess.run(
         [*command, "--output-file", str(file)], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
     )
@@ -37,48 +38,58 @@ def measure(folder: Path, *flags: str) -> dict[str, Any]:
     return document
 
 
+ROUTES = [(1, 1, 1, False), (2, 1, 1, False), (1, 2, 1, False), (1, 1, 2, False),
+          (2, 1, 1, True), (1, 2, 1, True), (1, 1, 2, True)]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("tensor_parallel_size", "pipeline_parallel_size"), [(1, 1), (2, 1), (1, 2)], ids=["tp_1", "tp_2", "pp_2"]
+    ("tp", "pp", "dp", "torchrun"),
+    ROUTES,
+    ids=["tp_1", "tp_2", "pp_2", "dp_2", "torchrun_tp_2", "torchrun_pp_2", "torchrun_dp_2"],
 )
-def test_a_setting_gives_exact_tokens_at_every_point(
-    tmp_path: Path, tensor_parallel_size: int, pipeline_parallel_size: int
-) -> None:
-    world_size = tensor_parallel_size * pipeline_parallel_size
-    if len(find_devices()) < world_size:
-        pytest.skip(f"needs {world_size} devices")
-    document = measure(tmp_path, "-tp", str(tensor_parallel_size), "-pp", str(pipeline_parallel_size))
+def test_a_setting_gives_exact_tokens_at_every_point(tmp_path: Path, tp: int, pp: int, dp: int, torchrun: bool) -> None:
+    if len(find_devices()) < tp * pp * dp:
+        pytest.skip(f"needs {tp * pp * dp} devices")
+    sizes = ("-tp", str(tp), "-pp", str(pp), "-dp", str(dp))
+    if torchrun:
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * pp * dp))
+        document = measure(tmp_path, *sizes, "--distributed-executor-backend", "external_launcher", launcher=launcher)
+    else:
+        document = measure(tmp_path, *sizes)
 
     assert document["status"] == "complete"
-    assert [(point["batch_size"], point["seq_len"]) for point in document["points"]] == [
-        (1, 16),
-        (3, 16),
-        (1, 40),
-        (3, 40),
-    ]
+    shapes = [(point["batch_size"], point["seq_len"]) for point in document["points"]]
+    assert shapes == [(1, 16), (3, 16), (1, 40), (3, 40)]
     for point in document["points"]:
         assert point["status"] == "ok"
         assert not {"prompt", "prefix"} & set(" ".join(point["verdict_reasons"]).split())
         assert len(point["runs"]) == 2
         for run in point["runs"]:
-            assert run["prompt_tokens"] == point["batch_size"] * point["seq_len"]
-            assert run["output_tokens"] == point["batch_size"] * 9
-            assert run["requests"]["output_tokens"] == [9] * point["batch_size"]
-            assert run["counters"] == {"preemptions": 0, "prefix_cache_hit_tokens": 0}
-            check_times(run)
+            check_run(run, point["batch_size"], point["seq_len"], dp)
+    check_engine(document["engine"], tp, pp, torchrun)
 
-    engine = document["engine"]
-    assert (engine["tensor_parallel_size"], engine["pipeline_parallel_size"]) == (
-        tensor_parallel_size,
-        pipeline_parallel_size,
-    )
+
+def check_run(run: dict[str, Any], batch_size: int, seq_len: int, dp: int) -> None:
+    assert run["prompt_tokens"] == batch_size * dp * seq_len
+    assert run["output_tokens"] == batch_size * dp * 9
+    assert [replica["output_tokens"] for replica in run["replicas"]] == [batch_size * 9] * dp
+    assert run["latency_s"] == max(replica["end_s"] for replica in run["replicas"])
+    assert run["requests"]["output_tokens"] == [9] * batch_size * dp
+    assert run["counters"] == {"preemptions": 0, "prefix_cache_hit_tokens": 0}
+    assert all(used_gib > 0 for used_gib in run["memory"]["used_gib"])
+    check_times(run)
+
+
+def check_engine(engine: dict[str, Any], tp: int, pp: int, torchrun: bool) -> None:
+    assert (engine["tensor_parallel_size"], engine["pipeline_parallel_size"]) == (tp, pp)
+    assert engine["pipeline_stages_overlap"] == (None if pp == 1 else not torchrun)
     assert engine["load_s"]["compile_s"] is None or engine["load_s"]["compile_s"] > 0
     assert engine["enable_prefix_caching"] is False
     assert (engine["max_num_seqs"], engine["max_model_len"]) == (3, 49)
-    assert len(engine["workers"]) == world_size
+    assert len(engine["workers"]) == tp * pp
     facts = read_model_facts(MODEL)
     assert facts is not None
-    expected_gib = facts.weights_gib(tensor_parallel_size, pipeline_parallel_size, "auto")
-    assert engine["weights_gib"] == pytest.approx(expected_gib, rel=0.03)
+    assert engine["weights_gib"] == pytest.approx(facts.weights_gib(tp, pp, "auto"), rel=0.03)
 
 
 def check_times(run: dict[str, Any]) -> None:

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.hardware import Devices
-from batch_inference.replicas import LocalReplicas, ReplicaError, read_log_tail, root_cause
+from batch_inference.replicas import LocalReplicas, ReplicaError, read_log_tail, replica_log, root_cause
 from conftest import REPOSITORY, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
@@ -32,7 +33,8 @@ def test_a_replica_loads_runs_and_leaves_no_process(replicas: LocalReplicas) -> 
     assert engine["vllm_version"] == "0.32.0"
     assert engine["weights_gib"] == 1.0
     (pid,) = replicas.pids()
-    (outcome,) = replicas.run(2, 8, 4, (0, "run", 0))
+    replicas.prepare(2, 8, 4, (0, "run", 0))
+    (outcome,) = replicas.run()
     assert (outcome["prompt_tokens"], outcome["output_tokens"]) == (16, 8)
     assert outcome["start_s"] == 0.0
     assert outcome["end_s"] >= 0.002
@@ -61,7 +63,7 @@ def test_a_killed_engine_is_noticed(replicas: LocalReplicas) -> None:
     replicas.start()
     os.kill(replicas.pids()[0], signal.SIGKILL)
     with pytest.raises(ReplicaError, match="signal SIGKILL"):
-        replicas.run(1, 8, 4, (0,))
+        replicas.prepare(1, 8, 4, (0,))
 
 
 def test_a_wrong_vllm_flag_is_wrong_use_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +100,67 @@ def test_an_engine_ends_itself_when_its_supervisor_is_killed(tmp_path: Path) -> 
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline_s:
         time.sleep(0.02)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def loaded_with(log_path: Path) -> dict[str, str]:
+    """The variables that the stub saw when it loaded."""
+    line = next(line for line in log_path.read_text().splitlines() if line.startswith("stub vLLM is loading"))
+    return dict(word.split("=", 1) for word in line.split()[4:])
+
+
+@pytest.fixture
+def two_by_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Starts TP=2 DP=2 on four GPUs; the variables of both replicas."""
+    for name, value in stub_environment().items():
+        monkeypatch.setenv(name, value)
+    made: list[LocalReplicas] = []
+
+    def start(*, coupled: bool) -> list[dict[str, str]]:
+        config = ExperimentConfig(tensor_parallel_size=2, data_parallel_size=2, batch_sizes=(2,), seq_lens=(8,))
+        made.append(LocalReplicas(config, Devices("gpu", ("0", "3", "5", "7")), tmp_path / "x.log", coupled=coupled))
+        assert len(made[0].start()) == 2
+        return [loaded_with(replica_log(tmp_path / "x.log", replica)) for replica in range(2)]
+
+    yield start
+    for replicas in made:
+        replicas.close()
+
+
+def test_each_replica_has_its_own_devices_ports_and_log(two_by_two: Callable[..., list[dict[str, str]]]) -> None:
+    first, second = two_by_two(coupled=False)
+    assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0,3", "5,7")
+    assert abs(int(first["VLLM_PORT"]) - int(second["VLLM_PORT"])) >= 100
+    # vLLM refuses coupled replicas of a dense model.
+    assert "VLLM_DP_RANK" not in first
+
+
+def test_coupled_replicas_know_each_other(two_by_two: Callable[..., list[dict[str, str]]]) -> None:
+    first, second = two_by_two(coupled=True)
+    assert (first["VLLM_DP_RANK"], second["VLLM_DP_RANK"]) == ("0", "1")
+    assert (first["VLLM_DP_RANK_LOCAL"], second["VLLM_DP_RANK_LOCAL"]) == ("0", "0")
+    assert first["VLLM_DP_SIZE"] == second["VLLM_DP_SIZE"] == "2"
+    assert first["VLLM_DP_MASTER_PORT"] == second["VLLM_DP_MASTER_PORT"]
+    # vLLM keeps ten ports from there for itself.
+    assert int(first["VLLM_PORT"]) >= int(first["VLLM_DP_MASTER_PORT"]) + 10
+
+
+def test_replicas_start_together_with_prompts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in stub_environment(STUB_RUN_S="0.05").items():
+        monkeypatch.setenv(name, value)
+    config = ExperimentConfig(data_parallel_size=2, batch_sizes=(2,), seq_lens=(8,), max_tokens=4)
+    replicas = LocalReplicas(config, Devices("cpu", ("0", "1")), tmp_path / "x.log")
+    try:
+        replicas.start()
+        replicas.prepare(2, 8, 4, (0, "run", 0))
+        outcomes = replicas.run()
+    finally:
+        replicas.close()
+    assert min(outcome["start_s"] for outcome in outcomes) == 0
+    # One after the other they would be a whole run apart.
+    assert max(outcome["start_s"] for outcome in outcomes) < 0.04
+    logs = [replica_log(tmp_path / "x.log", replica).read_text() for replica in range(2)]
+    prompts = [line for log in logs for line in log.splitlines() if line.startswith("prompts ")]
+    assert len(set(prompts)) == 2
 
 
 def test_the_root_cause_is_not_the_error_that_hands_it_on() -> None:

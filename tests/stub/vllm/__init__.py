@@ -19,6 +19,9 @@ from types import SimpleNamespace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.stats import RequestStateStats
 
+# What decides which devices, ports and part of the model an engine gets.
+DEVICE_VARIABLES = ("CUDA_VISIBLE", "VLLM_CPU", "OMP_PLACES", "VLLM_PORT", "VLLM_DP")
+
 __version__ = "0.32.0"
 FAIL = os.environ.get("STUB_FAIL", "")
 HF_CONFIG = SimpleNamespace(to_dict=lambda: {"bos_token_id": 1, "eos_token_id": [2], "vocab_size": 100})
@@ -50,7 +53,11 @@ class _ModelConfig(SimpleNamespace):
 class LLM:
     def __init__(self, **keywords):
         args = EngineArgs(**keywords)
-        print("stub vLLM is loading", flush=True)
+        if args.data_parallel_size > 1 and args.distributed_executor_backend != "external_launcher":
+            raise ValueError("LLM(data_parallel_size>1) is not supported for single-process usage")
+        # What decides which devices and which part of the model this engine gets.
+        seen = (f"{name}={value}" for name, value in os.environ.items() if name.startswith(DEVICE_VARIABLES))
+        print("stub vLLM is loading", *seen, flush=True)
         _fork_engine_core()
         if FAIL == "load":
             print("(EngineCore pid=1) ERROR 01-01 [core.py:1] ValueError: the planted reason", file=sys.stderr)
@@ -65,7 +72,9 @@ class LLM:
     def collective_rpc(self, method):
         assert method == "batch_inference_report"
         world_size = self.args.tensor_parallel_size * self.args.pipeline_parallel_size
-        report = {"weights_bytes": 2**30, "kv_bytes": 2**29, "compile_s": 0.25, "runner": "stub.Runner"}
+        if self.args.distributed_executor_backend == "external_launcher":
+            world_size = 1  # each rank is an engine with one worker
+        report = {"host": "stub", "weights_bytes": 2**30, "kv_bytes": 2**29, "compile_s": 0.25, "runner": "stub.Runner"}
         return [report] * world_size
 
     def get_metrics(self):
@@ -74,6 +83,7 @@ class LLM:
     def generate(self, prompts, sampling_params, use_tqdm):
         assert use_tqdm is False
         assert len(prompts[0]["prompt_token_ids"]) + sampling_params.max_tokens <= self.args.max_model_len
+        print("prompts", *(prompt["prompt_token_ids"] for prompt in prompts), flush=True)
         _misbehave(len(prompts))
         time.sleep(RUN_S)
         return [_output(prompt["prompt_token_ids"], sampling_params.max_tokens) for prompt in prompts]

@@ -6,6 +6,7 @@ class EngineArgs:
     model: str = "stub/default"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
     distributed_executor_backend: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -22,6 +23,7 @@ class EngineArgs:
     quantization: str | None = None
     load_format: str = "auto"
     hf_token: str | None = None
+    nnodes: int = 1
     block_size: int | None = None
     kv_cache_memory_bytes: int | None = None
 
@@ -29,5 +31,6 @@ class EngineArgs:
     def add_cli_args(parser):
         for item in fields(EngineArgs):
             kind = {int | None: int, int: int, float: float}.get(item.type, str)
-            parser.add_argument("--" + item.name.replace("_", "-"), type=kind, default=item.default)
+            short = {"nnodes": ["-n"], "tensor_parallel_size": ["-tp"]}.get(item.name, [])
+            parser.add_argument("--" + item.name.replace("_", "-"), *short, type=kind, default=item.default)
         return parser
