@@ -5,7 +5,7 @@
 # the business of the Python scripts.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
 # What stands before the names of our own files: nothing where the user is in this folder.
 prefix=$here/
 [[ $PWD != "$here" ]] || prefix=''
@@ -70,7 +70,8 @@ preset_quickstart() {
     --model "${prefix}models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456
     --batch-sizes "1,4,8" --seq-lens "64,128" --max-tokens 32
   )
-  $resume || preset_flags+=(--overwrite)
+  # In a folder of the user's own may lie results that took hours.
+  $resume || [[ -n $own_dir ]] || preset_flags+=(--overwrite)
   setting 1 1 1
   setting 2 1 1
 }
@@ -79,6 +80,7 @@ preset_quickstart() {
 
 preset=''
 output_dir=''
+own_dir='' # output_dir, where the user gave one
 nnodes=''
 node_rank=''
 master_addr=''
@@ -89,6 +91,7 @@ experiment_flags=() # from our own options
 user_flags=()       # after --
 preset_flags=()
 declare -A custom=()
+child='' # the process of the setting that is being measured
 names=() # of the settings, in order
 declare -A sizes=()
 
@@ -137,9 +140,9 @@ options, before or after the preset:
   --overwrite           replace existing files
   --dry-run             print the commands and stop
   --nnodes N            nodes of a torchrun preset (default: 1)
-  --node-rank N         number of this node, from 0 (default: 0)
+  --node-rank N         number of this node, from 0 (default: SLURM_NODEID or 0)
   --master-addr HOST    address of node 0
-  --master-port PORT    a free port there (default: 29500)
+  --master-port PORT    the ports after it must be free there (default: 29500)
   -h, --help            this text
   -- flags              everything after -- goes to the experiment script
 
@@ -216,7 +219,7 @@ take_option() {
 }
 
 whole_number() {
-  if ! [[ $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then
+  if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3)); then
     die "$1: '$2' was given, a whole number of at least $3 is needed"
   fi
   printf '%s\n' "$((10#$2))"
@@ -245,7 +248,10 @@ check_together() {
   [[ -z $master_addr ]] || word="--master-addr: '$master_addr'"
   [[ -z $master_port ]] || word="--master-port: '$master_port'"
   [[ -n $nnodes || -z $word ]] || die "$word was given without --nnodes; add --nnodes N"
-  nnodes=${nnodes:-1} node_rank=${node_rank:-0} master_port=${master_port:-29500}
+  nnodes=${nnodes:-1} master_port=${master_port:-29500}
+  # Under Slurm each node can be given the same command.
+  ((nnodes == 1)) || node_rank=${node_rank:-${SLURM_NODEID:-}}
+  node_rank=${node_rank:-0}
   ((node_rank < nnodes)) || die "--node-rank: '$node_rank' was given, --nnodes $nnodes goes up to $((nnodes - 1))"
   ((nnodes == 1)) || [[ $preset == torchrun-* ]] || die "--nnodes: '$nnodes' was given, only the torchrun presets run on several nodes so far"
   ((nnodes == 1)) || [[ -n $master_addr ]] || die "--nnodes: '$nnodes' was given, --master-addr HOST is needed too"
@@ -268,16 +274,23 @@ find_python() {
   fi
 }
 
-# Fills `command` with the words that measure one setting.
+# Fills `command` with the words that measure one setting, `experiment` with those for the experiment script, and
+# `size` with the number of its devices.
 build_command() {
   local name=$1 tp pp dp torchrun
   read -r tp pp dp torchrun <<<"${sizes[$name]}"
+  size=$((tp * pp * dp))
   command=("$python")
   local backend=()
   if [[ -n $torchrun ]]; then
-    command+=(-m torch.distributed.run --nproc-per-node $((tp * pp * dp / nnodes)))
+    # torchrun would set the same, with a banner.
+    [[ -n ${OMP_NUM_THREADS:-} ]] || command=(env OMP_NUM_THREADS=1 "$python")
+    command+=(-m torch.distributed.run --nproc-per-node $((size / nnodes)))
     if ((nnodes > 1)); then
-      command+=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")
+      # A port for each setting: none meets the store of the one before, which may still be closing on node 0. The
+      # nodes meet on the first.
+      command+=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr")
+      command+=(--master-port "$((master_port + number))")
     else
       command+=(--standalone)
     fi
@@ -285,11 +298,12 @@ build_command() {
   elif ((tp * pp > 1)); then
     backend=(--distributed-executor-backend mp)
   fi
-  command+=(
-    "${prefix}batch_inference_experiment.py" --name "$name" --output-file "$output_dir/${name}_results.json"
+  experiment=(
+    --name "$name" --output-file "$output_dir/${name}_results.json"
     --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" --data-parallel-size "$dp"
     "${backend[@]}" "${preset_flags[@]}" "${experiment_flags[@]}" "${user_flags[@]}"
   )
+  command+=("${prefix}batch_inference_experiment.py" "${experiment[@]}")
 }
 
 # Why a setting cannot run here; nothing where it can.
@@ -304,13 +318,42 @@ unrunnable() {
   fi
 }
 
-run_settings() {
-  local name number=0 total=${#names[@]} reason devices kind rc
-  local skipped=() failed=() done_names=()
-  if [[ $preset == torchrun-* ]] && ! $dry_run; then
-    die "'$preset' cannot run yet: the experiment script does not support torchrun; use ${preset#torchrun-}"
+# The nodes meet before torchrun starts, because torchrun would wait for ten minutes, and then say it in forty lines.
+meet_nodes() {
+  local size=$1
+  ((nnodes > 1)) || return 0
+  PYTHONPATH=$here "$python" -P -m batch_inference.rendezvous "$nnodes" "$node_rank" "$master_addr" "$master_port" \
+    "$((size / nnodes))" -- "${experiment[@]}"
+}
+
+# bash runs a trap only when a foreground command has ended, so the setting runs in the background: with `set -m` in a
+# process group of its own, and able to hear Ctrl-C, which goes to it by `stop`.
+run_command() {
+  local rc=0
+  set -m
+  "${command[@]}" &
+  child=$!
+  set +m
+  wait "$child" || rc=$?
+  child=''
+  return "$rc"
+}
+
+# Pass the signal on, wait for the setting to end, and start no other. A second signal ends the setting at once.
+stop() {
+  trap 'kill -KILL -- "-$child" 2>/dev/null; exit "$code"' INT TERM HUP
+  local signal=$1 code=$2
+  if [[ -n $child ]]; then
+    kill "-$signal" -- "-$child" 2>/dev/null || true
+    wait "$child" || true
   fi
-  read -r devices kind < <(PYTHONPATH=$here "$python" -m batch_inference.hardware) || die "$python does not work; set PYTHON" 1
+  exit "$code"
+}
+
+run_settings() {
+  local name number=0 total=${#names[@]} reason devices kind rc size
+  local skipped=() failed=() done_names=()
+  read -r devices kind < <(PYTHONPATH=$here "$python" -P -m batch_inference.hardware) || die "$python does not work; set PYTHON" 1
   for name in "${names[@]}"; do
     number=$((number + 1))
     reason=$(unrunnable "$name")
@@ -326,7 +369,7 @@ run_settings() {
     fi
     say "[$number/$total] $name -> $output_dir/${name}_results.json"
     rc=0
-    "${command[@]}" || rc=$?
+    { meet_nodes "$size" && run_command; } || rc=$?
     case $rc in
       0) done_names+=("$name") ;;
       130 | 143) exit "$rc" ;;
@@ -360,10 +403,12 @@ report() {
 }
 
 main() {
-  trap 'exit 130' INT
-  trap 'exit 143' TERM
+  trap 'stop INT 130' INT
+  trap 'stop TERM 143' TERM
+  trap 'stop HUP 129' HUP
   parse "$@"
   check_together
+  own_dir=$output_dir
   output_dir=${output_dir:-results/$preset}
   find_python
   "preset_$preset"

@@ -20,7 +20,8 @@ LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
 # Says how many devices there are; otherwise notes its arguments, and fails or waits for the setting it is told to.
 FAKE_PYTHON = """\
 #!/usr/bin/env bash
-if [[ $* == "-m batch_inference.hardware" ]]; then echo "${DEVICES:-8} gpu"; exit 0; fi
+if [[ $* == "-P -m batch_inference.hardware" ]]; then echo "${DEVICES:-8} gpu"; exit 0; fi
+[[ $* != *batch_inference.rendezvous* ]] || exit "${MEETING:-0}"
 printf '%s\\0' "$@" >>"$CALLS"; printf '\\n' >>"$CALLS"
 [[ $* != *analyze_results.py* ]] || exit "${ANALYSIS:-0}"
 [[ $* != *"--name ${WAIT_FOR:-nothing} "* ]] || sleep 30
@@ -114,7 +115,32 @@ def test_torchrun_over_nodes_shares_out_the_processes(launcher: Launcher) -> Non
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert words[words.index("--node-rank") + 1] == "1"
     assert words[words.index("--master-addr") + 1] == "head"
-    assert words[words.index("--master-port") + 1] == "1234"
+    assert words[words.index("--master-port") + 1] == "1237"  # of the third setting
+
+
+def test_the_slurm_example_gives_every_node_its_number(launcher: Launcher) -> None:
+    """srun and scontrol are stand-ins: srun runs its command once for each node."""
+    tools = launcher.folder / "bin"
+    tools.mkdir()
+    srun = 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "${@:2}"; done'
+    for name, text in {"scontrol": "printf 'node-a\\nnode-b\\n'", "srun": srun}.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]"}
+    done = subprocess.run(
+        ["bash", str(REPOSITORY / "examples" / "slurm_two_nodes.sbatch"), "--dry-run"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**launcher.environment, **job, "PATH": f"{tools}:{os.environ['PATH']}", "DEVICES": "4"},
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    plans = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert len(plans) == 6  # three settings on each node
+    assert [words[words.index("--node-rank") + 1] for words in plans] == ["0"] * 3 + ["1"] * 3
+    assert {words[words.index("--master-addr") + 1] for words in plans} == {"node-a"}
+    assert [words[words.index("--master-port") + 1] for words in plans] == ["20008", "20009", "20010"] * 2
 
 
 def test_torchrun_skips_what_cannot_be_shared_out_over_the_nodes(launcher: Launcher) -> None:
@@ -127,11 +153,14 @@ def test_torchrun_skips_what_cannot_be_shared_out_over_the_nodes(launcher: Launc
     assert "torchrun_tp_2 skipped: its 2 processes cannot be shared out evenly over 4 nodes" in done.stderr
 
 
-def test_torchrun_presets_say_that_they_cannot_run_yet(launcher: Launcher) -> None:
-    done = launcher("torchrun-tensor-parallel")
-    assert done.returncode == 2
-    assert "cannot run yet" in done.stderr
-    assert launcher.calls() == []
+def test_nodes_that_do_not_meet_start_no_torchrun(launcher: Launcher) -> None:
+    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "head")
+    done = launcher("torchrun-tensor-parallel", *nodes, MEETING="1")
+    assert done.returncode == 1
+    assert "failed: torchrun_tp_2 torchrun_tp_4 torchrun_tp_8" in done.stderr
+    assert launcher.names() == []
+    assert launcher("torchrun-tensor-parallel", *nodes).returncode == 0
+    assert launcher.names() == ["torchrun_tp_2", "torchrun_tp_4", "torchrun_tp_8"]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +276,26 @@ def test_an_interrupted_setting_stops_all(launcher: Launcher, code: str) -> None
     assert launcher.names() == ["tp_1", "tp_2"]
 
 
-def test_ctrl_c_starts_no_further_setting(launcher: Launcher) -> None:
+def group_exists(process_group: int) -> bool:
+    try:
+        os.killpg(process_group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "to_group", "code"),
+    [
+        (signal.SIGINT, True, 130),  # as a terminal sends it, to the launcher's whole group
+        (signal.SIGINT, False, 130),
+        (signal.SIGTERM, False, 143),
+        (signal.SIGHUP, False, 129),
+    ],
+)
+def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
+    launcher: Launcher, signal_number: signal.Signals, to_group: bool, code: int
+) -> None:
     process = subprocess.Popen(
         [str(LAUNCHER), "tensor-parallel"],
         cwd=launcher.folder,
@@ -260,9 +308,14 @@ def test_ctrl_c_starts_no_further_setting(launcher: Launcher) -> None:
     while launcher.names() != ["tp_1", "tp_2"]:
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the whole group
-    assert process.wait(timeout=10) == 130
+    (setting,) = (int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    send = os.killpg if to_group else os.kill
+    send(process.pid, signal_number)
+    assert process.wait(timeout=10) == code
     assert launcher.names() == ["tp_1", "tp_2"]
+    while group_exists(setting):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +325,7 @@ def test_ctrl_c_starts_no_further_setting(launcher: Launcher) -> None:
         (("tensor-parallel", "extra"), "'extra' is one word too many"),
         (("custom",), "at least one of TP=N"),
         (("custom", "TP=0"), "custom TP: '0' was given"),
+        (("custom", "TP=18446744073709551617"), "custom TP: '18446744073709551617' was given"),
         (("custom", "TP=two"), "custom TP: 'two' was given"),
         (("custom", "XX=2"), "'XX=2' was given"),
         (("custom", "TP=1", "TP=2"), "TP is given twice"),
@@ -303,6 +357,25 @@ def test_a_python_that_cannot_be_run_is_wrong_use(launcher: Launcher) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "PYTHON: '/no/such/python' cannot be run" in done.stderr
+
+
+def test_the_launcher_works_through_a_link_and_with_cdpath(launcher: Launcher) -> None:
+    link = launcher.folder / "link"
+    link.symlink_to(LAUNCHER)
+    done = subprocess.run(
+        [str(link), "custom", "TP=1", "--dry-run"],
+        capture_output=True, text=True, cwd=launcher.folder, timeout=30,
+        env={**launcher.environment, "CDPATH": str(launcher.folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout)[1] == str(REPOSITORY / "batch_inference_experiment.py")
+
+
+def test_quickstart_overwrites_only_its_own_folder(launcher: Launcher) -> None:
+    launcher("quickstart")
+    launcher("quickstart", "--output-dir", "precious")
+    overwrite = [config_of(call).overwrite for call in launcher.calls() if "--name" in call]
+    assert overwrite == [True, True, False, False]
 
 
 def test_no_preset_shows_the_usage(launcher: Launcher) -> None:

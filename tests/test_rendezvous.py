@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import dataclasses
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from batch_inference.rendezvous import Facts, attend, disagreement, gather
+from conftest import REPOSITORY, stub_environment
+
+FIRST = Facts(node=0, host="a", arguments="1234", vllm_version="0.32.0", devices=8, devices_needed=4)
+SECOND = dataclasses.replace(FIRST, node=1, host="b")
+
+
+def meet(*others: Facts, nnodes: int, patience_s: float = 10.0) -> list[str | None]:
+    """The verdict that each node hears, node 0 first."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        port, deadline_s = server.getsockname()[1], time.monotonic() + patience_s
+        verdicts = [pool.submit(gather, server, FIRST, nnodes, deadline_s)]
+        verdicts += [pool.submit(attend, "127.0.0.1", port, facts, deadline_s) for facts in others]
+        return [verdict.result(timeout=20) for verdict in verdicts]
+
+
+def test_nodes_that_agree_all_go_on() -> None:
+    third = dataclasses.replace(SECOND, node=2, host="c")
+    assert meet(SECOND, third, nnodes=3) == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vllm_version": "0.26.0"}, "node 1 (b) has vLLM 0.26.0, node 0 (a) 0.32.0"),
+        ({"arguments": "5678"}, "node 1 (b) has other arguments: their hash is 5678, node 0 (a) 1234"),
+        ({"devices": 2}, "node 1 (b) has 2 devices, 4 are needed on each"),
+        ({"vllm_version": None}, "node 1 (b) has no vLLM; run ./setup_env.sh there"),
+    ],
+)
+def test_every_node_hears_what_does_not_fit(change: dict[str, object], said: str) -> None:
+    assert meet(dataclasses.replace(SECOND, **change), nnodes=2) == [said, said]  # type: ignore[arg-type]
+
+
+def test_a_node_that_does_not_come_is_named_to_those_that_did() -> None:
+    verdicts = meet(SECOND, nnodes=4, patience_s=0.3)
+    assert verdicts == ["node 2, 3 of 4 did not come within 60 s; start the same command there"] * 2
+
+
+def test_somebody_elses_call_is_no_node() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        port, deadline_s = server.getsockname()[1], time.monotonic() + 10
+        verdict = pool.submit(gather, server, FIRST, 2, deadline_s)
+        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"node": 1}\n', b""):
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(noise)
+        assert attend("127.0.0.1", port, SECOND, deadline_s) is None
+        assert verdict.result(timeout=10) is None
+
+
+def test_node_0_that_does_not_answer_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    problem = attend("127.0.0.1", port, SECOND, time.monotonic() + 0.3)
+    assert problem == f"--master-addr 127.0.0.1: nothing answers on port {port} (Connection refused)"
+
+
+def test_node_0_itself_may_lack_devices() -> None:
+    assert (
+        disagreement(dataclasses.replace(FIRST, devices=1), [SECOND])
+        == "node 0 (a) has 1 devices, 4 are needed on each"
+    )
+
+
+def test_two_processes_meet_as_the_launcher_calls_them() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def start(node: int, *flags: str) -> subprocess.Popen[str]:
+        words = ["2", str(node), "127.0.0.1", str(port), "1", "--", "--output-file", f"{node}.json", *flags]
+        command = [sys.executable, "-m", "batch_inference.rendezvous", *words]
+        return subprocess.Popen(command, cwd=REPOSITORY, env=stub_environment(), stderr=subprocess.PIPE, text=True)
+
+    for flags, code in (((), 0), (("--seed", "1"), 1)):
+        processes = [start(0), start(1, *flags)]
+        errors = [process.communicate(timeout=30)[1] for process in processes]
+        assert [process.returncode for process in processes] == [code, code], errors
+        assert all(("other arguments" in error) == bool(code) for error in errors)

@@ -1,0 +1,109 @@
+"""A torchrun sweep over two hosts, on a real vLLM engine: two network namespaces, joined by a virtual cable."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY
+
+pytestmark = pytest.mark.vllm
+
+NODES = (("bi-test-a", "bi-veth-a", "10.77.31.1"), ("bi-test-b", "bi-veth-b", "10.77.31.2"))
+SMALL = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864", "--max-tokens", "9", "--num-runs", "2")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+
+
+def remove_nodes() -> None:
+    for name, _, _ in NODES:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
+
+
+@pytest.fixture
+def nodes() -> Iterator[None]:
+    if shutil.which("ip") is None or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs iproute2 and two cores")
+    remove_nodes()
+    try:
+        for name, _, _ in NODES:
+            ip("netns", "add", name)
+        ip("link", "add", NODES[0][1], "type", "veth", "peer", "name", NODES[1][1])
+        for name, cable, address in NODES:
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "address", "add", f"{address}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        remove_nodes()
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr.decode().strip()}")
+    yield
+    remove_nodes()
+
+
+def start_node(rank: int, folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """The launcher on one node, which has a core, a network and a folder of its own."""
+    name, cable, _ = NODES[rank]
+    core = sorted(os.sched_getaffinity(0))[rank]
+    launcher = ["./run_batch_experiments.sh", "torchrun-tensor-parallel", "--model", "models/tiny-llama"]
+    job = ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", NODES[0][2], "--master-port", "29710"]
+    return subprocess.Popen(
+        ["ip", "netns", "exec", name, "taskset", "-c", str(core), *launcher, *job, "--output-dir", str(folder), *flags],
+        cwd=REPOSITORY,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": cable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.usefixtures("nodes")
+def test_two_nodes_measure_one_setting_together(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    grid = ("--batch-sizes", "1,3", "--seq-lens", "16")
+    processes = [start_node(rank, folders[rank], *grid, "--", *SMALL) for rank in range(2)]
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    # One result file, on node 0; each rank has its own log.
+    assert [path.name for path in folders[0].glob("*.json")] == ["torchrun_tp_2_results.json"]
+    assert list(folders[1].glob("*.json")) == []
+    assert (folders[1] / "torchrun_tp_2_results.rank_1.log").exists()
+    document = json.loads((folders[0] / "torchrun_tp_2_results.json").read_text())
+    assert document["status"] == "complete"
+    assert len(document["engine"]["workers"]) == 2
+    for point in document["points"]:
+        for run in point["runs"]:
+            assert run["prompt_tokens"] == point["batch_size"] * 16
+            assert run["output_tokens"] == point["batch_size"] * 9
+    assert "batch 3 x len 16" in outputs[0][1]
+    assert "batch 3 x len 16" not in outputs[1][1]
+
+
+@pytest.mark.usefixtures("nodes")
+def test_nodes_that_were_told_different_things_end_with_a_line_that_says_so(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    processes = [
+        start_node(rank, folders[rank], "--batch-sizes", str(rank + 1), "--seq-lens", "16", "--", *SMALL)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    assert all("node 1" in errors and "other arguments" in errors for _, errors in outputs), outputs
+    assert list(folders[0].glob("*.json")) == []
+
+
+@pytest.mark.usefixtures("nodes")
+def test_a_node_that_stays_alone_says_so_within_a_minute(tmp_path: Path) -> None:
+    process = start_node(0, tmp_path, "--batch-sizes", "1", "--seq-lens", "16", "--", *SMALL)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "error: node 1 of 2 did not come within 60 s" in errors
