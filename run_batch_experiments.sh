@@ -68,7 +68,7 @@ preset_custom() {
 preset_quickstart() {
   preset_flags=(
     --model "${prefix}models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456
-    --batch-sizes "1,4,8" --seq-lens "64,128" --max-tokens 32
+    --batch-sizes "1,2,4" --seq-lens "64,128" --max-tokens 32
   )
   # In a folder of the user's own may lie results that took hours.
   $resume || [[ -n $own_dir ]] || preset_flags+=(--overwrite)

@@ -150,7 +150,7 @@ class ExperimentConfig:
     )
     max_num_batched_tokens: int | None = _flag(None, "tokens per engine step; default: vLLM's", positive_int)
     gpu_memory_utilization: float = _flag(
-        0.8, "share of each device's memory for vLLM (on the CPU: of the main memory)", fraction
+        0.8, "share of each device's memory for vLLM (on the CPU: of the main memory, for all)", fraction
     )
     temperature: float = _flag(0.8, "sampling temperature; 0 is greedy", temperature)
     top_p: float = _flag(0.95, "nucleus sampling", fraction)

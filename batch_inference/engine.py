@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from batch_inference.config import OWNED_BY_US, ConfigError, ExperimentConfig, unknown_flag_message
-from batch_inference.hardware import GIB
+from batch_inference.hardware import GIB, find_devices
 from batch_inference.prompts import make_prompts
 
 # A tokenizer is not needed for prompts of token ids; cached prefixes would not be computed; without statistics
@@ -116,7 +116,7 @@ def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
         "max_num_seqs": config.max_num_seqs or max(config.batch_sizes),
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "dtype": config.dtype,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "gpu_memory_utilization": memory_share(config),
         "enforce_eager": config.enforce_eager,
         "trust_remote_code": config.trust_remote_code,
         "seed": config.seed,
@@ -125,6 +125,12 @@ def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
     if config.distributed_executor_backend == "external_launcher":
         ours["data_parallel_size"] = config.data_parallel_size
     return {**ours, **MEASURING_SETTINGS, **parse_engine_flags(config.engine_args)}
+
+
+def memory_share(config: ExperimentConfig) -> float:
+    """vLLM's share of a GPU; on the CPU every worker takes its share of the whole main memory, so all share one."""
+    on_cpu = find_devices().kind == "cpu"
+    return config.gpu_memory_utilization / (config.num_devices if on_cpu else 1)
 
 
 class Engine:

@@ -35,6 +35,7 @@ _HANDED_ON = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed|cancelled|EngineDeadError|"
     r"EngineCore encountered an issue|Chat template"
 )
+_DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
 _ERROR = re.compile(r"(?:^|[\s\].])([A-Z]\w*(?:Error|Exception)): (.+)")
 
 
@@ -346,4 +347,6 @@ def root_cause(log_lines: list[str]) -> str | None:
         found = _ERROR.search(line)
         if found and not _HANDED_ON.search(line):
             return f"{found[1]}: {found[2].strip()}"
-    return None
+    # A worker that is killed says nothing itself.
+    killed = next((found for line in log_lines if (found := _DIED.search(line))), None)
+    return killed and f"{killed[0]}; -9 is mostly the kernel's, out of main memory"

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from batch_inference import engine
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.engine import MEASURING_SETTINGS, count_outputs, engine_settings, parse_engine_flags
+from batch_inference.hardware import Devices
 from conftest import STUB
 
 
@@ -51,6 +54,14 @@ def test_what_is_left_open_is_sized_for_the_grid() -> None:
     assert settings["max_num_seqs"] == 8
     assert settings["max_model_len"] == 80
     assert {name: settings[name] for name in MEASURING_SETTINGS} == MEASURING_SETTINGS
+
+
+@pytest.mark.usefixtures("stub_vllm")
+@pytest.mark.parametrize(("kind", "share"), [("gpu", 0.8), ("cpu", 0.2)])
+def test_on_the_cpu_all_workers_share_one_memory(monkeypatch: pytest.MonkeyPatch, kind: Any, share: float) -> None:
+    monkeypatch.setattr(engine, "find_devices", lambda: Devices(kind, ("0", "1", "2", "3")))
+    config = ExperimentConfig(tensor_parallel_size=2, data_parallel_size=2)
+    assert engine_settings(config)["gpu_memory_utilization"] == share
 
 
 @pytest.mark.usefixtures("stub_vllm")

@@ -171,6 +171,10 @@ def test_the_root_cause_is_not_the_error_that_hands_it_on() -> None:
     ]
     assert root_cause(log) == "ValueError: heads must be divisible"
     assert root_cause(["INFO nothing here"]) is None
+    killed = "(EngineCore pid=7) ERROR [m.py:315] Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting"
+    handed_on = "(EngineCore pid=7) ERROR [core.py:1510] RuntimeError: cancelled"
+    said = root_cause([killed, handed_on]) or ""
+    assert said.startswith("Worker proc VllmWorker-1 died unexpectedly (exit code: -9)")
 
 
 def test_colour_codes_do_not_reach_the_log_tail(tmp_path: Path) -> None:
