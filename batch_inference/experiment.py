@@ -242,7 +242,7 @@ def _wide_interval(_: Result, point: Point) -> list[str]:
     half_width_s, mean_s = ci95_half_width(latencies_s), mean(latencies_s)
     if half_width_s is None or mean_s is None or half_width_s <= WIDEST_INTERVAL * mean_s:
         return []
-    return [f"runs differ: the 95 % interval of the latency is wider than ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
+    return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
 
 
 _Check = Callable[[Result, Point], list[str]]
