@@ -126,7 +126,9 @@ def _settings(result: Result, point: Point) -> Row:
     """What was asked; where vLLM reports what it really used (dtype, max_model_len ...), that."""
     config, engine = result.config, result.engine_of(point)
     asked = {name: value for name, value in config.items() if name not in _NOT_IN_ROWS and _is_cell(value)}
-    used = {name: value for name, value in engine.items() if _is_cell(value) and value is not None}
+    # On the CPU the engine's share of the memory is that of one device: what was asked for the setting is alike.
+    reported = {name: value for name, value in engine.items() if name != "gpu_memory_utilization"}
+    used = {name: value for name, value in reported.items() if _is_cell(value) and value is not None}
     phases = {f"load_{name}": value for name, value in _section(engine, "load_s").items() if _is_cell(value)}
     words = config.get("engine_args")
     executors = (config.get("distributed_executor_backend"), engine.get("executor"))

@@ -188,6 +188,12 @@ def test_a_difference_within_a_group_is_found(table: Any) -> None:
     assert points["engine_args"].dropna().tolist() == ["--x 'a b'"]
 
 
+def test_the_share_that_each_device_of_a_cpu_got_is_no_difference(table: Any) -> None:
+    other = make_result("b", [make_point()], engine={"gpu_memory_utilization": 0.4})
+    points = table([make_result(points=[make_point()], engine={"gpu_memory_utilization": 0.8}), other])
+    assert differing(points, TO_MENTION) == []
+
+
 # --- the best -----------------------------------------------------------------------------------------------------
 
 
