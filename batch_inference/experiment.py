@@ -33,20 +33,21 @@ class Experiment:
 
     def run(self, replicas: Replicas) -> Result:
         """Load, measure every point that is still open, save after each. The replicas are closed at the end."""
+        hurry = False
         try:
             self._measure_open_points(replicas)
             # Before the engine closes, which takes seconds: a finished setting that is ended then is still complete.
             self._save()
         except (KeyboardInterrupt, SystemExit):
+            hurry = True
             self._console.note("\nending the engine; finished points are kept")
             # Interrupted while loading: say so in a file, but never in place of one that holds measurements.
             if not self._config.output_path.exists():
                 self._save()
-            replicas.close(hurry=True)
             raise
         finally:
             self._console.close()
-            replicas.close()
+            replicas.close(hurry=hurry)
         return self.result
 
     def _measure_open_points(self, replicas: Replicas) -> None:
