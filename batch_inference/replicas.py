@@ -27,7 +27,7 @@ PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 START_LEAD_S = 0.02
 # A closing engine hands its devices back in 2 to 6 s; afterwards its group is ended.
 CLOSE_TIMEOUT_S = 15.0
-HURRY_TIMEOUT_S = 2.0
+HURRY_TIMEOUT_S = 0.5
 LOG_TAIL_LINES = 40
 
 # Errors that only pass on that another one happened.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests: the fast ones (seconds), then those under torchrun and on a real vLLM engine (minutes).
+# All tests: the fast ones (seconds), then the slow ones and those on a real vLLM engine (minutes).
 #
 #   ./tests/run.sh [--fast] [pytest arguments]      --fast: the first part alone
 set -euo pipefail
@@ -27,6 +27,6 @@ run_part() {
 
 ran=false
 chosen=$#
-run_part -m "not vllm and not torchrun" -n auto --maxprocesses 8 --durations=3 "$@"
-$fast || run_part -m "vllm or torchrun" --durations=0 "$@"
+run_part -m "not vllm and not slow" -n auto --maxprocesses 8 --durations=3 "$@"
+$fast || run_part -m "vllm or slow" --durations=0 "$@"
 $ran || exit 5

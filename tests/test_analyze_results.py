@@ -191,6 +191,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert not {"pandas", "matplotlib", "seaborn", "numpy", "vllm", "torch"} & words
 
 
+@pytest.mark.slow
 def test_analysing_imports_neither_vllm_nor_torch(folder: Path) -> None:
     words = modules_after("--input", str(folder))
     assert {"pandas", "seaborn", str(folder / "analysis" / "throughput.png")} <= words

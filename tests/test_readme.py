@@ -126,6 +126,7 @@ def masked(text: str) -> set[str]:
     return {line for line in lines if not line.startswith(("runs differ", "not steady", "* VERDICT"))}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(find_devices()) < 2, reason="the sample is of two devices")
 def test_the_sample_output_is_what_the_quick_start_prints(tmp_path: Path) -> None:
     shown = re.search(r"```\n(\[1/2\] .*?)```", section("Quick start"), re.DOTALL)

@@ -14,7 +14,7 @@ import pytest
 from conftest import SMALL_GRID, experiment_command, stub_environment
 
 pytestmark = [
-    pytest.mark.torchrun,
+    pytest.mark.slow,
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two devices"),
 ]
 EXTERNAL = ("--distributed-executor-backend", "external_launcher")
