@@ -167,7 +167,7 @@ def combine(outcomes: list[dict[str, Any]], *, energy_j: float | None, memory: d
 
 
 def _of_its_own(measured_on: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
-    """What was otherwise with the engine of an earlier session: the grid decides some of its sizes."""
+    """What was otherwise with the engine of an earlier sweep: the grid decides some of its sizes."""
     return {
         name: value
         for name, value in measured_on.items()
@@ -284,7 +284,7 @@ def _resumed(config: ExperimentConfig, fresh: Result, path: Path) -> Result:
 
 
 def _measured_elsewhere(old: dict[str, Any], now_here: dict[str, Any]) -> str | None:
-    """What makes points of two sessions unlike: another vLLM, or other devices."""
+    """What makes points of two sweeps unlike: another vLLM, or other devices."""
     for name, of in (
         ("vLLM", lambda environment: environment.get("versions", {}).get("vllm")),
         ("devices", lambda environment: [device.get("name") for device in environment.get("devices", [])]),

@@ -66,7 +66,7 @@ class Point:
     warmups: list[dict[str, float]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     summary: dict[str, float | None] = field(default_factory=dict)
-    engine: dict[str, Any] = field(default_factory=dict)  # of an earlier session: what differs from the result's engine
+    engine: dict[str, Any] = field(default_factory=dict)  # of an earlier sweep: what differs from the result's engine
 
     @property
     def key(self) -> PointKey:

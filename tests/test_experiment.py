@@ -380,7 +380,7 @@ def test_resume_refuses_another_machine(config: ExperimentConfig, environment: d
         starting_result(dataclasses.replace(config, resume=True), environment)
 
 
-def test_points_of_an_earlier_session_keep_the_engine_that_measured_them(config: ExperimentConfig) -> None:
+def test_points_of_an_earlier_sweep_keep_the_engine_that_measured_them(config: ExperimentConfig) -> None:
     class Larger(FakeReplicas):
         def start(self) -> list[dict[str, Any]]:
             return [{**ENGINE, "max_num_seqs": 64, "kv_cache_tokens": 500}]
