@@ -9,7 +9,7 @@ from typing import Any
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.console import Console
 from batch_inference.environment import now
-from batch_inference.hardware import Monitor
+from batch_inference.hardware import Monitor, drawn_j, together
 from batch_inference.metrics import summarise
 from batch_inference.replicas import ReplicaError, Replicas
 from batch_inference.results import Point, PointKey, Requests, Result, Run, load_result, save_result
@@ -130,10 +130,10 @@ class Experiment:
         outcomes = replicas.run()
         after_j = self._monitor.energy_j()
         if "memory" in outcomes[0]:  # each replica has measured its own devices
-            return combine(outcomes, energy_j=_sum_known(outcomes, "energy_j"), memory=_memory_of(outcomes))
+            return combine(outcomes, **together(outcomes))
         return combine(
             outcomes,
-            energy_j=None if before_j is None or after_j is None else after_j - before_j,
+            energy_j=drawn_j(before_j, after_j),
             memory=self._monitor.used_gib(replicas.pids()),
         )
 
@@ -173,16 +173,6 @@ def _of_its_own(measured_on: dict[str, Any], engine: dict[str, Any]) -> dict[str
         for name, value in measured_on.items()
         if name in engine and name != "workers" and engine[name] != value
     }
-
-
-def _sum_known(outcomes: list[dict[str, Any]], name: str) -> float | None:
-    values = [outcome[name] for outcome in outcomes]
-    return None if None in values else sum(values)
-
-
-def _memory_of(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    used_gib = [value for outcome in outcomes for value in outcome["memory"]["used_gib"]]
-    return {**outcomes[0]["memory"], "used_gib": used_gib}
 
 
 def is_out_of_memory(error: ReplicaError) -> bool:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +176,21 @@ class CpuMonitor:
 
 
 Monitor = GpuMonitor | CpuMonitor
+
+
+def drawn_j(before_j: float | None, after_j: float | None) -> float | None:
+    """Joules between two readings of `energy_j`; None where one is unknown."""
+    return None if before_j is None or after_j is None else after_j - before_j
+
+
+def together(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """ "energy_j" and "memory" of several ranks or replicas, each of which has measured devices of its own."""
+    joules = [one["energy_j"] for one in measured]
+    used_gib = [value for one in measured for value in one["memory"]["used_gib"]]
+    return {
+        "energy_j": None if None in joules else sum(joules),
+        "memory": {**measured[0]["memory"], "used_gib": used_gib},
+    }
 
 
 def monitor(devices: Devices) -> Monitor:

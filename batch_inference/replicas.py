@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.engine import with_workers
-from batch_inference.hardware import Devices
+from batch_inference.hardware import Devices, together
 
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 # Long enough for every replica to be waiting when the common start comes.
@@ -190,14 +190,7 @@ def _from(start_s: float, outcome: dict[str, Any]) -> dict[str, Any]:
 
 def _slowest(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The outcome of one replica from those of its ranks, which all hold the same outputs."""
-    joules = [rank["energy_j"] for rank in ranks]
-    used_gib = [value for rank in ranks for value in rank["memory"]["used_gib"]]
-    return {
-        **ranks[0],
-        "end_s": max(rank["end_s"] for rank in ranks),
-        "energy_j": None if None in joules else sum(joules),
-        "memory": {**ranks[0]["memory"], "used_gib": used_gib},
-    }
+    return {**ranks[0], "end_s": max(rank["end_s"] for rank in ranks), **together(ranks)}
 
 
 def replica_log(log_path: Path, replica: int) -> Path:

@@ -32,7 +32,7 @@ from typing import Any
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.engine import Engine
 from batch_inference.environment import installed_vllm
-from batch_inference.hardware import Devices, Monitor, find_devices, monitor
+from batch_inference.hardware import Devices, Monitor, drawn_j, find_devices, monitor
 from batch_inference.ranks import JOIN_TIMEOUT_S, Place, Ranks, find_place
 
 Commands = queue.Queue[dict[str, Any]]
@@ -126,7 +126,7 @@ class Worker:
         # Only this rank sees its own device: the others may be on other machines.
         return {
             **outcome,
-            "energy_j": None if before_j is None or after_j is None else after_j - before_j,
+            "energy_j": drawn_j(before_j, after_j),
             "memory": self._monitor.used_gib([os.getpid()]),
         }
 
