@@ -26,6 +26,9 @@ exit codes:
   0 every point ok   1 some work failed (the file says which)
   2 wrong use        130, 143 interrupted; finished points are kept"""
 
+# Fewer runs have an interval too, but one that is wide by chance alone.
+MIN_RUNS = 3
+
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
 
 # vLLM flags that this program sets itself, and why a user's own value would break the measurement.
@@ -99,6 +102,7 @@ def _number_in(low: float, high: float, wanted: str, *, low_is_allowed: bool) ->
 
 positive = _number_in(0, float("inf"), "a number above 0 is needed", low_is_allowed=False)
 fraction = _number_in(0, 1, "a number above 0 and up to 1 is needed", low_is_allowed=False)
+interval = _number_in(0, 1, "a fraction above 0 and up to 1 is needed, like 0.02 for ±2 %", low_is_allowed=False)
 temperature = _number_in(0, 100, "a number of at least 0 is needed", low_is_allowed=True)
 
 
@@ -154,7 +158,15 @@ class ExperimentConfig:
     )
     temperature: float = _flag(0.8, "sampling temperature; 0 is greedy", temperature)
     top_p: float = _flag(0.95, "nucleus sampling", fraction)
-    num_runs: int = _flag(3, "timed runs per point", positive_int)
+    num_runs: int | None = _flag(
+        None,
+        f"timed runs per point, exactly; default: {MIN_RUNS} or more, as --target-ci and --max-runs say",
+        positive_int,
+    )
+    target_ci: float = _flag(
+        0.02, "runs go on until the 95 %% interval of the mean latency is within this fraction of it", interval
+    )
+    max_runs: int = _flag(10, "most timed runs per point", positive_int)
     warmup_runs: int = _flag(
         1, "fewest warm-ups per point; they go on, up to 5, until two in a row agree within 5 %%", positive_int
     )
@@ -180,6 +192,15 @@ class ExperimentConfig:
     @property
     def devices_per_replica(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def fewest_runs(self) -> int:
+        """Timed runs that every point has."""
+        return self.num_runs or MIN_RUNS
+
+    @property
+    def runs_in_words(self) -> str:
+        return str(self.num_runs) if self.num_runs else f"{MIN_RUNS} to {self.max_runs}"
 
     @property
     def longest_request(self) -> int:
@@ -375,7 +396,26 @@ def _check_together(config: ExperimentConfig) -> None:
             f"--seq-lens {max(config.seq_lens)} plus --max-tokens {config.max_tokens} is {config.longest_request}, "
             f"over --max-model-len {config.max_model_len}; raise it or shorten the requests"
         )
+    _check_runs(config)
     _check_backend(config)
+
+
+def _check_runs(config: ExperimentConfig) -> None:
+    """Either exactly --num-runs, or as many as --target-ci needs."""
+    if config.num_runs is None:
+        if config.max_runs < MIN_RUNS:
+            raise ConfigError(
+                f"--max-runs {config.max_runs}: {MIN_RUNS} runs are made at least; "
+                f"raise it, or give --num-runs {config.max_runs}"
+            )
+        return
+    for name in ("target_ci", "max_runs"):
+        value = getattr(config, name)
+        if value != getattr(ExperimentConfig, name):
+            raise ConfigError(
+                f"--num-runs {config.num_runs} means exactly {config.num_runs} runs, whatever {flag_of(name)} {value} "
+                "says; drop one of them"
+            )
 
 
 def _check_backend(config: ExperimentConfig) -> None:

@@ -10,10 +10,10 @@ from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.console import Console
 from batch_inference.environment import now
 from batch_inference.hardware import Monitor, drawn_j, together
-from batch_inference.metrics import summarise
+from batch_inference.metrics import run_latencies_s, summarise
 from batch_inference.replicas import ReplicaError, Replicas
 from batch_inference.results import Point, PointKey, Requests, Result, Run, load_result, save_result
-from batch_inference.statistics import ci95_half_width, is_steady, mean
+from batch_inference.statistics import is_narrow, is_steady, relative_ci95
 
 # A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
 STEADY_WITHIN = 0.05
@@ -114,8 +114,15 @@ class Experiment:
         while not self._is_warm(latencies_s):
             latencies_s.append(self._run(point, replicas, "warmup", len(latencies_s)).latency_s)
         point.warmups = [{"latency_s": latency_s} for latency_s in latencies_s]
-        for index in range(self._config.num_runs):
-            point.runs.append(self._run(point, replicas, "run", index))
+        while not self._is_known(point):
+            point.runs.append(self._run(point, replicas, "run", len(point.runs)))
+
+    def _is_known(self, point: Point) -> bool:
+        """Whether the point has runs enough."""
+        config = self._config
+        if len(point.runs) < config.fewest_runs or config.num_runs is not None:
+            return len(point.runs) >= config.fewest_runs
+        return len(point.runs) >= config.max_runs or is_narrow(run_latencies_s(point), config.target_ci)
 
     def _is_warm(self, latencies_s: list[float]) -> bool:
         if len(latencies_s) < self._config.warmup_runs:
@@ -228,12 +235,15 @@ def _never_steady(_: Result, point: Point) -> list[str]:
     return [f"not steady after {len(latencies_s)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
 
 
-def _wide_interval(_: Result, point: Point) -> list[str]:
-    latencies_s = [run.latency_s for run in point.runs]
-    half_width_s, mean_s = ci95_half_width(latencies_s), mean(latencies_s)
-    if half_width_s is None or mean_s is None or half_width_s <= WIDEST_INTERVAL * mean_s:
-        return []
-    return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
+def _wide_interval(result: Result, point: Point) -> list[str]:
+    width, asked = relative_ci95(run_latencies_s(point)), result.config
+    if width is None:
+        return ["a single run has no interval; raise --num-runs"]
+    if asked["num_runs"] is None and width > asked["target_ci"]:
+        return [f"runs differ: after {asked['max_runs']} the 95 % interval is over ±{asked['target_ci'] * 100:.3g}%"]
+    if width > WIDEST_INTERVAL:
+        return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
+    return []
 
 
 _Check = Callable[[Result, Point], list[str]]

@@ -25,9 +25,9 @@ GROUP_BY = (
 )  # fmt: skip
 # Within a group these may differ, but the reader must know.
 TO_MENTION = (
-    "host", "cpu_name", "power_limit_w", "driver_version", "torch_version", "git_commit", "seed", "num_runs",
-    "max_num_seqs", "max_num_batched_tokens", "max_model_len", "gpu_memory_utilization", "block_size", "cudagraph_mode",
-    "compilation_mode", "engine_args",
+    "host", "cpu_name", "power_limit_w", "driver_version", "torch_version", "git_commit", "seed",
+    "num_runs", "target_ci", "max_runs", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
+    "gpu_memory_utilization", "block_size", "cudagraph_mode", "compilation_mode", "engine_args",
 )  # fmt: skip
 # What is asked for: the words of the summary -> the metric that decides.
 GOALS = {

@@ -14,8 +14,18 @@ def test_defaults_are_those_of_the_readme() -> None:
     assert config.batch_sizes == (1, 4, 8, 16)
     assert config.seq_lens == (512, 1024, 2048)
     assert (config.max_tokens, config.temperature, config.top_p) == (128, 0.8, 0.95)
-    assert (config.gpu_memory_utilization, config.num_runs, config.trust_remote_code) == (0.8, 3, False)
+    assert (config.gpu_memory_utilization, config.trust_remote_code) == (0.8, False)
+    assert (config.num_runs, config.target_ci, config.max_runs, config.warmup_runs) == (None, 0.02, 10, 1)
     assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "fewest", "words"),
+    [([], 3, "3 to 10"), (["--max-runs", "20"], 3, "3 to 20"), (["--num-runs", "1"], 1, "1")],
+)
+def test_the_number_of_runs_is_exact_or_has_bounds(argv: list[str], fewest: int, words: str) -> None:
+    config, _ = parse_flags(argv)
+    assert (config.fewest_runs, config.runs_in_words) == (fewest, words)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +41,13 @@ def test_defaults_are_those_of_the_readme() -> None:
         (["--seq-lens", "1.5"], "--seq-lens: '1.5'"),
         (["--max-tokens", "0"], "--max-tokens: '0'"),
         (["--num-runs", "-1"], "--num-runs: '-1'"),
+        (["--num-runs", "0"], "--num-runs: '0'"),
+        (["--target-ci", "2"], "--target-ci: '2' was given, a fraction above 0 and up to 1 is needed, like 0.02"),
+        (["--target-ci", "2%"], "--target-ci: '2%'"),
+        (["--target-ci", "0"], "--target-ci: '0'"),
+        (["--max-runs", "2"], "--max-runs 2: 3 runs are made at least; raise it, or give --num-runs 2"),
+        (["--num-runs", "5", "--max-runs", "7"], "--num-runs 5 means exactly 5 runs, whatever --max-runs 7 says"),
+        (["--num-runs", "5", "--target-ci", "0.1"], "whatever --target-ci 0.1 says"),
         (["--tensor-parallel-size", "two"], "--tensor-parallel-size: 'two'"),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization: '1.5'"),
         (["--gpu-memory-utilization", "0"], "--gpu-memory-utilization: '0'"),

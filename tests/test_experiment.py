@@ -132,6 +132,45 @@ def test_num_runs_are_timed_after_the_warmups(config: ExperimentConfig) -> None:
     assert first_point == [("warmup", 0), ("warmup", 1), ("run", 0), ("run", 1), ("run", 2), ("run", 3)]
 
 
+def timed(times_s: list[float]) -> Callable[[int, str, int], float]:
+    """Timed runs take these; warm-ups 1 s."""
+    return lambda _, phase, index: times_s[index] if phase == "run" else 1.0
+
+
+@pytest.mark.parametrize(
+    ("times_s", "runs"),
+    [
+        ([1.0] * 10, 3),
+        # The interval is 4.97 % after 3 runs, 3.05 % after 4, 1.94 % after 5.
+        ([1.0, 1.02, 0.98, 1.01, 1.0, 9.0], 5),
+        ([1.0, 1.1] * 5, 10),
+    ],
+)
+def test_runs_go_on_until_the_interval_is_narrow_enough(
+    config: ExperimentConfig, times_s: list[float], runs: int
+) -> None:
+    result = run(dataclasses.replace(config, batch_sizes=(1,)), FakeReplicas(timed(times_s)))
+    assert [run.latency_s for run in result.points[0].runs] == times_s[:runs]
+
+
+def test_target_and_limit_of_the_runs_are_the_flags(config: ExperimentConfig) -> None:
+    noisy = FakeReplicas(timed([1.0, 1.02, 0.98, 1.01, 1.0] * 2))
+    assert len(run(dataclasses.replace(config, target_ci=0.05), noisy).points[0].runs) == 3
+    limited = dataclasses.replace(config, target_ci=0.001, max_runs=4, overwrite=True)
+    assert len(run(limited, noisy).points[0].runs) == 4
+
+
+def test_an_interval_that_is_not_reached_is_said(config: ExperimentConfig) -> None:
+    result = run(config, FakeReplicas(timed([1.0, 1.06] * 5)))
+    assert result.points[0].verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%"]
+
+
+def test_a_single_run_is_suspect_because_nobody_knows_its_interval(config: ExperimentConfig) -> None:
+    result = run(dataclasses.replace(config, num_runs=1), FakeReplicas())
+    assert result.points[0].verdict == "suspect"
+    assert result.points[0].verdict_reasons == ["a single run has no interval; raise --num-runs"]
+
+
 def test_a_kernel_compiled_in_the_first_warmups_never_reaches_a_timed_run(config: ExperimentConfig) -> None:
     spikes = {0: 7.2, 1: 1.5}
     result = run(config, FakeReplicas(lambda _, phase, index: spikes.get(index, 1.0) if phase == "warmup" else 1.0))
@@ -195,8 +234,8 @@ def test_a_batch_that_runs_in_waves_is_suspect(
 @pytest.mark.parametrize(("spread", "verdict"), [(0.04, "valid"), (0.05, "suspect")])
 def test_runs_that_differ_too_much_are_suspect(config: ExperimentConfig, spread: float, verdict: str) -> None:
     # The standard deviation is the spread, and the 95 % interval 4.303 / sqrt(3) = 2.48 of it.
-    times = [1.0, 1.0 + spread, 1.0 - spread]
-    result = run(config, FakeReplicas(lambda _, phase, index: times[index] if phase == "run" else 1.0))
+    times_s = [1.0, 1.0 + spread, 1.0 - spread]
+    result = run(dataclasses.replace(config, num_runs=3), FakeReplicas(timed(times_s)))
     assert result.points[0].verdict == verdict
     assert [reason[:11] for reason in result.points[0].verdict_reasons] == ["runs differ"] * (verdict == "suspect")
 

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
+
+import numpy as np
 import pytest
 
-from batch_inference.statistics import ci95_half_width, is_steady, mean, percentile, t_quantile_95
+from batch_inference.statistics import (
+    ci95_half_width,
+    is_narrow,
+    is_steady,
+    mean,
+    percentile,
+    relative_ci95,
+    t_quantile_95,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +50,65 @@ def test_equal_values_have_an_interval_of_zero() -> None:
 @pytest.mark.parametrize("values", [[], [1.0]])
 def test_fewer_than_two_values_have_no_interval(values: list[float]) -> None:
     assert ci95_half_width(values) is None
+
+
+def test_the_interval_is_that_of_exact_arithmetic() -> None:
+    values = [1e6 + offset for offset in (0.1, 0.25, 0.3, 0.45)]
+    assert ci95_half_width(values) == pytest.approx(3.182 * statistics.stdev(values) / 2, rel=1e-6)
+
+
+def test_the_relative_interval_is_a_fraction_of_the_mean() -> None:
+    assert relative_ci95([1.0, 2.0, 3.0]) == pytest.approx(1.242169, abs=1e-5)
+    assert relative_ci95([1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("spread", "narrow"),
+    # Three values have 2.484 times the spread as their interval.
+    [(0.008, True), (0.0081, False), (0.0, True)],
+)
+def test_narrow_means_that_the_interval_is_within_the_target(spread: float, narrow: bool) -> None:
+    assert is_narrow([1.0, 1.0 + spread, 1.0 - spread], 0.0199) is narrow
+
+
+def test_a_single_value_is_never_narrow() -> None:
+    assert not is_narrow([1.0], 1.0)
+
+
+# --- coverage: how often an interval holds the true mean, over 10,000 simulated points ----------------------------
+
+POINTS = 10_000
+
+
+def coverage(points: list[list[float]]) -> float:
+    """Share of the points, each a list of runs around a true mean of 1, whose interval holds it."""
+    return sum(abs(1 - (mean(runs) or 0)) <= (ci95_half_width(runs) or 0) for runs in points) / len(points)
+
+
+def simulated(spread: float, runs: int) -> list[list[float]]:
+    points: list[list[float]] = np.random.default_rng(0).normal(1.0, spread, (POINTS, runs)).tolist()
+    return points
+
+
+def adaptive(runs: list[float]) -> list[float]:
+    """The first of these runs that adaptive repetition keeps: at least 3, at most 10, until within 2 %."""
+    return next((runs[:count] for count in range(3, 10) if is_narrow(runs[:count], 0.02)), runs)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 10])
+def test_the_interval_of_a_fixed_number_of_runs_covers_95_percent(runs: int) -> None:
+    assert 0.93 <= coverage(simulated(0.03, runs)) <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("spread", "expected", "mean_runs"),
+    # What docs/decisions.md states: runs that differ by a few percent stop early where they happen to agree.
+    [(0.003, 0.949, 3.0), (0.01, 0.948, 3.7), (0.02, 0.923, 6.0), (0.03, 0.907, 8.3), (0.05, 0.925, 9.6)],
+)
+def test_what_adaptive_repetition_does_to_coverage(spread: float, expected: float, mean_runs: float) -> None:
+    points = [adaptive(runs) for runs in simulated(spread, 10)]
+    assert coverage(points) == pytest.approx(expected, abs=0.01)
+    assert mean(list(map(len, points))) == pytest.approx(mean_runs, abs=0.1)
 
 
 def test_no_values_have_neither_mean_nor_percentile() -> None:
