@@ -1,0 +1,76 @@
+"""The verdict on a measured point: every reason not to believe it, or to read it with care."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from batch_inference.metrics import run_latencies_s
+from batch_inference.results import Point, Result, Verdict
+from batch_inference.statistics import is_steady, relative_ci95
+
+# A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
+STEADY_WITHIN = 0.05
+# A mean that is known no better than this decides nothing between settings.
+WIDEST_INTERVAL = 0.1
+
+
+def judge(result: Result, point: Point) -> tuple[list[str], Verdict]:
+    """Reasons not to believe a measured point, and "valid", "suspect" or "invalid"."""
+    invalid = [reason for find in _INVALID for reason in find(result, point)]
+    suspect = [reason for find in _SUSPECT for reason in find(result, point)]
+    return invalid + suspect, "invalid" if invalid else "suspect" if suspect else "valid"
+
+
+def _token_counts(result: Result, point: Point) -> list[str]:
+    requests = point.batch_size * result.data_parallel_size
+    asked = (requests * point.seq_len, requests * point.max_tokens)
+    counted = {(run.prompt_tokens, run.output_tokens) for run in point.runs} - {asked}
+    return [
+        f"{prompt} prompt and {output} output tokens came back, {asked[0]} and {asked[1]} were asked"
+        for prompt, output in sorted(counted)
+    ]
+
+
+def _prefix_hits(_: Result, point: Point) -> list[str]:
+    hits = sum(run.counters["prefix_cache_hit_tokens"] for run in point.runs)
+    return [f"{hits} prompt tokens came from the prefix cache"] if hits else []
+
+
+def _preempted(_: Result, point: Point) -> list[str]:
+    count = sum(run.counters["preemptions"] for run in point.runs)
+    return [f"{count} requests were preempted for want of KV cache"] if count else []
+
+
+def _waves(result: Result, point: Point) -> list[str]:
+    slots = result.engine.get("max_num_seqs")
+    if slots and point.batch_size > slots:
+        return [f"ran in waves: batch_size {point.batch_size} is over max_num_seqs {slots}"]
+    tokens = point.batch_size * (point.seq_len + point.max_tokens)
+    capacity = result.engine.get("kv_cache_tokens")
+    if capacity and tokens > capacity:
+        return [f"ran in waves: {tokens} tokens are more than the KV cache holds ({capacity})"]
+    return []
+
+
+def _never_steady(_: Result, point: Point) -> list[str]:
+    latencies_s = [warmup["latency_s"] for warmup in point.warmups]
+    # Fewer than two are not known to differ.
+    if len(latencies_s) < 2 or is_steady(latencies_s, STEADY_WITHIN):
+        return []
+    return [f"not steady after {len(latencies_s)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
+
+
+def _wide_interval(result: Result, point: Point) -> list[str]:
+    width, asked = relative_ci95(run_latencies_s(point)), result.config
+    if width is None:
+        return ["a single run has no interval; raise --num-runs"]
+    if asked["num_runs"] is None and width > asked["target_ci"]:
+        return [f"runs differ: after {asked['max_runs']} the 95 % interval is over ±{asked['target_ci'] * 100:.3g}%"]
+    if width > WIDEST_INTERVAL:
+        return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
+    return []
+
+
+_Check = Callable[[Result, Point], list[str]]
+_INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
+_SUSPECT: tuple[_Check, ...] = (_preempted, _waves, _never_steady, _wide_interval)
