@@ -51,6 +51,13 @@ class Console:
         word = "warm-up" if phase == "warmup" else "run"
         self._bar.set_description(f"batch {point.batch_size} x len {point.seq_len}, {word} {index + 1}")
 
+    def repeating(self, point: Point) -> None:
+        self._bar.write(
+            f"      batch {point.batch_size} x len {point.seq_len}: vLLM compiled a kernel during a timed run; "
+            "it is kept as a warm-up",
+            file=sys.stderr,
+        )
+
     def point_done(self, point: Point) -> None:
         self._number += 1
         line = f"  [{self._number}/{self._total}] batch {point.batch_size} x len {point.seq_len}: "

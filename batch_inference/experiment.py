@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from batch_inference.hardware import Monitor, drawn_j, together
 from batch_inference.metrics import run_latencies_s, summarise
 from batch_inference.replicas import ReplicaError, Replicas
 from batch_inference.results import Point, PointKey, Requests, Result, Run, load_result, save_result
-from batch_inference.statistics import is_narrow, is_steady
-from batch_inference.verdict import STEADY_WITHIN, judge
+from batch_inference.statistics import is_narrow
+from batch_inference.verdict import is_settled, judge
 
 MAX_WARMUPS = 5
+# Timed runs of a point that are repeated because vLLM compiled a kernel during them.
+MAX_REPEATED = 3
 
 
 class Experiment:
@@ -106,12 +109,28 @@ class Experiment:
         self._console.point_done(point)
 
     def _measure(self, point: Point, replicas: Replicas) -> None:
-        latencies_s: list[float] = []
-        while not self._is_warm(latencies_s):
-            latencies_s.append(self._run(point, replicas, "warmup", len(latencies_s)).latency_s)
-        point.warmups = [{"latency_s": latency_s} for latency_s in latencies_s]
+        self._warm_up(point, replicas)
+        repeated = 0
         while not self._is_known(point):
-            point.runs.append(self._run(point, replicas, "run", len(point.runs)))
+            run = self._run(point, replicas, "run", len(point.runs) + repeated)
+            # Whether a run counts is decided by what vLLM says of it, never by how long it took: a run that is slow
+            # for no known reason stays.
+            if run.counters.get("jit_compilations") and repeated < MAX_REPEATED:
+                repeated += 1
+                point.warmups.append(as_warmup(run, "a timed run until vLLM compiled a kernel during it; repeated"))
+                self._console.repeating(point)
+                self._warm_up(point, replicas)
+            else:
+                point.runs.append(run)
+
+    def _warm_up(self, point: Point, replicas: Replicas) -> None:
+        """Until steady; a run that compiled a kernel is the first of a new series."""
+        made = 1 if point.warmups else 0
+        most = max(MAX_WARMUPS, self._config.warmup_runs)
+        while made < self._config.warmup_runs or not (is_settled(point.warmups) or made >= most):
+            run = self._run(point, replicas, "warmup", len(point.warmups))
+            point.warmups.append(as_warmup(run))
+            made += 1
 
     def _is_known(self, point: Point) -> bool:
         """Whether the point has runs enough."""
@@ -119,11 +138,6 @@ class Experiment:
         if len(point.runs) < config.fewest_runs or config.num_runs is not None:
             return len(point.runs) >= config.fewest_runs
         return len(point.runs) >= config.max_runs or is_narrow(run_latencies_s(point), config.target_ci)
-
-    def _is_warm(self, latencies_s: list[float]) -> bool:
-        if len(latencies_s) < self._config.warmup_runs:
-            return False
-        return is_steady(latencies_s, STEADY_WITHIN) or len(latencies_s) >= max(MAX_WARMUPS, self._config.warmup_runs)
 
     def _run(self, point: Point, replicas: Replicas, phase: str, index: int) -> Run:
         self._console.running(point, phase, index)
@@ -148,7 +162,18 @@ class Experiment:
         save_result(self.result, self._config.output_path)
 
 
-def combine(outcomes: list[dict[str, Any]], *, energy_j: float | None, memory: dict[str, Any]) -> Run:
+def as_warmup(run: Run, reason: str | None = None) -> dict[str, Any]:
+    known = {"jit_compilations": run.counters.get("jit_compilations"), "reason": reason}
+    return {"latency_s": run.latency_s, **{name: value for name, value in known.items() if value}}
+
+
+def combine(
+    outcomes: list[dict[str, Any]],
+    *,
+    energy_j: float | None,
+    memory: dict[str, Any],
+    clocks: dict[str, Any] | None = None,
+) -> Run:
     """One run out of what each replica reports: the last end, the sum of tokens, every request."""
     requests = {
         name: [value for outcome in outcomes for value in outcome["requests"][name]] for name in outcomes[0]["requests"]
@@ -161,12 +186,22 @@ def combine(outcomes: list[dict[str, Any]], *, energy_j: float | None, memory: d
         replicas=[{"replica": index, **{key: outcome[key] for key in kept}} for index, outcome in enumerate(outcomes)],
         requests=Requests(**requests),
         energy_j=energy_j,
-        memory=memory,
+        memory=memory | _where_known(outcomes, "peak_kv_use", max),
         counters={
-            name: sum(outcome[name] for outcome in outcomes) for name in ("preemptions", "prefix_cache_hit_tokens")
+            "preemptions": sum(outcome["preemptions"] for outcome in outcomes),
+            "prefix_cache_hit_tokens": sum(outcome["prefix_cache_hit_tokens"] for outcome in outcomes),
+            **_where_known(outcomes, "jit_compilations", sum),
+            **_where_known(outcomes, "peak_running", min),
         },
         unknown={} if energy_j is not None else {"energy_j": "this machine has no energy counter for its devices"},
+        clocks=clocks or {},
     )
+
+
+def _where_known(outcomes: list[dict[str, Any]], name: str, join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """What the replicas that report `name` make together; nothing where none does."""
+    values = [outcome[name] for outcome in outcomes if name in outcome]
+    return {name: join(values)} if values else {}
 
 
 def _of_its_own(measured_on: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:

@@ -46,9 +46,15 @@ class Run:
     replicas: list[dict[str, Any]]  # replica, start_s and end_s (from the common start), tokens
     requests: Requests
     energy_j: float | None
-    memory: dict[str, Any]  # used_gib: one number per device (scope "device") or replica (scope "replica"), or None
-    counters: dict[str, int]  # preemptions, prefix_cache_hit_tokens
+    # used_gib: one number per device (scope "device") or replica (scope "replica"), or None; where it is known,
+    # peak_kv_use: share of the KV cache in use at the fullest moment, of the fullest replica
+    memory: dict[str, Any]
+    # preemptions, prefix_cache_hit_tokens; where they are known, jit_compilations (kernels that vLLM compiled during
+    # the run) and peak_running (most requests that ran at once, of the replica with the fewest)
+    counters: dict[str, int]
     unknown: dict[str, str] = field(default_factory=dict)  # name of a number that is None -> why
+    # Where they were watched: sm_mhz (one number per device), throttle_reasons (NVML's words), other_processes (count)
+    clocks: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,7 +69,8 @@ class Point:
     log_tail: list[str] | None = None
     verdict: Verdict | None = None
     verdict_reasons: list[str] = field(default_factory=list)
-    warmups: list[dict[str, float]] = field(default_factory=list)
+    # latency_s, jit_compilations where there were any; reason: of a timed run that was moved here, why
+    warmups: list[dict[str, Any]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     summary: dict[str, float | None] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)  # of an earlier sweep: what differs from the result's engine

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from batch_inference.metrics import run_latencies_s
 from batch_inference.results import Point, Result, Verdict
@@ -19,6 +20,13 @@ def judge(result: Result, point: Point) -> tuple[list[str], Verdict]:
     invalid = [reason for find in _INVALID for reason in find(result, point)]
     suspect = [reason for find in _SUSPECT for reason in find(result, point)]
     return invalid + suspect, "invalid" if invalid else "suspect" if suspect else "valid"
+
+
+def is_settled(warmups: Sequence[dict[str, Any]]) -> bool:
+    """True when the last two warm-ups took as long as each other, and vLLM compiled nothing during the last."""
+    if not is_steady([warmup["latency_s"] for warmup in warmups], STEADY_WITHIN):
+        return False
+    return not warmups[-1].get("jit_compilations")
 
 
 def _token_counts(result: Result, point: Point) -> list[str]:
@@ -53,11 +61,18 @@ def _waves(result: Result, point: Point) -> list[str]:
 
 
 def _never_steady(_: Result, point: Point) -> list[str]:
-    latencies_s = [warmup["latency_s"] for warmup in point.warmups]
     # Fewer than two are not known to differ.
-    if len(latencies_s) < 2 or is_steady(latencies_s, STEADY_WITHIN):
+    if len(point.warmups) < 2 or is_settled(point.warmups):
         return []
-    return [f"not steady after {len(latencies_s)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
+    if point.warmups[-1].get("jit_compilations"):
+        return ["not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"]
+    return [f"not steady after {len(point.warmups)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
+
+
+def _compiled_late(_: Result, point: Point) -> list[str]:
+    if not any(run.counters.get("jit_compilations") for run in point.runs):
+        return []
+    return ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"]
 
 
 def _wide_interval(result: Result, point: Point) -> list[str]:
@@ -73,4 +88,4 @@ def _wide_interval(result: Result, point: Point) -> list[str]:
 
 _Check = Callable[[Result, Point], list[str]]
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
-_SUSPECT: tuple[_Check, ...] = (_preempted, _waves, _never_steady, _wide_interval)
+_SUSPECT: tuple[_Check, ...] = (_preempted, _waves, _never_steady, _compiled_late, _wide_interval)

@@ -22,11 +22,11 @@ def make_run(latency_s: float, *, requests: int = 1, seq_len: int = 64, max_toke
         queue_s=[latency_s / 100] * requests,
         output_tokens=[max_tokens] * requests,
     )
+    tokens = {"prompt_tokens": requests * seq_len, "output_tokens": requests * max_tokens}
     values: dict[str, Any] = {
         "latency_s": latency_s,
-        "prompt_tokens": requests * seq_len,
-        "output_tokens": requests * max_tokens,
-        "replicas": [{"replica": 0, "start_s": 0.0, "end_s": latency_s}],
+        **tokens,
+        "replicas": [{"replica": 0, "start_s": 0.0, "end_s": latency_s, **tokens}],
         "requests": changes.pop("times", times),
         "energy_j": None,
         "memory": {"scope": "device", "used_gib": [60.0]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def outcome(batch_size: int, seq_len: int, max_tokens: int, latency_s: float, **
 
 
 class FakeReplicas:
-    """Each run takes what `latency_s(batch_size, phase, index)` says; that of `fail_at` fails."""
+    """Each run takes what `latency_s(batch_size, phase, index)` says; that of `fail_at` fails, and vLLM compiles
+    kernels in those of `compiles_in` (phase, index)."""
 
     def __init__(
         self,
@@ -56,8 +57,10 @@ class FakeReplicas:
         fail_at: tuple[int, str, int] | None = None,
         replicas: int = 1,
         changes: dict[str, Any] | None = None,
+        compiles_in: Collection[tuple[str, int]] = (),
     ) -> None:
         self.latency_s, self.fail_at, self.replicas, self.changes = latency_s, fail_at, replicas, changes or {}
+        self.compiles_in = compiles_in
         self.calls: list[tuple[int, str, int]] = []
         self.closed = self.hurried = False
 
@@ -73,7 +76,8 @@ class FakeReplicas:
             raise ReplicaError("torch.OutOfMemoryError: CUDA out of memory", ["the log's end"])
         self.calls.append((batch_size, phase, index))
         taken_s = self.latency_s(batch_size, phase, index)
-        return [outcome(batch_size, seq_len, max_tokens, taken_s, **self.changes)] * self.replicas
+        compiled = {"jit_compilations": 2} if (phase, index) in self.compiles_in else {}
+        return [outcome(batch_size, seq_len, max_tokens, taken_s, **self.changes, **compiled)] * self.replicas
 
     def pids(self) -> list[int]:
         return [1]
@@ -183,6 +187,51 @@ def test_a_point_that_never_becomes_steady_is_measured_and_suspect(config: Exper
     assert len(result.points[0].warmups) == 5
     assert result.points[0].verdict == "suspect"
     assert "not steady after 5 warm-ups" in result.points[0].verdict_reasons[0]
+
+
+def test_a_timed_run_that_compiled_becomes_a_warmup_and_is_repeated_when_steady_again(
+    config: ExperimentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times_s = {("run", 1): 3.81, ("warmup", 3): 1.5}
+    replicas = FakeReplicas(
+        lambda _, phase, index: times_s.get((phase, index), 1.24), compiles_in=[("warmup", 0), ("run", 1)]
+    )
+    point = run(dataclasses.replace(config, batch_sizes=(1,), num_runs=3), replicas).points[0]
+    assert point.warmups == [
+        {"latency_s": 1.24, "jit_compilations": 2},
+        {"latency_s": 1.24},
+        {"latency_s": 3.81, "jit_compilations": 2, "reason": point.warmups[2]["reason"]},
+        {"latency_s": 1.5},
+        {"latency_s": 1.24},
+        {"latency_s": 1.24},
+    ]
+    assert "until vLLM compiled a kernel during it" in point.warmups[2]["reason"]
+    assert [run.latency_s for run in point.runs] == [1.24] * 3
+    assert point.verdict == "valid"
+    assert "vLLM compiled a kernel during a timed run; it is kept as a warm-up" in capsys.readouterr().err
+    # Each with prompts of its own, the repeated one too.
+    assert [index for _, phase, index in replicas.calls if phase == "run"] == [0, 1, 2, 3]
+
+
+def test_a_run_that_is_slow_for_no_known_reason_stays(config: ExperimentConfig) -> None:
+    point = run(config, FakeReplicas(timed([1.24, 3.81] + [1.24] * 8))).points[0]
+    assert [run.latency_s for run in point.runs] == [1.24, 3.81] + [1.24] * 8
+    assert len(point.warmups) == 2
+    assert point.verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%"]
+
+
+def test_compiling_again_and_again_ends_and_is_suspect(config: ExperimentConfig) -> None:
+    always = [("run", index) for index in range(20)]
+    point = run(dataclasses.replace(config, num_runs=3), FakeReplicas(compiles_in=always)).points[0]
+    assert len(point.runs) == 3
+    assert sum("reason" in warmup for warmup in point.warmups) == 3
+    assert point.verdict_reasons == ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"]
+
+
+def test_a_last_warmup_that_compiled_is_not_steady(config: ExperimentConfig) -> None:
+    point = run(config, FakeReplicas(compiles_in=[("warmup", index) for index in range(5)])).points[0]
+    assert len(point.warmups) == 5
+    assert point.verdict_reasons == ["not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"]
 
 
 def test_more_warmups_are_made_when_asked_for(config: ExperimentConfig) -> None:
@@ -341,6 +390,20 @@ def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
     assert [replica["end_s"] for replica in combined.replicas] == [1.0, 1.5]
     assert combined.energy_j is None
     assert "energy_j" in combined.unknown
+
+
+def test_what_replicas_report_beyond_the_needed_is_joined_and_kept() -> None:
+    first = outcome(2, 8, 4, 1.0, peak_running=2, peak_kv_use=0.25)
+    second = outcome(2, 8, 4, 1.0, peak_running=1, peak_kv_use=0.5, jit_compilations=3)
+    combined = combine([first, second], energy_j=None, memory={"scope": "replica", "used_gib": None})
+    assert combined.counters == {
+        "preemptions": 0,
+        "prefix_cache_hit_tokens": 0,
+        "jit_compilations": 3,
+        "peak_running": 1,
+    }
+    assert combined.memory == {"scope": "replica", "used_gib": None, "peak_kv_use": 0.5}
+    assert combined.clocks == {}
 
 
 def test_an_existing_file_is_never_overwritten_unasked(config: ExperimentConfig) -> None:

@@ -12,7 +12,8 @@ import jsonschema
 import pytest
 
 from batch_inference.metrics import summarise
-from batch_inference.results import Point, Requests, Run, load_result
+from batch_inference.results import Point, Requests, Run, load_result, save_result
+from builders import make_point, make_result, make_run
 from conftest import REPOSITORY
 
 SCHEMA = json.loads((REPOSITORY / "batch_inference" / "result.schema.json").read_text())
@@ -38,6 +39,17 @@ def test_recorded_files_still_load_with_the_same_numbers(path: Path) -> None:
     assert result.status == "complete"
     for point in result.points:
         assert summarise(result, point) == pytest.approx(point.summary, nan_ok=False)
+
+
+def test_everything_that_a_run_may_hold_is_in_the_schema(tmp_path: Path) -> None:
+    clocks = {"sm_mhz": [1980.0, None], "throttle_reasons": ["sw_power_cap"], "other_processes": 0}
+    run = make_run(1.0, memory={"scope": "device", "used_gib": [1.0], "peak_kv_use": 0.5}, clocks=clocks)
+    run.counters.update({"jit_compilations": 1, "peak_running": 1})
+    point = make_point(runs=[run], warmups=[{"latency_s": 3.0, "jit_compilations": 1, "reason": "compiled"}])
+    path = tmp_path / "tp_1_results.json"
+    save_result(make_result(points=[point]), path)
+    check(path)
+    assert load_result(path).points[0].runs == [run]
 
 
 def test_there_is_a_recorded_file_of_every_schema_version() -> None:
