@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from batch_inference.capacity import padded_batch_size, running_requests, waves
 from batch_inference.results import Point, Result
 from batch_inference.statistics import ci95_half_width, mean, percentile
 
@@ -39,6 +40,10 @@ def run_latencies_s(point: Point) -> list[float]:
 
 def ttfts_s(point: Point) -> list[float]:
     return [value for run in point.runs for value in run.requests.ttft_s]
+
+
+def request_latencies_s(point: Point) -> list[float]:
+    return [value for run in point.runs for value in run.requests.latency_s]
 
 
 def queue_waits_s(point: Point) -> list[float]:
@@ -107,6 +112,14 @@ def _kv_use(result: Result, point: Point) -> float | None:
     return point.batch_size * (point.seq_len + point.max_tokens) / capacity if capacity else None
 
 
+def _kv_peak_use(_: Result, point: Point) -> float | None:
+    return max((run.memory["peak_kv_use"] for run in point.runs if "peak_kv_use" in run.memory), default=None)
+
+
+def _num_runs(_: Result, point: Point) -> float:
+    return len(point.runs)
+
+
 def _preemptions(_: Result, point: Point) -> float:
     return sum(run.counters["preemptions"] for run in point.runs)
 
@@ -156,12 +169,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("latency_ci95_s", "s", "Batch latency, 95 % CI (±)", None,
            lambda _, point: ci95_half_width(run_latencies_s(point)),
            "Student's t x standard deviation / sqrt(runs); unknown for one run"),
+    Metric("runs", "count", "Timed runs", None, _num_runs, "timed runs of the point, warm-ups not counted"),
     *_distribution("ttft", "Time to first token (TTFT)", ttfts_s,
                    "time from a request's arrival to its first token, queue wait included, over all requests"),
     *_distribution("tpot", "Time per output token (TPOT)", tpots_s,
                    "(request latency - TTFT) / (output tokens - 1), over all requests"),
-    Metric("queue_mean_s", "s", "Queue wait, mean", "lower", _mean_of(queue_waits_s),
-           "mean time from a request's arrival to its being scheduled"),
+    *_distribution("request_latency", "Request latency", request_latencies_s,
+                   "time from a request's arrival to its last token (end to end), over all requests"),
+    *_distribution("queue", "Queue wait", queue_waits_s,
+                   "time from a request's arrival to its being scheduled, over all requests"),
     Metric("memory_used_gib", "GiB", "Memory used", "lower", _memory_used_gib,
            "highest use seen after a run: per device by NVML, on the CPU resident memory of the replica's processes"),
     Metric("weights_gib", "GiB", "Weights per device", None, _engine_number("weights_gib"),
@@ -171,7 +187,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("kv_cache_tokens", "tokens", "KV cache capacity", "higher", _engine_number("kv_cache_tokens"),
            "tokens that the KV cache of one replica holds"),
     Metric("kv_use", "ratio", "KV cache use", None, _kv_use,
-           "batch_size x (seq_len + max_tokens) / kv_cache_tokens; above 1 the batch runs in waves"),
+           "batch_size x (seq_len + max_tokens) / kv_cache_tokens: what the whole batch needs; above 1 it cannot fit"),
+    Metric("kv_peak_use", "ratio", "KV cache use, peak", None, _kv_peak_use,
+           "share of the KV cache in use at the fullest moment, where vLLM was asked"),
+    Metric("running_requests", "count", "Requests at once", None, running_requests,
+           "most requests of a replica that ran at once: counted, or the least of batch_size, max_num_seqs and the "
+           "whole requests that fit in the KV cache"),
+    Metric("waves", "count", "Waves", "lower", waves, "batch_size / running_requests, rounded up"),
+    Metric("padded_batch_size", "count", "Padded batch", None, padded_batch_size,
+           "smallest captured graph that holds running_requests; unknown without graphs or with PP"),
     Metric("preemptions", "count", "Preemptions", "lower", _preemptions, "requests preempted, over all runs"),
     Metric("energy_j_per_output_token", "J/token", "Energy per output token", "lower", _energy_j_per_output_token,
            "NVML energy of the setting's devices during the runs / output tokens"),

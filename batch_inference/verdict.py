@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from batch_inference.capacity import request_slots, requests_in_kv_cache, running_requests, waves
 from batch_inference.metrics import run_latencies_s
 from batch_inference.results import Point, Result, Verdict
 from batch_inference.statistics import is_steady, relative_ci95
@@ -50,14 +51,15 @@ def _preempted(_: Result, point: Point) -> list[str]:
 
 
 def _waves(result: Result, point: Point) -> list[str]:
-    slots = result.engine.get("max_num_seqs")
-    if slots and point.batch_size > slots:
-        return [f"ran in waves: batch_size {point.batch_size} is over max_num_seqs {slots}"]
-    tokens = point.batch_size * (point.seq_len + point.max_tokens)
-    capacity = result.engine.get("kv_cache_tokens")
-    if capacity and tokens > capacity:
-        return [f"ran in waves: {tokens} tokens are more than the KV cache holds ({capacity})"]
-    return []
+    if (waves(result, point) or 1) == 1:
+        return []
+    running, batch_size = running_requests(result, point), point.batch_size
+    slots, in_cache = request_slots(result, point), requests_in_kv_cache(result, point)
+    if slots and slots < batch_size:
+        return [f"ran in waves: batch_size {batch_size} is over max_num_seqs {slots}"]
+    if in_cache and in_cache < batch_size:
+        return [f"ran in waves: the KV cache holds {in_cache} of {batch_size} requests"]
+    return [f"ran in waves: at most {running} of {batch_size} requests ran at once"]
 
 
 def _never_steady(_: Result, point: Point) -> list[str]:

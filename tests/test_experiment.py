@@ -270,7 +270,7 @@ def test_each_reason_against_a_point_is_found(
 
 @pytest.mark.parametrize(
     ("batch_size", "seq_len", "said"),
-    [(9, 8, "batch_size 9 is over max_num_seqs 8"), (8, 200, "1632 tokens are more than the KV cache holds (1000)")],
+    [(9, 8, "batch_size 9 is over max_num_seqs 8"), (8, 200, "the KV cache holds 4 of 8 requests")],
 )
 def test_a_batch_that_runs_in_waves_is_suspect(
     config: ExperimentConfig, batch_size: int, seq_len: int, said: str

@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "batch_inference"
 # Earlier modules never import later ones.
 ORDER = (
     "statistics", "config", "hardware", "environment", "plan", "rendezvous", "prompts", "engine", "ranks", "worker",
-    "replicas", "results", "metrics", "verdict", "console", "experiment", "tables", "plots", "report",
+    "replicas", "results", "capacity", "metrics", "verdict", "console", "experiment", "tables", "plots", "report",
 )  # fmt: skip
 ANALYSIS = {"pandas", "matplotlib", "seaborn"}
 

@@ -22,8 +22,8 @@ RUNS = [
             output_tokens=[10, 10, 10, 10],
         ),
         energy_j=600.0,
-        memory={"scope": "device", "used_gib": [10.0, 11.0, 12.0, 13.0]},
-        counters={"preemptions": 1, "prefix_cache_hit_tokens": 0},
+        memory={"scope": "device", "used_gib": [10.0, 11.0, 12.0, 13.0], "peak_kv_use": 0.08},
+        counters={"preemptions": 1, "prefix_cache_hit_tokens": 0, "peak_running": 2},
     ),
     make_run(
         3.0,
@@ -37,8 +37,8 @@ RUNS = [
             output_tokens=[10, 10, 10, 10],
         ),
         energy_j=1000.0,
-        memory={"scope": "device", "used_gib": [10.0, 11.0, 12.0, 14.0]},
-        counters={"preemptions": 2, "prefix_cache_hit_tokens": 0},
+        memory={"scope": "device", "used_gib": [10.0, 11.0, 12.0, 14.0], "peak_kv_use": 0.09},
+        counters={"preemptions": 2, "prefix_cache_hit_tokens": 0, "peak_running": 1},
     ),
 ]
 POINT = make_point(2, 100, max_tokens=10, runs=RUNS)
@@ -46,7 +46,14 @@ RESULT = make_result(
     "tp_2_dp_2",
     [POINT],
     (2, 1, 2),
-    engine={"weights_gib": 6.5, "kv_pool_gib": 30.0, "kv_cache_tokens": 2200, "load_s": {"total_s": 40.0}},
+    engine={
+        "weights_gib": 6.5,
+        "kv_pool_gib": 30.0,
+        "kv_cache_tokens": 2200,
+        "load_s": {"total_s": 40.0},
+        "cudagraph_mode": "FULL_AND_PIECEWISE",
+        "cudagraph_capture_sizes": [4, 8],
+    },
 )
 EXPECTED = {
     "output_tok_per_s": 16.0,  # 80 tokens / 5 s
@@ -58,6 +65,7 @@ EXPECTED = {
     "latency_p50_s": 2.5,
     "latency_p90_s": 2.9,
     "latency_p99_s": 2.99,
+    "runs": 2,
     "latency_ci95_s": 6.353,  # 12.706 x sqrt(0.5) / sqrt(2)
     "ttft_mean_s": 0.3,
     "ttft_p50_s": 0.3,
@@ -68,12 +76,25 @@ EXPECTED = {
     "tpot_p50_s": 0.25,
     "tpot_p90_s": 0.3,
     "tpot_p99_s": 0.3,
+    # sorted: 1.3 1.3 2 2 3 3 3 3
+    "request_latency_mean_s": 2.325,
+    "request_latency_p50_s": 2.5,
+    "request_latency_p90_s": 3.0,
+    "request_latency_p99_s": 3.0,
+    # sorted: 0 0 .1 .1 .2 .2 .2 .2
     "queue_mean_s": 0.125,
+    "queue_p50_s": 0.15,
+    "queue_p90_s": 0.2,
+    "queue_p99_s": 0.2,
     "memory_used_gib": 14.0,
     "weights_gib": 6.5,
     "kv_pool_gib": 30.0,
     "kv_cache_tokens": 2200,
     "kv_use": 0.1,  # 2 x 110 / 2200: the batch of one replica in its own cache
+    "kv_peak_use": 0.09,
+    "running_requests": 1,
+    "waves": 2,
+    "padded_batch_size": 4,
     "preemptions": 3,
     "energy_j_per_output_token": 20.0,  # 1600 J / 80 tokens
     "load_s": 40.0,
@@ -126,7 +147,10 @@ def test_an_engine_that_says_nothing_leaves_its_numbers_unknown(load_s: dict[str
     result = make_result()
     result.engine = {"load_s": load_s}
     numbers = summarise(result, make_point())
-    names = ("weights_gib", "kv_pool_gib", "kv_cache_tokens", "kv_use", "load_s")
+    names = (
+        "weights_gib", "kv_pool_gib", "kv_cache_tokens", "kv_use", "load_s", "running_requests", "waves",
+        "padded_batch_size",
+    )  # fmt: skip
     assert {numbers[name] for name in names} == {None}
 
 

@@ -1,0 +1,105 @@
+"""How many requests run at once, as counted by vLLM or computed from its limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from batch_inference.capacity import padded_batch_size, requests_in_kv_cache, running_requests, waves
+from batch_inference.results import Point, Result
+from builders import make_point, make_result, make_run
+
+# As vLLM 0.32.0 reports them: 512 blocks of 128 tokens, of which a request of 80 takes a whole one.
+BLOCKS = {"num_gpu_blocks": 512, "block_size": 128, "max_model_len": 80, "kv_cache_tokens": 40960}
+
+
+def measured(batch_size: int, engine: dict[str, Any], peaks: tuple[int | None, ...] = (None,)) -> tuple[Result, Point]:
+    """A point of requests of 64 + 16 tokens, with a run for each of `peaks`."""
+    runs = [make_run(1.0, requests=batch_size) for _ in peaks]
+    for run, peak in zip(runs, peaks, strict=True):
+        run.counters.update({} if peak is None else {"peak_running": peak})
+    point = make_point(batch_size, 64, max_tokens=16, runs=runs)
+    result = make_result(points=[point])
+    result.engine = engine
+    return result, point
+
+
+@pytest.mark.parametrize(
+    ("engine", "fitting"),
+    [
+        (BLOCKS, 511),  # one block is held back
+        ({**BLOCKS, "max_model_len": 2048, "kv_cache_tokens": 512 * 128}, 511),
+        ({**BLOCKS, "block_size": 16, "kv_cache_tokens": 512 * 16}, 102),  # 511 // 5
+        # By tokens, where blocks do not explain what vLLM says: models with several kinds of layers.
+        ({**BLOCKS, "kv_cache_tokens": 8000}, 100),
+        ({"kv_cache_tokens": 8000}, 100),
+        ({**BLOCKS, "num_gpu_blocks": None, "kv_cache_tokens": 8000}, 100),
+        ({"kv_cache_tokens": 79}, 1),
+        ({"num_gpu_blocks": 512, "block_size": 128}, None),
+        ({}, None),
+    ],
+)
+def test_the_kv_cache_holds_whole_requests(engine: dict[str, Any], fitting: int | None) -> None:
+    assert requests_in_kv_cache(*measured(4, engine)) == fitting
+
+
+def test_rounding_to_blocks_makes_a_second_wave_that_tokens_do_not_show() -> None:
+    engine = {"num_gpu_blocks": 11, "block_size": 64, "max_model_len": 128, "kv_cache_tokens": 704}
+    result, point = measured(8, engine)
+    assert point.batch_size * 80 <= 704
+    assert (running_requests(result, point), waves(result, point)) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "engine", "running", "in_waves"),
+    [
+        (4, {"max_num_seqs": 8}, 4, 1),
+        (9, {"max_num_seqs": 8}, 8, 2),
+        (17, {"max_num_seqs": 8}, 8, 3),
+        (17, {"max_num_seqs": 8, "kv_cache_tokens": 400}, 5, 4),
+        (4, {}, None, None),
+    ],
+)
+def test_the_tighter_limit_decides(
+    batch_size: int, engine: dict[str, Any], running: int | None, in_waves: int | None
+) -> None:
+    result, point = measured(batch_size, engine)
+    assert (running_requests(result, point), waves(result, point)) == (running, in_waves)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "running"),
+    [((8, 8), 8), ((8, 6), 6), ((8, None), 4)],  # counted in every run, or computed
+)
+def test_what_vllm_counted_is_preferred(peaks: tuple[int | None, ...], running: int) -> None:
+    assert running_requests(*measured(8, {"max_num_seqs": 4}, peaks)) == running
+
+
+@pytest.mark.parametrize(
+    ("engine", "padded"),
+    [
+        ({"cudagraph_capture_sizes": [1, 2, 4, 8]}, 4),
+        ({"cudagraph_capture_sizes": [8, 4, 2, 1], "max_num_seqs": 2}, 2),  # a step holds what runs, not what was asked
+        ({"cudagraph_capture_sizes": [1, 2]}, None),  # too large for any graph
+        ({"cudagraph_capture_sizes": [1, 2, 4], "enforce_eager": True}, None),
+        ({"cudagraph_capture_sizes": [1, 2, 4], "cudagraph_mode": "NONE"}, None),
+        ({}, None),
+    ],
+)
+def test_a_batch_is_padded_to_the_next_captured_graph(engine: dict[str, Any], padded: int | None) -> None:
+    defaults = {"max_num_seqs": 8, "cudagraph_mode": "FULL_AND_PIECEWISE"}
+    assert padded_batch_size(*measured(3, {**defaults, **engine})) == padded
+
+
+def test_how_stages_share_a_batch_is_not_known() -> None:
+    engine = {"max_num_seqs": 8, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [4]}
+    result, point = measured(3, engine)
+    result.config["pipeline_parallel_size"] = 2
+    assert padded_batch_size(result, point) is None
+
+
+def test_a_point_of_an_earlier_sweep_is_seen_with_its_own_engine() -> None:
+    result, point = measured(8, {"max_num_seqs": 8})
+    point.engine = {"max_num_seqs": 4}
+    assert waves(result, point) == 2
