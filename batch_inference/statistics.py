@@ -49,6 +49,21 @@ def is_narrow(values: Sequence[float], target: float) -> bool:
     return width is not None and width <= target
 
 
+def trend(values: Sequence[float]) -> tuple[float, float] | None:
+    """Change from the first value to the last by a straight line of least squares, and the half width of its 95 %
+    interval; None for fewer than three values."""
+    count = len(values)
+    if count < 3:
+        return None
+    center = fmean(values)
+    steps = [index - (count - 1) / 2 for index in range(count)]
+    squares = math.fsum(step**2 for step in steps)
+    slope = math.fsum(step * value for step, value in zip(steps, values, strict=True)) / squares
+    left_over = math.fsum((value - center - slope * step) ** 2 for step, value in zip(steps, values, strict=True))
+    half_width = t_quantile_95(count - 2) * math.sqrt(left_over / (count - 2) / squares)
+    return slope * (count - 1), half_width * (count - 1)
+
+
 def _stdev(values: Sequence[float]) -> float:
     """Of a sample. In floating point, which is 20 times as fast as the exact fractions of statistics.stdev."""
     center = fmean(values)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from batch_inference.capacity import request_slots, requests_in_kv_cache, running_requests, waves
 from batch_inference.metrics import run_latencies_s
 from batch_inference.results import Point, Result, Verdict
-from batch_inference.statistics import is_steady, relative_ci95
+from batch_inference.statistics import is_steady, relative_ci95, trend
 
 # A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
 STEADY_WITHIN = 0.05
 # A mean that is known no better than this decides nothing between settings.
 WIDEST_INTERVAL = 0.1
+# Runs that only scatter by a percent look like a smaller trend than this often enough.
+DRIFT_OVER = 0.03
+# A process is woken some 0.1 ms late where the machine is quiet, and milliseconds where it is not.
+SHORTEST_RUN_S = 0.01
+# Reasons of NVML for a clock below the highest that are no fault: it is set so, or nothing is to be done. A GPU at its
+# power limit is one at full load; the limit stands in the file.
+_USUAL_CLOCK_REASONS = {
+    "gpu_idle",
+    "applications_clocks_setting",
+    "display_clock_setting",
+    "sync_boost",
+    "sw_power_cap",
+}
 
 
 def judge(result: Result, point: Point) -> tuple[list[str], Verdict]:
@@ -88,6 +102,37 @@ def _wide_interval(result: Result, point: Point) -> list[str]:
     return []
 
 
+def _drift(_: Result, point: Point) -> list[str]:
+    """A trend that is larger than DRIFT_OVER and than its own 95 % interval: runs that scatter alone show one in at
+    most 5 of 100 points."""
+    latencies_s = run_latencies_s(point)
+    change = trend(latencies_s)
+    if change is None or abs(change[0]) <= max(change[1], DRIFT_OVER * fmean(latencies_s)):
+        return []
+    how = "slower" if change[0] > 0 else "faster"
+    return [f"drift: runs become {how}, by over {DRIFT_OVER:.0%} from the first to the last"]
+
+
+def _too_short(_: Result, point: Point) -> list[str]:
+    if min(run_latencies_s(point)) >= SHORTEST_RUN_S:
+        return []
+    return [f"runs under {SHORTEST_RUN_S * 1000:.0f} ms are too short to time; raise --max-tokens"]
+
+
+def _throttled(_: Result, point: Point) -> list[str]:
+    said = {reason for run in point.runs for reason in run.clocks.get("throttle_reasons") or []}
+    reasons = sorted(said - _USUAL_CLOCK_REASONS)
+    return [f"clocks were throttled: {', '.join(reasons)}; see to cooling and power"] if reasons else []
+
+
+def _not_alone(_: Result, point: Point) -> list[str]:
+    if not any(run.clocks.get("other_processes") for run in point.runs):
+        return []
+    return ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"]
+
+
 _Check = Callable[[Result, Point], list[str]]
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
-_SUSPECT: tuple[_Check, ...] = (_preempted, _waves, _never_steady, _compiled_late, _wide_interval)
+_SUSPECT: tuple[_Check, ...] = (
+    _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _too_short, _throttled, _not_alone,
+)  # fmt: skip

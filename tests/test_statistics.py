@@ -15,6 +15,7 @@ from batch_inference.statistics import (
     percentile,
     relative_ci95,
     t_quantile_95,
+    trend,
 )
 
 
@@ -73,6 +74,19 @@ def test_narrow_means_that_the_interval_is_within_the_target(spread: float, narr
 
 def test_a_single_value_is_never_narrow() -> None:
     assert not is_narrow([1.0], 1.0)
+
+
+def test_the_trend_of_four_values_by_hand() -> None:
+    # slope 0.8, left over 0.3 + 0.9 - 1.1 - 0.1 around the line: squares 1.8, error sqrt(1.8 / 2 / 5), t(2) = 4.303
+    change, half_width = trend([1.0, 3.0, 2.0, 4.0]) or (0.0, 0.0)
+    assert change == pytest.approx(2.4)
+    assert half_width == pytest.approx(3 * 4.303 * 0.424264, abs=1e-4)
+
+
+def test_a_straight_line_is_all_trend() -> None:
+    assert trend([1.0, 1.5, 2.0]) == (1.0, 0.0)
+    assert trend([2.0, 2.0, 2.0]) == (0.0, 0.0)
+    assert trend([1.0, 2.0]) is None
 
 
 # --- coverage: how often an interval holds the true mean, over 10,000 simulated points ----------------------------

@@ -1,0 +1,139 @@
+"""Every reason of a verdict is provoked by one fault, and by nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from batch_inference import verdict
+from batch_inference.results import Point, Verdict
+from batch_inference.statistics import trend
+from batch_inference.verdict import judge
+from builders import make_point, make_result, make_run
+
+STEADY = [{"latency_s": 1.0}, {"latency_s": 1.0}]
+COUNTERS = {"preemptions": 0, "prefix_cache_hit_tokens": 0}
+
+
+def judged(point: Point, config: dict[str, Any] | None = None, **engine: Any) -> tuple[list[str], Verdict]:
+    return judge(make_result(points=[point], config=config or {}, engine=engine), point)
+
+
+def measured(batch_size: int = 1, latencies_s: Sequence[float] = (1.0, 1.001, 0.999), **changes: Any) -> Point:
+    """A point with nothing against it, except for `changes` of its last run."""
+    point = make_point(batch_size, latencies_s=latencies_s, warmups=[*STEADY])
+    if changes:
+        point.runs[-1] = make_run(latencies_s[-1], **{"requests": batch_size, **changes})
+    return point
+
+
+def test_a_good_point_is_valid_without_a_reason() -> None:
+    assert judged(measured()) == ([], "valid")
+    clocks = {"sm_mhz": [1980.0], "throttle_reasons": ["sw_power_cap", "gpu_idle"], "other_processes": 0}
+    counters = COUNTERS | {"jit_compilations": 0, "peak_running": 4}
+    assert judged(measured(4, clocks=clocks, counters=counters)) == ([], "valid")
+
+
+FAULTS: dict[str, tuple[Point, str, str]] = {
+    "_token_counts": (measured(2, output_tokens=63), "invalid", "63 output tokens came back, 128 and 64 were asked"),
+    "_prefix_hits": (
+        measured(counters=COUNTERS | {"prefix_cache_hit_tokens": 16}),
+        "invalid",
+        "16 prompt tokens came from the prefix cache",
+    ),
+    "_preempted": (measured(counters=COUNTERS | {"preemptions": 2}), "suspect", "2 requests were preempted"),
+    "_never_steady": (
+        make_point(warmups=[{"latency_s": 1.0}, {"latency_s": 1.1}]),
+        "suspect",
+        "not steady after 2 warm-ups: the last two differ by more than 5%",
+    ),
+    "_compiled_late": (
+        measured(counters=COUNTERS | {"jit_compilations": 1}),
+        "suspect",
+        "vLLM compiled kernels during timed runs again and again",
+    ),
+    "_wide_interval": (measured(latencies_s=[1.0, 1.2] * 5), "suspect", "runs differ: after 10"),
+    "_drift": (measured(latencies_s=[1.0, 1.011, 1.019, 1.031, 1.04]), "suspect", "drift: runs become slower"),
+    "_too_short": (measured(latencies_s=[0.0101, 0.0101, 0.00999]), "suspect", "runs under 10 ms are too short"),
+    "_throttled": (
+        measured(clocks={"throttle_reasons": ["sw_power_cap", "sw_thermal_slowdown", "hw_slowdown"]}),
+        "suspect",
+        "clocks were throttled: hw_slowdown, sw_thermal_slowdown; see",
+    ),
+    "_not_alone": (measured(clocks={"other_processes": 1}), "suspect", "another process was on the devices"),
+    "_waves": (measured(9), "suspect", "ran in waves: batch_size 9 is over max_num_seqs 8"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_the_one_reason_against_its_point(fault: str) -> None:
+    point, expected, said = FAULTS[fault]
+    reasons, found = judged(point, {"target_ci": 0.05}, max_num_seqs=8)
+    assert found == expected
+    assert len(reasons) == 1
+    assert said in reasons[0]
+
+
+def test_every_rule_has_its_fault() -> None:
+    assert {rule.__name__ for rule in (*verdict._INVALID, *verdict._SUSPECT)} == set(FAULTS)
+
+
+def test_invalid_outweighs_suspect_and_all_reasons_are_given() -> None:
+    reasons, found = judged(measured(latencies_s=[1.0, 2.0, 1.0], output_tokens=1))
+    assert found == "invalid"
+    assert len(reasons) == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "peak_running", "said"),
+    [
+        ({"kv_cache_tokens": 400}, None, "ran in waves: the KV cache holds 4 of 8 requests"),
+        ({}, 5, "ran in waves: at most 5 of 8 requests ran at once"),
+        ({"kv_cache_tokens": 400}, 8, None),  # vLLM counted all of them
+    ],
+)
+def test_each_kind_of_waves_is_named(engine: dict[str, Any], peak_running: int | None, said: str | None) -> None:
+    point = measured(8)
+    for run in point.runs:
+        run.counters.update({"peak_running": peak_running} if peak_running else {})
+    reasons, _ = judged(point, **engine)
+    assert reasons == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "reasons"),
+    [
+        # The interval of these three runs is ±5.2 %.
+        ({"num_runs": None, "target_ci": 0.06}, []),
+        ({"num_runs": None, "target_ci": 0.05, "max_runs": 3}, ["runs differ: after 3 the 95 % interval is over ±5%"]),
+        ({"num_runs": 3, "target_ci": 0.02}, []),
+    ],
+)
+def test_the_bound_of_the_interval_is_the_one_asked_for(asked: dict[str, Any], reasons: list[str]) -> None:
+    assert judged(measured(latencies_s=[1.0, 1.021, 0.979]), asked)[0] == reasons
+
+
+@pytest.mark.parametrize(
+    ("latencies_s", "drifts"),
+    [
+        ([1.0, 1.02, 1.04], True),
+        ([1.04, 1.02, 1.0], True),
+        ([1.0, 1.01, 1.02], False),  # 2 % is too little
+        ([1.0, 1.04], False),  # two runs have no trend
+        ([1.0, 1.06, 1.0, 1.06, 1.0, 1.06, 1.04], False),  # scatter
+    ],
+)
+def test_drift_is_a_trend_beyond_3_percent_and_its_own_interval(latencies_s: list[float], drifts: bool) -> None:
+    reasons, _ = judged(measured(latencies_s=latencies_s), {"target_ci": 1.0})
+    assert any(reason.startswith("drift") for reason in reasons) is drifts
+
+
+@pytest.mark.parametrize("runs", [3, 10])
+@pytest.mark.parametrize("spread", [0.01, 0.03, 0.1])
+def test_runs_that_only_scatter_seldom_drift(runs: int, spread: float) -> None:
+    points: list[list[float]] = np.random.default_rng(0).normal(1.0, spread, (2000, runs)).tolist()
+    found = sum(abs(change) > max(width, 0.03) for change, width in filter(None, map(trend, points)))
+    assert found / len(points) <= 0.06
