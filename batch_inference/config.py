@@ -179,6 +179,7 @@ class ExperimentConfig:
     name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", non_empty, measured=False)
     overwrite: bool = _flag(False, "replace an existing result file", measured=False)
     resume: bool = _flag(False, "keep the good points of an existing result file", measured=False)
+    verbose: bool = _flag(False, "show vLLM's log (of the first replica) on stderr too", measured=False)
     dry_run: bool = _flag(False, "print the plan and stop", measured=False)
     device_memory_gib: float | None = _flag(
         None, "for --dry-run on a machine without the GPUs: the memory of one of them", positive, measured=False

@@ -85,7 +85,7 @@ class Experiment:
 
     def _measure_grid(self, replicas: Replicas) -> None:
         open_points = self._open_points()
-        self._console.start(len(self._grid()), len(self._grid()) - len(open_points))
+        self._console.start(len(self._grid()), len(self._grid()) - len(open_points), self._config.fewest_runs)
         for number, key in enumerate(open_points):
             point = Point(*key, status="ok")
             try:

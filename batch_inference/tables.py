@@ -36,7 +36,7 @@ GOALS = {
     "latency": "latency_mean_s",
 }
 # How a file is written is no setting, and a point has its own batch_size and seq_len.
-_NOT_IN_ROWS = {"output_file", "overwrite", "resume", "dry_run", "batch_sizes", "seq_lens"}
+_NOT_IN_ROWS = {"output_file", "overwrite", "resume", "verbose", "dry_run", "batch_sizes", "seq_lens"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FORMULA = re.compile(r"\s*[=+\-@]")
 

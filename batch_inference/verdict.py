@@ -96,7 +96,8 @@ def _wide_interval(result: Result, point: Point) -> list[str]:
     if width is None:
         return ["a single run has no interval; raise --num-runs"]
     if asked["num_runs"] is None and width > asked["target_ci"]:
-        return [f"runs differ: after {asked['max_runs']} the 95 % interval is over ±{asked['target_ci'] * 100:.3g}%"]
+        target = f"{asked['target_ci'] * 100:.3g}%"
+        return [f"runs differ: after {asked['max_runs']} the 95 % interval is over ±{target}; raise --max-runs"]
     if width > WIDEST_INTERVAL:
         return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
     return []

@@ -166,7 +166,7 @@ def test_target_and_limit_of_the_runs_are_the_flags(config: ExperimentConfig) ->
 
 def test_an_interval_that_is_not_reached_is_said(config: ExperimentConfig) -> None:
     result = run(config, FakeReplicas(timed([1.0, 1.06] * 5)))
-    assert result.points[0].verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%"]
+    assert result.points[0].verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%; raise --max-runs"]
 
 
 def test_a_single_run_is_suspect_because_nobody_knows_its_interval(config: ExperimentConfig) -> None:
@@ -208,7 +208,7 @@ def test_a_timed_run_that_compiled_becomes_a_warmup_and_is_repeated_when_steady_
     assert "until vLLM compiled a kernel during it" in point.warmups[2]["reason"]
     assert [run.latency_s for run in point.runs] == [1.24] * 3
     assert point.verdict == "valid"
-    assert "vLLM compiled a kernel during a timed run; it is kept as a warm-up" in capsys.readouterr().err
+    assert "vLLM compiled a kernel during a run: a warm-up, and repeated" in capsys.readouterr().err
     # Each with prompts of its own, the repeated one too.
     assert [index for _, phase, index in replicas.calls if phase == "run"] == [0, 1, 2, 3]
 
@@ -217,7 +217,7 @@ def test_a_run_that_is_slow_for_no_known_reason_stays(config: ExperimentConfig) 
     point = run(config, FakeReplicas(timed([1.24, 3.81] + [1.24] * 8))).points[0]
     assert [run.latency_s for run in point.runs] == [1.24, 3.81] + [1.24] * 8
     assert len(point.warmups) == 2
-    assert point.verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%"]
+    assert point.verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%; raise --max-runs"]
 
 
 def test_compiling_again_and_again_ends_and_is_suspect(config: ExperimentConfig) -> None:
@@ -309,7 +309,7 @@ def test_a_point_that_fails_after_some_runs_has_no_verdict_and_no_numbers(
     point = result.points[1]
     assert (point.status, point.verdict, len(point.runs)) == ("oom", None, 2)
     assert set(point.summary.values()) == {None}
-    assert "batch 4 x len 8: oom: torch.OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
+    assert "4 x 8: oom: torch.OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
 
 
 def test_energy_is_read_after_the_prompts_are_made(config: ExperimentConfig) -> None:

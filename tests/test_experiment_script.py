@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,35 @@ def test_flags_become_a_result_file_a_log_and_a_table(experiment: Run, tmp_path:
     assert [line.split()[-1] for line in table[2:4]] == [point["verdict"] for point in document["points"]]
     assert table[-1] == str(tmp_path / "tp_1_results.json")
     assert "stub vLLM" not in done.stderr
-    assert "[2/2] batch 2 x len 8" in done.stderr
+    assert "[2/2] 2 x 8" in done.stderr
+
+
+def prompts_in(log: Path) -> list[str]:
+    """Every prompt that the stub was given, as text."""
+    lines = [line for line in log.read_text().splitlines() if line.startswith("prompts ")]
+    return [prompt for line in lines for prompt in re.findall(r"\[(.*?)\]", line)]
+
+
+def test_prompts_are_fresh_for_every_run_and_the_same_for_every_setting(experiment: Run, tmp_path: Path) -> None:
+    made = []
+    for flags in (["-tp", "1"], ["-tp", "2"], ["--seed", "1"]):
+        assert experiment("--seq-lens", "64", "--overwrite", *flags).returncode == 0
+        made.append(prompts_in(tmp_path / "tp_1_results.log"))
+    for prompts in made:
+        assert len(set(prompts)) == len(prompts)
+        ids = {token for prompt in prompts for token in prompt.split(", ")}
+        assert not {"1", "2"} & ids  # special, by the stub's model
+    one, two, other_seed = map(set, made)
+    # Two warm-ups and two runs of one prompt and of two prompts; a busy machine may have needed more warm-ups.
+    assert len(one & two) >= 4 * (1 + 2)
+    assert not one & other_seed
+
+
+def test_verbose_shows_the_log_of_vllm(experiment: Run) -> None:
+    done = experiment("--verbose")
+    assert done.returncode == 0, done.stderr
+    assert "stub vLLM is loading" in done.stderr
+    assert "stub vLLM" not in done.stdout
 
 
 def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:

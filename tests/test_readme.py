@@ -123,7 +123,7 @@ def masked(text: str) -> set[str]:
     text = re.sub(r"\b(valid|suspect|invalid)\b", "VERDICT", text)
     text = re.sub(r"-{3,}", "-", re.sub(r"\d+(\.\d+)?", "#", text))
     lines = {" ".join(line.split()) for line in text.splitlines()}
-    return {line for line in lines if not line.startswith(("runs differ", "not steady", "* VERDICT"))}
+    return {line for line in lines if not line.startswith(("runs differ", "not steady", "drift", "* VERDICT"))}
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_ranks_of_one_replica_write_one_file_and_speak_with_one_voice(tmp_path: 
         "tp_1_results.rank_1.log",
     ]
     assert done.stdout.count("verdict") == 1
-    assert done.stderr.count("[2/2] batch 2 x len 8") == 1
+    assert done.stderr.count("[2/2] 2 x 8") == 1
     result = document(tmp_path)
     assert result["engine"]["executor"] == "external_launcher"
     assert len(result["engine"]["workers"]) == 2

@@ -84,8 +84,8 @@ def test_two_nodes_measure_one_setting_together(tmp_path: Path) -> None:
         for run in point["runs"]:
             assert run["prompt_tokens"] == point["batch_size"] * 16
             assert run["output_tokens"] == point["batch_size"] * 9
-    assert "batch 3 x len 16" in outputs[0][1]
-    assert "batch 3 x len 16" not in outputs[1][1]
+    assert "3 x 16: " in outputs[0][1]
+    assert "3 x 16: " not in outputs[1][1]
 
 
 @pytest.mark.usefixtures("nodes")
