@@ -103,16 +103,22 @@ def test_verbose_shows_what_is_added_to_the_log(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_log_is_shown_while_it_grows_and_may_appear_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown_lines: list[str] = []
     arrived = threading.Event()
     console = Console()
 
     def note(text: Any) -> None:
-        if text == "a line":
+        shown_lines.append(text)
+        if "line" in text:
             arrived.set()
 
     monkeypatch.setattr(console, "note", note)
     config = ExperimentConfig(output_file=str(tmp_path / "tp_1_results.json"), verbose=True)
     console.loading(config)
-    config.log_path.write_text("a line\n")
-    assert arrived.wait(5)
+    for text in ("line one\nli", "ne two\n"):
+        arrived.clear()
+        with config.log_path.open("a") as log:
+            log.write(text)
+        assert arrived.wait(5)
     console.close()
+    assert shown_lines[2:] == ["line one", "line two"]

@@ -393,15 +393,21 @@ def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
 
 
 def test_what_replicas_report_beyond_the_needed_is_joined_and_kept() -> None:
-    first = outcome(2, 8, 4, 1.0, peak_running=2, peak_kv_use=0.25)
+    first = outcome(2, 8, 4, 1.0, peak_running=2, peak_kv_use=0.25, jit_compilations=1)
     second = outcome(2, 8, 4, 1.0, peak_running=1, peak_kv_use=0.5, jit_compilations=3)
     combined = combine([first, second], energy_j=None, memory={"scope": "replica", "used_gib": None})
     assert combined.counters == {
         "preemptions": 0,
         "prefix_cache_hit_tokens": 0,
-        "jit_compilations": 3,
+        "jit_compilations": 4,
         "peak_running": 1,
     }
+    # What no replica tells is unknown; what one tells is at least that.
+    assert (
+        "peak_running" not in combine([outcome(2, 8, 4, 1.0), outcome(2, 8, 4, 1.0)], energy_j=None, memory={}).counters
+    )
+    one_tells = combine([second, outcome(2, 8, 4, 1.0)], energy_j=None, memory={})
+    assert one_tells.counters["jit_compilations"] == 3
     assert combined.memory == {"scope": "replica", "used_gib": None, "peak_kv_use": 0.5}
     assert combined.clocks == {}
 
