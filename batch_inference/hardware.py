@@ -19,6 +19,8 @@ from typing import Any, Literal
 from batch_inference.config import ConfigError
 
 GIB = 2**30
+# What a monitor reads at one moment: "scope", and lists with one number per device (scope "device") or replica.
+Reading = dict[str, Any]
 # A machine without a GPU is divided into at most as many devices as a common GPU node has.
 MAX_CPU_DEVICES = 8
 
@@ -137,17 +139,17 @@ class GpuMonitor:
     def driver_version(self) -> str:
         return str(self._nvml.nvmlSystemGetDriverVersion())
 
-    def used_gib(self, _: Iterable[int] = ()) -> dict[str, Any]:
-        used = [self._nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles]
-        return {"scope": "device", "used_gib": used}
-
-    def energy_j(self) -> float | None:
-        """Joules that the devices have drawn since the driver was loaded; None where the GPU has no counter."""
+    def read(self, _: Iterable[int] = ()) -> Reading:
+        """Memory in use, and joules since the driver was loaded (None where a GPU has no counter), per device."""
         nvml = self._nvml
-        millijoules: float | None = _or_none(
-            nvml, lambda: sum(nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles)
-        )
-        return None if millijoules is None else millijoules / 1000
+        return {
+            "scope": "device",
+            "used_gib": [nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles],
+            "energy_j": [
+                _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1000)
+                for handle in self._handles
+            ],
+        }
 
 
 class CpuMonitor:
@@ -168,29 +170,28 @@ class CpuMonitor:
     def driver_version(self) -> None:
         return None
 
-    def used_gib(self, pids: Iterable[int] = ()) -> dict[str, Any]:
-        return {"scope": "replica", "used_gib": [_tree_bytes(pid) / GIB for pid in pids]}
-
-    def energy_j(self) -> None:
-        return None
+    def read(self, pids: Iterable[int] = ()) -> Reading:
+        used_gib = [_tree_bytes(pid) / GIB for pid in pids]
+        return {"scope": "replica", "used_gib": used_gib, "energy_j": [None] * len(used_gib)}
 
 
 Monitor = GpuMonitor | CpuMonitor
 
 
-def drawn_j(before_j: float | None, after_j: float | None) -> float | None:
-    """Joules between two readings of `energy_j`; None where one is unknown."""
-    return None if before_j is None or after_j is None else after_j - before_j
-
-
-def together(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """ "energy_j" and "memory" of several ranks or replicas, each of which has measured devices of its own."""
-    joules = [one["energy_j"] for one in measured]
-    used_gib = [value for one in measured for value in one["memory"]["used_gib"]]
-    return {
-        "energy_j": None if None in joules else sum(joules),
-        "memory": {**measured[0]["memory"], "used_gib": used_gib},
+def joined(readings: Sequence[Reading]) -> Reading:
+    """The readings of several ranks or replicas, each of devices of its own, as one."""
+    lists = {
+        name: [value for reading in readings for value in reading[name]]
+        for name, values in readings[0].items()
+        if isinstance(values, list)
     }
+    return {**readings[0], **lists}
+
+
+def drawn_j(before: Reading, after: Reading) -> float | None:
+    """Joules that the devices drew between two readings; None where one is unknown."""
+    pairs = list(zip(before["energy_j"], after["energy_j"], strict=True))
+    return None if any(None in pair for pair in pairs) else sum(end_j - start_j for start_j, end_j in pairs)
 
 
 def monitor(devices: Devices) -> Monitor:

@@ -47,7 +47,12 @@ def test_defaults_are_those_of_the_readme() -> None:
         (["--overwrite", "--resume"], "--overwrite and --resume"),
         (["--max-model-len", "600"], "2176, over --max-model-len 600"),
         (["--distributed-executor-backend", "mpi"], "--distributed-executor-backend"),
-        (["--distributed-executor-backend", "ray"], "ray is not supported yet"),
+        (["--nnodes", "2", "-tp", "2"], "--nnodes 2 needs --master-addr too"),
+        (["--nnodes", "2", "-tp", "3", "--master-addr", "a"], "--nnodes 2 does not divide TP x PP, which is 3"),
+        (["--nnodes", "2", "-tp", "2", "-dp", "2", "--master-addr", "a"], "--data-parallel-size 2 needs torchrun"),
+        (["--nnodes", "2", "-tp", "2", "--node-rank", "2", "--master-addr", "a"], "--node-rank 2: --nnodes 2 goes up"),
+        (["--nnodes", "2", "-tp", "2", "--distributed-executor-backend", "ray"], "mp, ray was given"),
+        (["--master-port", "65535"], "--master-port: '65535' was given, a port from 1 to 65534"),
         (["--distributed-executor-backend", "uni", "-tp", "2"], "uni runs one device, TP x PP is 2"),
     ],
 )

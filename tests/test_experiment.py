@@ -87,12 +87,9 @@ class FakeMonitor:
 
     joules = 0.0
 
-    def energy_j(self) -> float:
+    def read(self, _: Any = ()) -> dict[str, Any]:
         self.joules += 50.0
-        return self.joules
-
-    def used_gib(self, _: Any = ()) -> dict[str, Any]:
-        return {"scope": "device", "used_gib": [2.5]}
+        return {"scope": "device", "used_gib": [2.5], "energy_j": [self.joules]}
 
 
 @pytest.fixture
@@ -237,21 +234,29 @@ def test_energy_is_read_after_the_prompts_are_made(config: ExperimentConfig) -> 
             return super().run()
 
     class Watch(FakeMonitor):
-        def energy_j(self) -> float:
-            order.append("energy")
-            return super().energy_j()
+        def read(self, _: Any = ()) -> dict[str, Any]:
+            order.append("read")
+            return super().read()
 
     experiment = Experiment(config, starting_result(config, {}), Watch(), Console())  # type: ignore[arg-type]
     experiment.run(Watched())
-    assert order[:4] == ["prepare", "energy", "run", "energy"]
+    assert order[:4] == ["prepare", "read", "run", "read"]
 
 
 def test_replicas_that_see_their_own_devices_are_believed(config: ExperimentConfig) -> None:
-    own = {"energy_j": 7.0, "memory": {"scope": "device", "used_gib": [1.0, 2.0]}}
-    result = run(dataclasses.replace(config, data_parallel_size=2), FakeReplicas(replicas=2, changes=own))
+    readings = [{"scope": "device", "used_gib": [1.0, 2.0], "energy_j": [at_j, at_j]} for at_j in (1.0, 4.5)]
+    replicas = FakeReplicas(replicas=2, changes={"readings": readings})
+    result = run(dataclasses.replace(config, data_parallel_size=2), replicas)
     measured = result.points[0].runs[0]
     assert measured.energy_j == 14.0
     assert measured.memory["used_gib"] == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_a_device_without_a_counter_makes_the_energy_unknown(config: ExperimentConfig) -> None:
+    readings = [{"scope": "device", "used_gib": [1.0, 2.0], "energy_j": [at_j, None]} for at_j in (1.0, 4.5)]
+    measured = run(config, FakeReplicas(changes={"readings": readings})).points[0].runs[0]
+    assert measured.energy_j is None
+    assert "energy_j" in measured.unknown
 
 
 def test_a_lost_engine_keeps_the_points_before_it(config: ExperimentConfig) -> None:
@@ -295,7 +300,8 @@ def test_an_interrupted_sweep_leaves_its_finished_points_on_disk(config: Experim
 
 def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
     first, second = outcome(2, 8, 4, 1.0), outcome(2, 8, 4, 1.5, start_s=0.1)
-    combined = combine([first, second], energy_j=None, memory={})
+    reading = {"scope": "replica", "used_gib": [1.0], "energy_j": [None]}
+    combined = combine([first, second], reading, reading)
     assert combined.latency_s == 1.5
     assert (combined.prompt_tokens, combined.output_tokens) == (32, 16)
     assert combined.requests.latency_s == [1.0, 1.0, 1.5, 1.5]
