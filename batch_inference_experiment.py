@@ -3,20 +3,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
 from batch_inference.hardware import Devices, find_devices, smallest_memory_gib
+from batch_inference.peaks import measure_peaks, peaks_of
 from batch_inference.plan import ModelFacts, describe, infeasible, is_coupled, read_model_facts
 from batch_inference.ranks import Place, find_place
-from batch_inference.replicas import replica_log
+from batch_inference.ray_cluster import OWN_CLUSTER, Cluster, find_cluster
+from batch_inference.rendezvous import Nodes, NodesError, meet
+from batch_inference.replicas import (
+    LocalReplicas,
+    ReplicaError,
+    Replicas,
+    TorchrunReplicas,
+    node_log,
+    quiet_environment,
+    rank_log,
+    replica_log,
+    serve_node_0,
+)
 from batch_inference.results import check_writable
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What this process finds: the model's sizes, this machine's devices, its place in a torchrun job, and a Ray
+    cluster to join. None where there is none of the kind."""
+
+    facts: ModelFacts | None
+    devices: Devices
+    place: Place | None
+    cluster: Cluster | None
+
+    @property
+    def processes(self) -> int | None:
+        """How many torchrun has started on this node."""
+        return self.place.local_world_size if self.place else None
 
 
 def main() -> int:
@@ -24,18 +56,17 @@ def main() -> int:
     try:
         config, notes = parse_flags(sys.argv[1:])
         check_place(config, place)
-        devices = find_devices()
-        facts = read_model_facts(config.model)
+        here = look_around(config, place)
         if place and not place.leads:
-            return 0 if config.dry_run else follow_rank_0(config, facts, devices, place)
+            return 0 if config.dry_run else follow_rank_0(config, here, place)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         if config.dry_run:
-            memory_gib = config.device_memory_gib or smallest_memory_gib(devices)
-            print("\n".join(describe(config, facts, devices, memory_gib)))
+            memory_gib = config.device_memory_gib or smallest_memory_gib(here.devices)
+            print("\n".join(describe(config, here.facts, here.devices, memory_gib)))
             return 0
-        check_machine(config, facts, devices, place)
-        return measure(config, facts, devices, place)
+        check_machine(config, here)
+        return measure(config, here) if config.node_rank == 0 else serve(config, here.devices)
     except ConfigError as error:
         # Every rank of a node finds the same; one says it.
         if place is None or place.local_rank == 0:
@@ -44,6 +75,14 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def look_around(config: ExperimentConfig, place: Place | None) -> Surroundings:
+    """Raises ConfigError for a model folder, or a RAY_ADDRESS, that leads nowhere."""
+    facts, devices = read_model_facts(config.model), find_devices()
+    # A plan asks nobody, and vLLM refuses Ray on the CPU.
+    joins = config.distributed_executor_backend == "ray" and devices.kind == "gpu" and not config.dry_run
+    return Surroundings(facts, devices, place, find_cluster() if joins else None)
 
 
 def check_place(config: ExperimentConfig, place: Place | None) -> None:
@@ -65,20 +104,20 @@ def check_place(config: ExperimentConfig, place: Place | None) -> None:
         )
 
 
-def follow_rank_0(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, place: Place) -> int:
-    from batch_inference.replicas import quiet_environment, rank_log
+def follow_rank_0(config: ExperimentConfig, here: Surroundings, place: Place) -> int:
     from batch_inference.worker import follow
 
-    reason = infeasible(config, facts, devices, place.local_world_size)
+    reason = infeasible(config, here.facts, here.devices, here.processes)
     if reason:
         raise ConfigError(reason)
-    os.environ.update(quiet_environment() | devices.rank_environment(place.local_rank))
+    os.environ.update(quiet_environment() | here.devices.rank_environment(place.local_rank))
     return follow(config, place, rank_log(config.log_path, place.rank))
 
 
-def check_machine(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, place: Place | None) -> None:
+def check_machine(config: ExperimentConfig, here: Surroundings) -> None:
     """Everything that can be known to fail before an engine loads. Raises ConfigError."""
-    reason = infeasible(config, facts, devices, place.local_world_size if place else None)
+    ray_gpus = here.cluster.gpus if here.cluster else len(here.devices)
+    reason = infeasible(config, here.facts, here.devices, here.processes, ray_gpus)
     if reason:
         raise ConfigError(reason)
     check_output(config)
@@ -105,36 +144,58 @@ def check_output(config: ExperimentConfig) -> None:
 
 
 def log_paths(config: ExperimentConfig) -> list[Path]:
+    if config.node_rank > 0:
+        return [node_log(config.log_path, config.node_rank)]
     replicas = 1 if config.distributed_executor_backend == "external_launcher" else config.data_parallel_size
     return [replica_log(config.log_path, replica) for replica in range(replicas)]
 
 
-def measure(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, place: Place | None) -> int:
+def serve(config: ExperimentConfig, devices: Devices) -> int:
+    """A node other than 0: its devices work for the engine there, until node 0 says that the setting is over."""
+    signal.signal(signal.SIGTERM, _end_on_sigterm)
+    log = log_paths(config)[0]
+    log.write_text("")
+    try:
+        with meet(config) as nodes:
+            print(f"{config.setting_name}: node {config.node_rank} works for node 0, which prints the results")
+            print(f"  vLLM's log: {log}", flush=True)
+            serve_node_0(config, devices.slice_for(0, config.devices_per_node), nodes)
+    except NodesError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ReplicaError as error:
+        print(f"error: {config.setting_name}: {error.reason}\n  vLLM's log: {log}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def measure(config: ExperimentConfig, here: Surroundings) -> int:
     # These need installed packages, and --help and --dry-run must answer without them.
     from batch_inference.console import Console, closing_table
     from batch_inference.environment import collect_environment
     from batch_inference.experiment import Experiment, starting_result
     from batch_inference.hardware import monitor
-    from batch_inference.replicas import LocalReplicas, TorchrunReplicas
     from batch_inference.results import ResultFileError
 
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     # Of a job over several nodes, those of this one.
-    used = Devices(devices.kind, devices.ids[: place.local_world_size if place else config.num_devices])
-    replicas = (
-        TorchrunReplicas(config, devices.rank_environment(place.local_rank), config.log_path)
-        if place
-        else LocalReplicas(config, used, config.log_path, coupled=is_coupled(config, facts))
-    )
+    used = here.devices.slice_for(0, here.processes or config.devices_per_node)
     watch = monitor(used)
     console = Console()
     try:
-        result = starting_result(config, collect_environment(used, watch))
+        environment = collect_environment(used, watch)
+        environment["peaks"] = find_peaks(config, here, environment["devices"])
+        result = starting_result(config, environment)
         if not result.points:  # a log of earlier points is gone on with
             for log in log_paths(config):
                 log.write_text("")
-        Experiment(config, result, watch, console).run(replicas)
-    except ResultFileError as error:
+        with contextlib.ExitStack() as open_nodes:
+            nodes = open_nodes.enter_context(meet(config)) if config.nnodes > 1 else None
+            replicas = build_replicas(config, here, used, nodes)
+            Experiment(config, result, watch, console).run(replicas)
+            if nodes:
+                nodes.dismiss(failed=result.status == "failed")
+    except (ResultFileError, NodesError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if result.status == "failed":
@@ -144,6 +205,25 @@ def measure(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices
     print(closing_table(result))
     print(f"\n{config.output_path}")
     return 0 if all(point.status == "ok" for point in result.points) else 1
+
+
+def find_peaks(config: ExperimentConfig, here: Surroundings, devices: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What one device can do at most; None where no datasheet is known, and nobody asked to measure."""
+    dtype = here.facts.dtype_used(config.dtype) if here.facts else config.dtype
+    if config.measure_peaks:
+        # A model that cannot be read from here is most likely in 16 bits.
+        return measure_peaks(here.devices, dtype if dtype.endswith(("16", "32")) else "bfloat16")
+    return peaks_of(devices[0]["name"], dtype) if devices else None
+
+
+def build_replicas(config: ExperimentConfig, here: Surroundings, devices: Devices, nodes: Nodes | None) -> Replicas:
+    if here.place:
+        return TorchrunReplicas(config, devices.rank_environment(here.place.local_rank), here.place)
+    ray_address = None
+    if config.distributed_executor_backend == "ray":
+        ray_address = here.cluster.address if here.cluster else OWN_CLUSTER
+    coupled = is_coupled(config, here.facts)
+    return LocalReplicas(config, devices, coupled=coupled, nodes=nodes, ray_address=ray_address)
 
 
 def _end_on_sigterm(_signal_number: int, _frame: FrameType | None) -> None:

@@ -138,11 +138,13 @@ options, before or after the preset:
   --output-dir DIR      folder of the result files (default: results/PRESET)
   --resume              keep the good points of existing files, measure the rest
   --overwrite           replace existing files
-  --dry-run             print the commands and stop
-  --nnodes N            nodes of a torchrun preset (default: 1)
+  --dry-run             print the plan and the commands, and stop
+  --nnodes N            nodes that each setting is spread over (default: 1);
+                        give the same command on each
   --node-rank N         number of this node, from 0 (default: SLURM_NODEID or 0)
   --master-addr HOST    address of node 0
-  --master-port PORT    the ports after it must be free there (default: 29500)
+  --master-port PORT    two ports for each setting, from this one on, must be
+                        free there (default: 29500)
   -h, --help            this text
   -- flags              everything after -- goes to the experiment script
 
@@ -152,7 +154,7 @@ examples:
   ./run_batch_experiments.sh custom TP=2 PP=2 --batch-sizes 1,16 -- --num-runs 5
 
 exit codes: 0 every setting ok; 1 some failed, or none could run; 2 wrong use;
-130, 143 interrupted. A setting that needs more devices than there are is
+130, 143 interrupted. A setting that cannot run here (devices, heads, layers) is
 skipped. PYTHON=/path/to/python chooses the Python that has vLLM.
 EOF
 }
@@ -160,6 +162,8 @@ EOF
 # Sizes come from `custom` or a preset: a name that says the sizes above 1, as in the file names.
 setting() {
   local name=''
+  # vLLM's own executor spreads one replica over nodes; offline it knows no replicas, but under torchrun it does.
+  ((nnodes == 1 || $3 == 1)) || set -- "$1" "$2" "$3" torchrun
   (($1 > 1)) && name+=_tp_$1
   (($2 > 1)) && name+=_pp_$2
   (($3 > 1)) && name+=_dp_$3
@@ -253,7 +257,7 @@ check_together() {
   ((nnodes == 1)) || node_rank=${node_rank:-${SLURM_NODEID:-}}
   node_rank=${node_rank:-0}
   ((node_rank < nnodes)) || die "--node-rank: '$node_rank' was given, --nnodes $nnodes goes up to $((nnodes - 1))"
-  ((nnodes == 1)) || [[ $preset == torchrun-* ]] || die "--nnodes: '$nnodes' was given, only the torchrun presets run on several nodes so far"
+  ((nnodes == 1)) || [[ $preset != quickstart ]] || die "--nnodes: '$nnodes' was given, quickstart is for one node"
   ((nnodes == 1)) || [[ -n $master_addr ]] || die "--nnodes: '$nnodes' was given, --master-addr HOST is needed too"
 }
 
@@ -275,55 +279,60 @@ find_python() {
 }
 
 # Fills `command` with the words that measure one setting, `experiment` with those for the experiment script, and
-# `size` with the number of its devices.
+# `meeting` with what the nodes need to meet before, where torchrun starts them.
 build_command() {
-  local name=$1 tp pp dp torchrun
+  local name=$1 port=$2 tp pp dp torchrun
   read -r tp pp dp torchrun <<<"${sizes[$name]}"
-  size=$((tp * pp * dp))
   command=("$python")
-  local backend=()
+  meeting=()
+  local flags=() processes=$((tp * pp * dp / nnodes))
   if [[ -n $torchrun ]]; then
     # torchrun would set the same, with a banner.
     [[ -n ${OMP_NUM_THREADS:-} ]] || command=(env OMP_NUM_THREADS=1 "$python")
-    command+=(-m torch.distributed.run --nproc-per-node $((size / nnodes)))
+    command+=(-m torch.distributed.run --nproc-per-node "$processes")
     if ((nnodes > 1)); then
-      # A port for each setting: none meets the store of the one before, which may still be closing on node 0. The
-      # nodes meet on the first.
-      command+=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr")
-      command+=(--master-port "$((master_port + number))")
+      meeting=("$nnodes" "$node_rank" "$master_addr" "$port" "$processes")
+      command+=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port $((port + 1)))
     else
       command+=(--standalone)
     fi
-    backend=(--distributed-executor-backend external_launcher)
+    flags=(--distributed-executor-backend external_launcher)
   elif ((tp * pp > 1)); then
-    backend=(--distributed-executor-backend mp)
+    flags=(--distributed-executor-backend mp)
+    if ((nnodes > 1)); then
+      flags+=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$port")
+    fi
   fi
   experiment=(
     --name "$name" --output-file "$output_dir/${name}_results.json"
     --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" --data-parallel-size "$dp"
-    "${backend[@]}" "${preset_flags[@]}" "${experiment_flags[@]}" "${user_flags[@]}"
+    "${flags[@]}" "${preset_flags[@]}" "${experiment_flags[@]}" "${user_flags[@]}"
   )
   command+=("${prefix}batch_inference_experiment.py" "${experiment[@]}")
 }
 
-# Why a setting cannot run here; nothing where it can.
-unrunnable() {
-  local tp pp dp needed
-  read -r tp pp dp _ <<<"${sizes[$1]}"
-  needed=$((tp * pp * dp))
-  if ((needed > devices * nnodes)); then
-    printf '%s\n' "it needs $needed devices, there are $((devices * nnodes)) ($kind)"
-  elif ((needed % nnodes)); then
-    printf '%s\n' "its $needed processes cannot be shared out evenly over $nnodes nodes"
-  fi
+# Why each setting cannot run here, a line each, empty where it can; with --plan, the plan to read.
+overview() {
+  local number=0 name
+  for name in "${names[@]}"; do
+    build_command "$name" "$(port_of "$number")"
+    quoted "${command[@]}"
+    number=$((number + 1))
+  done | PYTHONPATH=$here "$python" -P -m batch_inference.overview "$nnodes" "$@"
 }
 
+# Each setting has two ports of its own: none meets what the one before may still be closing on node 0.
+port_of() { echo $((master_port + 2 * $1)); }
+
 # The nodes meet before torchrun starts, because torchrun would wait for ten minutes, and then say it in forty lines.
+# They learn which network joins them; without torchrun the experiment script does the same itself.
 meet_nodes() {
-  local size=$1
-  ((nnodes > 1)) || return 0
-  PYTHONPATH=$here "$python" -P -m batch_inference.rendezvous "$nnodes" "$node_rank" "$master_addr" "$master_port" \
-    "$((size / nnodes))" -- "${experiment[@]}"
+  ((${#meeting[@]})) || return 0
+  local found line
+  found=$(PYTHONPATH=$here "$python" -P -m batch_inference.rendezvous "${meeting[@]}" -- "${experiment[@]}") || return
+  while IFS= read -r line; do
+    [[ $line != *=* ]] || export "${line?}"
+  done <<<"$found"
 }
 
 # bash runs a trap only when a foreground command has ended, so the setting runs in the background: with `set -m` in a
@@ -351,25 +360,25 @@ stop() {
 }
 
 run_settings() {
-  local name number=0 total=${#names[@]} reason devices kind rc size
-  local skipped=() failed=() done_names=()
-  read -r devices kind < <(PYTHONPATH=$here "$python" -P -m batch_inference.hardware) || die "$python does not work; set PYTHON" 1
+  local name number=0 total=${#names[@]} rc answer
+  local reasons=() skipped=() failed=() done_names=()
+  if $dry_run; then
+    overview --plan
+    return
+  fi
+  answer=$(overview && echo .) || exit # the dot keeps empty lines at the end
+  mapfile -t reasons <<<"$answer"
   for name in "${names[@]}"; do
     number=$((number + 1))
-    reason=$(unrunnable "$name")
-    if [[ -n $reason ]]; then
-      say "[$number/$total] $name skipped: $reason"
+    if [[ -n ${reasons[number - 1]} ]]; then
+      say "[$number/$total] $name skipped: ${reasons[number - 1]}"
       skipped+=("$name")
       continue
     fi
-    build_command "$name"
-    if $dry_run; then
-      quoted "${command[@]}"
-      continue
-    fi
+    build_command "$name" "$(port_of "$((number - 1))")"
     say "[$number/$total] $name -> $output_dir/${name}_results.json"
     rc=0
-    { meet_nodes "$size" && run_command; } || rc=$?
+    { meet_nodes && run_command; } || rc=$?
     case $rc in
       0) done_names+=("$name") ;;
       130 | 143) exit "$rc" ;;
@@ -380,7 +389,6 @@ run_settings() {
         ;;
     esac
   done
-  $dry_run && return 0
   report
 }
 
@@ -392,7 +400,9 @@ report() {
     [[ ! -e $output_dir/${name}_results.log ]] || say "  $name: see $output_dir/${name}_results.log"
   done
   ((${#done_names[@]} + ${#failed[@]})) || die "no setting of $preset can run on this machine" 1
-  if [[ $preset != quickstart ]]; then
+  if ((node_rank > 0)); then
+    say "the results are on node 0"
+  elif [[ $preset != quickstart ]]; then
     say "analyse with: $(quoted "$python" "${prefix}analyze_results.py" --input "$output_dir")"
   elif ((${#done_names[@]})); then
     say ""

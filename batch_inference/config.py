@@ -36,16 +36,14 @@ OWNED_BY_US = {
     "--config": "write its flags on the command line, so that they are checked and kept in the file",
     "--enable-prefix-caching": "cached prefixes would be counted as computed prompt tokens",
     "--disable-log-stats": "the request times come from vLLM's own statistics",
+    "--enable-mfu-metrics": "it is always on, for MFU and MBU",
+    "--jit-monitor-verbose": "it is always on, so that no kernel that is compiled late goes unnoticed",
     "--worker-extension-cls": "it is used to ask the workers for their memory",
     "--data-parallel-backend": "replicas are started by this program; use --data-parallel-size",
     "--data-parallel-rank": "replicas are started by this program; use --data-parallel-size",
     "--data-parallel-size-local": "replicas are started by this program; use --data-parallel-size",
     "--data-parallel-address": "replicas are started by this program; use --data-parallel-size",
     "--data-parallel-rpc-port": "replicas are started by this program; use --data-parallel-size",
-    "--nnodes": "run a torchrun preset of run_batch_experiments.sh on several nodes",
-    "--node-rank": "run a torchrun preset of run_batch_experiments.sh on several nodes",
-    "--master-addr": "run a torchrun preset of run_batch_experiments.sh on several nodes",
-    "--master-port": "run a torchrun preset of run_batch_experiments.sh on several nodes",
 }
 
 _SECRET = re.compile(r"token$|key$|secret|password", re.IGNORECASE)
@@ -67,6 +65,12 @@ def positive_int(text: str) -> int:
 def natural_int(text: str) -> int:
     if not text.strip().isdecimal():
         raise ValueError("a whole number of at least 0 is needed")
+    return int(text)
+
+
+def port(text: str) -> int:
+    if not text.strip().isdecimal() or not 1 <= int(text) < 65535:
+        raise ValueError("a port from 1 to 65534 is needed")
     return int(text)
 
 
@@ -140,6 +144,10 @@ class ExperimentConfig:
     distributed_executor_backend: str | None = _flag(
         None, "how vLLM runs its workers; default: uni for one device, mp for more", choices=BACKENDS
     )
+    nnodes: int = _flag(1, "nodes that TP x PP is spread over; run the same command on each", positive_int)
+    node_rank: int = _flag(0, "number of this node; node 0 writes the file", natural_int, measured=False)
+    master_addr: str | None = _flag(None, "address of node 0, for --nnodes", non_empty, measured=False)
+    master_port: int = _flag(29500, "port of node 0; the next one must be free too", port, measured=False)
     batch_sizes: tuple[int, ...] = _flag(
         (1, 4, 8, 16), "requests handed to each replica at once", positive_ints, measured=False
     )
@@ -179,6 +187,9 @@ class ExperimentConfig:
     name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", non_empty, measured=False)
     overwrite: bool = _flag(False, "replace an existing result file", measured=False)
     resume: bool = _flag(False, "keep the good points of an existing result file", measured=False)
+    measure_peaks: bool = _flag(
+        False, "measure what a device can do, for MFU and MBU; default: its datasheet", measured=False
+    )
     verbose: bool = _flag(False, "show vLLM's log (of the first replica) on stderr too", measured=False)
     dry_run: bool = _flag(False, "print the plan and stop", measured=False)
     device_memory_gib: float | None = _flag(
@@ -202,6 +213,15 @@ class ExperimentConfig:
     @property
     def runs_in_words(self) -> str:
         return str(self.num_runs) if self.num_runs else f"{MIN_RUNS} to {self.max_runs}"
+
+    @property
+    def devices_per_node(self) -> int:
+        return self.num_devices // self.nnodes
+
+    @property
+    def devices_elsewhere(self) -> bool:
+        """True where devices may be on other machines or are given out by Ray: who holds one reads it."""
+        return self.nnodes > 1 or self.distributed_executor_backend in ("external_launcher", "ray")
 
     @property
     def longest_request(self) -> int:
@@ -229,11 +249,10 @@ class ExperimentConfig:
         path = self.output_path
         return path.with_suffix(".log") if path.suffix == ".json" else path.with_name(path.name + ".log")
 
-    @property
-    def kv_cache_memory_bytes(self) -> int | None:
-        """What vLLM's own flag of that name says, where it is a plain number."""
+    def engine_number(self, flag: str) -> int | None:
+        """The value of one of vLLM's own flags, where it is given as a plain number."""
         words = [part for word in self.engine_args for part in word.replace("_", "-").split("=", 1)]
-        after = dict(itertools.pairwise(words)).get("--kv-cache-memory-bytes", "")
+        after = dict(itertools.pairwise(words)).get(flag, "")
         return int(after) if after.isdecimal() else None
 
     def points(self) -> Iterator[tuple[int, int]]:
@@ -420,10 +439,24 @@ def _check_runs(config: ExperimentConfig) -> None:
 
 
 def _check_backend(config: ExperimentConfig) -> None:
-    backend = config.distributed_executor_backend
-    if backend == "ray":
-        raise ConfigError("--distributed-executor-backend ray is not supported yet; use mp")
-    if backend == "uni" and config.devices_per_replica > 1:
+    backend, size = config.distributed_executor_backend, config.devices_per_replica
+    if backend == "uni" and size > 1:
+        raise ConfigError(f"--distributed-executor-backend uni runs one device, TP x PP is {size}; use mp")
+    if config.nnodes == 1:
+        return
+    if backend not in (None, "mp"):
         raise ConfigError(
-            f"--distributed-executor-backend uni runs one device, TP x PP is {config.devices_per_replica}; use mp"
+            f"--nnodes {config.nnodes} belongs to --distributed-executor-backend mp, {backend} was given; "
+            "torchrun takes --nnodes itself, and Ray knows its nodes"
         )
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"--nnodes {config.nnodes} with --data-parallel-size {config.data_parallel_size} needs torchrun; "
+            "run_batch_experiments.sh --nnodes calls it"
+        )
+    if size % config.nnodes:
+        raise ConfigError(f"--nnodes {config.nnodes} does not divide TP x PP, which is {size}")
+    if config.node_rank >= config.nnodes:
+        raise ConfigError(f"--node-rank {config.node_rank}: --nnodes {config.nnodes} goes up to {config.nnodes - 1}")
+    if config.master_addr is None:
+        raise ConfigError(f"--nnodes {config.nnodes} needs --master-addr too, the address of node 0")

@@ -13,16 +13,28 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from batch_inference.config import OWNED_BY_US, ConfigError, ExperimentConfig, unknown_flag_message
-from batch_inference.hardware import GIB, find_devices
+from batch_inference.hardware import GIB, Devices, Monitor, Reading, find_devices, joined, monitor
 from batch_inference.prompts import make_prompts
 
 # A tokenizer is not needed for prompts of token ids; cached prefixes would not be computed; without statistics
-# RequestOutput.metrics is None.
+# RequestOutput.metrics is None, and without the last two it neither estimates its work nor names every kernel that it
+# compiles late.
 MEASURING_SETTINGS = {
     "skip_tokenizer_init": True,
     "enable_prefix_caching": False,
     "disable_log_stats": False,
     "worker_extension_cls": "batch_inference.engine.WorkerReport",
+    "enable_mfu_metrics": True,
+    "jit_monitor_verbose": True,
+}
+
+
+# vLLM's counters -> what a run keeps of them.
+_COUNTERS = {
+    "vllm:num_preemptions": "preemptions",
+    "vllm:estimated_flops_per_gpu": "flops_per_device",
+    "vllm:estimated_read_bytes_per_gpu": "memory_bytes_per_device",
+    "vllm:estimated_write_bytes_per_gpu": "memory_bytes_per_device",
 }
 
 
@@ -37,11 +49,32 @@ class WorkerReport:
                     for tensor in _tensors(runner.kv_caches)}  # fmt: skip
         return {
             "host": socket.gethostname(),
+            "device": self._batch_inference_monitor().describe()[0],
             "weights_bytes": _weights_bytes(runner.model, config.model_config.dtype.itemsize),
             "kv_bytes": sum(storages.values()),
+            "activation_bytes": getattr(self, "peak_activation_memory", None),  # the peak that vLLM saw when profiling
             "compile_s": config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
             "runner": f"{type(runner).__module__}.{type(runner).__name__}",
         }
+
+    def batch_inference_read(self) -> Reading:
+        """Memory and energy of this rank's own device, wherever it is."""
+        return self._batch_inference_monitor().read([os.getpid()])
+
+    def _batch_inference_monitor(self) -> Monitor:
+        if not hasattr(self, "_batch_inference_watch"):
+            device: Any = self.device  # type: ignore[attr-defined]
+            self._batch_inference_watch = monitor(_devices_of(device))
+        return self._batch_inference_watch
+
+
+def _devices_of(device: Any) -> Devices:
+    """A torch.device as the one of its kind. CUDA numbers them by what a process may see, NVML does not."""
+    if device.type == "cpu":
+        return Devices("cpu", (",".join(map(str, sorted(os.sched_getaffinity(0)))),))
+    import torch
+
+    return Devices("gpu", (f"GPU-{torch.cuda.get_device_properties(device).uuid}",))
 
 
 def _weights_bytes(model: Any, packed_item_size: int) -> int:
@@ -118,6 +151,7 @@ def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "gpu_memory_utilization": memory_share(config),
         "enforce_eager": config.enforce_eager,
+        **node_settings(config),
         "trust_remote_code": config.trust_remote_code,
         "seed": config.seed,
     }
@@ -127,10 +161,35 @@ def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
     return {**ours, **MEASURING_SETTINGS, **parse_engine_flags(config.engine_args)}
 
 
+def node_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """What vLLM's `mp` executor needs to span several nodes; nothing for one."""
+    if config.nnodes == 1:
+        return {}
+    return {
+        "distributed_executor_backend": "mp",
+        "nnodes": config.nnodes,
+        "node_rank": config.node_rank,
+        "master_addr": config.master_addr,
+        # The nodes have met on the port itself, and keep it open.
+        "master_port": config.master_port + 1,
+    }
+
+
+def serve_node_0(config: ExperimentConfig) -> None:
+    """Be the workers of this node for the engine on node 0, until it shuts down."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    settings = EngineArgs(**engine_settings(config))
+    vllm_config = settings.create_engine_config(usage_context=UsageContext.LLM_CLASS, headless=True)
+    MultiprocExecutor(vllm_config, monitor_workers=False).start_worker_monitor(inline=True)
+
+
 def memory_share(config: ExperimentConfig) -> float:
     """vLLM's share of a GPU; on the CPU every worker takes its share of the whole main memory, so all share one."""
     on_cpu = find_devices().kind == "cpu"
-    return config.gpu_memory_utilization / (config.num_devices if on_cpu else 1)
+    return config.gpu_memory_utilization / (config.devices_per_node if on_cpu else 1)
 
 
 class Engine:
@@ -185,7 +244,7 @@ class Engine:
             ignore_eos=True,
             detokenize=False,
         )
-        preemptions_before = self._preemptions()
+        before = self._counters()
         wait()
         start_s = time.monotonic()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
@@ -194,12 +253,21 @@ class Engine:
             "start_s": start_s,
             "end_s": end_s,
             **count_outputs(outputs),
-            "preemptions": self._preemptions() - preemptions_before,
+            **{name: value - before[name] for name, value in self._counters().items()},
         }
 
-    def _preemptions(self) -> int:
-        """Requests preempted since the engine started, by vLLM's own counter."""
-        return sum(int(metric.value) for metric in self._llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    def read_devices(self) -> Reading:
+        """Memory and energy of the devices of every worker, read where they are."""
+        return joined(self._llm.collective_rpc("batch_inference_read"))
+
+    def _counters(self) -> dict[str, int]:
+        """vLLM's own counters since the engine started: requests preempted, and its estimates of the work of one
+        device, which are 0 where it knows no estimate for the model."""
+        counted = dict.fromkeys(_COUNTERS.values(), 0)
+        for metric in self._llm.get_metrics():
+            if metric.name in _COUNTERS:
+                counted[_COUNTERS[metric.name]] += int(metric.value)
+        return counted
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
@@ -207,6 +275,7 @@ class Engine:
 
 def with_workers(description: dict[str, Any], workers: list[dict[str, Any]]) -> dict[str, Any]:
     """A description of an engine, completed by what all its workers report."""
+    activations = [worker["activation_bytes"] for worker in workers]
     compile_s = [worker["compile_s"] for worker in workers if worker["compile_s"] is not None]
     return {
         **description,
@@ -214,6 +283,7 @@ def with_workers(description: dict[str, Any], workers: list[dict[str, Any]]) -> 
         "load_s": {**description["load_s"], "compile_s": max(compile_s, default=None)},
         "weights_gib": max(worker["weights_bytes"] for worker in workers) / GIB,
         "kv_pool_gib": max(worker["kv_bytes"] for worker in workers) / GIB,
+        "activations_gib": max(activations) / GIB if None not in activations else None,
         "workers": workers,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.console import Console
 from batch_inference.environment import now
-from batch_inference.hardware import Monitor, drawn_j, together
+from batch_inference.hardware import Monitor, Reading, clocks_of, drawn_j, joined
 from batch_inference.metrics import run_latencies_s, summarise
 from batch_inference.replicas import ReplicaError, Replicas
 from batch_inference.results import Point, PointKey, Requests, Result, Run, load_result, save_result
@@ -79,6 +79,10 @@ class Experiment:
             **common,
             "replicas": [{key: engine[key] for key in differing} for engine in engines] if differing else [],
         }
+        if self._config.devices_elsewhere and self.result.environment.get("device_kind") == "gpu":
+            self.result.environment["devices"] = [
+                worker["device"] for engine in engines for worker in engine["workers"]
+            ]
         for point in self.result.points:
             point.engine = _of_its_own({**before, **point.engine}, self.result.engine)
         self._console.loaded(self.result)
@@ -143,16 +147,13 @@ class Experiment:
         self._console.running(point, phase, index)
         stream = (self._config.seed, point.seq_len, point.batch_size, phase, index)
         replicas.prepare(point.batch_size, point.seq_len, point.max_tokens, stream)
-        before_j = self._monitor.energy_j()
-        outcomes = replicas.run()
-        after_j = self._monitor.energy_j()
-        if "memory" in outcomes[0]:  # each replica has measured its own devices
-            return combine(outcomes, **together(outcomes))
-        return combine(
-            outcomes,
-            energy_j=drawn_j(before_j, after_j),
-            memory=self._monitor.used_gib(replicas.pids()),
-        )
+        before = self._monitor.read(replicas.pids())
+        with self._monitor.watch() as seen:
+            outcomes = replicas.run()
+        after = self._monitor.read(replicas.pids())
+        if "readings" in outcomes[0]:  # the devices may be on other machines: those who hold them have read them
+            before, after = (joined(both) for both in zip(*(outcome["readings"] for outcome in outcomes), strict=True))
+        return combine(outcomes, before, after, seen)
 
     def _fail(self, error: ReplicaError) -> None:
         self.result.status = "failed"
@@ -167,17 +168,13 @@ def as_warmup(run: Run, reason: str | None = None) -> dict[str, Any]:
     return {"latency_s": run.latency_s, **{name: value for name, value in known.items() if value}}
 
 
-def combine(
-    outcomes: list[dict[str, Any]],
-    *,
-    energy_j: float | None,
-    memory: dict[str, Any],
-    clocks: dict[str, Any] | None = None,
-) -> Run:
-    """One run out of what each replica reports: the last end, the sum of tokens, every request."""
+def combine(outcomes: list[dict[str, Any]], before: Reading, after: Reading, seen: dict[str, Any]) -> Run:
+    """One run out of what each replica reports: the last end, the sum of tokens, every request; and out of what the
+    devices showed before, after and meanwhile (`seen`)."""
     requests = {
         name: [value for outcome in outcomes for value in outcome["requests"][name]] for name in outcomes[0]["requests"]
     }
+    energy_j = drawn_j(before, after)
     kept = ("start_s", "end_s", "prompt_tokens", "output_tokens")
     return Run(
         latency_s=max(outcome["end_s"] for outcome in outcomes),
@@ -186,15 +183,22 @@ def combine(
         replicas=[{"replica": index, **{key: outcome[key] for key in kept}} for index, outcome in enumerate(outcomes)],
         requests=Requests(**requests),
         energy_j=energy_j,
-        memory=memory | _where_known(outcomes, "peak_kv_use", max),
+        memory={
+            **{name: after[name] for name in ("scope", "used_gib")},
+            **{name: seen[name] for name in ("peak_gib",) if name in seen},
+            **_where_known(outcomes, "peak_kv_use", max),
+        },
         counters={
             "preemptions": sum(outcome["preemptions"] for outcome in outcomes),
             "prefix_cache_hit_tokens": sum(outcome["prefix_cache_hit_tokens"] for outcome in outcomes),
             **_where_known(outcomes, "jit_compilations", sum),
             **_where_known(outcomes, "peak_running", min),
+            # vLLM's own estimates of the work of one device: of the busiest replica.
+            **_where_known(outcomes, "flops_per_device", max),
+            **_where_known(outcomes, "memory_bytes_per_device", max),
         },
         unknown={} if energy_j is not None else {"energy_j": "this machine has no energy counter for its devices"},
-        clocks=clocks or {},
+        clocks=clocks_of(after, seen),
     )
 
 
@@ -253,7 +257,7 @@ def _measured_elsewhere(old: dict[str, Any], now_here: dict[str, Any]) -> str | 
     """What makes points of two sweeps unlike: another vLLM, or other devices."""
     for name, of in (
         ("vLLM", lambda environment: environment.get("versions", {}).get("vllm")),
-        ("devices", lambda environment: [device.get("name") for device in environment.get("devices", [])]),
+        ("devices", lambda environment: sorted({str(device.get("name")) for device in environment.get("devices", [])})),
     ):
         before, here = of(old), of(now_here)
         if before != here:

@@ -9,18 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from batch_inference.config import ConfigError
 
 GIB = 2**30
+# What a monitor reads at one moment: "scope", and lists with one number per device (scope "device") or replica.
+Reading = dict[str, Any]
 # A machine without a GPU is divided into at most as many devices as a common GPU node has.
 MAX_CPU_DEVICES = 8
+
+
+# Between two looks at the clocks: often enough for a run of a second, and nothing beside an engine's step.
+SAMPLE_S = 0.1
+
+
+@dataclass(frozen=True)
+class _Sample:
+    used_gib: float
+    sm_mhz: float | None
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -122,32 +138,86 @@ class GpuMonitor:
             raise ConfigError(f"CUDA_VISIBLE_DEVICES: '{','.join(devices.ids)}': NVML says: {error}") from error
 
     def describe(self) -> list[dict[str, Any]]:
+        """What the devices are, and what they draw and hold at this moment: before an engine loads, when idle."""
         nvml = self._nvml
         return [
             {
                 "index": index,
                 "name": nvml.nvmlDeviceGetName(handle),
                 "uuid": nvml.nvmlDeviceGetUUID(handle),
-                "memory_gib": nvml.nvmlDeviceGetMemoryInfo(handle).total / GIB,
-                "power_limit_w": _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetEnforcedPowerLimit(h) / 1000),
+                "memory_gib": (memory := nvml.nvmlDeviceGetMemoryInfo(handle)).total / GIB,
+                "used_before_gib": memory.used / GIB,
+                "power_limit_w": self._watts(nvml.nvmlDeviceGetEnforcedPowerLimit, handle),
+                "idle_power_w": self._watts(nvml.nvmlDeviceGetPowerUsage, handle),
+                "max_sm_mhz": _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetMaxClockInfo(h, nvml.NVML_CLOCK_SM)),
             }
             for index, handle in enumerate(self._handles)
         ]
 
+    def _watts(self, read: Callable[[Any], int], handle: Any) -> float | None:
+        watts: float | None = _or_none(self._nvml, lambda: read(handle) / 1000)
+        return watts
+
     def driver_version(self) -> str:
         return str(self._nvml.nvmlSystemGetDriverVersion())
 
-    def used_gib(self, _: Iterable[int] = ()) -> dict[str, Any]:
-        used = [self._nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles]
-        return {"scope": "device", "used_gib": used}
-
-    def energy_j(self) -> float | None:
-        """Joules that the devices have drawn since the driver was loaded; None where the GPU has no counter."""
+    def read(self, pids: Iterable[int] = ()) -> Reading:
+        """Memory in use, joules since the driver was loaded (None where a GPU has no counter), and processes that
+        belong to none of the process groups of `pids`, per device."""
         nvml = self._nvml
-        millijoules: float | None = _or_none(
-            nvml, lambda: sum(nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles)
+        ours = {group for pid in pids if (group := _group_of(pid)) is not None}
+        return {
+            "scope": "device",
+            "used_gib": [nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles],
+            "energy_j": [
+                _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1000)
+                for handle in self._handles
+            ],
+            "other_processes": [self._count_others(handle, ours) for handle in self._handles],
+        }
+
+    def _count_others(self, handle: Any, ours: set[int]) -> int | None:
+        """In a container only its own processes can be told apart; the others are not counted."""
+        running = _or_none(self._nvml, lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        if running is None:
+            return None
+        groups = (_group_of(process.pid) for process in running)
+        return sum(group is not None and group not in ours for group in groups)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[dict[str, Any]]:
+        """Look at clocks and memory every SAMPLE_S while the block runs; what was seen is in the dictionary after it:
+        sm_mhz (mean) and peak_gib per device, and throttle_reasons."""
+        seen: dict[str, Any] = {}
+        samples: list[list[_Sample]] = []
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(SAMPLE_S):
+                samples.append([self._sample(handle) for handle in self._handles])
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield seen
+        finally:
+            over.set()
+            thread.join()
+        if samples:
+            per_device = list(zip(*samples, strict=True))
+            clocks = [[sample.sm_mhz for sample in device if sample.sm_mhz is not None] for device in per_device]
+            seen["sm_mhz"] = [fmean(values) if values else None for values in clocks]
+            seen["peak_gib"] = [max(sample.used_gib for sample in device) for device in per_device]
+            seen["throttle_reasons"] = sorted({name for moment in samples for one in moment for name in one.reasons})
+
+    def _sample(self, handle: Any) -> _Sample:
+        nvml = self._nvml
+        bits = _or_none(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) or 0
+        return _Sample(
+            used_gib=nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB,
+            sm_mhz=_or_none(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+            reasons=tuple(name for name, bit in _throttle_bits(nvml) if bits & bit),
         )
-        return None if millijoules is None else millijoules / 1000
 
 
 class CpuMonitor:
@@ -168,29 +238,58 @@ class CpuMonitor:
     def driver_version(self) -> None:
         return None
 
-    def used_gib(self, pids: Iterable[int] = ()) -> dict[str, Any]:
-        return {"scope": "replica", "used_gib": [_tree_bytes(pid) / GIB for pid in pids]}
+    def read(self, pids: Iterable[int] = ()) -> Reading:
+        used_gib = [_tree_bytes(pid) / GIB for pid in pids]
+        return {"scope": "replica", "used_gib": used_gib, "energy_j": [None] * len(used_gib)}
 
-    def energy_j(self) -> None:
-        return None
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[dict[str, Any]]:
+        yield {}
 
 
 Monitor = GpuMonitor | CpuMonitor
 
 
-def drawn_j(before_j: float | None, after_j: float | None) -> float | None:
-    """Joules between two readings of `energy_j`; None where one is unknown."""
-    return None if before_j is None or after_j is None else after_j - before_j
-
-
-def together(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """ "energy_j" and "memory" of several ranks or replicas, each of which has measured devices of its own."""
-    joules = [one["energy_j"] for one in measured]
-    used_gib = [value for one in measured for value in one["memory"]["used_gib"]]
-    return {
-        "energy_j": None if None in joules else sum(joules),
-        "memory": {**measured[0]["memory"], "used_gib": used_gib},
+def joined(readings: Sequence[Reading]) -> Reading:
+    """The readings of several ranks or replicas, each of devices of its own, as one."""
+    lists = {
+        name: [value for reading in readings for value in reading[name]]
+        for name, values in readings[0].items()
+        if isinstance(values, list)
     }
+    return {**readings[0], **lists}
+
+
+def drawn_j(before: Reading, after: Reading) -> float | None:
+    """Joules that the devices drew between two readings; None where one is unknown."""
+    pairs = list(zip(before["energy_j"], after["energy_j"], strict=True))
+    return None if any(None in pair for pair in pairs) else sum(end_j - start_j for start_j, end_j in pairs)
+
+
+def clocks_of(after: Reading, seen: dict[str, Any]) -> dict[str, Any]:
+    """What a Run keeps of clocks and neighbours: where they were watched, sm_mhz, throttle_reasons, other_processes."""
+    others = [count for count in after.get("other_processes", []) if count is not None]
+    known = {name: seen[name] for name in ("sm_mhz", "throttle_reasons") if name in seen}
+    return {**known, **({"other_processes": sum(others)} if others else {})}
+
+
+def _group_of(pid: int) -> int | None:
+    """None for a process that is gone, or belongs to another container."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _throttle_bits(nvml: Any) -> list[tuple[str, int]]:
+    """NVML's reasons for a clock below the highest: their names in lower case, and their bits."""
+    prefix = "nvmlClocksThrottleReason"
+    words = {name.removeprefix(prefix): bit for name, bit in vars(nvml).items() if name.startswith(prefix)}
+    return [(_snake(word), bit) for word, bit in words.items() if word not in ("None", "All", "Unknown")]
+
+
+def _snake(word: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower()
 
 
 def monitor(devices: Devices) -> Monitor:

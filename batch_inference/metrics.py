@@ -116,6 +116,33 @@ def _kv_peak_use(_: Result, point: Point) -> float | None:
     return max((run.memory["peak_kv_use"] for run in point.runs if "peak_kv_use" in run.memory), default=None)
 
 
+def _share_of_peak(counter: str, peak: str) -> Callable[[Result, Point], float | None]:
+    """What vLLM estimates that one device did in the runs, over what it could have done in that time."""
+
+    def share(result: Result, point: Point) -> float | None:
+        peaks = result.environment.get("peaks") or {}
+        done = [run.counters.get(counter, 0) for run in point.runs]
+        # vLLM knows no estimate for some architectures, and then counts nothing.
+        if not peaks.get(peak) or 0 in done:
+            return None
+        return sum(done) / (_total_latency_s(point) * float(peaks[peak]))
+
+    return share
+
+
+def _memory_peak_gib(_: Result, point: Point) -> float | None:
+    return max((value for run in point.runs for value in run.memory.get("peak_gib") or []), default=None)
+
+
+def _idle_power_w(result: Result, _: Point) -> float | None:
+    watts = [device.get("idle_power_w") for device in result.environment.get("devices") or []]
+    return sum(watts) if watts and None not in watts else None
+
+
+def _sm_mhz(_: Result, point: Point) -> float | None:
+    return mean([value for run in point.runs for value in run.clocks.get("sm_mhz") or [] if value is not None])
+
+
 def _num_runs(_: Result, point: Point) -> float:
     return len(point.runs)
 
@@ -180,10 +207,14 @@ METRICS: tuple[Metric, ...] = (
                    "time from a request's arrival to its being scheduled, over all requests"),
     Metric("memory_used_gib", "GiB", "Memory used", "lower", _memory_used_gib,
            "highest use seen after a run: per device by NVML, on the CPU resident memory of the replica's processes"),
+    Metric("memory_peak_gib", "GiB", "Memory used, peak", "lower", _memory_peak_gib,
+           "highest use seen during a run, per device by NVML, ten times a second"),
     Metric("weights_gib", "GiB", "Weights per device", None, _engine_number("weights_gib"),
            "bytes of the model's parameters on the fullest device"),
     Metric("kv_pool_gib", "GiB", "KV cache pool per device", None, _engine_number("kv_pool_gib"),
            "bytes that vLLM reserved for the KV cache on the fullest device"),
+    Metric("activations_gib", "GiB", "Activations, peak", None, _engine_number("activations_gib"),
+           "peak of activations that vLLM saw when it profiled the model, on the fullest device"),
     Metric("kv_cache_tokens", "tokens", "KV cache capacity", "higher", _engine_number("kv_cache_tokens"),
            "tokens that the KV cache of one replica holds"),
     Metric("kv_use", "ratio", "KV cache use", None, _kv_use,
@@ -199,6 +230,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("preemptions", "count", "Preemptions", "lower", _preemptions, "requests preempted, over all runs"),
     Metric("energy_j_per_output_token", "J/token", "Energy per output token", "lower", _energy_j_per_output_token,
            "NVML energy of the setting's devices during the runs / output tokens"),
+    Metric("idle_power_w", "W", "Idle power", None, _idle_power_w,
+           "NVML power draw of this setting's devices before the engine loaded"),
+    Metric("sm_mhz", "MHz", "SM clock", None, _sm_mhz, "mean SM clock during the runs, over the devices"),
+    Metric("mfu", "ratio", "MFU", "higher", _share_of_peak("flops_per_device", "flops_per_s"),
+           "vLLM's estimate of the floating-point operations of a device / (latency x its peak, stated in the file)"),
+    Metric("mbu", "ratio", "MBU", "higher", _share_of_peak("memory_bytes_per_device", "bytes_per_s"),
+           "vLLM's estimate of the bytes that a device moved / (latency x its peak bandwidth, stated in the file)"),
     Metric("load_s", "s", "Engine start", "lower", _load_s, "from the worker's start to the engine being ready"),
 )  # fmt: skip
 

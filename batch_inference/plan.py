@@ -13,7 +13,9 @@ from typing import Any
 from batch_inference.config import ConfigError, ExperimentConfig, redact
 from batch_inference.hardware import GIB, Devices
 
-_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# vLLM's own block sizes, in tokens (of its attention backends on NVIDIA GPUs, and on the CPU).
+_GPU_BLOCK, _CPU_BLOCK = 16, 128
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 
 
@@ -56,11 +58,15 @@ class ModelFacts:
         kv_heads = max(1, self.num_kv_heads / tensor_parallel_size)
         return 2 * math.ceil(self.num_layers / pipeline_parallel_size) * kv_heads * self.head_dim * self._bytes(dtype)
 
-    def _bytes(self, dtype: str) -> int:
-        if dtype == "auto":
+    def dtype_used(self, asked: str) -> str:
+        """What vLLM makes of --dtype, in torch's words."""
+        if asked == "auto":
             # vLLM runs a float32 checkpoint in 16 bits.
-            return 2 if self.dtype in ("float32", "float") else _BYTES.get(self.dtype, 2)
-        return _BYTES.get(dtype, 2)
+            asked = "bfloat16" if self.dtype in ("float32", "float") else self.dtype
+        return {"half": "float16", "float": "float32"}.get(asked, asked)
+
+    def _bytes(self, dtype: str) -> int:
+        return _BYTES.get(self.dtype_used(dtype), 2)
 
 
 def is_local(model: str) -> bool:
@@ -127,6 +133,50 @@ def _scales_positions(document: dict[str, Any]) -> bool:
     return scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "llama3", "mrope")
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a setting will hold on its fullest device. Activations, which vLLM takes from the same share, are not
+    counted (2 GiB of 80 for a 7B model)."""
+
+    weights_gib: float
+    kv_bytes_per_token: float
+    pool_gib: float | None  # left for the KV cache; None where the device's memory is not known
+    block_size: int  # tokens
+
+    def requests_in_one_wave(self, tokens: int) -> int | None:
+        """How many requests of `tokens`, prompt and output, the KV cache of a replica holds at once."""
+        blocks = self._blocks()
+        return None if blocks is None else blocks // math.ceil(tokens / self.block_size)
+
+    def kv_cache_tokens(self, max_model_len: int) -> int | None:
+        """What vLLM will call the size of the KV cache: its share of requests of the longest kind, in tokens."""
+        blocks = self._blocks()
+        return None if blocks is None else int(blocks / math.ceil(max_model_len / self.block_size) * max_model_len)
+
+    def _blocks(self) -> int | None:
+        if self.pool_gib is None:
+            return None
+        # Below 0 where the weights do not fit.
+        return max(0, int(self.pool_gib * GIB / (self.kv_bytes_per_token * self.block_size)))
+
+
+def memory_plan(
+    config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None
+) -> MemoryPlan | None:
+    """None where the model's sizes cannot be read from here. `memory_gib`: of one device, where it is known."""
+    sizes = (config.tensor_parallel_size, config.pipeline_parallel_size, config.dtype)
+    weights_gib = facts.weights_gib(*sizes) if facts else None
+    per_token = facts.kv_bytes_per_token(*sizes) if facts else None
+    if weights_gib is None or per_token is None:
+        return None
+    pool_gib = None if memory_gib is None else memory_gib * config.gpu_memory_utilization - weights_gib
+    asked_bytes = config.engine_number("--kv-cache-memory-bytes")
+    pool_gib = pool_gib if asked_bytes is None else asked_bytes / GIB
+    on_cpu = devices.kind == "cpu" and config.device_memory_gib is None
+    block_size = config.engine_number("--block-size") or (_CPU_BLOCK if on_cpu else _GPU_BLOCK)
+    return MemoryPlan(weights_gib, per_token, pool_gib, block_size)
+
+
 def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
     """True where the replicas share out experts, and so must be coupled by vLLM. A model that cannot be read from
     here is taken for the mixture of experts that --enable-expert-parallel is meant for."""
@@ -135,20 +185,45 @@ def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
 
 
 def infeasible(
-    config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, devices_here: int | None = None
+    config: ExperimentConfig,
+    facts: ModelFacts | None,
+    devices: Devices,
+    devices_here: int | None = None,
+    ray_gpus: int | None = None,
 ) -> str | None:
     """Why this setting cannot run here, in one line with the remedy; None when nothing speaks against it.
-    `devices_here`: how many of the setting's devices are to be on this node; by default all."""
-    if devices_here is not None and devices_here > len(devices):
-        return f"torchrun started {devices_here} processes on a node with {len(devices)} {devices.kind} devices"
+    `devices_here`: how many processes torchrun has started on this node. `ray_gpus`: what the Ray cluster has that
+    will give out the devices."""
+    return _devices_against_setting(config, devices, devices_here, ray_gpus) or _vllm_against_setting(
+        config, facts, devices
+    )
+
+
+def _devices_against_setting(
+    config: ExperimentConfig, devices: Devices, devices_here: int | None, ray_gpus: int | None
+) -> str | None:
+    lower = "lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
     if devices.kind == "gpu" and not devices.ids:
         return "CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it or name GPUs that are there"
-    if devices_here is None and config.num_devices > len(devices):
+    if config.distributed_executor_backend == "ray":
+        if devices.kind == "cpu":
+            return "--distributed-executor-backend ray is refused by vLLM on the CPU; use mp"
+        # Nobody asks a cluster for a plan.
+        short = ray_gpus is not None and config.num_devices > ray_gpus
+        return f"TP x PP x DP is {config.num_devices}, the Ray cluster has {ray_gpus} GPUs; {lower}" if short else None
+    if devices_here is not None:
+        short = devices_here > len(devices)
+        words = f"torchrun started {devices_here} processes on a node with {len(devices)} {devices.kind} devices"
+        return words if short else None
+    if config.devices_per_node > len(devices):
         kind = "GPUs" if devices.kind == "gpu" else "CPU devices (slices of the cores)"
-        return (
-            f"TP x PP x DP is {config.num_devices} devices, this machine has {len(devices)} {kind}; "
-            "lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
-        )
+        share = f", {config.devices_per_node} on each node" if config.nnodes > 1 else ""
+        return f"TP x PP x DP is {config.num_devices} devices{share}, this machine has {len(devices)} {kind}; {lower}"
+    return None
+
+
+def _vllm_against_setting(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices) -> str | None:
+    """What vLLM or the model does not allow."""
     if devices.kind == "cpu" and config.enforce_eager and config.pipeline_parallel_size > 1:
         return "--enforce-eager with --pipeline-parallel-size on the CPU fails in vLLM; drop --enforce-eager"
     if devices.kind == "cpu" and is_coupled(config, facts):
@@ -194,9 +269,9 @@ def describe(
         f"{devices.kind} devices",
         "model": config.model,
         "grid": f"batch sizes {_words(config.batch_sizes)} x lengths {_words(config.seq_lens)}, "
-        f"{config.max_tokens} output tokens: {len(points)} points, {config.num_runs} timed runs each",
+        f"{config.max_tokens} output tokens: {len(points)} points, {config.runs_in_words} timed runs each",
         "file": str(config.output_path),
-        "memory": _memory_words(config, facts, memory_gib),
+        "memory": _memory_words(config, memory_plan(config, facts, devices, memory_gib)),
         "vLLM": f"{' '.join(redact(config.engine_args))} (vLLM checks these when it starts)",
         "verdict": f"cannot run: {reason}" if reason else "can run",
     }
@@ -211,34 +286,22 @@ def _wrapped(name: str, text: str) -> list[str]:
     )
 
 
-def _memory_words(config: ExperimentConfig, facts: ModelFacts | None, memory_gib: float | None) -> str:
-    sizes = (config.tensor_parallel_size, config.pipeline_parallel_size, config.dtype)
-    weights_gib = facts.weights_gib(*sizes) if facts else None
-    per_token = facts.kv_bytes_per_token(*sizes) if facts else None
-    if weights_gib is None or per_token is None:
+def _memory_words(config: ExperimentConfig, memory: MemoryPlan | None) -> str:
+    if memory is None:
         return "unknown: the model's sizes cannot be read from here"
-    kv_gib = per_token * max(config.batch_sizes) * config.longest_request / GIB
+    kv_gib = memory.kv_bytes_per_token * max(config.batch_sizes) * config.longest_request / GIB
     needs = (
-        f"about {weights_gib:.3g} GiB weights per device, "
+        f"about {memory.weights_gib:.3g} GiB weights per device, "
         f"{kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
     )
-    pool_gib = _kv_pool_gib(config, weights_gib, memory_gib)
-    if pool_gib is None:
+    if memory.pool_gib is None:
         return needs
-    if pool_gib <= 0:
-        return f"{needs}; the weights do not fit: {memory_gib:.4g} GiB x {config.gpu_memory_utilization} is there"
+    if memory.pool_gib <= 0:
+        return f"{needs}; the weights do not fit: {memory.weights_gib + memory.pool_gib:.3g} GiB are there for vLLM"
     waves = ", ".join(
-        f"{int(pool_gib * GIB / per_token / (seq_len + config.max_tokens))} of length {seq_len}"
-        for seq_len in config.seq_lens
+        f"{memory.requests_in_one_wave(seq_len + config.max_tokens)} of length {seq_len}" for seq_len in config.seq_lens
     )
-    return f"{needs}; {pool_gib:.3g} GiB are there for it; requests that fit in one wave: {waves}"
-
-
-def _kv_pool_gib(config: ExperimentConfig, weights_gib: float, memory_gib: float | None) -> float | None:
-    """What is left for the KV cache on a device, activations not counted (2 GiB of 80 for a 7B model)."""
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes / GIB
-    return None if memory_gib is None else memory_gib * config.gpu_memory_utilization - weights_gib
+    return f"{needs}; {memory.pool_gib:.3g} GiB are there for it; requests that fit in one wave: {waves}"
 
 
 def _words(numbers: tuple[int, ...]) -> str:

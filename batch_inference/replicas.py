@@ -20,11 +20,16 @@ from typing import Any, Protocol
 
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.engine import with_workers
-from batch_inference.hardware import Devices, together
+from batch_inference.environment import python_path
+from batch_inference.hardware import Devices, joined
+from batch_inference.ranks import Place
+from batch_inference.ray_cluster import OWN_CLUSTER, environment_of
+from batch_inference.rendezvous import Nodes
 
-PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 # Long enough for every replica to be waiting when the common start comes.
 START_LEAD_S = 0.02
+# Where workers read their own devices before they wait.
+LONG_START_LEAD_S = 0.3
 # A closing engine hands its devices back in 2 to 6 s; afterwards its group is ended.
 CLOSE_TIMEOUT_S = 15.0
 HURRY_TIMEOUT_S = 0.5
@@ -36,6 +41,8 @@ _HANDED_ON = re.compile(
     r"EngineCore encountered an issue|Chat template"
 )
 _DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
+# vLLM's words for a kernel that its own warm-up did not cover.
+_COMPILED = re.compile(r"(?:compilation|autotuning|compile)\b[^\n]* during inference:", re.IGNORECASE)
 _ERROR = re.compile(r"(?:^|[\s\].])([A-Z]\w*(?:Error|Exception)): (.+)")
 
 
@@ -76,20 +83,28 @@ class LocalReplicas:
     mixture of experts with expert parallelism are `coupled`, because vLLM shares out the experts among them.
     """
 
-    def __init__(self, config: ExperimentConfig, devices: Devices, log_path: Path, *, coupled: bool = False) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        devices: Devices,
+        *,
+        coupled: bool = False,
+        nodes: Nodes | None = None,
+        ray_address: str | None = None,
+    ) -> None:
+        """`nodes`: the other nodes that a replica is spread over. `ray_address`: of the Ray cluster that gives out the
+        devices; "local" for one of each replica's own."""
         self._config = config
         self._devices = devices
-        self._log_path = log_path
         self._coupled = coupled
+        self._nodes = nodes
+        self._ray_address = ray_address
         self._processes: list[_EngineProcess] = []
 
     def start(self) -> list[dict[str, Any]]:
-        count = self._config.data_parallel_size
-        for replica in range(count):
-            environment = self._devices.slice_for(replica, self._config.devices_per_replica).environment()
-            environment |= ports_of(replica) if count > 1 else {}
-            environment |= coupling_of(replica, count) if self._coupled else {}
-            self._processes.append(_EngineProcess(environment, replica_log(self._log_path, replica)))
+        for replica in range(self._config.data_parallel_size):
+            log = replica_log(self._config.log_path, replica)
+            self._processes.append(_EngineProcess(self._environment(replica), log, self._nodes))
         load = {"op": "load", "config": dataclasses.asdict(self._config)}
         replies = self._all([{**load, "replica": replica} for replica in range(len(self._processes))])
         return [reply["engine"] for reply in replies]
@@ -99,8 +114,11 @@ class LocalReplicas:
 
     def run(self) -> list[dict[str, Any]]:
         count = len(self._processes)
-        at_s = time.monotonic() + START_LEAD_S
+        at_s = time.monotonic() + (LONG_START_LEAD_S if self._config.devices_elsewhere else START_LEAD_S)
+        compiled = [_Compilations(process.log_path) for process in self._processes]
         outcomes = [reply["outcome"] for reply in self._all([{"op": "start", "at_s": at_s}] * count)]
+        for outcome, log in zip(outcomes, compiled, strict=True):
+            outcome["jit_compilations"] = log.count()
         first_s = min(outcome["start_s"] for outcome in outcomes)
         return [_from(first_s, outcome) for outcome in outcomes]
 
@@ -115,6 +133,17 @@ class LocalReplicas:
             process.end(deadline_s)
         self._processes.clear()
 
+    def _environment(self, replica: int) -> dict[str, str]:
+        count, size = self._config.data_parallel_size, self._config.devices_per_replica
+        environment = environment_of(self._ray_address) if self._ray_address else {}
+        # In a cluster that is joined, Ray gives out the devices.
+        if self._ray_address in (None, OWN_CLUSTER):
+            environment |= self._devices.slice_for(replica, size).environment()
+        environment |= ports_of(replica) if count > 1 else {}
+        environment |= coupling_of(replica, count) if self._coupled else {}
+        environment |= self._nodes.environment() if self._nodes else {}
+        return environment
+
     def _all(self, commands: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Send one command to each replica, then wait for every answer."""
         for process, command in zip(self._processes, commands, strict=True):
@@ -125,10 +154,12 @@ class LocalReplicas:
 class TorchrunReplicas:
     """The ranks of a torchrun job, seen from rank 0: one engine process here, which leads those of the other ranks."""
 
-    def __init__(self, config: ExperimentConfig, environment: dict[str, str], log_path: Path) -> None:
+    def __init__(self, config: ExperimentConfig, environment: dict[str, str], place: Place) -> None:
         self._config = config
+        # Of the ranks of this node; what others compile is in logs that only they see.
+        ranks = range(1, place.local_world_size)
+        self._logs = [config.log_path, *(rank_log(config.log_path, rank) for rank in ranks)]
         self._environment = environment
-        self._log_path = log_path
         self._process: _EngineProcess | None = None
         self._closed = False
 
@@ -145,10 +176,13 @@ class TorchrunReplicas:
         self._all(_prepare(batch_size, seq_len, max_tokens, stream))
 
     def run(self) -> list[dict[str, Any]]:
+        compiled = [_Compilations(log) for log in self._logs]
         outcomes = [reply["outcome"] for reply in self._all({"op": "start"})]
         # Clocks of different machines have different zeros, so each rank counts from its own release.
         outcomes = [_from(outcome["start_s"], outcome) for outcome in outcomes]
-        return [_slowest(ranks) for ranks in self._by_replica(outcomes)]
+        slowest = [_slowest(ranks) for ranks in self._by_replica(outcomes)]
+        slowest[0]["jit_compilations"] = sum(log.count() for log in compiled)
+        return slowest
 
     def pids(self) -> list[int]:
         return []
@@ -166,7 +200,7 @@ class TorchrunReplicas:
             self._process.end(time.monotonic() + (HURRY_TIMEOUT_S if hurry else CLOSE_TIMEOUT_S))
 
     def _join(self) -> None:
-        self._process = _EngineProcess(self._environment, self._log_path)
+        self._process = _EngineProcess(self._environment, self._config.log_path)
         self._all({"op": "join", "config": dataclasses.asdict(self._config)})
 
     def _all(self, command: dict[str, Any]) -> list[dict[str, Any]]:
@@ -190,7 +224,8 @@ def _from(start_s: float, outcome: dict[str, Any]) -> dict[str, Any]:
 
 def _slowest(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The outcome of one replica from those of its ranks, which all hold the same outputs."""
-    return {**ranks[0], "end_s": max(rank["end_s"] for rank in ranks), **together(ranks)}
+    readings = [joined(moment) for moment in zip(*(rank["readings"] for rank in ranks), strict=True)]
+    return {**ranks[0], "end_s": max(rank["end_s"] for rank in ranks), "readings": readings}
 
 
 def replica_log(log_path: Path, replica: int) -> Path:
@@ -222,6 +257,24 @@ def coupling_of(replica: int, replicas: int) -> dict[str, str]:
     }
 
 
+def node_log(log_path: Path, node: int) -> Path:
+    return log_path.with_suffix(f".node_{node}.log")
+
+
+def serve_node_0(config: ExperimentConfig, devices: Devices, nodes: Nodes) -> None:
+    """The whole life of a node other than 0: hold its workers until node 0 says that the setting is over.
+
+    Raises NodesError where it failed, or node 0 is gone; ReplicaError where the workers of this node have failed.
+    """
+    process = _EngineProcess(devices.environment() | nodes.environment(), node_log(config.log_path, config.node_rank))
+    try:
+        process.send({"op": "serve", "config": dataclasses.asdict(config)})
+        while not nodes.dismissed(timeout_s=0.5):
+            process.replies()
+    finally:
+        process.end(time.monotonic())
+
+
 def _first_port() -> int:
     return 15_000 + os.getpid() % 15 * 1000
 
@@ -229,8 +282,9 @@ def _first_port() -> int:
 class _EngineProcess:
     """`python -m batch_inference.worker`, the leader of its own process group."""
 
-    def __init__(self, environment: dict[str, str], log_path: Path) -> None:
-        self._log_path = log_path
+    def __init__(self, environment: dict[str, str], log_path: Path, nodes: Nodes | None = None) -> None:
+        self.log_path = log_path
+        self._nodes = nodes
         commands_read, commands_write = os.pipe()
         replies_read, replies_write = os.pipe()
         with log_path.open("ab") as log:
@@ -261,13 +315,23 @@ class _EngineProcess:
 
     def receive(self) -> list[dict[str, Any]]:
         """The next replies, one per rank. Raises ConfigError for the user's flags, ReplicaError for other failures."""
-        while b"\n" not in self._buffer:
-            readable, _, _ = select.select([self._replies], [], [], 1.0)
+        while not (replies := self.replies(timeout_s=1.0)):
+            pass
+        return replies
+
+    def replies(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
+        """The next replies, or nothing where none came within `timeout_s`. Raises as `receive` does."""
+        if b"\n" not in self._buffer:
+            readable, _, _ = select.select([self._replies], [], [], timeout_s)
             chunk = os.read(self._replies.fileno(), 1 << 16) if readable else b""
             self._buffer += chunk
             # End of file alone is not enough: a child of the engine may hold the pipe open after its death.
             if not chunk and self._process.poll() is not None:
                 raise self._failure(f"the engine process ended with {_exit_words(self._process.returncode)}")
+            if not chunk and self._nodes and (lost := self._nodes.lost()):
+                raise ReplicaError(lost, read_log_tail(self.log_path)[-LOG_TAIL_LINES:])
+        if b"\n" not in self._buffer:
+            return []
         line, _, self._buffer = self._buffer.partition(b"\n")
         replies: list[dict[str, Any]] = json.loads(line)
         for reply in replies:
@@ -278,7 +342,7 @@ class _EngineProcess:
         return replies
 
     def _failure(self, reason: str) -> ReplicaError:
-        tail = read_log_tail(self._log_path)
+        tail = read_log_tail(self.log_path)
         # vLLM hands on a bare "Engine core initialization failed": the cause stands only in the log.
         return ReplicaError(root_cause(tail) or reason.partition("\n")[0], tail[-LOG_TAIL_LINES:])
 
@@ -312,13 +376,26 @@ class _EngineProcess:
 
 
 def quiet_environment() -> dict[str, str]:
-    path = os.environ.get("PYTHONPATH")
     return {
-        "PYTHONPATH": os.pathsep.join([str(PACKAGE_PARENT)] + ([path] if path else [])),
+        "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",
         # Measuring machines are often cut off: usage statistics would only wait for a time-out.
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
+
+
+class _Compilations:
+    """Kernels that vLLM compiles from now on, by what it writes to a log."""
+
+    def __init__(self, log_path: Path) -> None:
+        self._log_path = log_path
+        self._start = log_path.stat().st_size if log_path.exists() else 0
+
+    def count(self) -> int:
+        with contextlib.suppress(OSError), self._log_path.open("rb") as log:
+            log.seek(self._start)
+            return len(_COMPILED.findall(log.read().decode(errors="replace")))
+        return 0
 
 
 def _exit_words(code: int) -> str:

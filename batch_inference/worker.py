@@ -6,6 +6,7 @@ file descriptors. Standard output and error are vLLM's, and go to the log.
     {"op": "load", "config": {...}, "replica": 0}                          -> [{"event": "loaded", "engine": {...}}]
     {"op": "prepare", "batch_size": 4, "seq_len": 512, "max_tokens": 128, "stream": [...]}  -> [{"event": "ready"}]
     {"op": "start", "at_s": 12.5}   (time.monotonic; ranks start together)  -> [{"event": "done", "outcome": {...}}]
+    {"op": "serve", "config": {...}}                 (on nodes other than 0) -> [{"event": "served"}]
     {"op": "close"}                                                        -> the process ends
 A command that fails is answered {"event": "failed", "reason": ..., "usage": true where the user's flags are wrong}.
 End of the commands means that the supervisor is gone, and did not wait: the process ends its whole group at once.
@@ -30,9 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from batch_inference.config import ConfigError, ExperimentConfig
-from batch_inference.engine import Engine
+from batch_inference.engine import Engine, serve_node_0
 from batch_inference.environment import installed_vllm
-from batch_inference.hardware import Devices, Monitor, drawn_j, find_devices, monitor
 from batch_inference.ranks import JOIN_TIMEOUT_S, Place, Ranks, find_place
 
 Commands = queue.Queue[dict[str, Any]]
@@ -45,9 +45,9 @@ class Worker:
         self._started_s = started_s
         self._place = place
         self._ranks: Ranks | None = None
-        self._monitor: Monitor | None = None
         self._engine: Engine | None = None
         self._replica = 0
+        self._reads_devices = False
         self._prompts: list[dict[str, list[int]]] = []
         self._max_tokens = 0
 
@@ -95,6 +95,9 @@ class Worker:
             return {"event": "joined"}
         if command["op"] == "load":
             return self._load(_config_from(command["config"]), command["replica"])
+        if command["op"] == "serve":
+            serve_node_0(_config_from(command["config"]))
+            return {"event": "served"}
         if self._engine is None:
             raise ConfigError(f"{command['op']} before load")
         if command["op"] == "prepare":
@@ -108,27 +111,21 @@ class Worker:
         assert self._place is not None
         self._ranks = Ranks(self._place)
         self._ranks.join({"vLLM": installed_vllm(), "arguments": config.arguments_hash()})
-        own = Devices((found := find_devices()).kind, found.ids[self._place.local_rank : self._place.local_rank + 1])
-        self._monitor = monitor(own)
 
     def _load(self, config: ExperimentConfig, replica: int) -> dict[str, Any]:
         # Ranks count replica by replica, as vLLM does.
         self._replica = replica if self._place is None else self._place.rank // config.devices_per_replica
+        self._reads_devices = config.devices_elsewhere
         self._engine = Engine(config, self._started_s)
         return {"event": "loaded", "engine": self._engine.description}
 
     def _run(self, engine: Engine, command: dict[str, Any]) -> dict[str, Any]:
-        if self._ranks is None or self._monitor is None:
-            return engine.run(self._prompts, self._max_tokens, lambda: _sleep_until(command["at_s"]))
-        before_j = self._monitor.energy_j()
-        outcome = engine.run(self._prompts, self._max_tokens, self._ranks.start_together)
-        after_j = self._monitor.energy_j()
-        # Only this rank sees its own device: the others may be on other machines.
-        return {
-            **outcome,
-            "energy_j": drawn_j(before_j, after_j),
-            "memory": self._monitor.used_gib([os.getpid()]),
-        }
+        wait = self._ranks.start_together if self._ranks else lambda: _sleep_until(command["at_s"])
+        if not self._reads_devices:
+            return engine.run(self._prompts, self._max_tokens, wait)
+        before = engine.read_devices()
+        outcome = engine.run(self._prompts, self._max_tokens, wait)
+        return {**outcome, "readings": [before, engine.read_devices()]}
 
 
 def follow(config: ExperimentConfig, place: Place, log_path: Path) -> int:

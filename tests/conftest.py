@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,3 +53,14 @@ def with_ctrl_c() -> None:
 
 def stub_environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(STUB), **variables}
+
+
+def loaded_with(log_path: Path) -> dict[str, str]:
+    """The variables that the stub vLLM saw when it loaded."""
+    line = next(line for line in log_path.read_text().splitlines() if line.startswith("stub vLLM is loading"))
+    return dict(word.split("=", 1) for word in shlex.split(line)[4:])
+
+
+def commands_of(plan: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """The commands of a plan of the launcher, which stand among comments."""
+    return [shlex.split(line) for line in plan.stdout.splitlines() if not line.startswith("#")]

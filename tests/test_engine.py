@@ -90,7 +90,7 @@ def test_only_vllm_flags_that_were_given_are_passed_on() -> None:
         (["--zzz"], "see --help"),
         (["--block-size", "two"], "argument --block-size: invalid"),
         # What only vLLM's parser knows to be a flag of ours, or one that breaks the measurement.
-        (["-n", "2"], "--nnodes cannot be passed on to vLLM"),
+        (["-n", "2"], "--nnodes is a flag of this program too; write it out"),
         (["-tp", "2"], "--tensor-parallel-size is a flag of this program too"),
         (["--load-form", "dummy"], "did you mean --load-format?"),
     ],

@@ -86,17 +86,22 @@ class FakeReplicas:
         self.closed, self.hurried = True, self.hurried or hurry
 
 
+# A machine that has no counters for its devices.
+UNREAD = {"scope": "replica", "used_gib": [1.0], "energy_j": [None]}
+
+
 class FakeMonitor:
     """Draws 50 J between any two readings."""
 
     joules = 0.0
 
-    def energy_j(self) -> float:
+    def read(self, _: Any = ()) -> dict[str, Any]:
         self.joules += 50.0
-        return self.joules
+        return {"scope": "device", "used_gib": [2.5], "energy_j": [self.joules], "other_processes": [0]}
 
-    def used_gib(self, _: Any = ()) -> dict[str, Any]:
-        return {"scope": "device", "used_gib": [2.5]}
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[dict[str, Any]]:
+        yield {"sm_mhz": [1980.0], "peak_gib": [3.0], "throttle_reasons": ["gpu_idle"]}
 
 
 @pytest.fixture
@@ -325,21 +330,29 @@ def test_energy_is_read_after_the_prompts_are_made(config: ExperimentConfig) -> 
             return super().run()
 
     class Watch(FakeMonitor):
-        def energy_j(self) -> float:
-            order.append("energy")
-            return super().energy_j()
+        def read(self, _: Any = ()) -> dict[str, Any]:
+            order.append("read")
+            return super().read()
 
     experiment = Experiment(config, starting_result(config, {}), Watch(), Console())  # type: ignore[arg-type]
     experiment.run(Watched())
-    assert order[:4] == ["prepare", "energy", "run", "energy"]
+    assert order[:4] == ["prepare", "read", "run", "read"]
 
 
 def test_replicas_that_see_their_own_devices_are_believed(config: ExperimentConfig) -> None:
-    own = {"energy_j": 7.0, "memory": {"scope": "device", "used_gib": [1.0, 2.0]}}
-    result = run(dataclasses.replace(config, data_parallel_size=2), FakeReplicas(replicas=2, changes=own))
+    readings = [{"scope": "device", "used_gib": [1.0, 2.0], "energy_j": [at_j, at_j]} for at_j in (1.0, 4.5)]
+    replicas = FakeReplicas(replicas=2, changes={"readings": readings})
+    result = run(dataclasses.replace(config, data_parallel_size=2), replicas)
     measured = result.points[0].runs[0]
     assert measured.energy_j == 14.0
     assert measured.memory["used_gib"] == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_a_device_without_a_counter_makes_the_energy_unknown(config: ExperimentConfig) -> None:
+    readings = [{"scope": "device", "used_gib": [1.0, 2.0], "energy_j": [at_j, None]} for at_j in (1.0, 4.5)]
+    measured = run(config, FakeReplicas(changes={"readings": readings})).points[0].runs[0]
+    assert measured.energy_j is None
+    assert "energy_j" in measured.unknown
 
 
 def test_a_lost_engine_keeps_the_points_before_it(config: ExperimentConfig) -> None:
@@ -383,7 +396,7 @@ def test_an_interrupted_sweep_leaves_its_finished_points_on_disk(config: Experim
 
 def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
     first, second = outcome(2, 8, 4, 1.0), outcome(2, 8, 4, 1.5, start_s=0.1)
-    combined = combine([first, second], energy_j=None, memory={})
+    combined = combine([first, second], UNREAD, UNREAD, {})
     assert combined.latency_s == 1.5
     assert (combined.prompt_tokens, combined.output_tokens) == (32, 16)
     assert combined.requests.latency_s == [1.0, 1.0, 1.5, 1.5]
@@ -395,7 +408,7 @@ def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
 def test_what_replicas_report_beyond_the_needed_is_joined_and_kept() -> None:
     first = outcome(2, 8, 4, 1.0, peak_running=2, peak_kv_use=0.25, jit_compilations=1)
     second = outcome(2, 8, 4, 1.0, peak_running=1, peak_kv_use=0.5, jit_compilations=3)
-    combined = combine([first, second], energy_j=None, memory={"scope": "replica", "used_gib": None})
+    combined = combine([first, second], UNREAD, UNREAD, {})
     assert combined.counters == {
         "preemptions": 0,
         "prefix_cache_hit_tokens": 0,
@@ -403,13 +416,22 @@ def test_what_replicas_report_beyond_the_needed_is_joined_and_kept() -> None:
         "peak_running": 1,
     }
     # What no replica tells is unknown; what one tells is at least that.
-    assert (
-        "peak_running" not in combine([outcome(2, 8, 4, 1.0), outcome(2, 8, 4, 1.0)], energy_j=None, memory={}).counters
-    )
-    one_tells = combine([second, outcome(2, 8, 4, 1.0)], energy_j=None, memory={})
+    assert "peak_running" not in combine([outcome(2, 8, 4, 1.0)] * 2, UNREAD, UNREAD, {}).counters
+    one_tells = combine([second, outcome(2, 8, 4, 1.0)], UNREAD, UNREAD, {})
     assert one_tells.counters["jit_compilations"] == 3
-    assert combined.memory == {"scope": "replica", "used_gib": None, "peak_kv_use": 0.5}
+    assert combined.memory == {"scope": "replica", "used_gib": [1.0], "peak_kv_use": 0.5}
     assert combined.clocks == {}
+
+
+def test_what_the_devices_showed_meanwhile_is_kept(config: ExperimentConfig) -> None:
+    measured = run(config, FakeReplicas()).points[0].runs[0]
+    assert measured.memory == {"scope": "device", "used_gib": [2.5], "peak_gib": [3.0]}
+    assert measured.clocks == {"sm_mhz": [1980.0], "throttle_reasons": ["gpu_idle"], "other_processes": 0}
+
+
+def test_the_work_of_a_device_is_that_of_the_busiest_replica() -> None:
+    idle, busy = outcome(2, 8, 4, 1.0, flops_per_device=5), outcome(2, 8, 4, 1.0, flops_per_device=7)
+    assert combine([idle, busy], UNREAD, UNREAD, {}).counters["flops_per_device"] == 7
 
 
 def test_an_existing_file_is_never_overwritten_unasked(config: ExperimentConfig) -> None:

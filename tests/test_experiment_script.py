@@ -83,7 +83,7 @@ def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
         (("--model", "./absent"), "--model ./absent: there is no such folder"),
         (("--max-model-len", "4096"), "--max-model-len 4096 is over the model's 2048"),
         (("-tp", "3"), "TP x PP x DP is 3 devices, this machine has"),
-        (("--distributed-executor-backend", "ray"), "ray is not supported yet"),
+        (("--distributed-executor-backend", "ray"), "ray is refused by vLLM on the CPU; use mp"),
         (("-tp", "2", "--distributed-executor-backend", "external_launcher"), "torchrun --nproc-per-node 2"),
         (("--output-file", "/proc/nowhere/x.json"), "--output-file /proc/nowhere/x.json"),
         (("--output-file", "/proc/x.json"), "--output-file /proc/x.json"),

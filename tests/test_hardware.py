@@ -60,7 +60,7 @@ def test_cuda_visible_devices_decides(
 
 
 def test_memory_of_a_process_tree_is_what_the_kernel_says() -> None:
-    (used_gib,) = CpuMonitor(Devices("cpu", ("0",))).used_gib([os.getpid()])["used_gib"]
+    (used_gib,) = CpuMonitor(Devices("cpu", ("0",))).read([os.getpid()])["used_gib"]
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     resident_gib = resident_pages * os.sysconf("SC_PAGE_SIZE") / hardware.GIB
     assert used_gib == pytest.approx(resident_gib, rel=0.2)

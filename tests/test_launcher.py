@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from batch_inference.config import ExperimentConfig, parse_flags
-from conftest import REPOSITORY, with_ctrl_c
+from conftest import REPOSITORY, commands_of, with_ctrl_c
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
-# Says how many devices there are; otherwise notes its arguments, and fails or waits for the setting it is told to.
-FAKE_PYTHON = """\
+# Plans as the real one does, for as many GPUs as it is told; notes the arguments of everything else, and fails or waits
+# for the setting it is told to.
+FAKE_PYTHON = (
+    f"""\
 #!/usr/bin/env bash
-if [[ $* == "-P -m batch_inference.hardware" ]]; then echo "${DEVICES:-8} gpu"; exit 0; fi
-[[ $* != *batch_inference.rendezvous* ]] || exit "${MEETING:-0}"
+if [[ $* == *batch_inference.overview* ]]; then exec {sys.executable} {REPOSITORY}/tests/plan_for_gpus.py "${{@:4}}"; fi
+"""
+    + """\
+if [[ $* == *batch_inference.rendezvous* ]]; then echo GLOO_SOCKET_IFNAME=eth7; exit "${MEETING:-0}"; fi
 printf '%s\\0' "$@" >>"$CALLS"; printf '\\n' >>"$CALLS"
 [[ $* != *analyze_results.py* ]] || exit "${ANALYSIS:-0}"
 [[ $* != *"--name ${WAIT_FOR:-nothing} "* ]] || sleep 30
 [[ $* != *"--name ${FAIL:-nothing} "* ]] || exit "${FAIL_WITH:-1}"
 """
+)
 ALL = ["tp_1", "tp_2", "tp_4", "tp_8", "pp_2", "pp_4", "tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4", "dp_2", "dp_4"]
 
 
@@ -98,9 +105,8 @@ def test_names_files_and_sizes_belong_together(launcher: Launcher) -> None:
 @pytest.mark.parametrize("preset", ["torchrun-tensor-parallel", "torchrun-mixed-parallel"])
 def test_torchrun_presets_start_one_process_per_device(launcher: Launcher, preset: str) -> None:
     done = launcher(preset, "--dry-run")
-    lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 3
-    for words in lines:
+    assert len(commands_of(done)) == 3
+    for words in commands_of(done):
         sizes = [int(words[words.index(f"--{kind}-parallel-size") + 1]) for kind in ("tensor", "pipeline", "data")]
         assert int(words[words.index("--nproc-per-node") + 1]) == sizes[0] * sizes[1] * sizes[2]
         assert words[words.index("--distributed-executor-backend") + 1] == "external_launcher"
@@ -111,11 +117,11 @@ def test_torchrun_presets_start_one_process_per_device(launcher: Launcher, prese
 def test_torchrun_over_nodes_shares_out_the_processes(launcher: Launcher) -> None:
     nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "head", "--master-port", "1234")
     done = launcher("torchrun-tensor-parallel", *nodes, "--dry-run", DEVICES="4")
-    words = shlex.split(done.stdout.splitlines()[-1])
+    words = commands_of(done)[-1]
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert words[words.index("--node-rank") + 1] == "1"
     assert words[words.index("--master-addr") + 1] == "head"
-    assert words[words.index("--master-port") + 1] == "1237"  # of the third setting
+    assert words[words.index("--master-port") + 1] == "1239"  # of the third setting, which meets on 1238
 
 
 def test_the_slurm_example_gives_every_node_its_number(launcher: Launcher) -> None:
@@ -136,21 +142,19 @@ def test_the_slurm_example_gives_every_node_its_number(launcher: Launcher) -> No
         timeout=30,
     )
     assert done.returncode == 0, done.stderr
-    plans = [shlex.split(line) for line in done.stdout.splitlines()]
+    plans = commands_of(done)
     assert len(plans) == 6  # three settings on each node
     assert [words[words.index("--node-rank") + 1] for words in plans] == ["0"] * 3 + ["1"] * 3
     assert {words[words.index("--master-addr") + 1] for words in plans} == {"node-a"}
-    assert [words[words.index("--master-port") + 1] for words in plans] == ["20008", "20009", "20010"] * 2
+    assert [words[words.index("--master-port") + 1] for words in plans] == ["20008", "20010", "20012"] * 2
 
 
 def test_torchrun_skips_what_cannot_be_shared_out_over_the_nodes(launcher: Launcher) -> None:
     nodes = ("--nnodes", "4", "--node-rank", "0", "--master-addr", "head")
     done = launcher("torchrun-tensor-parallel", *nodes, "--dry-run")
-    assert [words[words.index("--nproc-per-node") + 1] for words in map(shlex.split, done.stdout.splitlines())] == [
-        "1",
-        "2",
-    ]
-    assert "torchrun_tp_2 skipped: its 2 processes cannot be shared out evenly over 4 nodes" in done.stderr
+    assert [words[words.index("--nproc-per-node") + 1] for words in commands_of(done)] == ["1", "2"]
+    said = "torchrun_tp_2 cannot run: its 2 devices cannot be shared out evenly over 4 nodes"
+    assert said in " ".join(done.stdout.replace("#", "").split())
 
 
 def test_nodes_that_do_not_meet_start_no_torchrun(launcher: Launcher) -> None:
@@ -161,6 +165,72 @@ def test_nodes_that_do_not_meet_start_no_torchrun(launcher: Launcher) -> None:
     assert launcher.names() == []
     assert launcher("torchrun-tensor-parallel", *nodes).returncode == 0
     assert launcher.names() == ["torchrun_tp_2", "torchrun_tp_4", "torchrun_tp_8"]
+
+
+def test_nodes_use_the_network_that_they_met_on(launcher: Launcher) -> None:
+    nodes = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "head")
+    python = Path(launcher.environment["PYTHON"])
+    python.write_text(python.read_text() + 'echo "$GLOO_SOCKET_IFNAME" >>networks\n')
+    assert launcher("torchrun-tensor-parallel", *nodes).returncode == 0
+    assert (launcher.folder / "networks").read_text().split() == ["eth7"] * 3
+
+
+def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(launcher: Launcher) -> None:
+    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "head", "--master-port", "1234")
+    done = launcher("scaling-study", *nodes, "--dry-run")
+    commands = {words[words.index("--name") + 1]: words for words in commands_of(done)}
+    assert list(commands) == [name for name in ALL if name not in ("tp_1", "dp_2", "dp_4")] + [
+        "torchrun_dp_2",
+        "torchrun_dp_4",
+    ]
+    for name, words in commands.items():
+        config = config_of(words)
+        if name.startswith("torchrun_"):
+            assert (config.nnodes, config.distributed_executor_backend) == (1, "external_launcher")
+            assert words[words.index("--nnodes") + 1] == "2"
+        else:
+            assert (config.nnodes, config.node_rank, config.master_addr) == (2, 1, "head")
+            assert config.distributed_executor_backend == "mp"
+    # No two settings share a port.
+    ports = [int(words[words.index("--master-port") + 1]) for words in commands.values()]
+    assert all(later - earlier >= 2 for earlier, later in itertools.pairwise(sorted(ports)))
+    plan = " ".join(done.stdout.replace("#", "").split())
+    assert "one replica by vLLM's own mp; more (DP) by torchrun" in plan
+    assert "tp_1 cannot run: its 1 device cannot be shared out evenly over 2 nodes" in plan
+
+
+def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launcher) -> None:
+    model = str(REPOSITORY / "models" / "llama-2-7b")
+    done = launcher(
+        "scaling-study", "--model", model, "--seq-lens", "512", "--dry-run", "--", "--device-memory-gib", "80"
+    )
+    assert done.returncode == 0, done.stderr
+    comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
+    rows = {line.split()[1]: line.split()[2:] for line in comments if len(line.split()) == 8 and "devices" not in line}
+    assert list(rows) == ALL
+    # devices, replicas, by, weights GiB, KV tokens, requests of 512 + 128 tokens in one wave
+    assert rows["tp_1"][:4] == ["1", "1", "uni", "12.6"]
+    assert rows["dp_4"][:4] == ["4", "4", "uni", "12.6"]
+    assert rows["tp_2_pp_4"][:4] == ["8", "1", "mp", "1.63"]
+    pool_tokens = (80 * 0.8 - 12.55) * 2**30 / (2 * 32 * 32 * 128 * 2)
+    assert int(rows["tp_1"][4]) == pytest.approx(pool_tokens, rel=0.01)
+    assert int(rows["tp_1"][5]) == pytest.approx(pool_tokens / 640, rel=0.01)
+    assert max(map(len, comments)) <= 80
+    assert len(commands_of(done)) == len(ALL)
+
+
+def test_a_plan_names_what_the_model_does_not_allow(launcher: Launcher) -> None:
+    done = launcher("tensor-parallel", "--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64",
+                    "--dry-run", DEVICES="16")  # fmt: skip
+    assert len(commands_of(done)) == 4
+    done = launcher("custom", "PP=8", "--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64")
+    assert done.returncode == 1
+    assert "pp_8 skipped: --pipeline-parallel-size 8 is more stages than the model's 4 layers" in done.stderr
+
+
+def test_a_ray_cluster_may_have_more_devices_than_this_machine(launcher: Launcher) -> None:
+    assert launcher("custom", "TP=8", "--", "--distributed-executor-backend", "ray", DEVICES="1").returncode == 0
+    assert launcher.names() == ["tp_8"]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +410,8 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("torchrun-tensor-parallel", "--master-addr", "h"), "--master-addr: 'h' was given without --nnodes"),
         (("tensor-parallel", "--master-port", "1"), "--master-port: '1' was given without --nnodes"),
         (("torchrun-tensor-parallel", "--nnodes", "2", "--node-rank", "2"), "--node-rank: '2' was given"),
-        (("tensor-parallel", "--nnodes", "2"), "only the torchrun presets"),
+        (("tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed too"),
+        (("quickstart", "--nnodes", "2"), "quickstart is for one node"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_2(launcher: Launcher, words: tuple[str, ...], said: str) -> None:
@@ -368,7 +439,7 @@ def test_the_launcher_works_through_a_link_and_with_cdpath(launcher: Launcher) -
         env={**launcher.environment, "CDPATH": str(launcher.folder)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert shlex.split(done.stdout)[1] == str(REPOSITORY / "batch_inference_experiment.py")
+    assert commands_of(done)[0][1] == str(REPOSITORY / "batch_inference_experiment.py")
 
 
 def test_quickstart_overwrites_only_its_own_folder(launcher: Launcher) -> None:
@@ -395,23 +466,23 @@ def test_help_names_every_preset_with_its_comment_and_fits_80_columns(launcher: 
 def test_the_plan_of_a_study_answers_at_once_and_needs_no_environment(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
 
-    def dry_run() -> tuple[float, str]:
+    def dry_run() -> tuple[float, subprocess.CompletedProcess[str]]:
         start_s = time.perf_counter()
         done = subprocess.run(
             [str(LAUNCHER), "--dry-run", "scaling-study"],
             capture_output=True, text=True, cwd=tmp_path, env=environment, check=True,
         )  # fmt: skip
-        return time.perf_counter() - start_s, done.stdout
+        return time.perf_counter() - start_s, done
 
     results = [dry_run() for _ in range(3)]
     assert min(taken_s for taken_s, _ in results) < 0.3
-    for line in results[0][1].splitlines():
-        assert shlex.split(line)[1] == str(REPOSITORY / "batch_inference_experiment.py")
+    for words in commands_of(results[0][1]):
+        assert words[1] == str(REPOSITORY / "batch_inference_experiment.py")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_planned_command_is_one_that_the_script_understands(launcher: Launcher) -> None:
     for preset in ("tensor-parallel", "pipeline-parallel", "mixed-parallel", "quickstart"):
-        for line in launcher(preset, "--dry-run").stdout.splitlines():
-            config = config_of(shlex.split(line))
+        for words in commands_of(launcher(preset, "--dry-run")):
+            config = config_of(words)
             assert config.name == dataclasses.replace(config, name=None).setting_name

@@ -175,7 +175,7 @@ def test_the_plan_takes_vllms_own_word_for_the_size_of_the_cache(tmp_path: Path)
 
 
 def test_the_plan_says_that_the_weights_do_not_fit(tmp_path: Path) -> None:
-    assert "the weights do not fit: 12 GiB x 0.8 is there" in plan(ExperimentConfig(), facts(tmp_path), 12.0)
+    assert "the weights do not fit: 9.6 GiB are there for vLLM" in plan(ExperimentConfig(), facts(tmp_path), 12.0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from batch_inference.config import ExperimentConfig, flag_of, parse_flags
 from batch_inference.hardware import find_devices
 from batch_inference.metrics import markdown_table
 from batch_inference.plots import PLOTS
-from conftest import REPOSITORY, stub_environment
+from conftest import REPOSITORY, commands_of, stub_environment
 
 README = (REPOSITORY / "README_batch_inference.md").read_text()
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
@@ -68,7 +68,7 @@ def check_plan(words: list[str], folder: Path) -> None:
     """The launcher takes the words, and the experiment script takes what the launcher makes of them."""
     done = launch("--dry-run", *words, cwd=folder)
     assert done.returncode == 0, done.stderr
-    for planned in map(shlex.split, done.stdout.splitlines()):
+    for planned in commands_of(done):
         script = next(index for index, word in enumerate(planned) if word.endswith("batch_inference_experiment.py"))
         parse_flags(planned[script + 1 :])
 

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.hardware import Devices
 from batch_inference.replicas import LocalReplicas, ReplicaError, read_log_tail, replica_log, root_cause
-from conftest import REPOSITORY, stub_environment
+from conftest import REPOSITORY, loaded_with, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
 
@@ -22,8 +23,8 @@ ONE_CORE = Devices("cpu", ("0",))
 def replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     for name, value in stub_environment().items():
         monkeypatch.setenv(name, value)
-    config = ExperimentConfig(batch_sizes=(1, 2), seq_lens=(8,), max_tokens=4)
-    made = LocalReplicas(config, ONE_CORE, tmp_path / "x.log")
+    config = ExperimentConfig(batch_sizes=(1, 2), seq_lens=(8,), max_tokens=4, output_file=f"{tmp_path}/x.json")
+    made = LocalReplicas(config, ONE_CORE)
     yield made
     made.close()
 
@@ -69,7 +70,8 @@ def test_a_killed_engine_is_noticed(replicas: LocalReplicas) -> None:
 def test_a_wrong_vllm_flag_is_wrong_use_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in stub_environment().items():
         monkeypatch.setenv(name, value)
-    replicas = LocalReplicas(ExperimentConfig(engine_args=("--quantisation", "x")), ONE_CORE, tmp_path / "x.log")
+    config = ExperimentConfig(engine_args=("--quantisation", "x"), output_file=f"{tmp_path}/x.json")
+    replicas = LocalReplicas(config, ONE_CORE)
     try:
         with pytest.raises(ConfigError, match="did you mean --quantization"):
             replicas.start()
@@ -80,17 +82,17 @@ def test_a_wrong_vllm_flag_is_wrong_use_not_a_failure(tmp_path: Path, monkeypatc
 
 def test_an_engine_ends_itself_when_its_supervisor_is_killed(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path\n"
+        "import sys, time\n"
         "from batch_inference.config import ExperimentConfig\n"
         "from batch_inference.hardware import Devices\n"
         "from batch_inference.replicas import LocalReplicas\n"
-        "r = LocalReplicas(ExperimentConfig(), Devices('cpu', ('0',)), Path(sys.argv[1]))\n"
+        "r = LocalReplicas(ExperimentConfig(output_file=sys.argv[1]), Devices('cpu', ('0',)))\n"
         "r.start(); print(r.pids()[0], flush=True); time.sleep(60)\n"
     )
     environment = stub_environment()
     environment["PYTHONPATH"] += os.pathsep + str(REPOSITORY)
     supervisor = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "x.log")], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", program, str(tmp_path / "x.json")], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert supervisor.stdout is not None
     pid = int(supervisor.stdout.readline())
@@ -102,12 +104,6 @@ def test_an_engine_ends_itself_when_its_supervisor_is_killed(tmp_path: Path) -> 
     assert not Path(f"/proc/{pid}").exists()
 
 
-def loaded_with(log_path: Path) -> dict[str, str]:
-    """The variables that the stub saw when it loaded."""
-    line = next(line for line in log_path.read_text().splitlines() if line.startswith("stub vLLM is loading"))
-    return dict(word.split("=", 1) for word in line.split()[4:])
-
-
 @pytest.fixture
 def two_by_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """Starts TP=2 DP=2 on four GPUs; the variables of both replicas."""
@@ -115,9 +111,10 @@ def two_by_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore
         monkeypatch.setenv(name, value)
     made: list[LocalReplicas] = []
 
-    def start(*, coupled: bool) -> list[dict[str, str]]:
-        config = ExperimentConfig(tensor_parallel_size=2, data_parallel_size=2, batch_sizes=(2,), seq_lens=(8,))
-        made.append(LocalReplicas(config, Devices("gpu", ("0", "3", "5", "7")), tmp_path / "x.log", coupled=coupled))
+    def start(changes: dict[str, Any] | None = None, **how: Any) -> list[dict[str, str]]:
+        sizes = {"tensor_parallel_size": 2, "data_parallel_size": 2, "output_file": f"{tmp_path}/x.json"}
+        config = ExperimentConfig(batch_sizes=(2,), seq_lens=(8,), **(sizes | (changes or {})))
+        made.append(LocalReplicas(config, Devices("gpu", ("0", "3", "5", "7")), **how))
         assert len(made[0].start()) == 2
         return [loaded_with(replica_log(tmp_path / "x.log", replica)) for replica in range(2)]
 
@@ -144,11 +141,31 @@ def test_coupled_replicas_know_each_other(two_by_two: Callable[..., list[dict[st
     assert int(first["VLLM_PORT"]) >= int(first["VLLM_DP_MASTER_PORT"]) + 10
 
 
+def test_replicas_of_a_ray_cluster_that_is_joined_leave_the_devices_to_ray(
+    two_by_two: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first, second = two_by_two({"distributed_executor_backend": "ray"}, ray_address="10.0.0.1:6379")
+    assert first["RAY_ADDRESS"] == second["RAY_ADDRESS"] == "10.0.0.1:6379"
+    assert "CUDA_VISIBLE_DEVICES" not in {**first, **second}
+    # Processes of the cluster do not inherit our environment, and must find this package.
+    assert str(REPOSITORY) in first["RAY_JOB_CONFIG_JSON_ENV_VAR"]
+
+
+def test_replicas_without_a_ray_cluster_start_one_each_on_their_own_devices(
+    two_by_two: Callable[..., list[dict[str, str]]],
+) -> None:
+    first, second = two_by_two({"distributed_executor_backend": "ray"}, ray_address="local")
+    assert first["RAY_ADDRESS"] == second["RAY_ADDRESS"] == "local"
+    assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0,3", "5,7")
+
+
 def test_replicas_start_together_with_prompts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in stub_environment(STUB_RUN_S="0.05").items():
         monkeypatch.setenv(name, value)
-    config = ExperimentConfig(data_parallel_size=2, batch_sizes=(2,), seq_lens=(8,), max_tokens=4)
-    replicas = LocalReplicas(config, Devices("cpu", ("0", "1")), tmp_path / "x.log")
+    shape = {"batch_sizes": (2,), "seq_lens": (8,), "max_tokens": 4}
+    config = ExperimentConfig(data_parallel_size=2, output_file=f"{tmp_path}/x.json", **shape)
+    replicas = LocalReplicas(config, Devices("cpu", ("0", "1")))
     try:
         replicas.start()
         replicas.prepare(2, 8, 4, (0, "run", 0))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import SMALL_GRID, experiment_command, stub_environment
+from conftest import SMALL_GRID, experiment_command, loaded_with, stub_environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,9 +66,8 @@ def test_replicas_have_their_own_prompts_and_their_tokens_are_summed(tmp_path: P
 
 def test_ranks_are_bound_to_cores_of_their_own(tmp_path: Path) -> None:
     torchrun(tmp_path, 2, "-pp", "2")
-    logs = [(tmp_path / name).read_text() for name in ("tp_1_results.log", "tp_1_results.rank_1.log")]
-    places = [word for log in logs for word in log.split() if word.startswith("OMP_PLACES=")]
-    assert len(set(places)) == 2
+    logs = [tmp_path / name for name in ("tp_1_results.log", "tp_1_results.rank_1.log")]
+    assert len({loaded_with(log)["OMP_PLACES"] for log in logs}) == 2
 
 
 def test_a_wrong_number_of_processes_is_said_once_and_every_rank_ends(tmp_path: Path) -> None:

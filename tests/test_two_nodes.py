@@ -1,4 +1,4 @@
-"""A torchrun sweep over two hosts, on a real vLLM engine: two network namespaces, joined by a virtual cable."""
+"""Sweeps over two hosts on a real vLLM engine, through torchrun and through mp: two network namespaces, one cable."""
 
 from __future__ import annotations
 
@@ -49,16 +49,17 @@ def nodes() -> Iterator[None]:
     remove_nodes()
 
 
-def start_node(rank: int, folder: Path, *flags: str) -> subprocess.Popen[str]:
+def start_node(rank: int, folder: Path, *flags: str, preset: str = "torchrun-tensor-parallel") -> subprocess.Popen[str]:
     """The launcher on one node, which has a core, a network and a folder of its own."""
-    name, cable, _ = NODES[rank]
+    name = NODES[rank][0]
     core = sorted(os.sched_getaffinity(0))[rank]
-    launcher = ["./run_batch_experiments.sh", "torchrun-tensor-parallel", "--model", "models/tiny-llama"]
+    launcher = ["./run_batch_experiments.sh", *preset.split(), "--model", "models/tiny-llama"]
     job = ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", NODES[0][2], "--master-port", "29710"]
     return subprocess.Popen(
         ["ip", "netns", "exec", name, "taskset", "-c", str(core), *launcher, *job, "--output-dir", str(folder), *flags],
         cwd=REPOSITORY,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": cable},
+        # The network that joins the nodes is for the program to find.
+        env={name: value for name, value in os.environ.items() if not name.endswith("SOCKET_IFNAME")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -67,17 +68,24 @@ def start_node(rank: int, folder: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.usefixtures("nodes")
-def test_two_nodes_measure_one_setting_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("preset", "name", "log"),
+    [
+        ("torchrun-tensor-parallel", "torchrun_tp_2", "torchrun_tp_2_results.rank_1.log"),
+        ("custom TP=2", "tp_2", "tp_2_results.node_1.log"),
+    ],
+)
+def test_two_nodes_measure_one_setting_together(tmp_path: Path, preset: str, name: str, log: str) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     grid = ("--batch-sizes", "1,3", "--seq-lens", "16")
-    processes = [start_node(rank, folders[rank], *grid, "--", *SMALL) for rank in range(2)]
+    processes = [start_node(rank, folders[rank], *grid, "--", *SMALL, preset=preset) for rank in range(2)]
     outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    # One result file, on node 0; each rank has its own log.
-    assert [path.name for path in folders[0].glob("*.json")] == ["torchrun_tp_2_results.json"]
+    # One result file, on node 0; the other node has its own log.
+    assert [path.name for path in folders[0].glob("*.json")] == [f"{name}_results.json"]
     assert list(folders[1].glob("*.json")) == []
-    assert (folders[1] / "torchrun_tp_2_results.rank_1.log").exists()
-    document = json.loads((folders[0] / "torchrun_tp_2_results.json").read_text())
+    assert (folders[1] / log).exists()
+    document = json.loads((folders[0] / f"{name}_results.json").read_text())
     assert document["status"] == "complete"
     assert len(document["engine"]["workers"]) == 2
     for point in document["points"]:

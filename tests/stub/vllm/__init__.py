@@ -11,6 +11,7 @@ A run "takes" STUB_RUN_S seconds. STUB_FAIL makes it misbehave:
 
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.stats import RequestStateStats
 
 # What decides which devices, ports and part of the model an engine gets.
-DEVICE_VARIABLES = ("CUDA_VISIBLE", "VLLM_CPU", "OMP_PLACES", "VLLM_PORT", "VLLM_DP")
+DEVICE_VARIABLES = ("CUDA_VISIBLE", "VLLM_CPU", "OMP_PLACES", "VLLM_PORT", "VLLM_DP", "RAY")
 
 __version__ = "0.32.0"
 FAIL = os.environ.get("STUB_FAIL", "")
@@ -56,7 +57,9 @@ class LLM:
         if args.data_parallel_size > 1 and args.distributed_executor_backend != "external_launcher":
             raise ValueError("LLM(data_parallel_size>1) is not supported for single-process usage")
         # What decides which devices and which part of the model this engine gets.
-        seen = (f"{name}={value}" for name, value in os.environ.items() if name.startswith(DEVICE_VARIABLES))
+        seen = (
+            shlex.quote(f"{name}={value}") for name, value in os.environ.items() if name.startswith(DEVICE_VARIABLES)
+        )
         print("stub vLLM is loading", *seen, flush=True)
         _fork_engine_core()
         if FAIL == "load":
@@ -70,11 +73,20 @@ class LLM:
         )
 
     def collective_rpc(self, method):
-        assert method == "batch_inference_report"
         world_size = self.args.tensor_parallel_size * self.args.pipeline_parallel_size
         if self.args.distributed_executor_backend == "external_launcher":
             world_size = 1  # each rank is an engine with one worker
-        report = {"host": "stub", "weights_bytes": 2**30, "kv_bytes": 2**29, "compile_s": 0.25, "runner": "stub.Runner"}
+        if method == "batch_inference_read":
+            return [{"scope": "replica", "used_gib": [1.5], "energy_j": [None]}] * world_size
+        assert method == "batch_inference_report"
+        report = {
+            "host": "stub",
+            "device": {"name": "a stub"},
+            "weights_bytes": 2**30,
+            "kv_bytes": 2**29,
+            "compile_s": 0.25,
+            "runner": "stub.Runner",
+        }
         return [report] * world_size
 
     def get_metrics(self):

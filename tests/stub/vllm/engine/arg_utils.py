@@ -20,12 +20,21 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     disable_log_stats: bool = True
     worker_extension_cls: str = ""
+    enable_mfu_metrics: bool = False
+    jit_monitor_verbose: bool = False
     quantization: str | None = None
     load_format: str = "auto"
     hf_token: str | None = None
     nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29501
     block_size: int | None = None
     kv_cache_memory_bytes: int | None = None
+
+    def create_engine_config(self, usage_context, headless):
+        assert headless
+        return self
 
     @staticmethod
     def add_cli_args(parser):

@@ -1,0 +1,148 @@
+"""The plan of a whole preset: which settings can run here, how, and what they will need.
+
+    python -m batch_inference.overview NNODES [--plan]      one command per line on stdin, quoted for the shell
+
+Without --plan it answers one line per command: why that setting cannot run, or nothing. With it: a table as comment
+lines, and the commands that can run, so that the whole can be read, and pasted.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.hardware import Devices, find_devices, smallest_memory_gib
+from batch_inference.plan import infeasible, memory_plan, read_model_facts
+
+_SCRIPT = "batch_inference_experiment.py"
+_COLUMNS = ("setting", "devices", "replicas", "by")
+_MEMORY = ("weights GiB", "KV tokens", "fit in one wave")
+UNKNOWN = "unknown"
+_WHY_TORCHRUN = (
+    "over nodes: one replica by vLLM's own mp; more (DP) by torchrun, because vLLM's offline engine knows no replicas"
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One command of the launcher."""
+
+    command: str
+    config: ExperimentConfig
+    reason: str | None  # why it cannot run here
+
+    @property
+    def name(self) -> str:
+        return self.config.setting_name
+
+
+def setting_of(command: str, nnodes: int, devices: Devices) -> Setting:
+    """Raises ConfigError for flags that are wrong, and for a model folder that is none."""
+    words = shlex.split(command)
+    script = next(index for index, word in enumerate(words) if word.endswith(_SCRIPT))
+    config, _ = parse_flags(words[script + 1 :])
+    return Setting(command, config, _uneven(config, nnodes) or _infeasible(config, nnodes, devices))
+
+
+def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
+    if config.num_devices % nnodes == 0:
+        return None
+    devices = f"{config.num_devices} device{'s' if config.num_devices > 1 else ''}"
+    return f"its {devices} cannot be shared out evenly over {nnodes} nodes"
+
+
+def _infeasible(config: ExperimentConfig, nnodes: int, devices: Devices) -> str | None:
+    facts = read_model_facts(config.model)
+    if config.distributed_executor_backend == "ray":
+        return infeasible(config, facts, devices)
+    needed, there = config.num_devices, len(devices) * nnodes
+    if needed > there:
+        return f"it needs {needed} devices, there are {there} ({devices.kind})"
+    # Every node is taken to be like this one.
+    return infeasible(config, facts, devices, needed // nnodes)
+
+
+def table(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str]:
+    """What the settings will need, a line each; without the memory where the model's sizes cannot be read from here."""
+    memory = [_memory_cells(setting.config, devices) for setting in settings]
+    rows = [
+        [setting.name, str(setting.config.num_devices), str(setting.config.data_parallel_size), _by(setting, nnodes)]
+        for setting in settings
+    ]
+    if any(memory):
+        rows = [row + (cells or [UNKNOWN] * len(_MEMORY)) for row, cells in zip(rows, memory, strict=True)]
+    rows.insert(0, [*_COLUMNS, *(_MEMORY if any(memory) else ())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _memory_cells(config: ExperimentConfig, devices: Devices) -> list[str] | None:
+    memory_gib = config.device_memory_gib or smallest_memory_gib(devices)
+    memory = memory_plan(config, read_model_facts(config.model), devices, memory_gib)
+    if memory is None:
+        return None
+    if memory.pool_gib is None:
+        return [f"{memory.weights_gib:.3g}", UNKNOWN, UNKNOWN]
+    tokens = memory.kv_cache_tokens(config.max_model_len or config.longest_request)
+    waves = (memory.requests_in_one_wave(seq_len + config.max_tokens) for seq_len in config.seq_lens)
+    return [f"{memory.weights_gib:.3g}", str(tokens), " / ".join(map(str, waves))]
+
+
+def _by(setting: Setting, nnodes: int) -> str:
+    """How vLLM's processes are started."""
+    if setting.reason:
+        return "-"
+    backend = setting.config.distributed_executor_backend
+    words = {None: "uni", "external_launcher": "torchrun", "ray": "Ray"}.get(backend, str(backend))
+    return f"{words}, {nnodes} nodes" if nnodes > 1 else words
+
+
+def plan(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str]:
+    """The table, what cannot run and why, and the commands for the rest."""
+    config = settings[0].config
+    nodes = f" on each of {nnodes} nodes" if nnodes > 1 else ""
+    rows = table(settings, nnodes, devices)
+    knows_memory = rows[0].endswith(_MEMORY[-1])
+    head = (
+        f"{config.model} on {len(devices)} {devices.kind} device{'s' if len(devices) != 1 else ''}{nodes}",
+        f"{len(list(config.points()))} points each: batch sizes {_listed(config.batch_sizes)} x lengths "
+        f"{_listed(config.seq_lens)}, {config.max_tokens} output tokens",
+        _WHY_TORCHRUN if nnodes > 1 else "",
+        "" if knows_memory else "memory: unknown, the model's sizes cannot be read from here",
+    )
+    reasons = [f"{setting.name} cannot run: {setting.reason}" for setting in settings if setting.reason]
+    lines = [*_wrapped(head), "", *rows, *([""] if reasons else []), *_wrapped(reasons)]
+    commands = [setting.command for setting in settings if setting.reason is None]
+    return [f"# {line}".rstrip() for line in lines] + commands
+
+
+def _wrapped(texts: Iterable[str]) -> list[str]:
+    return [
+        line
+        for text in texts
+        for line in textwrap.wrap(text, 78, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def main(words: Sequence[str]) -> int:
+    nnodes, devices = int(words[0]), find_devices()
+    try:
+        settings = [setting_of(line, nnodes, devices) for line in sys.stdin.read().splitlines()]
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    lines = plan(settings, nnodes, devices) if "--plan" in words else [setting.reason or "" for setting in settings]
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
