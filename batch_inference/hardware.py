@@ -269,8 +269,10 @@ def drawn_j(before: Reading, after: Reading) -> float | None:
 def clocks_of(after: Reading, seen: dict[str, Any]) -> dict[str, Any]:
     """What a Run keeps of clocks and neighbours: where they were watched, sm_mhz, throttle_reasons, other_processes."""
     others = [count for count in after.get("other_processes", []) if count is not None]
-    known = {name: seen[name] for name in ("sm_mhz", "throttle_reasons") if name in seen}
-    return {**known, **({"other_processes": sum(others)} if others else {})}
+    clocks: dict[str, Any] = {name: seen[name] for name in ("sm_mhz", "throttle_reasons") if name in seen}
+    if others:
+        clocks["other_processes"] = sum(others)
+    return clocks
 
 
 def _group_of(pid: int) -> int | None:

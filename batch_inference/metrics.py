@@ -135,8 +135,9 @@ def _memory_peak_gib(_: Result, point: Point) -> float | None:
 
 
 def _idle_power_w(result: Result, _: Point) -> float | None:
-    watts = [device.get("idle_power_w") for device in result.environment.get("devices") or []]
-    return sum(watts) if watts and None not in watts else None
+    watts = [device.get("idle_power_w") for device in result.devices]
+    known = [float(value) for value in watts if value is not None]
+    return sum(known) if known and len(known) == len(watts) else None
 
 
 def _sm_mhz(_: Result, point: Point) -> float | None:

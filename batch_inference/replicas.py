@@ -42,7 +42,7 @@ _HANDED_ON = re.compile(
 )
 _DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
 # vLLM's words for a kernel that its own warm-up did not cover.
-_COMPILED = re.compile(r"(?:compilation|autotuning|compile)\b[^\n]* during inference:", re.IGNORECASE)
+_COMPILED = re.compile(r" during inference: |Triton autotuning for function")
 _ERROR = re.compile(r"(?:^|[\s\].])([A-Z]\w*(?:Error|Exception)): (.+)")
 
 

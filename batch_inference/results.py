@@ -97,6 +97,12 @@ class Result:
         return {**self.engine, **point.engine}
 
     @property
+    def devices(self) -> list[dict[str, Any]]:
+        """What the environment says of each device."""
+        devices = self.environment.get("devices")
+        return [device for device in devices if isinstance(device, dict)] if isinstance(devices, list) else []
+
+    @property
     def data_parallel_size(self) -> int:
         return int(self.config["data_parallel_size"])
 

@@ -146,8 +146,7 @@ def _settings(result: Result, point: Point) -> Row:
 
 def _environment(result: Result) -> Row:
     environment, versions = result.environment, _section(result.environment, "versions")
-    devices = environment.get("devices")
-    devices = [device for device in devices if isinstance(device, dict)] if isinstance(devices, list) else []
+    devices = result.devices
     names = sorted({str(device["name"]) for device in devices if device.get("name")})
     plain_facts = (
         "started_at", "ended_at", "host", "platform", "python_version", "cpu_name", "driver_version", "git_commit",

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_nvml
 import pytest
 
 from batch_inference import hardware
-from batch_inference.hardware import CpuMonitor, Devices, find_devices
+from batch_inference.hardware import CpuMonitor, Devices, GpuMonitor, clocks_of, find_devices
 
 EIGHT_GPUS = Devices("gpu", tuple("01234567"))
 
@@ -64,3 +70,65 @@ def test_memory_of_a_process_tree_is_what_the_kernel_says() -> None:
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     resident_gib = resident_pages * os.sysconf("SC_PAGE_SIZE") / hardware.GIB
     assert used_gib == pytest.approx(resident_gib, rel=0.2)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> GpuMonitor:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    return GpuMonitor(Devices("gpu", ("0", "1")))
+
+
+def test_devices_are_described_before_anything_runs(gpus: GpuMonitor) -> None:
+    first, second = gpus.describe()
+    assert (first["memory_gib"], first["used_before_gib"], first["power_limit_w"]) == (80, 1, 700)
+    assert (second["name"], second["idle_power_w"], second["max_sm_mhz"]) == ("GPU 1", 71, 1979)
+
+
+def test_what_a_gpu_has_no_counter_for_is_unknown(gpus: GpuMonitor) -> None:
+    reading = gpus.read()
+    assert reading["energy_j"] == [None, 5.0]
+    assert reading["used_gib"] == [1, 2]
+
+
+@pytest.fixture
+def neighbour() -> Iterator[int]:
+    """A process of another group, as an engine of somebody else is."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def test_processes_of_other_groups_are_neighbours(
+    gpus: GpuMonitor, neighbour: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = os.getpid()
+    running = [SimpleNamespace(pid=pid) for pid in (own, neighbour, 2**22 + 1)]
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: running * handle)
+    assert gpus.read([own])["other_processes"] == [0, 1]
+    assert gpus.read([own, neighbour])["other_processes"] == [0, 0]
+    assert clocks_of(gpus.read([own]), {})["other_processes"] == 1
+
+
+def test_clocks_are_watched_while_a_run_is_on(gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "SAMPLE_S", 0.01)
+    with gpus.watch() as seen:
+        time.sleep(0.1)
+    assert seen == {
+        "sm_mhz": [1980, 1979],
+        "peak_gib": [1, 2],
+        "throttle_reasons": ["gpu_idle", "hw_thermal_slowdown"],
+    }
+
+
+def test_a_run_too_short_to_be_watched_says_nothing_of_clocks(gpus: GpuMonitor) -> None:
+    with gpus.watch() as seen:
+        pass
+    assert seen == {}
+    assert clocks_of({"other_processes": [None]}, seen) == {}
+
+
+def test_the_cpu_has_no_clocks_to_watch() -> None:
+    with CpuMonitor(Devices("cpu", ("0",))).watch() as seen:
+        pass
+    assert clocks_of(CpuMonitor(Devices("cpu", ("0",))).read([os.getpid()]), seen) == {}

@@ -22,8 +22,20 @@ RUNS = [
             output_tokens=[10, 10, 10, 10],
         ),
         energy_j=600.0,
-        memory={"scope": "device", "used_gib": [10.0, 11.0, 12.0, 13.0], "peak_kv_use": 0.08},
-        counters={"preemptions": 1, "prefix_cache_hit_tokens": 0, "peak_running": 2},
+        memory={
+            "scope": "device",
+            "used_gib": [10.0, 11.0, 12.0, 13.0],
+            "peak_gib": [11.0, 12.0, 13.0, 15.0],
+            "peak_kv_use": 0.08,
+        },
+        counters={
+            "preemptions": 1,
+            "prefix_cache_hit_tokens": 0,
+            "peak_running": 2,
+            "flops_per_device": 4e14,
+            "memory_bytes_per_device": 1e12,
+        },
+        clocks={"sm_mhz": [1900.0, 1800.0, 1900.0, None]},
     ),
     make_run(
         3.0,
@@ -37,8 +49,20 @@ RUNS = [
             output_tokens=[10, 10, 10, 10],
         ),
         energy_j=1000.0,
-        memory={"scope": "device", "used_gib": [10.0, 11.0, 12.0, 14.0], "peak_kv_use": 0.09},
-        counters={"preemptions": 2, "prefix_cache_hit_tokens": 0, "peak_running": 1},
+        memory={
+            "scope": "device",
+            "used_gib": [10.0, 11.0, 12.0, 14.0],
+            "peak_gib": [11.0, 12.0, 13.0, 14.0],
+            "peak_kv_use": 0.09,
+        },
+        counters={
+            "preemptions": 2,
+            "prefix_cache_hit_tokens": 0,
+            "peak_running": 1,
+            "flops_per_device": 6e14,
+            "memory_bytes_per_device": 2e12,
+        },
+        clocks={"sm_mhz": [2000.0]},
     ),
 ]
 POINT = make_point(2, 100, max_tokens=10, runs=RUNS)
@@ -49,10 +73,15 @@ RESULT = make_result(
     engine={
         "weights_gib": 6.5,
         "kv_pool_gib": 30.0,
+        "activations_gib": 1.5,
         "kv_cache_tokens": 2200,
         "load_s": {"total_s": 40.0},
         "cudagraph_mode": "FULL_AND_PIECEWISE",
         "cudagraph_capture_sizes": [4, 8],
+    },
+    environment={
+        "devices": [{"name": "a GPU", "idle_power_w": 70.0}] * 4,
+        "peaks": {"flops_per_s": 1e15, "bytes_per_s": 2e12, "source": "a datasheet"},
     },
 )
 EXPECTED = {
@@ -87,8 +116,10 @@ EXPECTED = {
     "queue_p90_s": 0.2,
     "queue_p99_s": 0.2,
     "memory_used_gib": 14.0,
+    "memory_peak_gib": 15.0,
     "weights_gib": 6.5,
     "kv_pool_gib": 30.0,
+    "activations_gib": 1.5,
     "kv_cache_tokens": 2200,
     "kv_use": 0.1,  # 2 x 110 / 2200: the batch of one replica in its own cache
     "kv_peak_use": 0.09,
@@ -97,6 +128,10 @@ EXPECTED = {
     "padded_batch_size": 4,
     "preemptions": 3,
     "energy_j_per_output_token": 20.0,  # 1600 J / 80 tokens
+    "idle_power_w": 280.0,
+    "sm_mhz": 1900.0,
+    "mfu": 0.2,  # 1e15 / (5 s x 1e15)
+    "mbu": 0.3,  # 3e12 / (5 s x 2e12)
     "load_s": 40.0,
 }
 
@@ -113,6 +148,15 @@ def test_a_metric_is_what_its_definition_says(name: str) -> None:
 def test_a_point_without_runs_has_no_numbers() -> None:
     point = make_point(status="oom", verdict=None, runs=[])
     assert set(summarise(RESULT, point).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("peaks", "flops"), [(None, 4e14), ({"flops_per_s": None, "bytes_per_s": None}, 4e14), ({"flops_per_s": 1e15}, 0)]
+)
+def test_a_share_is_unknown_where_the_peak_is_or_vllm_estimates_no_work(peaks: object, flops: float) -> None:
+    run = make_run(1.0, counters={"preemptions": 0, "prefix_cache_hit_tokens": 0, "flops_per_device": flops})
+    result = make_result(points=[], environment={"peaks": peaks})
+    assert METRIC_BY_NAME["mfu"].formula(result, make_point(runs=[run])) is None
 
 
 def test_one_run_has_no_interval() -> None:

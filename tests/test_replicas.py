@@ -199,3 +199,16 @@ def test_colour_codes_do_not_reach_the_log_tail(tmp_path: Path) -> None:
     log.write_text("\x1b[1;36m(EngineCore pid=1)\x1b[0;0m ValueError: no\n")
     assert read_log_tail(log) == ["(EngineCore pid=1) ValueError: no"]
     assert read_log_tail(tmp_path / "absent.log") == []
+
+
+def test_kernels_compiled_during_a_run_are_counted_by_the_log(
+    replicas: LocalReplicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUB_FAIL", "compile:2")
+    replicas.start()
+    counted: list[Any] = []
+    for run in range(4):
+        replicas.prepare(2, 8, 4, (0, "run", run))
+        counted += [outcome["jit_compilations"] for outcome in replicas.run()]
+    # The stub compiles in every third run.
+    assert counted == [0, 0, 1, 0]

@@ -4,6 +4,7 @@ A run "takes" STUB_RUN_S seconds. STUB_FAIL makes it misbehave:
   load          the engine does not start; the cause stands only in the log, as with vLLM
   run:N         batches of N requests fail with an out-of-memory error
   die:N         batches of N requests kill the process
+  compile:N     every third batch of N requests compiles a kernel, as the log says
   tokens        one output token is missing
   prefix        prompt tokens come from the prefix cache
   hang          the first run never ends
@@ -66,6 +67,7 @@ class LLM:
             print("(EngineCore pid=1) ERROR 01-01 [core.py:1] ValueError: the planted reason", file=sys.stderr)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         self.args = args
+        self.calls = 0
         self.llm_engine = SimpleNamespace(
             model_config=_ModelConfig(hf_text_config=HF_CONFIG),
             vllm_config=_vllm_config(args),
@@ -84,19 +86,27 @@ class LLM:
             "device": {"name": "a stub"},
             "weights_bytes": 2**30,
             "kv_bytes": 2**29,
+            "activation_bytes": 2**28,
             "compile_s": 0.25,
             "runner": "stub.Runner",
         }
         return [report] * world_size
 
     def get_metrics(self):
-        return [SimpleNamespace(name="vllm:num_preemptions", value=0)]
+        # Between two calls lies a run: 1 TFLOP, 3 GB read and 1 GB written.
+        self.calls += 1
+        work = {"flops": 1e12, "read_bytes": 3e9, "write_bytes": 1e9} if self.args.enable_mfu_metrics else {}
+        return [
+            SimpleNamespace(name="vllm:num_preemptions", value=0),
+            *(SimpleNamespace(name=f"vllm:estimated_{n}_per_gpu", value=v * self.calls) for n, v in work.items()),
+        ]
 
     def generate(self, prompts, sampling_params, use_tqdm):
         assert use_tqdm is False
         assert len(prompts[0]["prompt_token_ids"]) + sampling_params.max_tokens <= self.args.max_model_len
         print("prompts", *(prompt["prompt_token_ids"] for prompt in prompts), flush=True)
         _misbehave(len(prompts))
+        _compile_late(len(prompts))
         time.sleep(RUN_S)
         return [_output(prompt["prompt_token_ids"], sampling_params.max_tokens) for prompt in prompts]
 
@@ -118,6 +128,17 @@ def _misbehave(batch_size):
         os.abort()
     if FAIL == "hang":
         time.sleep(3600)
+
+
+def _compile_late(batch_size):
+    """Every third batch of that size, as vLLM says it."""
+    if f"compile:{batch_size}" == FAIL:
+        batches.append(batch_size)
+        if len(batches) % 3 == 0:
+            print("(Worker pid=1) WARNING Triton kernel JIT compilation during inference: _k. This causes", flush=True)
+
+
+batches = []
 
 
 def _output(prompt, max_tokens):

@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""What --dry-run estimates against what vLLM reports: weights and KV-cache tokens of every result file given.
+
+    python benchmarks/plan_check.py docs/routes >docs/plan_check.md
+
+Models are looked for by the path in the file, from the current folder. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.hardware import Devices
+from batch_inference.plan import memory_plan, read_model_facts
+from batch_inference.results import Result, ResultFileError, load_result
+
+HEAD = (
+    "| file | device | vLLM | weights GiB: plan | vLLM | ratio | KV tokens: plan | vLLM | ratio |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def row(path: Path, result: Result) -> str | None:
+    """None for a file without an engine, and for a model whose sizes are not known."""
+    engine, environment = result.engine, result.environment
+    config = config_of(result)
+    kind = environment["device_kind"]
+    # On the CPU all devices share one memory, and the plan does not guess at it.
+    memory_gib = environment["devices"][0]["memory_gib"] if kind == "gpu" else None
+    memory = memory_plan(config, read_model_facts(config.model), Devices(kind, ()), memory_gib)
+    if memory is None or "weights_gib" not in engine:
+        return None
+    tokens = memory.kv_cache_tokens(engine["max_model_len"])
+    cells = [
+        f"`{path}`",
+        environment["devices"][0]["name"],
+        engine["vllm_version"],
+        *_compared(memory.weights_gib, engine["weights_gib"], ".4f"),
+        *_compared(tokens, engine["kv_cache_tokens"], ".0f"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def config_of(result: Result) -> ExperimentConfig:
+    script = next(i for i, word in enumerate(result.environment["argv"]) if word.endswith("experiment.py"))
+    return parse_flags(result.environment["argv"][script + 1 :])[0]
+
+
+def _compared(planned: float | None, seen: float, digits: str) -> list[str]:
+    if planned is None:
+        return ["unknown", f"{seen:{digits}}", ""]
+    return [f"{planned:{digits}}", f"{seen:{digits}}", f"{planned / seen:.3f}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of result files")
+    paths = [path for folder in parser.parse_args().folders for path in sorted(folder.rglob("*_results.json"))]
+    lines = []
+    try:
+        lines = [line for path in paths if (line := row(path, load_result(path)))]
+    except (ConfigError, ResultFileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join([*HEAD, *lines]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
