@@ -29,6 +29,16 @@ from batch_inference.results import load_result
 REPOSITORY = Path(__file__).resolve().parent.parent
 Point = tuple[int, int]
 Latencies = dict[Point, list[float]]
+# `vllm bench latency` itself, without the command around it, which does not start with the CPU build of vLLM 0.32.0.
+BENCH_LATENCY = """
+import sys
+from vllm.benchmarks.latency import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+if __name__ == "__main__":
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args(sys.argv[1:]))
+"""
 WAYS = ("ours", "bare loop", "vllm bench latency")
 
 
@@ -117,7 +127,7 @@ def bench_latency(args: argparse.Namespace) -> Latencies:
     measured = {}
     for batch, length in args.points:
         answer = args.output_dir / f"bench_{batch}x{length}.json"
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "latency", *shared_flags(args)]
+        command = [sys.executable, "-c", BENCH_LATENCY, *shared_flags(args)]
         command += ["--gpu-memory-utilization", "0.8", "--skip-tokenizer-init", "--disable-detokenize"]
         command += ["--input-len", str(length), "--output-len", str(args.max_tokens), "--batch-size", str(batch)]
         command += ["--num-iters-warmup", str(args.warmup_runs), "--num-iters", str(args.num_runs)]
@@ -155,7 +165,7 @@ def call(command: list[str], log: Path) -> None:
     with log.open("w") as output:
         done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=REPOSITORY)
     if done.returncode:
-        sys.exit(f"error: {' '.join(command[1:4])} failed with exit code {done.returncode}; see {log}")
+        sys.exit(f"error: a measurement failed with exit code {done.returncode}; see {log}")
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
