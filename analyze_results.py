@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             read_settings("--compare", flags.compare, flags.slo_percentile) if flags.compare else (None, [])
         )
         problems += unread
+        check_plots(flags.plots)
         analysis = ask(settings, flags, earlier)
         folder = make_folder(flags.output_dir or default_folder(flags.input))
         text = write_analysis(analysis, problems, folder, plots=flags.plots)
@@ -244,9 +245,10 @@ def regressed(analysis: Analysis, percent: float | None) -> bool:
 
     if percent is None or analysis.comparison is None:
         return False
-    found = len(regressions(analysis.comparison, percent))
+    found, compared = len(regressions(analysis.comparison, percent)), len(analysis.comparison.points)
     if found:
-        print(f"error: --fail-on-regression {percent:g}: {found} points are lost or worse by more", file=sys.stderr)
+        what = f"{found} of {compared} points are lost or worse by more"
+        print(f"error: --fail-on-regression {percent:g}: {what}", file=sys.stderr)
     return found > 0
 
 
@@ -280,16 +282,24 @@ def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: t
     return "\n".join([*lines, *(str(path) for _, path in drawn)])
 
 
+def check_plots(names: tuple[str, ...] | None) -> None:
+    """Raises UsageError for a plot that there is not."""
+    if not names:
+        return
+    from batch_inference.plots import PLOTS
+
+    known = [name for name, _, _ in PLOTS]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--plots {','.join(unknown)}: no such plot; choose of {', '.join(known)}")
+
+
 def draw(analysis: Analysis, folder: Path, names: tuple[str, ...] | None) -> tuple[list[tuple[str, Path]], list[str]]:
-    """(title, path) of each plot, and why each of the others was not drawn. Raises UsageError for an unknown name."""
+    """(title, path) of each plot, and why each of the others was not drawn."""
     if names == ():
         return [], []
     # Another slow import, and not needed without plots.
-    from batch_inference.plots import PLOTS, write_plots
+    from batch_inference.plots import write_plots
 
-    known = [name for name, _, _ in PLOTS]
-    if unknown := [name for name in names or () if name not in known]:
-        raise UsageError(f"--plots {','.join(unknown)}: no such plot; choose of {', '.join(known)}")
     return write_plots(analysis.parts, folder, names)
 
 

@@ -137,7 +137,7 @@ def layout(tp: int, pp: int, dp: int) -> str:
     return " ".join(words) or "TP=1"
 
 
-def _order(tp: int, pp: int, dp: int) -> tuple[int, int, int, int]:
+def layout_order(tp: int, pp: int, dp: int) -> tuple[int, int, int, int]:
     """TP, PP and DP alone come before the mixed ones."""
     return (sum(size > 1 for size in (tp, pp, dp)), -tp, -pp, -dp)
 
@@ -151,7 +151,7 @@ def side_by_side(part: pd.DataFrame) -> pd.DataFrame:
     """
     points = believable(part).dropna(subset="output_tok_per_s")
     sizes = [points[name].astype(int).tolist() for name in SIZES]
-    order = pd.Series(list(map(_order, *sizes)), index=points.index, dtype=object)
+    order = pd.Series(list(map(layout_order, *sizes)), index=points.index, dtype=object)
     points = points.assign(layout=list(map(layout, *sizes)), _order=order)
     fastest = points.sort_values("output_tok_per_s", ascending=False, kind="stable")
     fastest = fastest.drop_duplicates([*EQUAL_WORK, "layout"])

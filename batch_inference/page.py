@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from batch_inference.answers import Section
 from batch_inference.console import short
-from batch_inference.sections import ROW_LIMIT, Section
+from batch_inference.sections import ROW_LIMIT
 
 # The page allows itself no network at all, so that no name from a file can fetch anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

@@ -31,6 +31,7 @@ from batch_inference.sheet import (
     NothingToShowError,
     axis_label,
     batch_axis,
+    describe,
     handles_of,
     hollow,
     label_outside,
@@ -319,20 +320,23 @@ def write_plots(
     _remove_old(folder)
     written, missing = [], []
     tables = named_first([part.points for part in parts])
-    for name, title, draw in PLOTS:
-        if names is not None and name not in names:
-            continue
-        if not parts:
-            missing.append(f"{title}: no point was measured")
-        for part, points in zip(parts, tables, strict=True):
-            of_group = f" (group {part.number})" if len(parts) > 1 else ""
-            mixed = f" [MIXED: {', '.join(part.mixed)}]" if part.mixed else ""
-            path = folder / f"{name}{f'_group_{part.number}' if of_group else ''}.png"
-            try:
-                _save(draw, points, path, of_group)
-                written.append((title + of_group + mixed, path))
-            except NothingToShowError as reason:
-                missing.append(f"{title}{of_group}: {reason}")
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # A name in a script that the font lacks is no news to the user.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        for name, title, draw in PLOTS:
+            if names is not None and name not in names:
+                continue
+            if not parts:
+                missing.append(f"{title}: no point was measured")
+            for part, points in zip(parts, tables, strict=True):
+                of_group = f" (group {part.number})" if len(parts) > 1 else ""
+                mark = of_group + (f" [MIXED: {', '.join(part.mixed)}]" if part.mixed else "")
+                path = folder / f"{name}{f'_group_{part.number}' if of_group else ''}.png"
+                try:
+                    _save(draw(points.assign(_mark=mark, _about=describe(points))), path)
+                    written.append((title + mark, path))
+                except NothingToShowError as reason:
+                    missing.append(f"{title}{of_group}: {reason}")
     return written, missing
 
 
@@ -344,14 +348,9 @@ def _remove_old(folder: Path) -> None:
                 old.unlink(missing_ok=True)
 
 
-def _save(draw: Callable[[pd.DataFrame], Figure], points: pd.DataFrame, path: Path, of_group: str) -> None:
-    with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # A name in a script that the font lacks is no news to the user.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure = draw(points)
-        figure.texts[0].set_text(figure.texts[0].get_text() + of_group)
-        figure.savefig(path, dpi=DPI)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 # --- what the line plots share ------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tabulate
 
-from batch_inference.sections import ROW_LIMIT, Section
+from batch_inference.answers import Section
+from batch_inference.sections import ROW_LIMIT
 
 WIDTH = 80
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.

@@ -1,287 +1,31 @@
-"""What the analysis says: a heading, facts, a table and lines for each answer. report.py and page.py write them."""
+"""Everything that the analysis says, section by section; report.py and page.py write them."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from batch_inference.analysis import Analysis, Part, values
-from batch_inference.compare import SIZES, SetComparison, layout
-from batch_inference.console import short
-from batch_inference.decide import Choice, Goal
-from batch_inference.tables import TO_MENTION, differing, half_width, setting_labels
+from batch_inference.analysis import Analysis, values
+from batch_inference.answers import Section, best, compared, layouts, pareto, scaling
+from batch_inference.tables import TO_MENTION, differing, setting_labels
 
 # A table in the report has as many rows at most; results.csv and summary.json have them all.
 ROW_LIMIT = 500
-# Layouts beside the first one in a table of 80 columns.
-_BESIDE = 3
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, then facts (name, value), a table, and lines; each part may be empty."""
-
-    title: str
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    header: tuple[str, ...] = ()
-    rows: list[list[str]] = field(default_factory=list)
-    numbers: frozenset[str] = frozenset()  # columns set to the right
-    lines: list[str] = field(default_factory=list)
 
 
 def sections(analysis: Analysis) -> list[Section]:
     """Everything that the files say, in the order in which it is read: the decision first."""
     found: list[Section] = []
     if analysis.comparison is not None:
-        found.append(_compared(analysis.comparison))
-    found += [_best(part, analysis) for part in analysis.parts]
+        found.append(compared(analysis.comparison))
+    found += [best(part, analysis) for part in analysis.parts]
     for part in analysis.parts:
-        found += _layouts(part)
-    found += [_scaling(part) for part in analysis.parts]
-    found += [_pareto(part) for part in analysis.parts]
+        found += layouts(part)
+    found += [scaling(part) for part in analysis.parts]
+    found += [pareto(part) for part in analysis.parts]
     found += [_about(analysis), _settings(analysis), _problems(analysis)]
     return [section for section in found if section.facts or section.rows or section.lines]
-
-
-def marked(title: str, part: Part) -> str:
-    """A title that says of which group, and that unlike things are in it where the user allows it."""
-    mixed = f" [MIXED: {', '.join(part.mixed)}]" if part.mixed else ""
-    return f"{title}{part.title}{mixed}"
-
-
-# --- the decision -------------------------------------------------------------------------------------------------
-
-
-def _best(part: Part, analysis: Analysis) -> Section:
-    limits = str(analysis.question.limits)
-    found = [choice for choice in part.choices if choice.best is not None]
-    rows = [_choice_row(choice, choice.best) for choice in found if choice.best is not None]
-    lines = [_tie(choice) for choice in found if choice.ties]
-    lines += [_none_keeps(choice, analysis) for choice in part.choices if choice.best is None]
-    if (part.points["global_batch_size"] != part.points["batch_size"]).any():
-        lines.append("batch: requests handed to each replica.")
-    if any(row[-1].endswith("*") for row in rows):
-        lines.append("* suspect: see below, and do not rely on it alone.")
-    if any("±" in row[-1] for row in rows):
-        lines.append("±: 95 % confidence interval of the mean over the runs.")
-    if found and any(half_width(choice.best, choice.goal.column) is None for choice in found if choice.best):
-        lines.append("no ±: a single run has no interval, and shows no tie; raise --num-runs.")
-    header = ("length", "best", "setting", "devices", "batch", "value")
-    facts = [("limits", limits)] if limits else []
-    return Section(
-        marked("Best", part),
-        facts if rows or lines else [],
-        header,
-        rows,
-        frozenset({"length", "devices", "batch"}),
-        lines,
-    )
-
-
-def _choice_row(choice: Choice, best: Mapping[Hashable, Any]) -> list[str]:
-    place = [str(best["setting"]), str(best["num_devices"]), str(best["batch_size"])]
-    return [str(choice.seq_len), choice.goal.name, *place, with_unit(best, choice.goal)]
-
-
-def _tie(choice: Choice) -> str:
-    others = ", ".join(
-        f"{row['setting']} (batch {row['batch_size']}: {with_unit(row, choice.goal)})" for row in choice.ties
-    )
-    return f"tie, length {choice.seq_len}, {choice.goal.name}: the interval overlaps that of {others}"
-
-
-def _none_keeps(choice: Choice, analysis: Analysis) -> str:
-    start = f"length {choice.seq_len}: no point keeps the limits"
-    if choice.nearest is None:
-        return f"{start}; the percentiles are not known"
-    columns = analysis.question.limits.columns()
-    numbers = ", ".join(f"{name} {short(choice.nearest[name])}" for name in columns)
-    return f"{start}; nearest: {choice.nearest['setting']} at batch {choice.nearest['batch_size']}, {numbers}"
-
-
-# --- TP, PP or DP -------------------------------------------------------------------------------------------------
-
-
-_BLOCK = ["seq_len", "max_tokens", "global_batch_size"]
-
-
-def _layouts(part: Part) -> Iterator[Section]:
-    """Per number of devices a table with a column per layout, in tables that fit the terminal."""
-    for devices, measured in part.points.groupby("num_devices"):
-        known = dict.fromkeys(layout(*map(int, sizes)) for sizes in measured[list(SIZES)].drop_duplicates().to_numpy())
-        rows = part.layouts[part.layouts["num_devices"] == devices]
-        names = list(dict.fromkeys(rows.sort_values("_order")["layout"]))
-        title = marked(f"TP, PP or DP? {devices} devices, equal global batch size", part)
-        alone = [name for name in known if name not in names]
-        lines = (
-            [f"Not compared: {', '.join(alone)}; never measured at a global batch size of another."] if alone else []
-        )
-        if not names and len(known) > 1:
-            yield Section(title, lines=lines)
-        for start in range(1, len(names), _BESIDE):
-            shown = [names[0], *names[start : start + _BESIDE]]
-            facts = _layout_facts(rows) if start == 1 else []
-            yield _layout_table(title, rows, shown, facts, lines)
-
-
-def _layout_table(
-    title: str, rows: pd.DataFrame, shown: Sequence[str], facts: list[tuple[str, str]], lines: list[str]
-) -> Section:
-    cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    for row in rows.drop(columns="_order").to_dict("records"):
-        cells.setdefault(tuple(row[name] for name in _BLOCK), {})[str(row["layout"])] = _layout_cell(row)
-    best = _fastest(rows)
-    table = [
-        [str(key[0]), str(key[2]), *(cells[key].get(name, "") for name in shown), best[key]] for key in sorted(cells)
-    ]
-    lines = [
-        *lines,
-        "First cell of a row: output tok/s. The others: their throughput over it, which at equal work is its latency "
-        "over theirs. best: the fastest, and all whose 95 % interval overlaps (=).",
-    ]
-    if (rows["verdict"] == "suspect").any():
-        lines.append("* suspect: see below, and do not rely on it alone.")
-    if rows.groupby("layout")["setting"].nunique().max() > 1:
-        lines.append("Of several settings with the same sizes the fastest is shown at each point.")
-    header = ("length", "batch", *shown, "best")
-    return Section(title, facts, header, table, frozenset(header[:-1]), lines)
-
-
-def _fastest(rows: pd.DataFrame) -> dict[tuple[Any, ...], str]:
-    """Per length and batch the layouts that nothing beats, the fastest first."""
-    best = rows[rows["is_best"]].sort_values("output_tok_per_s", ascending=False, kind="stable")
-    names: dict[tuple[Any, ...], list[str]] = {}
-    for *key, name in best[[*_BLOCK, "layout"]].itertuples(index=False):
-        names.setdefault(tuple(key), []).append(name)
-    return {key: " = ".join(found) for key, found in names.items()}
-
-
-def _layout_facts(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """Which layout is the fastest how often: the answer in one line."""
-    winners = Counter(_fastest(rows).values())
-    shown = ", ".join(f"{name} at {count}" for name, count in winners.most_common(5))
-    return [("fastest", f"of {winners.total()} points: {shown}")]
-
-
-def _layout_cell(row: Mapping[Hashable, Any]) -> str:
-    mark = "*" if row["verdict"] == "suspect" else ""
-    if row["is_first"]:
-        return with_interval(row["output_tok_per_s"], half_width(row, "output_tok_per_s")) + mark
-    return f"×{with_interval(row['ratio'], _known(row['ratio_ci95']))}{mark}"
-
-
-# --- scaling, Pareto ----------------------------------------------------------------------------------------------
-
-
-def _scaling(part: Part) -> Section:
-    """Per setting and length the largest batch that the baseline has too."""
-    points = part.points[(part.points["status"] == "ok") & (part.points["verdict"] != "invalid")]
-    baseline = next(iter(points["scaling_baseline"].dropna()), None)
-    points = points[points["setting"] != baseline]
-    if baseline is None or points.empty:
-        return Section("")
-    # Strong and weak are one and the same for a setting with as many replicas as the baseline.
-    weak = points[(points["global_batch_size"] != points["batch_size"]) & points["weak_speedup"].notna()]
-    found = [*_scaled(points, "strong", ""), *_scaled(weak, "weak", "weak_")]
-    rows = [cells for _, cells in sorted(found, key=lambda pair: pair[0])]
-    lines = ["strong: at an equal global batch; weak: at an equal batch per replica. The largest batch that both have; "
-             "results.csv has all. Ideal: efficiency 1."]  # fmt: skip
-    if not rows:
-        lines = [f"No point has the length and the batch size of one of {baseline}."]
-    header = ("setting", "devices", "length", "scaling", "batch", "speed-up", "efficiency")
-    numbers = frozenset({"devices", "length", "batch", "speed-up", "efficiency"})
-    return Section(marked(f"Scaling against {baseline}", part), [], header, rows, numbers, lines)
-
-
-def _scaled(points: pd.DataFrame, scaling: str, prefix: str) -> Iterator[tuple[tuple[Any, ...], list[str]]]:
-    """(place, cells) of a row per setting and length."""
-    names = [f"{prefix}speedup", f"{prefix}scaling_efficiency"]
-    batch = "batch_size" if prefix else "global_batch_size"
-    known = points.dropna(subset=names[0]).sort_values("batch_size", kind="stable")
-    largest = known.drop_duplicates(["setting", "seq_len"], keep="last")
-    codes = largest["setting"].cat.codes
-    columns = ["setting", "num_devices", "seq_len", batch, *names, *(f"{name}_ci95" for name in names)]
-    for code, row in zip(codes, largest[columns].to_dict("records"), strict=True):
-        numbers = [with_interval(row[name], _known(row[f"{name}_ci95"])) for name in names]
-        place = [str(row["setting"]), str(row["num_devices"]), str(row["seq_len"]), scaling, str(row[batch])]
-        yield (code, row["seq_len"], scaling), [*place, *numbers]
-
-
-_AXES = ("latency_mean_s", "output_tok_per_s_per_device")
-
-
-def _pareto(part: Part) -> Section:
-    columns = ["seq_len", "setting", "batch_size", "verdict", "latency_ci95_s", *_AXES]
-    front = part.points.loc[part.points["pareto"].astype(bool), columns].sort_values(
-        ["seq_len", "latency_mean_s"], kind="stable"
-    )
-    rows = [
-        [str(row["seq_len"]), str(row["setting"]), str(row["batch_size"]), *_on_axes(row)]
-        for row in front.to_dict("records")
-    ]
-    header = ("length", "setting", "batch", "latency", "tok/s/device")
-    title = marked("Pareto front: latency against throughput per device", part)
-    lines = ["No other point is both faster and better per device."] if rows else []
-    return Section(title, [], header, rows, frozenset({"length", "batch"}), lines)
-
-
-def _on_axes(row: Mapping[Hashable, Any]) -> list[str]:
-    latency, throughput = (with_interval(row[name], half_width(row, name)) for name in _AXES)
-    return [f"{latency} s", throughput + ("*" if row["verdict"] == "suspect" else "")]
-
-
-# --- two result sets ----------------------------------------------------------------------------------------------
-
-
-def _compared(comparison: SetComparison) -> Section:
-    points = comparison.points
-    counts = points["change"].value_counts()
-    words = ("better", "worse", "lost", "no difference", "unknown")
-    facts = [("points compared", f"{len(points)}: " + ", ".join(f"{counts[w]} {w}" for w in words if w in counts))]
-    ratio = points["ratio"].dropna()
-    if not ratio.empty:
-        mean = math.exp(ratio.map(math.log).mean())
-        facts.append(
-            ("throughput, new / old", f"{mean:.4f} on geometric average, {ratio.min():.4f} to {ratio.max():.4f}")
-        )
-    facts += [(name, f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
-    order = {word: number for number, word in enumerate(("lost", "worse", "better", "unknown", "no difference"))}
-    columns = ["setting", "seq_len", "batch_size", "old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95",
-               "change", "verdict"]  # fmt: skip
-    ranked = points[columns].assign(_order=points["change"].map(order)).sort_values(["_order", "ratio"], kind="stable")
-    rows = [_change_row(row) for row in ranked.to_dict("records")]
-    header = ("setting", "length", "batch", "before tok/s", "now tok/s", "ratio", "change")
-    unlike = [name for name in comparison.unlike if name != "vllm_version"]
-    title = "Compared with the earlier results" + (f" [MIXED: {', '.join(unlike)}]" if unlike else "")
-    return Section(title, facts, header, rows, frozenset(header[1:6]), list(_compare_notes(comparison)))
-
-
-def _compare_notes(comparison: SetComparison) -> Iterator[str]:
-    yield ("better, worse: Welch's t test of the runs, corrected by Holm for the number of points, at 5 %. ±: 95 % "
-           "interval of each ratio alone.")  # fmt: skip
-    if (comparison.points["change"] == "lost").any():
-        yield "lost: measured before, failed or invalid now."
-    if (comparison.points["change"] == "unknown").any():
-        yield "unknown: a point with a single run; raise --num-runs."
-    for count, what in (
-        (comparison.only_new, "only in the new results"),
-        (comparison.only_old, "only in the earlier results"),
-        (comparison.repeated, "more than once in one of the sets, and left out"),
-    ):
-        if count:
-            yield f"{count} points are {what} (a point: name, sizes, batch and lengths)."
-
-
-def _change_row(row: Mapping[Hashable, Any]) -> list[str]:
-    mark = "*" if row["verdict"] == "suspect" else ""
-    ratio = "" if pd.isna(row["ratio"]) else with_interval(row["ratio"], _known(row["ratio_ci95"]))
-    numbers = [short(_known(row[name])) for name in ("old_output_tok_per_s", "output_tok_per_s")]
-    return [str(row["setting"]), str(row["seq_len"]), str(row["batch_size"]), *numbers, ratio, row["change"] + mark]
 
 
 # --- what was measured --------------------------------------------------------------------------------------------
@@ -360,26 +104,3 @@ def _where(rows: pd.DataFrame) -> str:
             f"{a}x{b}" for a, b in zip(rows["batch_size"], rows["seq_len"], strict=True)
         )
     return f"batch {', '.join(map(str, batches))} x length {', '.join(map(str, lengths))}"
-
-
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
-def _known(value: float) -> float | None:
-    return None if pd.isna(value) else float(value)
-
-
-def with_unit(row: Mapping[Hashable, Any], goal: Goal) -> str:
-    mark = "*" if row["verdict"] == "suspect" else ""
-    return f"{with_interval(row[goal.column], half_width(row, goal.column))} {goal.unit}{mark}"
-
-
-def with_interval(value: float, half: float | None) -> str:
-    """Digits as far as the interval allows: two of it, and the value as far as those. The interval is rounded up."""
-    if not half or value == 0:
-        return short(value)
-    four_digits = 3 - math.floor(math.log10(abs(value)))
-    decimals = min(1 - math.floor(math.log10(half)), four_digits + 1)
-    rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
-    shown = max(0, decimals)
-    return f"{round(value, decimals):.{shown}f} ±{rounded_up:.{shown}f}"

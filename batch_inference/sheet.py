@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from batch_inference.decide import GOALS
 from batch_inference.metrics import METRIC_BY_NAME
-from batch_inference.tables import GROUP_BY, believable, differing
+from batch_inference.tables import believable
 
 # 8 inches at 200 dpi: sharp on a large screen, and what is 9 points there is still 9 points at 800 px.
 WIDTH_IN, DPI = 8.0, 200
@@ -99,9 +99,10 @@ def named_first(parts: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
     ]
 
 
-def _reordered(settings: pd.Series[str], first: Iterable[str]) -> pd.Series[str]:
+def _reordered(settings: pd.Series[Any], first: Iterable[str]) -> pd.Series[Any]:
     order = dict.fromkeys([*first, *settings.cat.categories])
-    return settings.cat.reorder_categories(list(order))
+    reordered: pd.Series[Any] = settings.cat.reorder_categories(list(order))
+    return reordered
 
 
 def some(values: Sequence[Any], most: int) -> list[Any]:
@@ -133,9 +134,10 @@ def new_figure(
     columns = columns_of(facets)
     rows = -(-facets // columns)
     legend_columns, legend_in = _legend_size(handles)
-    mixed = differing(points, GROUP_BY)
-    heading = textwrap.wrap(title + (f" [MIXED: {', '.join(mixed)}]" if mixed else ""), 78)
-    subtitle = textwrap.wrap(_subtitle(points), 118)[:3]
+    # Those of the whole part, where they are given: the points that a plot shows may be alike by chance.
+    mark, about = points[["_mark", "_about"]].iloc[0] if "_mark" in points else ("", describe(points))
+    heading = textwrap.wrap(title + mark, 78)
+    subtitle = textwrap.wrap(about, 118)[:3]
     heading_in = 0.14 + 0.22 * len(heading)
     top_in, bottom_in = heading_in + 0.26 + 0.16 * len(subtitle), 0.5 + legend_in
     total_in = top_in + rows * height_in + 0.55 * (rows - 1) + bottom_in
@@ -167,7 +169,8 @@ def _legend_size(handles: Sequence[Any]) -> tuple[int, float]:
     return columns, 0.2 * -(-len(handles) // columns) + 0.1
 
 
-def _subtitle(points: pd.DataFrame) -> str:
+def describe(points: pd.DataFrame) -> str:
+    """What the points were measured on, for the subtitle."""
     names = ("device_name", "model", "vllm_version", "dtype", "quantization", "max_tokens")
     words = {"vllm_version": "vLLM {}", "max_tokens": "{} output tokens"}
     # More than one value only where the user allows unlike things together.

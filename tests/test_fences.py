@@ -15,9 +15,10 @@ PACKAGE = REPOSITORY / "batch_inference"
 # Earlier modules never import later ones.
 ORDER = (
     "statistics", "config", "hardware", "environment", "plan", "rendezvous", "prompts", "engine", "ranks", "worker",
-    "replicas", "results", "metrics", "console", "experiment", "tables", "plots", "report",
+    "replicas", "results", "metrics", "console", "experiment", "tables", "compare", "decide", "analysis", "sheet",
+    "plots", "answers", "sections", "report", "page", "summary",
 )  # fmt: skip
-ANALYSIS = {"pandas", "matplotlib", "seaborn"}
+ANALYSIS = {"pandas", "matplotlib", "seaborn", "scipy"}
 
 
 def imported_names(path: Path) -> set[str]:
@@ -53,7 +54,7 @@ def test_only_the_engine_imports_vllm_and_only_the_ranks_torch() -> None:
     ("modules", "forbidden"),
     [
         ("experiment, batch_inference.replicas, batch_inference.engine", ANALYSIS | {"vllm", "torch"}),
-        ("tables, batch_inference.plots, batch_inference.report", {"vllm", "torch"}),
+        ("plots, batch_inference.report, batch_inference.page, batch_inference.summary", {"vllm", "torch"}),
     ],
 )
 def test_measuring_and_analysing_stay_apart(modules: str, forbidden: set[str]) -> None:
