@@ -193,15 +193,15 @@ def read_settings(flag: str, path: Path, percent: float) -> tuple[list[Setting],
     """What can be read, and what is wrong with the other files. Raises UsageError where nothing can be."""
     paths = find_files(flag, path)
     # Slow import; --help must not pay for it.
-    from batch_inference.tables import load_setting
+    from batch_inference.tables import load_settings
 
     settings, problems = [], []
-    for file in paths:
-        try:
-            settings.append(load_setting(file, percent))
-        except ResultFileError as error:
+    for found in load_settings(paths, percent):
+        if isinstance(found, ResultFileError):
             # A file name may hold a line break; an error is one line.
-            problems.append(" ".join(str(error).split()))
+            problems.append(" ".join(str(found).split()))
+        else:
+            settings.append(found)
     if not settings:
         raise UsageError(f"{flag} {nothing_readable(problems)}")
     return settings, problems

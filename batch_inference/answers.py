@@ -11,11 +11,13 @@ from typing import Any
 import pandas as pd
 
 from batch_inference.analysis import Analysis, Part
-from batch_inference.compare import SIZES, SetComparison, layout, layout_order
+from batch_inference.compare import MEASURED, SIZES, SetComparison, layout, layout_order
 from batch_inference.console import short
 from batch_inference.decide import Choice, Goal
 from batch_inference.tables import half_width
 
+# A table has as many rows at most; results.csv and summary.json have them all.
+ROW_LIMIT = 500
 # Layouts beside the first one in a table of 80 columns.
 _BESIDE = 3
 
@@ -30,6 +32,7 @@ class Section:
     rows: list[list[str]] = field(default_factory=list)
     numbers: frozenset[str] = frozenset()  # columns set to the right
     lines: list[str] = field(default_factory=list)
+    more: int = 0  # rows that are left out
 
 
 def marked(title: str, part: Part) -> str:
@@ -118,7 +121,10 @@ def _layout_table(
     title: str, rows: pd.DataFrame, shown: Sequence[str], facts: list[tuple[str, str]], lines: list[str]
 ) -> Section:
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    for row in rows.drop(columns="_order").to_dict("records"):
+    columns = [*_BLOCK, "layout", "verdict", "is_first", "is_best", "ratio", "ratio_ci95", *MEASURED]
+    blocks = rows[_BLOCK].drop_duplicates().sort_values(_BLOCK)
+    chosen = rows[columns].merge(blocks.head(ROW_LIMIT), on=_BLOCK)
+    for row in chosen.to_dict("records"):
         cells.setdefault(tuple(row[name] for name in _BLOCK), {})[str(row["layout"])] = _layout_cell(row)
     table = [[str(key[0]), str(key[2]), *(cells[key].get(name, "") for name in shown)] for key in sorted(cells)]
     lines = [
@@ -131,7 +137,7 @@ def _layout_table(
     if rows.groupby("layout")["setting"].nunique().max() > 1:
         lines.append("Of several settings with the same sizes the fastest is shown at each point.")
     header = ("length", "batch", *shown)
-    return Section(title, facts, header, table, frozenset(header), lines)
+    return Section(title, facts, header, table, frozenset(header), lines, len(blocks) - len(table))
 
 
 def _fastest(rows: pd.DataFrame) -> dict[tuple[Any, ...], str]:
@@ -169,29 +175,34 @@ def scaling(part: Part) -> Section:
         return Section("")
     # Strong and weak are one and the same for a setting with as many replicas as the baseline.
     weak = points[(points["global_batch_size"] != points["batch_size"]) & points["weak_speedup"].notna()]
-    found = [*_scaled(points, "strong", ""), *_scaled(weak, "weak", "weak_")]
-    rows = [cells for _, cells in sorted(found, key=lambda pair: pair[0])]
+    found = pd.concat(
+        [_largest(points, "strong", "", "global_batch_size"), _largest(weak, "weak", "weak_", "batch_size")]
+    )
+    found = found.sort_values(["setting", "seq_len", "scaling"], kind="stable")
+    rows = [_scaling_row(row) for row in found.head(ROW_LIMIT).to_dict("records")]
     lines = ["strong: at an equal global batch; weak: at an equal batch per replica. The largest batch that both have; "
              "results.csv has all. Ideal: efficiency 1."]  # fmt: skip
     if not rows:
         lines = [f"No point has the length and the batch size of one of {baseline}."]
     header = ("setting", "devices", "length", "scaling", "batch", "speed-up", "efficiency")
     numbers = frozenset({"devices", "length", "batch", "speed-up", "efficiency"})
-    return Section(marked(f"Scaling against {baseline}", part), [], header, rows, numbers, lines)
+    more = len(found) - len(rows)
+    return Section(marked(f"Scaling against {baseline}", part), [], header, rows, numbers, lines, more)
 
 
-def _scaled(points: pd.DataFrame, scaling: str, prefix: str) -> Iterator[tuple[tuple[Any, ...], list[str]]]:
-    """(place, cells) of a row per setting and length."""
-    names = [f"{prefix}speedup", f"{prefix}scaling_efficiency"]
-    batch = "batch_size" if prefix else "global_batch_size"
-    known = points.dropna(subset=names[0]).sort_values("batch_size", kind="stable")
+def _largest(points: pd.DataFrame, scaling: str, prefix: str, batch: str) -> pd.DataFrame:
+    """Per setting and length the point of the largest batch; its numbers under the names of strong scaling."""
+    names = [f"{name}{end}" for name in ("speedup", "scaling_efficiency") for end in ("", "_ci95")]
+    columns = {prefix + name: name for name in names} | {batch: "batch"}
+    known = points.dropna(subset=f"{prefix}speedup").sort_values("batch_size", kind="stable")
     largest = known.drop_duplicates(["setting", "seq_len"], keep="last")
-    codes = largest["setting"].cat.codes
-    columns = ["setting", "num_devices", "seq_len", batch, *names, *(f"{name}_ci95" for name in names)]
-    for code, row in zip(codes, largest[columns].to_dict("records"), strict=True):
-        numbers = [with_interval(row[name], _known(row[f"{name}_ci95"])) for name in names]
-        place = [str(row["setting"]), str(row["num_devices"]), str(row["seq_len"]), scaling, str(row[batch])]
-        yield (code, row["seq_len"], scaling), [*place, *numbers]
+    return largest[["setting", "num_devices", "seq_len", *columns]].rename(columns=columns).assign(scaling=scaling)
+
+
+def _scaling_row(row: Mapping[Hashable, Any]) -> list[str]:
+    place = [str(row[name]) for name in ("setting", "num_devices", "seq_len", "scaling", "batch")]
+    numbers = [with_interval(row[name], _known(row[f"{name}_ci95"])) for name in ("speedup", "scaling_efficiency")]
+    return [*place, *numbers]
 
 
 _AXES = ("latency_mean_s", "output_tok_per_s_per_device")
@@ -204,12 +215,12 @@ def pareto(part: Part) -> Section:
     )
     rows = [
         [str(row["seq_len"]), str(row["setting"]), str(row["batch_size"]), *_on_axes(row)]
-        for row in front.to_dict("records")
+        for row in front.head(ROW_LIMIT).to_dict("records")
     ]
     header = ("length", "setting", "batch", "latency", "tok/s/device")
     title = marked("Pareto front: latency against throughput per device", part)
     lines = ["No other point is both faster and better per device."] if rows else []
-    return Section(title, [], header, rows, frozenset({"length", "batch"}), lines)
+    return Section(title, [], header, rows, frozenset({"length", "batch"}), lines, len(front) - len(rows))
 
 
 def _on_axes(row: Mapping[Hashable, Any]) -> list[str]:
@@ -236,11 +247,12 @@ def compared(comparison: SetComparison) -> Section:
     columns = ["setting", "seq_len", "batch_size", "old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95",
                "change", "verdict"]  # fmt: skip
     ranked = points[columns].assign(_order=points["change"].map(order)).sort_values(["_order", "ratio"], kind="stable")
-    rows = [_change_row(row) for row in ranked.to_dict("records")]
+    rows = [_change_row(row) for row in ranked.head(ROW_LIMIT).to_dict("records")]
     header = ("setting", "length", "batch", "before tok/s", "now tok/s", "ratio", "change")
     unlike = [name for name in comparison.unlike if name != "vllm_version"]
     title = "Compared with the earlier results" + (f" [MIXED: {', '.join(unlike)}]" if unlike else "")
-    return Section(title, facts, header, rows, frozenset(header[1:6]), list(_compare_notes(comparison)))
+    notes = list(_compare_notes(comparison))
+    return Section(title, facts, header, rows, frozenset(header[1:6]), notes, len(ranked) - len(rows))
 
 
 def _compare_notes(comparison: SetComparison) -> Iterator[str]:

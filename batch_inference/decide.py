@@ -86,8 +86,9 @@ def choices(part: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice]:
             yield Choice(seq_len, goals[0], None, nearest=_nearest(points, limits))
             continue
         for goal in goals:
-            ranked = allowed.dropna(subset=goal.column)
-            ranked = ranked.sort_values(goal.column, ascending=goal.better == "lower", kind="stable")
+            values = allowed[goal.column].dropna().sort_values(ascending=goal.better == "lower", kind="stable")
+            # The best point of each setting stands for it.
+            ranked = allowed.loc[allowed.loc[values.index, "setting"].drop_duplicates().index]
             if not ranked.empty:
                 yield Choice(seq_len, goal, ranked.iloc[0].to_dict(), _ties(ranked, goal))
 
@@ -96,8 +97,7 @@ def _ties(ranked: pd.DataFrame, goal: Goal) -> list[Record]:
     best = ranked.iloc[0]
     half = half_width(best.to_dict(), goal.column) or 0.0
     as_good = overlapping(ranked[goal.column], halves(ranked, goal.column), best[goal.column], half)
-    others = ranked[as_good & (ranked["setting"] != best["setting"])]
-    records: list[Record] = others.drop_duplicates("setting").to_dict("records")
+    records: list[Record] = ranked[as_good].iloc[1:].to_dict("records")
     return records
 
 

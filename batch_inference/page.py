@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from batch_inference.answers import Section
+from batch_inference.answers import ROW_LIMIT, Section
 from batch_inference.console import short
-from batch_inference.sections import ROW_LIMIT
 
 # The page allows itself no network at all, so that no name from a file can fetch anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -99,19 +98,19 @@ def as_html(
 
 def _section(part: Section) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in part.facts)
-    table = _table(part.header, part.rows, part.numbers) if part.rows else ""
+    table = _table(part.header, part.rows, part.numbers, part.more) if part.rows else ""
     return f"<h2>{escape(part.title)}</h2>" + (f"<dl>{facts}</dl>" if facts else "") + table + _list(part.lines)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[str]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[str], more: int) -> str:
     classes = [' class="number"' if name in numbers else "" for name in header]
     heads = "".join(
         f"<th{kind}><button>{escape(name)}</button></th>" for kind, name in zip(classes, header, strict=True)
     )
-    lines = ("<tr>" + "".join(_cells(row, classes)) + "</tr>" for row in rows[:ROW_LIMIT])
-    more = f"<p>… and {len(rows) - ROW_LIMIT} more rows: results.csv and summary.json have all.</p>"
+    lines = ("<tr>" + "".join(_cells(row, classes)) + "</tr>" for row in rows)
+    rest = f"<p>… and {more} more rows: results.csv and summary.json have all.</p>" if more else ""
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>\n" + "\n".join(lines) + "</tbody></table>"
-    return f'<div class="wide">{table}</div>' + (more if len(rows) > ROW_LIMIT else "")
+    return f'<div class="wide">{table}</div>' + rest
 
 
 def _cells(row: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
@@ -135,8 +134,7 @@ def _points(points: pd.DataFrame) -> str:
         [_cell(value, label) for label, value in zip(columns, row, strict=True)]
         for row in shown.head(ROW_LIMIT).itertuples(index=False)
     ]
-    rows += [[]] * (len(shown) - len(rows))
-    return _table(list(columns), rows, frozenset(columns) - _TEXT_COLUMNS)
+    return _table(list(columns), rows, frozenset(columns) - _TEXT_COLUMNS, len(shown) - len(rows))
 
 
 def _cell(value: object, label: str) -> str:

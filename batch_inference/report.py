@@ -10,7 +10,6 @@ from pathlib import Path
 import tabulate
 
 from batch_inference.answers import Section
-from batch_inference.sections import ROW_LIMIT
 
 WIDTH = 80
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
@@ -31,8 +30,8 @@ def _text_body(part: Section) -> Iterator[str]:
         yield from _wrapped(f"  {name:<{name_width}}  {value}", indent=name_width + 4)
     if part.rows:
         yield _text_table(part)
-    if len(part.rows) > TEXT_ROWS:
-        yield f"  … and {len(part.rows) - TEXT_ROWS} more rows in report.md"
+    if (more := len(part.rows) - TEXT_ROWS + part.more) > 0 and part.rows:
+        yield f"  … and {more} more rows in report.md"
     for line in part.lines[:LIST_LIMIT]:
         yield from _wrapped(f"  {_short(line, LINE_LIMIT)}", indent=4)
     if len(part.lines) > LIST_LIMIT:
@@ -75,8 +74,8 @@ def as_markdown(parts: Sequence[Section], plots: Sequence[tuple[str, Path]], mis
         blocks.append("\n".join(f"- {escaped(name)}: {escaped(value)}" for name, value in part.facts))
         if part.rows:
             blocks.append(_markdown_table(part))
-        if len(part.rows) > ROW_LIMIT:
-            blocks.append(f"… and {len(part.rows) - ROW_LIMIT} more rows: results.csv and summary.json have all.")
+        if part.more:
+            blocks.append(f"… and {part.more} more rows: results.csv and summary.json have all.")
         blocks.append("\n".join(f"- {escaped(line)}" for line in part.lines))
     if plots or missing:
         blocks.append("## Plots")
@@ -87,7 +86,7 @@ def as_markdown(parts: Sequence[Section], plots: Sequence[tuple[str, Path]], mis
 
 
 def _markdown_table(part: Section) -> str:
-    rows = [[escaped(cell) for cell in row] for row in part.rows[:ROW_LIMIT]]
+    rows = [[escaped(cell) for cell in row] for row in part.rows]
     header = [escaped(name) for name in part.header]
     return tabulate.tabulate(rows, header, "github", colalign=_alignment(part), disable_numparse=True)
 

@@ -7,11 +7,8 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from batch_inference.analysis import Analysis, values
-from batch_inference.answers import Section, best, compared, layouts, pareto, scaling
+from batch_inference.answers import ROW_LIMIT, Section, best, compared, layouts, pareto, scaling
 from batch_inference.tables import TO_MENTION, differing, setting_labels
-
-# A table in the report has as many rows at most; results.csv and summary.json have them all.
-ROW_LIMIT = 500
 
 
 def sections(analysis: Analysis) -> list[Section]:
@@ -71,14 +68,16 @@ def _settings(analysis: Analysis) -> Section:
     pairs = analysis.points[["setting", "group"]].drop_duplicates().astype({"setting": str})
     of_setting = pairs.groupby("setting")["group"].agg(lambda numbers: ",".join(map(str, sorted(numbers))))
     rows = []
-    for setting in sorted(analysis.settings, key=lambda setting: (setting.num_devices, labels[setting.path])):
+    ordered = sorted(analysis.settings, key=lambda setting: (setting.num_devices, labels[setting.path]))
+    for setting in ordered[:ROW_LIMIT]:
         label = labels[setting.path]
         group = [of_setting.get(label, "")] if several else []
         done = f"{setting.points_ok}/{setting.points_asked}"
         load = "" if setting.load_s is None else f"{setting.load_s:.1f}"
         rows.append([label, *group, str(setting.num_devices), done, setting.status, load])
     header = ("setting", *(["group"] if several else []), "devices", "points ok", "status", "load s")
-    return Section("Settings", header=header, rows=rows, numbers=frozenset({"devices", "points ok", "load s"}))
+    numbers = frozenset({"devices", "points ok", "load s"})
+    return Section("Settings", header=header, rows=rows, numbers=numbers, more=len(ordered) - len(rows))
 
 
 def _problems(analysis: Analysis) -> Section:

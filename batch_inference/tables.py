@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,28 @@ class Setting:
     load_s: float | None
     failure: str | None  # why the setting has no engine; None for one that was measured
     rows: list[Row]
+
+
+def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | ResultFileError]:
+    """Each file as `load_setting` reads it, or what is wrong with it; many files on several cores."""
+    load = partial(_setting_or_error, percent=percent)
+    if len(paths) < _FILES_OF_A_CORE * 2:
+        return list(map(load, paths))
+    workers = min(8, os.cpu_count() or 1, len(paths) // _FILES_OF_A_CORE)
+    # Fresh processes: a fork would copy the threads of whatever is imported here.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return list(pool.map(load, paths, chunksize=8))
+
+
+# Fewer are read before another process has started.
+_FILES_OF_A_CORE = 40
+
+
+def _setting_or_error(path: Path, percent: float) -> Setting | ResultFileError:
+    try:
+        return load_setting(path, percent)
+    except ResultFileError as error:
+        return error
 
 
 def load_setting(path: Path, percent: float = 99) -> Setting:

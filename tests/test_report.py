@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from batch_inference.analysis import Analysis, Question, QuestionError, analyse
-from batch_inference.answers import Section, with_interval
+from batch_inference.answers import ROW_LIMIT, Section, with_interval
 from batch_inference.decide import Limits
 from batch_inference.report import LIST_LIMIT, TEXT_ROWS, as_markdown, as_text, escaped
 from batch_inference.results import Point, Result, save_result
-from batch_inference.sections import ROW_LIMIT, sections
+from batch_inference.sections import sections
 from batch_inference.tables import load_setting
 from builders import make_point, make_result, make_sweep, save_all
 
@@ -366,9 +366,18 @@ def test_sets_of_unlike_things_are_marked(report: Any) -> None:
 
 
 def test_a_long_table_is_cut_in_the_terminal_and_in_the_report() -> None:
-    rows = [[str(number)] for number in range(ROW_LIMIT + 7)]
-    part = Section("Long", header=("number",), rows=rows)
+    part = Section("Long", header=("number",), rows=[[str(number)] for number in range(TEXT_ROWS + 5)], more=7)
     text = as_text([part])
-    assert f"… and {ROW_LIMIT + 7 - TEXT_ROWS} more rows in report.md" in text
+    assert "… and 12 more rows in report.md" in text
     assert len(text.splitlines()) == TEXT_ROWS + 4
     assert "… and 7 more rows: results.csv and summary.json have all." in as_markdown([part], [], [])
+
+
+def test_more_points_than_a_report_can_hold_are_counted(report: Any) -> None:
+    batches = range(1, ROW_LIMIT + 4)
+    results = [make_result(name, [make_point(b, latencies_s=[1.0]) for b in batches], size) for name, size in
+               (("tp_2", (2, 1, 1)), ("pp_2", (1, 2, 1)))]  # fmt: skip
+    part = section(report(results, old=results), "TP, PP or DP?")
+    assert (len(part.rows), part.more) == (ROW_LIMIT, 3)
+    part = section(report(results, old=results), "Compared")
+    assert (len(part.rows), part.more) == (ROW_LIMIT, ROW_LIMIT + 6)
