@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -56,7 +57,8 @@ class Setting:
     points_asked: int  # points of the grid; more may be there after a --resume with another grid
     load_s: float | None
     failure: str | None  # why the setting has no engine; None for one that was measured
-    rows: list[Row]
+    facts: Row  # columns that are alike for all points, but for those rows that have their own
+    rows: list[Row]  # a point's own columns
 
 
 def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | ResultFileError]:
@@ -66,7 +68,7 @@ def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | 
         return list(map(load, paths))
     workers = min(8, os.cpu_count() or 1, len(paths) // _FILES_OF_A_CORE)
     # Fresh processes: a fork would copy the threads of whatever is imported here.
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=gc.disable) as pool:
         return list(pool.map(load, paths, chunksize=8))
 
 
@@ -97,7 +99,6 @@ def _setting(path: Path, result: Result, percent: float) -> Setting:
     grid = [result.config.get(name) for name in ("batch_sizes", "seq_lens")]
     sizes = [len(values) if isinstance(values, list) else 0 for values in grid]
     failure = _section(result.engine, "failure").get("reason") or "no reason is given"
-    facts = _facts(result, result.engine)
     return Setting(
         path=path,
         name=plain(result.name),
@@ -107,7 +108,8 @@ def _setting(path: Path, result: Result, percent: float) -> Setting:
         points_asked=max(math.prod(sizes), len(result.points)),
         load_s=_least([_section(result.engine, "load_s").get("total_s")]),
         failure=plain(failure) if result.status == "failed" else None,
-        rows=[_row(path, result, point, facts, percent) for point in result.points],
+        facts=_facts(result, result.engine),
+        rows=[_row(path, result, point, percent) for point in result.points],
     )
 
 
@@ -119,12 +121,11 @@ def plain(value: object) -> str:
 # --- one point -> one row -----------------------------------------------------------------------------------------
 
 
-def _row(path: Path, result: Result, point: Point, facts: Row, percent: float) -> Row:
+def _row(path: Path, result: Result, point: Point, percent: float) -> Row:
     # The facts are those of most points: only one of an earlier sweep had another engine.
-    facts = _facts(result, result.engine_of(point)) if point.engine else facts
-    identity = _clean(_identity(path, result, point))
+    facts = _facts(result, result.engine_of(point)) if point.engine else {}
     # A config can hold any name: what identifies a point and its numbers is not replaced by it.
-    return {**identity, **facts, **identity, **_numbers(result, point, percent)}
+    return {**facts, **_clean(_identity(path, result, point)), **_numbers(result, point, percent)}
 
 
 def _facts(result: Result, engine: Row) -> Row:
@@ -248,8 +249,8 @@ def point_table(settings: Sequence[Setting], group_by: Sequence[str] = GROUP_BY)
     """
     ordered = sorted(settings, key=lambda setting: (setting.num_devices, setting.name, setting.path.name))
     labels = setting_labels(ordered)
-    rows = [{"setting": labels[setting.path], **row} for setting in ordered for row in setting.rows]
-    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(_ALWAYS))
+    rows = any(setting.rows for setting in ordered)
+    table = pd.DataFrame(_columns(ordered, labels) if rows else {name: [] for name in _ALWAYS})
     for metric in METRICS:
         table[metric.name] = table[metric.name].astype(float) if rows else pd.Series(dtype=float)
     # A category remembers the order of all settings, so that each keeps its colour in a part of the table.
@@ -265,6 +266,20 @@ _ALWAYS = dict.fromkeys([
 ])  # fmt: skip
 
 
+def _columns(settings: Sequence[Setting], labels: Mapping[Path, str]) -> dict[str, list[Any]]:
+    """Column by column, because as many dicts of a hundred entries as there are points take seconds and gigabytes."""
+    own = dict.fromkeys(name for setting in settings for row in setting.rows for name in row)
+    names = dict.fromkeys([*own, *(name for setting in settings if setting.rows for name in setting.facts)])
+    columns: dict[str, list[Any]] = {"setting": [], **{name: [] for name in names}}
+    for setting in settings:
+        columns["setting"] += [labels[setting.path]] * len(setting.rows)
+        for name in names:
+            fact = setting.facts.get(name)
+            shared = name not in own
+            columns[name] += [fact] * len(setting.rows) if shared else [row.get(name, fact) for row in setting.rows]
+    return columns
+
+
 def setting_labels(settings: Sequence[Setting]) -> dict[Path, str]:
     """A unique name for each file: that of the setting, with the file's own where two settings share one."""
     counts = Counter(setting.name for setting in settings)
@@ -274,12 +289,12 @@ def setting_labels(settings: Sequence[Setting]) -> dict[Path, str]:
     }
 
 
-def _group_numbers(table: pd.DataFrame, group_by: Sequence[str]) -> list[int]:
+def _group_numbers(table: pd.DataFrame, group_by: Sequence[str]) -> pd.Series[int]:
     if not group_by or table.empty:
-        return [1] * len(table)
-    keys = list(zip(*(table[name].map(str) for name in group_by), strict=True))
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys), start=1)}
-    return [numbers[key] for key in keys]
+        return pd.Series(1, index=table.index)
+    for name in group_by:
+        table[name]  # KeyError names one column alone
+    return table.groupby(list(group_by), dropna=False, sort=False, observed=True).ngroup() + 1
 
 
 def groups(table: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
@@ -310,10 +325,29 @@ def half_width(row: Mapping[Hashable, Any], metric: str) -> float | None:
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """One header row, an empty cell for unknown, no cell that a spreadsheet would run as a formula."""
     cells = _typed(table)
-    for name in cells.columns:
-        if not (pd.api.types.is_numeric_dtype(cells[name]) or pd.api.types.is_bool_dtype(cells[name])):
-            cells[name] = cells[name].map(_guarded, na_action="ignore")
-    cells.rename(columns=lambda name: _guarded(str(name))).to_csv(path, index=False)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(",".join(map(_csv_text, cells.columns)) + "\n")
+        for start in range(0, len(cells), _CHUNK):
+            columns = [_csv_cells(cells[name].iloc[start : start + _CHUNK]) for name in cells.columns]
+            file.writelines(",".join(row) + "\n" for row in zip(*columns, strict=True))
+
+
+_CHUNK = 10_000
+
+
+def _csv_cells(column: pd.Series[Any]) -> list[str]:
+    """The cells of a column as text: each text once, where pandas would do it for every row, which took most of the
+    time of a large analysis."""
+    values = column.astype(object).where(column.notna(), None).tolist()
+    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return ["" if value is None else str(value) for value in values]
+    texts = {value: "" if value is None else _csv_text(value) for value in set(values)}
+    return [texts[value] for value in values]
+
+
+def _csv_text(value: Any) -> str:
+    text = f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else str(value)
+    return '"' + text.replace('"', '""') + '"' if re.search('[,"\n\r]', text) else text
 
 
 def write_parquet(table: pd.DataFrame, path: Path) -> bool:
@@ -332,7 +366,3 @@ def write_parquet(table: pd.DataFrame, path: Path) -> bool:
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     """Whole numbers stay whole where others of their column are unknown."""
     return table.astype({"setting": object}).convert_dtypes()
-
-
-def _guarded(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
