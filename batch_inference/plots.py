@@ -99,7 +99,7 @@ def scaling(points: pd.DataFrame) -> Figure:
 def scaling_weak(points: pd.DataFrame) -> Figure:
     replicas = points[points["global_batch_size"] != points["batch_size"]]
     if replicas.empty:
-        raise NothingToShowError("no setting has replicas, and without these it is the same as strong scaling")
+        raise NothingToShowError("no setting has replicas")
     of_baseline = points["setting"].astype(object) == points["scaling_baseline"]
     return _efficiency(points[of_baseline | points.index.isin(replicas.index)], "weak_scaling_efficiency",
                        "batch size per replica")  # fmt: skip
@@ -152,10 +152,10 @@ def roofline(points: pd.DataFrame) -> Figure:
     """Left of the ridge memory bandwidth is the roof, right of it arithmetic: a point's height is its MFU, and its
     distance below the slanted roof its MBU."""
     if not {"mfu", "mbu"} <= set(points):
-        raise NothingToShowError("no MFU and MBU was measured")
+        raise NothingToShowError("no point tells them")
     measured = points[(points["status"] == "ok") & (points["mfu"] > 0) & (points["mbu"] > 0)]
     if measured.empty:
-        raise NothingToShowError("no MFU and MBU was measured")
+        raise NothingToShowError("no point tells them")
     title = "MFU and MBU against the roofline" + of_many(measured, "the others")
     measured = measured.assign(_x=measured["mfu"] / measured["mbu"])
     roof = Line2D([], [], label="roof: peak bandwidth, peak arithmetic", **REFERENCE)
@@ -359,9 +359,7 @@ def _save(figure: Figure, path: Path) -> None:
 def _measured(points: pd.DataFrame, metric: str) -> pd.DataFrame:
     measured = points[(points["status"] == "ok") & points[metric].notna()]
     if measured.empty:
-        what = METRIC_BY_NAME[metric].label
-        known = (points["status"] == "ok").any()
-        raise NothingToShowError(f"{what} is not known of any point" if known else "no point was measured")
+        raise NothingToShowError("no point tells it" if (points["status"] == "ok").any() else "no point was measured")
     return measured
 
 

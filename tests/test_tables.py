@@ -19,6 +19,7 @@ from batch_inference.tables import (
     differing,
     groups,
     load_setting,
+    load_settings,
     point_table,
     setting_labels,
     write_csv,
@@ -261,3 +262,15 @@ def test_groups_follow_the_columns_that_the_user_names(tmp_path: Path) -> None:
     assert point_table(settings, [])["group"].tolist() == [1, 1]
     with pytest.raises(KeyError, match="colour"):
         point_table(settings, ["colour"])
+
+
+@pytest.mark.slow
+def test_many_files_are_read_on_several_cores_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = save_all([make_result(f"s{number}", [make_point()]) for number in range(6)], tmp_path)
+    paths[3].write_text("{")
+    alone = load_settings(paths)
+    monkeypatch.setattr(tables, "_FILES_OF_A_CORE", 2)
+    together = load_settings(paths)
+    assert [type(found) for found in together] == [type(found) for found in alone]
+    assert str(together[3]) == str(alone[3])
+    assert together[4] == alone[4]
