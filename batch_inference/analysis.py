@@ -64,7 +64,7 @@ def analyse(settings: Sequence[Setting], question: Question, earlier: Sequence[S
     comparison = None
     if earlier is not None:
         failed = {setting.name for setting in settings if setting.failure}
-        comparison = compare_sets(points, point_table(earlier, group_by), failed)
+        comparison = compare_sets(points, point_table(earlier), failed)
     return Analysis(settings, points, parts, unlike, question, comparison)
 
 

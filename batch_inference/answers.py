@@ -76,10 +76,9 @@ def _choice_row(choice: Choice, best: Mapping[Hashable, Any]) -> list[str]:
 
 
 def _tie(choice: Choice) -> str:
-    others = ", ".join(
-        f"{row['setting']} (batch {row['batch_size']}: {with_unit(row, choice.goal)})" for row in choice.ties
-    )
-    return f"tie, length {choice.seq_len}, {choice.goal.name}: the interval overlaps that of {others}"
+    others = [f"{row['setting']} (batch {row['batch_size']}: {with_unit(row, choice.goal)})" for row in choice.ties[:3]]
+    more = f" and {len(choice.ties) - 3} more settings: summary.json" if len(choice.ties) > 3 else ""
+    return f"tie, length {choice.seq_len}, {choice.goal.name}: the interval overlaps that of {', '.join(others)}{more}"
 
 
 def _none_keeps(choice: Choice, analysis: Analysis) -> str:

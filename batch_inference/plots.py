@@ -137,7 +137,7 @@ def pareto(points: pd.DataFrame) -> Figure:
     look, shown = looks(measured), named(measured)
     for axes, here in grid:
         others = here[~here["setting"].isin(shown)]
-        axes.plot(others[x], others[y], ".", color="0.8", markersize=3, zorder=1)
+        axes.plot(others[x], others[y], ".", color="0.8", markersize=3, zorder=1, rasterized=True)
         for name in shown:
             _draw_marks(axes, here[here["setting"] == name], x, y, look[name])
         best = here[here["pareto"].astype(bool)].sort_values(x)
@@ -164,7 +164,7 @@ def roofline(points: pd.DataFrame) -> Figure:
     look, shown = looks(measured), named(measured)
     for axes, here in grid:
         others = here[~here["setting"].isin(shown)]
-        axes.plot(others["_x"], others["mfu"], ".", color="0.8", markersize=3, zorder=1)
+        axes.plot(others["_x"], others["mfu"], ".", color="0.8", markersize=3, zorder=1, rasterized=True)
         for name in shown:
             line = here[here["setting"] == name].sort_values("global_batch_size")
             axes.plot(line["_x"], line["mfu"], color=look[name]["color"], linewidth=1)

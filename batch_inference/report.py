@@ -14,7 +14,7 @@ from batch_inference.answers import Section
 WIDTH = 80
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
 LIST_LIMIT, LINE_LIMIT = 12, 400
-TEXT_ROWS = 20
+TEXT_ROWS = 12
 
 
 # --- text ---------------------------------------------------------------------------------------------------------

@@ -235,6 +235,13 @@ def test_one_run_says_that_it_shows_no_tie(report: Any) -> None:
     )
 
 
+def test_of_many_ties_three_are_named_and_the_others_counted(report: Any) -> None:
+    results = [make_result(f"s{number}", [make_point(latencies_s=[1.0, 1.1, 0.9])]) for number in range(6)]
+    text = flat(as_text(report(results)))
+    assert "the interval overlaps that of s1 (batch 1: 32.0 ±8.0 tok/s), s2" in text
+    assert "and 2 more settings: summary.json" in text
+
+
 # --- TP, PP or DP, scaling, Pareto --------------------------------------------------------------------------------
 
 
