@@ -145,11 +145,12 @@ def layout_order(tp: int, pp: int, dp: int) -> tuple[int, int, int, int]:
 def side_by_side(part: pd.DataFrame) -> pd.DataFrame:
     """The fastest point of every layout where several layouts did EQUAL_WORK, in the order in which they are shown.
 
-    Beside its own columns each row has `layout`, and `_order` by which layouts are sorted; `ratio`, `ratio_ci95` and
-    `p_value` against the first layout at that work; `is_first`; `is_best`, for the highest throughput and for all
-    whose interval overlaps it.
+    Beside its work, sizes and measured numbers each row has `layout`, and `_order` by which layouts are sorted;
+    `ratio`, `ratio_ci95` and `p_value` against the first layout at that work; `is_first`; `is_best`, for the highest
+    throughput and for all whose interval overlaps it.
     """
-    points = believable(part).dropna(subset="output_tok_per_s")
+    columns = [*dict.fromkeys([*EQUAL_WORK, *MEASURED, *SIZES, "setting", "batch_size", "verdict"])]
+    points = believable(part)[columns].dropna(subset="output_tok_per_s")
     sizes = [points[name].astype(int).tolist() for name in SIZES]
     order = pd.Series(list(map(layout_order, *sizes)), index=points.index, dtype=object)
     points = points.assign(layout=list(map(layout, *sizes)), _order=order)

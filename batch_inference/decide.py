@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from batch_inference.compare import halves, overlapping
+from batch_inference.compare import SIZES, halves, overlapping
 from batch_inference.metrics import METRIC_BY_NAME, Better
 from batch_inference.tables import believable, half_width, percentile_column
 
@@ -76,10 +76,19 @@ class Choice:
     nearest: Record | None = None
 
 
+# What a choice tells of a point, beside the numbers that were asked for.
+_RECORD = (
+    "setting", "num_devices", *SIZES, "seq_len", "max_tokens", "batch_size", "global_batch_size", "verdict",
+    "latency_mean_s", "latency_ci95_s",
+)  # fmt: skip
+
+
 def choices(part: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice]:
     """Per prompt length and goal of one group; nothing for a length without a believable point."""
     goals = [goal for goal in GOALS if goal.column in part]
-    for length, points in believable(part).groupby("seq_len"):
+    # A table of a hundred columns is slow to sort.
+    columns = dict.fromkeys([*_RECORD, *(goal.column for goal in goals), *limits.columns()])
+    for length, points in believable(part)[list(columns)].groupby("seq_len"):
         seq_len = int(str(length))
         allowed = points[keeps(points, limits)]
         if allowed.empty:

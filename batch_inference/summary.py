@@ -106,7 +106,7 @@ def _comparison(analysis: Analysis) -> dict[str, Any] | None:
 
 def _records(points: pd.DataFrame, names: Iterable[str]) -> list[dict[str, Any]]:
     names = list(names)
-    columns = [[_plain(value) for value in points[name]] for name in names]
+    columns = [points[name].astype(object).where(points[name].notna(), None).tolist() for name in names]
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 

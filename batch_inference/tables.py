@@ -46,7 +46,7 @@ _FORMULA = re.compile(r"\s*[=+\-@]")
 
 @dataclass(frozen=True)
 class Setting:
-    """One result file: where it lies, what became of it, and its points as rows. Its raw runs are not kept: those of
+    """One result file: where it lies, what became of it, and its points as columns. Its raw runs are not kept: those of
     a large folder would not fit in memory."""
 
     path: Path
@@ -57,8 +57,12 @@ class Setting:
     points_asked: int  # points of the grid; more may be there after a --resume with another grid
     load_s: float | None
     failure: str | None  # why the setting has no engine; None for one that was measured
-    facts: Row  # columns that are alike for all points, but for those rows that have their own
-    rows: list[Row]  # a point's own columns
+    facts: Row  # what is alike for all points
+    columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
+
+    @property
+    def num_points(self) -> int:
+        return len(next(iter(self.columns.values()), []))
 
 
 def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | ResultFileError]:
@@ -99,6 +103,9 @@ def _setting(path: Path, result: Result, percent: float) -> Setting:
     grid = [result.config.get(name) for name in ("batch_sizes", "seq_lens")]
     sizes = [len(values) if isinstance(values, list) else 0 for values in grid]
     failure = _section(result.engine, "failure").get("reason") or "no reason is given"
+    facts = _facts(result, result.engine)
+    rows = [_row(path, result, point, percent) for point in result.points]
+    names = dict.fromkeys(name for row in rows for name in row)
     return Setting(
         path=path,
         name=plain(result.name),
@@ -108,8 +115,9 @@ def _setting(path: Path, result: Result, percent: float) -> Setting:
         points_asked=max(math.prod(sizes), len(result.points)),
         load_s=_least([_section(result.engine, "load_s").get("total_s")]),
         failure=plain(failure) if result.status == "failed" else None,
-        facts=_facts(result, result.engine),
-        rows=[_row(path, result, point, percent) for point in result.points],
+        facts=facts,
+        # Lists of numbers go from process to process much faster than a dict for each point.
+        columns={name: [row.get(name, facts.get(name)) for row in rows] for name in names},
     )
 
 
@@ -249,7 +257,7 @@ def point_table(settings: Sequence[Setting], group_by: Sequence[str] = GROUP_BY)
     """
     ordered = sorted(settings, key=lambda setting: (setting.num_devices, setting.name, setting.path.name))
     labels = setting_labels(ordered)
-    rows = any(setting.rows for setting in ordered)
+    rows = any(setting.num_points for setting in ordered)
     table = pd.DataFrame(_columns(ordered, labels) if rows else {name: [] for name in _ALWAYS})
     for metric in METRICS:
         table[metric.name] = table[metric.name].astype(float) if rows else pd.Series(dtype=float)
@@ -268,15 +276,13 @@ _ALWAYS = dict.fromkeys([
 
 def _columns(settings: Sequence[Setting], labels: Mapping[Path, str]) -> dict[str, list[Any]]:
     """Column by column, because as many dicts of a hundred entries as there are points take seconds and gigabytes."""
-    own = dict.fromkeys(name for setting in settings for row in setting.rows for name in row)
-    names = dict.fromkeys([*own, *(name for setting in settings if setting.rows for name in setting.facts)])
-    columns: dict[str, list[Any]] = {"setting": [], **{name: [] for name in names}}
+    own = dict.fromkeys(name for setting in settings for name in setting.columns)
+    facts = dict.fromkeys(name for setting in settings if setting.num_points for name in setting.facts)
+    columns: dict[str, list[Any]] = {name: [] for name in ("setting", *own, *facts)}
     for setting in settings:
-        columns["setting"] += [labels[setting.path]] * len(setting.rows)
-        for name in names:
-            fact = setting.facts.get(name)
-            shared = name not in own
-            columns[name] += [fact] * len(setting.rows) if shared else [row.get(name, fact) for row in setting.rows]
+        shared = {"setting": labels[setting.path], **setting.facts}
+        for name, cells in columns.items():
+            cells += setting.columns.get(name) or [shared.get(name)] * setting.num_points
     return columns
 
 
@@ -338,9 +344,10 @@ _CHUNK = 10_000
 def _csv_cells(column: pd.Series[Any]) -> list[str]:
     """The cells of a column as text: each text once, where pandas would do it for every row, which took most of the
     time of a large analysis."""
-    values = column.astype(object).where(column.notna(), None).tolist()
+    known = column.notna()
+    values = column.tolist() if known.all() else column.astype(object).where(known, None).tolist()
     if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
-        return ["" if value is None else str(value) for value in values]
+        return list(map(str, values)) if known.all() else ["" if value is None else str(value) for value in values]
     texts = {value: "" if value is None else _csv_text(value) for value in set(values)}
     return [texts[value] for value in values]
 

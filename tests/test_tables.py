@@ -249,9 +249,9 @@ def test_without_pyarrow_there_is_no_parquet_file(table: Any, tmp_path: Path, mo
 
 def test_any_percentile_becomes_a_column(tmp_path: Path) -> None:
     (path,) = save_all([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0])])], tmp_path)
-    (row,) = load_setting(path, percent=75).rows
-    assert (row["latency_p75_s"], row["ttft_p75_s"]) == pytest.approx((2.5, 0.25))
-    assert "latency_p75_s" not in load_setting(path).rows[0]
+    columns = load_setting(path, percent=75).columns
+    assert [columns["latency_p75_s"], columns["ttft_p75_s"]] == [[pytest.approx(2.5)], [pytest.approx(0.25)]]
+    assert "latency_p75_s" not in load_setting(path).columns
 
 
 def test_groups_follow_the_columns_that_the_user_names(tmp_path: Path) -> None:
