@@ -262,11 +262,11 @@ def write_analysis(analysis: Analysis, problems: list[str], folder: Path, *, plo
 
 def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: tuple[str, ...] | None) -> str:
     """Write every file into `folder`, and return the summary that names them; `plots` None is all of them."""
+    from batch_inference.exports import write_csv, write_parquet
     from batch_inference.page import as_html
     from batch_inference.report import as_markdown, as_text
     from batch_inference.sections import sections
     from batch_inference.summary import write_summary
-    from batch_inference.tables import write_csv, write_parquet
 
     drawn, missing = draw(analysis, folder, plots)
     parts = sections(analysis)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,16 @@ from matplotlib.patches import Patch
 from batch_inference.analysis import Part
 from batch_inference.compare import halves
 from batch_inference.console import short
+from batch_inference.lines import GLOBAL_BATCH, Curve, draw_marks, length_grid, line_facets, measured_points
 from batch_inference.metrics import METRIC_BY_NAME
 from batch_inference.sheet import (
     BESIDE,
     DPI,
-    FACETS,
     REFERENCE,
     STYLE,
     WIDTH_IN,
     NothingToShowError,
     axis_label,
-    batch_axis,
     describe,
     handles_of,
     hollow,
@@ -46,24 +44,14 @@ from batch_inference.sheet import (
     value_axis,
 )
 
-_GLOBAL_BATCH = "Global batch size [requests]"
 # Bars of memory on a sheet, and facets of a heat map.
 _BARS, _MAPS = 40, 6
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """The columns of a line, and of the thin line that goes with it."""
-
-    y: str
-    x: str = "global_batch_size"
-    thin: str | None = None
-
-
 def throughput(points: pd.DataFrame) -> Figure:
-    measured = _measured(points, "output_tok_per_s")
+    measured = measured_points(points, "output_tok_per_s")
     measured = measured.assign(_half=halves(measured, "output_tok_per_s"))
-    return _facets(measured, _Curve("output_tok_per_s"), "Output throughput against batch size")
+    return line_facets(measured, Curve("output_tok_per_s"), "Output throughput against batch size")
 
 
 def latency(points: pd.DataFrame) -> Figure:
@@ -80,13 +68,13 @@ def tpot(points: pd.DataFrame) -> Figure:
 
 def energy(points: pd.DataFrame) -> Figure:
     name = "energy_j_per_output_token"
-    return _facets(_measured(points, name), _Curve(name), "Energy per output token against batch size")
+    return line_facets(measured_points(points, name), Curve(name), "Energy per output token against batch size")
 
 
 def _percentiles(points: pd.DataFrame, prefix: str, title: str) -> Figure:
     """The median as a line, and percentile 99 as a thin one."""
-    measured = _measured(points, f"{prefix}_p50_s")
-    return _facets(measured, _Curve(f"{prefix}_p50_s", thin=f"{prefix}_p99_s"), title)
+    measured = measured_points(points, f"{prefix}_p50_s")
+    return line_facets(measured, Curve(f"{prefix}_p50_s", thin=f"{prefix}_p99_s"), title)
 
 
 # --- scaling ------------------------------------------------------------------------------------------------------
@@ -106,7 +94,7 @@ def scaling_weak(points: pd.DataFrame) -> Figure:
 
 
 def _efficiency(points: pd.DataFrame, efficiency: str, equal: str) -> Figure:
-    measured = _measured(points, "output_tok_per_s")
+    measured = measured_points(points, "output_tok_per_s")
     if measured["num_devices"].nunique() < 2:
         raise NothingToShowError("every measured setting has the same number of devices")
     baseline = next(iter(measured["scaling_baseline"].dropna()), None)
@@ -116,7 +104,7 @@ def _efficiency(points: pd.DataFrame, efficiency: str, equal: str) -> Figure:
     title = f"Scaling efficiency against {short_name(str(baseline), 30)}, at equal {equal}"
     x = "batch_size" if efficiency.startswith("weak") else "global_batch_size"
     shown = shown.assign(_half=shown[f"{efficiency}_ci95"])
-    figure = _facets(shown, _Curve(efficiency, x), title, [Line2D([], [], label="ideal", **REFERENCE)])
+    figure = line_facets(shown, Curve(efficiency, x), title, [Line2D([], [], label="ideal", **REFERENCE)])
     for axes in figure.axes:
         axes.axhline(1, **REFERENCE)
     figure.axes[0].set_yscale("linear")
@@ -130,16 +118,16 @@ def _efficiency(points: pd.DataFrame, efficiency: str, equal: str) -> Figure:
 def pareto(points: pd.DataFrame) -> Figure:
     """Latency against throughput per device: a mark per point, and a line through those that nothing beats."""
     x, y = "latency_mean_s", "output_tok_per_s_per_device"
-    measured = _measured(points, y)
+    measured = measured_points(points, y)
     title = "Pareto front: throughput per device against latency" + of_many(measured, "the others")
     front = Line2D([], [], color="0.25", linewidth=1, label="front: no point is better in both")
-    figure, grid = _length_grid(measured, title, [*handles_of(measured, named(measured)), front])
+    figure, grid = length_grid(measured, title, [*handles_of(measured, named(measured)), front])
     look, shown = looks(measured), named(measured)
     for axes, here in grid:
         others = here[~here["setting"].isin(shown)]
         axes.plot(others[x], others[y], ".", color="0.8", markersize=3, zorder=1, rasterized=True)
         for name in shown:
-            _draw_marks(axes, here[here["setting"] == name], x, y, look[name])
+            draw_marks(axes, here[here["setting"] == name], x, y, look[name])
         best = here[here["pareto"].astype(bool)].sort_values(x)
         axes.step(best[x], best[y], where="post", color="0.25", linewidth=1, zorder=1.5)
         value_axis(axes, measured[x].min(), measured[x].max(), "x")
@@ -159,7 +147,7 @@ def roofline(points: pd.DataFrame) -> Figure:
     title = "MFU and MBU against the roofline" + of_many(measured, "the others")
     measured = measured.assign(_x=measured["mfu"] / measured["mbu"])
     roof = Line2D([], [], label="roof: peak bandwidth, peak arithmetic", **REFERENCE)
-    figure, grid = _length_grid(measured, title, [*handles_of(measured, named(measured)), roof])
+    figure, grid = length_grid(measured, title, [*handles_of(measured, named(measured)), roof])
     low, high = min(0.5, measured["_x"].min() / 1.5), max(2.0, measured["_x"].max() * 1.5)
     look, shown = looks(measured), named(measured)
     for axes, here in grid:
@@ -168,7 +156,7 @@ def roofline(points: pd.DataFrame) -> Figure:
         for name in shown:
             line = here[here["setting"] == name].sort_values("global_batch_size")
             axes.plot(line["_x"], line["mfu"], color=look[name]["color"], linewidth=1)
-            _draw_marks(axes, line, "_x", "mfu", look[name])
+            draw_marks(axes, line, "_x", "mfu", look[name])
         axes.plot([low, 1, high], [low, 1, 1], **REFERENCE)
         axes.set(xscale="log", yscale="log", xlim=(low, high))
         plain_log(axes, "x")
@@ -180,7 +168,7 @@ def roofline(points: pd.DataFrame) -> Figure:
 
 def heatmap(points: pd.DataFrame) -> Figure:
     """Throughput over batch x length: a map per setting, or of many settings one of the best at each place."""
-    measured = _measured(points, "output_tok_per_s")
+    measured = measured_points(points, "output_tok_per_s")
     settings = [name for name in measured["setting"].cat.categories if (measured["setting"] == name).any()]
     each = len(settings) <= _MAPS
     title = "Output throughput over batch and length" + ("" if each else f": the best of {len(settings)} settings")
@@ -193,7 +181,7 @@ def heatmap(points: pd.DataFrame) -> Figure:
     for axes, (name, here) in zip(grid, maps.items(), strict=True):
         image = _draw_map(axes, here, (batches, lengths), norm, names=not each)
         axes.set_title(short_name(name, 36), pad=4)
-    label_outside(grid, _GLOBAL_BATCH, "Prompt length [tokens]")
+    label_outside(grid, GLOBAL_BATCH, "Prompt length [tokens]")
     figure.subplots_adjust(right=1 - 0.95 / WIDTH_IN)
     bar = figure.add_axes((1 - 0.8 / WIDTH_IN, figure.subplotpars.bottom, 0.12 / WIDTH_IN,
                            figure.subplotpars.top - figure.subplotpars.bottom))  # fmt: skip
@@ -351,80 +339,3 @@ def _remove_old(folder: Path) -> None:
 def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=DPI)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-
-
-# --- what the line plots share ------------------------------------------------------------------------------------
-
-
-def _measured(points: pd.DataFrame, metric: str) -> pd.DataFrame:
-    measured = points[(points["status"] == "ok") & points[metric].notna()]
-    if measured.empty:
-        raise NothingToShowError("no point tells it" if (points["status"] == "ok").any() else "no point was measured")
-    return measured
-
-
-def _length_grid(
-    points: pd.DataFrame, title: str, handles: Sequence[Any]
-) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """A facet per prompt length, with its points; of too many lengths, some."""
-    lengths = some(sorted(points["seq_len"].unique()), FACETS)
-    figure, grid = new_figure(points, title, len(lengths), 2.9 if len(lengths) > 1 else 3.6, handles)
-    for axes, length in zip(grid, lengths, strict=True):
-        axes.set_title(f"{length} prompt tokens")
-    return figure, [(axes, points[points["seq_len"] == length]) for axes, length in zip(grid, lengths, strict=True)]
-
-
-def _facets(points: pd.DataFrame, curve: _Curve, title: str, extra: Sequence[Any] = ()) -> Figure:
-    """A line per setting, a facet per prompt length; intervals from the column `_half`, if there is one."""
-    look, shown = looks(points), named(points)
-    handles = [*handles_of(points, shown), *extra]
-    if curve.thin is not None:
-        handles.append(Line2D([], [], color="0.35", linewidth=0.6, label="thin line: p99"))
-    figure, grid = _length_grid(points, title + of_many(points), handles)
-    for axes, here in grid:
-        _draw_range(axes, here[~here["setting"].isin(shown)], curve)
-        for name in shown:
-            _draw_line(axes, here[here["setting"] == name].sort_values(curve.x), curve, look[name])
-        batch_axis(axes, points[curve.x])
-    # After the last facet: a limit ends the scaling to the data, and the facets share their scale.
-    highest = points[[curve.y, curve.thin or curve.y]].max().max()
-    value_axis(figure.axes[0], points[curve.y].min(), highest)
-    replicas = (points["global_batch_size"] != points["batch_size"]).any()
-    x_label = "Batch size per replica [requests]" if curve.x == "batch_size" else _GLOBAL_BATCH
-    label_outside(figure.axes, x_label if replicas else "Batch size [requests]", axis_label(curve.y))
-    return figure
-
-
-def _draw_range(axes: Axes, points: pd.DataFrame, curve: _Curve) -> None:
-    """The settings that have no line of their own: from the lowest to the highest of their lines."""
-    if points.empty:
-        return
-    batches = np.sort(points[curve.x].unique()).astype(float)
-    lines = []
-    for _, line in points.sort_values(curve.x).groupby("setting", observed=True):
-        # Settings were run at different batch sizes: between these a line goes straight.
-        x, values = np.log(line[curve.x].to_numpy(dtype=float)), line[curve.y].to_numpy(dtype=float)
-        lines.append(np.interp(np.log(batches), x, values, left=np.nan, right=np.nan))
-    low, high = np.nanmin(lines, axis=0), np.nanmax(lines, axis=0)
-    axes.fill_between(batches, low, high, color="0.88", linewidth=0, zorder=0.5)
-
-
-def _draw_line(axes: Axes, points: pd.DataFrame, curve: _Curve, look: dict[str, Any]) -> None:
-    if points.empty:
-        return
-    batches, values = points[curve.x].to_numpy(dtype=float), points[curve.y].to_numpy(dtype=float)
-    axes.plot(batches, values, color=look["color"], linestyle=look["linestyle"], linewidth=1.4)
-    if curve.thin is not None:
-        axes.plot(batches, points[curve.thin].to_numpy(dtype=float), color=look["color"], linewidth=0.6, gid="thin")
-    if "_half" in points:
-        errors = points["_half"].to_numpy(dtype=float)
-        axes.errorbar(batches, values, errors, fmt="none", ecolor=look["color"], elinewidth=1, capsize=2.5)
-    _draw_marks(axes, points, curve.x, curve.y, look)
-
-
-def _draw_marks(axes: Axes, points: pd.DataFrame, x: str, y: str, look: dict[str, Any]) -> None:
-    """Hollow where a reader must not take it for a number to rely on."""
-    style = {**look, "linestyle": "", "markersize": 5, "zorder": 3}
-    valid = points["verdict"] == "valid"
-    for chosen, face in ((points[valid], look["color"]), (points[~valid], "white")):
-        axes.plot(chosen[x].to_numpy(dtype=float), chosen[y].to_numpy(dtype=float), markerfacecolor=face, **style)

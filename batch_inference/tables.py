@@ -1,4 +1,4 @@
-"""Result files -> one tidy table: a row per point, groups of like things, and its files: CSV and Parquet."""
+"""Result files -> one tidy table: a row per point, and groups of like things."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ DURATIONS: dict[str, Callable[[Point], list[float]]] = {"latency": run_latencies
 # How a file is written is no setting, and a point has its own batch_size and seq_len.
 _NOT_IN_ROWS = {"output_file", "overwrite", "resume", "dry_run", "batch_sizes", "seq_lens"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_FORMULA = re.compile(r"\s*[=+\-@]")
 
 
 @dataclass(frozen=True)
@@ -323,53 +321,3 @@ def half_width(row: Mapping[Hashable, Any], metric: str) -> float | None:
     relative interval is, to first order, that of the latency."""
     relative = row["latency_ci95_s"] / row["latency_mean_s"]
     return None if pd.isna(relative) else float(relative * row[metric])
-
-
-# --- its files ----------------------------------------------------------------------------------------------------
-
-
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """One header row, an empty cell for unknown, no cell that a spreadsheet would run as a formula."""
-    cells = _typed(table)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(",".join(map(_csv_text, cells.columns)) + "\n")
-        for start in range(0, len(cells), _CHUNK):
-            columns = [_csv_cells(cells[name].iloc[start : start + _CHUNK]) for name in cells.columns]
-            file.writelines(",".join(row) + "\n" for row in zip(*columns, strict=True))
-
-
-_CHUNK = 10_000
-
-
-def _csv_cells(column: pd.Series[Any]) -> list[str]:
-    """The cells of a column as text: each text once, where pandas would do it for every row, which took most of the
-    time of a large analysis."""
-    known = column.notna()
-    values = column.tolist() if known.all() else column.astype(object).where(known, None).tolist()
-    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
-        return list(map(str, values)) if known.all() else ["" if value is None else str(value) for value in values]
-    texts = {value: "" if value is None else _csv_text(value) for value in set(values)}
-    return [texts[value] for value in values]
-
-
-def _csv_text(value: Any) -> str:
-    text = f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else str(value)
-    return '"' + text.replace('"', '""') + '"' if re.search('[,"\n\r]', text) else text
-
-
-def write_parquet(table: pd.DataFrame, path: Path) -> bool:
-    """The same table with its types; False where pyarrow is not installed. Nothing runs a cell of a Parquet file, so
-    that text stays as it is."""
-    if find_spec("pyarrow") is None:
-        return False
-    cells = _typed(table)
-    for name in cells.select_dtypes(include="object").columns:
-        # A column that holds text in one file and numbers in another has no type of its own.
-        cells[name] = cells[name].map(str, na_action="ignore")
-    cells.to_parquet(path, index=False)
-    return True
-
-
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Whole numbers stay whole where others of their column are unknown."""
-    return table.astype({"setting": object}).convert_dtypes()

@@ -15,8 +15,8 @@ PACKAGE = REPOSITORY / "batch_inference"
 # Earlier modules never import later ones.
 ORDER = (
     "statistics", "config", "hardware", "environment", "plan", "rendezvous", "prompts", "engine", "ranks", "worker",
-    "replicas", "results", "metrics", "console", "experiment", "tables", "compare", "decide", "analysis", "sheet",
-    "plots", "answers", "sections", "report", "page", "summary",
+    "replicas", "results", "metrics", "console", "experiment", "tables", "exports", "compare", "decide", "analysis",
+    "sheet", "lines", "plots", "answers", "sections", "report", "page", "summary",
 )  # fmt: skip
 ANALYSIS = {"pandas", "matplotlib", "seaborn", "scipy"}
 

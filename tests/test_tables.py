@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from batch_inference import tables
+from batch_inference import exports, tables
+from batch_inference.exports import write_csv, write_parquet
 from batch_inference.metrics import METRICS
 from batch_inference.results import Point, Result, ResultFileError
 from batch_inference.tables import (
@@ -22,8 +23,6 @@ from batch_inference.tables import (
     load_settings,
     point_table,
     setting_labels,
-    write_csv,
-    write_parquet,
 )
 from builders import make_point, make_result, make_sweep, save_all
 
@@ -242,7 +241,7 @@ def test_a_table_of_any_columns_is_a_parquet_file_with_types(table: Any, tmp_pat
 
 
 def test_without_pyarrow_there_is_no_parquet_file(table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "find_spec", lambda _: None)
+    monkeypatch.setattr(exports, "find_spec", lambda _: None)
     assert not write_parquet(table([make_result(points=[make_point()])]), tmp_path / "results.parquet")
     assert not (tmp_path / "results.parquet").exists()
 
