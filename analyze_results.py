@@ -264,7 +264,7 @@ def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: t
     """Write every file into `folder`, and return the summary that names them; `plots` None is all of them."""
     from batch_inference.exports import write_csv, write_parquet
     from batch_inference.page import as_html
-    from batch_inference.report import as_markdown, as_text
+    from batch_inference.report import as_markdown, as_text, wrapped
     from batch_inference.sections import sections
     from batch_inference.summary import write_summary
 
@@ -278,8 +278,8 @@ def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: t
         files.pop()
     files[1].write_text(as_markdown(parts, drawn, missing), encoding="utf-8")
     files[0].write_text(as_html(parts, analysis.points, drawn, missing), encoding="utf-8")
-    lines = [as_text(parts), "", *(f"not drawn: {reason}" for reason in missing), *map(str, files)]
-    return "\n".join([*lines, *(str(path) for _, path in drawn)])
+    not_drawn = [line for reason in missing for line in wrapped(f"not drawn: {reason}", indent=2)]
+    return "\n".join([as_text(parts), "", *not_drawn, *map(str, files), *(str(path) for _, path in drawn)])
 
 
 def check_plots(names: tuple[str, ...] | None) -> None:

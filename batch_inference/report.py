@@ -21,24 +21,25 @@ TEXT_ROWS = 12
 
 
 def as_text(parts: Sequence[Section]) -> str:
-    return "\n\n".join("\n".join([*_wrapped(part.title, indent=2), *_text_body(part)]) for part in parts)
+    return "\n\n".join("\n".join([*wrapped(part.title, indent=2), *_text_body(part)]) for part in parts)
 
 
 def _text_body(part: Section) -> Iterator[str]:
     name_width = max((len(name) for name, _ in part.facts), default=0)
     for name, value in part.facts:
-        yield from _wrapped(f"  {name:<{name_width}}  {value}", indent=name_width + 4)
+        yield from wrapped(f"  {name:<{name_width}}  {value}", indent=name_width + 4)
     if part.rows:
         yield _text_table(part)
     if (more := len(part.rows) - TEXT_ROWS + part.more) > 0 and part.rows:
         yield f"  … and {more} more rows in report.md"
     for line in part.lines[:LIST_LIMIT]:
-        yield from _wrapped(f"  {_short(line, LINE_LIMIT)}", indent=4)
+        yield from wrapped(f"  {_short(line, LINE_LIMIT)}", indent=4)
     if len(part.lines) > LIST_LIMIT:
         yield f"  … and {len(part.lines) - LIST_LIMIT} more in report.md"
 
 
-def _wrapped(line: str, indent: int) -> list[str]:
+def wrapped(line: str, indent: int) -> list[str]:
+    """Lines of at most WIDTH characters, those after the first with so many spaces before."""
     return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 

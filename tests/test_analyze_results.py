@@ -83,7 +83,9 @@ def test_output_dir_is_made_and_used(analyze: Run, folder: Path, tmp_path: Path)
 
 def test_a_plot_with_nothing_to_show_is_explained(analyze: Run, folder: Path) -> None:
     done = analyze("--input", folder / "tp_1_results.json")
-    assert "not drawn: Scaling efficiency, strong: every measured setting has the same number of devices" in done.stdout
+    text = " ".join(done.stdout.split())
+    assert "not drawn: Scaling efficiency, strong: every measured setting has the same number of devices" in text
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith(str(folder))) <= 80
     assert not (folder / "analysis" / "scaling.png").exists()
 
 
