@@ -75,7 +75,7 @@ def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | 
 
 
 # Fewer are read before another process has started.
-_FILES_OF_A_CORE = 40
+_FILES_OF_A_CORE = 100
 
 
 def _setting_or_error(path: Path, percent: float) -> Setting | ResultFileError:
