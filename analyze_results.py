@@ -4,27 +4,34 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from batch_inference.results import ResultFileError
 
 if TYPE_CHECKING:
+    from batch_inference.analysis import Analysis
     from batch_inference.tables import Setting
 
 DESCRIPTION = """\
 Turn the result files of batch_inference_experiment.py into a decision: the
-best setting and batch size per prompt length, as a summary, results.csv
-(one row per point), report.md and plots."""
+best setting and batch size per prompt length, TP against PP against DP,
+scaling, and the change against earlier results; as a summary, report.html,
+report.md, results.csv, summary.json and plots."""
 
 EPILOG = """\
-example:
+examples:
   python analyze_results.py --input results/tensor-parallel
+  python analyze_results.py --input results/llama --max-ttft-s 0.5 --device-hour-price 2.5
+  python analyze_results.py --input results/new --compare results/old --fail-on-regression 3
 
 exit codes:
-  0 everything was read   1 some files were not (they are named)   2 wrong use"""
+  0 everything was read   1 some files were not (they are named)   2 wrong use
+  3 a regression, with --fail-on-regression"""
 
 
 class UsageError(Exception):
@@ -40,12 +47,16 @@ def main(argv: list[str] | None = None) -> int:
     # A terminal that cannot show a character gets another one, and no traceback.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        flags = build_parser().parse_args(argv)
-        settings, problems = read_settings(find_files(flags.input))
-        if not settings:
-            raise UsageError(f"--input {nothing_readable(problems)}")
+        flags = parse(argv)
+        settings, problems = read_settings("--input", flags.input, flags.slo_percentile)
+        earlier, unread = (
+            read_settings("--compare", flags.compare, flags.slo_percentile) if flags.compare else (None, [])
+        )
+        problems += unread
+        check_plots(flags.plots)
+        analysis = ask(settings, flags, earlier)
         folder = make_folder(flags.output_dir or default_folder(flags.input))
-        summary = write_analysis(settings, folder, with_plots=not flags.no_plots)
+        text = write_analysis(analysis, problems, folder, plots=flags.plots)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,53 +65,145 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    show(summary)
+    show(text)
+    if regressed(analysis, flags.fail_on_regression):
+        return 3
     return 1 if problems else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Raises UsageError naming the flag."""
+    flags = build_parser().parse_args(argv)
+    if flags.fail_on_regression is not None and flags.compare is None:
+        raise UsageError(f"--fail-on-regression {flags.fail_on_regression:g}: compares with nothing; add --compare DIR")
+    if flags.no_plots:
+        flags.plots = ()
+    return flags
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        usage="python analyze_results.py --input PATH [--output-dir DIR] [--no-plots]",
+        usage="python analyze_results.py --input PATH [options]",
         description=DESCRIPTION,
         epilog=EPILOG,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="a result file, or a folder of them")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="PATH", help="a result file, or a folder of them")
+    add(
         "--output-dir", type=Path, metavar="DIR", help="where to write; default: the folder `analysis` beside the files"
     )
-    parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
+    _add_decision_flags(parser.add_argument_group("the decision"))
+    _add_comparison_flags(parser.add_argument_group("what is compared"))
+    drawn = parser.add_argument_group("plots").add_mutually_exclusive_group()
+    drawn.add_argument("--plots", type=names_of("plot"), metavar="NAMES", help="only these, like `throughput,pareto`")
+    drawn.add_argument("--no-plots", action="store_true", help="leave the plots out")
     return parser
 
 
-def find_files(path: Path) -> list[Path]:
+def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
+    for name, what in (
+        ("latency", "latency of a batch"),
+        ("ttft", "time to first token"),
+        ("tpot", "time per output token"),
+    ):
+        group.add_argument(
+            f"--max-{name}-s", type=positive, metavar="S", help=f"take only points whose {what} is at most this"
+        )
+    group.add_argument(
+        "--slo-percentile",
+        type=percentage,
+        default=99.0,
+        metavar="P",
+        help="the percentile of these limits; default: 99",
+    )
+    group.add_argument(
+        "--device-hour-price", type=positive, metavar="PRICE", help="of one device; adds cost per million output tokens"
+    )
+
+
+def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--baseline", metavar="NAME", help="scaling is against this setting; default: that of the fewest devices")
+    add("--compare", type=Path, metavar="PATH", help="earlier results: point by point better, worse or no difference")
+    add("--fail-on-regression", type=not_negative, metavar="PCT", help="exit 3 where a point is lost, or worse by more")
+    add("--group-by", type=names_of("column"), metavar="COLUMNS", help="rank together what is alike in these columns")
+    add("--allow-mixed", action="store_true", help="rank unlike things together; every title says so")
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
+
+
+def positive(text: str) -> float:
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def percentage(text: str) -> float:
+    value = number(text)
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 100")
+    return value
+
+
+def names_of(what: str) -> Callable[[str], tuple[str, ...]]:
+    def names(text: str) -> tuple[str, ...]:
+        found = tuple(name.strip() for name in text.split(",") if name.strip())
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} names no {what}")
+        return found
+
+    return names
+
+
+def find_files(flag: str, path: Path) -> list[Path]:
     """The JSON files at `path`: itself, or those directly in it. Raises UsageError where there are none."""
     try:
         if not path.exists():
-            raise UsageError(f"--input {path}: does not exist; give a result file, or the folder that holds some")
+            raise UsageError(f"{flag} {path}: does not exist; give a result file, or the folder that holds some")
         if not path.is_dir():
             return [path]
         # Names that begin with a dot are half-written files, and what macOS leaves on foreign disks.
         found = sorted(file for file in path.glob("*.json") if not file.name.startswith(".") and not file.is_dir())
     except OSError as error:
-        raise UsageError(f"--input {path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     if not found:
-        raise UsageError(f"--input {path}: holds no result files (*.json); run an experiment with its output there")
+        raise UsageError(f"{flag} {path}: holds no result files (*.json); run an experiment with its output there")
     return found
 
 
-def read_settings(paths: list[Path]) -> tuple[list[Setting], list[str]]:
-    """What can be read, and what is wrong with the other files."""
+def read_settings(flag: str, path: Path, percent: float) -> tuple[list[Setting], list[str]]:
+    """What can be read, and what is wrong with the other files. Raises UsageError where nothing can be."""
+    paths = find_files(flag, path)
     # Slow import; --help must not pay for it.
-    from batch_inference.tables import load_setting
+    from batch_inference.tables import load_settings
 
     settings, problems = [], []
-    for path in paths:
-        try:
-            settings.append(load_setting(path))
-        except ResultFileError as error:
-            problems.append(str(error))
+    for found in load_settings(paths, percent):
+        if isinstance(found, ResultFileError):
+            # A file name may hold a line break; an error is one line.
+            problems.append(" ".join(str(found).split()))
+        else:
+            settings.append(found)
+    if not settings:
+        raise UsageError(f"{flag} {nothing_readable(problems)}")
     return settings, problems
 
 
@@ -124,33 +227,80 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_analysis(settings: list[Setting], folder: Path, *, with_plots: bool) -> str:
+def ask(settings: list[Setting], flags: argparse.Namespace, earlier: list[Setting] | None) -> Analysis:
+    """Raises UsageError where the files cannot answer."""
+    from batch_inference.analysis import Question, QuestionError, analyse
+    from batch_inference.decide import Limits
+
+    limits = Limits(flags.max_latency_s, flags.max_ttft_s, flags.max_tpot_s, flags.slo_percentile)
+    question = Question(limits, flags.device_hour_price, flags.baseline, flags.group_by, flags.allow_mixed)
+    try:
+        return analyse(settings, question, earlier)
+    except QuestionError as error:
+        raise UsageError(str(error)) from error
+
+
+def regressed(analysis: Analysis, percent: float | None) -> bool:
+    from batch_inference.compare import regressions
+
+    if percent is None or analysis.comparison is None:
+        return False
+    found, compared = len(regressions(analysis.comparison, percent)), len(analysis.comparison.points)
+    if found:
+        what = f"{found} of {compared} points are lost or worse by more"
+        print(f"error: --fail-on-regression {percent:g}: {what}", file=sys.stderr)
+    return found > 0
+
+
+def write_analysis(analysis: Analysis, problems: list[str], folder: Path, *, plots: tuple[str, ...] | None) -> str:
     """The summary. Raises UsageError where the files of the analysis cannot be written."""
     try:
-        return analyse(settings, folder, with_plots=with_plots)
+        return write_all(analysis, problems, folder, plots=plots)
     except OSError as error:
         raise UsageError(f"--output-dir {folder}: cannot be written to: {error.strerror}; choose another") from error
 
 
-def analyse(settings: list[Setting], folder: Path, *, with_plots: bool) -> str:
-    """Write every file into `folder`, and return the summary that names them."""
-    from batch_inference.report import as_markdown, as_text, sections
-    from batch_inference.tables import point_table, write_csv
+def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: tuple[str, ...] | None) -> str:
+    """Write every file into `folder`, and return the summary that names them; `plots` None is all of them."""
+    from batch_inference.exports import write_csv, write_parquet
+    from batch_inference.page import as_html
+    from batch_inference.report import as_markdown, as_text, wrapped
+    from batch_inference.sections import sections
+    from batch_inference.summary import write_summary
 
-    points = point_table(settings)
-    plots: list[tuple[str, Path]] = []
-    missing: list[str] = []
-    if with_plots:
-        # Another slow import, and not needed without plots.
-        from batch_inference.plots import write_plots
+    drawn, missing = draw(analysis, folder, plots)
+    parts = sections(analysis)
+    files = [folder / name for name in ("report.html", "report.md", "results.csv", "summary.json", "results.parquet")]
+    write_csv(analysis.points, files[2])
+    write_summary(analysis, problems, files[3])
+    if not write_parquet(analysis.points, files[4]):
+        files[4].unlink(missing_ok=True)
+        files.pop()
+    files[1].write_text(as_markdown(parts, drawn, missing), encoding="utf-8")
+    files[0].write_text(as_html(parts, analysis.points, drawn, missing), encoding="utf-8")
+    not_drawn = [line for reason in missing for line in wrapped(f"not drawn: {reason}", indent=2)]
+    return "\n".join([as_text(parts), "", *not_drawn, *map(str, files), *(str(path) for _, path in drawn)])
 
-        plots, missing = write_plots(points, folder)
-    parts = sections(settings, points)
-    csv_path, report_path = folder / "results.csv", folder / "report.md"
-    write_csv(points, csv_path)
-    report_path.write_text(as_markdown(parts, plots, missing), encoding="utf-8")
-    files = [str(path) for path in (csv_path, report_path, *(path for _, path in plots))]
-    return "\n".join([as_text(parts), "", *(f"not drawn: {reason}" for reason in missing), *files])
+
+def check_plots(names: tuple[str, ...] | None) -> None:
+    """Raises UsageError for a plot that there is not."""
+    if not names:
+        return
+    from batch_inference.plots import PLOTS
+
+    known = [name for name, _, _ in PLOTS]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--plots {','.join(unknown)}: no such plot; choose of {', '.join(known)}")
+
+
+def draw(analysis: Analysis, folder: Path, names: tuple[str, ...] | None) -> tuple[list[tuple[str, Path]], list[str]]:
+    """(title, path) of each plot, and why each of the others was not drawn."""
+    if names == ():
+        return [], []
+    # Another slow import, and not needed without plots.
+    from batch_inference.plots import write_plots
+
+    return write_plots(analysis.parts, folder, names)
 
 
 def show(text: str) -> None:

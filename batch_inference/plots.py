@@ -2,303 +2,340 @@
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from batch_inference.analysis import Part
+from batch_inference.compare import halves
+from batch_inference.console import short
+from batch_inference.lines import GLOBAL_BATCH, Curve, draw_marks, length_grid, line_facets, measured_points
 from batch_inference.metrics import METRIC_BY_NAME
-from batch_inference.tables import groups, half_width
+from batch_inference.sheet import (
+    BESIDE,
+    DPI,
+    REFERENCE,
+    STYLE,
+    WIDTH_IN,
+    NothingToShowError,
+    axis_label,
+    describe,
+    handles_of,
+    hollow,
+    label_outside,
+    looks,
+    named,
+    named_first,
+    new_figure,
+    of_many,
+    plain_log,
+    short_name,
+    some,
+    value_axis,
+)
 
-# 8 inches at 200 dpi: sharp on a large screen, and what is 9 points there is still 9 points at 800 px.
-WIDTH_IN, DPI = 8.0, 200
-_STYLE = {
-    **sns.axes_style("whitegrid"),
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8.5,
-    "axes.edgecolor": "0.4",
-    "grid.color": "0.9",
-    # Names come from files: a $ in one is no formula.
-    "text.parse_math": False,
-}
-# seaborn's colour-blind palette without its two palest colours, which vanish on white.
-_PALETTE = [color for index, color in enumerate(sns.color_palette("colorblind")) if index not in (6, 8)]
-_MARKERS: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
-_DASHES = ("-", "--", ":", "-.")
-
-_REFERENCE: dict[str, Any] = {"color": "0.25", "linewidth": 1, "linestyle": (0, (1, 1)), "zorder": 1.5}
-_BESIDE: dict[str, Any] = {"xytext": (-3, 3), "textcoords": "offset points", "ha": "right"}
-
-
-class NothingToShowError(Exception):
-    """There is no point that this plot could draw; the message says why."""
-
-
-def looks(points: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash of every setting of the analysis: the same for every part of its table."""
-    names = list(points["setting"].cat.categories)
-    return {
-        name: {"color": color, "marker": marker, "linestyle": _DASHES[index // len(_PALETTE) % len(_DASHES)]}
-        for index, (name, color, marker) in enumerate(zip(names, cycle(_PALETTE), cycle(_MARKERS), strict=False))
-    }
-
-
-# --- the plots ----------------------------------------------------------------------------------------------------
+# Bars of memory on a sheet, and facets of a heat map.
+_BARS, _MAPS = 40, 6
 
 
 def throughput(points: pd.DataFrame) -> Figure:
-    return _facets(_measured(points, "output_tok_per_s"), "output_tok_per_s", "Output throughput against batch size")
+    measured = measured_points(points, "output_tok_per_s")
+    measured = measured.assign(_half=halves(measured, "output_tok_per_s"))
+    return line_facets(measured, Curve("output_tok_per_s"), "Output throughput against batch size")
 
 
 def latency(points: pd.DataFrame) -> Figure:
-    measured = _measured(points, "latency_mean_s")
-    figure = _facets(measured, "latency_mean_s", "Batch latency against batch size")
-    low, high = measured["latency_mean_s"].min(), measured["latency_mean_s"].max()
-    if high > 30 * low:
-        axes = figure.axes[0]  # the others share its scale
-        axes.set(yscale="log", ylim=(low / 1.5, high * 1.5))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-    return figure
+    return _percentiles(points, "latency", "Batch latency against batch size")
+
+
+def ttft(points: pd.DataFrame) -> Figure:
+    return _percentiles(points, "ttft", "Time to first token against batch size")
+
+
+def tpot(points: pd.DataFrame) -> Figure:
+    return _percentiles(points, "tpot", "Time per output token against batch size")
+
+
+def energy(points: pd.DataFrame) -> Figure:
+    name = "energy_j_per_output_token"
+    return line_facets(measured_points(points, name), Curve(name), "Energy per output token against batch size")
+
+
+def _percentiles(points: pd.DataFrame, prefix: str, title: str) -> Figure:
+    """The median as a line, and percentile 99 as a thin one."""
+    measured = measured_points(points, f"{prefix}_p50_s")
+    return line_facets(measured, Curve(f"{prefix}_p50_s", thin=f"{prefix}_p99_s"), title)
+
+
+# --- scaling ------------------------------------------------------------------------------------------------------
 
 
 def scaling(points: pd.DataFrame) -> Figure:
-    measured = _measured(points, "output_tok_per_s")
+    return _efficiency(points, "scaling_efficiency", "global batch size")
+
+
+def scaling_weak(points: pd.DataFrame) -> Figure:
+    replicas = points[points["global_batch_size"] != points["batch_size"]]
+    if replicas.empty:
+        raise NothingToShowError("no setting has replicas")
+    of_baseline = points["setting"].astype(object) == points["scaling_baseline"]
+    return _efficiency(points[of_baseline | points.index.isin(replicas.index)], "weak_scaling_efficiency",
+                       "batch size per replica")  # fmt: skip
+
+
+def _efficiency(points: pd.DataFrame, efficiency: str, equal: str) -> Figure:
+    measured = measured_points(points, "output_tok_per_s")
     if measured["num_devices"].nunique() < 2:
         raise NothingToShowError("every measured setting has the same number of devices")
-    baseline = measured["scaling_baseline"].iloc[0]
-    shown = measured[measured["scaling_efficiency"].notna() & (measured["setting"] != baseline)]
+    baseline = next(iter(measured["scaling_baseline"].dropna()), None)
+    shown = measured[measured[efficiency].notna() & (measured["setting"].astype(object) != baseline)]
     if shown.empty:
-        raise NothingToShowError(
-            f"no point has the length and the global batch size of one of the baseline, {baseline}"
-        )
-    title = f"Scaling efficiency against {_short(baseline, 30)}, at equal global batch size"
-    figure = _facets(shown, "scaling_efficiency", title)
+        raise NothingToShowError(f"no point has the length and the {equal} of one of the baseline, {baseline}")
+    title = f"Scaling efficiency against {short_name(str(baseline), 30)}, at equal {equal}"
+    x = "batch_size" if efficiency.startswith("weak") else "global_batch_size"
+    shown = shown.assign(_half=shown[f"{efficiency}_ci95"])
+    figure = line_facets(shown, Curve(efficiency, x), title, [Line2D([], [], label="ideal", **REFERENCE)])
     for axes in figure.axes:
-        axes.axhline(1, **_REFERENCE)
-    figure.axes[0].set_ylim(0, max(1.1, 1.05 * shown["scaling_efficiency"].max()))
-    figure.axes[0].annotate("ideal", (1, 1), xycoords=("axes fraction", "data"), **_BESIDE)
+        axes.axhline(1, **REFERENCE)
+    figure.axes[0].set_yscale("linear")
+    figure.axes[0].set_ylim(0, max(1.1, 1.05 * shown[efficiency].max()))
     return figure
+
+
+# --- trade-offs ---------------------------------------------------------------------------------------------------
+
+
+def pareto(points: pd.DataFrame) -> Figure:
+    """Latency against throughput per device: a mark per point, and a line through those that nothing beats."""
+    x, y = "latency_mean_s", "output_tok_per_s_per_device"
+    measured = measured_points(points, y)
+    title = "Pareto front: throughput per device against latency" + of_many(measured, "the others")
+    front = Line2D([], [], color="0.25", linewidth=1, label="front: no point is better in both")
+    figure, grid = length_grid(measured, title, [*handles_of(measured, named(measured)), front])
+    look, shown = looks(measured), named(measured)
+    for axes, here in grid:
+        others = here[~here["setting"].isin(shown)]
+        axes.plot(others[x], others[y], ".", color="0.8", markersize=3, zorder=1, rasterized=True)
+        for name in shown:
+            draw_marks(axes, here[here["setting"] == name], x, y, look[name])
+        best = here[here["pareto"].astype(bool)].sort_values(x)
+        axes.step(best[x], best[y], where="post", color="0.25", linewidth=1, zorder=1.5)
+        value_axis(axes, measured[x].min(), measured[x].max(), "x")
+    value_axis(figure.axes[0], measured[y].min(), measured[y].max())
+    label_outside(figure.axes, axis_label(x), axis_label(y))
+    return figure
+
+
+def roofline(points: pd.DataFrame) -> Figure:
+    """Left of the ridge memory bandwidth is the roof, right of it arithmetic: a point's height is its MFU, and its
+    distance below the slanted roof its MBU."""
+    if not {"mfu", "mbu"} <= set(points):
+        raise NothingToShowError("no point tells them")
+    measured = points[(points["status"] == "ok") & (points["mfu"] > 0) & (points["mbu"] > 0)]
+    if measured.empty:
+        raise NothingToShowError("no point tells them")
+    title = "MFU and MBU against the roofline" + of_many(measured, "the others")
+    measured = measured.assign(_x=measured["mfu"] / measured["mbu"])
+    roof = Line2D([], [], label="roof: peak bandwidth, peak arithmetic", **REFERENCE)
+    figure, grid = length_grid(measured, title, [*handles_of(measured, named(measured)), roof])
+    low, high = min(0.5, measured["_x"].min() / 1.5), max(2.0, measured["_x"].max() * 1.5)
+    look, shown = looks(measured), named(measured)
+    for axes, here in grid:
+        others = here[~here["setting"].isin(shown)]
+        axes.plot(others["_x"], others["mfu"], ".", color="0.8", markersize=3, zorder=1, rasterized=True)
+        for name in shown:
+            line = here[here["setting"] == name].sort_values("global_batch_size")
+            axes.plot(line["_x"], line["mfu"], color=look[name]["color"], linewidth=1)
+            draw_marks(axes, line, "_x", "mfu", look[name])
+        axes.plot([low, 1, high], [low, 1, 1], **REFERENCE)
+        axes.set(xscale="log", yscale="log", xlim=(low, high))
+        plain_log(axes, "x")
+    figure.axes[0].set_ylim(measured["mfu"].min() / 2, 1.5)
+    plain_log(figure.axes[0], "y")
+    label_outside(figure.axes, "MFU / MBU, 1 = ridge", "MFU, 1 = peak arithmetic")
+    return figure
+
+
+def heatmap(points: pd.DataFrame) -> Figure:
+    """Throughput over batch x length: a map per setting, or of many settings one of the best at each place."""
+    measured = measured_points(points, "output_tok_per_s")
+    settings = [name for name in measured["setting"].cat.categories if (measured["setting"] == name).any()]
+    each = len(settings) <= _MAPS
+    title = "Output throughput over batch and length" + ("" if each else f": the best of {len(settings)} settings")
+    maps = {name: measured[measured["setting"] == name] for name in settings} if each else {"": _best_cells(measured)}
+    batches, lengths = sorted(measured["global_batch_size"].unique()), sorted(measured["seq_len"].unique())
+    height_in = min(6.0, max(1.2, 0.3 * len(lengths)))
+    figure, grid = new_figure(measured, title, len(maps), height_in, [])
+    low, high = measured["output_tok_per_s"].min(), measured["output_tok_per_s"].max()
+    norm = LogNorm(low, high) if high > 30 * low > 0 else Normalize(0, high)
+    for axes, (name, here) in zip(grid, maps.items(), strict=True):
+        image = _draw_map(axes, here, (batches, lengths), norm, names=not each)
+        axes.set_title(short_name(name, 36), pad=4)
+    label_outside(grid, GLOBAL_BATCH, "Prompt length [tokens]")
+    figure.subplots_adjust(right=1 - 0.95 / WIDTH_IN)
+    bar = figure.add_axes((1 - 0.8 / WIDTH_IN, figure.subplotpars.bottom, 0.12 / WIDTH_IN,
+                           figure.subplotpars.top - figure.subplotpars.bottom))  # fmt: skip
+    figure.colorbar(image, cax=bar)
+    if isinstance(norm, LogNorm):
+        plain_log(bar, "y", (1, 2, 5) if high < 2000 * low else (1,))
+    bar.set_title("tok/s", fontsize=8)
+    return figure
+
+
+def _best_cells(points: pd.DataFrame) -> pd.DataFrame:
+    ranked = points.sort_values("output_tok_per_s", ascending=False, kind="stable")
+    return ranked.drop_duplicates(["global_batch_size", "seq_len"])
+
+
+def _draw_map(
+    axes: Axes, points: pd.DataFrame, ticks: tuple[list[int], list[int]], norm: Normalize, *, names: bool
+) -> Any:
+    batches, lengths = ticks
+    cells = np.full((len(lengths), len(batches)), np.nan)
+    room = axes.get_position().width * WIDTH_IN / len(batches)
+    for batch, length, value, setting in points[
+        ["global_batch_size", "seq_len", "output_tok_per_s", "setting"]
+    ].itertuples(index=False):
+        row, column = lengths.index(length), batches.index(batch)
+        cells[row, column] = value
+        words = [short(value)] if room > 0.4 else []
+        words += [short_name(str(setting), 12)] if names and room > 0.85 else []
+        pale = norm(value) > 0.6
+        axes.text(column, row, "\n".join(words), ha="center", va="center", fontsize=6.5, color="0" if pale else "1")
+    image = axes.imshow(cells, norm=norm, cmap="cividis", aspect="auto")
+    x_ticks, y_ticks = some(range(len(batches)), max(2, int(room * len(batches) / 0.4))), some(range(len(lengths)), 24)
+    axes.set_xticks(x_ticks, [str(batches[index]) for index in x_ticks])
+    axes.set_yticks(y_ticks, [str(lengths[index]) for index in y_ticks])
+    axes.grid(visible=False)
+    return image
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
 
 
 def memory(points: pd.DataFrame) -> Figure:
-    """One bar per setting: weights and KV pool per device, and a mark at the highest use seen."""
-    columns = ["weights_gib", "kv_pool_gib", "memory_used_gib"]
-    known = points.dropna(subset=columns, how="all")
+    """One bar per setting: weights, activations and KV pool per device, and a mark at the highest use seen."""
+    parts = [name for name in ("weights_gib", "activations_gib", "kv_pool_gib") if name in points]
+    parts = [name for name in parts if points[name].notna().any()]
+    peak = (
+        "memory_peak_gib"
+        if "memory_peak_gib" in points and points["memory_peak_gib"].notna().any()
+        else "memory_used_gib"
+    )
+    known = points.dropna(subset=[*parts, peak], how="all")
     if known.empty:
         raise NothingToShowError("no memory was reported")
-    most = known.groupby("setting", observed=True, sort=True)[columns].max()
-    names, look = [str(name) for name in most.index], looks(points)
-    colors = [look[name]["color"] for name in names]
-    bars, places = most.fillna(0), range(len(names))
+    most = known.groupby("setting", observed=True, sort=True)[[*parts, peak]].max()
+    of_settings = f" ({_BARS} of {len(most)} settings)" if len(most) > _BARS else ""
+    most = most.head(_BARS)
+    names = [str(name) for name in most.index]
     scope = "replica's processes" if "replica" in set(known["memory_scope"]) else "device"
-    handles: list[Any] = [
-        Patch(facecolor="0.35", label=METRIC_BY_NAME["weights_gib"].label),
-        Patch(facecolor="0.8", edgecolor="0.35", hatch="////", label=METRIC_BY_NAME["kv_pool_gib"].label),
-        _hollow("D", "black", f"Highest use, {scope}"),
-    ]
-    figure, grid = _figure(points, "Memory", 1, 0.32 * len(names) + 0.5, handles)
+    handles = [_part_handle(name) for name in parts] + [hollow("D", "black", f"Highest use, {scope}")]
+    figure, (axes,) = new_figure(points, "Memory" + of_settings, 1, 0.32 * len(names) + 0.5, handles)
     figure.subplots_adjust(left=(0.3 + 0.075 * min(30, max(map(len, names)))) / WIDTH_IN)
-    axes = grid[0]
-    axes.barh(places, bars["weights_gib"], color=colors, height=0.6)
-    pale = [(*color, 0.3) for color in colors]
-    axes.barh(places, bars["kv_pool_gib"], left=bars["weights_gib"], color=pale, edgecolor=colors, hatch="////",
-              height=0.6, linewidth=0.5)  # fmt: skip
-    axes.plot(most["memory_used_gib"], places, "D", color="black", markerfacecolor="white", zorder=3, clip_on=False)
+    _draw_bars(axes, most[parts].fillna(0), [looks(points)[name]["color"] for name in names])
+    axes.plot(most[peak], range(len(names)), "D", color="black", markerfacecolor="white", zorder=3, clip_on=False)
     _draw_capacity(axes, known)
-    axes.set(yticks=list(places), xlabel="Memory [GiB]", xlim=(0, None))
-    axes.set_yticklabels([_short(name, 30) for name in names])
+    axes.set(yticks=list(range(len(names))), xlabel="Memory [GiB]", xlim=(0, None), ylim=(-0.6, len(names) - 0.4))
+    axes.set_yticklabels([short_name(name, 30) for name in names])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     return figure
+
+
+# How strong the colour of the setting is, and the hatch.
+_PART_LOOKS: dict[str, tuple[float, str]] = {
+    "weights_gib": (1.0, ""), "activations_gib": (0.55, "...."), "kv_pool_gib": (0.3, "////"),
+}  # fmt: skip
+
+
+def _part_handle(name: str) -> Patch:
+    alpha, hatch = _PART_LOOKS[name]
+    grey = str(round(1 - 0.65 * alpha, 2))
+    label = METRIC_BY_NAME[name].label if name in METRIC_BY_NAME else name
+    return Patch(facecolor=grey, edgecolor="0.35", hatch=hatch, label=label)
+
+
+def _draw_bars(axes: Axes, parts: pd.DataFrame, colors: Sequence[tuple[float, float, float]]) -> None:
+    left = np.zeros(len(parts))
+    for name in parts.columns:
+        alpha, hatch = _PART_LOOKS[str(name)]
+        axes.barh(range(len(parts)), parts[name], left=left, color=[(*color, alpha) for color in colors],
+                  edgecolor=colors, hatch=hatch, height=0.6, linewidth=0.5)  # fmt: skip
+        left = left + parts[name].to_numpy()
 
 
 def _draw_capacity(axes: Axes, points: pd.DataFrame) -> None:
     """A line at the memory of a device; a slice of a CPU has no memory of its own."""
     sizes = points.loc[points["device_kind"] == "gpu", "device_memory_gib"].dropna().unique()
     if len(sizes) == 1:
-        axes.axvline(sizes[0], **_REFERENCE)
+        axes.axvline(sizes[0], **REFERENCE)
         label = f"memory of a device, {sizes[0]:.4g} GiB"
-        axes.annotate(label, (sizes[0], 1), xycoords=("data", "axes fraction"), **_BESIDE)
+        axes.annotate(label, (sizes[0], 1), xycoords=("data", "axes fraction"), **BESIDE)
 
 
 # Name of the file, title, function.
 PLOTS: tuple[tuple[str, str, Callable[[pd.DataFrame], Figure]], ...] = (
     ("throughput", "Output throughput against batch size", throughput),
     ("latency", "Batch latency against batch size", latency),
-    ("scaling", "Scaling efficiency", scaling),
+    ("ttft", "Time to first token", ttft),
+    ("tpot", "Time per output token", tpot),
+    ("scaling", "Scaling efficiency, strong", scaling),
+    ("scaling_weak", "Scaling efficiency, weak", scaling_weak),
+    ("pareto", "Pareto front of latency and throughput per device", pareto),
+    ("heatmap", "Throughput over batch and length", heatmap),
     ("memory", "Memory", memory),
+    ("energy", "Energy per output token", energy),
+    ("roofline", "MFU and MBU against the roofline", roofline),
 )
 
 
-def write_plots(table: pd.DataFrame, folder: Path) -> tuple[list[tuple[str, Path]], list[str]]:
-    """One PNG per plot and group of like things: (title, path) of each, and why each of the others was not drawn."""
-    # Those of an earlier analysis, which may have had other groups.
-    for name, _, _ in PLOTS:
-        for old in (folder / f"{name}.png", *folder.glob(f"{name}_group_*.png")):
-            old.unlink(missing_ok=True)
+def write_plots(
+    parts: Sequence[Part], folder: Path, names: Sequence[str] | None = None
+) -> tuple[list[tuple[str, Path]], list[str]]:
+    """A PNG and an SVG per plot and group of like things: (title, path of the PNG) of each, and why each of the
+    others was not drawn. `names` picks plots; None is all of them."""
+    _remove_old(folder)
     written, missing = [], []
-    parts = list(groups(table))
-    for name, title, draw in PLOTS:
-        for number, points in parts or [(1, table)]:
-            of_group = f" (group {number})" if len(parts) > 1 else ""
-            path = folder / f"{name}{f'_group_{number}' if of_group else ''}.png"
-            try:
-                _save(draw, points, path, of_group)
-                written.append((title + of_group, path))
-            except NothingToShowError as reason:
-                missing.append(f"{title}{of_group}: {reason}")
+    tables = named_first([part.points for part in parts])
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # A name in a script that the font lacks is no news to the user.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        for name, title, draw in PLOTS:
+            if names is not None and name not in names:
+                continue
+            if not parts:
+                missing.append(f"{title}: no point was measured")
+            for part, points in zip(parts, tables, strict=True):
+                of_group = f" (group {part.number})" if len(parts) > 1 else ""
+                mark = of_group + (f" [MIXED: {', '.join(part.mixed)}]" if part.mixed else "")
+                path = folder / f"{name}{f'_group_{part.number}' if of_group else ''}.png"
+                try:
+                    _save(draw(points.assign(_mark=mark, _about=describe(points))), path)
+                    written.append((title + mark, path))
+                except NothingToShowError as reason:
+                    missing.append(f"{title}{of_group}: {reason}")
     return written, missing
 
 
-def _save(draw: Callable[[pd.DataFrame], Figure], points: pd.DataFrame, path: Path, of_group: str) -> None:
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        # A name in a script that the font lacks is no news to the user.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure = draw(points)
-        figure.texts[0].set_text(figure.texts[0].get_text() + of_group)
-        figure.savefig(path, dpi=DPI)
+def _remove_old(folder: Path) -> None:
+    """Those of an earlier analysis, which may have had other groups."""
+    for name, _, _ in PLOTS:
+        for end in ("png", "svg"):
+            for old in (folder / f"{name}.{end}", *folder.glob(f"{name}_group_*.{end}")):
+                old.unlink(missing_ok=True)
 
 
-# --- what the line plots share ------------------------------------------------------------------------------------
-
-
-def _measured(points: pd.DataFrame, metric: str) -> pd.DataFrame:
-    measured = points[(points["status"] == "ok") & points[metric].notna()]
-    if measured.empty:
-        raise NothingToShowError("no point was measured")
-    return measured
-
-
-def _facets(points: pd.DataFrame, y: str, title: str) -> Figure:
-    """A line per setting, a facet per prompt length."""
-    lengths = sorted(points["seq_len"].unique())
-    shown = [name for name in points["setting"].cat.categories if (points["setting"] == name).any()]
-    look = looks(points)
-    figure, grid = _figure(points, title, len(lengths), 2.9 if len(lengths) > 1 else 3.6, _handles(points, shown, look))
-    for axes, length in zip(grid, lengths, strict=True):
-        here = points[points["seq_len"] == length]
-        for name in shown:
-            _draw_line(axes, here[here["setting"] == name].sort_values("global_batch_size"), y, look[name])
-        axes.set_title(f"{length} prompt tokens")
-        _batch_axis(axes, points)
-    # After the last facet: a limit ends the scaling to the data, and the facets share their scale.
-    grid[0].set_ylim(bottom=0)
-    columns = min(3, len(grid))
-    replicas = (points["global_batch_size"] != points["batch_size"]).any()
-    x_label = "Global batch size [requests]" if replicas else "Batch size [requests]"
-    for index, axes in enumerate(grid):
-        axes.set_ylabel(_axis_label(y) if index % columns == 0 else "")
-        axes.tick_params(labelleft=index % columns == 0)
-        axes.set_xlabel(x_label if index + columns >= len(grid) else "")
-    return figure
-
-
-def _draw_line(axes: Axes, points: pd.DataFrame, y: str, look: dict[str, Any]) -> None:
-    if points.empty:
-        return
-    x, values = points["global_batch_size"].to_numpy(dtype=float), points[y].to_numpy(dtype=float)
-    axes.plot(x, values, color=look["color"], linestyle=look["linestyle"], linewidth=1.4)
-    if y != "scaling_efficiency":
-        widths = [half_width(row, y) for row in points.to_dict("records")]
-        errors = np.array([np.nan if width is None else width for width in widths])
-        axes.errorbar(x, values, errors, fmt="none", ecolor=look["color"], elinewidth=1, capsize=2.5)
-    valid = (points["verdict"] == "valid").to_numpy(dtype=bool)
-    style = {**look, "linestyle": "", "markersize": 5, "zorder": 3}
-    axes.plot(x[valid], values[valid], **style)
-    # Hollow: a reader must not take it for a number to rely on.
-    axes.plot(x[~valid], values[~valid], markerfacecolor="white", **style)
-
-
-def _handles(points: pd.DataFrame, names: Sequence[str], look: dict[str, dict[str, Any]]) -> list[Any]:
-    # A leading underscore would take an entry out of the legend.
-    labels = [" " * name.startswith("_") + _short(name, 40) for name in names]
-    handles = [
-        Line2D([], [], markersize=5, label=label, **look[name]) for name, label in zip(names, labels, strict=True)
-    ]
-    if (points["verdict"] != "valid").any():
-        handles.append(_hollow("o", "0.35", "hollow: suspect or invalid"))
-    return handles
-
-
-def _hollow(marker: Any, color: str, label: str) -> Line2D:
-    return Line2D([], [], color=color, marker=marker, markersize=5, markerfacecolor="white", linestyle="", label=label)
-
-
-def _batch_axis(axes: Axes, points: pd.DataFrame) -> None:
-    """Logarithmic to base 2, with the batch sizes that were run as ticks; of too many, those that fit."""
-    sizes = sorted(int(size) for size in points["global_batch_size"].unique())
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(sizes[0] / 2**0.4, sizes[-1] * 2**0.4)
-    inches = axes.get_position().width * WIDTH_IN
-    span = np.log2(sizes[-1]) - np.log2(sizes[0]) + 0.8
-    ticks: list[int] = []
-    right_edge = -np.inf
-    for size in sizes:
-        middle, half = (np.log2(size) - np.log2(sizes[0])) / span * inches, 0.04 * len(str(size)) + 0.03
-        if middle - half >= right_edge:
-            ticks.append(size)
-            right_edge = middle + half
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-# --- the sheet ----------------------------------------------------------------------------------------------------
-
-
-def _figure(
-    points: pd.DataFrame, title: str, facets: int, height_in: float, handles: Sequence[Any]
-) -> tuple[Figure, list[Axes]]:
-    """Title, subtitle, a grid of at most three axes in a row, the legend below; measured in inches, so that a long
-    legend makes the figure higher and never covers data."""
-    columns = min(3, facets)
-    rows = -(-facets // columns)
-    widest = max(len(handle.get_label()) for handle in handles)
-    legend_columns = max(1, min(len(handles), int((WIDTH_IN - 0.4) / (0.065 * widest + 0.55))))
-    legend_in = 0.2 * -(-len(handles) // legend_columns) + 0.1
-    subtitle = textwrap.wrap(_subtitle(points), 118)[:3]
-    top_in, bottom_in = 0.62 + 0.16 * len(subtitle), 0.5 + legend_in
-    total_in = top_in + rows * height_in + 0.55 * (rows - 1) + bottom_in
-    figure = Figure(figsize=(WIDTH_IN, total_in))
-    figure.subplots_adjust(
-        left=0.8 / WIDTH_IN, right=1 - 0.2 / WIDTH_IN, top=1 - top_in / total_in, bottom=bottom_in / total_in,
-        hspace=0.55 / height_in, wspace=0.08,
-    )  # fmt: skip
-    figure.text(0.2 / WIDTH_IN, 1 - 0.12 / total_in, title, fontsize=12, fontweight="bold", va="top")
-    figure.text(0.2 / WIDTH_IN, 1 - 0.36 / total_in, "\n".join(subtitle), color="0.3", va="top", linespacing=1.25)
-    figure.legend(handles=list(handles), loc="lower center", ncols=legend_columns, frameon=False)
-    first = figure.add_subplot(rows, columns, 1)
-    others = [figure.add_subplot(rows, columns, index + 1, sharey=first) for index in range(1, facets)]
-    return figure, [first, *others]
-
-
-def _subtitle(points: pd.DataFrame) -> str:
-    first = points.iloc[0].dropna()
-    names = ("device_name", "model", "vllm_version", "dtype", "quantization", "max_tokens")
-    words = {"vllm_version": "vLLM {}", "max_tokens": "{} output tokens"}
-    return " · ".join(words.get(name, "{}").format(_short(str(first[name]), 60)) for name in names if name in first)
-
-
-def _short(text: str, width: int) -> str:
-    """The beginning and the end of a long name: what tells two apart is often at the end."""
-    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width // 2) :]}"
-
-
-def _axis_label(name: str) -> str:
-    metric = METRIC_BY_NAME.get(name)
-    return f"{metric.label} [{metric.unit}]" if metric else "Efficiency, 1 = ideal"
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -1,20 +1,26 @@
-"""Result files -> tidy tables: one row per point, groups of like things, the best of each, and the CSV."""
+"""Result files -> one tidy table: a row per point, and groups of like things."""
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from batch_inference.metrics import METRIC_BY_NAME, METRICS, summarise
+from batch_inference.metrics import METRICS, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.results import Point, Result, ResultFileError, load_result
+from batch_inference.statistics import percentile
 
 Row = dict[str, Any]
 
@@ -29,62 +35,88 @@ TO_MENTION = (
     "num_runs", "target_ci", "max_runs", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
     "gpu_memory_utilization", "block_size", "cudagraph_mode", "compilation_mode", "engine_args",
 )  # fmt: skip
-# What is asked for: the words of the summary -> the metric that decides.
-GOALS = {
-    "throughput": "output_tok_per_s",
-    "per device": "output_tok_per_s_per_device",
-    "latency": "latency_mean_s",
-}
+# The durations that a limit can be set on.
+DURATIONS: dict[str, Callable[[Point], list[float]]] = {"latency": run_latencies_s, "ttft": ttfts_s, "tpot": tpots_s}
 # How a file is written is no setting, and a point has its own batch_size and seq_len.
 _NOT_IN_ROWS = {"output_file", "overwrite", "resume", "verbose", "dry_run", "batch_sizes", "seq_lens"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_FORMULA = re.compile(r"\s*[=+\-@]")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One result file: where it lies, what it holds, and its points as rows."""
+    """One result file: where it lies, what became of it, and its points as columns. Its raw runs are not kept: those of
+    a large folder would not fit in memory."""
 
     path: Path
-    result: Result
-    rows: list[Row]
+    name: str
+    num_devices: int
+    status: str
+    points_ok: int
+    points_asked: int  # points of the grid; more may be there after a --resume with another grid
+    load_s: float | None
+    failure: str | None  # why the setting has no engine; None for one that was measured
+    facts: Row  # what is alike for all points
+    columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
 
     @property
-    def name(self) -> str:
-        return plain(self.result.name)
-
-    @property
-    def points_asked(self) -> int:
-        """Points of the grid; more may be there after a --resume with another grid."""
-        config = self.result.config
-        grid = [config.get(name) for name in ("batch_sizes", "seq_lens")]
-        sizes = [len(values) if isinstance(values, list) else 0 for values in grid]
-        return max(math.prod(sizes), len(self.result.points))
-
-    @property
-    def points_ok(self) -> int:
-        return sum(point.status == "ok" for point in self.result.points)
-
-    @property
-    def load_s(self) -> float | None:
-        return _least([_section(self.result.engine, "load_s").get("total_s")])
-
-    @property
-    def failure(self) -> str | None:
-        """Why the setting has no engine; None for one that was measured."""
-        if self.result.status != "failed":
-            return None
-        return plain(_section(self.result.engine, "failure").get("reason") or "no reason is given")
+    def num_points(self) -> int:
+        return len(next(iter(self.columns.values()), []))
 
 
-def load_setting(path: Path) -> Setting:
-    """Read one result file. Raises ResultFileError naming the file and the reason."""
+def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | ResultFileError]:
+    """Each file as `load_setting` reads it, or what is wrong with it; many files on several cores."""
+    load = partial(_setting_or_error, percent=percent)
+    if len(paths) < _FILES_OF_A_CORE * 2:
+        return list(map(load, paths))
+    workers = min(8, os.cpu_count() or 1, len(paths) // _FILES_OF_A_CORE)
+    # Fresh processes: a fork would copy the threads of whatever is imported here.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=gc.disable) as pool:
+        return list(pool.map(load, paths, chunksize=8))
+
+
+# Fewer are read before another process has started.
+_FILES_OF_A_CORE = 100
+
+
+def _setting_or_error(path: Path, percent: float) -> Setting | ResultFileError:
     try:
-        result = load_result(path)
-        return Setting(path, result, [_row(path, result, point) for point in result.points])
+        return load_setting(path, percent)
+    except ResultFileError as error:
+        return error
+
+
+def load_setting(path: Path, percent: float = 99) -> Setting:
+    """Read one result file, with percentile `percent` of the DURATIONS among its columns.
+
+    Raises ResultFileError naming the file and the reason.
+    """
+    try:
+        return _setting(path, load_result(path), percent)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ResultFileError(f"{path}: holds a value that this program cannot use ({reason})") from error
+
+
+def _setting(path: Path, result: Result, percent: float) -> Setting:
+    grid = [result.config.get(name) for name in ("batch_sizes", "seq_lens")]
+    sizes = [len(values) if isinstance(values, list) else 0 for values in grid]
+    failure = _section(result.engine, "failure").get("reason") or "no reason is given"
+    facts = _facts(result, result.engine)
+    rows = [_row(path, result, point, percent) for point in result.points]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Setting(
+        path=path,
+        name=plain(result.name),
+        num_devices=result.num_devices,
+        status=plain(result.status),
+        points_ok=sum(point.status == "ok" for point in result.points),
+        points_asked=max(math.prod(sizes), len(result.points)),
+        load_s=_least([_section(result.engine, "load_s").get("total_s")]),
+        failure=plain(failure) if result.status == "failed" else None,
+        facts=facts,
+        # Lists of numbers go from process to process much faster than a dict for each point.
+        columns={name: [row.get(name, facts.get(name)) for row in rows] for name in names},
+    )
 
 
 def plain(value: object) -> str:
@@ -95,9 +127,19 @@ def plain(value: object) -> str:
 # --- one point -> one row -----------------------------------------------------------------------------------------
 
 
-def _row(path: Path, result: Result, point: Point) -> Row:
-    identity = _identity(path, result, point)
-    row = {**identity, **_settings(result, point), **_environment(result), **identity, **_numbers(result, point)}
+def _row(path: Path, result: Result, point: Point, percent: float) -> Row:
+    # The facts are those of most points: only one of an earlier sweep had another engine.
+    facts = _facts(result, result.engine_of(point)) if point.engine else {}
+    # A config can hold any name: what identifies a point and its numbers is not replaced by it.
+    return {**facts, **_clean(_identity(path, result, point)), **_numbers(result, point, percent)}
+
+
+def _facts(result: Result, engine: Row) -> Row:
+    """What is alike for all points of an engine: settings and environment."""
+    return _clean({**_settings(result, engine), **_environment(result)})
+
+
+def _clean(row: Row) -> Row:
     return {plain(name): plain(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
@@ -118,13 +160,14 @@ def _identity(path: Path, result: Result, point: Point) -> Row:
         "reason": _text(point.reason),
         "verdict": _text(point.verdict),
         "verdict_reasons": "; ".join(map(str, point.verdict_reasons)) or None,
+        "timed_runs": len(point.runs),
         "memory_scope": _text(point.runs[0].memory.get("scope")) if point.runs else None,
     }
 
 
-def _settings(result: Result, point: Point) -> Row:
+def _settings(result: Result, engine: Row) -> Row:
     """What was asked; where vLLM reports what it really used (dtype, max_model_len ...), that."""
-    config, engine = result.config, result.engine_of(point)
+    config = result.config
     asked = {name: value for name, value in config.items() if name not in _NOT_IN_ROWS and _is_cell(value)}
     # On the CPU the engine's share of the memory is that of one device: what was asked for the setting is alike.
     reported = {name: value for name, value in engine.items() if name != "gpu_memory_utilization"}
@@ -162,13 +205,22 @@ def _environment(result: Result) -> Row:
     }
 
 
-def _numbers(result: Result, point: Point) -> Row:
+def _numbers(result: Result, point: Point, percent: float) -> Row:
     """The metrics, computed again from the raw runs: what a file says of itself is not trusted."""
     numbers = summarise(result, point)
+    for prefix, durations_s in DURATIONS.items():
+        name = percentile_column(prefix, percent)
+        if name not in numbers:
+            numbers[name] = percentile(durations_s(point), percent) if point.status == "ok" else None
     for name, value in numbers.items():
         if value is not None and not _is_number(value):
             raise ValueError(f"{name} is {value!r}, not a number")
     return dict(numbers)
+
+
+def percentile_column(prefix: str, percent: float) -> str:
+    """ttft, 99 -> ttft_p99_s."""
+    return f"{prefix}_p{percent:g}_s"
 
 
 def _text(value: object) -> str | None:
@@ -195,20 +247,40 @@ def _least(values: Iterable[Any]) -> float | None:
 # --- the table of points ------------------------------------------------------------------------------------------
 
 
-def point_table(settings: Sequence[Setting]) -> pd.DataFrame:
-    """One row per point, smallest settings first; `setting` is unique per file, `group` numbers the like things."""
-    ordered = sorted(settings, key=lambda setting: (setting.result.num_devices, setting.name, setting.path.name))
+def point_table(settings: Sequence[Setting], group_by: Sequence[str] = GROUP_BY) -> pd.DataFrame:
+    """One row per point, smallest settings first; `setting` is unique per file, `group` numbers the like things.
+
+    Raises KeyError with the name of a column in `group_by` that there is not.
+    """
+    ordered = sorted(settings, key=lambda setting: (setting.num_devices, setting.name, setting.path.name))
     labels = setting_labels(ordered)
-    rows = [{"setting": labels[setting.path], **row} for setting in ordered for row in setting.rows]
-    always = ["setting", "file", "status", "reason", "verdict", "verdict_reasons", *GROUP_BY, *TO_MENTION]
-    numbers = ["batch_size", "seq_len", "global_batch_size", "num_devices", "device_memory_gib"]
-    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(dict.fromkeys([*always, *numbers])))
+    rows = any(setting.num_points for setting in ordered)
+    table = pd.DataFrame(_columns(ordered, labels) if rows else {name: [] for name in _ALWAYS})
     for metric in METRICS:
         table[metric.name] = table[metric.name].astype(float) if rows else pd.Series(dtype=float)
     # A category remembers the order of all settings, so that each keeps its colour in a part of the table.
     table["setting"] = pd.Categorical(table["setting"], categories=list(labels.values()))
-    table.insert(1, "group", _group_numbers(table))
-    return _with_scaling(table)
+    table.insert(1, "group", _group_numbers(table, group_by))
+    return table
+
+
+_ALWAYS = dict.fromkeys([
+    "setting", "file", "name", "status", "reason", "verdict", "verdict_reasons", *GROUP_BY, *TO_MENTION, "batch_size",
+    "seq_len", "global_batch_size", "num_devices", "timed_runs", "device_memory_gib", "tensor_parallel_size",
+    "pipeline_parallel_size", "data_parallel_size", "memory_scope",
+])  # fmt: skip
+
+
+def _columns(settings: Sequence[Setting], labels: Mapping[Path, str]) -> dict[str, list[Any]]:
+    """Column by column, because as many dicts of a hundred entries as there are points take seconds and gigabytes."""
+    own = dict.fromkeys(name for setting in settings for name in setting.columns)
+    facts = dict.fromkeys(name for setting in settings if setting.num_points for name in setting.facts)
+    columns: dict[str, list[Any]] = {name: [] for name in ("setting", *own, *facts)}
+    for setting in settings:
+        shared = {"setting": labels[setting.path], **setting.facts}
+        for name, cells in columns.items():
+            cells += setting.columns.get(name) or [shared.get(name)] * setting.num_points
+    return columns
 
 
 def setting_labels(settings: Sequence[Setting]) -> dict[Path, str]:
@@ -220,10 +292,12 @@ def setting_labels(settings: Sequence[Setting]) -> dict[Path, str]:
     }
 
 
-def _group_numbers(table: pd.DataFrame) -> list[int]:
-    keys = list(zip(*(map(str, table[name]) for name in GROUP_BY), strict=True))
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys), start=1)}
-    return [numbers[key] for key in keys]
+def _group_numbers(table: pd.DataFrame, group_by: Sequence[str]) -> pd.Series[int]:
+    if not group_by or table.empty:
+        return pd.Series(1, index=table.index)
+    for name in group_by:
+        table[name]  # KeyError names one column alone
+    return table.groupby(list(group_by), dropna=False, sort=False, observed=True).ngroup() + 1
 
 
 def groups(table: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
@@ -233,7 +307,7 @@ def groups(table: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
 
 def differing(table: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     """The columns in which the rows of the table are not all alike."""
-    return [name for name in columns if table[name].map(str).nunique() > 1]
+    return [name for name in columns if len(table[name].unique()) > 1 and table[name].map(str).nunique() > 1]
 
 
 def believable(table: pd.DataFrame) -> pd.DataFrame:
@@ -241,56 +315,8 @@ def believable(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["status"] == "ok") & (table["verdict"] != "invalid")]
 
 
-def best_points(group: pd.DataFrame) -> list[tuple[int, str, dict[Hashable, Any]]]:
-    """(seq_len, goal, row of the best point) of one group of like things."""
-    found = []
-    for seq_len, points in believable(group).groupby("seq_len"):
-        for goal, name in GOALS.items():
-            ascending = METRIC_BY_NAME[name].better == "lower"
-            ranked = points.dropna(subset=name).sort_values(name, ascending=ascending, kind="stable")
-            found += [(int(str(seq_len)), goal, row) for row in ranked.head(1).to_dict("records")]
-    return found
-
-
 def half_width(row: Mapping[Hashable, Any], metric: str) -> float | None:
     """Half width of the 95 % interval. Throughput is a fixed number of tokens over the mean latency, so that its
     relative interval is, to first order, that of the latency."""
     relative = row["latency_ci95_s"] / row["latency_mean_s"]
     return None if pd.isna(relative) else float(relative * row[metric])
-
-
-def _with_scaling(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds `scaling_baseline` and `scaling_efficiency`: output throughput / (the baseline's x ratio of the device
-    counts), at equal seq_len and global_batch_size; the baseline is the group's setting of the fewest devices."""
-    baselines: dict[int, str] = {}
-    reference: dict[tuple[Any, ...], tuple[float, int]] = {}
-    for number, group in groups(table):
-        points = believable(group)
-        smallest = points[points["num_devices"] == points["num_devices"].min()]["setting"].astype(str)
-        if smallest.empty:
-            continue
-        baselines[number] = str(smallest.value_counts(sort=False).idxmax())
-        for row in points[points["setting"] == baselines[number]].to_dict("records"):
-            key = (number, row["seq_len"], row["global_batch_size"])
-            reference[key] = (row["output_tok_per_s"], row["num_devices"])
-    keys = zip(table["group"], table["seq_len"], table["global_batch_size"], strict=True)
-    found = [reference.get(key, (math.nan, 1)) for key in keys]
-    expected = pd.Series([throughput / devices for throughput, devices in found], index=table.index, dtype=float)
-    efficiency = table["output_tok_per_s"] / (expected * table["num_devices"].astype(float))
-    return table.assign(scaling_baseline=table["group"].map(baselines), scaling_efficiency=efficiency)
-
-
-# --- the CSV ------------------------------------------------------------------------------------------------------
-
-
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """One header row, an empty cell for unknown, no cell that a spreadsheet would run as a formula."""
-    cells = table.astype({"setting": object}).convert_dtypes()
-    for name in cells.columns:
-        if not (pd.api.types.is_numeric_dtype(cells[name]) or pd.api.types.is_bool_dtype(cells[name])):
-            cells[name] = cells[name].map(_guarded, na_action="ignore")
-    cells.rename(columns=lambda name: _guarded(str(name))).to_csv(path, index=False)
-
-
-def _guarded(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value

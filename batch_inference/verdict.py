@@ -17,6 +17,8 @@ STEADY_WITHIN = 0.05
 WIDEST_INTERVAL = 0.1
 # Runs that only scatter by a percent look like a smaller trend than this often enough.
 DRIFT_OVER = 0.03
+# Two on two H200s went from 1.11 s in two warm-ups to 0.61 s in all runs, and nothing said why.
+UNLIKE_WARMUPS = 0.15
 # A process is woken some 0.1 ms late where the machine is quiet, and milliseconds where it is not.
 SHORTEST_RUN_S = 0.01
 # Reasons of NVML for a clock below the highest that are no fault: it is set so, or nothing is to be done. A GPU at its
@@ -114,6 +116,16 @@ def _drift(_: Result, point: Point) -> list[str]:
     return [f"drift: runs become {how}, by over {DRIFT_OVER:.0%} from the first to the last"]
 
 
+def _unlike_warmups(_: Result, point: Point) -> list[str]:
+    """Warm-ups that agree with each other, and not with the runs after them: what was steady was something else."""
+    if len(point.warmups) < 2 or not is_settled(point.warmups):
+        return []
+    last_s, mean_s = point.warmups[-1]["latency_s"], fmean(run_latencies_s(point))
+    if abs(last_s - mean_s) <= UNLIKE_WARMUPS * max(last_s, mean_s):
+        return []
+    return [f"the last warm-up took {last_s:.3g} s, the runs {mean_s:.3g} s; raise --warmup-runs"]
+
+
 def _too_short(_: Result, point: Point) -> list[str]:
     if min(run_latencies_s(point)) >= SHORTEST_RUN_S:
         return []
@@ -135,5 +147,5 @@ def _not_alone(_: Result, point: Point) -> list[str]:
 _Check = Callable[[Result, Point], list[str]]
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
 _SUSPECT: tuple[_Check, ...] = (
-    _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _too_short, _throttled, _not_alone,
+    _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _unlike_warmups, _too_short, _throttled, _not_alone,
 )  # fmt: skip

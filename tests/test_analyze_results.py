@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -45,22 +47,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
-def test_a_folder_becomes_summary_csv_report_and_plots(analyze: Run, folder: Path) -> None:
+def test_a_folder_becomes_summary_tables_reports_and_plots(analyze: Run, folder: Path) -> None:
     done = analyze("--input", folder)
     assert (done.returncode, done.stderr) == (0, "")
-    names = ["results.csv", "report.md", "throughput.png", "latency.png", "scaling.png", "memory.png"]
-    assert sorted(path.name for path in (folder / "analysis").iterdir()) == sorted(names)
-    assert done.stdout.splitlines()[-6:] == [str(folder / "analysis" / name) for name in names]
+    names = ["report.html", "report.md", "results.csv", "summary.json"]
+    names += ["results.parquet"] * (find_spec("pyarrow") is not None)
+    plots = [
+        f"{name}.png" for name in ("throughput", "latency", "ttft", "tpot", "scaling", "pareto", "heatmap", "memory")
+    ]
+    vectors = [name.replace("png", "svg") for name in plots]
+    assert sorted(path.name for path in (folder / "analysis").iterdir()) == sorted(names + plots + vectors)
+    assert done.stdout.splitlines()[-len(names + plots) :] == [
+        str(folder / "analysis" / name) for name in names + plots
+    ]
     assert "tp_2" in done.stdout
     assert len(pd.read_csv(folder / "analysis" / "results.csv")) == 4
     report = (folder / "analysis" / "report.md").read_text()
-    assert all(f"]({name})" in report for name in names if name != "report.md")
+    assert all(f"]({name})" in report for name in plots)
 
 
 def test_a_single_file_is_analysed_beside_it(analyze: Run, folder: Path) -> None:
     done = analyze("--input", folder / "tp_1_results.json", "--no-plots")
     assert done.returncode == 0
-    assert sorted(path.name for path in (folder / "analysis").iterdir()) == ["report.md", "results.csv"]
+    names = {path.name for path in (folder / "analysis").iterdir()}
+    assert names - {"results.parquet"} == {"report.html", "report.md", "results.csv", "summary.json"}
     assert "tp_2" not in done.stdout
 
 
@@ -73,7 +83,9 @@ def test_output_dir_is_made_and_used(analyze: Run, folder: Path, tmp_path: Path)
 
 def test_a_plot_with_nothing_to_show_is_explained(analyze: Run, folder: Path) -> None:
     done = analyze("--input", folder / "tp_1_results.json")
-    assert "not drawn: Scaling efficiency: every measured setting has the same number of devices" in done.stdout
+    text = " ".join(done.stdout.split())
+    assert "not drawn: Scaling efficiency, strong: every measured setting has the same number of devices" in text
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith(str(folder))) <= 80
     assert not (folder / "analysis" / "scaling.png").exists()
 
 
@@ -106,11 +118,80 @@ def test_a_folder_of_two_gpu_models_is_not_ranked_together(analyze: Run, tmp_pat
     fast = make_result("fast", [make_point(latencies_s=[0.1])], environment={"devices": [{"name": "NVIDIA A100"}]})
     save_all([make_result("slow", [make_point(latencies_s=[1.0])]), fast], tmp_path)
     done = analyze("--input", tmp_path, "--no-plots")
-    best = [line.split()[2] for line in done.stdout.splitlines() if " throughput " in line]
+    best = [line.split()[2] for line in done.stdout.splitlines() if line.split()[1:2] == ["throughput"]]
     assert best == ["fast", "slow"]
     assert "they differ in device_name" in " ".join(done.stdout.split())
     table = pd.read_csv(tmp_path / "analysis" / "results.csv")
     assert table["group"].tolist() == [1, 2]
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def test_the_flags_reach_the_question(analyze: Run, folder: Path) -> None:
+    flags = (
+        "--max-latency-s",
+        99,
+        "--max-ttft-s",
+        9,
+        "--max-tpot-s",
+        8,
+        "--slo-percentile",
+        95,
+        "--device-hour-price",
+        2,
+    )
+    done = analyze("--input", folder, "--no-plots", "--baseline", "tp_2", *flags)
+    assert done.returncode == 0
+    assert "limits  latency p95 ≤ 99 s, TTFT p95 ≤ 9 s, TPOT p95 ≤ 8 s" in done.stdout
+    assert "per M tokens" in done.stdout
+    assert "Scaling against tp_2" in done.stdout
+    assert "ttft_p95_s" in pd.read_csv(folder / "analysis" / "results.csv")
+
+
+def test_plots_are_picked(analyze: Run, folder: Path) -> None:
+    done = analyze("--input", folder, "--plots", "pareto,energy")
+    assert [path.name for path in (folder / "analysis").glob("*.png")] == ["pareto.png"]
+    assert "not drawn: Energy per output token" in done.stdout
+
+
+def steady(factor: float) -> list[Point]:
+    return [make_point(latencies_s=[factor * s for s in (1.0, 1.001, 0.999, 1.0005)])]
+
+
+def test_a_regression_fails_only_where_that_is_asked_for(analyze: Run, tmp_path: Path) -> None:
+    save_all([make_result(points=steady(1.0))], tmp_path / "old")
+    save_all([make_result(points=steady(1.05))], tmp_path / "new")
+    flags = ("--input", tmp_path / "new", "--compare", tmp_path / "old", "--no-plots")
+    done = analyze(*flags)
+    assert done.returncode == 0
+    assert "points compared        1: 1 worse" in done.stdout
+    done = analyze(*flags, "--fail-on-regression", 3)
+    assert done.returncode == 3
+    assert done.stderr == "error: --fail-on-regression 3: 1 of 1 points are lost or worse by more\n"
+    assert analyze(*flags, "--fail-on-regression", 6).returncode == 0
+    assert (
+        analyze("--input", tmp_path / "old", "--compare", tmp_path / "new", "--fail-on-regression", 0).returncode == 0
+    )
+
+
+def test_an_unreadable_file_of_the_earlier_results_is_named(analyze: Run, folder: Path, tmp_path: Path) -> None:
+    save_all([make_result(points=steady(1.0))], tmp_path / "old")
+    (tmp_path / "old" / "broken\nname.json").write_text("{")
+    done = analyze("--input", folder, "--compare", tmp_path / "old", "--no-plots")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "broken name.json: not valid JSON" in line
+
+
+def test_a_loop_of_links_and_foreign_files_do_no_harm(analyze: Run, folder: Path) -> None:
+    (folder / "loop.json").symlink_to(folder / "loop.json")
+    (folder / "dangling.json").symlink_to(folder / "nothing")
+    (folder / "inner").symlink_to(folder)
+    done = analyze("--input", folder, "--no-plots")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 2
+    assert "tp_2" in done.stdout
 
 
 # --- wrong use ----------------------------------------------------------------------------------------------------
@@ -163,6 +244,28 @@ def test_an_output_file_that_cannot_be_written_is_refused(analyze: Run, folder: 
     check_refused(analyze("--input", folder, "--no-plots"), "--output-dir", "cannot be written")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--plots", "throughput,speed"), "--plots speed: no such plot; choose of throughput,"),
+        (("--plots", ","), "--plots"),
+        (("--plots", "memory", "--no-plots"), "not allowed with"),
+        (("--max-ttft-s", "0"), "--max-ttft-s: 0 is not above 0"),
+        (("--max-ttft-s", "fast"), "--max-ttft-s: 'fast' is no number"),
+        (("--device-hour-price", "nan"), "--device-hour-price: 'nan' is no number"),
+        (("--slo-percentile", "101"), "--slo-percentile: 101 is not above 0 and at most 100"),
+        (("--baseline", "tp_9"), "--baseline tp_9: no such setting; choose one of tp_1, tp_2"),
+        (("--group-by", "colour"), "--group-by colour: no such column"),
+        (("--compare", "nowhere"), "--compare nowhere: does not exist"),
+        (("--fail-on-regression", "5"), "--fail-on-regression 5: compares with nothing; add --compare DIR"),
+        (("--fail-on-regression", "-1"), "--fail-on-regression: -1 is below 0"),
+    ],
+)
+def test_each_mistake_is_named_and_nothing_is_written(analyze: Run, folder: Path, flags: Any, words: str) -> None:
+    check_refused(analyze("--input", folder, *flags), words)
+    assert not (folder / "analysis").exists()
+
+
 @pytest.mark.parametrize("flag", ["--no-plot", "--output", "--imput"])
 def test_abbreviated_and_misspelt_flags_are_refused(analyze: Run, folder: Path, flag: str) -> None:
     check_refused(analyze("--input", folder, flag), flag)
@@ -188,7 +291,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     words = modules_after("--help")
     assert time.perf_counter() - started_s < 0.3
     assert "--output-dir" in words
-    assert not {"pandas", "matplotlib", "seaborn", "numpy", "vllm", "torch"} & words
+    assert not {"pandas", "matplotlib", "seaborn", "scipy", "numpy", "vllm", "torch"} & words
 
 
 @pytest.mark.slow

@@ -16,9 +16,10 @@ PACKAGE = REPOSITORY / "batch_inference"
 ORDER = (
     "statistics", "config", "hardware", "environment", "peaks", "plan", "overview", "ray_cluster", "rendezvous",
     "prompts", "engine", "ranks", "worker", "replicas", "results", "capacity", "metrics", "console", "verdict",
-    "experiment", "tables", "plots", "report",
+    "experiment", "tables", "exports", "compare", "decide", "analysis", "sheet", "lines", "plots", "answers",
+    "sections", "report", "page", "summary",
 )  # fmt: skip
-ANALYSIS = {"pandas", "matplotlib", "seaborn"}
+ANALYSIS = {"pandas", "matplotlib", "seaborn", "scipy"}
 
 
 def imported_names(path: Path) -> set[str]:
@@ -55,7 +56,7 @@ def test_heavy_imports_have_their_places() -> None:
     ("modules", "forbidden"),
     [
         ("experiment, batch_inference.replicas, batch_inference.engine", ANALYSIS | {"vllm", "torch"}),
-        ("tables, batch_inference.plots, batch_inference.report", {"vllm", "torch"}),
+        ("plots, batch_inference.report, batch_inference.page, batch_inference.summary", {"vllm", "torch"}),
     ],
 )
 def test_measuring_and_analysing_stay_apart(modules: str, forbidden: set[str]) -> None:

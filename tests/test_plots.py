@@ -14,11 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from batch_inference import plots
-from batch_inference.plots import PLOTS, NothingToShowError, looks, write_plots
+from batch_inference import plots, sheet
+from batch_inference.analysis import Part, Question, analyse
+from batch_inference.plots import PLOTS, write_plots
 from batch_inference.results import Point, Result, save_result
-from batch_inference.tables import load_setting, point_table
-from builders import make_point, make_result, make_sweep, save_all
+from batch_inference.sheet import NothingToShowError, looks, named, named_first
+from batch_inference.tables import load_setting
+from builders import make_point, make_result, make_run, make_sweep, save_all
 
 SETTINGS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 2, 1), (2, 4, 1),
             (1, 1, 2), (1, 1, 4), (2, 2, 2)]  # fmt: skip
@@ -27,7 +29,16 @@ SETTINGS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (2
 @pytest.fixture
 def table(tmp_path: Path) -> Any:
     def build(results: Sequence[Result]) -> pd.DataFrame:
-        return point_table([load_setting(path) for path in save_all(results, tmp_path)])
+        return analyse([load_setting(path) for path in save_all(results, tmp_path)], Question()).points
+
+    return build
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Any:
+    def build(results: Sequence[Result], question: Question | None = None) -> list[Part]:
+        settings = [load_setting(path) for path in save_all(results, tmp_path)]
+        return analyse(settings, question or Question()).parts
 
     return build
 
@@ -38,6 +49,7 @@ def lines(axes: Axes) -> list[list[tuple[float, float]]]:
         [(float(x), float(y)) for x, y in line.get_xydata()]
         for line in axes.lines
         if line.get_marker() == "None" and line.get_linestyle() != "None" and len(line.get_xdata()) > 0
+        and line.get_gid() != "thin"
         and line.get_transform() == axes.transData
     ]  # fmt: skip
 
@@ -93,13 +105,28 @@ def test_replicas_are_compared_at_equal_global_batch(table: Any) -> None:
     assert figure.axes[0].get_xlabel() == "Global batch size [requests]"
 
 
-def test_latency_is_drawn_with_its_interval(table: Any) -> None:
-    (axes,) = plots.latency(table([make_result(points=[make_point(1, 8, [1.0, 2.0, 3.0])])])).axes
-    assert lines(axes) == [[(1, 2.0)]]
+def test_throughput_is_drawn_with_its_interval(table: Any) -> None:
+    (axes,) = plots.throughput(table([make_result(points=[make_point(1, 8, [1.0, 2.0, 3.0])])])).axes
+    assert lines(axes) == [[(1, 16.0)]]
     (bar,) = axes.collections[0].get_segments()
-    half = 4.303 / math.sqrt(3)
-    assert [float(y) for _, y in bar] == pytest.approx([2 - half, 2 + half])
-    assert axes.get_ylabel() == "Batch latency, mean [s]"
+    half = 16 * 4.303 / math.sqrt(3) / 2
+    assert [float(y) for _, y in bar] == pytest.approx([16 - half, 16 + half])
+    assert axes.get_ylabel() == "Output throughput [tok/s]"
+
+
+@pytest.mark.parametrize(
+    ("draw", "factor", "label"),
+    [(plots.latency, 1, "Batch latency, p50 [s]"), (plots.ttft, 0.1, "Time to first token (TTFT), p50 [s]"),
+     (plots.tpot, 0.9 / 31, "Time per output token (TPOT), p50 [s]")],
+)  # fmt: skip
+def test_percentiles_are_a_line_at_the_median_and_a_thin_one_at_p99(
+    table: Any, draw: Any, factor: float, label: str
+) -> None:
+    (axes,) = draw(table([make_result(points=[make_point(1, 8, [1.0, 2.0, 3.0])])])).axes
+    assert lines(axes) == [[(1, pytest.approx(2.0 * factor))]]
+    (thin,) = [line for line in axes.lines if line.get_gid() == "thin"]
+    assert list(thin.get_ydata()) == pytest.approx([2.98 * factor])
+    assert axes.get_ylabel() == label
 
 
 def test_all_points_of_all_facets_are_within_the_axes(table: Any) -> None:
@@ -107,7 +134,6 @@ def test_all_points_of_all_facets_are_within_the_axes(table: Any) -> None:
     for draw in (plots.latency, plots.throughput):
         for axes in draw(table([make_result(points=points)])).axes:
             low, high = axes.get_ylim()
-            assert low == 0
             assert all(low <= y <= high for line in lines(axes) for _, y in line)
 
 
@@ -135,7 +161,74 @@ def test_efficiency_is_drawn_against_the_baseline_and_the_ideal_line(table: Any)
     assert any(list(line.get_ydata()) == [1, 1] for line in axes.lines)
     assert axes.get_ylim()[1] > 1
     assert "against tp_1" in texts(figure)
-    assert legend_labels(figure) == ["tp_2"]
+    assert legend_labels(figure) == ["tp_2", "ideal"]
+
+
+def test_weak_scaling_is_drawn_at_equal_batch_per_replica(table: Any) -> None:
+    one = make_result("tp_1", [make_point(4, 8, [1.0])])
+    two = make_result("dp_2", [make_point(4, 8, [1.25], replicas=2)], (1, 1, 2))
+    figure = plots.scaling_weak(table([one, two]))
+    assert lines(figure.axes[0]) == [[(4, pytest.approx(0.8))]]
+    assert figure.axes[0].get_xlabel() == "Batch size per replica [requests]"
+    with pytest.raises(NothingToShowError, match="no setting has replicas"):
+        plots.scaling_weak(table(make_sweep(SETTINGS[:2])))
+
+
+def test_efficiency_has_the_interval_of_the_ratio(table: Any) -> None:
+    points = table(make_sweep(SETTINGS[:2], batch_sizes=(4,)))
+    (axes,) = plots.scaling(points).axes
+    (bar,) = axes.collections[0].get_segments()
+    row = points[points["setting"] == "tp_2"].iloc[0]
+    assert float(bar[1][1] - bar[0][1]) == pytest.approx(2 * row["scaling_efficiency_ci95"])
+
+
+def test_the_front_is_a_line_through_the_points_that_nothing_beats(table: Any) -> None:
+    # Latency and throughput per device: 1 s at 32, 2 s at 64; 2 s at 16 is beaten.
+    one = make_result("tp_1", [make_point(1, 8, [1.0]), make_point(4, 8, [2.0])])
+    figure = plots.pareto(table([one, make_result("tp_2", [make_point(2, 8, [2.0])], (2, 1, 1))]))
+    assert lines(figure.axes[0]) == [[(1.0, 32.0), (2.0, 64.0)]]
+    marks = {(float(x), float(y)) for line in figure.axes[0].lines for x, y in line.get_xydata()}
+    assert (2.0, 16.0) in marks
+
+
+def test_the_roof_is_bandwidth_left_of_the_ridge_and_arithmetic_right_of_it(table: Any) -> None:
+    points = table([make_result(points=[make_point(1, 8), make_point(2, 8)])]).assign(mfu=[0.1, 0.4], mbu=[0.5, 0.2])
+    figure = plots.roofline(points)
+    line, roof = lines(figure.axes[0])
+    assert line == [(pytest.approx(0.2), 0.1), (pytest.approx(2.0), 0.4)]
+    assert roof[1] == (1, 1)
+    assert all(y <= min(x, 1) for x, y in line)
+
+
+@pytest.mark.parametrize("columns", [{}, {"mfu": math.nan, "mbu": math.nan}, {"mfu": 0.2}])
+def test_unknown_utilisation_is_not_drawn(table: Any, columns: dict[str, float]) -> None:
+    with pytest.raises(NothingToShowError, match="no point tells them"):
+        plots.roofline(table([make_result(points=[make_point()])]).assign(**columns))
+
+
+def test_energy_is_drawn_where_it_is_known(table: Any) -> None:
+    known = make_point(4)
+    known.runs = [make_run(1.0, requests=4, energy_j=64.0)]
+    (axes,) = plots.energy(table([make_result(points=[make_point(1), known])])).axes
+    assert lines(axes) == [[(4, 0.5)]]
+    with pytest.raises(NothingToShowError, match="no point tells it"):
+        plots.energy(table([make_result(points=[make_point(1)])]))
+
+
+def test_the_heat_map_has_a_cell_per_batch_and_length_and_none_where_nothing_is(table: Any) -> None:
+    figure = plots.heatmap(table([make_result(points=[make_point(1, 8, [1.0]), make_point(4, 16, [1.0])])]))
+    cells = figure.axes[0].images[0].get_array()
+    assert cells[0, 0] == 32
+    assert cells[1, 1] == 128
+    assert cells.mask.tolist() == [[False, True], [True, False]]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["32.00", "128.0"]
+
+
+def test_the_heat_map_of_many_settings_shows_the_best_at_each_place(table: Any) -> None:
+    figure = plots.heatmap(table(make_sweep(SETTINGS, batch_sizes=(4, 8))))
+    assert "the best of 12 settings" in texts(figure)
+    assert len(figure.axes) == 2  # one map and its scale
+    assert "tp_8" in {text.get_text().split("\n")[-1] for text in figure.axes[0].texts}
 
 
 def test_equal_device_counts_leave_no_scaling_to_show(table: Any) -> None:
@@ -167,6 +260,17 @@ def test_memory_on_a_cpu_is_that_of_the_processes(table: Any) -> None:
     assert figure.axes[0].texts[:] == []
 
 
+def test_activations_and_the_peak_are_drawn_where_they_are_known(table: Any) -> None:
+    points = table(make_sweep(SETTINGS[:1])).assign(activations_gib=2.0, memory_peak_gib=70.0)
+    (axes,) = plots.memory(points).axes
+    assert [float(bar.get_width()) for bar in axes.patches] == pytest.approx([12.6, 2.0, 40.0])
+    assert float(axes.patches[2].get_x()) == pytest.approx(14.6)
+    assert float(axes.lines[0].get_xdata()[0]) == 70.0
+    (axes,) = plots.memory(points.assign(activations_gib=math.nan, memory_peak_gib=math.nan)).axes
+    assert len(axes.patches) == 2
+    assert float(axes.lines[0].get_xdata()[0]) == 60.0
+
+
 def test_unknown_memory_is_not_drawn(table: Any) -> None:
     result = make_result(points=[make_point()])
     result.engine = {}
@@ -182,7 +286,7 @@ def test_a_setting_has_the_same_colour_in_every_plot_and_part(table: Any) -> Non
     part = points[points["setting"].isin(["tp_8", "tp_4"])]
     for draw in (plots.throughput, plots.latency, plots.scaling):
         handles = draw(part).legends[0].legend_handles
-        assert [(h.get_color(), h.get_marker()) for h in handles] == [
+        assert [(h.get_color(), h.get_marker()) for h in handles[:2]] == [
             (look[name]["color"], look[name]["marker"]) for name in ("tp_4", "tp_8")
         ]
     assert plots.memory(part).axes[0].patches[0].get_facecolor()[:3] == look["tp_4"]["color"]
@@ -195,7 +299,9 @@ def test_twelve_settings_are_told_apart(table: Any) -> None:
 
 
 def test_every_figure_says_what_it_was_measured_on(table: Any) -> None:
-    points = table(make_sweep(SETTINGS[:2]))
+    points = table(make_sweep([(1, 1, 1), (1, 1, 2)], batch_sizes=(1, 2))).assign(
+        mfu=0.2, mbu=0.3, energy_j_per_output_token=1.0
+    )
     for _, _, draw in PLOTS:
         figure = draw(points)
         assert figure.get_figwidth() == plots.WIDTH_IN
@@ -219,41 +325,104 @@ def test_the_legend_covers_no_data(table: Any) -> None:
         assert all(box.y1 <= axes.get_tightbbox().y0 for axes in figure.axes)
 
 
+# --- many ---------------------------------------------------------------------------------------------------------
+
+MANY = [(tp, pp, dp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for dp in (1, 2, 4)]
+
+
+def test_of_many_settings_the_best_are_named_and_the_others_a_range(parts: Any) -> None:
+    (points,) = named_first([part.points for part in parts(make_sweep(MANY, batch_sizes=(1, 4, 16)))])
+    names = named(points)
+    assert len(names) == sheet.NAMED
+    assert "tp_8_pp_4_dp_4" in names
+    look = looks(points)
+    assert len({to_hex(look[name]["color"]) for name in names}) == sheet.NAMED
+    for draw in (plots.throughput, plots.latency, plots.pareto):
+        figure = draw(points)
+        assert f"{sheet.NAMED} of the best of 36 settings, grey:" in texts(figure).replace("\n", " ")
+        assert len(legend_labels(figure)) <= sheet.NAMED + 2
+    (band,) = [
+        item for item in plots.latency(points).axes[0].collections if type(item).__name__ == "FillBetweenPolyCollection"
+    ]
+    low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
+    others = points[~points["setting"].isin(names)]["latency_p50_s"]
+    assert (low, high) == pytest.approx((others.min(), others.max()))
+
+
+def test_of_many_lengths_some_are_drawn_and_that_is_said(table: Any) -> None:
+    figure = plots.throughput(table(make_sweep(SETTINGS[:1], batch_sizes=(1, 2), seq_lens=range(8, 48))))
+    assert len(figure.axes) == sheet.FACETS
+    assert [axes.get_title() for axes in figure.axes][:: sheet.FACETS - 1] == ["8 prompt tokens", "47 prompt tokens"]
+    assert "(12 of 40 prompt lengths)" in texts(figure)
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def test_every_plot_becomes_a_png_and_an_empty_one_a_reason(table: Any, tmp_path: Path) -> None:
-    written, missing = write_plots(table(make_sweep(SETTINGS[:1], batch_sizes=(1, 2))), tmp_path)
-    assert [path.name for _, path in written] == ["throughput.png", "latency.png", "memory.png"]
+def test_every_plot_becomes_a_png_and_an_svg_and_an_empty_one_a_reason(parts: Any, tmp_path: Path) -> None:
+    written, missing = write_plots(parts(make_sweep(SETTINGS[:1], batch_sizes=(1, 2))), tmp_path)
+    names = ["throughput", "latency", "ttft", "tpot", "pareto", "heatmap", "memory"]
+    assert [path.name for _, path in written] == [f"{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for _, path in written)
-    assert missing == ["Scaling efficiency: every measured setting has the same number of devices"]
+    assert all("<svg" in path.with_suffix(".svg").read_text() for _, path in written)
+    assert missing == [
+        "Scaling efficiency, strong: every measured setting has the same number of devices",
+        "Scaling efficiency, weak: no setting has replicas",
+        "Energy per output token: no point tells it",
+        "MFU and MBU against the roofline: no point tells them",
+    ]
 
 
-def test_unlike_things_get_figures_of_their_own(table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "PLOTS", PLOTS[:1])
-    saved: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+def test_the_user_picks_plots(parts: Any, tmp_path: Path) -> None:
+    written, missing = write_plots(parts(make_sweep(SETTINGS[:1])), tmp_path, ["memory", "energy"])
+    assert [path.name for _, path in written] == ["memory.png"]
+    assert len(missing) == 1
+
+
+def test_the_same_results_are_the_same_svg(parts: Any, tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        write_plots(parts(make_sweep(SETTINGS[:1])), tmp_path, ["throughput"])
+        found.append((tmp_path / "throughput.svg").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_unlike_things_get_figures_of_their_own(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: dict[Path, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.update({path: self}))
     other = make_result("b", [make_point()], engine={"dtype": "float16"})
-    written, _ = write_plots(table([make_result(points=[make_point()]), other]), tmp_path)
+    written, _ = write_plots(parts([make_result(points=[make_point()]), other]), tmp_path, ["throughput"])
     assert [path.name for _, path in written] == ["throughput_group_1.png", "throughput_group_2.png"]
     assert [title[-9:] for title, _ in written] == ["(group 1)", "(group 2)"]
-    assert [figure.texts[0].get_text()[-9:] for figure in saved] == ["(group 1)", "(group 2)"]
+    assert [saved[path].texts[0].get_text()[-9:] for _, path in written] == ["(group 1)", "(group 2)"]
 
 
-def test_plots_of_an_earlier_analysis_do_not_stay(table: Any, tmp_path: Path) -> None:
-    for name in ("throughput.png", "throughput_group_7.png", "mine.png"):
+def test_mixed_things_are_marked_in_every_title(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: dict[Path, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.update({path: self}))
+    a100 = {"devices": [{"name": "NVIDIA A100"}]}
+    results = make_sweep(SETTINGS[:1], (1, 2)) + make_sweep([(1, 1, 2)], (1, 2), environment=a100)
+    written, _ = write_plots(parts(results, Question(allow_mixed=True)), tmp_path)
+    assert len(written) == 9
+    for title, path in written:
+        assert "[MIXED: device_name]" in title
+        assert "[MIXED: device_name]" in saved[path].texts[0].get_text().replace("\n", " ")
+        assert "NVIDIA H100 80GB HBM3 + NVIDIA A100" in texts(saved[path])
+
+
+def test_plots_of_an_earlier_analysis_do_not_stay(parts: Any, tmp_path: Path) -> None:
+    for name in ("throughput.png", "throughput.svg", "throughput_group_7.png", "mine.png"):
         (tmp_path / name).touch()
-    failed = make_result(points=[Point(1, 8, 4, "oom", reason="x")])
-    write_plots(table([failed]), tmp_path)
-    assert not list(tmp_path.glob("throughput*.png"))
+    write_plots(parts([make_result(points=[Point(1, 8, 4, "oom", reason="x")])]), tmp_path)
+    assert not list(tmp_path.glob("throughput*"))
     assert (tmp_path / "mine.png").exists()
 
 
-def test_nothing_measured_is_said_for_every_plot(table: Any, tmp_path: Path) -> None:
+def test_nothing_measured_is_said_for_every_plot(parts: Any, tmp_path: Path) -> None:
     failed = make_result(points=[Point(1, 8, 4, "oom", reason="x")])
     failed.engine = {}
     for results in ([failed], [make_result(status="failed")]):
-        written, missing = write_plots(table(results), tmp_path)
+        written, missing = write_plots(parts(results), tmp_path)
         assert written == []
         assert len(missing) == len(PLOTS)
 
@@ -262,7 +431,7 @@ def test_names_from_files_are_text_and_no_formula(tmp_path: Path, recwarn: pytes
     paths = [tmp_path / f"{number}.json" for number in range(4)]
     for path, name in zip(paths, [r"$\frac{$", "_hidden", "型号", "x" * 300], strict=True):
         save_result(make_result(name, [make_point()], config={"model": r"$\sqrt{"}), path)
-    written, _ = write_plots(point_table([load_setting(path) for path in paths]), tmp_path)
-    assert len(written) == 3
+    written, _ = write_plots(analyse([load_setting(path) for path in paths], Question()).parts, tmp_path)
+    assert len(written) == 7
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message) or "legend" in str(warning.message)]
     assert mpl.rcParams["text.parse_math"] is True

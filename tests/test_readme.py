@@ -109,8 +109,15 @@ def test_every_plot_and_every_dependency_is_named() -> None:
         assert package.lower() in section("Dependencies").lower()
 
 
+def test_every_flag_of_the_analysis_is_in_its_table() -> None:
+    actions = analyze_results.build_parser()._actions
+    flags = {option for action in actions for option in action.option_strings} - {"-h", "--help"}
+    shown = {word for row in table_rows(section("Analyse")) for word in re.findall(r"`(--[a-z-]+)", row[0])}
+    assert shown == flags
+
+
 def test_every_file_and_link_exists() -> None:
-    for name in re.findall(r"`((?:docs|tests|models|batch_inference|examples)/[\w./-]+)`", README):
+    for name in re.findall(r"`((?:docs|tests|models|batch_inference|examples|benchmarks)/[\w./-]+)`", README):
         assert (REPOSITORY / name).exists(), name
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert "://" in target or (REPOSITORY / target).exists(), target
@@ -123,7 +130,8 @@ def masked(text: str) -> set[str]:
     text = re.sub(r"\b(valid|suspect|invalid)\b", "VERDICT", text)
     text = re.sub(r"-{3,}", "-", re.sub(r"\d+(\.\d+)?", "#", text))
     lines = {" ".join(line.split()) for line in text.splitlines()}
-    return {line for line in lines if not line.startswith(("runs differ", "not steady", "drift", "* VERDICT"))}
+    noise = ("runs differ", "not steady", "drift", "* VERDICT", "tie, ", "±# s")
+    return {line for line in lines if not line.startswith(noise)}
 
 
 @pytest.mark.slow

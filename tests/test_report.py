@@ -8,19 +8,31 @@ from typing import Any
 
 import pytest
 
-from batch_inference.report import LIST_LIMIT, Section, as_markdown, as_text, escaped, sections, with_interval
+from batch_inference.analysis import Analysis, Question, QuestionError, analyse
+from batch_inference.answers import ROW_LIMIT, Section, with_interval
+from batch_inference.decide import Limits
+from batch_inference.report import LIST_LIMIT, TEXT_ROWS, as_markdown, as_text, escaped
 from batch_inference.results import Point, Result, save_result
-from batch_inference.tables import load_setting, point_table
+from batch_inference.sections import sections
+from batch_inference.tables import load_setting
 from builders import make_point, make_result, make_sweep, save_all
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> Any:
-    def build(results: Sequence[Result]) -> list[Section]:
-        settings = [load_setting(path) for path in save_all(results, tmp_path)]
-        return sections(settings, point_table(settings))
+    def build(results: Sequence[Result], question: Question | None = None, old: Sequence[Result] = ()) -> list[Section]:
+        earlier = read(old, tmp_path / "old") if old else None
+        return sections(analyse(read(results, tmp_path / "new"), question or Question(), earlier))
 
     return build
+
+
+def read(results: Sequence[Result], folder: Path) -> Any:
+    return [load_setting(path) for path in save_all(results, folder)]
+
+
+def read_analysis(paths: Sequence[Path]) -> Analysis:
+    return analyse([load_setting(path) for path in paths], Question())
 
 
 def flat(text: str) -> str:
@@ -101,7 +113,7 @@ def test_doubtful_points_are_listed_and_a_suspect_winner_is_marked(report: Any) 
     points = [make_point(1), make_point(4, verdict="suspect", verdict_reasons=["2 requests were preempted"])]
     text = as_text(report([make_result(points=points)]))
     assert "tp_1: suspect, batch 4 x length 64: 2 requests were preempted" in text
-    (winner,) = [line for line in text.splitlines() if " throughput " in line]
+    (winner,) = [line for line in text.splitlines() if line.startswith("      64  throughput")]
     assert winner.endswith("tok/s*")
     assert "* suspect" in text
 
@@ -165,10 +177,10 @@ def test_every_line_of_a_table_has_the_same_number_of_cells(tmp_path: Path) -> N
     path = tmp_path / "a|b.json"
     name = "x|y\\|z `c` <img src=x onerror=alert(1)>\n| new | row |"
     save_result(make_result(name, [make_point()], environment={"host": "<b>"}), path)
-    settings = [load_setting(path)]
-    text = as_markdown(sections(settings, point_table(settings)), [], [])
+    text = as_markdown(sections(read_analysis([path])), [], [])
     lines = [line.replace("\\\\", "").replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
-    assert [line.count("|") for line in lines] == [6] * 3 + [7] * 5
+    # The best of three goals, the front of one point, and the setting; each with two lines of heading.
+    assert [line.count("|") for line in lines] == [7] * 5 + [6] * 3 + [6] * 3
     assert "<" not in text
 
 
@@ -181,3 +193,198 @@ def test_names_cannot_inject_html_links_or_cells() -> None:
     assert "\\\\\\|" in text
     assert "\\_f\\_" in text
     assert text.endswith("tp_2")
+
+
+# --- the decision -------------------------------------------------------------------------------------------------
+
+NEAR = {"tp_2": [1.0, 1.02, 0.98], "pp_2": [1.03, 1.05, 1.01], "dp_2": [3.0, 3.02, 2.98]}
+SIZES = {"tp_2": (2, 1, 1), "pp_2": (1, 2, 1), "dp_2": (1, 1, 2)}
+
+
+def near() -> list[Result]:
+    """On two devices, at an equal global batch of 4: TP and PP overlap, DP takes three times as long."""
+    return [
+        make_result(name, [make_point(4 // SIZES[name][2], latencies_s=seconds, replicas=SIZES[name][2])], SIZES[name])
+        for name, seconds in NEAR.items()
+    ]
+
+
+def test_the_decision_comes_first_and_names_the_ties(report: Any) -> None:
+    text = flat(as_text(report(near())))
+    assert text.startswith("Best length best setting")
+    assert "tie, length 64, throughput: the interval overlaps that of pp_2 (batch 4: 124.3 ±" in text
+    assert "dp_2 (batch" not in text
+
+
+def test_limits_are_named_and_what_misses_them_least(report: Any) -> None:
+    parts = report(near(), Question(Limits(latency_s=0.5, ttft_s=5, percent=90)))
+    text = flat(as_text(parts))
+    assert "limits latency p90 ≤ 0.5 s, TTFT p90 ≤ 5 s" in text
+    assert "length 64: no point keeps the limits; nearest: tp_2 at batch 4, latency_p90_s 1.016" in text
+
+
+def test_a_price_adds_a_ranking_by_cost(report: Any) -> None:
+    text = flat(as_text(report(near(), Question(price=3.6))))
+    # Two devices at 0.001 a second each, 128 tok/s: 15.625 for a million.
+    assert "64 cost tp_2 2 4 15.62 ±0.78 per M tokens" in text
+
+
+def test_one_run_says_that_it_shows_no_tie(report: Any) -> None:
+    assert "a single run has no interval, and shows no tie" in flat(
+        as_text(report([make_result(points=[make_point(1, 64, [1.0])])]))
+    )
+
+
+def test_of_many_ties_three_are_named_and_the_others_counted(report: Any) -> None:
+    results = [make_result(f"s{number}", [make_point(latencies_s=[1.0, 1.1, 0.9])]) for number in range(6)]
+    text = flat(as_text(report(results)))
+    assert "the interval overlaps that of s1 (batch 1: 32.0 ±8.0 tok/s), s2" in text
+    assert "and 2 more settings: summary.json" in text
+
+
+# --- TP, PP or DP, scaling, Pareto --------------------------------------------------------------------------------
+
+
+def section(parts: Sequence[Section], start: str) -> Section:
+    (found,) = [part for part in parts if part.title.startswith(start)]
+    return found
+
+
+def test_tp_pp_and_dp_stand_side_by_side_with_ratios(report: Any) -> None:
+    part = section(report(near()), "TP, PP or DP?")
+    assert part.title == "TP, PP or DP? 2 devices, equal global batch size"
+    assert part.header == ("length", "batch", "TP=2", "PP=2", "DP=2")
+    (row,) = part.rows
+    assert row[:2] == ["64", "4"]
+    assert row[2].startswith("128.0 ±")
+    assert row[2].endswith(" ●")
+    assert row[3].startswith("0.971 ±")
+    assert row[3].endswith(" ●")
+    assert row[4].startswith("0.333 ±")
+    assert not row[4].endswith("●")
+    assert part.facts == [("fastest", "of 1 points: TP=2 ≈ PP=2 at 1")]
+
+
+def test_many_layouts_are_several_tables_that_fit(report: Any) -> None:
+    sizes = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4)]
+    results = [
+        make_result(f"{tp}{pp}{dp}", [make_point(16 // dp, latencies_s=[1.0, 1.1], replicas=dp)], (tp, pp, dp))
+        for tp, pp, dp in sizes
+    ]
+    parts = [part for part in report(results) if part.title.startswith("TP, PP or DP?")]
+    assert [part.header[2:] for part in parts] == [
+        ("TP=8", "PP=8", "DP=8", "TP=4 PP=2"),
+        ("TP=8", "TP=4 DP=2", "TP=2 PP=4", "TP=2 DP=4"),
+    ]
+    assert max(map(len, as_text(parts).splitlines())) <= 80
+
+
+def test_a_layout_without_a_common_batch_is_named(report: Any) -> None:
+    results = [
+        make_result("tp_2", [make_point(1)], (2, 1, 1)),
+        make_result("dp_2", [make_point(4, replicas=2)], (1, 1, 2)),
+    ]
+    text = flat(as_text(report(results)))
+    assert "Not compared: TP=2, DP=2; never measured at a global batch size of another." in text
+
+
+def test_scaling_is_told_strong_and_weak(report: Any) -> None:
+    one = make_result("tp_1", [make_point(b, latencies_s=[1.0, 1.0]) for b in (2, 4)])
+    two = make_result("dp_2", [make_point(2, latencies_s=[0.8, 0.8], replicas=2)], (1, 1, 2))
+    part = section(report([one, two]), "Scaling against tp_1")
+    assert part.rows == [
+        ["dp_2", "2", "64", "strong", "4", "1.250", "0.6250"],
+        ["dp_2", "2", "64", "weak", "2", "2.500", "1.250"],
+    ]
+
+
+def test_the_front_is_listed(report: Any) -> None:
+    part = section(report(near()), "Pareto front")
+    assert [row[:3] for row in part.rows] == [["64", "tp_2", "4"]]
+
+
+# --- unlike things ------------------------------------------------------------------------------------------------
+
+
+def unlike() -> list[Result]:
+    gpu = {"devices": [{"name": "NVIDIA A100"}]}
+    return [
+        make_result("h100", [make_point()]),
+        make_result("a100", [make_point(latencies_s=[0.1, 0.1])], environment=gpu),
+    ]
+
+
+def test_mixed_things_are_marked_in_every_title_that_ranks(report: Any) -> None:
+    parts = report(unlike(), Question(allow_mixed=True))
+    titles = [part.title for part in parts]
+    assert "Best [MIXED: device_name]" in titles
+    assert "Pareto front: latency against throughput per device [MIXED: device_name]" in titles
+    assert all("[MIXED" in title for title in titles if title not in ("Measured", "Settings"))
+    assert "points that differ in device_name are ranked together" in flat(as_text(parts))
+    assert [row[2] for row in section(parts, "Best").rows] == ["a100"] * 3
+
+
+def test_columns_of_ones_own_make_the_groups(report: Any) -> None:
+    results = [make_result(name, [make_point()], config={"engine_args": [f"--{name}"]}) for name in ("x", "y")]
+    parts = report(results, Question(group_by=("engine_args", "model")))
+    assert [part.title for part in parts if part.title.startswith("Best")] == [
+        "Best of group 1: engine_args --x", "Best of group 2: engine_args --y",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        (Question(group_by=("model",)), "--group-by model: would rank together what differs in device_name"),
+        (Question(group_by=("colour",)), "--group-by colour: no such column"),
+        (Question(baseline="tp_9"), "--baseline tp_9: no such setting; choose one of a100, h100"),
+    ],
+)
+def test_a_question_that_the_files_cannot_answer_is_refused(report: Any, question: Question, words: str) -> None:
+    with pytest.raises(QuestionError, match=words):
+        report(unlike(), question)
+
+
+# --- two sets -----------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_told_first_with_the_changes_on_top(report: Any) -> None:
+    def points(factor: float) -> list[Point]:
+        steady = (1.0, 1.001, 0.999, 1.0005)
+        return [make_point(b, latencies_s=[f * s for s in steady]) for b, f in ((1, 1.0), (2, factor), (4, 1.0))]
+
+    newer = {"versions": {"vllm": "0.33.0"}}
+    parts = report([make_result(points=points(1.05), environment=newer)], old=[make_result(points=points(1.0))])
+    part = parts[0]
+    assert part.title == "Compared with the earlier results"
+    assert part.facts[0] == ("points compared", "3: 1 worse, 2 no difference")
+    assert part.facts[2] == ("vllm_version", "0.32.0 before, 0.33.0 now")
+    assert part.rows[0][:5] == ["tp_1", "64", "2", "63.99", "60.94"]
+    assert part.rows[0][5].startswith("0.952")
+    assert part.rows[0][6] == "worse"
+
+
+def test_sets_of_unlike_things_are_marked(report: Any) -> None:
+    parts = report(unlike()[1:], old=[make_result("a100", [make_point()])])
+    assert parts[0].title == "Compared with the earlier results [MIXED: device_name]"
+
+
+# --- much ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_table_is_cut_in_the_terminal_and_in_the_report() -> None:
+    part = Section("Long", header=("number",), rows=[[str(number)] for number in range(TEXT_ROWS + 5)], more=7)
+    text = as_text([part])
+    assert "… and 12 more rows in report.md" in text
+    assert len(text.splitlines()) == TEXT_ROWS + 4
+    assert "… and 7 more rows: results.csv and summary.json have all." in as_markdown([part], [], [])
+
+
+def test_more_points_than_a_report_can_hold_are_counted(report: Any) -> None:
+    batches = range(1, ROW_LIMIT + 4)
+    results = [make_result(name, [make_point(b, latencies_s=[1.0]) for b in batches], size) for name, size in
+               (("tp_2", (2, 1, 1)), ("pp_2", (1, 2, 1)))]  # fmt: skip
+    part = section(report(results, old=results), "TP, PP or DP?")
+    assert (len(part.rows), part.more) == (ROW_LIMIT, 3)
+    part = section(report(results, old=results), "Compared")
+    assert (len(part.rows), part.more) == (ROW_LIMIT, ROW_LIMIT + 6)

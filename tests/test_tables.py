@@ -1,9 +1,8 @@
-"""Result files to tables: columns, groups of like things, the best points, scaling, CSV."""
+"""Result files to tables: columns, groups of like things, CSV and Parquet."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,19 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from batch_inference import exports, tables
+from batch_inference.exports import write_csv, write_parquet
 from batch_inference.metrics import METRICS
 from batch_inference.results import Point, Result, ResultFileError
 from batch_inference.tables import (
     GROUP_BY,
     TO_MENTION,
-    Setting,
-    believable,
-    best_points,
     differing,
     groups,
-    half_width,
     load_setting,
+    load_settings,
     point_table,
     setting_labels,
-    write_csv,
 )
 from builders import make_point, make_result, make_sweep, save_all
 
@@ -38,10 +35,6 @@ def table(tmp_path: Path) -> Any:
     return build
 
 
-def winners(group: pd.DataFrame) -> dict[str, tuple[str, int]]:
-    return {goal: (row["setting"], row["batch_size"]) for _, goal, row in best_points(group)}
-
-
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -49,6 +42,7 @@ def test_there_is_one_row_per_point_with_settings_environment_and_metrics(table:
     points = table(make_sweep([(1, 1, 1), (2, 1, 2)], batch_sizes=(1, 4), seq_lens=(8, 16)))
     assert len(points) == 8
     assert {metric.name for metric in METRICS} <= set(points.columns)
+    assert set(points["timed_runs"]) == {3}
     assert {*GROUP_BY, *TO_MENTION, "tensor_parallel_size", "data_parallel_size", "python_version"} <= set(points)
     row = points[points["setting"] == "tp_2_dp_2"].iloc[1]
     assert (row["batch_size"], row["global_batch_size"], row["num_devices"]) == (4, 8, 4)
@@ -85,10 +79,10 @@ def test_a_name_in_two_files_is_told_apart_by_the_file(tmp_path: Path) -> None:
     assert point_table(settings)["setting"].nunique() == 2
 
 
-def test_points_asked_for_and_never_reached_are_counted() -> None:
+def test_points_asked_for_and_never_reached_are_counted(tmp_path: Path) -> None:
     config = {"batch_sizes": [1, 2, 4], "seq_lens": [8, 16]}
     result = make_result(points=[make_point(), make_point(2, status="oom", runs=[])], config=config)
-    setting = Setting(Path("x.json"), result, [])
+    setting = load_setting(save_all([result], tmp_path)[0])
     assert (setting.points_ok, setting.points_asked) == (1, 6)
 
 
@@ -111,7 +105,7 @@ def test_devices_of_two_kinds_in_one_setting_are_both_named(table: Any) -> None:
 def test_no_point_at_all_is_a_table_with_columns(table: Any) -> None:
     points = table([make_result(status="failed")])
     assert points.empty
-    assert {"setting", "group", "output_tok_per_s", "scaling_efficiency"} <= set(points.columns)
+    assert {"setting", "group", "output_tok_per_s", "reason"} <= set(points.columns)
     assert list(groups(points)) == []
 
 
@@ -160,11 +154,10 @@ UNLIKE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", UNLIKE, ids=str)
-def test_unlike_things_are_never_ranked_together(table: Any, change: dict[str, Any]) -> None:
+def test_unlike_things_are_in_different_groups(table: Any, change: dict[str, Any]) -> None:
     faster = make_result("other", [make_point(latencies_s=[0.1, 0.1])], **change)
     points = table([make_result(points=[make_point()]), faster])
-    parts = [part for _, part in groups(points)]
-    assert [winners(part)["throughput"] for part in parts] == [("other", 1), ("tp_1", 1)]
+    assert [part["setting"].tolist() for _, part in groups(points)] == [["other"], ["tp_1"]]
     assert len(differing(points, GROUP_BY)) == 1
 
 
@@ -192,76 +185,6 @@ def test_the_share_that_each_device_of_a_cpu_got_is_no_difference(table: Any) ->
     other = make_result("b", [make_point()], engine={"gpu_memory_utilization": 0.4})
     points = table([make_result(points=[make_point()], engine={"gpu_memory_utilization": 0.8}), other])
     assert differing(points, TO_MENTION) == []
-
-
-# --- the best -----------------------------------------------------------------------------------------------------
-
-
-def test_the_best_of_each_goal_is_found_per_length(table: Any) -> None:
-    points = table(
-        [
-            # 32 output tokens per request: 32, 128/2 = 64 tok/s
-            make_result("tp_1", [make_point(1, latencies_s=[1.0]), make_point(4, latencies_s=[2.0])]),
-            # 40, 80 tok/s on two devices: 40 each
-            make_result("tp_2", [make_point(1, latencies_s=[0.8]), make_point(4, latencies_s=[1.6])], (2, 1, 1)),
-        ]
-    )
-    assert winners(points) == {"throughput": ("tp_2", 4), "per device": ("tp_1", 4), "latency": ("tp_2", 1)}
-
-
-def test_an_invalid_or_failed_point_never_wins(table: Any) -> None:
-    invalid = make_point(4, latencies_s=[0.001, 0.001], verdict="invalid")
-    failed = Point(8, 64, 32, "error", reason="x")
-    points = table([make_result(points=[make_point(), invalid, failed])])
-    assert set(winners(points).values()) == {("tp_1", 1)}
-    assert believable(points)["batch_size"].tolist() == [1]
-
-
-def test_no_measured_point_has_no_best(table: Any) -> None:
-    assert best_points(table([make_result(points=[Point(1, 64, 32, "oom", reason="x")])])) == []
-
-
-def test_the_interval_of_throughput_is_as_wide_as_that_of_latency(table: Any) -> None:
-    row = table([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0])])]).iloc[0]
-    assert half_width(row, "latency_mean_s") == pytest.approx(4.303 / math.sqrt(3))
-    assert half_width(row, "output_tok_per_s") == pytest.approx(16 * 4.303 / math.sqrt(3) / 2)
-
-
-def test_one_run_has_no_interval(table: Any) -> None:
-    row = table([make_result(points=[make_point(latencies_s=[1.0])])]).iloc[0]
-    assert half_width(row, "output_tok_per_s") is None
-
-
-# --- scaling ------------------------------------------------------------------------------------------------------
-
-
-def efficiencies(points: pd.DataFrame, name: str) -> list[float]:
-    return list(points.loc[points["setting"] == name, "scaling_efficiency"])
-
-
-def test_scaling_efficiency_compares_equal_global_batch_and_length(table: Any) -> None:
-    one = make_result("tp_1", [make_point(batch, latencies_s=[1.0]) for batch in (1, 2, 4)])
-    two = make_result("tp_2", [make_point(4, latencies_s=[0.625])], (2, 1, 1))
-    # DP=2 at batch 2 is a global batch of 4, as fast as one device with half of it.
-    replicas = make_result("dp_2", [make_point(b, latencies_s=[0.5], replicas=2) for b in (1, 2, 4)], (1, 1, 2))
-    points = table([one, two, replicas])
-    assert set(points["scaling_baseline"]) == {"tp_1"}
-    assert efficiencies(points, "tp_1") == [1.0, 1.0, 1.0]
-    assert efficiencies(points, "tp_2") == pytest.approx([0.8])
-    assert efficiencies(points, "dp_2") == pytest.approx([1.0, 1.0, math.nan], nan_ok=True)
-
-
-def test_each_group_has_its_own_baseline(table: Any) -> None:
-    other = {"engine": {"dtype": "float16"}}
-    sweep = make_sweep([(1, 1, 1), (2, 1, 1)]) + make_sweep([(4, 1, 1), (8, 1, 1)], **other)
-    points = table(sweep)
-    assert points.groupby("group")["scaling_baseline"].unique().map(list).tolist() == [["tp_1"], ["tp_4"]]
-
-
-def test_an_invalid_baseline_point_is_no_baseline(table: Any) -> None:
-    one = make_result("tp_1", [make_point(1, verdict="invalid"), make_point(2)])
-    two = make_result("tp_2", [make_point(1), make_point(2)], (2, 1, 1))
-    assert efficiencies(table([one, two]), "tp_2") == pytest.approx([math.nan, 0.5], nan_ok=True)
 
 
 # --- CSV ----------------------------------------------------------------------------------------------------------
@@ -303,3 +226,50 @@ def test_negative_numbers_are_left_alone(table: Any, tmp_path: Path) -> None:
 def test_a_table_without_points_is_a_csv_with_a_header(table: Any, tmp_path: Path) -> None:
     write_csv(table([make_result(status="failed")]), tmp_path / "results.csv")
     assert "output_tok_per_s" in pd.read_csv(tmp_path / "results.csv").columns
+
+
+def test_a_table_of_any_columns_is_a_parquet_file_with_types(table: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    mixed = make_result("=b", [make_point(), Point(2, 64, 32, "oom", reason="x")], config={"odd": "text"})
+    points = table([make_result("a", [make_point()], config={"odd": 5}), mixed])
+    assert write_parquet(points, tmp_path / "results.parquet")
+    back = pd.read_parquet(tmp_path / "results.parquet")
+    assert list(back.columns) == list(points.columns)
+    assert back["odd"].tolist() == ["text", "text", "5"]
+    assert back["setting"].tolist() == ["=b", "=b", "a"]
+    assert back["output_tok_per_s"].isna().sum() == 1
+
+
+def test_without_pyarrow_there_is_no_parquet_file(table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exports, "find_spec", lambda _: None)
+    assert not write_parquet(table([make_result(points=[make_point()])]), tmp_path / "results.parquet")
+    assert not (tmp_path / "results.parquet").exists()
+
+
+def test_any_percentile_becomes_a_column(tmp_path: Path) -> None:
+    (path,) = save_all([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0])])], tmp_path)
+    columns = load_setting(path, percent=75).columns
+    assert [columns["latency_p75_s"], columns["ttft_p75_s"]] == [[pytest.approx(2.5)], [pytest.approx(0.25)]]
+    assert "latency_p75_s" not in load_setting(path).columns
+
+
+def test_groups_follow_the_columns_that_the_user_names(tmp_path: Path) -> None:
+    results = [make_result(name, [make_point()], engine={"dtype": kind}) for name, kind in (("a", "x"), ("b", "y"))]
+    settings = [load_setting(path) for path in save_all(results, tmp_path)]
+    assert point_table(settings, ["model"])["group"].tolist() == [1, 1]
+    assert point_table(settings, ["model", "dtype"])["group"].tolist() == [1, 2]
+    assert point_table(settings, [])["group"].tolist() == [1, 1]
+    with pytest.raises(KeyError, match="colour"):
+        point_table(settings, ["colour"])
+
+
+@pytest.mark.slow
+def test_many_files_are_read_on_several_cores_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = save_all([make_result(f"s{number}", [make_point()]) for number in range(6)], tmp_path)
+    paths[3].write_text("{")
+    alone = load_settings(paths)
+    monkeypatch.setattr(tables, "_FILES_OF_A_CORE", 2)
+    together = load_settings(paths)
+    assert [type(found) for found in together] == [type(found) for found in alone]
+    assert str(together[3]) == str(alone[3])
+    assert together[4] == alone[4]

@@ -57,7 +57,12 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
     ),
     "_wide_interval": (measured(latencies_s=[1.0, 1.2] * 5), "suspect", "runs differ: after 10"),
     "_drift": (measured(latencies_s=[1.0, 1.011, 1.019, 1.031, 1.04]), "suspect", "drift: runs become slower"),
-    "_too_short": (measured(latencies_s=[0.0101, 0.0101, 0.00999]), "suspect", "runs under 10 ms are too short"),
+    "_unlike_warmups": (
+        measured(latencies_s=[0.6, 0.601, 0.599]),
+        "suspect",
+        "the last warm-up took 1 s, the runs 0.6 s",
+    ),
+    "_too_short": (make_point(latencies_s=[0.0101, 0.0101, 0.00999]), "suspect", "runs under 10 ms are too short"),
     "_throttled": (
         measured(clocks={"throttle_reasons": ["sw_power_cap", "sw_thermal_slowdown", "hw_slowdown"]}),
         "suspect",

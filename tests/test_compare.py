@@ -1,0 +1,291 @@
+"""Ratios with intervals, scaling, TP against PP against DP, and two result sets, against numbers worked out apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from batch_inference.compare import (
+    compare_sets,
+    halves,
+    holm,
+    layout,
+    ratios,
+    regressions,
+    side_by_side,
+    with_scaling,
+)
+from batch_inference.results import Point, Result
+from batch_inference.tables import half_width, load_setting, point_table
+from builders import make_point, make_result, make_sweep, save_all
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Any:
+    def build(results: Sequence[Result], folder: str = "new") -> pd.DataFrame:
+        return point_table([load_setting(path) for path in save_all(results, tmp_path / folder)])
+
+    return build
+
+
+def pair(table: Any, one: Sequence[float], two: Sequence[float]) -> pd.Series[float]:
+    """Throughput of `one` over that of `two`, of runs with these latencies."""
+    points = table([make_result("a", [make_point(latencies_s=one)]), make_result("b", [make_point(latencies_s=two)])])
+    return ratios(points.iloc[[0]], points.iloc[[1]]).iloc[0]
+
+
+ONE, TWO = (1.0, 1.02, 0.97, 1.01), (1.1, 1.12, 1.06)
+
+
+def test_the_p_value_is_welchs_of_the_runs(table: Any) -> None:
+    expected = stats.ttest_ind(ONE, TWO, equal_var=False)
+    assert pair(table, ONE, TWO)["p_value"] == pytest.approx(expected.pvalue, rel=1e-3)
+
+
+def test_the_interval_of_a_ratio_is_propagated(table: Any) -> None:
+    found = pair(table, ONE, TWO)
+    assert found["ratio"] == pytest.approx(np.mean(TWO) / np.mean(ONE))
+    one, two = (np.std(runs, ddof=1) / math.sqrt(len(runs)) / np.mean(runs) for runs in (ONE, TWO))
+    degrees = (one**2 + two**2) ** 2 / (one**4 / 3 + two**4 / 2)
+    half = stats.t.ppf(0.975, degrees) * math.hypot(one, two) * found["ratio"]
+    assert found["ratio_ci95"] == pytest.approx(half, rel=1e-3)
+
+
+def test_the_interval_covers_the_true_ratio_as_often_as_it_says(tmp_path: Path) -> None:
+    random, covered = np.random.default_rng(1), 0
+    points = [make_point(batch, latencies_s=random.normal(1, 0.03, 4)) for batch in range(1, 401)]
+    others = [make_point(batch, latencies_s=random.normal(2, 0.01, 3)) for batch in range(1, 401)]
+    paths = save_all([make_result("a", points), make_result("b", others)], tmp_path)
+    one, two = (point_table([load_setting(path)]) for path in paths)
+    found = ratios(one, two)
+    covered = int(((found["ratio"] - 2).abs() <= found["ratio_ci95"]).sum())
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_a_single_run_has_a_ratio_and_no_interval(table: Any) -> None:
+    found = pair(table, [1.0], TWO)
+    assert found["ratio"] > 1
+    assert math.isnan(found["ratio_ci95"])
+    assert math.isnan(found["p_value"])
+
+
+def test_runs_without_spread_are_equal_or_are_not(table: Any) -> None:
+    assert pair(table, [1.0, 1.0], [1.0, 1.0]).tolist() == [1, 0, 1]
+    assert pair(table, [1.0, 1.0], [2.0, 2.0]).tolist() == [2, 0, 0]
+
+
+def test_the_interval_of_throughput_is_as_wide_as_that_of_latency(table: Any) -> None:
+    points = table([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0])])])
+    row = points.iloc[0]
+    assert half_width(row, "latency_mean_s") == pytest.approx(4.303 / math.sqrt(3))
+    assert half_width(row, "output_tok_per_s") == pytest.approx(16 * 4.303 / math.sqrt(3) / 2)
+    assert halves(points, "output_tok_per_s").tolist() == [half_width(row, "output_tok_per_s")]
+
+
+def test_one_run_has_no_interval(table: Any) -> None:
+    row = table([make_result(points=[make_point(latencies_s=[1.0])])]).iloc[0]
+    assert half_width(row, "output_tok_per_s") is None
+
+
+def test_holm_corrects_step_by_step() -> None:
+    # By hand: 0.01 x 4, 0.02 x 3, then 0.03 x 2 = 0.06 again, and 0.9 x 1.
+    corrected = holm(np.array([0.02, math.nan, 0.01, 0.9, 0.03]))
+    assert corrected == pytest.approx([0.06, math.nan, 0.04, 0.9, 0.06], nan_ok=True)
+    assert holm(np.array([])).tolist() == []
+    assert holm(np.array([0.6, 0.7])).tolist() == [1, 1]
+
+
+# --- scaling ------------------------------------------------------------------------------------------------------
+
+
+def numbers(points: pd.DataFrame, name: str, column: str = "scaling_efficiency") -> list[float]:
+    return list(points.loc[points["setting"] == name, column])
+
+
+def test_scaling_compares_equal_global_batch_and_equal_batch_per_replica(table: Any) -> None:
+    one = make_result("tp_1", [make_point(batch, latencies_s=[1.0]) for batch in (1, 2, 4)])
+    two = make_result("tp_2", [make_point(4, latencies_s=[0.625])], (2, 1, 1))
+    # DP=2 at batch 2 is a global batch of 4, as fast as one device with half of it.
+    replicas = make_result("dp_2", [make_point(b, latencies_s=[0.5], replicas=2) for b in (1, 2, 4)], (1, 1, 2))
+    points = with_scaling(table([one, two, replicas]))
+    assert set(points["scaling_baseline"]) == {"tp_1"}
+    assert numbers(points, "tp_1") == [1.0, 1.0, 1.0]
+    assert numbers(points, "tp_2") == pytest.approx([0.8])
+    assert numbers(points, "tp_2", "speedup") == pytest.approx([1.6])
+    assert numbers(points, "dp_2") == pytest.approx([1.0, 1.0, math.nan], nan_ok=True)
+    assert numbers(points, "dp_2", "weak_speedup") == pytest.approx([4.0, 4.0, 4.0])
+    assert numbers(points, "dp_2", "weak_scaling_efficiency") == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_the_interval_of_the_efficiency_is_that_of_the_ratio(table: Any) -> None:
+    results = [
+        make_result("tp_1", [make_point(latencies_s=ONE)]),
+        make_result("tp_2", [make_point(latencies_s=TWO)], (2, 1, 1)),
+    ]
+    points = with_scaling(table(results))
+    found = ratios(points.iloc[[1]], points.iloc[[0]]).iloc[0]
+    assert numbers(points, "tp_2", "speedup_ci95") == [found["ratio_ci95"]]
+    assert numbers(points, "tp_2", "scaling_efficiency_ci95") == [found["ratio_ci95"] / 2]
+    assert numbers(points, "tp_1", "speedup_ci95") == [0]
+
+
+def test_each_group_has_its_own_baseline(table: Any) -> None:
+    other = {"engine": {"dtype": "float16"}}
+    points = with_scaling(table(make_sweep([(1, 1, 1), (2, 1, 1)]) + make_sweep([(4, 1, 1), (8, 1, 1)], **other)))
+    assert points.groupby("group")["scaling_baseline"].unique().map(list).tolist() == [["tp_1"], ["tp_4"]]
+
+
+def test_the_user_names_another_baseline(table: Any) -> None:
+    points = with_scaling(table(make_sweep([(1, 1, 1), (2, 1, 1), (4, 1, 1)])), baseline="tp_2")
+    assert set(points["scaling_baseline"]) == {"tp_2"}
+    assert numbers(points, "tp_2") == [1.0, 1.0, 1.0]
+    assert all(value > 1 for value in numbers(points, "tp_1"))
+
+
+def test_an_invalid_baseline_point_is_no_baseline(table: Any) -> None:
+    one = make_result("tp_1", [make_point(1, verdict="invalid"), make_point(2)])
+    two = make_result("tp_2", [make_point(1), make_point(2)], (2, 1, 1))
+    assert numbers(with_scaling(table([one, two])), "tp_2") == pytest.approx([math.nan, 0.5], nan_ok=True)
+
+
+def test_nothing_measured_has_no_scaling(table: Any) -> None:
+    for results in ([make_result(status="failed")], [make_result(points=[Point(1, 8, 4, "oom", reason="x")])]):
+        assert with_scaling(table(results))["speedup"].isna().all()
+
+
+# --- TP, PP or DP -------------------------------------------------------------------------------------------------
+
+
+def test_layouts_are_compared_at_equal_devices_and_equal_global_batch(table: Any) -> None:
+    tp = make_result("tp_2", [make_point(b, latencies_s=[1.0, 1.0]) for b in (2, 4)], (2, 1, 1))
+    # Batch 1 and 2 of each replica are 2 and 4 in all: half as long, and equal.
+    halves_s = {1: [0.5, 0.5], 2: [1.0, 1.0]}
+    dp = make_result("dp_2", [make_point(b, latencies_s=s, replicas=2) for b, s in halves_s.items()], (1, 1, 2))
+    rows = side_by_side(table([tp, dp, make_result("tp_1", [make_point(2)])]))
+    found = rows[["global_batch_size", "layout", "ratio", "is_first", "is_best"]].to_numpy().tolist()
+    assert found == [
+        [2, "TP=2", 1, True, False],
+        [2, "DP=2", 2, False, True],
+        [4, "TP=2", 1, True, True],
+        [4, "DP=2", 1, False, True],
+    ]
+
+
+def test_of_several_settings_of_a_layout_the_fastest_stands_for_it(table: Any) -> None:
+    slow, fast = (
+        make_result(name, [make_point(latencies_s=[s])], (2, 1, 1)) for name, s in (("slow", 2.0), ("fast", 1.0))
+    )
+    rows = side_by_side(table([slow, fast, make_result("pp_2", [make_point(latencies_s=[4.0])], (1, 2, 1))]))
+    assert rows["setting"].tolist() == ["fast", "pp_2"]
+    assert rows["ratio"].tolist() == [1, 0.25]
+
+
+def test_overlapping_layouts_are_all_best_and_invalid_ones_are_not_there(table: Any) -> None:
+    tp = make_result("tp_2", [make_point(latencies_s=[1.0, 1.1, 0.9])], (2, 1, 1))
+    pp = make_result("pp_2", [make_point(latencies_s=[1.05, 1.1, 1.0])], (1, 2, 1))
+    bad = make_result("dp_2", [make_point(latencies_s=[0.01], verdict="invalid")], (1, 1, 2))
+    rows = side_by_side(table([tp, pp, bad]))
+    assert rows[["layout", "is_best"]].to_numpy().tolist() == [["TP=2", True], ["PP=2", True]]
+
+
+def test_nothing_comparable_is_an_empty_table(table: Any) -> None:
+    assert side_by_side(table(make_sweep([(1, 1, 1), (2, 1, 1)]))).empty
+    assert side_by_side(table([make_result(status="failed")])).empty
+
+
+def test_a_layout_has_a_short_name() -> None:
+    assert [layout(*sizes) for sizes in ((1, 1, 1), (4, 1, 1), (2, 1, 2))] == ["TP=1", "TP=4", "TP=2 DP=2"]
+
+
+# --- two result sets ----------------------------------------------------------------------------------------------
+
+STEADY = (1.0, 1.001, 0.999, 1.0005)
+
+
+def points_of(factors: dict[int, float], **changes: Any) -> list[Point]:
+    return [make_point(b, latencies_s=[s * factor for s in STEADY], **changes) for b, factor in factors.items()]
+
+
+def test_a_planted_regression_is_found_and_nothing_else(table: Any) -> None:
+    old = table([make_result(points=points_of({1: 1, 2: 1, 4: 1, 8: 1}))], "old")
+    found = compare_sets(table([make_result(points=points_of({1: 1.0001, 2: 1.05, 4: 0.9, 8: 1.0}))]), old)
+    assert found.points["change"].tolist() == ["no difference", "worse", "better", "no difference"]
+    assert found.points["ratio"].tolist() == pytest.approx([1 / 1.0001, 1 / 1.05, 1 / 0.9, 1])
+    assert (found.points["p_holm"] >= found.points["p_value"]).all()
+    assert regressions(found, 3)["batch_size"].tolist() == [2]
+    assert regressions(found, 6).empty
+
+
+def test_noise_alone_is_no_difference(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    sets = []
+    for folder in ("old", "new"):
+        points = [make_point(b, latencies_s=random.normal(1, 0.02, 3)) for b in range(1, 101)]
+        sets.append(
+            point_table([load_setting(path) for path in save_all([make_result(points=points)], tmp_path / folder)])
+        )
+    found = compare_sets(sets[1], sets[0])
+    assert set(found.points["change"]) == {"no difference"}
+    # Without the correction some of a hundred would seem to differ.
+    assert (found.points["p_value"] < 0.05).any()
+
+
+def test_what_no_longer_works_is_lost(table: Any) -> None:
+    old = table([make_result("a", points_of({1: 1, 2: 1, 4: 1})), make_result("b", points_of({1: 1}))], "old")
+    lost = [Point(2, 64, 32, "oom", reason="x"), *points_of({4: 1}, verdict="invalid")]
+    new = [make_result("a", points_of({1: 1}) + lost), make_result("b", status="failed")]
+    found = compare_sets(table(new), old, failed={"b"})
+    assert found.points[["setting", "batch_size", "change"]].to_numpy().tolist() == [
+        ["a", 1, "no difference"],
+        ["a", 2, "lost"],
+        ["a", 4, "lost"],
+        ["b", 1, "lost"],
+    ]
+    assert len(regressions(found, 50)) == 3
+    assert found.only_old == 0
+
+
+def test_points_of_one_set_alone_are_counted(table: Any) -> None:
+    old = table([make_result(points=points_of({1: 1, 2: 1, 4: 1}))], "old")
+    found = compare_sets(table([make_result(points=points_of({4: 1, 8: 1}))]), old)
+    assert (len(found.points), found.only_new, found.only_old) == (1, 1, 2)
+
+
+def test_a_point_that_a_set_holds_twice_is_left_out(tmp_path: Path) -> None:
+    one = save_all([make_result(points=points_of({1: 1, 2: 1}))], tmp_path)[0].rename(tmp_path / "first.json")
+    two = save_all([make_result(points=points_of({1: 1}))], tmp_path)[0]
+    new, old = point_table([load_setting(one), load_setting(two)]), point_table([load_setting(one)])
+    found = compare_sets(new, old)
+    assert found.points["batch_size"].tolist() == [2]
+    assert found.repeated == 2
+
+
+def test_one_run_shows_no_difference(table: Any) -> None:
+    old = table([make_result(points=[make_point(latencies_s=[1.0])])], "old")
+    assert compare_sets(table([make_result(points=[make_point()])]), old).points["change"].tolist() == ["unknown"]
+
+
+def test_what_differs_between_the_sets_is_named(table: Any) -> None:
+    newer = {"environment": {"versions": {"vllm": "0.33.0"}}}
+    found = compare_sets(table(make_sweep([(1, 1, 1)], **newer)), table(make_sweep([(1, 1, 1)]), "old"))
+    assert found.unlike == {"vllm_version": ("0.32.0", "0.33.0")}
+    assert len(found.points) == 3
+
+
+def test_a_set_of_two_models_is_compared_model_by_model(table: Any) -> None:
+    def both(factor: float) -> list[Result]:
+        return [
+            make_result(points=points_of({1: 1})),
+            make_result("other", points_of({1: factor}), config={"model": "b"}),
+        ]
+
+    found = compare_sets(table(both(2)), table(both(1), "old"))
+    assert found.points[["model", "change"]].iloc[0].tolist() == ["b", "worse"]
+    assert found.unlike == {}

@@ -1,0 +1,149 @@
+"""The decision: winners, ties, limits, cost and the Pareto front, with the truth planted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from batch_inference.decide import COST, Choice, Limits, choices, with_cost, with_pareto
+from batch_inference.results import Point, Result
+from batch_inference.tables import believable, load_setting, point_table
+from builders import make_point, make_result, save_all
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Any:
+    def build(results: Sequence[Result]) -> pd.DataFrame:
+        return point_table([load_setting(path) for path in save_all(results, tmp_path)])
+
+    return build
+
+
+def winners(part: pd.DataFrame, limits: Limits | None = None) -> dict[str, tuple[str, int]]:
+    found = choices(part, limits or Limits())
+    return {choice.goal.name: (choice.best["setting"], choice.best["batch_size"]) for choice in found if choice.best}
+
+
+def ties(part: pd.DataFrame, goal: str) -> list[tuple[str, int]]:
+    (choice,) = [choice for choice in choices(part) if choice.goal.name == goal]
+    return [(row["setting"], row["batch_size"]) for row in choice.ties]
+
+
+def two_settings() -> list[Result]:
+    """32 output tokens per request: 32, 128 / 2 = 64 tok/s; 40, 80 tok/s on two devices, 40 each."""
+    return [
+        make_result("tp_1", [make_point(1, latencies_s=[1.0]), make_point(4, latencies_s=[2.0])]),
+        make_result("tp_2", [make_point(1, latencies_s=[0.8]), make_point(4, latencies_s=[1.6])], (2, 1, 1)),
+    ]
+
+
+def test_the_best_of_each_goal_is_found_per_length(table: Any) -> None:
+    assert winners(table(two_settings())) == {
+        "throughput": ("tp_2", 4),
+        "per device": ("tp_1", 4),
+        "latency": ("tp_2", 1),
+    }
+
+
+def test_an_invalid_or_failed_point_never_wins_or_ties(table: Any) -> None:
+    invalid = make_point(4, latencies_s=[0.001, 0.001], verdict="invalid")
+    failed = Point(8, 64, 32, "error", reason="x")
+    points = table([make_result(points=[make_point(), invalid, failed]), make_result("b", [invalid])])
+    assert set(winners(points).values()) == {("tp_1", 1)}
+    assert believable(points)["batch_size"].tolist() == [1]
+    assert ties(points, "throughput") == []
+
+
+def test_no_measured_point_has_no_best(table: Any) -> None:
+    assert list(choices(table([make_result(points=[Point(1, 64, 32, "oom", reason="x")])]))) == []
+
+
+# --- ties ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_whose_interval_overlaps_the_winner_is_a_tie(table: Any) -> None:
+    runs = {"best": [1.0, 1.02, 0.98], "near": [1.03, 1.05, 1.01], "far": [1.5, 1.52, 1.48]}
+    points = table([make_result(name, [make_point(latencies_s=seconds)]) for name, seconds in runs.items()])
+    assert winners(points)["throughput"] == ("best", 1)
+    assert ties(points, "throughput") == ties(points, "latency") == [("near", 1)]
+
+
+def test_a_tie_is_named_once_at_its_best_point_and_the_winner_is_none(table: Any) -> None:
+    near = [make_point(b, latencies_s=[b * s for s in (1.01, 1.03, 0.99)]) for b in (1, 2)]
+    best = [make_point(b, latencies_s=[b * s for s in (1.0, 1.02, 0.98)]) for b in (1, 2)]
+    assert ties(table([make_result("a", best), make_result("b", near)]), "throughput") == [("b", 1)]
+
+
+def test_an_unknown_interval_shows_no_tie(table: Any) -> None:
+    points = table([make_result(name, [make_point(latencies_s=[s])]) for name, s in (("a", 1.0), ("b", 1.001))])
+    assert ties(points, "latency") == []
+
+
+# --- limits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "throughput"),
+    [
+        (Limits(), ("tp_2", 4)),
+        (Limits(latency_s=1.6), ("tp_2", 4)),  # at most, not below
+        (Limits(latency_s=1.5), ("tp_2", 1)),
+        (Limits(ttft_s=0.09), ("tp_2", 1)),  # a tenth of the latency
+        (Limits(tpot_s=0.024), ("tp_2", 1)),  # 0.9 x 0.8 / 31 = 0.0232
+        (Limits(latency_s=1.7, ttft_s=0.09), ("tp_2", 1)),
+    ],
+    ids=str,
+)
+def test_limits_restrict_the_choice(table: Any, limits: Limits, throughput: tuple[str, int]) -> None:
+    assert winners(table(two_settings()), limits)["throughput"] == throughput
+
+
+def test_the_percentile_of_the_limits_is_the_users(tmp_path: Path) -> None:
+    result = make_result(points=[make_point(latencies_s=[1.0, 1.0, 1.0, 1.0, 9.0])])
+    (path,) = save_all([result], tmp_path)
+    for percent, keeps in ((50, True), (75, True), (99, False)):
+        found = winners(point_table([load_setting(path, percent)]), Limits(latency_s=2, percent=percent))
+        assert bool(found) == keeps
+
+
+def test_where_nothing_keeps_the_limits_the_nearest_is_named(table: Any) -> None:
+    (choice,) = choices(table(two_settings()), Limits(latency_s=0.5, ttft_s=10))
+    assert choice.best is None
+    assert choice.nearest is not None
+    assert (choice.nearest["setting"], choice.nearest["batch_size"]) == ("tp_2", 1)
+
+
+def test_an_unknown_number_keeps_no_limit(table: Any) -> None:
+    points = table([make_result(points=[make_point(max_tokens=1)])])
+    (choice,) = choices(points, Limits(tpot_s=100))
+    assert isinstance(choice, Choice)
+    assert (choice.best, choice.nearest) == (None, None)
+
+
+# --- cost and Pareto ----------------------------------------------------------------------------------------------
+
+
+def test_cost_is_price_over_throughput(table: Any) -> None:
+    points = with_cost(table(two_settings()), 3.6)
+    # 3.6 an hour is 0.001 a second: at 32 tok/s a million tokens take 31250 s.
+    assert points[COST].tolist() == pytest.approx([31.25, 15.625, 50.0, 25.0])
+    assert winners(points)["cost"] == ("tp_1", 4)
+    assert COST not in with_cost(points.drop(columns=COST), None)
+
+
+def test_the_front_holds_the_points_that_nothing_beats_in_both(table: Any) -> None:
+    points = with_pareto(table(two_settings()))
+    # Latency 0.8, 1.0, 1.6, 2.0; per device 20, 32, 40, 64: each slower one is better per device.
+    assert points["pareto"].all()
+    worse = make_result("pp_2", [make_point(1, latencies_s=[1.0]), make_point(4, latencies_s=[9.0])], (1, 2, 1))
+    points = with_pareto(table([*two_settings(), worse]))
+    assert set(points.loc[~points["pareto"], "setting"]) == {"pp_2"}
+
+
+def test_invalid_points_are_on_no_front_and_lengths_have_their_own(table: Any) -> None:
+    points = [make_point(1, 8, [1.0]), make_point(1, 16, [5.0]), make_point(1, 32, [0.1], verdict="invalid")]
+    assert with_pareto(table([make_result(points=points)]))["pareto"].tolist() == [True, True, False]
