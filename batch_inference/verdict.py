@@ -147,5 +147,6 @@ def _not_alone(_: Result, point: Point) -> list[str]:
 _Check = Callable[[Result, Point], list[str]]
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
 _SUSPECT: tuple[_Check, ...] = (
-    _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _unlike_warmups, _too_short, _throttled, _not_alone,
+    _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _unlike_warmups, _too_short, _throttled,
+    _not_alone,
 )  # fmt: skip
