@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.failures import ADVICE
 from batch_inference.hardware import Devices, find_devices, smallest_memory_gib
 from batch_inference.peaks import measure_peaks, peaks_of
 from batch_inference.plan import ModelFacts, describe, infeasible, is_coupled, read_model_facts
@@ -32,7 +33,7 @@ from batch_inference.replicas import (
     replica_log,
     serve_node_0,
 )
-from batch_inference.results import check_writable
+from batch_inference.results import check_writable, to_json
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
     # Of a job over several nodes, those of this one.
     used = here.devices.slice_for(0, here.processes or config.devices_per_node)
     watch = monitor(used)
+    result = None
     console = Console()
     try:
         environment = collect_environment(used, watch)
@@ -195,11 +197,19 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
             Experiment(config, result, watch, console).run(replicas)
             if nodes:
                 nodes.dismiss(failed=result.status == "failed")
-    except (ResultFileError, NodesError) as error:
+    except NodesError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except ResultFileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if result is not None and result.points:
+            print("what was measured, as it would have been saved:", file=sys.stderr)
+            print(to_json(result), file=sys.stderr)
+        return 1
     if result.status == "failed":
-        print(f"error: {config.setting_name}: {result.engine['failure']['reason']}", file=sys.stderr)
+        failure = result.engine["failure"]
+        print(f"error: {config.setting_name}: {failure['reason']}", file=sys.stderr)
+        print(f"  {failure['class']}: {ADVICE[failure['class']]}", file=sys.stderr)
         print(f"  vLLM's log: {config.log_path}", file=sys.stderr)
         return 1
     print(closing_table(result))

@@ -187,6 +187,10 @@ class ExperimentConfig:
     name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", non_empty, measured=False)
     overwrite: bool = _flag(False, "replace an existing result file", measured=False)
     resume: bool = _flag(False, "keep the good points of an existing result file", measured=False)
+    startup_timeout: float = _flag(1800, "seconds that an engine may take to start", positive, measured=False)
+    point_timeout: float = _flag(
+        900, "seconds without a finished run after which a point is given up", positive, measured=False
+    )
     measure_peaks: bool = _flag(
         False, "measure what a device can do, for MFU and MBU; default: its datasheet", measured=False
     )

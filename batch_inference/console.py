@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_inference.config import ExperimentConfig
+from batch_inference.failures import ADVICE
 from batch_inference.results import Point, Result
 
 WIDTH = 80
@@ -83,11 +84,15 @@ class Console:
     def repeating(self, point: Point) -> None:
         self._wrapped(f"      {_shape(point)}: vLLM compiled a kernel during a run: a warm-up, and repeated")
 
+    def restarting(self, point: Point) -> None:
+        self._wrapped(f"      {_shape(point)}: the engine is started again")
+
     def point_done(self, point: Point) -> None:
         self._number += 1
         self._wrapped(f"  [{self._number}/{self._total}] {_shape(point)}: {point_words(point)}")
-        for reason in point.verdict_reasons:
-            self._wrapped(f"      {reason}")
+        advice = [f"{point.failure}: {ADVICE[point.failure]}"] if point.failure else []
+        for line in [*point.verdict_reasons, *advice]:
+            self._wrapped(f"      {line}")
         self._bar.n = self._number
         self._bar.refresh()
 

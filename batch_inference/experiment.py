@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,20 @@ from typing import Any
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.console import Console
 from batch_inference.environment import now
+from batch_inference.failures import classify
 from batch_inference.hardware import Monitor, Reading, clocks_of, drawn_j, joined
 from batch_inference.metrics import run_latencies_s, summarise
 from batch_inference.replicas import ReplicaError, Replicas
-from batch_inference.results import Point, PointKey, Requests, Result, Run, load_result, save_result
+from batch_inference.results import Point, PointKey, PointStatus, Requests, Result, Run, load_result, save_result
 from batch_inference.statistics import is_narrow
 from batch_inference.verdict import is_settled, judge
 
 MAX_WARMUPS = 5
+# Engines lost one after the other, at different points: it is not the points then.
+MOST_LOSSES = 2
+# A closed engine hands its memory back within seconds.
+DEVICES_TIMEOUT_S = 60.0
+_STATUS_OF: dict[str, PointStatus] = {"oom_run": "oom", "oom_load": "oom", "timeout_point": "timeout"}
 # Timed runs of a point that are repeated because vLLM compiled a kernel during them.
 MAX_REPEATED = 3
 
@@ -28,6 +35,8 @@ class Experiment:
         self._config = config
         self._monitor = monitor
         self._console = console
+        self._before = monitor.read()
+        self._engine_is_lost = False  # and has nothing to end in order
         self.result = result
 
     def run(self, replicas: Replicas) -> Result:
@@ -46,7 +55,11 @@ class Experiment:
             raise
         finally:
             self._console.close()
-            replicas.close(hurry=hurry)
+            replicas.close(hurry=hurry or self._engine_is_lost)
+        # The next setting is to find the devices as this one did.
+        held = self._wait_for_devices()
+        if held:
+            self._console.note(f"warning: {held}")
         return self.result
 
     def _measure_open_points(self, replicas: Replicas) -> None:
@@ -90,19 +103,68 @@ class Experiment:
     def _measure_grid(self, replicas: Replicas) -> None:
         open_points = self._open_points()
         self._console.start(len(self._grid()), len(self._grid()) - len(open_points), self._config.fewest_runs)
+        losses: list[Point] = []  # engines lost one after the other
         for number, key in enumerate(open_points):
-            point = Point(*key, status="ok")
+            point = Point(*key, status="ok", reason=self._implied_by(key))
+            if point.reason:
+                point.status = "skipped"
+                self._add(point)
+                continue
             try:
                 self._measure(point, replicas)
+                losses = []
             except ReplicaError as error:
-                point.status = "oom" if is_out_of_memory(error) else "error"
-                point.reason, point.log_tail = error.reason, error.log_tail
-                self._add(point)
-                reason = f"the engine was lost at batch_size {point.batch_size}, seq_len {point.seq_len}"
-                self.result.points += [Point(*rest, "skipped", reason) for rest in open_points[number + 1 :]]
-                return
+                self._lose(point, error)
+                losses.append(point)
             self._add(point)
+            rest = [key for key in open_points[number + 1 :] if self._implied_by(key) is None]
+            self._engine_is_lost = bool(losses)
+            if losses and rest and (reason := self._recover(replicas, losses)):
+                self.result.points += [Point(*key, "skipped", reason) for key in open_points[number + 1 :]]
+                return
         self.result.status = "complete"
+
+    def _implied_by(self, key: PointKey) -> str | None:
+        """A smaller batch of the same length that lost its engine: a larger one needs more of everything."""
+        for point in self.result.points:
+            if point.failure and point.key[1:] == key[1:] and point.batch_size < key[0]:
+                return f"implied by batch_size {point.batch_size}: {point.failure}"
+        return None
+
+    def _lose(self, point: Point, error: ReplicaError) -> None:
+        point.failure = error.kind or classify("run", error.reason, error.log_tail)
+        point.status = _STATUS_OF.get(point.failure, "error")
+        point.reason, point.log_tail = error.reason, error.log_tail
+
+    def _recover(self, replicas: Replicas, losses: list[Point]) -> str | None:
+        """Start the engine again; why the sweep cannot go on, or None."""
+        last = losses[-1]
+        where = f"batch_size {last.batch_size}, seq_len {last.seq_len}"
+        if not replicas.can_restart:
+            return f"the engine was lost at {where}"
+        if len(losses) >= MOST_LOSSES:
+            return f"{len(losses)} engines were lost one after the other, the last at {where}"
+        self._console.restarting(last)
+        replicas.close(hurry=True)
+        held = self._wait_for_devices()
+        if held:
+            return held
+        try:
+            replicas.start()
+        except ReplicaError as error:
+            return f"the engine did not come back after {where}: {error.reason}"
+        self._engine_is_lost = False
+        self.result.engine["restarts"] = self.result.engine.get("restarts", 0) + 1
+        return None
+
+    def _wait_for_devices(self) -> str | None:
+        """Until the devices hold no more than before the first engine; who holds them, where that does not come."""
+        deadline_s = time.monotonic() + DEVICES_TIMEOUT_S
+        while held := self._monitor.held(self._before):
+            if time.monotonic() > deadline_s:
+                return f"device memory did not come back within {DEVICES_TIMEOUT_S:.0f} s: {held}"
+            time.sleep(0.2)
+        return None
 
     def _add(self, point: Point) -> None:
         if point.status == "ok":
@@ -157,7 +219,9 @@ class Experiment:
 
     def _fail(self, error: ReplicaError) -> None:
         self.result.status = "failed"
-        self.result.engine["failure"] = {"reason": error.reason, "log_tail": error.log_tail}
+        self._engine_is_lost = True
+        kind = error.kind or classify("load", error.reason, error.log_tail)
+        self.result.engine["failure"] = {"class": kind, "reason": error.reason, "log_tail": error.log_tail}
 
     def _save(self) -> None:
         save_result(self.result, self._config.output_path)
@@ -215,10 +279,6 @@ def _of_its_own(measured_on: dict[str, Any], engine: dict[str, Any]) -> dict[str
         for name, value in measured_on.items()
         if name in engine and name != "workers" and engine[name] != value
     }
-
-
-def is_out_of_memory(error: ReplicaError) -> bool:
-    return "out of memory" in error.reason.lower() or "OutOfMemoryError" in error.reason
 
 
 # --- the file to start from ---------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ MAX_CPU_DEVICES = 8
 
 # Between two looks at the clocks: often enough for a run of a second, and nothing beside an engine's step.
 SAMPLE_S = 0.1
+# Contexts of other processes come and go.
+RETURNED_WITHIN_GIB = 0.5
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,18 @@ class GpuMonitor:
             "other_processes": [self._count_others(handle, ours) for handle in self._handles],
         }
 
+    def held(self, before: Reading) -> str | None:
+        """Which devices hold more than `before`, and for whom; None where none does."""
+        now_gib = self.read()["used_gib"]
+        for index, (earlier_gib, held_gib) in enumerate(zip(before["used_gib"], now_gib, strict=True)):
+            if held_gib > earlier_gib + RETURNED_WITHIN_GIB:
+                running = _or_none(
+                    self._nvml, lambda i=index: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handles[i])
+                )
+                holders = ", ".join(f"process {process.pid}" for process in running or []) or "a process not seen here"
+                return f"GPU {index} holds {held_gib - earlier_gib:.1f} GiB more than before, for {holders}"
+        return None
+
     def _count_others(self, handle: Any, ours: set[int]) -> int | None:
         """In a container only its own processes can be told apart; the others are not counted."""
         running = _or_none(self._nvml, lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
@@ -241,6 +255,9 @@ class CpuMonitor:
     def read(self, pids: Iterable[int] = ()) -> Reading:
         used_gib = [_tree_bytes(pid) / GIB for pid in pids]
         return {"scope": "replica", "used_gib": used_gib, "energy_j": [None] * len(used_gib)}
+
+    def held(self, _: Reading) -> None:
+        """Main memory is the kernel's to give back, with the process."""
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,8 @@ from batch_inference.ranks import Place
 from batch_inference.ray_cluster import OWN_CLUSTER, environment_of
 from batch_inference.rendezvous import Nodes
 
+# The flags that say how long an engine may take for its start, and for one run.
+STARTUP, POINT = "startup_timeout", "point_timeout"
 # Long enough for every replica to be waiting when the common start comes.
 START_LEAD_S = 0.02
 # Where workers read their own devices before they wait.
@@ -47,12 +49,14 @@ _ERROR = re.compile(r"(?:^|[\s\].])([A-Z]\w*(?:Error|Exception)): (.+)")
 
 
 class ReplicaError(Exception):
-    """An engine that did not start, or did not finish its work: the reason in one line, and the log's end."""
+    """An engine that did not start, or did not finish its work: the reason in one line, the log's end, and a class of
+    failures.py where the supervisor knows it itself."""
 
-    def __init__(self, reason: str, log_tail: list[str]) -> None:
+    def __init__(self, reason: str, log_tail: list[str], kind: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.log_tail = log_tail
+        self.kind = kind
 
 
 class Replicas(Protocol):
@@ -69,6 +73,11 @@ class Replicas(Protocol):
 
         An outcome may carry "energy_j" and "memory" where only the replica itself can see its devices.
         """
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether `start` may be called again after `close`."""
+        ...
 
     def pids(self) -> list[int]: ...
 
@@ -106,7 +115,7 @@ class LocalReplicas:
             log = replica_log(self._config.log_path, replica)
             self._processes.append(_EngineProcess(self._environment(replica), log, self._nodes))
         load = {"op": "load", "config": dataclasses.asdict(self._config)}
-        replies = self._all([{**load, "replica": replica} for replica in range(len(self._processes))])
+        replies = self._all([{**load, "replica": replica} for replica in range(len(self._processes))], STARTUP)
         return [reply["engine"] for reply in replies]
 
     def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[object, ...]) -> None:
@@ -121,6 +130,11 @@ class LocalReplicas:
             outcome["jit_compilations"] = log.count()
         first_s = min(outcome["start_s"] for outcome in outcomes)
         return [_from(first_s, outcome) for outcome in outcomes]
+
+    @property
+    def can_restart(self) -> bool:
+        # The other nodes have ended with the engine.
+        return self._nodes is None
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
@@ -144,11 +158,12 @@ class LocalReplicas:
         environment |= self._nodes.environment() if self._nodes else {}
         return environment
 
-    def _all(self, commands: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _all(self, commands: list[dict[str, Any]], waiting_for: str = POINT) -> list[dict[str, Any]]:
         """Send one command to each replica, then wait for every answer."""
         for process, command in zip(self._processes, commands, strict=True):
             process.send(command)
-        return [reply for process in self._processes for reply in process.receive()]
+        patience = _Patience(self._config, waiting_for)
+        return [reply for process in self._processes for reply in process.receive(patience)]
 
 
 class TorchrunReplicas:
@@ -166,7 +181,7 @@ class TorchrunReplicas:
     def start(self) -> list[dict[str, Any]]:
         self._join()
         config = dataclasses.asdict(self._config)
-        replies = self._all({"op": "load", "config": config, "replica": 0})
+        replies = self._all({"op": "load", "config": config, "replica": 0}, STARTUP)
         return [
             with_workers(ranks[0]["engine"], [worker for rank in ranks for worker in rank["engine"]["workers"]])
             for ranks in self._by_replica(replies)
@@ -183,6 +198,11 @@ class TorchrunReplicas:
         slowest = [_slowest(ranks) for ranks in self._by_replica(outcomes)]
         slowest[0]["jit_compilations"] = sum(log.count() for log in compiled)
         return slowest
+
+    @property
+    def can_restart(self) -> bool:
+        # The other ranks are in a collective from which nobody calls them back.
+        return False
 
     def pids(self) -> list[int]:
         return []
@@ -201,12 +221,12 @@ class TorchrunReplicas:
 
     def _join(self) -> None:
         self._process = _EngineProcess(self._environment, self._config.log_path)
-        self._all({"op": "join", "config": dataclasses.asdict(self._config)})
+        self._all({"op": "join", "config": dataclasses.asdict(self._config)}, STARTUP)
 
-    def _all(self, command: dict[str, Any]) -> list[dict[str, Any]]:
+    def _all(self, command: dict[str, Any], waiting_for: str = POINT) -> list[dict[str, Any]]:
         assert self._process is not None
         self._process.send(command)
-        return self._process.receive()
+        return self._process.receive(_Patience(self._config, waiting_for))
 
     def _by_replica(self, of_ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         size = self._config.devices_per_replica
@@ -279,6 +299,19 @@ def _first_port() -> int:
     return 15_000 + os.getpid() % 15 * 1000
 
 
+class _Patience:
+    """How long an answer may take, by a clock outside the engine: --startup-timeout or --point-timeout."""
+
+    def __init__(self, config: ExperimentConfig, waiting_for: str) -> None:
+        self.waiting_for = waiting_for
+        self.limit_s: float = getattr(config, waiting_for)
+        self._end_s: float = time.monotonic() + self.limit_s
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._end_s
+
+
 class _EngineProcess:
     """`python -m batch_inference.worker`, the leader of its own process group."""
 
@@ -313,10 +346,14 @@ class _EngineProcess:
         with contextlib.suppress(BrokenPipeError):
             self._commands.write(json.dumps(command).encode() + b"\n")
 
-    def receive(self) -> list[dict[str, Any]]:
+    def receive(self, patience: _Patience) -> list[dict[str, Any]]:
         """The next replies, one per rank. Raises ConfigError for the user's flags, ReplicaError for other failures."""
-        while not (replies := self.replies(timeout_s=1.0)):
-            pass
+        while not (replies := self.replies(timeout_s=min(1.0, patience.limit_s))):
+            if patience.is_over:
+                flag = "--" + patience.waiting_for.replace("_", "-")
+                tail = read_log_tail(self.log_path)[-LOG_TAIL_LINES:]
+                kind = "timeout_startup" if patience.waiting_for == STARTUP else "timeout_point"
+                raise ReplicaError(f"no answer within {flag} {patience.limit_s:g} s", tail, kind)
         return replies
 
     def replies(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:

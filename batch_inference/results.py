@@ -6,6 +6,7 @@ An unknown number is None with a reason beside it, never 0, -1, NaN or "inf".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -66,6 +67,7 @@ class Point:
     max_tokens: int  # output tokens of each request, exact
     status: PointStatus
     reason: str | None = None
+    failure: str | None = None  # the class of the failure, of failures.py
     log_tail: list[str] | None = None
     verdict: Verdict | None = None
     verdict_reasons: list[str] = field(default_factory=list)
@@ -113,13 +115,17 @@ class Result:
         return tp * pp * self.data_parallel_size
 
 
+def to_json(result: Result) -> str:
+    document = {"schema_version": result.schema_version, **asdict(result)}
+    return json.dumps(document, allow_nan=False, indent=1, default=_refuse)
+
+
 def save_result(result: Result, path: Path) -> None:
     """Write beside and rename, so that a reader sees the old file or the new one, never half of one.
 
     Raises ResultFileError when the disk or the folder does not allow it; the previous file is intact then.
     """
-    document = {"schema_version": result.schema_version, **asdict(result)}
-    text = json.dumps(document, allow_nan=False, indent=1, default=_refuse) + "\n"
+    text = to_json(result) + "\n"
     beside = _beside(path)
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -128,10 +134,13 @@ def save_result(result: Result, path: Path) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise ResultFileError(
             f"{path}: cannot be written: {error.strerror}; free the disk or choose another path"
         ) from error
+    finally:
+        # Gone where it was renamed; left where the disk is full, or somebody interrupted.
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from batch_inference.capacity import request_slots, requests_in_kv_cache, running_requests, waves
@@ -120,10 +120,11 @@ def _unlike_warmups(_: Result, point: Point) -> list[str]:
     """Warm-ups that agree with each other, and not with the runs after them: what was steady was something else."""
     if len(point.warmups) < 2 or not is_settled(point.warmups):
         return []
-    last_s, mean_s = point.warmups[-1]["latency_s"], fmean(run_latencies_s(point))
-    if abs(last_s - mean_s) <= UNLIKE_WARMUPS * max(last_s, mean_s):
+    # The median: a single slow run is for the interval to tell.
+    last_s, middle_s = point.warmups[-1]["latency_s"], median(run_latencies_s(point))
+    if abs(last_s - middle_s) <= UNLIKE_WARMUPS * max(last_s, middle_s):
         return []
-    return [f"the last warm-up took {last_s:.3g} s, the runs {mean_s:.3g} s; raise --warmup-runs"]
+    return [f"the last warm-up took {last_s:.3g} s, the runs {middle_s:.3g} s; raise --warmup-runs"]
 
 
 def _too_short(_: Result, point: Point) -> list[str]:

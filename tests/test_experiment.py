@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from batch_inference import experiment
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.console import Console, closing_table, short
 from batch_inference.experiment import Experiment, combine, starting_result
@@ -55,17 +56,20 @@ class FakeReplicas:
         self,
         latency_s: Callable[[int, str, int], float] = lambda *_: 2.0,
         *,
-        fail_at: tuple[int, str, int] | None = None,
+        fail_at: tuple[int, str, int] | Callable[[int, int], bool] | None = None,
         replicas: int = 1,
         changes: dict[str, Any] | None = None,
         compiles_in: Collection[tuple[str, int]] = (),
     ) -> None:
         self.latency_s, self.fail_at, self.replicas, self.changes = latency_s, fail_at, replicas, changes or {}
+        self.error = ReplicaError("torch.OutOfMemoryError: CUDA out of memory", ["the log's end"])
         self.compiles_in = compiles_in
+        self.starts = 0
         self.calls: list[tuple[int, str, int]] = []
         self.closed = self.hurried = False
 
     def start(self) -> list[dict[str, Any]]:
+        self.starts += 1
         return [ENGINE] * self.replicas
 
     def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> None:
@@ -73,12 +77,15 @@ class FakeReplicas:
 
     def run(self) -> list[dict[str, Any]]:
         batch_size, seq_len, max_tokens, (*_, phase, index) = self.prepared
-        if (batch_size, phase, index) == self.fail_at:
-            raise ReplicaError("torch.OutOfMemoryError: CUDA out of memory", ["the log's end"])
+        where = (batch_size, phase, index)
+        if self.fail_at(batch_size, seq_len) if callable(self.fail_at) else self.fail_at == where:
+            raise self.error
         self.calls.append((batch_size, phase, index))
         taken_s = self.latency_s(batch_size, phase, index)
         compiled = {"jit_compilations": 2} if (phase, index) in self.compiles_in else {}
         return [outcome(batch_size, seq_len, max_tokens, taken_s, **self.changes, **compiled)] * self.replicas
+
+    can_restart = True
 
     def pids(self) -> list[int]:
         return [1]
@@ -99,6 +106,9 @@ class FakeMonitor:
     def read(self, _: Any = ()) -> dict[str, Any]:
         self.joules += 50.0
         return {"scope": "device", "used_gib": [2.5], "energy_j": [self.joules], "other_processes": [0]}
+
+    def held(self, _before: Any) -> str | None:
+        return None
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[dict[str, Any]]:
@@ -337,7 +347,8 @@ def test_energy_is_read_after_the_prompts_are_made(config: ExperimentConfig) -> 
 
     experiment = Experiment(config, starting_result(config, {}), Watch(), Console())  # type: ignore[arg-type]
     experiment.run(Watched())
-    assert order[:4] == ["prepare", "read", "run", "read"]
+    # The first is what the devices hold before any engine.
+    assert order[:5] == ["read", "prepare", "read", "run", "read"]
 
 
 def test_replicas_that_see_their_own_devices_are_believed(config: ExperimentConfig) -> None:
@@ -356,15 +367,86 @@ def test_a_device_without_a_counter_makes_the_energy_unknown(config: ExperimentC
     assert "energy_j" in measured.unknown
 
 
-def test_a_lost_engine_keeps_the_points_before_it(config: ExperimentConfig) -> None:
+def statuses(result: Result) -> dict[tuple[int, int], str]:
+    return {(point.batch_size, point.seq_len): point.status for point in result.points}
+
+
+def test_a_lost_engine_is_started_again_and_larger_batches_of_that_length_are_implied(config: ExperimentConfig) -> None:
+    replicas = FakeReplicas(fail_at=lambda batch_size, seq_len: batch_size == 4 and seq_len == 16)
+    result = run(dataclasses.replace(config, batch_sizes=(1, 4, 8), seq_lens=(16, 8)), replicas)
+    assert statuses(result) == {
+        (1, 16): "ok", (4, 16): "oom", (8, 16): "skipped", (1, 8): "ok", (4, 8): "ok", (8, 8): "ok",
+    }  # fmt: skip
+    lost, implied = result.points[1:3]
+    assert (lost.reason, lost.failure) == ("torch.OutOfMemoryError: CUDA out of memory", "oom_run")
+    assert lost.log_tail == ["the log's end"]
+    assert implied.reason == "implied by batch_size 4: oom_run"
+    assert (replicas.starts, result.engine["restarts"], result.status) == (2, 1, "complete")
+
+
+def test_batches_in_falling_order_are_implied_by_no_larger_one(config: ExperimentConfig) -> None:
+    result = run(dataclasses.replace(config, batch_sizes=(8, 4, 1)), FakeReplicas(fail_at=lambda size, _: size == 8))
+    assert statuses(result) == {(8, 8): "oom", (4, 8): "ok", (1, 8): "ok"}
+
+
+def test_no_engine_is_started_for_points_that_are_all_implied(config: ExperimentConfig) -> None:
     replicas = FakeReplicas(fail_at=(4, "warmup", 0))
     result = run(dataclasses.replace(config, batch_sizes=(1, 4, 8)), replicas)
-    assert [point.status for point in result.points] == ["ok", "oom", "skipped"]
-    assert result.points[1].reason == "torch.OutOfMemoryError: CUDA out of memory"
-    assert result.points[1].log_tail == ["the log's end"]
-    assert result.points[2].reason == "the engine was lost at batch_size 4, seq_len 8"
-    assert result.status == "partial"
+    assert statuses(result) == {(1, 8): "ok", (4, 8): "oom", (8, 8): "skipped"}
+    assert replicas.starts == 1
     assert replicas.closed
+
+
+def test_two_losses_in_a_row_end_the_sweep(config: ExperimentConfig) -> None:
+    replicas = FakeReplicas(fail_at=lambda size, _: size == 1)
+    result = run(dataclasses.replace(config, batch_sizes=(4, 1), seq_lens=(8, 16, 32)), replicas)
+    # A point that went well in between is no row.
+    assert list(statuses(result).values()) == ["ok", "oom"] * 3
+    replicas = FakeReplicas(fail_at=lambda *_: True)
+    result = run(dataclasses.replace(config, batch_sizes=(1,), seq_lens=(8, 16, 32), overwrite=True), replicas)
+    assert list(statuses(result).values()) == ["oom", "oom", "skipped"]
+    assert result.points[2].reason == "2 engines were lost one after the other, the last at batch_size 1, seq_len 16"
+    assert (replicas.starts, result.status) == (2, "partial")
+
+
+def test_an_engine_that_does_not_come_back_ends_the_sweep(config: ExperimentConfig) -> None:
+    class OnlyOnce(FakeReplicas):
+        def start(self) -> list[dict[str, Any]]:
+            if self.starts:
+                raise ReplicaError("ValueError: Free memory on device", [])
+            return super().start()
+
+    result = run(dataclasses.replace(config, seq_lens=(8, 16)), OnlyOnce(fail_at=(4, "warmup", 0)))
+    assert list(statuses(result).values()) == ["ok", "oom", "skipped", "skipped"]
+    said = "the engine did not come back after batch_size 4, seq_len 8: ValueError: Free memory on device"
+    assert result.points[2].reason == said
+    assert result.status == "partial"
+
+
+def test_ranks_that_cannot_be_called_back_leave_the_rest_of_the_grid(config: ExperimentConfig) -> None:
+    replicas = FakeReplicas(fail_at=(4, "warmup", 0))
+    replicas.can_restart = False
+    result = run(dataclasses.replace(config, seq_lens=(8, 16)), replicas)
+    assert list(statuses(result).values()) == ["ok", "oom", "skipped", "skipped"]
+    assert result.points[2].reason == "the engine was lost at batch_size 4, seq_len 8"
+
+
+def test_a_hang_is_a_timeout(config: ExperimentConfig) -> None:
+    replicas = FakeReplicas(fail_at=(4, "run", 1))
+    replicas.error = ReplicaError("no answer within --point-timeout 900 s", [], "timeout_point")
+    point = run(config, replicas).points[1]
+    assert (point.status, point.failure, point.verdict) == ("timeout", "timeout_point", None)
+
+
+def test_devices_that_hold_memory_stop_the_sweep_and_name_the_holder(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "DEVICES_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(FakeMonitor, "held", lambda *_: "GPU 0 holds 12.5 GiB more than before, for process 7")
+    replicas = FakeReplicas(fail_at=(4, "warmup", 0))
+    result = run(dataclasses.replace(config, seq_lens=(8, 16)), replicas)
+    assert "for process 7" in (result.points[2].reason or "")
+    assert replicas.starts == 1
 
 
 def test_an_engine_that_does_not_start_leaves_a_failed_file(config: ExperimentConfig) -> None:
@@ -374,7 +456,7 @@ def test_an_engine_that_does_not_start_leaves_a_failed_file(config: ExperimentCo
 
     result = run(config, Broken())
     assert result.status == "failed"
-    assert result.engine["failure"] == {"reason": "ValueError: no", "log_tail": ["tail"]}
+    assert result.engine["failure"] == {"class": "unknown", "reason": "ValueError: no", "log_tail": ["tail"]}
     assert result.points == []
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import analyze_results
+from batch_inference import failures
 from batch_inference.config import ExperimentConfig, flag_of, parse_flags
 from batch_inference.hardware import find_devices
 from batch_inference.metrics import markdown_table
@@ -100,6 +101,11 @@ def test_every_option_of_the_launcher_is_named(tmp_path: Path) -> None:
 def test_the_table_of_metrics_is_the_one_the_program_prints() -> None:
     shown = README.partition("<!-- metrics -->\n")[2].partition("\n<!-- /metrics -->")[0]
     assert shown == markdown_table(), "paste the output of `python -m batch_inference.metrics`"
+
+
+def test_the_table_of_failures_is_the_one_the_program_prints() -> None:
+    shown = README.partition("<!-- failures -->\n")[2].partition("\n<!-- /failures -->")[0]
+    assert shown == failures.markdown_table(), "paste the output of `python -m batch_inference.failures`"
 
 
 def test_every_plot_and_every_dependency_is_named() -> None:

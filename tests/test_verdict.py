@@ -87,7 +87,7 @@ def test_every_rule_has_its_fault() -> None:
 
 
 def test_invalid_outweighs_suspect_and_all_reasons_are_given() -> None:
-    reasons, found = judged(measured(latencies_s=[0.8, 1.4, 0.8], output_tokens=1))
+    reasons, found = judged(measured(latencies_s=[1.0, 2.0, 1.0], output_tokens=1))
     assert found == "invalid"
     assert len(reasons) == 2
 

@@ -1,6 +1,6 @@
 """A stand-in for vLLM with the same names and strict keywords: `PYTHONPATH=tests/stub` puts it in vLLM's place.
 
-A run "takes" STUB_RUN_S seconds. STUB_FAIL makes it misbehave:
+Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FAIL makes it misbehave:
   load          the engine does not start; the cause stands only in the log, as with vLLM
   run:N         batches of N requests fail with an out-of-memory error
   die:N         batches of N requests kill the process
@@ -13,6 +13,7 @@ A run "takes" STUB_RUN_S seconds. STUB_FAIL makes it misbehave:
 import multiprocessing
 import os
 import shlex
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -63,16 +64,25 @@ class LLM:
         )
         print("stub vLLM is loading", *seen, flush=True)
         _fork_engine_core()
+        time.sleep(float(os.environ.get("STUB_LOAD_S", "0")))
         if FAIL == "load":
             print("(EngineCore pid=1) ERROR 01-01 [core.py:1] ValueError: the planted reason", file=sys.stderr)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         self.args = args
+        # vLLM's engine is a process of its own, and lives on when the one that started it is killed.
+        in_process = args.distributed_executor_backend == "external_launcher"
+        self.core = None if in_process else subprocess.Popen(["sleep", "3600"])
         self.calls = 0
         self.llm_engine = SimpleNamespace(
             model_config=_ModelConfig(hf_text_config=HF_CONFIG),
             vllm_config=_vllm_config(args),
-            engine_core=SimpleNamespace(shutdown=lambda: None),
+            engine_core=SimpleNamespace(shutdown=self._shut_down),
         )
+
+    def _shut_down(self):
+        if self.core:
+            self.core.kill()
+            self.core.wait()
 
     def collective_rpc(self, method):
         world_size = self.args.tensor_parallel_size * self.args.pipeline_parallel_size

@@ -1,0 +1,78 @@
+"""Why an engine was lost or never started: a class by vLLM's own words, and what to do, in one line each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["load", "run"]
+
+
+@dataclass(frozen=True)
+class FailureClass:
+    """`pattern`: what vLLM 0.26 to 0.33, torch or the model hub say; None where the supervisor itself knows.
+    `phase`: None for both."""
+
+    name: str
+    pattern: str | None
+    advice: str
+    phase: Phase | None = None
+
+
+# The first that fits counts: what is said of a cause stands before what is said of its consequences.
+FAILURES: tuple[FailureClass, ...] = (
+    FailureClass("timeout_startup", None, "raise --startup-timeout, or see in the log where the start hangs"),
+    FailureClass("timeout_point", None, "raise --point-timeout, or see in the log where the run hangs"),
+    FailureClass("model_gated", r"GatedRepoError|gated repo|401 Client Error|403 Client Error|is restricted",
+                 "ask for access on the model's page, and set HF_TOKEN"),
+    FailureClass("network_offline", r"OfflineModeIsEnabled|LocalEntryNotFoundError|couldn't connect to|Max retries"
+                 r"|name resolution|Name or service not known|Network is unreachable|outgoing traffic has been dis",
+                 "give a model folder as --model, or reach the hub"),
+    FailureClass("model_not_found", r"RepositoryNotFoundError|not a valid model identifier|404 Client Error"
+                 r"|Invalid repository ID or local directory|Repo id must|does not appear to have a file named config",
+                 "check --model: a folder with a config.json, or org/name of the hub"),
+    FailureClass("tp_not_dividing", r"must be divisible by tensor parallel size|is not divisible by \d"
+                 r"|not divisible by tensor", "choose a --tensor-parallel-size that divides heads and sizes"),
+    FailureClass("too_few_devices", r"larger than the number of available GPUs|exceeds the total number of available"
+                 r"|invalid device ordinal|No CUDA GPUs are available",
+                 "lower TP x PP x DP, or free devices; CUDA_VISIBLE_DEVICES counts"),
+    FailureClass("max_model_len", r"greater than the derived max_model_len|longer than the maximum model length"
+                 r"|exceeds? (?:the )?max_model_len", "shorten --seq-lens or --max-tokens, or lower --max-model-len"),
+    FailureClass("kv_too_small", r"No available memory for the cache blocks|larger than the available KV cache",
+                 "shorten --seq-lens, raise --gpu-memory-utilization or TP"),
+    FailureClass("oom_load", r"out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory"
+                 r"|Free memory on device", "raise TP or PP, or free the device: another process may hold it", "load"),
+    FailureClass("oom_run", r"out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory",
+                 "smaller --batch-sizes or --seq-lens, or a lower --gpu-memory-utilization", "run"),
+    FailureClass("port_in_use", r"Address already in use|EADDRINUSE",
+                 "another engine uses the port: set VLLM_PORT or --master-port"),
+    FailureClass("worker_killed", r"exit code: -9\b|signal SIGKILL",
+                 "mostly the kernel, out of main memory: see dmesg, free memory"),
+    FailureClass("engine_crash", r"EngineDeadError|died unexpectedly|the engine process ended|node \d+ is gone"
+                 r"|Segmentation fault", "see the end of the log"),
+    FailureClass("unknown", "", "see the end of the log"),
+)  # fmt: skip
+ADVICE = {failure.name: failure.advice for failure in FAILURES}
+
+
+def classify(phase: Phase, reason: str, log_tail: Sequence[str] = ()) -> str:
+    """The name of the class of a failure: by its reason, and where that says nothing, by the end of the log."""
+    # The log's last words first, and only its errors: warnings are of what was survived.
+    errors = [line for line in reversed(log_tail) if re.search(r"ERROR|Error\b|Exception\b", line)]
+    for text in (reason, *errors):
+        for failure in FAILURES:
+            if failure.pattern and failure.phase in (None, phase) and re.search(failure.pattern, text):
+                return failure.name
+    return "unknown"
+
+
+def markdown_table() -> str:
+    """The README's table of classes."""
+    rows = [f"| `{failure.name}` | {failure.advice} |" for failure in FAILURES]
+    return "\n".join(["| class | what to do |", "|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -1,0 +1,139 @@
+"""One sweep, one fault, and what is left: on the stub vLLM, whose engine is a process tree of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import REPOSITORY, stub_environment, with_ctrl_c
+
+GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)}
+SWEEP = ("--batch-sizes", "1,2,3", "--seq-lens", "8,16", "--max-tokens", "4", "--num-runs", "2", "--warmup-runs", "2")
+# What the supervisor may take to end everything, and the kernel to forget it.
+ORPHANS_WITHIN_S = 15.0
+_DONE = re.compile(r"\[\d+/\d\] (\d+) x (\d+):")
+
+
+@dataclass
+class Outcome:
+    """What a fault did: one row of the table at the end."""
+
+    fault: str
+    exit_code: int | None = None
+    lost_points: int = 0
+    orphans: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+OUTCOMES: list[Outcome] = []
+
+
+class Sweep:
+    """The experiment script at work; every process that it starts can be told by a variable of its own."""
+
+    def __init__(self, folder: Path, *flags: str, stub: bool = True, **variables: str) -> None:
+        self.folder = folder
+        self.file = folder / "x_results.json"
+        self.log = folder / "x_results.log"
+        self._errors = folder / "errors.txt"
+        self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
+        name, value = self._mark.split("=")
+        command = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags]
+        command += ["--model", str(REPOSITORY / "models" / "tiny-llama"), "--output-file", str(self.file)]
+        environment = stub_environment(**variables) if stub else {**os.environ, **variables}
+        with self._errors.open("ab") as errors:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env={**environment, name: value}, preexec_fn=with_ctrl_c,
+                stdout=subprocess.DEVNULL, stderr=errors,
+            )  # fmt: skip
+
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def wait_for(self, seen: Callable[[], bool], within_s: float = 30.0) -> None:
+        deadline_s = time.monotonic() + within_s
+        while not seen():
+            assert time.monotonic() < deadline_s, self.errors()
+            time.sleep(0.01)
+
+    def processes(self) -> list[int]:
+        """The script and everything that it has started, wherever it hangs in the tree of processes."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = self._mark.encode() in (process / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            # A zombie has no environment, and holds nothing.
+            if is_ours:
+                found.append(int(process.name))
+        return found
+
+    def orphans(self) -> list[int]:
+        """What is left after ORPHANS_WITHIN_S."""
+        deadline_s = time.monotonic() + ORPHANS_WITHIN_S
+        while (left := self.processes()) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        return left
+
+    def document(self) -> dict[str, Any] | None:
+        return json.loads(self.file.read_text()) if self.file.exists() else None
+
+    def announced(self) -> set[tuple[int, int]]:
+        """Points that the console has said to be done."""
+        return {(int(batch_size), int(seq_len)) for batch_size, seq_len in _DONE.findall(self.errors())}
+
+
+def points_of(document: dict[str, Any] | None, *statuses: str) -> set[tuple[int, int]]:
+    points = document["points"] if document else []
+    return {(point["batch_size"], point["seq_len"]) for point in points if point["status"] in (statuses or ("ok",))}
+
+
+@pytest.fixture
+def judged(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outcome]]:
+    """Fills the sweep's row of the table: exit code, points that were announced and are not in the file, orphans, and
+    whether --resume makes of it what a sweep without a fault would have been."""
+    outcome = Outcome(request.node.name.removeprefix("test_").removeprefix("a_"))
+    OUTCOMES.append(outcome)
+    sweeps: list[Sweep] = []
+
+    def judge(sweep: Sweep, *, resume: bool = True, within_s: float = 90) -> Outcome:
+        sweeps.append(sweep)
+        outcome.exit_code = sweep.process.wait(timeout=within_s)
+        outcome.orphans = len(sweep.orphans())
+        document = sweep.document()
+        outcome.lost_points = len(sweep.announced() - points_of(document, "ok", "oom", "error", "timeout", "skipped"))
+        if resume:
+            again = Sweep(sweep.folder, "--resume", STUB_RUN_S="0.002")
+            sweeps.append(again)
+            if again.process.wait(timeout=60) != 0 or points_of(again.document()) != GRID:
+                outcome.problems.append(f"--resume: {again.errors()[-500:]}")
+        return outcome
+
+    yield judge
+    for sweep in sweeps:
+        for pid in sweep.processes():
+            os.kill(pid, signal.SIGKILL)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not OUTCOMES:
+        return
+    terminalreporter.section("faults tried")
+    for one in OUTCOMES:
+        counts = f"lost points {one.lost_points}  orphans {one.orphans}"
+        terminalreporter.write_line(f"{one.fault:<54} exit {one.exit_code!s:>4}  {counts}")
+    lost, orphans = sum(one.lost_points for one in OUTCOMES), sum(one.orphans for one in OUTCOMES)
+    terminalreporter.write_line(f"{len(OUTCOMES)} faults tried: {lost} points lost, {orphans} orphans")

@@ -1,0 +1,125 @@
+"""Fault x moment, on the stub vLLM: what was measured stays, nothing is left behind, --resume completes it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faults.conftest import GRID, Outcome, Sweep, points_of
+
+pytestmark = pytest.mark.slow
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+# Moment -> what must be seen before the fault. Loading takes a second, a run a fifth.
+MOMENTS: dict[str, Callable[[Sweep], bool]] = {
+    "loading": lambda sweep: sweep.log.exists() and "stub vLLM is loading" in sweep.log.read_text(),
+    "warming_up": lambda sweep: sweep.log.exists() and sweep.log.read_text().count("prompts ") == 1,
+    "timing": lambda sweep: sweep.log.exists() and sweep.log.read_text().count("prompts ") == 3,
+    "second_point": lambda sweep: bool(sweep.announced()),
+}
+
+
+def start(folder: Path, *flags: str, **variables: str) -> Sweep:
+    return Sweep(folder, *flags, **{"STUB_LOAD_S": "1", "STUB_RUN_S": "0.2", **variables})
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_to_the_script(
+    tmp_path: Path, judged: Callable[..., Outcome], number: signal.Signals, moment: str
+) -> None:
+    sweep = start(tmp_path)
+    sweep.wait_for(lambda: MOMENTS[moment](sweep))
+    sweep.process.send_signal(number)
+    outcome = judged(sweep)
+    assert outcome.exit_code == SIGNALS[number]
+    assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+
+
+@pytest.mark.parametrize("trial", range(8))
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_at_any_moment(
+    tmp_path: Path, judged: Callable[..., Outcome], number: signal.Signals, trial: int
+) -> None:
+    # Short runs, so that many of the moments are those in which the file is written.
+    sweep = start(tmp_path, STUB_LOAD_S="0", STUB_RUN_S="0.01")
+    time.sleep(random.Random(trial).uniform(0.2, 1.5))
+    sweep.process.send_signal(number)
+    outcome = judged(sweep)
+    assert outcome.exit_code in (SIGNALS[number], 0)
+    assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_replica_is_killed(tmp_path: Path, judged: Callable[..., Outcome], moment: str) -> None:
+    sweep = start(tmp_path)
+    sweep.wait_for(lambda: MOMENTS[moment](sweep))
+    os.kill(next(pid for pid in sweep.processes() if b"batch_inference.worker" in command_of(pid)), signal.SIGKILL)
+    outcome = judged(sweep)
+    assert outcome.exit_code == 1
+    assert sweep.document() is not None
+    assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+
+
+def test_a_point_that_kills_its_engine_costs_that_point_alone(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    sweep = start(tmp_path, STUB_FAIL="die:2", STUB_LOAD_S="0")
+    outcome = judged(sweep, resume=False)
+    document = sweep.document()
+    assert outcome.exit_code == 1
+    # Larger batches of a length are implied; each length has an engine of its own to lose.
+    assert points_of(document) == {(1, 8), (1, 16)}
+    assert points_of(document, "error") == {(2, 8), (2, 16)}
+    assert points_of(document, "skipped") == {(3, 8), (3, 16)}
+    assert (outcome.lost_points, outcome.orphans) == (0, 0)
+    assert "engine_crash" in sweep.errors()
+
+
+def test_out_of_memory_at_a_point(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    sweep = start(tmp_path, STUB_FAIL="run:3", STUB_LOAD_S="0")
+    outcome = judged(sweep)
+    assert outcome.exit_code == 1
+    assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+    assert "oom_run: smaller --batch-sizes" in sweep.errors()
+
+
+def test_a_run_that_hangs(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    sweep = start(tmp_path, "--point-timeout", "1", STUB_FAIL="hang", STUB_LOAD_S="0")
+    outcome = judged(sweep)
+    assert outcome.exit_code == 1
+    assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+    assert "no answer within --point-timeout 1 s" in sweep.errors()
+
+
+def test_a_start_that_hangs(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    sweep = start(tmp_path, "--startup-timeout", "1", STUB_LOAD_S="60")
+    outcome = judged(sweep)
+    assert outcome.exit_code == 1
+    assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+    assert "timeout_startup: raise --startup-timeout" in sweep.errors()
+
+
+def test_an_engine_that_does_not_start(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    outcome = judged(start(tmp_path, STUB_FAIL="load", STUB_LOAD_S="0"))
+    assert outcome.exit_code == 1
+    assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+
+
+def test_no_fault(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    sweep = start(tmp_path, STUB_LOAD_S="0", STUB_RUN_S="0.002")
+    outcome = judged(sweep, resume=False)
+    assert outcome.exit_code == 0
+    assert sweep.announced() == points_of(sweep.document()) == GRID
+    assert outcome.orphans == 0
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

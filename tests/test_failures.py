@@ -1,0 +1,55 @@
+"""Classes of failures, by the words of vLLM 0.26.0 and 0.32.0, torch and the model hub."""
+
+from __future__ import annotations
+
+import pytest
+
+from batch_inference.failures import ADVICE, FAILURES, classify
+
+SAID = [
+    ("load", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "oom_load"),
+    ("run", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "oom_run"),
+    ("load", "ValueError: Free memory on device cuda:0 (10.1/79.2 GiB) on startup is less than desired", "oom_load"),
+    ("run", "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to", "oom_run"),
+    ("load", "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_util", "kv_too_small"),
+    ("load", "ValueError: To serve at least one request with the model's max seq len (4096), (8.0 GiB KV cache is "
+     "needed, which is larger than the available KV cache memory (0.1 GiB).", "kv_too_small"),
+    ("load", "ValueError: User-specified max_model_len (9) is greater than the derived max_model_len", "max_model_len"),
+    ("load", "ValueError: Total number of attention heads (32) must be divisible by tensor parallel size (3).",
+     "tp_not_dividing"),
+    ("load", "AssertionError: 32000 is not divisible by 3", "tp_not_dividing"),
+    ("load", "ValueError: World size (8) is larger than the number of available GPUs (2)", "too_few_devices"),
+    ("load", "OSError: no/such is not a local folder and is not a valid model identifier listed on", "model_not_found"),
+    ("load", "OSError: You are trying to access a gated repo.", "model_gated"),
+    ("load", "huggingface_hub.errors.GatedRepoError: 403 Client Error.", "model_gated"),
+    ("load", "OSError: We couldn't connect to 'https://huggingface.co' to load the files", "network_offline"),
+    ("load", "LocalEntryNotFoundError: Cannot find the requested files in the disk cache", "network_offline"),
+    ("run", "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.", "engine_crash"),
+    ("run", "the engine process ended with signal SIGABRT", "engine_crash"),
+    ("run", "the engine process ended with signal SIGKILL", "worker_killed"),
+    ("run", "Worker proc VllmWorker-1 died unexpectedly (exit code: -9); -9 is mostly the kernel's", "worker_killed"),
+    ("run", "Worker proc VllmWorker-1 died unexpectedly (exit code: 1)", "engine_crash"),
+    ("load", "torch.distributed.DistNetworkError: EADDRINUSE, Address already in use", "port_in_use"),
+    ("load", "KeyError: 'something'", "unknown"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("phase", "said", "expected"), SAID)
+def test_a_failure_is_known_by_what_is_said(phase: object, said: str, expected: str) -> None:
+    assert classify(phase, said) == expected  # type: ignore[arg-type]
+
+
+def test_every_class_that_is_known_by_words_has_an_example() -> None:
+    assert {name for *_, name in SAID} | {"timeout_startup", "timeout_point"} == {kind.name for kind in FAILURES}
+    assert all(advice and "\n" not in advice for advice in ADVICE.values())
+
+
+def test_what_the_reason_does_not_say_the_errors_of_the_log_do_the_last_first() -> None:
+    log = [
+        "WARNING [utils.py:1] Port 29500: Address already in use, trying another",
+        "(Worker) ERROR ValueError: No available memory for the cache blocks.",
+        "INFO done",
+    ]
+    assert classify("load", "RuntimeError: Engine core initialization failed", log) == "kv_too_small"
+    # A warning is of what was survived.
+    assert classify("load", "RuntimeError: Engine core initialization failed", log[:1]) == "unknown"
