@@ -50,8 +50,8 @@ FAILURES: tuple[FailureClass, ...] = (
                  "another engine uses the port: set VLLM_PORT or --master-port"),
     FailureClass("worker_killed", r"exit code: -9\b|signal SIGKILL",
                  "mostly the kernel, out of main memory: see dmesg, free memory"),
-    FailureClass("engine_crash", r"EngineDeadError|died unexpectedly|the engine process ended|node \d+ is gone"
-                 r"|Segmentation fault", "see the end of the log"),
+    FailureClass("engine_crash", r"EngineDeadError|died unexpectedly|ended without a word|the engine process ended"
+                 r"|node \d+ is gone|Segmentation fault", "see the end of the log"),
     FailureClass("unknown", "", "see the end of the log"),
 )  # fmt: skip
 ADVICE = {failure.name: failure.advice for failure in FAILURES}

@@ -36,6 +36,9 @@ LONG_START_LEAD_S = 0.3
 CLOSE_TIMEOUT_S = 15.0
 HURRY_TIMEOUT_S = 0.5
 LOG_TAIL_LINES = 40
+# vLLM names its own processes so: VLLM::EngineCore, VLLM::Worker_TP0.
+_VLLM_TITLE = "VLLM::"
+DEATH_IS_SAID_WITHIN_S = 3.0
 
 # Errors that only pass on that another one happened.
 _HANDED_ON = re.compile(
@@ -116,6 +119,8 @@ class LocalReplicas:
             self._processes.append(_EngineProcess(self._environment(replica), log, self._nodes))
         load = {"op": "load", "config": dataclasses.asdict(self._config)}
         replies = self._all([{**load, "replica": replica} for replica in range(len(self._processes))], STARTUP)
+        for process in self._processes:
+            process.remember_parts()
         return [reply["engine"] for reply in replies]
 
     def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[object, ...]) -> None:
@@ -336,12 +341,17 @@ class _EngineProcess:
         self._commands = os.fdopen(commands_write, "wb", buffering=0)
         self._replies = os.fdopen(replies_read, "rb", buffering=0)
         self._buffer = b""
+        self._log_start = 0
+        self._parts: dict[int, str] = {}
+        self._dead_since_s: float | None = None
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def send(self, command: dict[str, Any]) -> None:
+        # What the log said before is of something that went well.
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         # A process that is gone shows in `receive`, with its log.
         with contextlib.suppress(BrokenPipeError):
             self._commands.write(json.dumps(command).encode() + b"\n")
@@ -362,11 +372,8 @@ class _EngineProcess:
             readable, _, _ = select.select([self._replies], [], [], timeout_s)
             chunk = os.read(self._replies.fileno(), 1 << 16) if readable else b""
             self._buffer += chunk
-            # End of file alone is not enough: a child of the engine may hold the pipe open after its death.
-            if not chunk and self._process.poll() is not None:
-                raise self._failure(f"the engine process ended with {_exit_words(self._process.returncode)}")
-            if not chunk and self._nodes and (lost := self._nodes.lost()):
-                raise ReplicaError(lost, read_log_tail(self.log_path)[-LOG_TAIL_LINES:])
+            if not chunk:
+                self._check_alive()
         if b"\n" not in self._buffer:
             return []
         line, _, self._buffer = self._buffer.partition(b"\n")
@@ -378,10 +385,38 @@ class _EngineProcess:
                 raise self._failure(reply["reason"])
         return replies
 
+    def _check_alive(self) -> None:
+        """Raises ReplicaError where nothing can be waited for."""
+        # End of file alone is not enough: a child of the engine may hold the pipe open after its death.
+        if self._process.poll() is not None:
+            raise self._failure(f"the engine process ended with {_exit_words(self._process.returncode)}")
+        if dead := self._dead_part():
+            raise self._failure(f"vLLM's process {dead} ended without a word")
+        if self._nodes and (lost := self._nodes.lost()):
+            raise ReplicaError(lost, read_log_tail(self.log_path)[-LOG_TAIL_LINES:])
+
+    def remember_parts(self) -> None:
+        """Once it is loaded: vLLM's own processes, which live as long as the engine. It does not always notice itself
+        that one was killed; `generate` then never returns."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                title = (process / "cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace").strip()
+                if title.startswith(_VLLM_TITLE) and os.getpgid(int(process.name)) == self.pid:
+                    self._parts[int(process.name)] = title
+
+    def _dead_part(self) -> str | None:
+        """The title of a process of vLLM that is gone for longer than vLLM needs to say so."""
+        dead = [title for pid, title in self._parts.items() if not _is_alive(pid)]
+        if not dead:
+            return None
+        self._dead_since_s = self._dead_since_s or time.monotonic()
+        return dead[0] if time.monotonic() - self._dead_since_s > DEATH_IS_SAID_WITHIN_S else None
+
     def _failure(self, reason: str) -> ReplicaError:
         tail = read_log_tail(self.log_path)
+        since = read_log_tail(self.log_path, start=self._log_start)
         # vLLM hands on a bare "Engine core initialization failed": the cause stands only in the log.
-        return ReplicaError(root_cause(tail) or reason.partition("\n")[0], tail[-LOG_TAIL_LINES:])
+        return ReplicaError(root_cause(since) or reason.partition("\n")[0], tail[-LOG_TAIL_LINES:])
 
     def ask_to_close(self) -> None:
         self.send({"op": "close"})
@@ -435,14 +470,22 @@ class _Compilations:
         return 0
 
 
+def _is_alive(pid: int) -> bool:
+    """A zombie, whose parent has not looked yet, is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def _exit_words(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def read_log_tail(path: Path, max_bytes: int = 200_000) -> list[str]:
-    """The last lines of a log, without colour codes."""
+def read_log_tail(path: Path, max_bytes: int = 200_000, start: int = 0) -> list[str]:
+    """The last lines of a log, of those after byte `start`, without colour codes."""
     with contextlib.suppress(OSError), path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - max_bytes))
+        log.seek(max(start, path.stat().st_size - max_bytes))
         text = log.read().decode(errors="replace")
         return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
     return []

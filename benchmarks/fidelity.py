@@ -46,13 +46,16 @@ def main() -> int:
     args = parse()
     folder: Path = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    started_s = time.monotonic()
-    measured: dict[str, Latencies] = {}
-    taken_s: dict[str, float] = {}
-    for way, measure in zip(WAYS, (ours, bare_loop, bench_latency), strict=True):
-        print(f"{way} ...", file=sys.stderr, flush=True)
-        measured[way] = measure(args)
-        taken_s[way] = time.monotonic() - started_s - sum(taken_s.values())
+    measured: dict[str, Latencies] = {way: {point: [] for point in args.points} for way in WAYS}
+    taken_s = dict.fromkeys(WAYS, 0.0)
+    for number in range(args.rounds):
+        for way, measure in zip(WAYS, (ours, bare_loop, bench_latency), strict=True):
+            print(f"round {number + 1}: {way} ...", file=sys.stderr, flush=True)
+            started_s = time.monotonic()
+            for point, latencies_s in measure(args).items():
+                if point in measured[way]:
+                    measured[way][point] += latencies_s
+            taken_s[way] += time.monotonic() - started_s
     rows = [row_of(point, measured) for point in args.points]
     table = "\n".join([*head(args, taken_s), *(markdown(row) for row in rows)])
     print(table)
@@ -71,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--num-runs", type=int, default=5)
     parser.add_argument("--warmup-runs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="each round starts every engine anew")
     parser.add_argument("--tolerance", type=float, default=0.02, help="largest distance of a ratio from 1")
     parser.add_argument("--output-dir", type=Path, default=Path("results/fidelity"))
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
@@ -187,7 +191,8 @@ def row_of(point: Point, measured: dict[str, Latencies]) -> dict[str, Any]:
 def head(args: argparse.Namespace, taken_s: dict[str, float]) -> list[str]:
     walls = ", ".join(f"{way} {seconds:.0f} s" for way, seconds in taken_s.items())
     return [
-        f"{args.model}, {args.max_tokens} output tokens, medians of {args.num_runs} runs. Wall time: {walls}.",
+        f"{args.model}, {args.max_tokens} output tokens, medians of {args.rounds} x {args.num_runs} runs. "
+        f"Wall time: {walls}.",
         "",
         "| batch | length | ours s | bare loop s | vllm bench latency s | ours / bare | ours / bench |",
         "|---|---|---|---|---|---|---|",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -44,10 +45,8 @@ class Sweep:
     """The experiment script at work; every process that it starts can be told by a variable of its own."""
 
     def __init__(self, folder: Path, *flags: str, stub: bool = True, **variables: str) -> None:
-        self.folder = folder
-        self.file = folder / "x_results.json"
-        self.log = folder / "x_results.log"
-        self._errors = folder / "errors.txt"
+        self.move_to(folder)
+        self._groups: set[int] = set()
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
         command = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags]
@@ -55,9 +54,16 @@ class Sweep:
         environment = stub_environment(**variables) if stub else {**os.environ, **variables}
         with self._errors.open("ab") as errors:
             self.process = subprocess.Popen(
-                command, cwd=folder, env={**environment, name: value}, preexec_fn=with_ctrl_c,
+                command, cwd=folder, env={**environment, name: value}, preexec_fn=with_ctrl_c, start_new_session=True,
                 stdout=subprocess.DEVNULL, stderr=errors,
             )  # fmt: skip
+
+    def move_to(self, folder: Path) -> None:
+        """Where the sweep's files are to be found."""
+        self.folder = folder
+        self.file = folder / "x_results.json"
+        self.log = folder / "x_results.log"
+        self._errors = folder / "errors.txt"
 
     def errors(self) -> str:
         return self._errors.read_text()
@@ -67,19 +73,23 @@ class Sweep:
         while not seen():
             assert time.monotonic() < deadline_s, self.errors()
             time.sleep(0.01)
+        self.processes()  # remembers the groups, for when their leaders are gone
 
     def processes(self) -> list[int]:
-        """The script and everything that it has started, wherever it hangs in the tree of processes."""
-        found = []
+        """The script and everything that it has started, wherever it hangs in the tree of processes: by the variable,
+        and by the group of one that has it, because vLLM's processes write their title over their environment."""
+        alive: dict[int, int] = {}
         for process in Path("/proc").glob("[0-9]*"):
-            try:
-                is_ours = self._mark.encode() in (process / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            # A zombie has no environment, and holds nothing.
-            if is_ours:
-                found.append(int(process.name))
-        return found
+            with contextlib.suppress(OSError):
+                pid, state = int(process.name), (process / "stat").read_text().rpartition(")")[2].split()[0]
+                if state == "Z":  # holds nothing
+                    continue
+                alive[pid] = os.getpgid(pid)
+                if self._mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                    self._groups.add(alive[pid])
+        # The test itself may share the script's group.
+        groups = self._groups - {os.getpgid(0)}
+        return [pid for pid, group in alive.items() if group in groups]
 
     def orphans(self) -> list[int]:
         """What is left after ORPHANS_WITHIN_S."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -49,7 +50,7 @@ def test_a_signal_at_any_moment(
 ) -> None:
     # Short runs, so that many of the moments are those in which the file is written.
     sweep = start(tmp_path, STUB_LOAD_S="0", STUB_RUN_S="0.01")
-    time.sleep(random.Random(trial).uniform(0.2, 1.5))
+    time.sleep(random.Random(trial).uniform(0.1, 1.1))
     sweep.process.send_signal(number)
     outcome = judged(sweep)
     assert outcome.exit_code in (SIGNALS[number], 0)
@@ -64,6 +65,18 @@ def test_a_replica_is_killed(tmp_path: Path, judged: Callable[..., Outcome], mom
     outcome = judged(sweep)
     assert outcome.exit_code == 1
     assert sweep.document() is not None
+    assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+
+
+def test_the_engine_of_a_replica_is_killed(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    """vLLM 0.32 does not notice on the CPU, and its `generate` never returns; nor does the stub's for a while."""
+    sweep = start(tmp_path, STUB_RUN_S="8", STUB_LOAD_S="0")
+    sweep.wait_for(lambda: MOMENTS["warming_up"](sweep))
+    os.kill(next(pid for pid in sweep.processes() if command_of(pid).startswith(b"VLLM::")), signal.SIGKILL)
+    sweep.wait_for(lambda: "ended without a word" in sweep.errors())
+    sweep.process.terminate()
+    outcome = judged(sweep)
+    assert "engine_crash" in sweep.errors()
     assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
 
 
@@ -108,6 +121,22 @@ def test_an_engine_that_does_not_start(tmp_path: Path, judged: Callable[..., Out
     outcome = judged(start(tmp_path, STUB_FAIL="load", STUB_LOAD_S="0"))
     assert outcome.exit_code == 1
     assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+
+
+def test_a_folder_that_can_no_longer_be_written(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    """As on a full disk: the last good file stays, and what was measured since is told on standard error."""
+    folder, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    folder.mkdir()
+    sweep = start(folder, STUB_LOAD_S="0")
+    sweep.wait_for(lambda: MOMENTS["second_point"](sweep))
+    folder.rename(elsewhere)
+    sweep.move_to(elsewhere)
+    outcome = judged(sweep, resume=False)
+    assert (outcome.exit_code, outcome.orphans) == (1, 0)
+    assert "x_results.json: cannot be written: No such file or directory" in sweep.errors()
+    told = json.loads(sweep.errors().partition("as it would have been saved:\n")[2])
+    assert points_of(sweep.document()) < points_of(told)
+    assert sweep.announced() <= points_of(told)
 
 
 def test_no_fault(tmp_path: Path, judged: Callable[..., Outcome]) -> None:

@@ -71,7 +71,7 @@ class LLM:
         self.args = args
         # vLLM's engine is a process of its own, and lives on when the one that started it is killed.
         in_process = args.distributed_executor_backend == "external_launcher"
-        self.core = None if in_process else subprocess.Popen(["sleep", "3600"])
+        self.core = None if in_process else subprocess.Popen(["VLLM::EngineCore", "3600"], executable="/bin/sleep")
         self.calls = 0
         self.llm_engine = SimpleNamespace(
             model_config=_ModelConfig(hf_text_config=HF_CONFIG),
