@@ -270,14 +270,17 @@ def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: t
 
     drawn, missing = draw(analysis, folder, plots)
     parts = sections(analysis)
-    files = [folder / name for name in ("report.html", "report.md", "results.csv", "summary.json", "results.parquet")]
-    write_csv(analysis.points, files[2])
-    write_summary(analysis, problems, files[3])
-    if not write_parquet(analysis.points, files[4]):
-        files[4].unlink(missing_ok=True)
-        files.pop()
-    files[1].write_text(as_markdown(parts, drawn, missing), encoding="utf-8")
-    files[0].write_text(as_html(parts, analysis.points, drawn, missing), encoding="utf-8")
+    page, report, table = folder / "report.html", folder / "report.md", folder / "results.csv"
+    numbers, parquet = folder / "summary.json", folder / "results.parquet"
+    files = [page, report, table, numbers]
+    write_csv(analysis.points, table)
+    write_summary(analysis, problems, numbers)
+    if write_parquet(analysis.points, parquet):
+        files.append(parquet)
+    else:
+        parquet.unlink(missing_ok=True)  # of an earlier analysis
+    report.write_text(as_markdown(parts, drawn, missing), encoding="utf-8")
+    page.write_text(as_html(parts, analysis.points, drawn, missing), encoding="utf-8")
     not_drawn = [line for reason in missing for line in wrapped(f"not drawn: {reason}", indent=2)]
     return "\n".join([as_text(parts), "", *not_drawn, *map(str, files), *(str(path) for _, path in drawn)])
 

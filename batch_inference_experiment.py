@@ -16,7 +16,7 @@ from typing import Any
 
 from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
 from batch_inference.failures import ADVICE
-from batch_inference.hardware import Devices, find_devices, smallest_memory_gib
+from batch_inference.hardware import Devices, find_devices, monitor, smallest_memory_gib
 from batch_inference.peaks import measure_peaks, peaks_of
 from batch_inference.plan import ModelFacts, describe, infeasible, is_coupled, read_model_facts
 from batch_inference.ranks import Place, find_place
@@ -33,7 +33,7 @@ from batch_inference.replicas import (
     replica_log,
     serve_node_0,
 )
-from batch_inference.results import check_writable, to_json
+from batch_inference.results import ResultFileError, check_writable, to_json
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,6 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
     from batch_inference.console import Console, closing_table
     from batch_inference.environment import collect_environment
     from batch_inference.experiment import Experiment, starting_result
-    from batch_inference.hardware import monitor
-    from batch_inference.results import ResultFileError
 
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     # Of a job over several nodes, those of this one.

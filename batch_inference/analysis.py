@@ -38,6 +38,15 @@ class Part:
     choices: list[Choice]
     layouts: pd.DataFrame  # compare.side_by_side
 
+    @property
+    def mark(self) -> str:
+        """What every title that ranks unlike things together ends with; empty for like ones."""
+        return mixed_mark(self.mixed)
+
+
+def mixed_mark(columns: Sequence[str]) -> str:
+    return f" [MIXED: {', '.join(columns)}]" if columns else ""
+
 
 @dataclass(frozen=True)
 class Analysis:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from batch_inference.analysis import Analysis, Part
-from batch_inference.compare import MEASURED, SIZES, SetComparison, layout, layout_order
+from batch_inference.analysis import Analysis, Part, mixed_mark
+from batch_inference.compare import MEASURED, SIZES, SetComparison, baseline_of, layout, layout_order
 from batch_inference.console import short
 from batch_inference.decide import Choice, Goal
-from batch_inference.tables import half_width
+from batch_inference.tables import believable, half_width
 
 # A table has as many rows at most; results.csv and summary.json have them all.
 ROW_LIMIT = 500
@@ -37,8 +37,7 @@ class Section:
 
 def marked(title: str, part: Part) -> str:
     """A title that says of which group, and that unlike things are in it where the user allows it."""
-    mixed = f" [MIXED: {', '.join(part.mixed)}]" if part.mixed else ""
-    return f"{title}{part.title}{mixed}"
+    return f"{title}{part.title}{part.mark}"
 
 
 # --- the decision -------------------------------------------------------------------------------------------------
@@ -167,8 +166,8 @@ def _layout_cell(row: Mapping[Hashable, Any]) -> str:
 
 def scaling(part: Part) -> Section:
     """Per setting and length the largest batch that the baseline has too."""
-    points = part.points[(part.points["status"] == "ok") & (part.points["verdict"] != "invalid")]
-    baseline = next(iter(points["scaling_baseline"].dropna()), None)
+    points = believable(part.points)
+    baseline = baseline_of(points)
     points = points[points["setting"] != baseline]
     if baseline is None or points.empty:
         return Section("")
@@ -249,7 +248,7 @@ def compared(comparison: SetComparison) -> Section:
     rows = [_change_row(row) for row in ranked.head(ROW_LIMIT).to_dict("records")]
     header = ("setting", "length", "batch", "before tok/s", "now tok/s", "ratio", "change")
     unlike = [name for name in comparison.unlike if name != "vllm_version"]
-    title = "Compared with the earlier results" + (f" [MIXED: {', '.join(unlike)}]" if unlike else "")
+    title = "Compared with the earlier results" + mixed_mark(unlike)
     notes = list(_compare_notes(comparison))
     return Section(title, facts, header, rows, frozenset(header[1:6]), notes, len(ranked) - len(rows))
 

@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 # What a ratio is made of.
 MEASURED = ["output_tok_per_s", "latency_mean_s", "latency_ci95_s", "timed_runs"]
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+# Where a point stands: what every list of points tells of each.
+PLACE = ("setting", "num_devices", *SIZES, "seq_len", "max_tokens", "batch_size", "global_batch_size", "verdict")
 # Points alike in these do the same work on as many devices.
 EQUAL_WORK = ["num_devices", "seq_len", "max_tokens", "global_batch_size"]
 
@@ -73,8 +75,11 @@ def _p_value(difference: Floats, error: Floats, degrees: Floats) -> Floats:
     return certain
 
 
-def overlapping(values: pd.Series[float], halves: pd.Series[float], value: float, half: float) -> pd.Series[bool]:
-    """Which intervals overlap the one of `value`; an unknown half width counts as 0, so that it shows no tie."""
+def overlapping(
+    values: pd.Series[float], halves: pd.Series[float], value: float | pd.Series[float], half: float | pd.Series[float]
+) -> pd.Series[bool]:
+    """Which intervals overlap the one of `value`, or row by row those of `value`; an unknown half width counts as 0, so
+    that it shows no tie."""
     return (values - value).abs() <= halves.fillna(0) + half
 
 
@@ -99,6 +104,11 @@ def with_scaling(table: pd.DataFrame, baseline: str | None = None) -> pd.DataFra
     base = measured[measured["setting"].astype(object) == measured["scaling_baseline"]]
     strong, weak = _against(table, base, "global_batch_size"), _against(table, base, "batch_size")
     return table.assign(**strong, **weak.add_prefix("weak_"))
+
+
+def baseline_of(points: pd.DataFrame) -> str | None:
+    """What `with_scaling` held the points of one group against."""
+    return next(iter(points["scaling_baseline"].dropna()), None)
 
 
 def _baseline(part: pd.DataFrame, baseline: str | None) -> str | None:
@@ -168,7 +178,7 @@ def _judged(rows: pd.DataFrame) -> pd.DataFrame:
     best = rows.assign(half=half).sort_values("output_tok_per_s", ascending=False, kind="stable")
     best = best.drop_duplicates(EQUAL_WORK)[[*EQUAL_WORK, "output_tok_per_s", "half"]]
     winner = rows[EQUAL_WORK].merge(best, on=EQUAL_WORK, how="left").set_axis(rows.index)
-    is_best = (throughput - winner["output_tok_per_s"]).abs() <= half + winner["half"]
+    is_best = overlapping(throughput, half, winner["output_tok_per_s"], winner["half"])
     return rows.assign(**ratios(rows, others), is_first=is_first, is_best=is_best)
 
 
@@ -202,7 +212,7 @@ def compare_sets(new: pd.DataFrame, old: pd.DataFrame, failed: Collection[str] =
     keys = [*_SAME_POINT, *within]
     one, new_repeated = _keyed(new, keys)
     two, old_repeated = _keyed(old, keys)
-    two = two[(two["status"] == "ok") & (two["verdict"] != "invalid")]
+    two = believable(two)
     pairs = one.index.intersection(two.index, sort=False)
     return SetComparison(
         points=_changes(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from batch_inference.compare import SIZES, halves, overlapping
+from batch_inference.compare import PLACE, halves, overlapping
 from batch_inference.metrics import METRIC_BY_NAME, Better
 from batch_inference.tables import believable, half_width, percentile_column
 
@@ -77,10 +77,7 @@ class Choice:
 
 
 # What a choice tells of a point, beside the numbers that were asked for.
-_RECORD = (
-    "setting", "num_devices", *SIZES, "seq_len", "max_tokens", "batch_size", "global_batch_size", "verdict",
-    "latency_mean_s", "latency_ci95_s",
-)  # fmt: skip
+_RECORD = (*PLACE, "latency_mean_s", "latency_ci95_s")
 
 
 def choices(part: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice]:

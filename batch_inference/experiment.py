@@ -117,10 +117,13 @@ class Experiment:
                 self._lose(point, error)
                 losses.append(point)
             self._add(point)
-            rest = [key for key in open_points[number + 1 :] if self._implied_by(key) is None]
             self._engine_is_lost = bool(losses)
-            if losses and rest and (reason := self._recover(replicas, losses)):
-                self.result.points += [Point(*key, "skipped", reason) for key in open_points[number + 1 :]]
+            if not losses:
+                continue
+            rest = open_points[number + 1 :]
+            needed = any(self._implied_by(key) is None for key in rest)
+            if needed and (reason := self._recover(replicas, losses)):
+                self.result.points += [Point(*key, "skipped", reason) for key in rest]
                 return
         self.result.status = "complete"
 

@@ -138,6 +138,7 @@ class GpuMonitor:
             self._handles = [_nvml_handle(pynvml, device_id) for device_id in devices.ids]
         except pynvml.NVMLError as error:
             raise ConfigError(f"CUDA_VISIBLE_DEVICES: '{','.join(devices.ids)}': NVML says: {error}") from error
+        self._throttle_bits = _throttle_bits(pynvml)
 
     def describe(self) -> list[dict[str, Any]]:
         """What the devices are, and what they draw and hold at this moment: before an engine loads, when idle."""
@@ -170,7 +171,7 @@ class GpuMonitor:
         ours = {group for pid in pids if (group := _group_of(pid)) is not None}
         return {
             "scope": "device",
-            "used_gib": [nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles],
+            "used_gib": self._used_gib(),
             "energy_j": [
                 _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1000)
                 for handle in self._handles
@@ -180,22 +181,27 @@ class GpuMonitor:
 
     def held(self, before: Reading) -> str | None:
         """Which devices hold more than `before`, and for whom; None where none does."""
-        now_gib = self.read()["used_gib"]
-        for index, (earlier_gib, held_gib) in enumerate(zip(before["used_gib"], now_gib, strict=True)):
+        for index, (earlier_gib, held_gib) in enumerate(zip(before["used_gib"], self._used_gib(), strict=True)):
             if held_gib > earlier_gib + RETURNED_WITHIN_GIB:
-                running = _or_none(
-                    self._nvml, lambda i=index: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handles[i])
-                )
-                holders = ", ".join(f"process {process.pid}" for process in running or []) or "a process not seen here"
+                pids = self._running(self._handles[index]) or []
+                holders = ", ".join(f"process {pid}" for pid in pids) or "a process not seen here"
                 return f"GPU {index} holds {held_gib - earlier_gib:.1f} GiB more than before, for {holders}"
         return None
 
+    def _used_gib(self) -> list[float]:
+        return [self._nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles]
+
+    def _running(self, handle: Any) -> list[int] | None:
+        """Processes that compute on a device; None where NVML does not tell."""
+        running = _or_none(self._nvml, lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return None if running is None else [process.pid for process in running]
+
     def _count_others(self, handle: Any, ours: set[int]) -> int | None:
         """In a container only its own processes can be told apart; the others are not counted."""
-        running = _or_none(self._nvml, lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-        if running is None:
+        pids = self._running(handle)
+        if pids is None:
             return None
-        groups = (_group_of(process.pid) for process in running)
+        groups = map(_group_of, pids)
         return sum(group is not None and group not in ours for group in groups)
 
     @contextlib.contextmanager
@@ -230,7 +236,7 @@ class GpuMonitor:
         return _Sample(
             used_gib=nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB,
             sm_mhz=_or_none(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
-            reasons=tuple(name for name, bit in _throttle_bits(nvml) if bits & bit),
+            reasons=tuple(name for name, bit in self._throttle_bits if bits & bit),
         )
 
 
@@ -352,8 +358,3 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return os.uname().machine
-
-
-if __name__ == "__main__":
-    found = find_devices()
-    sys.stdout.write(f"{len(found)} {found.kind}\n")

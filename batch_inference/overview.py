@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
 from batch_inference.hardware import Devices, find_devices, smallest_memory_gib
-from batch_inference.plan import infeasible, memory_plan, read_model_facts
+from batch_inference.plan import ModelFacts, infeasible, memory_plan, read_model_facts
 
 _SCRIPT = "batch_inference_experiment.py"
 _COLUMNS = ("setting", "devices", "replicas", "by")
@@ -33,6 +33,7 @@ class Setting:
 
     command: str
     config: ExperimentConfig
+    facts: ModelFacts | None
     reason: str | None  # why it cannot run here
 
     @property
@@ -42,10 +43,15 @@ class Setting:
 
 def setting_of(command: str, nnodes: int, devices: Devices) -> Setting:
     """Raises ConfigError for flags that are wrong, and for a model folder that is none."""
-    words = shlex.split(command)
+    config = config_of(shlex.split(command))
+    facts = read_model_facts(config.model)
+    return Setting(command, config, facts, _uneven(config, nnodes) or _infeasible(config, facts, nnodes, devices))
+
+
+def config_of(words: Sequence[str]) -> ExperimentConfig:
+    """What a command line asks of the experiment script. Raises ConfigError."""
     script = next(index for index, word in enumerate(words) if word.endswith(_SCRIPT))
-    config, _ = parse_flags(words[script + 1 :])
-    return Setting(command, config, _uneven(config, nnodes) or _infeasible(config, nnodes, devices))
+    return parse_flags(words[script + 1 :])[0]
 
 
 def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
@@ -55,8 +61,7 @@ def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
     return f"its {devices} cannot be shared out evenly over {nnodes} nodes"
 
 
-def _infeasible(config: ExperimentConfig, nnodes: int, devices: Devices) -> str | None:
-    facts = read_model_facts(config.model)
+def _infeasible(config: ExperimentConfig, facts: ModelFacts | None, nnodes: int, devices: Devices) -> str | None:
     if config.distributed_executor_backend == "ray":
         return infeasible(config, facts, devices)
     needed, there = config.num_devices, len(devices) * nnodes
@@ -68,7 +73,8 @@ def _infeasible(config: ExperimentConfig, nnodes: int, devices: Devices) -> str 
 
 def table(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str]:
     """What the settings will need, a line each; without the memory where the model's sizes cannot be read from here."""
-    memory = [_memory_cells(setting.config, devices) for setting in settings]
+    here_gib = smallest_memory_gib(devices)
+    memory = [_memory_cells(setting, devices, setting.config.device_memory_gib or here_gib) for setting in settings]
     rows = [
         [setting.name, str(setting.config.num_devices), str(setting.config.data_parallel_size), _by(setting, nnodes)]
         for setting in settings
@@ -80,9 +86,9 @@ def table(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[st
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _memory_cells(config: ExperimentConfig, devices: Devices) -> list[str] | None:
-    memory_gib = config.device_memory_gib or smallest_memory_gib(devices)
-    memory = memory_plan(config, read_model_facts(config.model), devices, memory_gib)
+def _memory_cells(setting: Setting, devices: Devices, memory_gib: float | None) -> list[str] | None:
+    config = setting.config
+    memory = memory_plan(config, setting.facts, devices, memory_gib)
     if memory is None:
         return None
     if memory.pool_gib is None:

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from batch_inference.analysis import Part
-from batch_inference.compare import halves
+from batch_inference.compare import baseline_of, halves
 from batch_inference.console import short
 from batch_inference.lines import GLOBAL_BATCH, Curve, draw_marks, length_grid, line_facets, measured_points
 from batch_inference.metrics import METRIC_BY_NAME
@@ -97,7 +97,7 @@ def _efficiency(points: pd.DataFrame, efficiency: str, equal: str) -> Figure:
     measured = measured_points(points, "output_tok_per_s")
     if measured["num_devices"].nunique() < 2:
         raise NothingToShowError("every measured setting has the same number of devices")
-    baseline = next(iter(measured["scaling_baseline"].dropna()), None)
+    baseline = baseline_of(measured)
     shown = measured[measured[efficiency].notna() & (measured["setting"].astype(object) != baseline)]
     if shown.empty:
         raise NothingToShowError(f"no point has the length and the {equal} of one of the baseline, {baseline}")
@@ -318,7 +318,7 @@ def write_plots(
                 missing.append(f"{title}: no point was measured")
             for part, points in zip(parts, tables, strict=True):
                 of_group = f" (group {part.number})" if len(parts) > 1 else ""
-                mark = of_group + (f" [MIXED: {', '.join(part.mixed)}]" if part.mixed else "")
+                mark = of_group + part.mark
                 path = folder / f"{name}{f'_group_{part.number}' if of_group else ''}.png"
                 try:
                     _save(draw(points.assign(_mark=mark, _about=describe(points))), path)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from batch_inference.config import ConfigError, ExperimentConfig
+from batch_inference.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.engine import with_workers
 from batch_inference.environment import python_path
 from batch_inference.hardware import Devices, joined
@@ -74,7 +74,7 @@ class Replicas(Protocol):
     def run(self) -> list[dict[str, Any]]:
         """Submit one batch to every replica at the same moment; one outcome each, times from the common start.
 
-        An outcome may carry "energy_j" and "memory" where only the replica itself can see its devices.
+        An outcome carries "readings", before and after the run, where only the replica itself can see its devices.
         """
 
     @property
@@ -129,10 +129,9 @@ class LocalReplicas:
     def run(self) -> list[dict[str, Any]]:
         count = len(self._processes)
         at_s = time.monotonic() + (LONG_START_LEAD_S if self._config.devices_elsewhere else START_LEAD_S)
-        compiled = [_Compilations(process.log_path) for process in self._processes]
         outcomes = [reply["outcome"] for reply in self._all([{"op": "start", "at_s": at_s}] * count)]
-        for outcome, log in zip(outcomes, compiled, strict=True):
-            outcome["jit_compilations"] = log.count()
+        for outcome, process in zip(outcomes, self._processes, strict=True):
+            outcome["jit_compilations"] = process.log_since.compilations()
         first_s = min(outcome["start_s"] for outcome in outcomes)
         return [_from(first_s, outcome) for outcome in outcomes]
 
@@ -196,12 +195,12 @@ class TorchrunReplicas:
         self._all(_prepare(batch_size, seq_len, max_tokens, stream))
 
     def run(self) -> list[dict[str, Any]]:
-        compiled = [_Compilations(log) for log in self._logs]
+        since = [_LogMark(log) for log in self._logs]
         outcomes = [reply["outcome"] for reply in self._all({"op": "start"})]
         # Clocks of different machines have different zeros, so each rank counts from its own release.
         outcomes = [_from(outcome["start_s"], outcome) for outcome in outcomes]
         slowest = [_slowest(ranks) for ranks in self._by_replica(outcomes)]
-        slowest[0]["jit_compilations"] = sum(log.count() for log in compiled)
+        slowest[0]["jit_compilations"] = sum(mark.compilations() for mark in since)
         return slowest
 
     @property
@@ -341,7 +340,7 @@ class _EngineProcess:
         self._commands = os.fdopen(commands_write, "wb", buffering=0)
         self._replies = os.fdopen(replies_read, "rb", buffering=0)
         self._buffer = b""
-        self._log_start = 0
+        self.log_since = _LogMark(log_path)
         self._parts: dict[int, str] = {}
         self._dead_since_s: float | None = None
 
@@ -351,7 +350,7 @@ class _EngineProcess:
 
     def send(self, command: dict[str, Any]) -> None:
         # What the log said before is of something that went well.
-        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self.log_since = _LogMark(self.log_path)
         # A process that is gone shows in `receive`, with its log.
         with contextlib.suppress(BrokenPipeError):
             self._commands.write(json.dumps(command).encode() + b"\n")
@@ -360,10 +359,9 @@ class _EngineProcess:
         """The next replies, one per rank. Raises ConfigError for the user's flags, ReplicaError for other failures."""
         while not (replies := self.replies(timeout_s=min(1.0, patience.limit_s))):
             if patience.is_over:
-                flag = "--" + patience.waiting_for.replace("_", "-")
-                tail = read_log_tail(self.log_path)[-LOG_TAIL_LINES:]
                 kind = "timeout_startup" if patience.waiting_for == STARTUP else "timeout_point"
-                raise ReplicaError(f"no answer within {flag} {patience.limit_s:g} s", tail, kind)
+                flag = flag_of(patience.waiting_for)
+                raise ReplicaError(f"no answer within {flag} {patience.limit_s:g} s", self._log_end(), kind)
         return replies
 
     def replies(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
@@ -393,7 +391,7 @@ class _EngineProcess:
         if dead := self._dead_part():
             raise self._failure(f"vLLM's process {dead} ended without a word")
         if self._nodes and (lost := self._nodes.lost()):
-            raise ReplicaError(lost, read_log_tail(self.log_path)[-LOG_TAIL_LINES:])
+            raise ReplicaError(lost, self._log_end())
 
     def remember_parts(self) -> None:
         """Once it is loaded: vLLM's own processes, which live as long as the engine. It does not always notice itself
@@ -413,10 +411,11 @@ class _EngineProcess:
         return dead[0] if time.monotonic() - self._dead_since_s > DEATH_IS_SAID_WITHIN_S else None
 
     def _failure(self, reason: str) -> ReplicaError:
-        tail = read_log_tail(self.log_path)
-        since = read_log_tail(self.log_path, start=self._log_start)
         # vLLM hands on a bare "Engine core initialization failed": the cause stands only in the log.
-        return ReplicaError(root_cause(since) or reason.partition("\n")[0], tail[-LOG_TAIL_LINES:])
+        return ReplicaError(root_cause(self.log_since.lines()) or reason.partition("\n")[0], self._log_end())
+
+    def _log_end(self) -> list[str]:
+        return read_log_tail(self.log_path)[-LOG_TAIL_LINES:]
 
     def ask_to_close(self) -> None:
         self.send({"op": "close"})
@@ -456,14 +455,18 @@ def quiet_environment() -> dict[str, str]:
     }
 
 
-class _Compilations:
-    """Kernels that vLLM compiles from now on, by what it writes to a log."""
+class _LogMark:
+    """The end of a log at this moment, and what is written after it."""
 
     def __init__(self, log_path: Path) -> None:
         self._log_path = log_path
         self._start = log_path.stat().st_size if log_path.exists() else 0
 
-    def count(self) -> int:
+    def lines(self) -> list[str]:
+        return read_log_tail(self._log_path, start=self._start)
+
+    def compilations(self) -> int:
+        """Kernels that vLLM says to have compiled."""
         with contextlib.suppress(OSError), self._log_path.open("rb") as log:
             log.seek(self._start)
             return len(_COMPILED.findall(log.read().decode(errors="replace")))

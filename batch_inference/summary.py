@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from batch_inference.analysis import Analysis, Part
-from batch_inference.compare import SIZES
+from batch_inference.compare import PLACE, SetComparison, baseline_of
 from batch_inference.decide import Choice, Goal
 from batch_inference.tables import GROUP_BY, half_width, setting_labels
 
@@ -19,7 +19,6 @@ from batch_inference.tables import GROUP_BY, half_width, setting_labels
 #   1  first version
 SUMMARY_VERSION = 1
 
-_PLACE = ("setting", "num_devices", *SIZES, "seq_len", "max_tokens", "batch_size", "global_batch_size", "verdict")
 _SCALING = [
     f"{prefix}{name}{end}"
     for prefix in ("", "weak_")
@@ -44,7 +43,7 @@ def summary(analysis: Analysis, problems: Sequence[str] = ()) -> dict[str, Any]:
         "unreadable": list(problems),
         "settings": _settings(analysis),
         "groups": [_group(part) for part in analysis.parts],
-        "comparison": None if analysis.comparison is None else _comparison(analysis),
+        "comparison": _comparison(analysis.comparison),
     }
 
 
@@ -67,10 +66,10 @@ def _group(part: Part) -> dict[str, Any]:
         "is": {name: _plain(first[name]) for name in GROUP_BY if name not in part.mixed},
         "mixed": part.mixed,
         "best": [_choice(choice) for choice in part.choices],
-        "tp_pp_or_dp": _records(part.layouts, (*_PLACE, *layouts)),
-        "scaling_baseline": next(iter(part.points["scaling_baseline"].dropna()), None),
-        "scaling": _records(scaled, (*_PLACE, *_SCALING)),
-        "pareto": _records(front, (*_PLACE, "latency_mean_s", "output_tok_per_s_per_device")),
+        "tp_pp_or_dp": _records(part.layouts, (*PLACE, *layouts)),
+        "scaling_baseline": baseline_of(part.points),
+        "scaling": _records(scaled, (*PLACE, *_SCALING)),
+        "pareto": _records(front, (*PLACE, "latency_mean_s", "output_tok_per_s_per_device")),
     }
 
 
@@ -87,11 +86,10 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _chosen(row: Mapping[Hashable, Any], goal: Goal) -> dict[str, Any]:
-    return {**_record(row, _PLACE), "value": _plain(row[goal.column]), "ci95": half_width(row, goal.column)}
+    return {**_record(row, PLACE), "value": _plain(row[goal.column]), "ci95": half_width(row, goal.column)}
 
 
-def _comparison(analysis: Analysis) -> dict[str, Any] | None:
-    found = analysis.comparison
+def _comparison(found: SetComparison | None) -> dict[str, Any] | None:
     if found is None:
         return None
     numbers = ("old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95", "p_value", "p_holm", "change")
@@ -100,7 +98,7 @@ def _comparison(analysis: Analysis) -> dict[str, Any] | None:
         "only_new": found.only_new,
         "only_old": found.only_old,
         "repeated": found.repeated,
-        "points": _records(found.points, (*_PLACE, *numbers)),
+        "points": _records(found.points, (*PLACE, *numbers)),
     }
 
 

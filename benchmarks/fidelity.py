@@ -39,6 +39,8 @@ if __name__ == "__main__":
     add_cli_args(parser)
     main(parser.parse_args(sys.argv[1:]))
 """
+# What our script gives to vLLM itself.
+AS_OURS = ("--gpu-memory-utilization", "0.8", "--skip-tokenizer-init")
 WAYS = ("ours", "bare loop", "vllm bench latency")
 
 
@@ -132,7 +134,7 @@ def bench_latency(args: argparse.Namespace) -> Latencies:
     for batch, length in args.points:
         answer = args.output_dir / f"bench_{batch}x{length}.json"
         command = [sys.executable, "-c", BENCH_LATENCY, *shared_flags(args)]
-        command += ["--gpu-memory-utilization", "0.8", "--skip-tokenizer-init", "--disable-detokenize"]
+        command += [*AS_OURS, "--disable-detokenize"]
         command += ["--input-len", str(length), "--output-len", str(args.max_tokens), "--batch-size", str(batch)]
         command += ["--num-iters-warmup", str(args.warmup_runs), "--num-iters", str(args.num_runs)]
         call([*command, "--output-json", str(answer)], args.output_dir / f"bench_{batch}x{length}.txt")
@@ -146,7 +148,7 @@ def run_bare_loop(args: argparse.Namespace) -> list[tuple[int, int, list[float]]
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    flags = [*shared_flags(args), "--gpu-memory-utilization", "0.8", "--skip-tokenizer-init"]
+    flags = [*shared_flags(args), *AS_OURS]
     parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags)
     parsed.enable_prefix_caching = False
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parsed))

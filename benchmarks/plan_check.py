@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.config import ConfigError
 from batch_inference.hardware import Devices
+from batch_inference.overview import config_of
 from batch_inference.plan import memory_plan, read_model_facts
 from batch_inference.results import Result, ResultFileError, load_result
 
@@ -28,7 +29,7 @@ HEAD = (
 def row(path: Path, result: Result) -> str | None:
     """None for a file without an engine, and for a model whose sizes are not known."""
     engine, environment = result.engine, result.environment
-    config = config_of(result)
+    config = config_of(environment["argv"])
     kind = environment["device_kind"]
     # On the CPU all devices share one memory, and the plan does not guess at it.
     memory_gib = environment["devices"][0]["memory_gib"] if kind == "gpu" else None
@@ -44,11 +45,6 @@ def row(path: Path, result: Result) -> str | None:
         *_compared(tokens, engine["kv_cache_tokens"], ".0f"),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def config_of(result: Result) -> ExperimentConfig:
-    script = next(i for i, word in enumerate(result.environment["argv"]) if word.endswith("experiment.py"))
-    return parse_flags(result.environment["argv"][script + 1 :])[0]
 
 
 def _compared(planned: float | None, seen: float, digits: str) -> list[str]:

@@ -132,3 +132,14 @@ def test_the_cpu_has_no_clocks_to_watch() -> None:
     with CpuMonitor(Devices("cpu", ("0",))).watch() as seen:
         pass
     assert clocks_of(CpuMonitor(Devices("cpu", ("0",))).read([os.getpid()]), seen) == {}
+
+
+def test_a_device_that_holds_more_than_before_names_its_holders(
+    gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = gpus.read()
+    assert gpus.held(before) is None
+    before["used_gib"][1] -= 1.5
+    assert gpus.held(before) == "GPU 1 holds 1.5 GiB more than before, for a process not seen here"
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: [SimpleNamespace(pid=7)])
+    assert gpus.held(before) == "GPU 1 holds 1.5 GiB more than before, for process 7"
