@@ -186,6 +186,11 @@ def _read_commands(command_fd: int, commands: Commands) -> None:
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
             commands.put(json.loads(line))
+    _end_group()
+
+
+def _end_group() -> None:
+    """End this process and all that it has started."""
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
@@ -205,7 +210,11 @@ def main() -> None:
             replies.write(json.dumps(answers) + "\n")
             replies.flush()
 
-        worker.lead(commands, send)
+        try:
+            worker.lead(commands, send)
+        except BrokenPipeError:
+            # The supervisor is gone, and this thread was the first to see it: its end would leave the engine behind.
+            _end_group()
     worker.close()
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.hardware import Devices
 from batch_inference.replicas import LocalReplicas, ReplicaError, read_log_tail, replica_log, root_cause
-from conftest import REPOSITORY, loaded_with, stub_environment
+from conftest import REPOSITORY, STUB, loaded_with, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
 
@@ -102,6 +104,26 @@ def test_an_engine_ends_itself_when_its_supervisor_is_killed(tmp_path: Path) -> 
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline_s:
         time.sleep(0.02)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_worker_that_nobody_hears_any_more_ends_what_it_has_started(tmp_path: Path) -> None:
+    """The supervisor is gone, and the reply is the first to meet that: the commands have not ended yet."""
+    commands_read, commands_write = os.pipe()
+    replies_read, replies_write = os.pipe()
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "batch_inference.worker", str(commands_read), str(replies_write)],
+        pass_fds=[commands_read, replies_write],
+        env={**stub_environment(), "PYTHONPATH": f"{STUB}{os.pathsep}{REPOSITORY}"},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    for descriptor in (commands_read, replies_read, replies_write):
+        os.close(descriptor)
+    config = dataclasses.asdict(ExperimentConfig(output_file=f"{tmp_path}/x.json"))
+    load = {"op": "load", "config": config, "replica": 0}
+    os.write(commands_write, json.dumps(load).encode() + b"\n")
+    assert worker.wait(timeout=30) == -signal.SIGKILL
+    os.close(commands_write)
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)
 SWEEP = ("--batch-sizes", "1,2,3", "--seq-lens", "8,16", "--max-tokens", "4", "--num-runs", "2", "--warmup-runs", "2")
 # What the supervisor may take to end everything, and the kernel to forget it.
 ORPHANS_WITHIN_S = 15.0
+# For a whole sweep. A real engine needs a minute for its start alone, and longer on a machine with other work.
+STUB_PATIENCE_S, REAL_PATIENCE_S = 90.0, 240.0
 _DONE = re.compile(r"\[\d+/\d\] (\d+) x (\d+):")
 
 
@@ -46,6 +48,7 @@ class Sweep:
 
     def __init__(self, folder: Path, *flags: str, stub: bool = True, **variables: str) -> None:
         self.move_to(folder)
+        self.patience_s = STUB_PATIENCE_S if stub else REAL_PATIENCE_S
         self._groups: set[int] = set()
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
@@ -68,10 +71,15 @@ class Sweep:
     def errors(self) -> str:
         return self._errors.read_text()
 
-    def wait_for(self, seen: Callable[[], bool], within_s: float = 30.0) -> None:
-        deadline_s = time.monotonic() + within_s
+    def what_is_known(self) -> str:
+        """For a test that fails."""
+        log = self.log.read_text(errors="replace")[-2000:] if self.log.exists() else "none"
+        return f"{self.errors()}\nThe log's end:\n{log}"
+
+    def wait_for(self, seen: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + self.patience_s
         while not seen():
-            assert time.monotonic() < deadline_s, self.errors()
+            assert time.monotonic() < deadline_s, self.what_is_known()
             time.sleep(0.01)
         self.processes()  # remembers the groups, for when their leaders are gone
 
@@ -119,9 +127,12 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outcome]]:
     OUTCOMES.append(outcome)
     sweeps: list[Sweep] = []
 
-    def judge(sweep: Sweep, *, resume: bool = True, within_s: float = 90) -> Outcome:
+    def judge(sweep: Sweep, *, resume: bool = True) -> Outcome:
         sweeps.append(sweep)
-        outcome.exit_code = sweep.process.wait(timeout=within_s)
+        try:
+            outcome.exit_code = sweep.process.wait(timeout=sweep.patience_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the sweep has not ended within {sweep.patience_s:g} s\n{sweep.what_is_known()}")
         outcome.orphans = len(sweep.orphans())
         document = sweep.document()
         outcome.lost_points = len(sweep.announced() - points_of(document, "ok", "oom", "error", "timeout", "skipped"))
