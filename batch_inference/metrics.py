@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from batch_inference.capacity import padded_batch_size, running_requests, waves
@@ -16,22 +17,60 @@ from batch_inference.statistics import ci95_half_width, mean, percentile
 Better = Literal["higher", "lower"]
 
 
+class Measured:
+    """A point that has runs, and the result that it belongs to. Its durations are collected and sorted once for the
+    mean and all percentiles."""
+
+    def __init__(self, result: Result, point: Point) -> None:
+        self.result = result
+        self.point = point
+
+    @cached_property
+    def latencies_s(self) -> list[float]:
+        return sorted(run_latencies_s(self.point))
+
+    @cached_property
+    def ttfts_s(self) -> list[float]:
+        return sorted(ttfts_s(self.point))
+
+    @cached_property
+    def tpots_s(self) -> list[float]:
+        return sorted(tpots_s(self.point))
+
+    @cached_property
+    def request_latencies_s(self) -> list[float]:
+        return sorted(value for run in self.point.runs for value in run.requests.latency_s)
+
+    @cached_property
+    def queue_waits_s(self) -> list[float]:
+        return sorted(value for run in self.point.runs for value in run.requests.queue_s)
+
+    @cached_property
+    def total_latency_s(self) -> float:
+        return sum(run_latencies_s(self.point))
+
+
+Formula = Callable[[Measured], float | None]
+
+
 @dataclass(frozen=True)
 class Metric:
-    """One derived number of a point: `formula(result, point)` is None where it cannot be known."""
+    """One derived number of a point: `formula` is None where it cannot be known."""
 
     name: str
     unit: str
     label: str
     better: Better | None  # None: neither direction is better
-    formula: Callable[[Result, Point], float | None]
+    formula: Formula
     definition: str  # the formula in words, for the README
 
 
 def summarise(result: Result, point: Point) -> dict[str, float | None]:
     """Every metric of a point; all None for one that failed, though some of its runs may be there."""
-    measured = point.status == "ok" and bool(point.runs)
-    return {metric.name: metric.formula(result, point) if measured else None for metric in METRICS}
+    if point.status != "ok" or not point.runs:
+        return dict.fromkeys(metric.name for metric in METRICS)
+    measured = Measured(result, point)
+    return {metric.name: metric.formula(measured) for metric in METRICS}
 
 
 def run_latencies_s(point: Point) -> list[float]:
@@ -40,14 +79,6 @@ def run_latencies_s(point: Point) -> list[float]:
 
 def ttfts_s(point: Point) -> list[float]:
     return [value for run in point.runs for value in run.requests.ttft_s]
-
-
-def request_latencies_s(point: Point) -> list[float]:
-    return [value for run in point.runs for value in run.requests.latency_s]
-
-
-def queue_waits_s(point: Point) -> list[float]:
-    return [value for run in point.runs for value in run.requests.queue_s]
 
 
 def tpots_s(point: Point) -> list[float]:
@@ -62,106 +93,102 @@ def tpots_s(point: Point) -> list[float]:
     ]
 
 
-def _total_latency_s(point: Point) -> float:
-    return sum(run_latencies_s(point))
+def _output_tok_per_s(measured: Measured) -> float:
+    return sum(run.output_tokens for run in measured.point.runs) / measured.total_latency_s
 
 
-def _output_tok_per_s(_: Result, point: Point) -> float:
-    return sum(run.output_tokens for run in point.runs) / _total_latency_s(point)
+def _prompt_tok_per_s(measured: Measured) -> float:
+    return sum(run.prompt_tokens for run in measured.point.runs) / measured.total_latency_s
 
 
-def _prompt_tok_per_s(_: Result, point: Point) -> float:
-    return sum(run.prompt_tokens for run in point.runs) / _total_latency_s(point)
+def _total_tok_per_s(measured: Measured) -> float:
+    return _output_tok_per_s(measured) + _prompt_tok_per_s(measured)
 
 
-def _total_tok_per_s(result: Result, point: Point) -> float:
-    return _output_tok_per_s(result, point) + _prompt_tok_per_s(result, point)
+def _requests_per_s(measured: Measured) -> float:
+    requests = measured.point.batch_size * measured.result.data_parallel_size
+    return requests * len(measured.point.runs) / measured.total_latency_s
 
 
-def _requests_per_s(result: Result, point: Point) -> float:
-    return point.batch_size * result.data_parallel_size * len(point.runs) / _total_latency_s(point)
+def _output_tok_per_s_per_device(measured: Measured) -> float:
+    return _output_tok_per_s(measured) / measured.result.num_devices
 
 
-def _output_tok_per_s_per_device(result: Result, point: Point) -> float:
-    return _output_tok_per_s(result, point) / result.num_devices
-
-
-def _energy_j_per_output_token(_: Result, point: Point) -> float | None:
-    joules = [run.energy_j for run in point.runs if run.energy_j is not None]
-    if len(joules) != len(point.runs):
+def _energy_j_per_output_token(measured: Measured) -> float | None:
+    runs = measured.point.runs
+    joules = [run.energy_j for run in runs if run.energy_j is not None]
+    if len(joules) != len(runs):
         return None
-    tokens = sum(run.output_tokens for run in point.runs)
+    tokens = sum(run.output_tokens for run in runs)
     return sum(joules) / tokens if tokens else None
 
 
-def _memory_used_gib(_: Result, point: Point) -> float | None:
-    return max((value for run in point.runs for value in run.memory.get("used_gib") or []), default=None)
+def _highest(name: str) -> Formula:
+    """Over runs, and the devices or replicas of each."""
+    return lambda measured: max(
+        (value for run in measured.point.runs for value in run.memory.get(name) or []), default=None
+    )
 
 
-def _engine_number(key: str) -> Callable[[Result, Point], float | None]:
-    return lambda result, point: result.engine_of(point).get(key)
+def _engine_number(key: str) -> Formula:
+    return lambda measured: measured.result.engine_of(measured.point).get(key)
 
 
-def _load_s(result: Result, point: Point) -> float | None:
-    total: float | None = (result.engine_of(point).get("load_s") or {}).get("total_s")
+def _load_s(measured: Measured) -> float | None:
+    total: float | None = (measured.result.engine_of(measured.point).get("load_s") or {}).get("total_s")
     return total
 
 
-def _kv_use(result: Result, point: Point) -> float | None:
-    capacity = result.engine_of(point).get("kv_cache_tokens")
+def _kv_use(measured: Measured) -> float | None:
+    point = measured.point
+    capacity = measured.result.engine_of(point).get("kv_cache_tokens")
     return point.batch_size * (point.seq_len + point.max_tokens) / capacity if capacity else None
 
 
-def _kv_peak_use(_: Result, point: Point) -> float | None:
-    return max((run.memory["peak_kv_use"] for run in point.runs if "peak_kv_use" in run.memory), default=None)
+def _kv_peak_use(measured: Measured) -> float | None:
+    shares = [run.memory["peak_kv_use"] for run in measured.point.runs if "peak_kv_use" in run.memory]
+    return max(shares, default=None)
 
 
-def _share_of_peak(counter: str, peak: str) -> Callable[[Result, Point], float | None]:
+def _share_of_peak(counter: str, peak: str) -> Formula:
     """What vLLM estimates that one device did in the runs, over what it could have done in that time."""
 
-    def share(result: Result, point: Point) -> float | None:
-        peaks = result.environment.get("peaks") or {}
-        done = [run.counters.get(counter, 0) for run in point.runs]
+    def share(measured: Measured) -> float | None:
+        peaks = measured.result.environment.get("peaks") or {}
+        done = [run.counters.get(counter, 0) for run in measured.point.runs]
         # vLLM knows no estimate for some architectures, and then counts nothing.
         if not peaks.get(peak) or 0 in done:
             return None
-        return sum(done) / (_total_latency_s(point) * float(peaks[peak]))
+        return sum(done) / (measured.total_latency_s * float(peaks[peak]))
 
     return share
 
 
-def _memory_peak_gib(_: Result, point: Point) -> float | None:
-    return max((value for run in point.runs for value in run.memory.get("peak_gib") or []), default=None)
-
-
-def _idle_power_w(result: Result, _: Point) -> float | None:
-    watts = [device.get("idle_power_w") for device in result.devices]
+def _idle_power_w(measured: Measured) -> float | None:
+    watts = [device.get("idle_power_w") for device in measured.result.devices]
     known = [float(value) for value in watts if value is not None]
     return sum(known) if known and len(known) == len(watts) else None
 
 
-def _sm_mhz(_: Result, point: Point) -> float | None:
-    return mean([value for run in point.runs for value in run.clocks.get("sm_mhz") or [] if value is not None])
+def _sm_mhz(measured: Measured) -> float | None:
+    values = [value for run in measured.point.runs for value in run.clocks.get("sm_mhz") or []]
+    return mean([value for value in values if value is not None])
 
 
-def _num_runs(_: Result, point: Point) -> float:
-    return len(point.runs)
+def _preemptions(measured: Measured) -> float:
+    return sum(run.counters["preemptions"] for run in measured.point.runs)
 
 
-def _preemptions(_: Result, point: Point) -> float:
-    return sum(run.counters["preemptions"] for run in point.runs)
+def _mean_of(values: Callable[[Measured], list[float]]) -> Formula:
+    return lambda measured: mean(values(measured))
 
 
-def _mean_of(values: Callable[[Point], list[float]]) -> Callable[[Result, Point], float | None]:
-    return lambda _, point: mean(values(point))
-
-
-def _percentile_of(values: Callable[[Point], list[float]], percent: int) -> Callable[[Result, Point], float | None]:
-    return lambda _, point: percentile(values(point), percent)
+def _percentile_of(values: Callable[[Measured], list[float]], percent: int) -> Formula:
+    return lambda measured: percentile(values(measured), percent)
 
 
 def _distribution(
-    prefix: str, label: str, values: Callable[[Point], list[float]], definition: str
+    prefix: str, label: str, values: Callable[[Measured], list[float]], definition: str
 ) -> tuple[Metric, ...]:
     """Mean, median, p90 and p99 of one kind of duration."""
     mean_metric = Metric(f"{prefix}_mean_s", "s", f"{label}, mean", "lower", _mean_of(values), f"mean {definition}")
@@ -192,23 +219,24 @@ METRICS: tuple[Metric, ...] = (
            "batch_size x DP x runs / sum of the runs' latencies"),
     Metric("output_tok_per_s_per_device", "tok/s/device", "Output throughput per device", "higher",
            _output_tok_per_s_per_device, "output_tok_per_s / (TP x PP x DP)"),
-    *_distribution("latency", "Batch latency", run_latencies_s,
+    *_distribution("latency", "Batch latency", lambda measured: measured.latencies_s,
                    "time from the common start to the last replica's end, over the runs"),
     Metric("latency_ci95_s", "s", "Batch latency, 95 % CI (±)", None,
-           lambda _, point: ci95_half_width(run_latencies_s(point)),
+           lambda measured: ci95_half_width(measured.latencies_s),
            "Student's t x standard deviation / sqrt(runs); unknown for one run"),
-    Metric("runs", "count", "Timed runs", None, _num_runs, "timed runs of the point, warm-ups not counted"),
-    *_distribution("ttft", "Time to first token (TTFT)", ttfts_s,
+    Metric("runs", "count", "Timed runs", None, lambda measured: len(measured.point.runs),
+           "timed runs of the point, warm-ups not counted"),
+    *_distribution("ttft", "Time to first token (TTFT)", lambda measured: measured.ttfts_s,
                    "time from a request's arrival to its first token, queue wait included, over all requests"),
-    *_distribution("tpot", "Time per output token (TPOT)", tpots_s,
+    *_distribution("tpot", "Time per output token (TPOT)", lambda measured: measured.tpots_s,
                    "(request latency - TTFT) / (output tokens - 1), over all requests"),
-    *_distribution("request_latency", "Request latency", request_latencies_s,
+    *_distribution("request_latency", "Request latency", lambda measured: measured.request_latencies_s,
                    "time from a request's arrival to its last token (end to end), over all requests"),
-    *_distribution("queue", "Queue wait", queue_waits_s,
+    *_distribution("queue", "Queue wait", lambda measured: measured.queue_waits_s,
                    "time from a request's arrival to its being scheduled, over all requests"),
-    Metric("memory_used_gib", "GiB", "Memory used", "lower", _memory_used_gib,
+    Metric("memory_used_gib", "GiB", "Memory used", "lower", _highest("used_gib"),
            "highest use seen after a run: per device by NVML, on the CPU resident memory of the replica's processes"),
-    Metric("memory_peak_gib", "GiB", "Memory used, peak", "lower", _memory_peak_gib,
+    Metric("memory_peak_gib", "GiB", "Memory used, peak", "lower", _highest("peak_gib"),
            "highest use seen during a run, per device by NVML, ten times a second"),
     Metric("weights_gib", "GiB", "Weights per device", None, _engine_number("weights_gib"),
            "bytes of the model's parameters on the fullest device"),
@@ -221,12 +249,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("kv_use", "ratio", "KV cache use", None, _kv_use,
            "batch_size x (seq_len + max_tokens) / kv_cache_tokens: what the whole batch needs; above 1 it cannot fit"),
     Metric("kv_peak_use", "ratio", "KV cache use, peak", None, _kv_peak_use,
-           "share of the KV cache in use at the fullest moment, where vLLM was asked"),
-    Metric("running_requests", "count", "Requests at once", None, running_requests,
+           "share of the KV cache in use at the fullest moment, by vLLM's scheduler after each of its steps"),
+    Metric("running_requests", "count", "Requests at once", None,
+           lambda measured: running_requests(measured.result, measured.point),
            "most requests of a replica that ran at once: counted, or the least of batch_size, max_num_seqs and the "
            "whole requests that fit in the KV cache"),
-    Metric("waves", "count", "Waves", "lower", waves, "batch_size / running_requests, rounded up"),
-    Metric("padded_batch_size", "count", "Padded batch", None, padded_batch_size,
+    Metric("waves", "count", "Waves", "lower", lambda measured: waves(measured.result, measured.point),
+           "batch_size / running_requests, rounded up"),
+    Metric("padded_batch_size", "count", "Padded batch", None,
+           lambda measured: padded_batch_size(measured.result, measured.point),
            "smallest captured graph that holds running_requests; unknown without graphs or with PP"),
     Metric("preemptions", "count", "Preemptions", "lower", _preemptions, "requests preempted, over all runs"),
     Metric("energy_j_per_output_token", "J/token", "Energy per output token", "lower", _energy_j_per_output_token,

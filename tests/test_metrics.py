@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batch_inference.metrics import METRIC_BY_NAME, METRICS, markdown_table, summarise
+from batch_inference.metrics import METRIC_BY_NAME, METRICS, Measured, markdown_table, summarise
 from batch_inference.results import Requests
 from builders import make_point, make_result, make_run
 
@@ -142,7 +142,7 @@ def test_every_metric_has_a_number_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_metric_is_what_its_definition_says(name: str) -> None:
-    assert METRIC_BY_NAME[name].formula(RESULT, POINT) == pytest.approx(EXPECTED[name])
+    assert METRIC_BY_NAME[name].formula(Measured(RESULT, POINT)) == pytest.approx(EXPECTED[name])
 
 
 def test_a_point_without_runs_has_no_numbers() -> None:
@@ -156,7 +156,7 @@ def test_a_point_without_runs_has_no_numbers() -> None:
 def test_a_share_is_unknown_where_the_peak_is_or_vllm_estimates_no_work(peaks: object, flops: float) -> None:
     run = make_run(1.0, counters={"preemptions": 0, "prefix_cache_hit_tokens": 0, "flops_per_device": flops})
     result = make_result(points=[], environment={"peaks": peaks})
-    assert METRIC_BY_NAME["mfu"].formula(result, make_point(runs=[run])) is None
+    assert METRIC_BY_NAME["mfu"].formula(Measured(result, make_point(runs=[run]))) is None
 
 
 def test_one_run_has_no_interval() -> None:
