@@ -37,6 +37,7 @@ class Experiment:
         self._console = console
         self._before = monitor.read()
         self._engine_is_lost = False  # and has nothing to end in order
+        self._is_saved = True
         self.result = result
 
     def run(self, replicas: Replicas) -> Result:
@@ -50,7 +51,7 @@ class Experiment:
             hurry = True
             self._console.note("\nending the engine; finished points are kept")
             # Interrupted while loading: say so in a file, but never in place of one that holds measurements.
-            if not self._config.output_path.exists():
+            if not (self._is_saved and self._config.output_path.exists()):
                 self._save()
             raise
         finally:
@@ -173,6 +174,7 @@ class Experiment:
         if point.status == "ok":
             point.verdict_reasons, point.verdict = judge(self.result, point)
         point.summary = summarise(self.result, point)
+        self._is_saved = False
         self.result.points.append(point)
         self._save()
         self._console.point_done(point)
@@ -228,6 +230,7 @@ class Experiment:
 
     def _save(self) -> None:
         save_result(self.result, self._config.output_path)
+        self._is_saved = True
 
 
 def as_warmup(run: Run, reason: str | None = None) -> dict[str, Any]:

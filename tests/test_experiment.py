@@ -17,7 +17,7 @@ from batch_inference.console import Console, closing_table, short
 from batch_inference.experiment import Experiment, combine, starting_result
 from batch_inference.metrics import summarise
 from batch_inference.replicas import ReplicaError
-from batch_inference.results import Point, Result, load_result
+from batch_inference.results import Point, Result, load_result, save_result
 
 ENGINE = {
     "vllm_version": "0.32.0",
@@ -571,6 +571,21 @@ def test_interrupted_while_loading_leaves_the_old_file_or_a_partial_one(
     on_disk = load_result(config.output_path)
     assert on_disk.status == ("complete" if already_there else "partial")
     assert len(on_disk.points) == (2 if already_there else 0)
+
+
+def test_interrupted_while_saving_loses_no_point(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted_once(result: Result, path: Path) -> None:
+        if result.points and not saved:
+            saved.append(result.name)
+            raise KeyboardInterrupt
+        save_result(result, path)
+
+    saved: list[str] = []
+    monkeypatch.setattr(experiment, "save_result", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, FakeReplicas())
+    on_disk = load_result(config.output_path)
+    assert (on_disk.status, [point.batch_size for point in on_disk.points]) == ("partial", [1])
 
 
 def test_resume_measures_invalid_points_again(config: ExperimentConfig) -> None:
