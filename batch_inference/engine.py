@@ -54,6 +54,7 @@ class WorkerReport:
             "kv_bytes": sum(storages.values()),
             "activation_bytes": getattr(self, "peak_activation_memory", None),  # the peak that vLLM saw when profiling
             "compile_s": config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
+            "compile_cache": _compile_cache(),
             "runner": f"{type(runner).__module__}.{type(runner).__name__}",
         }
 
@@ -88,6 +89,16 @@ def _weights_bytes(model: Any, packed_item_size: int) -> int:
         and module.weight.numel() == 0
     )  # fmt: skip
     return int(visible + packed)
+
+
+def _compile_cache() -> str | None:
+    """Whether this process had to compile ("cold"), or found all in vLLM's compile cache ("warm"); None where there was
+    nothing to compile."""
+    from vllm.compilation.counter import compilation_counter as counted
+
+    if counted.num_aot_compiles or counted.num_inductor_compiles:
+        return "cold"
+    return "warm" if counted.num_aot_artifacts_loaded or counted.num_compiled_artifacts_loaded else None
 
 
 def _tensors(caches: Any) -> Iterable[Any]:
@@ -207,6 +218,7 @@ class Engine:
         model_config = self._llm.llm_engine.model_config
         self._vocab_size: int = model_config.get_vocab_size()
         self._special_ids = _special_ids(model_config.hf_text_config)
+        self._fullest = _FullestMoment(self._llm.llm_engine.logger_manager)
         load_s = {
             "import_s": imported_s - started_s,
             "engine_s": ready_s - imported_s,
@@ -245,6 +257,7 @@ class Engine:
             detokenize=False,
         )
         before = self._counters()
+        self._fullest.forget()
         wait()
         start_s = time.monotonic()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
@@ -253,6 +266,7 @@ class Engine:
             "start_s": start_s,
             "end_s": end_s,
             **count_outputs(outputs),
+            **self._fullest.known(),
             **{name: value - before[name] for name, value in self._counters().items()},
         }
 
@@ -273,6 +287,33 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
+class _FullestMoment:
+    """Most requests that ran at once, and the largest share of the KV cache in use, by what vLLM's scheduler says of
+    every step."""
+
+    def __init__(self, logger_manager: Any) -> None:
+        """`logger_manager`: of an LLMEngine; every step passes its `record`."""
+        self._record = logger_manager.record
+        logger_manager.record = self.record
+        self.forget()
+
+    def forget(self) -> None:
+        self._running, self._kv_use = 0, 0.0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **keywords: Any) -> None:
+        if scheduler_stats is not None:
+            # vLLM counts when those that ended in this step have left.
+            ended = len(iteration_stats.finished_requests) if iteration_stats else 0
+            self._running = max(self._running, scheduler_stats.num_running_reqs + ended)
+            self._kv_use = max(self._kv_use, scheduler_stats.kv_cache_usage)
+        self._record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **keywords)
+
+    def known(self) -> dict[str, Any]:
+        counted = {"peak_running": self._running, "peak_kv_use": self._kv_use}
+        # 0: vLLM has not said. Requests of one token have left the cache when it looks.
+        return {name: value for name, value in counted.items() if value}
+
+
 def with_workers(description: dict[str, Any], workers: list[dict[str, Any]]) -> dict[str, Any]:
     """A description of an engine, completed by what all its workers report."""
     activations = [worker["activation_bytes"] for worker in workers]
@@ -281,6 +322,8 @@ def with_workers(description: dict[str, Any], workers: list[dict[str, Any]]) -> 
         **description,
         "runner": workers[0]["runner"],
         "load_s": {**description["load_s"], "compile_s": max(compile_s, default=None)},
+        # One rank that compiles is what all wait for; "cold" is the least of the words.
+        "compile_cache": min((worker["compile_cache"] for worker in workers if worker["compile_cache"]), default=None),
         "weights_gib": max(worker["weights_bytes"] for worker in workers) / GIB,
         "kv_pool_gib": max(worker["kv_bytes"] for worker in workers) / GIB,
         "activations_gib": max(activations) / GIB if None not in activations else None,

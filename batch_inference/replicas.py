@@ -22,6 +22,7 @@ from batch_inference.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.engine import with_workers
 from batch_inference.environment import python_path
 from batch_inference.hardware import Devices, joined
+from batch_inference.leftovers import remove, shared_memory_of
 from batch_inference.ranks import Place
 from batch_inference.ray_cluster import OWN_CLUSTER, environment_of
 from batch_inference.rendezvous import Nodes
@@ -342,6 +343,7 @@ class _EngineProcess:
         self._buffer = b""
         self.log_since = _LogMark(log_path)
         self._parts: dict[int, str] = {}
+        self._shared_memory: set[Path] = set()
         self._dead_since_s: float | None = None
 
     @property
@@ -394,8 +396,9 @@ class _EngineProcess:
             raise ReplicaError(lost, self._log_end())
 
     def remember_parts(self) -> None:
-        """Once it is loaded: vLLM's own processes, which live as long as the engine. It does not always notice itself
-        that one was killed; `generate` then never returns."""
+        """Once it is loaded: vLLM's own processes, which live as long as the engine, and how they talk. vLLM does not
+        always notice itself that one was killed; `generate` then never returns."""
+        self._shared_memory = shared_memory_of(self.pid)
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 title = (process / "cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace").strip()
@@ -427,9 +430,12 @@ class _EngineProcess:
         for signal_number, patience_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
             if self._group_is_empty(0.0):
                 break
+            self._shared_memory |= shared_memory_of(self.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal_number)
             self._group_is_empty(patience_s)
+        # Nothing is there any more after an orderly end.
+        remove(self._shared_memory)
         self._replies.close()
         self._commands.close()
 

@@ -33,6 +33,7 @@ from typing import Any
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.engine import Engine, serve_node_0
 from batch_inference.environment import installed_vllm
+from batch_inference.leftovers import remove, shared_memory_of
 from batch_inference.ranks import JOIN_TIMEOUT_S, Place, Ranks, find_place
 
 Commands = queue.Queue[dict[str, Any]]
@@ -191,7 +192,10 @@ def _read_commands(command_fd: int, commands: Commands) -> None:
 
 def _end_group() -> None:
     """End this process and all that it has started."""
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+    group = os.getpgid(0)
+    # Nobody else is left to do it. What is mapped stays usable until the end.
+    remove(shared_memory_of(group))
+    os.killpg(group, signal.SIGKILL)
 
 
 def main() -> None:

@@ -8,7 +8,14 @@ import pytest
 
 from batch_inference import engine
 from batch_inference.config import ConfigError, ExperimentConfig
-from batch_inference.engine import MEASURING_SETTINGS, count_outputs, engine_settings, parse_engine_flags
+from batch_inference.engine import (
+    MEASURING_SETTINGS,
+    _FullestMoment,
+    count_outputs,
+    engine_settings,
+    parse_engine_flags,
+    with_workers,
+)
 from batch_inference.hardware import Devices
 from conftest import STUB
 
@@ -40,6 +47,34 @@ def test_tokens_are_counted_from_the_outputs_and_times_stay_within_one_clock() -
     assert counted["requests"]["latency_s"] == pytest.approx([1.4, 1.3])
     assert counted["requests"]["queue_s"] == pytest.approx([0.1, 0.2])
     assert counted["requests"]["output_tokens"] == [3, 2]
+
+
+def test_the_fullest_moment_of_a_run_is_that_of_its_steps_alone() -> None:
+    seen: list[dict[str, Any]] = []
+    manager = SimpleNamespace(record=lambda **keywords: seen.append(keywords))
+    fullest = _FullestMoment(manager)
+    for running, ended, kv_use in ((2, 0, 0.1), (3, 2, 0.2), (1, 0, 0.4), (0, 1, 0.0)):
+        manager.record(
+            scheduler_stats=SimpleNamespace(num_running_reqs=running, kv_cache_usage=kv_use),
+            iteration_stats=SimpleNamespace(finished_requests=[None] * ended),
+        )
+    manager.record(scheduler_stats=None, iteration_stats=None, mm_cache_stats="m")
+    assert fullest.known() == {"peak_running": 5, "peak_kv_use": 0.4}
+    # vLLM's own statistics go on.
+    assert len(seen) == 5
+    assert seen[-1] == {"scheduler_stats": None, "iteration_stats": None, "mm_cache_stats": "m"}
+    fullest.forget()
+    assert fullest.known() == {}
+
+
+@pytest.mark.parametrize(
+    ("of_workers", "together"),
+    [(["warm", "warm"], "warm"), (["warm", "cold"], "cold"), ([None, "warm"], "warm"), ([None, None], None)],
+)
+def test_one_rank_that_compiles_makes_the_start_a_cold_one(of_workers: list[Any], together: Any) -> None:
+    report = {"weights_bytes": 1, "kv_bytes": 1, "activation_bytes": None, "compile_s": None, "runner": "x"}
+    workers = [{**report, "compile_cache": word} for word in of_workers]
+    assert with_workers({"load_s": {}}, workers)["compile_cache"] == together
 
 
 def test_prefix_cache_hits_are_counted_and_an_unknown_count_is_no_hit() -> None:

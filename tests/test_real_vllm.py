@@ -77,6 +77,9 @@ def check_run(run: dict[str, Any], batch_size: int, seq_len: int, dp: int) -> No
     assert run["requests"]["output_tokens"] == [9] * batch_size * dp
     counters = run["counters"]
     assert [counters[name] for name in ("preemptions", "prefix_cache_hit_tokens", "jit_compilations")] == [0, 0, 0]
+    # Every request ran at once, by the scheduler's own count.
+    assert counters["peak_running"] == batch_size
+    assert 0 < run["memory"]["peak_kv_use"] < 1
     # vLLM's own estimates of the work, of which MFU and MBU are made.
     assert counters["flops_per_device"] > 0
     assert counters["memory_bytes_per_device"] > 0
@@ -88,6 +91,7 @@ def check_engine(engine: dict[str, Any], tp: int, pp: int, torchrun: bool) -> No
     assert (engine["tensor_parallel_size"], engine["pipeline_parallel_size"]) == (tp, pp)
     assert engine["pipeline_stages_overlap"] == (None if pp == 1 else not torchrun)
     assert engine["load_s"]["compile_s"] is None or engine["load_s"]["compile_s"] > 0
+    assert engine["compile_cache"] in ("cold", "warm")
     assert engine["enable_prefix_caching"] is False
     assert (engine["max_num_seqs"], engine["max_model_len"]) == (3, 49)
     assert len(engine["workers"]) == tp * pp

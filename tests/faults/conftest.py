@@ -36,7 +36,7 @@ class Outcome:
     fault: str
     exit_code: int | None = None
     lost_points: int = 0
-    orphans: int = 0
+    orphans: int = 0  # processes, and shared memory
     problems: list[str] = field(default_factory=list)
 
 
@@ -48,6 +48,7 @@ class Sweep:
 
     def __init__(self, folder: Path, *flags: str, stub: bool = True, **variables: str) -> None:
         self.move_to(folder)
+        self._shared_memory_before = shared_memory()
         self.patience_s = STUB_PATIENCE_S if stub else REAL_PATIENCE_S
         self._groups: set[int] = set()
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
@@ -106,12 +107,20 @@ class Sweep:
             time.sleep(0.05)
         return left
 
+    def shared_memory_left(self) -> set[str]:
+        return shared_memory() - self._shared_memory_before
+
     def document(self) -> dict[str, Any] | None:
         return json.loads(self.file.read_text()) if self.file.exists() else None
 
     def announced(self) -> set[tuple[int, int]]:
         """Points that the console has said to be done."""
         return {(int(batch_size), int(seq_len)) for batch_size, seq_len in _DONE.findall(self.errors())}
+
+
+def shared_memory() -> set[str]:
+    """What the processes of engines talk through, and leave behind where nobody removes it."""
+    return {file.name for file in Path("/dev/shm").iterdir() if file.name.startswith(("psm_", "sem.mp-"))}
 
 
 def points_of(document: dict[str, Any] | None, *statuses: str) -> set[tuple[int, int]]:
@@ -133,7 +142,9 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outcome]]:
             outcome.exit_code = sweep.process.wait(timeout=sweep.patience_s)
         except subprocess.TimeoutExpired:
             pytest.fail(f"the sweep has not ended within {sweep.patience_s:g} s\n{sweep.what_is_known()}")
-        outcome.orphans = len(sweep.orphans())
+        left = [*map(str, sweep.orphans()), *sorted(sweep.shared_memory_left())]
+        outcome.orphans = len(left)
+        outcome.problems += [f"left behind: {one}" for one in left]
         document = sweep.document()
         outcome.lost_points = len(sweep.announced() - points_of(document, "ok", "oom", "error", "timeout", "skipped"))
         if resume:

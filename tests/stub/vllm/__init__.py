@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
 from types import SimpleNamespace
 
 from vllm.engine.arg_utils import EngineArgs
@@ -72,14 +73,19 @@ class LLM:
         # vLLM's engine is a process of its own, and lives on when the one that started it is killed.
         in_process = args.distributed_executor_backend == "external_launcher"
         self.core = None if in_process else subprocess.Popen(["VLLM::EngineCore", "3600"], executable="/bin/sleep")
+        # Its processes talk through shared memory, whose owner removes it at an orderly end.
+        self.queue = SharedMemory(create=True, size=16)
         self.calls = 0
         self.llm_engine = SimpleNamespace(
             model_config=_ModelConfig(hf_text_config=HF_CONFIG),
             vllm_config=_vllm_config(args),
             engine_core=SimpleNamespace(shutdown=self._shut_down),
+            logger_manager=SimpleNamespace(record=lambda **_: None),
         )
 
     def _shut_down(self):
+        self.queue.close()
+        self.queue.unlink()
         if self.core:
             self.core.kill()
             self.core.wait()
@@ -98,6 +104,7 @@ class LLM:
             "kv_bytes": 2**29,
             "activation_bytes": 2**28,
             "compile_s": 0.25,
+            "compile_cache": "warm",
             "runner": "stub.Runner",
         }
         return [report] * world_size
@@ -118,6 +125,12 @@ class LLM:
         _misbehave(len(prompts))
         _compile_late(len(prompts))
         time.sleep(RUN_S)
+        for running, ended in ((len(prompts), []), (0, prompts)):
+            self.llm_engine.logger_manager.record(
+                scheduler_stats=SimpleNamespace(num_running_reqs=running, kv_cache_usage=running / 100),
+                iteration_stats=SimpleNamespace(finished_requests=ended),
+                mm_cache_stats=None,
+            )
         return [_output(prompt["prompt_token_ids"], sampling_params.max_tokens) for prompt in prompts]
 
 
