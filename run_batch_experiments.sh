@@ -86,6 +86,7 @@ node_rank=''
 master_addr=''
 master_port=''
 dry_run=false
+pack=false
 resume=false
 experiment_flags=() # from our own options
 user_flags=()       # after --
@@ -138,6 +139,8 @@ options, before or after the preset:
   --output-dir DIR      folder of the result files (default: results/PRESET)
   --resume              keep the good points of existing files, measure the rest
   --overwrite           replace existing files
+  --pack                run settings side by side where devices are free; their
+                        points are marked
   --dry-run             print the plan and the commands, and stop
   --nnodes N            nodes that each setting is spread over (default: 1);
                         give the same command on each
@@ -182,6 +185,7 @@ parse() {
       -h | --help) usage && exit 0 ;;
       --) user_flags=("$@") && return 0 ;;
       --dry-run) dry_run=true && continue ;;
+      --pack) pack=true && experiment_flags+=(--packed) && continue ;;
       --resume) resume=true && experiment_flags+=(--resume) && continue ;;
       --overwrite) experiment_flags+=(--overwrite) && continue ;;
       --*=*) value=${word#*=} && word=${word%%=*} ;;
@@ -257,6 +261,7 @@ check_together() {
   ((nnodes == 1)) || node_rank=${node_rank:-${SLURM_NODEID:-}}
   node_rank=${node_rank:-0}
   ((node_rank < nnodes)) || die "--node-rank: '$node_rank' was given, --nnodes $nnodes goes up to $((nnodes - 1))"
+  ((nnodes == 1)) || ! $pack || die "--pack: it shares out the devices of one node, --nnodes '$nnodes' was given"
   ((nnodes == 1)) || [[ $preset != quickstart ]] || die "--nnodes: '$nnodes' was given, quickstart is for one node"
   ((nnodes == 1)) || [[ -n $master_addr ]] || die "--nnodes: '$nnodes' was given, --master-addr HOST is needed too"
 }
@@ -360,7 +365,7 @@ stop() {
 }
 
 run_settings() {
-  local name number=0 total=${#names[@]} rc answer
+  local name number=0 total=${#names[@]} answer
   local reasons=() skipped=() failed=() done_names=()
   if $dry_run; then
     overview --plan
@@ -368,28 +373,58 @@ run_settings() {
   fi
   answer=$(overview && echo .) || exit # the dot keeps empty lines at the end
   mapfile -t reasons <<<"$answer"
+  if $pack; then run_side_by_side; else run_in_turn; fi
+  report
+}
+
+# These two fill run_settings' lists of names.
+run_in_turn() {
+  local rc
   for name in "${names[@]}"; do
     number=$((number + 1))
-    if [[ -n ${reasons[number - 1]} ]]; then
-      say "[$number/$total] $name skipped: ${reasons[number - 1]}"
-      skipped+=("$name")
-      continue
-    fi
+    ! is_skipped || continue
     build_command "$name" "$(port_of "$((number - 1))")"
     say "[$number/$total] $name -> $output_dir/${name}_results.json"
     rc=0
     { meet_nodes && run_command; } || rc=$?
-    case $rc in
-      0) done_names+=("$name") ;;
-      130 | 143) exit "$rc" ;;
-      *)
-        # A flag or a model that is wrong for the first setting is wrong for all.
-        if ((rc == 2 && ${#done_names[@]} + ${#failed[@]} == 0)); then exit 2; fi
-        failed+=("$name")
-        ;;
-    esac
+    keep_outcome "$name" "$rc"
   done
-  report
+}
+
+run_side_by_side() {
+  local commands=() rc=0 file ended
+  for name in "${names[@]}"; do
+    number=$((number + 1))
+    ! is_skipped || continue
+    build_command "$name" "$(port_of "$((number - 1))")"
+    commands+=("$(quoted "${command[@]}")")
+  done
+  ((${#commands[@]})) || return 0
+  command=(env "PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -P -m batch_inference.packing "${commands[@]}")
+  # A file without a name: nothing is left of it, however this ends.
+  file=$(mktemp) && exec {ended}<>"$file" && rm -f "$file"
+  run_command >&"$ended" || rc=$?
+  ((rc == 0)) || exit "$rc"
+  while read -r name number; do keep_outcome "$name" "$number"; done <"/dev/fd/$ended"
+}
+
+is_skipped() {
+  local reason=${reasons[number - 1]}
+  [[ -n $reason ]] || return 1
+  say "[$number/$total] $name skipped: $reason"
+  skipped+=("$name")
+}
+
+keep_outcome() {
+  case $2 in
+    0) done_names+=("$1") ;;
+    130 | 143) exit "$2" ;;
+    *)
+      # A flag or a model that is wrong for the first setting is wrong for all.
+      if (($2 == 2 && ${#done_names[@]} + ${#failed[@]} == 0)); then exit 2; fi
+      failed+=("$1")
+      ;;
+  esac
 }
 
 report() {

@@ -191,6 +191,9 @@ class ExperimentConfig:
     point_timeout: float = _flag(
         900, "seconds without a finished run after which a point is given up", positive, measured=False
     )
+    packed: bool = _flag(
+        False, "say of every point that other settings run beside this one (the launcher's --pack)", measured=False
+    )
     measure_peaks: bool = _flag(
         False, "measure what a device can do, for MFU and MBU; default: its datasheet", measured=False
     )

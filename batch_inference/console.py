@@ -26,7 +26,7 @@ class Console:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._log: _LogFollower | None = None
+        self._log: LogFollower | None = None
         self._number = 0
         self._total = 0
         self._expected_runs = 0
@@ -46,7 +46,7 @@ class Console:
         self.note(f"{config.setting_name}: loading {config.model} on {devices} device{plural}")
         self.note(f"  vLLM's log: {config.log_path}")
         if config.verbose:
-            self._log = _LogFollower(config.log_path, self.note)
+            self._log = LogFollower(config.log_path, self.note)
 
     def loaded(self, result: Result) -> None:
         engine = result.engine
@@ -107,7 +107,7 @@ class Console:
             self._bar.close()
 
 
-class _LogFollower:
+class LogFollower:
     """Shows every line that is added to a log, until it is stopped."""
 
     def __init__(self, path: Path, show: Callable[[str], None]) -> None:

@@ -28,6 +28,10 @@ Reading = dict[str, Any]
 MAX_CPU_DEVICES = 8
 
 
+# vLLM's variable for the cores of each rank.
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+_CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
 # Between two looks at the clocks: often enough for a run of a second, and nothing beside an engine's step.
 SAMPLE_S = 0.1
 # Contexts of other processes come and go.
@@ -60,9 +64,9 @@ class Devices:
         """The variables that make vLLM use exactly these devices."""
         if self.kind == "gpu":
             return {"CUDA_VISIBLE_DEVICES": ",".join(self.ids)}
-        if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:  # the user has decided
+        if _BINDING in os.environ and not _bound_cores():  # a word of vLLM's: the user has decided
             return {}
-        return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(self.ids)}
+        return {_BINDING: "|".join(self.ids)}
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
         """The same for one rank of a torchrun job: vLLM takes its GPU by LOCAL_RANK, and binds no cores there."""
@@ -73,10 +77,11 @@ class Devices:
 
 
 def find_devices() -> Devices:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves visible; without a GPU, the slices of the cores."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves visible; without a GPU, the lists of cores in vLLM's own
+    VLLM_CPU_OMP_THREADS_BIND, or else slices of all cores."""
     physical = _gpu_ids()
     if not physical:
-        return Devices("cpu", tuple(_core_slices()))
+        return Devices("cpu", _bound_cores() or tuple(_core_slices()))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return Devices("gpu", physical)
@@ -111,6 +116,21 @@ def _gpu_ids() -> tuple[str, ...]:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
         return tuple(str(index) for index, line in enumerate(listing.splitlines()) if line.startswith("GPU "))
     return ()
+
+
+def _bound_cores() -> tuple[str, ...]:
+    """One list of cores per rank, as VLLM_CPU_OMP_THREADS_BIND has them ("0-3|4,6" -> "0,1,2,3" and "4,6"); empty where
+    it is not set, or a word like "auto"."""
+    lists = os.environ.get(_BINDING, "").split("|")
+    if not all(_CORES.fullmatch(cores) for cores in lists):
+        return ()
+    return tuple(",".join(map(str, cores_of(cores))) for cores in lists)
+
+
+def cores_of(text: str) -> list[int]:
+    """ "0-2,5" -> 0, 1, 2, 5."""
+    ends = [part.split("-") for part in text.split(",")]
+    return [core for part in ends for core in range(int(part[0]), int(part[-1]) + 1)]
 
 
 def _core_slices() -> Iterator[str]:

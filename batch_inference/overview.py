@@ -26,6 +26,8 @@ _WHY_TORCHRUN = (
     "over nodes: one replica by vLLM's own mp; more (DP) by torchrun, because vLLM's offline engine knows no replicas"
 )
 
+_PACKED = "side by side where devices are free, the longest first; points are marked"
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -118,6 +120,7 @@ def plan(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str
         f"{len(list(config.points()))} points each: batch sizes {_listed(config.batch_sizes)} x lengths "
         f"{_listed(config.seq_lens)}, {config.max_tokens} output tokens",
         _WHY_TORCHRUN if nnodes > 1 else "",
+        _PACKED if config.packed else "",
         "" if knows_memory else "memory: unknown, the model's sizes cannot be read from here",
     )
     reasons = [f"{setting.name} cannot run: {setting.reason}" for setting in settings if setting.reason]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any
@@ -75,7 +76,19 @@ def _waves(result: Result, point: Point) -> list[str]:
         return [f"ran in waves: batch_size {batch_size} is over max_num_seqs {slots}"]
     if in_cache and in_cache < batch_size:
         return [f"ran in waves: the KV cache holds {in_cache} of {batch_size} requests"]
+    if _ends_while_prompts_wait(result, point):
+        return []
     return [f"ran in waves: at most {running} of {batch_size} requests ran at once"]
+
+
+def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
+    """True for outputs so short that the first requests end before the last have their turn in vLLM's tokens per step:
+    nothing that a larger cache would change."""
+    budget: int | None = result.engine_of(point).get("max_num_batched_tokens")
+    if not budget:
+        return False
+    # Twice: requests that already decode take their share of each step.
+    return point.max_tokens <= 2 * math.ceil(point.batch_size * point.seq_len / budget)
 
 
 def _never_steady(_: Result, point: Point) -> list[str]:
@@ -145,9 +158,16 @@ def _not_alone(_: Result, point: Point) -> list[str]:
     return ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"]
 
 
+def _packed(result: Result, _: Point) -> list[str]:
+    # Files of an earlier version do not say it.
+    if not result.config.get("packed"):
+        return []
+    return ["packed: other settings ran beside it; measure what decides again without --pack"]
+
+
 _Check = Callable[[Result, Point], list[str]]
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
 _SUSPECT: tuple[_Check, ...] = (
     _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _unlike_warmups, _too_short, _throttled,
-    _not_alone,
+    _not_alone, _packed,
 )  # fmt: skip

@@ -14,10 +14,10 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "batch_inference"
 # Earlier modules never import later ones.
 ORDER = (
-    "statistics", "config", "failures", "hardware", "environment", "peaks", "plan", "overview", "ray_cluster",
-    "rendezvous", "prompts", "engine", "ranks", "worker", "replicas", "results", "capacity", "metrics", "console",
-    "verdict", "experiment", "tables", "exports", "compare", "decide", "analysis", "sheet", "lines", "plots",
-    "answers", "sections", "report", "page", "summary",
+    "statistics", "config", "failures", "leftovers", "hardware", "environment", "peaks", "plan", "overview",
+    "ray_cluster", "rendezvous", "prompts", "engine", "ranks", "worker", "replicas", "results", "capacity", "metrics",
+    "console", "verdict", "experiment", "packing", "tables", "exports", "compare", "decide", "analysis", "sheet",
+    "lines", "plots", "answers", "sections", "report", "page", "summary",
 )  # fmt: skip
 ANALYSIS = {"pandas", "matplotlib", "seaborn", "scipy"}
 

@@ -36,9 +36,21 @@ def test_cores_are_shared_out_one_slice_per_rank(monkeypatch: pytest.MonkeyPatch
     assert devices.slice_for(1, 2).environment() == {"VLLM_CPU_OMP_THREADS_BIND": "4,5|6,7"}
 
 
-def test_a_binding_of_the_users_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
-    assert Devices("cpu", ("0", "1")).environment() == {}
+@pytest.mark.parametrize(
+    ("binding", "ids"),
+    [("0-3|4,6", ("0,1,2,3", "4,6")), ("5", ("5",)), ("auto", ("0", "1")), ("nobind", ("0", "1")), ("", ("0", "1"))],
+)
+def test_a_binding_of_the_users_own_says_which_cores_are_devices(
+    monkeypatch: pytest.MonkeyPatch, binding: str, ids: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(hardware, "_gpu_ids", tuple)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
+    devices = find_devices()
+    assert devices == Devices("cpu", ids)
+    # A word is vLLM's own to read.
+    expected = {} if binding in ("auto", "nobind", "") else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(ids)}
+    assert devices.environment() == expected
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
 FAKE_PYTHON = (
     f"""\
 #!/usr/bin/env bash
-if [[ $* == *batch_inference.overview* ]]; then exec {sys.executable} {REPOSITORY}/tests/plan_for_gpus.py "${{@:4}}"; fi
+if [[ $1 == -P && $3 =~ ^batch_inference\\.(overview|packing)$ ]]; then
+  exec {sys.executable} {REPOSITORY}/tests/with_gpus.py "${{@:3}}"
+fi
 """
     + """\
 if [[ $* == *batch_inference.rendezvous* ]]; then echo GLOO_SOCKET_IFNAME=eth7; exit "${MEETING:-0}"; fi
@@ -268,6 +270,27 @@ def test_what_stands_after_the_dashes_goes_to_the_script_and_wins(launcher: Laun
     assert config.engine_args == ("--load-format", "dummy")
 
 
+def test_packed_settings_run_side_by_side_the_longest_first_and_are_marked(launcher: Launcher) -> None:
+    done = launcher("tensor-parallel", "--pack", FAIL="tp_4", DEVICES="7")
+    assert done.returncode == 1
+    assert sorted(launcher.names()) == ["tp_1", "tp_2", "tp_4"]
+    assert all(config_of(call).packed for call in launcher.calls())
+    starts = [line for line in done.stderr.splitlines() if " on device" in line]
+    assert starts == [
+        "[1/3] tp_1 on device 0 -> results/tensor-parallel/tp_1_results.json",
+        "[2/3] tp_2 on devices 1,2 -> results/tensor-parallel/tp_2_results.json",
+        "[3/3] tp_4 on devices 3,4,5,6 -> results/tensor-parallel/tp_4_results.json",
+    ]
+    (end,) = (line for line in done.stderr.splitlines() if line.startswith("done: "))
+    assert re.fullmatch(r"done: (tp_1 tp_2|tp_2 tp_1)   skipped: tp_8   failed: tp_4", end)
+
+
+def test_a_plan_says_that_settings_are_packed(launcher: Launcher) -> None:
+    done = launcher("tensor-parallel", "--pack", "--dry-run")
+    assert "# side by side where devices are free, the longest first; points are marked" in done.stdout
+    assert all(config_of(words).packed for words in commands_of(done))
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_resume_and_overwrite_are_passed_on(launcher: Launcher, flag: str) -> None:
     launcher("custom", "TP=1", flag)
@@ -354,6 +377,7 @@ def group_exists(process_group: int) -> bool:
     return True
 
 
+@pytest.mark.parametrize("flags", [(), ("--pack",)], ids=["in_turn", "packed"])
 @pytest.mark.parametrize(
     ("signal_number", "to_group", "code"),
     [
@@ -364,25 +388,25 @@ def group_exists(process_group: int) -> bool:
     ],
 )
 def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
-    launcher: Launcher, signal_number: signal.Signals, to_group: bool, code: int
+    launcher: Launcher, signal_number: signal.Signals, to_group: bool, code: int, flags: tuple[str, ...]
 ) -> None:
     process = subprocess.Popen(
-        [str(LAUNCHER), "tensor-parallel"],
+        [str(LAUNCHER), "tensor-parallel", *flags],
         cwd=launcher.folder,
-        env={**launcher.environment, "WAIT_FOR": "tp_2"},
+        env={**launcher.environment, "WAIT_FOR": "tp_2", "DEVICES": "4"},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         preexec_fn=with_ctrl_c,
     )
     deadline_s = time.monotonic() + 10
-    while launcher.names() != ["tp_1", "tp_2"]:
+    while sorted(launcher.names()) != ["tp_1", "tp_2"]:
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     (setting,) = (int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     send = os.killpg if to_group else os.kill
     send(process.pid, signal_number)
     assert process.wait(timeout=10) == code
-    assert launcher.names() == ["tp_1", "tp_2"]
+    assert sorted(launcher.names()) == ["tp_1", "tp_2"]
     while group_exists(setting):
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
@@ -412,6 +436,7 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("torchrun-tensor-parallel", "--nnodes", "2", "--node-rank", "2"), "--node-rank: '2' was given"),
         (("tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed too"),
         (("quickstart", "--nnodes", "2"), "quickstart is for one node"),
+        (("tensor-parallel", "--pack", "--nnodes", "2"), "--pack: it shares out the devices of one node"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_2(launcher: Launcher, words: tuple[str, ...], said: str) -> None:

@@ -70,13 +70,16 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
     ),
     "_not_alone": (measured(clocks={"other_processes": 1}), "suspect", "another process was on the devices"),
     "_waves": (measured(9), "suspect", "ran in waves: batch_size 9 is over max_num_seqs 8"),
+    "_packed": (measured(), "suspect", "packed: other settings ran beside it"),
 }
+# What makes a fault of a point that is like any other.
+ASKED = {"_packed": {"packed": True}}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_the_one_reason_against_its_point(fault: str) -> None:
     point, expected, said = FAULTS[fault]
-    reasons, found = judged(point, {"target_ci": 0.05}, max_num_seqs=8)
+    reasons, found = judged(point, {"target_ci": 0.05, **ASKED.get(fault, {})}, max_num_seqs=8)
     assert found == expected
     assert len(reasons) == 1
     assert said in reasons[0]
@@ -98,6 +101,8 @@ def test_invalid_outweighs_suspect_and_all_reasons_are_given() -> None:
         ({"kv_cache_tokens": 400}, None, "ran in waves: the KV cache holds 4 of 8 requests"),
         ({}, 5, "ran in waves: at most 5 of 8 requests ran at once"),
         ({"kv_cache_tokens": 400}, 8, None),  # vLLM counted all of them
+        ({"max_num_batched_tokens": 16}, 5, None),  # 32 steps for the prompts alone, and as many output tokens
+        ({"max_num_batched_tokens": 64}, 5, "ran in waves: at most 5 of 8 requests ran at once"),
     ],
 )
 def test_each_kind_of_waves_is_named(engine: dict[str, Any], peak_running: int | None, said: str | None) -> None:

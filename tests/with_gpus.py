@@ -1,0 +1,15 @@
+"""A module of the launcher's (overview, packing) on a machine with DEVICES GPUs (8 where nothing is said)."""
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from batch_inference import hardware
+
+if __name__ == "__main__":
+    hardware._gpu_ids = lambda: tuple(map(str, range(int(os.environ.get("DEVICES", "8")))))
+    module, *words = sys.argv[1:]
+    sys.exit(import_module(module).main(words))
