@@ -12,35 +12,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from batch_inference.environment import python_path
-from batch_inference.results import load_result
+from ways import (
+    AS_OURS,
+    Point,
+    add_flags,
+    call,
+    markdown_row,
+    measure_bench,
+    measure_ours,
+    save,
+    shared_flags,
+)
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-Point = tuple[int, int]
 Latencies = dict[Point, list[float]]
-# `vllm bench latency` itself, without the command around it, which does not start with the CPU build of vLLM 0.32.0.
-BENCH_LATENCY = """
-import sys
-from vllm.benchmarks.latency import add_cli_args, main
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-if __name__ == "__main__":
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    main(parser.parse_args(sys.argv[1:]))
-"""
-# What our script gives to vLLM itself.
-AS_OURS = ("--gpu-memory-utilization", "0.8", "--skip-tokenizer-init")
 WAYS = ("ours", "bare loop", "vllm bench latency")
 
 
@@ -60,27 +53,20 @@ def main() -> int:
             taken_s[way] += time.monotonic() - started_s
     rows = [row_of(point, measured) for point in args.points]
     table = "\n".join([*head(args, taken_s), *(markdown(row) for row in rows)])
-    print(table)
-    (folder / "fidelity.md").write_text(table + "\n")
     every = {way: {f"{b}x{n}": times for (b, n), times in by_point.items()} for way, by_point in measured.items()}
     document = {"points": rows, "latencies_s": every, "wall_s": taken_s, "argv": sys.argv}
-    (folder / "fidelity.json").write_text(json.dumps(document, indent=1) + "\n")
+    save(folder, "fidelity", document, table)
     ratios = [row[name] for row in rows for name in ("to_bare", "to_bench")]
     return 0 if all(abs(ratio - 1) <= args.tolerance for ratio in ratios) else 1
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    add_flags(parser, output_dir="results/fidelity", max_tokens=128, num_runs=5)
     parser.add_argument("--points", type=points, required=True, metavar="BxN,..", help="batch x prompt length")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--num-runs", type=int, default=5)
-    parser.add_argument("--warmup-runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1, help="each round starts every engine anew")
     parser.add_argument("--tolerance", type=float, default=0.02, help="largest distance of a ratio from 1")
-    parser.add_argument("--output-dir", type=Path, default=Path("results/fidelity"))
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("engine_flags", nargs="*", help="vLLM's engine flags, after --")
     args = parser.parse_args()
     if args.bare:
         args.bare.write_text(json.dumps(run_bare_loop(args)))
@@ -95,28 +81,12 @@ def points(text: str) -> list[Point]:
         raise argparse.ArgumentTypeError(f"{text!r} was given, points like 1x64,4x64 are needed") from None
 
 
-def shared_flags(args: argparse.Namespace) -> list[str]:
-    """What all three give to vLLM: every size that would otherwise follow the grid or a point of it."""
-    longest = max(length for _, length in args.points) + args.max_tokens
-    largest = max(batch for batch, _ in args.points)
-    sizes = ["--max-model-len", str(longest), "--max-num-seqs", str(largest)]
-    return ["--model", args.model, *sizes, *args.engine_flags]
-
-
 # --- the three ways -------------------------------------------------------------------------------------------------
 
 
 def ours(args: argparse.Namespace) -> Latencies:
-    file = args.output_dir / "ours_results.json"
-    command = [sys.executable, "batch_inference_experiment.py", *shared_flags(args), "--overwrite"]
-    command += ["--batch-sizes", listed(batch for batch, _ in args.points)]
-    command += ["--seq-lens", listed(length for _, length in args.points)]
-    command += ["--max-tokens", str(args.max_tokens), "--temperature", "1", "--top-p", "1"]
-    command += ["--num-runs", str(args.num_runs), "--warmup-runs", str(args.warmup_runs), "--output-file", str(file)]
-    call(command, args.output_dir / "ours.txt")
-    return {
-        (point.batch_size, point.seq_len): [run.latency_s for run in point.runs] for point in load_result(file).points
-    }
+    result, _ = measure_ours(args)
+    return {(point.batch_size, point.seq_len): [run.latency_s for run in point.runs] for point in result.points}
 
 
 def bare_loop(args: argparse.Namespace) -> Latencies:
@@ -130,16 +100,7 @@ def bare_loop(args: argparse.Namespace) -> Latencies:
 
 
 def bench_latency(args: argparse.Namespace) -> Latencies:
-    measured = {}
-    for batch, length in args.points:
-        answer = args.output_dir / f"bench_{batch}x{length}.json"
-        command = [sys.executable, "-c", BENCH_LATENCY, *shared_flags(args)]
-        command += [*AS_OURS, "--disable-detokenize"]
-        command += ["--input-len", str(length), "--output-len", str(args.max_tokens), "--batch-size", str(batch)]
-        command += ["--num-iters-warmup", str(args.warmup_runs), "--num-iters", str(args.num_runs)]
-        call([*command, "--output-json", str(answer)], args.output_dir / f"bench_{batch}x{length}.txt")
-        measured[batch, length] = json.loads(answer.read_text())["latencies"]
-    return measured
+    return {point: measure_bench(args, point)[0]["latencies_s"] for point in args.points}
 
 
 def run_bare_loop(args: argparse.Namespace) -> list[tuple[int, int, list[float]]]:
@@ -163,15 +124,6 @@ def run_bare_loop(args: argparse.Namespace) -> list[tuple[int, int, list[float]]
             times.append(time.perf_counter() - start_s)
         measured.append((batch, length, times[args.warmup_runs :]))
     return measured
-
-
-def call(command: list[str], log: Path) -> None:
-    """Run one of the three; what it prints goes to a file of its own."""
-    environment = {**os.environ, "PYTHONPATH": python_path(), "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as output:
-        done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=REPOSITORY)
-    if done.returncode:
-        sys.exit(f"error: a measurement failed with exit code {done.returncode}; see {log}")
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -204,11 +156,7 @@ def head(args: argparse.Namespace, taken_s: dict[str, float]) -> list[str]:
 def markdown(row: dict[str, Any]) -> str:
     times = [f"{row[name]:.4f}" for name in ("ours_s", "bare_s", "bench_s")]
     ratios = [f"{row[name]:.3f}" for name in ("to_bare", "to_bench")]
-    return f"| {' | '.join([str(row['batch_size']), str(row['seq_len']), *times, *ratios])} |"
-
-
-def listed(values: Any) -> str:
-    return ",".join(map(str, dict.fromkeys(values)))
+    return markdown_row([row["batch_size"], row["seq_len"], *times, *ratios])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""A grid measured by this program, and by one `vllm bench latency` after the other, as people do it today.
+
+    python benchmarks/against_vllm_bench.py --model models/tiny-llama --batch-sizes 1,4,16 --seq-lens 64,128 \\
+        --max-tokens 16 -- --load-format dummy --kv-cache-memory-bytes 268435456
+
+Both use one device, the same engine flags (after --), warm-ups, runs and sampling. Prints two Markdown tables, and
+writes them with every number to --output-dir: where the wall time went, and the medians at each point. Ours comes
+first, so where the compile cache is cold, it pays for that; --cold gives each of the two an empty one of its own.
+Exit code 1 where ours is less than --least-ratio times faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from ways import (
+    Point,
+    Result,
+    add_flags,
+    bench_log,
+    markdown_row,
+    measure_bench,
+    measure_ours,
+    save,
+)
+
+from batch_inference.config import positive_ints
+from batch_inference.statistics import ci95_half_width
+
+# Parts of the engine's start, in vLLM's own words, 0.26 to 0.33: seconds in the last group.
+ENGINE_PARTS = {
+    "weights_s": r"Model loading took .* ([\d.]+) seconds",
+    "compile_s": r"torch\.compile .*?took ([\d.]+) s",
+    "capture_s": r"Graph capturing finished in (\d+) secs",
+}
+# Phase -> its row in the table. The parts of the engine's start are in the start.
+PHASES = {
+    "import_s": "import of vLLM",
+    "engine_s": "engine start",
+    "weights_s": "of it, weights",
+    "compile_s": "of it, torch.compile",
+    "capture_s": "of it, graph capture",
+    "warmup_s": "warm-ups",
+    "timed_s": "timed runs",
+    "rest_s": "rest: interpreter, prompts, saving, closing",
+    "wall_s": "**wall time**",
+}
+Phases = dict[str, float | None]
+CACHE_ROOT = "VLLM_CACHE_ROOT"
+
+
+def main() -> int:
+    args = parse()
+    folder: Path = args.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    say("ours")
+    with compile_cache(args.cold):
+        result, wall_s = measure_ours(args)
+    ours = phases_of_ours(result, wall_s, (folder / "ours_results.log").read_text(errors="replace"))
+    bench: dict[Point, dict[str, Any]] = {}
+    every: list[Phases] = []
+    with compile_cache(args.cold):
+        for point in args.points:
+            say(f"vllm bench latency, {point[0]} x {point[1]}")
+            bench[point], wall_s = measure_bench(args, point)
+            log = bench_log(args, point).read_text(errors="replace")
+            every.append(phases_of_bench(bench[point], args.warmup_runs, wall_s, log))
+    theirs = added(every)
+    rows = [row_of(result, point, bench[point]["latencies_s"]) for point in args.points]
+    ratio = (theirs["wall_s"] or 0.0) / (ours["wall_s"] or 1.0)
+    document = {
+        "argv": sys.argv,
+        "machine": machine(result),
+        "cold_compile_cache": args.cold,
+        "wall_ratio": ratio,
+        "phases": {"ours": ours, "vllm bench latency": theirs},
+        "points": rows,
+    }
+    save(folder, "against_vllm_bench", document, "\n".join(table(args, document)))
+    return 0 if ratio >= args.least_ratio else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, output_dir="results/against_vllm_bench", max_tokens=128, num_runs=5)
+    parser.add_argument("--batch-sizes", type=positive_ints, required=True)
+    parser.add_argument("--seq-lens", type=positive_ints, required=True)
+    parser.add_argument("--cold", action="store_true", help="an empty compile cache for each of the two")
+    parser.add_argument("--least-ratio", type=float, default=1.0)
+    args = parser.parse_args()
+    args.points = list(itertools.product(args.batch_sizes, args.seq_lens))
+    return args
+
+
+@contextlib.contextmanager
+def compile_cache(cold: bool) -> Iterator[None]:
+    """vLLM's compile cache in an empty folder for a while, where `cold`; otherwise where it is."""
+    if not cold:
+        yield
+        return
+    before = os.environ.get(CACHE_ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[CACHE_ROOT] = folder
+        try:
+            yield
+        finally:
+            del os.environ[CACHE_ROOT]
+            if before is not None:
+                os.environ[CACHE_ROOT] = before
+
+
+def say(what: str) -> None:
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+# --- where the time went --------------------------------------------------------------------------------------------
+
+
+def phases_of_ours(result: Result, wall_s: float, log: str) -> Phases:
+    load_s = result.engine["load_s"]
+    taken_s = {
+        "import_s": load_s["import_s"],
+        "engine_s": load_s["engine_s"],
+        "warmup_s": sum(warmup["latency_s"] for point in result.points for warmup in point.warmups),
+        "timed_s": sum(run.latency_s for point in result.points for run in point.runs),
+    }
+    return phases(taken_s, wall_s, log)
+
+
+def phases_of_bench(seconds: dict[str, Any], warmup_runs: int, wall_s: float, log: str) -> Phases:
+    calls_s = seconds["calls_s"]
+    taken_s = {
+        "import_s": seconds["import_s"],
+        "engine_s": seconds["engine_s"],
+        "warmup_s": sum(calls_s[:warmup_runs]),
+        "timed_s": sum(calls_s[warmup_runs:]),
+    }
+    return phases(taken_s, wall_s, log)
+
+
+def phases(taken_s: dict[str, float], wall_s: float, log: str) -> Phases:
+    found = {name: re.findall(words, log) for name, words in ENGINE_PARTS.items()}
+    parts = {name: sum(map(float, seconds)) if seconds else None for name, seconds in found.items()}
+    return {**taken_s, **parts, "rest_s": wall_s - sum(taken_s.values()), "wall_s": wall_s}
+
+
+def added(every: Sequence[Phases]) -> Phases:
+    """Of all processes together."""
+    return {name: total(phases[name] for phases in every) for name in PHASES}
+
+
+def total(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+# --- the tables -----------------------------------------------------------------------------------------------------
+
+
+def row_of(result: Result, point: Point, bench_s: list[float]) -> dict[str, Any]:
+    (measured,) = (found for found in result.points if (found.batch_size, found.seq_len) == point)
+    ours_s = [run.latency_s for run in measured.runs]
+    return {
+        "batch_size": point[0],
+        "seq_len": point[1],
+        "verdict": measured.verdict,
+        "ours_s": median(ours_s),
+        "ours_ci95_s": ci95_half_width(ours_s),
+        "bench_s": median(bench_s),
+        "bench_ci95_s": ci95_half_width(bench_s),
+        "ratio": median(ours_s) / median(bench_s),
+        "mfu": measured.summary["mfu"],
+        "mbu": measured.summary["mbu"],
+    }
+
+
+def machine(result: Result) -> dict[str, Any]:
+    versions = result.environment["versions"]
+    return {
+        "device": next((device["name"] for device in result.devices), platform.processor()),
+        "cpu": result.environment["cpu_name"],
+        "cores": result.environment["cpu_count"],
+        "vllm": versions["vllm"],
+        "torch": versions["torch"],
+    }
+
+
+def table(args: argparse.Namespace, document: dict[str, Any]) -> list[str]:
+    on, count = document["machine"], len(args.points)
+    ours, theirs = document["phases"].values()
+    cache = "an empty compile cache for each" if args.cold else "the compile cache as it was found"
+    lines = [
+        f"{args.model}, {len(args.batch_sizes)} x {len(args.seq_lens)} points, {args.max_tokens} output tokens, "
+        f"{args.warmup_runs} warm-ups and {args.num_runs} timed runs a point; {cache}; engine flags "
+        f"`{' '.join(args.engine_flags)}`.",
+        f"{on['device']}, {on['cores']} cores of {on['cpu']}, vLLM {on['vllm']}, torch {on['torch']}.",
+        "",
+        "| seconds | ours, 1 process | vllm bench latency, "
+        f"{count} process{'es' if count > 1 else ''} | vllm bench / ours |",
+        "|---|---:|---:|---:|",
+        *(markdown_row([label, *seconds(ours[name], theirs[name])]) for name, label in PHASES.items()),
+        markdown_row(["timed runs / wall time", *(f"{way['timed_s'] / way['wall_s']:.0%}" for way in (ours, theirs)),
+                      ""]),
+        "",
+        "| batch | length | ours s | ± | vllm bench s | ± | ours / vllm bench | MFU | MBU | verdict |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]  # fmt: skip
+    for row in document["points"]:
+        times = [f"{row[name]:.4f}" for name in ("ours_s", "ours_ci95_s", "bench_s", "bench_ci95_s")]
+        shares = ["" if row[name] is None else f"{row[name]:.0%}" for name in ("mfu", "mbu")]
+        cells = [row["batch_size"], row["seq_len"], *times, f"{row['ratio']:.3f}", *shares, row["verdict"]]
+        lines.append(markdown_row(cells))
+    return lines
+
+
+def seconds(ours_s: float | None, theirs_s: float | None) -> list[str]:
+    ratio = f"{theirs_s / ours_s:.1f}" if ours_s and theirs_s is not None else ""
+    return ["" if value is None else f"{value:.1f}" for value in (ours_s, theirs_s)] + [ratio]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

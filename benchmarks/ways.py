@@ -1,0 +1,100 @@
+"""Two ways to measure points: this program, and `vllm bench latency`; for the benchmarks that compare them.
+
+Both get the same model, device, engine flags, sampling (temperature 1, top-p 1), warm-ups and runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from batch_inference.environment import python_path  # noqa: E402
+from batch_inference.results import Result, load_result  # noqa: E402
+
+Point = tuple[int, int]  # batch size, prompt length
+# What our script gives to vLLM itself.
+AS_OURS = ("--gpu-memory-utilization", "0.8", "--skip-tokenizer-init")
+
+
+def add_flags(parser: argparse.ArgumentParser, *, output_dir: str, max_tokens: int, num_runs: int) -> None:
+    """The flags that both need; `points` of the namespace is for the benchmark to fill."""
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--max-tokens", type=int, default=max_tokens)
+    parser.add_argument("--num-runs", type=int, default=num_runs)
+    parser.add_argument("--warmup-runs", type=int, default=3)
+    parser.add_argument("--output-dir", type=Path, default=Path(output_dir))
+    parser.add_argument("engine_flags", nargs="*", help="vLLM's engine flags, after --")
+
+
+def shared_flags(args: argparse.Namespace) -> list[str]:
+    """What both give to vLLM: every size that would otherwise follow the grid or a point of it."""
+    longest = max(length for _, length in args.points) + args.max_tokens
+    largest = max(batch for batch, _ in args.points)
+    sizes = ["--max-model-len", str(longest), "--max-num-seqs", str(largest)]
+    return ["--model", args.model, *sizes, *args.engine_flags]
+
+
+def measure_ours(args: argparse.Namespace) -> tuple[Result, float]:
+    """One sweep over all points; its result, and the wall time of the whole process in seconds."""
+    file = args.output_dir / "ours_results.json"
+    command = [sys.executable, "batch_inference_experiment.py", *shared_flags(args), "--overwrite"]
+    command += ["--batch-sizes", listed(batch for batch, _ in args.points)]
+    command += ["--seq-lens", listed(length for _, length in args.points)]
+    command += ["--max-tokens", str(args.max_tokens), "--temperature", "1", "--top-p", "1"]
+    command += ["--num-runs", str(args.num_runs), "--warmup-runs", str(args.warmup_runs), "--output-file", str(file)]
+    wall_s = call(command, args.output_dir / "ours.txt")
+    return load_result(file), wall_s
+
+
+def measure_bench(args: argparse.Namespace, point: Point) -> tuple[dict[str, Any], float]:
+    """One process for one point: its latencies_s and the seconds of its stopwatch, and the wall time of the process."""
+    batch, length = point
+    name = f"bench_{batch}x{length}"
+    answer, stopwatch = args.output_dir / f"{name}.json", args.output_dir / f"{name}_stopwatch.json"
+    command = [sys.executable, "benchmarks/bench_latency.py", *shared_flags(args), *AS_OURS, "--disable-detokenize"]
+    command += ["--input-len", str(length), "--output-len", str(args.max_tokens), "--batch-size", str(batch)]
+    command += ["--num-iters-warmup", str(args.warmup_runs), "--num-iters", str(args.num_runs)]
+    wall_s = call([*command, "--output-json", str(answer)], bench_log(args, point), STOPWATCH=str(stopwatch.resolve()))
+    latencies_s = json.loads(answer.read_text())["latencies"]
+    return {"latencies_s": latencies_s, **json.loads(stopwatch.read_text())}, wall_s
+
+
+def bench_log(args: argparse.Namespace, point: Point) -> Path:
+    log: Path = args.output_dir / f"bench_{point[0]}x{point[1]}.txt"
+    return log
+
+
+def call(command: list[str], log: Path, **variables: str) -> float:
+    """Run a process to its end; what it prints goes to a file of its own. Its wall time in seconds."""
+    environment = {**os.environ, "PYTHONPATH": python_path(), "VLLM_NO_USAGE_STATS": "1", **variables}
+    started_s = time.monotonic()
+    with log.open("w") as output:
+        done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=REPOSITORY)
+    if done.returncode:
+        sys.exit(f"error: a measurement failed with exit code {done.returncode}; see {log}")
+    return time.monotonic() - started_s
+
+
+def listed(values: Iterable[int]) -> str:
+    return ",".join(map(str, dict.fromkeys(values)))
+
+
+def markdown_row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def save(folder: Path, name: str, document: dict[str, Any], table: str) -> None:
+    """Print the table, and keep it beside the numbers."""
+    print(table)
+    (folder / f"{name}.md").write_text(table + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
