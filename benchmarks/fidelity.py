@@ -29,6 +29,7 @@ from ways import (
     markdown_row,
     measure_bench,
     measure_ours,
+    points,
     save,
     shared_flags,
 )
@@ -72,13 +73,6 @@ def parse() -> argparse.Namespace:
         args.bare.write_text(json.dumps(run_bare_loop(args)))
         sys.exit(0)
     return args
-
-
-def points(text: str) -> list[Point]:
-    try:
-        return [(int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(","))]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} was given, points like 1x64,4x64 are needed") from None
 
 
 # --- the three ways -------------------------------------------------------------------------------------------------

@@ -36,6 +36,13 @@ def add_flags(parser: argparse.ArgumentParser, *, output_dir: str, max_tokens: i
     parser.add_argument("engine_flags", nargs="*", help="vLLM's engine flags, after --")
 
 
+def points(text: str) -> list[Point]:
+    try:
+        return [(int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, points like 1x64,4x64 are needed") from None
+
+
 def shared_flags(args: argparse.Namespace) -> list[str]:
     """What both give to vLLM: every size that would otherwise follow the grid or a point of it."""
     longest = max(length for _, length in args.points) + args.max_tokens
@@ -47,13 +54,17 @@ def shared_flags(args: argparse.Namespace) -> list[str]:
 def measure_ours(args: argparse.Namespace) -> tuple[Result, float]:
     """One sweep over all points; its result, and the wall time of the whole process in seconds."""
     file = args.output_dir / "ours_results.json"
+    wall_s = call(ours_command(args, file), args.output_dir / "ours.txt")
+    return load_result(file), wall_s
+
+
+def ours_command(args: argparse.Namespace, file: Path) -> list[str]:
     command = [sys.executable, "batch_inference_experiment.py", *shared_flags(args), "--overwrite"]
     command += ["--batch-sizes", listed(batch for batch, _ in args.points)]
     command += ["--seq-lens", listed(length for _, length in args.points)]
     command += ["--max-tokens", str(args.max_tokens), "--temperature", "1", "--top-p", "1"]
     command += ["--num-runs", str(args.num_runs), "--warmup-runs", str(args.warmup_runs), "--output-file", str(file)]
-    wall_s = call(command, args.output_dir / "ours.txt")
-    return load_result(file), wall_s
+    return command
 
 
 def measure_bench(args: argparse.Namespace, point: Point) -> tuple[dict[str, Any], float]:

@@ -108,6 +108,14 @@ def test_the_table_of_failures_is_the_one_the_program_prints() -> None:
     assert shown == failures.markdown_table(), "paste the output of `python -m batch_inference.failures`"
 
 
+def test_the_tables_of_the_performance_page_are_those_that_the_programs_wrote() -> None:
+    page = (REPOSITORY / "docs" / "performance.md").read_text()
+    shown = re.findall(r"<!-- (docs/\S+) -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert len(shown) == 4
+    for name, table in shown:
+        assert table == (REPOSITORY / name).read_text(), name
+
+
 def test_every_plot_and_every_dependency_is_named() -> None:
     assert all(f"`{name}.png`" in section("Analyse") for name, _, _ in PLOTS)
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
@@ -123,7 +131,8 @@ def test_every_flag_of_the_analysis_is_in_its_table() -> None:
 
 
 def test_every_file_and_link_exists() -> None:
-    for name in re.findall(r"`((?:docs|tests|models|batch_inference|examples|benchmarks)/[\w./-]+)`", README):
+    page = (REPOSITORY / "docs" / "performance.md").read_text()
+    for name in re.findall(r"`((?:docs|tests|models|batch_inference|examples|benchmarks)/[\w./-]+)`", README + page):
         assert (REPOSITORY / name).exists(), name
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert "://" in target or (REPOSITORY / target).exists(), target

@@ -68,6 +68,8 @@ def test_without_a_gpu_the_cpu_requirements_are_installed_without_torchvision(se
     overrides = (setup.folder / "requirements-cpu-overrides.txt").read_text()
     assert all(name in overrides for name in ("torchvision", "torchaudio", "torchcodec"))
     assert "--torch-backend cpu" in install
+    # Every process of an engine imports some thousand modules.
+    assert "--compile-bytecode" in install
 
 
 def test_with_a_gpu_the_gpu_requirements_are_installed(setup: Setup) -> None:

@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""What a sweep's numbers lose where something else runs on the machine: an import of vLLM, or another setting (--pack).
+
+    python benchmarks/beside.py --model models/tiny-llama --points 4x128,16x128 --max-tokens 32 --num-runs 10 -- \\
+        --load-format dummy --kv-cache-memory-bytes 268435456
+
+The same TP=1 setting alone, with imports of vLLM beside it one after the other, and as one of two settings side by
+side; --rounds of the three in turn, every engine new. Prints a Markdown table of the medians, and writes it with every
+latency to --output-dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from ways import Result, add_flags, call, markdown_row, measure_ours, ours_command, points, save
+
+from batch_inference.results import load_result
+
+ALONE, IMPORTS, PACKED = "alone", "imports of vLLM beside it", "another setting beside it"
+Measured = tuple[Result, float]  # and the wall time in seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, output_dir="results/beside", max_tokens=128, num_runs=10)
+    parser.add_argument("--points", type=points, required=True, metavar="BxN,..", help="batch x prompt length")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    ways: dict[str, Callable[[argparse.Namespace], Measured]] = {
+        ALONE: measure_ours,
+        IMPORTS: with_imports,
+        PACKED: packed,
+    }
+    latencies_s: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
+    wall_s: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(args.rounds):
+        for way, measure in ways.items():
+            print(f"round {number + 1}: {way} ...", file=sys.stderr, flush=True)
+            result, taken_s = measure(args)
+            wall_s[way].append(taken_s)
+            for point in result.points:
+                runs_s = latencies_s[way].setdefault(f"{point.batch_size}x{point.seq_len}", [])
+                runs_s += [run.latency_s for run in point.runs]
+    document = {"latencies_s": latencies_s, "wall_s": wall_s, "argv": sys.argv}
+    save(args.output_dir, "beside", document, "\n".join(table(latencies_s, wall_s)))
+    return 0
+
+
+def with_imports(args: argparse.Namespace) -> Measured:
+    importing = subprocess.Popen(
+        ["sh", "-c", 'while :; do "$1" -c "from vllm import LLM"; done', "sh", sys.executable],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        return measure_ours(args)
+    finally:
+        os.killpg(importing.pid, signal.SIGKILL)
+        importing.wait()
+
+
+def packed(args: argparse.Namespace) -> Measured:
+    files = [args.output_dir / f"packed_{number}_results.json" for number in (1, 2)]
+    # Not the same setting twice: no two measure the same point at the same time.
+    flags = [("--packed",), ("--packed", "--seed", "1")]
+    commands = [shlex.join([*ours_command(args, file), *words]) for file, words in zip(files, flags, strict=True)]
+    started_s = time.monotonic()
+    call([sys.executable, "-m", "batch_inference.packing", *commands], args.output_dir / "packed.txt")
+    return load_result(files[0]), time.monotonic() - started_s
+
+
+def table(latencies_s: dict[str, dict[str, list[float]]], wall_s: dict[str, list[float]]) -> list[str]:
+    shapes = list(latencies_s[ALONE])
+    heads = [f"{shape} {what}" for shape in shapes for what in ("s", "/ alone")]
+    lines = [
+        f"Medians of {len(next(iter(latencies_s[ALONE].values())))} runs of "
+        f"{len(wall_s[ALONE])} engines each; wall time of a whole sweep, of both settings where there are two.",
+        "",
+        markdown_row(["", *heads, "wall s"]),
+        "|---|" + "---:|" * (len(heads) + 1),
+    ]
+    for way, by_shape in latencies_s.items():
+        cells = [way]
+        for shape in shapes:
+            middle_s = median(by_shape[shape])
+            cells += [f"{middle_s:.4f}", f"{middle_s / median(latencies_s[ALONE][shape]):.3f}"]
+        lines.append(markdown_row([*cells, f"{median(wall_s[way]):.0f}"]))
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
