@@ -47,8 +47,10 @@ def experiment_command(folder: Path, *flags: str) -> list[str]:
 
 
 def with_ctrl_c() -> None:
-    """preexec_fn of a process that is to be interrupted: one in the background may have inherited to ignore it."""
+    """preexec_fn of a process that is to be interrupted: one in the background, or under nohup, may have inherited to
+    ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def stub_environment(**variables: str) -> dict[str, str]:
