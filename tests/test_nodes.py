@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, SMALL_GRID, stub_environment
+from conftest import REPOSITORY, SMALL_GRID, stub_environment, with_ctrl_c
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Node]]:
         folder.mkdir(exist_ok=True)
         node = subprocess.Popen(
             [*command, *flags], cwd=folder, env=stub_environment(**variables), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=with_ctrl_c,
         )  # fmt: skip
         nodes.append(node)
         return node

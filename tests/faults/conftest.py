@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from batch_inference.leftovers import all_shared_memory
 from conftest import REPOSITORY, stub_environment, with_ctrl_c
 
 GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)}
@@ -48,7 +49,7 @@ class Sweep:
 
     def __init__(self, folder: Path, *flags: str, stub: bool = True, **variables: str) -> None:
         self.move_to(folder)
-        self._shared_memory_before = shared_memory()
+        self._shared_memory_before = all_shared_memory()
         self.patience_s = STUB_PATIENCE_S if stub else REAL_PATIENCE_S
         self._groups: set[int] = set()
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
@@ -107,8 +108,8 @@ class Sweep:
             time.sleep(0.05)
         return left
 
-    def shared_memory_left(self) -> set[str]:
-        return shared_memory() - self._shared_memory_before
+    def shared_memory_left(self) -> set[Path]:
+        return all_shared_memory() - self._shared_memory_before
 
     def document(self) -> dict[str, Any] | None:
         return json.loads(self.file.read_text()) if self.file.exists() else None
@@ -116,11 +117,6 @@ class Sweep:
     def announced(self) -> set[tuple[int, int]]:
         """Points that the console has said to be done."""
         return {(int(batch_size), int(seq_len)) for batch_size, seq_len in _DONE.findall(self.errors())}
-
-
-def shared_memory() -> set[str]:
-    """What the processes of engines talk through, and leave behind where nobody removes it."""
-    return {file.name for file in Path("/dev/shm").iterdir() if file.name.startswith(("psm_", "sem.mp-"))}
 
 
 def points_of(document: dict[str, Any] | None, *statuses: str) -> set[tuple[int, int]]:
@@ -142,7 +138,7 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outcome]]:
             outcome.exit_code = sweep.process.wait(timeout=sweep.patience_s)
         except subprocess.TimeoutExpired:
             pytest.fail(f"the sweep has not ended within {sweep.patience_s:g} s\n{sweep.what_is_known()}")
-        left = [*map(str, sweep.orphans()), *sorted(sweep.shared_memory_left())]
+        left = [*map(str, sweep.orphans()), *map(str, sweep.shared_memory_left())]
         outcome.orphans = len(left)
         outcome.problems += [f"left behind: {one}" for one in left]
         document = sweep.document()
