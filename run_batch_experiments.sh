@@ -366,53 +366,47 @@ stop() {
 
 run_settings() {
   local name number=0 total=${#names[@]} answer
-  local reasons=() skipped=() failed=() done_names=()
+  local reasons=() skipped=() failed=() done_names=() commands=()
   if $dry_run; then
     overview --plan
     return
   fi
   answer=$(overview && echo .) || exit # the dot keeps empty lines at the end
   mapfile -t reasons <<<"$answer"
-  if $pack; then run_side_by_side; else run_in_turn; fi
+  for name in "${names[@]}"; do
+    number=$((number + 1))
+    if [[ -n ${reasons[number - 1]} ]]; then
+      say "[$number/$total] $name skipped: ${reasons[number - 1]}"
+      skipped+=("$name")
+      continue
+    fi
+    build_command "$name" "$(port_of "$((number - 1))")"
+    if $pack; then
+      commands+=("$(quoted "${command[@]}")")
+    else
+      say "[$number/$total] $name -> $output_dir/${name}_results.json"
+      run_alone "$name"
+    fi
+  done
+  ((${#commands[@]} == 0)) || run_side_by_side "${commands[@]}"
   report
 }
 
-# These two fill run_settings' lists of names.
-run_in_turn() {
-  local rc
-  for name in "${names[@]}"; do
-    number=$((number + 1))
-    ! is_skipped || continue
-    build_command "$name" "$(port_of "$((number - 1))")"
-    say "[$number/$total] $name -> $output_dir/${name}_results.json"
-    rc=0
-    { meet_nodes && run_command; } || rc=$?
-    keep_outcome "$name" "$rc"
-  done
+# These fill run_settings' lists of names.
+run_alone() {
+  local rc=0
+  { meet_nodes && run_command; } || rc=$?
+  keep_outcome "$1" "$rc"
 }
 
 run_side_by_side() {
-  local commands=() rc=0 file ended
-  for name in "${names[@]}"; do
-    number=$((number + 1))
-    ! is_skipped || continue
-    build_command "$name" "$(port_of "$((number - 1))")"
-    commands+=("$(quoted "${command[@]}")")
-  done
-  ((${#commands[@]})) || return 0
-  command=(env "PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -P -m batch_inference.packing "${commands[@]}")
+  local rc=0 file ended name
+  command=(env "PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -P -m batch_inference.packing "$@")
   # A file without a name: nothing is left of it, however this ends.
   file=$(mktemp) && exec {ended}<>"$file" && rm -f "$file"
   run_command >&"$ended" || rc=$?
   ((rc == 0)) || exit "$rc"
-  while read -r name number; do keep_outcome "$name" "$number"; done <"/dev/fd/$ended"
-}
-
-is_skipped() {
-  local reason=${reasons[number - 1]}
-  [[ -n $reason ]] || return 1
-  say "[$number/$total] $name skipped: $reason"
-  skipped+=("$name")
+  while read -r name rc; do keep_outcome "$name" "$rc"; done <"/dev/fd/$ended"
 }
 
 keep_outcome() {

@@ -1,12 +1,12 @@
-"""What a process group that is ended at once would leave in /dev/shm: shared memory and semaphores through which the
-processes of vLLM talk. Python removes them only at an orderly end."""
+"""A process group and what it would leave in /dev/shm if it were ended at once: shared memory and semaphores through
+which the processes of vLLM talk. Python removes them only at an orderly end."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
@@ -16,14 +16,21 @@ _NAMES = ("psm_", "sem.mp-", "vllm_dist_")
 _MAPPED_INODE = re.compile(rf"^\S+ \S+ \S+ \S+ (\d+) +{_FOLDER}/", re.MULTILINE)
 
 
+def processes_of(group: int) -> Iterator[Path]:
+    """The folders in /proc of the processes of a group; any of them may end at any moment."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == group:
+                yield process
+
+
 def shared_memory_of(group: int) -> set[Path]:
     """The files of such names that the processes of a group have mapped."""
     inodes: set[int] = set()
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in processes_of(group):
         # A process that ends meanwhile has nothing mapped.
         with contextlib.suppress(OSError):
-            if os.getpgid(int(process.name)) == group:
-                inodes.update(map(int, _MAPPED_INODE.findall((process / "maps").read_text())))
+            inodes.update(map(int, _MAPPED_INODE.findall((process / "maps").read_text())))
     return {file for file in all_shared_memory() if _inode(file) in inodes}
 
 

@@ -70,7 +70,7 @@ class Packing:
             for one in [one for one in self._running if one.process.poll() is not None]:
                 one.follower.stop()
                 self._running.remove(one)
-                self._free = [name for name in self._devices.ids if name in {*self._free, *one.devices.ids}]
+                self._free = sorted([*self._free, *one.devices.ids], key=self._devices.ids.index)
                 yield one.job, one.process.returncode
 
     def stop(self, signal_number: int, _frame: FrameType | None = None) -> None:

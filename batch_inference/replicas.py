@@ -22,7 +22,7 @@ from batch_inference.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.engine import with_workers
 from batch_inference.environment import python_path
 from batch_inference.hardware import Devices, joined
-from batch_inference.leftovers import remove, shared_memory_of
+from batch_inference.leftovers import processes_of, remove, shared_memory_of
 from batch_inference.ranks import Place
 from batch_inference.ray_cluster import OWN_CLUSTER, environment_of
 from batch_inference.rendezvous import Nodes
@@ -399,10 +399,10 @@ class _EngineProcess:
         """Once it is loaded: vLLM's own processes, which live as long as the engine, and how they talk. vLLM does not
         always notice itself that one was killed; `generate` then never returns."""
         self._shared_memory = shared_memory_of(self.pid)
-        for process in Path("/proc").glob("[0-9]*"):
+        for process in processes_of(self.pid):
             with contextlib.suppress(OSError):
                 title = (process / "cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace").strip()
-                if title.startswith(_VLLM_TITLE) and os.getpgid(int(process.name)) == self.pid:
+                if title.startswith(_VLLM_TITLE):
                     self._parts[int(process.name)] = title
 
     def _dead_part(self) -> str | None:

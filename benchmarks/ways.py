@@ -70,12 +70,12 @@ def ours_command(args: argparse.Namespace, file: Path) -> list[str]:
 def measure_bench(args: argparse.Namespace, point: Point) -> tuple[dict[str, Any], float]:
     """One process for one point: its latencies_s and the seconds of its stopwatch, and the wall time of the process."""
     batch, length = point
-    name = f"bench_{batch}x{length}"
-    answer, stopwatch = args.output_dir / f"{name}.json", args.output_dir / f"{name}_stopwatch.json"
+    log = bench_log(args, point)
+    answer, stopwatch = log.with_suffix(".json"), log.with_name(f"{log.stem}_stopwatch.json")
     command = [sys.executable, "benchmarks/bench_latency.py", *shared_flags(args), *AS_OURS, "--disable-detokenize"]
     command += ["--input-len", str(length), "--output-len", str(args.max_tokens), "--batch-size", str(batch)]
     command += ["--num-iters-warmup", str(args.warmup_runs), "--num-iters", str(args.num_runs)]
-    wall_s = call([*command, "--output-json", str(answer)], bench_log(args, point), STOPWATCH=str(stopwatch.resolve()))
+    wall_s = call([*command, "--output-json", str(answer)], log, STOPWATCH=str(stopwatch.resolve()))
     latencies_s = json.loads(answer.read_text())["latencies"]
     return {"latencies_s": latencies_s, **json.loads(stopwatch.read_text())}, wall_s
 
