@@ -25,8 +25,9 @@ GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)
 SWEEP = ("--batch-sizes", "1,2,3", "--seq-lens", "8,16", "--max-tokens", "4", "--num-runs", "2", "--warmup-runs", "2")
 # What the supervisor may take to end everything, and the kernel to forget it.
 ORPHANS_WITHIN_S = 15.0
-# For a whole sweep. A real engine needs a minute for its start alone, and longer on a machine with other work.
-STUB_PATIENCE_S, REAL_PATIENCE_S = 90.0, 240.0
+# For a moment of a sweep, and for its end. A real engine needs a minute for its start alone, and longer on a machine
+# with other work.
+STUB_PATIENCE_S, REAL_PATIENCE_S = (30.0, 90.0), (240.0, 240.0)
 _DONE = re.compile(r"\[\d+/\d\] (\d+) x (\d+):")
 
 
@@ -50,7 +51,7 @@ class Sweep:
     def __init__(self, folder: Path, *flags: str, stub: bool = True, **variables: str) -> None:
         self.move_to(folder)
         self._shared_memory_before = all_shared_memory()
-        self.patience_s = STUB_PATIENCE_S if stub else REAL_PATIENCE_S
+        self.moment_within_s, self.end_within_s = STUB_PATIENCE_S if stub else REAL_PATIENCE_S
         self._groups: set[int] = set()
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
@@ -78,8 +79,8 @@ class Sweep:
         log = self.log.read_text(errors="replace")[-2000:] if self.log.exists() else "none"
         return f"{self.errors()}\nThe log's end:\n{log}"
 
-    def wait_for(self, seen: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + self.patience_s
+    def wait_for(self, seen: Callable[[], bool], within_s: float | None = None) -> None:
+        deadline_s = time.monotonic() + (within_s or self.moment_within_s)
         while not seen():
             assert time.monotonic() < deadline_s, self.what_is_known()
             time.sleep(0.01)
@@ -135,9 +136,9 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outcome]]:
     def judge(sweep: Sweep, *, resume: bool = True) -> Outcome:
         sweeps.append(sweep)
         try:
-            outcome.exit_code = sweep.process.wait(timeout=sweep.patience_s)
+            outcome.exit_code = sweep.process.wait(timeout=sweep.end_within_s)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"the sweep has not ended within {sweep.patience_s:g} s\n{sweep.what_is_known()}")
+            pytest.fail(f"the sweep has not ended within {sweep.end_within_s:g} s\n{sweep.what_is_known()}")
         left = [*map(str, sweep.orphans()), *map(str, sweep.shared_memory_left())]
         outcome.orphans = len(left)
         outcome.problems += [f"left behind: {one}" for one in left]

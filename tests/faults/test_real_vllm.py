@@ -65,7 +65,7 @@ def test_real_sigkill_of_the_engine_and_a_hang(tmp_path: Path, judged: Callable[
     wait_for_point(sweep)
     first = engine_core(sweep)
     os.kill(first, signal.SIGKILL)
-    sweep.wait_for(lambda: "the engine is started again" in sweep.errors())
+    sweep.wait_for(lambda: "the engine is started again" in sweep.errors(), 60)
     # A point of the second length, by the second engine.
     sweep.wait_for(lambda: any(seq_len == 16 for _, seq_len in sweep.announced()))
     os.kill(engine_core(sweep), signal.SIGSTOP)
