@@ -5,9 +5,14 @@
         --max-tokens 16 -- --load-format dummy --kv-cache-memory-bytes 268435456
 
 Both use one device, the same engine flags (after --), warm-ups, runs and sampling. Prints two Markdown tables, and
-writes them with every number to --output-dir: where the wall time went, and the medians at each point. Before both
-starts, a sweep of ours that does not count warms vLLM's compile cache; with --cold each of the two has an empty one
-of its own instead. Exit code 1 where ours is less than --least-ratio times faster.
+writes them with every number to --output-dir, after each point: where the wall time went, and the medians at each
+point. Before both starts, a sweep of ours that does not count warms vLLM's compile cache, unless it is --warm already;
+with --cold each of the two has an empty one of its own instead. --resume keeps what the same commands measured before
+into the same folder.
+
+Where `vllm bench latency` is too slow for the whole grid, --bench-points names some. What the other processes would
+take is then estimated: the time around the runs of those measured, and as many runs of the medians of ours. Exit code
+1 where ours is less than --least-ratio times faster.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -32,10 +37,11 @@ from ways import (
     Result,
     add_flags,
     bench_log,
+    keep,
     markdown_row,
     measure_bench,
     measure_ours,
-    save,
+    points,
 )
 
 from batch_inference.config import positive_ints
@@ -60,6 +66,7 @@ PHASES = {
     "wall_s": "**wall time**",
 }
 Phases = dict[str, float | None]
+NAME = "against_vllm_bench"
 CACHE_ROOT = "VLLM_CACHE_ROOT"
 
 
@@ -67,34 +74,25 @@ def main() -> int:
     args = parse()
     folder: Path = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    if not args.cold:
+    if not args.cold and not args.warm:
         say("ours, to warm the compile cache")
         measure_ours(args)
     say("ours")
     with compile_cache(args.cold):
-        result, wall_s = measure_ours(args)
+        result, wall_s = measure_ours(args, resume=args.resume)
     ours = phases_of_ours(result, wall_s, (folder / "ours_results.log").read_text(errors="replace"))
     bench: dict[Point, dict[str, Any]] = {}
     every: list[Phases] = []
     with compile_cache(args.cold):
-        for point in args.points:
+        for point in args.bench_points:
             say(f"vllm bench latency, {point[0]} x {point[1]}")
-            bench[point], wall_s = measure_bench(args, point)
+            bench[point], wall_s = measure_bench(args, point, resume=args.resume)
             log = bench_log(args, point).read_text(errors="replace")
             every.append(phases_of_bench(bench[point], args.warmup_runs, wall_s, log))
-    theirs = added(every)
-    rows = [row_of(result, point, bench[point]["latencies_s"]) for point in args.points]
-    ratio = (theirs["wall_s"] or 0.0) / (ours["wall_s"] or 1.0)
-    document = {
-        "argv": sys.argv,
-        "machine": machine(result),
-        "cold_compile_cache": args.cold,
-        "wall_ratio": ratio,
-        "phases": {"ours": ours, "vllm bench latency": theirs},
-        "points": rows,
-    }
-    save(folder, "against_vllm_bench", document, "\n".join(table(args, document)))
-    return 0 if ratio >= args.least_ratio else 1
+            document = compared(args, result, ours, bench, every)
+            keep(folder, NAME, document, "\n".join(table(args, document)))
+    print("\n".join(table(args, document)))
+    return 0 if document["wall_ratio"] >= args.least_ratio else 1
 
 
 def parse() -> argparse.Namespace:
@@ -102,10 +100,17 @@ def parse() -> argparse.Namespace:
     add_flags(parser, output_dir="results/against_vllm_bench", max_tokens=128, num_runs=5)
     parser.add_argument("--batch-sizes", type=positive_ints, required=True)
     parser.add_argument("--seq-lens", type=positive_ints, required=True)
-    parser.add_argument("--cold", action="store_true", help="an empty compile cache for each of the two")
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument("--cold", action="store_true", help="an empty compile cache for each of the two")
+    cache.add_argument("--warm", action="store_true", help="an earlier sweep warmed the compile cache: start at once")
+    parser.add_argument("--resume", action="store_true", help="keep what the same commands measured before")
+    parser.add_argument("--bench-points", type=points, metavar="BxN,..", help="vllm bench latency at these alone")
     parser.add_argument("--least-ratio", type=float, default=1.0)
     args = parser.parse_args()
     args.points = list(itertools.product(args.batch_sizes, args.seq_lens))
+    args.bench_points = args.bench_points or args.points
+    for batch, length in set(args.bench_points) - set(args.points):
+        parser.error(f"--bench-points: {batch}x{length} is no point of the grid")
     return args
 
 
@@ -128,6 +133,29 @@ def compile_cache(cold: bool) -> Iterator[None]:
 
 def say(what: str) -> None:
     print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def compared(
+    args: argparse.Namespace, result: Result, ours: Phases, bench: dict[Point, dict[str, Any]], every: Sequence[Phases]
+) -> dict[str, Any]:
+    """The document: ours and what `vllm bench latency` has measured so far."""
+    theirs = added(every)
+    rows = [row_of(result, point, bench[point]["latencies_s"] if point in bench else None) for point in args.points]
+    missing_s = [row["ours_s"] * (args.warmup_runs + args.num_runs) for row in rows if row["bench_s"] is None]
+    around_s = mean(around_runs_s(phases) for phases in every)
+    wall_s = known(theirs["wall_s"]) + sum(missing_s) + len(missing_s) * around_s
+    return {
+        "argv": sys.argv,
+        "machine": machine(result),
+        "cold_compile_cache": args.cold,
+        "compile_cache_of_ours": result.engine["compile_cache"],
+        "wall_ratio": wall_s / known(ours["wall_s"]),
+        "wall_s_of_bench": wall_s,
+        "estimated_points": len(missing_s),
+        "processes_of_bench": list(every),
+        "phases": {"ours": ours, "vllm bench latency": theirs},
+        "points": rows,
+    }
 
 
 # --- where the time went --------------------------------------------------------------------------------------------
@@ -161,20 +189,31 @@ def phases(taken_s: dict[str, float], wall_s: float, log: str) -> Phases:
     return {**taken_s, **parts, "rest_s": wall_s - sum(taken_s.values()), "wall_s": wall_s}
 
 
+def around_runs_s(phases: Phases) -> float:
+    """What a process takes besides its warm-ups and timed runs."""
+    return known(phases["wall_s"]) - known(phases["warmup_s"]) - known(phases["timed_s"])
+
+
+def known(seconds: float | None) -> float:
+    """A phase that every process has."""
+    assert seconds is not None
+    return seconds
+
+
 def added(every: Sequence[Phases]) -> Phases:
     """Of all processes together."""
     return {name: total(phases[name] for phases in every) for name in PHASES}
 
 
 def total(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    found = [value for value in values if value is not None]
+    return sum(found) if found else None
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------
 
 
-def row_of(result: Result, point: Point, bench_s: list[float]) -> dict[str, Any]:
+def row_of(result: Result, point: Point, bench_s: list[float] | None) -> dict[str, Any]:
     (measured,) = (found for found in result.points if (found.batch_size, found.seq_len) == point)
     ours_s = [run.latency_s for run in measured.runs]
     return {
@@ -183,9 +222,9 @@ def row_of(result: Result, point: Point, bench_s: list[float]) -> dict[str, Any]
         "verdict": measured.verdict,
         "ours_s": median(ours_s),
         "ours_ci95_s": ci95_half_width(ours_s),
-        "bench_s": median(bench_s),
-        "bench_ci95_s": ci95_half_width(bench_s),
-        "ratio": median(ours_s) / median(bench_s),
+        "bench_s": median(bench_s) if bench_s else None,
+        "bench_ci95_s": ci95_half_width(bench_s) if bench_s else None,
+        "ratio": median(ours_s) / median(bench_s) if bench_s else None,
         "mfu": measured.summary["mfu"],
         "mbu": measured.summary["mbu"],
     }
@@ -203,24 +242,30 @@ def machine(result: Result) -> dict[str, Any]:
 
 
 def table(args: argparse.Namespace, document: dict[str, Any]) -> list[str]:
-    on, count = document["machine"], len(args.points)
+    on, count, missing = document["machine"], len(args.points), document["estimated_points"]
     ours, theirs = document["phases"].values()
     devices = "" if on["device"] == on["cpu"] else f"{on['device']}, "
     cache = "an empty compile cache for each" if args.cold else "a warm compile cache"
+    if args.warm and document["compile_cache_of_ours"] == "cold":
+        cache = "a compile cache that was cold for ours and warm for vllm bench latency"
+    processes = f"{count - missing} of {count} processes" if missing else f"{count} processes"
     lines = [
         f"{args.model}, {len(args.batch_sizes)} x {len(args.seq_lens)} points, {args.max_tokens} output tokens, "
         f"{args.warmup_runs} warm-ups and {args.num_runs} timed runs a point; {cache}; engine flags "
         f"`{' '.join(args.engine_flags)}`.",
         f"{devices}{on['cores']} cores of {on['cpu']}, vLLM {on['vllm']}, torch {on['torch']}.",
         "",
-        "| seconds | ours, 1 process | vllm bench latency, "
-        f"{count} process{'es' if count > 1 else ''} | vllm bench / ours |",
+        f"| seconds | ours, 1 process | vllm bench latency, {processes} | vllm bench / ours |",
         "|---|---:|---:|---:|",
-        *(
-            markdown_row([label, *seconds(ours[name], theirs[name])])
-            for name, label in PHASES.items()
-            if (ours[name], theirs[name]) != (None, None)
-        ),
+    ]
+    for name, label in PHASES.items():
+        if (ours[name], theirs[name]) != (None, None):
+            # Some of the processes against the whole of ours is no ratio.
+            lines.append(markdown_row([label, *seconds(ours[name], theirs[name], with_ratio=not missing)]))
+    if missing:
+        label = f"**wall time of all {count}, {missing} estimated**"
+        lines.append(markdown_row([label, *seconds(ours["wall_s"], document["wall_s_of_bench"])]))
+    lines += [
         markdown_row(["timed runs / wall time", *(f"{way['timed_s'] / way['wall_s']:.0%}" for way in (ours, theirs)),
                       ""]),
         "",
@@ -228,16 +273,20 @@ def table(args: argparse.Namespace, document: dict[str, Any]) -> list[str]:
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     for row in document["points"]:
-        times = [f"{row[name]:.4f}" for name in ("ours_s", "ours_ci95_s", "bench_s", "bench_ci95_s")]
-        shares = ["" if row[name] is None else f"{row[name]:.0%}" for name in ("mfu", "mbu")]
-        cells = [row["batch_size"], row["seq_len"], *times, f"{row['ratio']:.3f}", *shares, row["verdict"]]
+        times = [written(row[name], ".4f") for name in ("ours_s", "ours_ci95_s", "bench_s", "bench_ci95_s")]
+        shares = [written(row[name], ".0%") for name in ("mfu", "mbu")]
+        cells = [row["batch_size"], row["seq_len"], *times, written(row["ratio"], ".3f"), *shares, row["verdict"]]
         lines.append(markdown_row(cells))
     return lines
 
 
-def seconds(ours_s: float | None, theirs_s: float | None) -> list[str]:
-    ratio = f"{theirs_s / ours_s:.1f}" if ours_s and theirs_s is not None else ""
-    return ["" if value is None else f"{value:.1f}" for value in (ours_s, theirs_s)] + [ratio]
+def seconds(ours_s: float | None, theirs_s: float | None, *, with_ratio: bool = True) -> list[str]:
+    ratio = theirs_s / ours_s if with_ratio and ours_s and theirs_s is not None else None
+    return [written(ours_s, ".1f"), written(theirs_s, ".1f"), written(ratio, ".1f")]
+
+
+def written(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Both get the same model, device, engine flags, sampling (temperature 1, top-p 1)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -45,16 +46,18 @@ def points(text: str) -> list[Point]:
 
 def shared_flags(args: argparse.Namespace) -> list[str]:
     """What both give to vLLM: every size that would otherwise follow the grid or a point of it."""
-    longest = max(length for _, length in args.points) + args.max_tokens
-    largest = max(batch for batch, _ in args.points)
-    sizes = ["--max-model-len", str(longest), "--max-num-seqs", str(largest)]
-    return ["--model", args.model, *sizes, *args.engine_flags]
+    sizes = {
+        "--max-model-len": max(length for _, length in args.points) + args.max_tokens,
+        "--max-num-seqs": max(batch for batch, _ in args.points),
+    }
+    missing = [(flag, str(size)) for flag, size in sizes.items() if flag not in args.engine_flags]
+    return ["--model", args.model, *itertools.chain(*missing), *args.engine_flags]
 
 
-def measure_ours(args: argparse.Namespace) -> tuple[Result, float]:
+def measure_ours(args: argparse.Namespace, *, resume: bool = False) -> tuple[Result, float]:
     """One sweep over all points; its result, and the wall time of the whole process in seconds."""
     file = args.output_dir / "ours_results.json"
-    wall_s = call(ours_command(args, file), args.output_dir / "ours.txt")
+    wall_s = call(ours_command(args, file), args.output_dir / "ours.txt", resume=resume)
     return load_result(file), wall_s
 
 
@@ -67,7 +70,7 @@ def ours_command(args: argparse.Namespace, file: Path) -> list[str]:
     return command
 
 
-def measure_bench(args: argparse.Namespace, point: Point) -> tuple[dict[str, Any], float]:
+def measure_bench(args: argparse.Namespace, point: Point, *, resume: bool = False) -> tuple[dict[str, Any], float]:
     """One process for one point: its latencies_s and the seconds of its stopwatch, and the wall time of the process."""
     batch, length = point
     log = bench_log(args, point)
@@ -75,7 +78,8 @@ def measure_bench(args: argparse.Namespace, point: Point) -> tuple[dict[str, Any
     command = [sys.executable, "benchmarks/bench_latency.py", *shared_flags(args), *AS_OURS, "--disable-detokenize"]
     command += ["--input-len", str(length), "--output-len", str(args.max_tokens), "--batch-size", str(batch)]
     command += ["--num-iters-warmup", str(args.warmup_runs), "--num-iters", str(args.num_runs)]
-    wall_s = call([*command, "--output-json", str(answer)], log, STOPWATCH=str(stopwatch.resolve()))
+    command += ["--output-json", str(answer)]
+    wall_s = call(command, log, resume=resume, STOPWATCH=str(stopwatch.resolve()))
     latencies_s = json.loads(answer.read_text())["latencies"]
     return {"latencies_s": latencies_s, **json.loads(stopwatch.read_text())}, wall_s
 
@@ -85,15 +89,26 @@ def bench_log(args: argparse.Namespace, point: Point) -> Path:
     return log
 
 
-def call(command: list[str], log: Path, **variables: str) -> float:
-    """Run a process to its end; what it prints goes to a file of its own. Its wall time in seconds."""
+def call(command: list[str], log: Path, *, resume: bool = False, **variables: str) -> float:
+    """Run a process to its end; what it prints goes to a file of its own. Its wall time in seconds.
+
+    With `resume`, a process that the same command ended with success before, into the same log, isn't run again.
+    """
+    record = log.with_name(f"{log.stem}_process.json")
+    if resume and record.exists():
+        before = json.loads(record.read_text())
+        if before["command"] == command:
+            return float(before["wall_s"])
+    record.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": python_path(), "VLLM_NO_USAGE_STATS": "1", **variables}
     started_s = time.monotonic()
     with log.open("w") as output:
         done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=REPOSITORY)
+    wall_s = time.monotonic() - started_s
     if done.returncode:
         sys.exit(f"error: a measurement failed with exit code {done.returncode}; see {log}")
-    return time.monotonic() - started_s
+    record.write_text(json.dumps({"command": command, "wall_s": wall_s}))
+    return wall_s
 
 
 def listed(values: Iterable[int]) -> str:
@@ -107,5 +122,9 @@ def markdown_row(cells: Iterable[object]) -> str:
 def save(folder: Path, name: str, document: dict[str, Any], table: str) -> None:
     """Print the table, and keep it beside the numbers."""
     print(table)
+    keep(folder, name, document, table)
+
+
+def keep(folder: Path, name: str, document: dict[str, Any], table: str) -> None:
     (folder / f"{name}.md").write_text(table + "\n")
     (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
