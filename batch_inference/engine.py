@@ -43,6 +43,8 @@ class WorkerReport:
 
     def batch_inference_report(self) -> dict[str, Any]:
         """Bytes of weights and KV pool of this rank, and seconds spent compiling."""
+        from vllm.compilation.counter import compilation_counter
+
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         config: Any = self.vllm_config  # type: ignore[attr-defined]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -54,7 +56,7 @@ class WorkerReport:
             "kv_bytes": sum(storages.values()),
             "activation_bytes": getattr(self, "peak_activation_memory", None),  # the peak that vLLM saw when profiling
             "compile_s": config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
-            "compile_cache": _compile_cache(),
+            "compile_cache": compile_cache_of(compilation_counter),
             "runner": f"{type(runner).__module__}.{type(runner).__name__}",
         }
 
@@ -91,14 +93,16 @@ def _weights_bytes(model: Any, packed_item_size: int) -> int:
     return int(visible + packed)
 
 
-def _compile_cache() -> str | None:
-    """Whether this process had to compile ("cold"), or found all in vLLM's compile cache ("warm"); None where there was
-    nothing to compile."""
-    from vllm.compilation.counter import compilation_counter as counted
-
-    if counted.num_aot_compiles or counted.num_inductor_compiles:
+def compile_cache_of(counted: Any) -> str | None:
+    """Whether a process had to compile ("cold"), or found all in vLLM's compile cache ("warm"), by vLLM's
+    CompilationCounter; None where there was nothing to compile."""
+    loaded = counted.num_aot_artifacts_loaded or counted.num_compiled_artifacts_loaded
+    if counted.num_aot_compiles or counted.num_cache_entries_updated:
         return "cold"
-    return "warm" if counted.num_aot_artifacts_loaded or counted.num_compiled_artifacts_loaded else None
+    # A graph that equals an earlier one is counted here as well, though nothing is compiled for it.
+    if counted.num_inductor_compiles and not loaded:
+        return "cold"
+    return "warm" if loaded else None
 
 
 def _tensors(caches: Any) -> Iterable[Any]:

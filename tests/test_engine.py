@@ -11,6 +11,7 @@ from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.engine import (
     MEASURING_SETTINGS,
     _FullestMoment,
+    compile_cache_of,
     count_outputs,
     engine_settings,
     parse_engine_flags,
@@ -65,6 +66,27 @@ def test_the_fullest_moment_of_a_run_is_that_of_its_steps_alone() -> None:
     assert seen[-1] == {"scheduler_stats": None, "iteration_stats": None, "mm_cache_stats": "m"}
     fullest.forget()
     assert fullest.known() == {}
+
+
+@pytest.mark.parametrize(
+    ("counts", "word"),
+    [
+        ({"num_aot_compiles": 1, "num_cache_entries_updated": 3, "num_inductor_compiles": 33}, "cold"),
+        # vLLM 0.26 on an H200, all found: equal graphs are counted as compiled, and are not.
+        ({"num_aot_artifacts_loaded": 1, "num_compiled_artifacts_loaded": 3, "num_inductor_compiles": 30}, "warm"),
+        ({"num_compiled_artifacts_loaded": 3}, "warm"),
+        ({"num_compiled_artifacts_loaded": 3, "num_cache_entries_updated": 1}, "cold"),
+        ({"num_aot_compiles": 1, "num_compiled_artifacts_loaded": 3}, "cold"),
+        ({"num_inductor_compiles": 33}, "cold"),  # the cache is switched off
+        ({}, None),
+    ],
+)
+def test_a_start_is_cold_where_something_new_was_compiled(counts: dict[str, int], word: str | None) -> None:
+    names = (
+        "num_aot_artifacts_loaded", "num_aot_compiles", "num_cache_entries_updated", "num_compiled_artifacts_loaded",
+        "num_inductor_compiles",
+    )  # fmt: skip
+    assert compile_cache_of(SimpleNamespace(**dict.fromkeys(names, 0) | counts)) == word
 
 
 @pytest.mark.parametrize(
