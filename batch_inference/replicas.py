@@ -456,6 +456,9 @@ def quiet_environment() -> dict[str, str]:
     return {
         "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",
+        # Images switch bytecode off to stay small. Without it every import of vLLM compiles its Python again, and an
+        # engine start has up to three: those after the first find it then.
+        "PYTHONDONTWRITEBYTECODE": "",
         # Measuring machines are often cut off: usage statistics would only wait for a time-out.
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }

@@ -52,6 +52,15 @@ def test_a_replica_leads_a_process_group_of_its_own(replicas: LocalReplicas) -> 
     assert os.getpgid(pid) == pid != os.getpgid(0)
 
 
+def test_an_engine_writes_bytecode_where_the_machine_switches_it_off(
+    replicas: LocalReplicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "bytecode"))
+    replicas.start()
+    assert list((tmp_path / "bytecode").rglob("worker.*.pyc"))
+
+
 def test_an_engine_that_does_not_start_is_explained_by_its_log(
     replicas: LocalReplicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
