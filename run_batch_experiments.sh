@@ -396,28 +396,30 @@ run_settings() {
 run_alone() {
   local rc=0
   { meet_nodes && run_command; } || rc=$?
+  # A flag or a model that is wrong for the first setting is wrong for all.
+  if ((rc == 2 && ${#done_names[@]} + ${#failed[@]} == 0)); then exit 2; fi
   keep_outcome "$1" "$rc"
 }
 
 run_side_by_side() {
-  local rc=0 file ended name
+  local rc=0 file ended name wrong_use=true
   command=(env "PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -P -m batch_inference.packing "$@")
   # A file without a name: nothing is left of it, however this ends.
   file=$(mktemp) && exec {ended}<>"$file" && rm -f "$file"
   run_command >&"$ended" || rc=$?
   ((rc == 0)) || exit "$rc"
-  while read -r name rc; do keep_outcome "$name" "$rc"; done <"/dev/fd/$ended"
+  while read -r name rc; do
+    keep_outcome "$name" "$rc"
+    ((rc == 2)) || wrong_use=false
+  done <"/dev/fd/$ended"
+  ! $wrong_use || exit 2
 }
 
 keep_outcome() {
   case $2 in
     0) done_names+=("$1") ;;
     130 | 143) exit "$2" ;;
-    *)
-      # A flag or a model that is wrong for the first setting is wrong for all.
-      if (($2 == 2 && ${#done_names[@]} + ${#failed[@]} == 0)); then exit 2; fi
-      failed+=("$1")
-      ;;
+    *) failed+=("$1") ;;
   esac
 }
 

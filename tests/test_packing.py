@@ -92,18 +92,22 @@ def test_after_a_signal_nothing_more_is_started(tmp_path: Path) -> None:
     assert packing.stopped_by == signal.SIGINT
 
 
-def test_the_launcher_packs_real_sweeps_and_their_points_say_so(tmp_path: Path) -> None:
-    """Four devices on whatever cores there are: the stub needs none."""
+def packed_study(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The launcher's, with four devices on whatever cores there are: the stub needs none."""
     flags = ["--model", str(REPOSITORY / "models" / "tiny-llama"), "--batch-sizes", "1", "--seq-lens", "8"]
     core = min(os.sched_getaffinity(0))
-    done = subprocess.run(
+    return subprocess.run(
         [str(LAUNCHER), "tensor-parallel", "--pack", *flags, "--", "--num-runs", "3", "--max-tokens", "4"],
-        cwd=tmp_path,
+        cwd=folder,
         env=stub_environment(PYTHON=sys.executable, VLLM_CPU_OMP_THREADS_BIND="|".join([str(core)] * 4)),
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def test_the_launcher_packs_real_sweeps_and_their_points_say_so(tmp_path: Path) -> None:
+    done = packed_study(tmp_path)
     assert done.returncode == 0, done.stderr
     files = sorted((tmp_path / "results" / "tensor-parallel").glob("*_results.json"))
     assert [file.name for file in files] == [f"tp_{size}_results.json" for size in (1, 2, 4)]
@@ -112,3 +116,11 @@ def test_the_launcher_packs_real_sweeps_and_their_points_say_so(tmp_path: Path) 
         assert point["status"] == "ok"
         assert any(reason.startswith("packed: ") for reason in point["verdict_reasons"])
     assert "tp_2:   [1/1] 1 x 8: " in done.stderr
+    # Every file is there: no setting may measure. Then one is not, and that it has measured is told.
+    again = packed_study(tmp_path)
+    assert again.returncode == 2
+    assert again.stderr.count("error: ") == 3
+    files[1].unlink()
+    again = packed_study(tmp_path)
+    assert again.returncode == 1
+    assert "done: tp_2   skipped: tp_8" in again.stderr
