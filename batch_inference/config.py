@@ -248,6 +248,16 @@ class ExperimentConfig:
         return self.name or "_".join(prefix + parts)
 
     @property
+    def output_conflict(self) -> str | None:
+        """Why the output file may not be written; None where it may."""
+        if self.overwrite or self.resume or not self.output_path.exists():
+            return None
+        return (
+            f"--output-file {self.output_path}: it exists; give --resume to add to it, --overwrite to replace it, or "
+            "another name"
+        )
+
+    @property
     def output_path(self) -> Path:
         return Path(self.output_file or f"results/{self.setting_name}_results.json")
 

@@ -294,12 +294,10 @@ def starting_result(config: ExperimentConfig, environment: dict[str, Any]) -> Re
     """A new result, or with --resume the one on disk. Raises ConfigError where the file speaks against either."""
     fresh = Result(config.setting_name, "partial", config.to_json(), environment, engine={})
     path = config.output_path
+    if config.output_conflict:
+        raise ConfigError(config.output_conflict)
     if not path.exists() or config.overwrite:
         return fresh
-    if not config.resume:
-        raise ConfigError(
-            f"--output-file {path}: it exists; give --resume to add to it, --overwrite to replace it, or another name"
-        )
     return _resumed(config, fresh, path)
 
 

@@ -238,6 +238,13 @@ def test_the_plan_loads_nothing_and_says_what_will_run(experiment: Run, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_says_that_the_result_file_is_there_already(experiment: Run, tmp_path: Path) -> None:
+    (tmp_path / "tp_1_results.json").touch()
+    told = " ".join(experiment("--dry-run").stdout.split())
+    assert f"verdict cannot run: --output-file {tmp_path}/tp_1_results.json: it exists; give --resume" in told
+    assert experiment("--dry-run", "--overwrite").stdout.splitlines()[-1] == "verdict   can run"
+
+
 def test_a_python_without_vllm_is_told_what_to_do(tmp_path: Path) -> None:
     # -S: no site-packages at all, as on a fresh machine.
     command = experiment_command(tmp_path, *SMALL_GRID)
