@@ -194,5 +194,10 @@ def short(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - whole_digits)}f}"
 
 
+def short_name(text: str, width: int) -> str:
+    """The beginning and the end of a long name: what tells two apart is often at the end."""
+    return text if len(text) <= width else f"{text[: width // 2]}…{text[len(text) - (width - width // 2 - 1) :]}"
+
+
 def _gib(value: float) -> str:
     return f"{value:.2f} GiB" if value >= 1 else f"{value * 1024:.0f} MiB"

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from batch_inference.analysis import Part
 from batch_inference.compare import baseline_of, halves
-from batch_inference.console import short
+from batch_inference.console import short, short_name
 from batch_inference.lines import GLOBAL_BATCH, Curve, draw_marks, length_grid, line_facets, measured_points
 from batch_inference.metrics import METRIC_BY_NAME
 from batch_inference.sheet import (
@@ -39,7 +39,6 @@ from batch_inference.sheet import (
     new_figure,
     of_many,
     plain_log,
-    short_name,
     some,
     value_axis,
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import tabulate
 
 from batch_inference.answers import Section
+from batch_inference.console import short_name
 
 WIDTH = 80
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
@@ -33,7 +34,7 @@ def _text_body(part: Section) -> Iterator[str]:
     if (more := len(part.rows) - TEXT_ROWS + part.more) > 0 and part.rows:
         yield f"  … and {more} more rows in report.md"
     for line in part.lines[:LIST_LIMIT]:
-        yield from wrapped(f"  {_short(line, LINE_LIMIT)}", indent=4)
+        yield from wrapped(f"  {short_name(line, LINE_LIMIT)}", indent=4)
     if len(part.lines) > LIST_LIMIT:
         yield f"  … and {len(part.lines) - LIST_LIMIT} more in report.md"
 
@@ -50,14 +51,10 @@ def _text_table(part: Section) -> str:
         place = part.header.index("setting")
         others = [max(map(len, column)) + 2 for column in zip(part.header, *rows, strict=True)]
         room = max(8, WIDTH - 2 - (sum(others) - others[place]))
-        rows = [[_short(cell, room) if index == place else cell for index, cell in enumerate(row)] for row in rows]
+        rows = [[short_name(cell, room) if index == place else cell for index, cell in enumerate(row)] for row in rows]
     tabulate.MIN_PADDING = 0  # the headers are no wider than they must be
     text = tabulate.tabulate(rows, part.header, "simple", colalign=_alignment(part), disable_numparse=True)
     return textwrap.indent(text, "  ")
-
-
-def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width // 2]}…{text[len(text) - (width - width // 2 - 1) :]}"
 
 
 def _alignment(part: Section) -> list[str]:

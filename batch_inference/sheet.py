@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from batch_inference.console import short_name
 from batch_inference.decide import GOALS
 from batch_inference.metrics import METRIC_BY_NAME
 from batch_inference.tables import believable
@@ -180,11 +181,6 @@ def describe(points: pd.DataFrame) -> str:
         for name, values in known.items()
         if values
     )
-
-
-def short_name(text: str, width: int) -> str:
-    """The beginning and the end of a long name: what tells two apart is often at the end."""
-    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width // 2) :]}"
 
 
 def axis_label(name: str) -> str:
