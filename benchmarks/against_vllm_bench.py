@@ -248,11 +248,11 @@ def table(args: argparse.Namespace, document: dict[str, Any]) -> list[str]:
     cache = "an empty compile cache for each" if args.cold else "a warm compile cache"
     if args.warm and document["compile_cache_of_ours"] == "cold":
         cache = "a compile cache that was cold for ours and warm for vllm bench latency"
-    processes = f"{count - missing} of {count} processes" if missing else f"{count} processes"
+    processes = f"{count - missing} of {counted(count, 'process')}" if missing else counted(count, "process")
     lines = [
         f"{args.model}, {len(args.batch_sizes)} x {len(args.seq_lens)} points, {args.max_tokens} output tokens, "
-        f"{args.warmup_runs} warm-ups and {args.num_runs} timed runs a point; {cache}; engine flags "
-        f"`{' '.join(args.engine_flags)}`.",
+        f"{counted(args.warmup_runs, 'warm-up')} and {counted(args.num_runs, 'timed run')} a point; {cache}; "
+        f"engine flags `{' '.join(args.engine_flags)}`.",
         f"{devices}{on['cores']} cores of {on['cpu']}, vLLM {on['vllm']}, torch {on['torch']}.",
         "",
         f"| seconds | ours, 1 process | vllm bench latency, {processes} | vllm bench / ours |",
@@ -283,6 +283,10 @@ def table(args: argparse.Namespace, document: dict[str, Any]) -> list[str]:
 def seconds(ours_s: float | None, theirs_s: float | None, *, with_ratio: bool = True) -> list[str]:
     ratio = theirs_s / ours_s if with_ratio and ours_s and theirs_s is not None else None
     return [written(ours_s, ".1f"), written(theirs_s, ".1f"), written(ratio, ".1f")]
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}{'es' if thing.endswith('s') else 's'}"
 
 
 def written(value: float | None, form: str) -> str:

@@ -57,7 +57,10 @@ def test_processes_that_were_not_run_are_estimated(load: Any) -> None:
     against = load("against_vllm_bench")
     points = [make_point(batch, 64, latencies_s=[2.0] * 3) for batch in (1, 2, 4)]
     result = make_result(points=points, engine={"compile_cache": "warm"}, environment={"cpu_count": 16})
-    args = Namespace(points=[(1, 64), (2, 64), (4, 64)], warmup_runs=1, num_runs=3, cold=False)
+    args = Namespace(
+        points=[(1, 64), (2, 64), (4, 64)], batch_sizes=(1, 2, 4), seq_lens=(64,), warmup_runs=1, num_runs=3,
+        max_tokens=32, cold=False, warm=True, model="m", engine_flags=[],
+    )  # fmt: skip
     phases = {"import_s": 3.0, "engine_s": 5.0, "warmup_s": 2.0, "timed_s": 6.0}
     every = [against.phases(phases, wall_s, "") for wall_s in (18.0, 20.0)]
     bench = {point: {"latencies_s": [2.0, 2.0, 2.0]} for point in args.points[:2]}
@@ -67,3 +70,8 @@ def test_processes_that_were_not_run_are_estimated(load: Any) -> None:
     assert document["wall_s_of_bench"] == pytest.approx(18 + 20 + 11 + 4 * 2)
     assert document["wall_ratio"] == pytest.approx(3.0)
     assert [row["ratio"] for row in document["points"]] == [1.0, 1.0, None]
+    table = "\n".join(against.table(args, document))
+    assert "m, 3 x 1 points, 32 output tokens, 1 warm-up and 3 timed runs a point; a warm compile cache" in table
+    assert "| vllm bench latency, 2 of 3 processes |" in table
+    assert "| **wall time** | 19.0 | 38.0 |  |" in table
+    assert "| **wall time of all 3, 1 estimated** | 19.0 | 57.0 | 3.0 |" in table
