@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from builders import make_point, make_result
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from conftest import REPOSITORY
 
 
 @pytest.fixture
