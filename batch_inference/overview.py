@@ -2,8 +2,9 @@
 
     python -m batch_inference.overview NNODES [--plan]      one command per line on stdin, quoted for the shell
 
-Without --plan it answers one line per command: why that setting cannot run, or nothing. With it: a table as comment
-lines, and the commands that can run, so that the whole can be read, and pasted.
+Without --plan it answers one line per command: why that setting cannot run, or nothing; what the user should know
+before hours of measuring goes to standard error. With it: a table as comment lines, and the commands that can run, so
+that the whole can be read, and pasted.
 """
 
 from __future__ import annotations
@@ -109,6 +110,28 @@ def _by(setting: Setting, nnodes: int) -> str:
     return f"{words}, {nnodes} nodes" if nnodes > 1 else words
 
 
+def uncompared(settings: Sequence[Setting]) -> list[str]:
+    """The settings with replicas whose batches never add up to one that another setting on as many devices has."""
+    runnable = [setting.config for setting in settings if setting.reason is None]
+    lines = []
+    for config in runnable:
+        others = [other for other in runnable if other.num_devices == config.num_devices and other is not config]
+        totals, replicas = _global_batches(config), config.data_parallel_size
+        if replicas == 1 or not others or any(totals & _global_batches(other) for other in others):
+            continue
+        # These bring the replicas to what others have; where nothing divides, the others to what the replicas have.
+        missing = {batch // replicas for batch in config.batch_sizes if batch % replicas == 0} or totals
+        lines.append(
+            f"{config.setting_name} will not be compared with {', '.join(other.setting_name for other in others)}: its "
+            f"replicas' batches add up to {_listed(sorted(totals))}; add {_listed(sorted(missing))} to --batch-sizes"
+        )
+    return lines
+
+
+def _global_batches(config: ExperimentConfig) -> set[int]:
+    return {batch * config.data_parallel_size for batch in config.batch_sizes}
+
+
 def plan(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str]:
     """The table, what cannot run and why, and the commands for the rest."""
     config = settings[0].config
@@ -124,7 +147,8 @@ def plan(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str
         "" if knows_memory else "memory: unknown, the model's sizes cannot be read from here",
     )
     reasons = [f"{setting.name} cannot run: {setting.reason}" for setting in settings if setting.reason]
-    lines = [*_wrapped(head), "", *rows, *([""] if reasons else []), *_wrapped(reasons)]
+    remarks = [*reasons, *uncompared(settings)]
+    lines = [*_wrapped(head), "", *rows, *([""] if remarks else []), *_wrapped(remarks)]
     commands = [setting.command for setting in settings if setting.reason is None]
     return [f"# {line}".rstrip() for line in lines] + commands
 
@@ -148,8 +172,11 @@ def main(words: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    lines = plan(settings, nnodes, devices) if "--plan" in words else [setting.reason or "" for setting in settings]
-    print("\n".join(lines))
+    if "--plan" in words:
+        print("\n".join(plan(settings, nnodes, devices)))
+    else:
+        print("\n".join(setting.reason or "" for setting in settings))
+        print("".join(f"note: {line}\n" for line in uncompared(settings)), end="", file=sys.stderr)
     return 0
 
 

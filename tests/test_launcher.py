@@ -221,6 +221,28 @@ def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launche
     assert len(commands_of(done)) == len(ALL)
 
 
+@pytest.mark.parametrize(
+    ("batch_sizes", "words"),
+    [
+        ("1,16,64,256", "add up to 2, 32, 128, 512; add 8, 32, 128 to --batch-sizes"),
+        ("1", "add up to 2; add 2 to --batch-sizes"),
+        ("1,4,8,16", None),
+    ],
+)
+def test_batches_that_keep_replicas_from_being_compared_are_named_before_they_are_measured(
+    launcher: Launcher, batch_sizes: str, words: str | None
+) -> None:
+    preset = ("scaling-study", "--batch-sizes", batch_sizes)
+    done, planned = launcher(*preset, DEVICES="2"), launcher(*preset, "--dry-run", DEVICES="2")
+    assert (done.returncode, planned.returncode) == (0, 0)
+    plan = " ".join(planned.stdout.replace("#", "").split())
+    for text in (done.stderr, plan):
+        assert ("dp_2 will not be compared with tp_2, pp_2" in text) == (words is not None)
+        assert words is None or words in text
+    # The plan says it once, and stays a script.
+    assert planned.stderr == ""
+
+
 def test_a_plan_names_what_the_model_does_not_allow(launcher: Launcher) -> None:
     done = launcher("tensor-parallel", "--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64",
                     "--dry-run", DEVICES="16")  # fmt: skip
