@@ -459,9 +459,16 @@ def quiet_environment() -> dict[str, str]:
         # Images switch bytecode off to stay small. Without it every import of vLLM compiles its Python again, and an
         # engine start has up to three: those after the first find it then.
         "PYTHONDONTWRITEBYTECODE": "",
+        # Triton's own default. Unset, torch moves it into the folder of the graph that it compiles, and each new graph,
+        # as well as the first start that loads one, has the same sampling kernels compiled again.
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(_triton_home() / ".triton" / "cache"),
         # Measuring machines are often cut off: usage statistics would only wait for a time-out.
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
+
+
+def _triton_home() -> Path:
+    return Path(os.environ.get("TRITON_HOME") or Path.home())
 
 
 class _LogMark:

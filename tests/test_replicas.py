@@ -15,7 +15,14 @@ import pytest
 
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.hardware import Devices
-from batch_inference.replicas import LocalReplicas, ReplicaError, read_log_tail, replica_log, root_cause
+from batch_inference.replicas import (
+    LocalReplicas,
+    ReplicaError,
+    quiet_environment,
+    read_log_tail,
+    replica_log,
+    root_cause,
+)
 from conftest import REPOSITORY, STUB, loaded_with, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
@@ -59,6 +66,24 @@ def test_an_engine_writes_bytecode_where_the_machine_switches_it_off(
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "bytecode"))
     replicas.start()
     assert list((tmp_path / "bytecode").rglob("worker.*.pyc"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"HOME": "/home/me"}, "/home/me/.triton/cache"),
+        ({"HOME": "/home/me", "TRITON_HOME": "/fast"}, "/fast/.triton/cache"),
+        ({"TRITON_HOME": "/fast", "TRITON_CACHE_DIR": "/mine"}, "/mine"),
+    ],
+)
+def test_all_engines_share_tritons_cache(
+    variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRITON_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert quiet_environment()["TRITON_CACHE_DIR"] == folder
 
 
 def test_an_engine_that_does_not_start_is_explained_by_its_log(
