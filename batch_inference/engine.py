@@ -51,7 +51,7 @@ class WorkerReport:
                     for tensor in _tensors(runner.kv_caches)}  # fmt: skip
         return {
             "host": socket.gethostname(),
-            "device": self._batch_inference_monitor().describe()[0],
+            "device": self._batch_inference_monitor().describe(in_use=True)[0],
             "weights_bytes": _weights_bytes(runner.model, config.model_config.dtype.itemsize),
             "kv_bytes": sum(storages.values()),
             "activation_bytes": getattr(self, "peak_activation_memory", None),  # the peak that vLLM saw when profiling

@@ -42,7 +42,7 @@ def collect_environment(devices: Devices, monitor: Monitor) -> dict[str, Any]:
         "device_kind": devices.kind,
         "devices": monitor.describe(),
         "driver_version": monitor.driver_version(),
-        "topology": _output_of("nvidia-smi", "topo", "-m") if devices.kind == "gpu" else None,
+        "topology": _topology() if devices.kind == "gpu" else None,
         "git_commit": commit,
         "git_dirty": dirty,
         "variables": {
@@ -80,6 +80,12 @@ def _git_state() -> tuple[str | None, bool | None]:
     commit = _output_of("git", "-C", folder, "rev-parse", "HEAD")
     changes = _output_of("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
     return commit, None if changes is None else bool(changes)
+
+
+def _topology() -> str | None:
+    """How the GPUs are linked, without the escape sequences that nvidia-smi underlines its header with."""
+    table = _output_of("nvidia-smi", "topo", "-m")
+    return table and re.sub(r"\x1b\[[\d;]*m", "", table)
 
 
 def _output_of(*command: str) -> str | None:

@@ -160,8 +160,8 @@ class GpuMonitor:
             raise ConfigError(f"CUDA_VISIBLE_DEVICES: '{','.join(devices.ids)}': NVML says: {error}") from error
         self._throttle_bits = _throttle_bits(pynvml)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """What the devices are, and what they draw and hold at this moment: before an engine loads, when idle."""
+    def describe(self, *, in_use: bool = False) -> list[dict[str, Any]]:
+        """What the devices are, and what they hold and draw before an engine loads; unknown once they are `in_use`."""
         nvml = self._nvml
         return [
             {
@@ -169,9 +169,9 @@ class GpuMonitor:
                 "name": nvml.nvmlDeviceGetName(handle),
                 "uuid": nvml.nvmlDeviceGetUUID(handle),
                 "memory_gib": (memory := nvml.nvmlDeviceGetMemoryInfo(handle)).total / GIB,
-                "used_before_gib": memory.used / GIB,
+                "used_before_gib": None if in_use else memory.used / GIB,
                 "power_limit_w": self._watts(nvml.nvmlDeviceGetEnforcedPowerLimit, handle),
-                "idle_power_w": self._watts(nvml.nvmlDeviceGetPowerUsage, handle),
+                "idle_power_w": None if in_use else self._watts(nvml.nvmlDeviceGetPowerUsage, handle),
                 "max_sm_mhz": _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetMaxClockInfo(h, nvml.NVML_CLOCK_SM)),
             }
             for index, handle in enumerate(self._handles)
@@ -266,7 +266,7 @@ class CpuMonitor:
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self, *, in_use: bool = False) -> list[dict[str, Any]]:  # noqa: ARG002 - cores tell the same then
         import psutil
 
         share_gib = psutil.virtual_memory().total / GIB / len(self._devices)

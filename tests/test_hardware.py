@@ -96,6 +96,12 @@ def test_devices_are_described_before_anything_runs(gpus: GpuMonitor) -> None:
     assert (second["name"], second["idle_power_w"], second["max_sm_mhz"]) == ("GPU 1", 71, 1979)
 
 
+def test_what_a_device_draws_under_an_engine_is_not_called_idle(gpus: GpuMonitor) -> None:
+    (idle, _), (loaded, _) = gpus.describe(), gpus.describe(in_use=True)
+    assert {name for name in idle if idle[name] != loaded[name]} == {"used_before_gib", "idle_power_w"}
+    assert (loaded["used_before_gib"], loaded["idle_power_w"]) == (None, None)
+
+
 def test_what_a_gpu_has_no_counter_for_is_unknown(gpus: GpuMonitor) -> None:
     reading = gpus.read()
     assert reading["energy_j"] == [None, 5.0]
