@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What --dry-run estimates against what vLLM reports: weights and KV-cache tokens of every result file given.
 
-    python benchmarks/plan_check.py docs/routes docs/h200 >docs/plan_check.md
+    python benchmarks/plan_check.py docs/routes docs/h200 docs/h100 >docs/plan_check.md
 
 Models are looked for by the path in the file, from the current folder. Prints a Markdown table.
 """

@@ -111,9 +111,19 @@ def test_the_table_of_failures_is_the_one_the_program_prints() -> None:
 def test_the_tables_of_the_performance_page_are_those_that_the_programs_wrote() -> None:
     page = (REPOSITORY / "docs" / "performance.md").read_text()
     shown = re.findall(r"<!-- (docs/\S+) -->\n(.*?)<!-- end -->", page, re.DOTALL)
-    assert len(shown) == 7
+    assert len(shown) == 8
     for name, table in shown:
         assert table == (REPOSITORY / name).read_text(), name
+
+
+def test_the_analysis_that_is_shown_is_what_the_program_says_of_the_files(tmp_path: Path) -> None:
+    shown = re.search(r"```\n(Best\n.*?)```", section("Analyse"), re.DOTALL)
+    assert shown is not None
+    command = [sys.executable, "analyze_results.py", "--input", "docs/h100/study", "--no-plots"]
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    assert done.stdout.startswith(shown[1]), "paste the beginning of what it prints"
 
 
 def test_every_plot_and_every_dependency_is_named() -> None:
