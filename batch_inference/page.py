@@ -38,7 +38,8 @@ th { background: var(--pale); position: sticky; top: 0; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 .number { text-align: right; }
-dt { color: var(--soft); } dd { margin: 0 0 .4rem; } dl { margin: 0; }
+dl { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: .2rem 1rem; margin: 0 0 .6rem; }
+dt { color: var(--soft); } dd { margin: 0; }
 ul { padding-left: 1.2rem; color: var(--soft); font-size: .9rem; }
 figure { margin: 1.5rem 0; } figure img { width: 100%; background: #fff; border-radius: 6px; }
 nav { font-size: .9rem; } nav a { margin-right: 1rem; color: inherit; }
