@@ -461,14 +461,15 @@ def quiet_environment() -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "",
         # Triton's own default. Unset, torch moves it into the folder of the graph that it compiles, and each new graph,
         # as well as the first start that loads one, has the same sampling kernels compiled again.
-        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(_triton_home() / ".triton" / "cache"),
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or f"{_triton_home()}/.triton/cache",
         # Measuring machines are often cut off: usage statistics would only wait for a time-out.
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
 
 
-def _triton_home() -> Path:
-    return Path(os.environ.get("TRITON_HOME") or Path.home())
+def _triton_home() -> str:
+    # As Triton finds it: Path.home() raises where a user without a name has no HOME, as in some containers.
+    return os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # noqa: PTH111
 
 
 class _LogMark:
