@@ -176,7 +176,8 @@ def main(words: Sequence[str]) -> int:
         print("\n".join(plan(settings, nnodes, devices)))
     else:
         print("\n".join(setting.reason or "" for setting in settings))
-        print("".join(f"note: {line}\n" for line in uncompared(settings)), end="", file=sys.stderr)
+        for line in uncompared(settings):
+            print(f"note: {line}", file=sys.stderr)
     return 0
 
 
