@@ -30,7 +30,7 @@ fi
 """
     + """\
 if [[ $* == *batch_inference.rendezvous* ]]; then echo GLOO_SOCKET_IFNAME=eth7; exit "${MEETING:-0}"; fi
-printf '%s\\0' "$@" >>"$CALLS"; printf '\\n' >>"$CALLS"
+printf -v call '%s\\x1f' "$@"; printf '%s\\n' "$call" >>"$CALLS" # one write: with --pack two of these run at once
 [[ $* != *analyze_results.py* ]] || exit "${ANALYSIS:-0}"
 [[ $* != *"--name ${WAIT_FOR:-nothing} "* ]] || sleep 30
 [[ $* != *"--name ${FAIL:-nothing} "* ]] || exit "${FAIL_WITH:-1}"
@@ -61,7 +61,7 @@ class Launcher:
     def calls(self) -> list[list[str]]:
         if not self.calls_file.exists():
             return []
-        return [line.split("\0")[:-1] for line in self.calls_file.read_text().splitlines()]
+        return [line.split("\x1f")[:-1] for line in self.calls_file.read_text().splitlines()]
 
     def names(self) -> list[str]:
         return [call[call.index("--name") + 1] for call in self.calls() if "--name" in call]
