@@ -121,7 +121,7 @@ def compile_cache(cold: bool) -> Iterator[None]:
         return
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update({"VLLM_CACHE_ROOT": folder, "TRITON_HOME": folder})
+        os.environ.update({"VLLM_CACHE_ROOT": folder, "TRITON_CACHE_DIR": f"{folder}/triton"})
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from batch_inference.environment import python_path  # noqa: E402
+from batch_inference.replicas import quiet_environment  # noqa: E402
 from batch_inference.results import Result, load_result  # noqa: E402
 
 Point = tuple[int, int]  # batch size, prompt length
@@ -100,7 +100,8 @@ def call(command: list[str], log: Path, *, resume: bool = False, **variables: st
         if before["command"] == command:
             return float(before["wall_s"])
     record.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": python_path(), "VLLM_NO_USAGE_STATS": "1", **variables}
+    # What the engines of ours get: bytecode is written, and Triton's kernels are found, for both or for none.
+    environment = {**os.environ, **quiet_environment(), **variables}
     started_s = time.monotonic()
     with log.open("w") as output:
         done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=REPOSITORY)

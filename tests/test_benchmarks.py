@@ -74,3 +74,21 @@ def test_processes_that_were_not_run_are_estimated(load: Any) -> None:
     assert "| vllm bench latency, 2 of 3 processes |" in table
     assert "| **wall time** | 19.0 | 38.0 |  |" in table
     assert "| **wall time of all 3, 1 estimated** | 19.0 | 57.0 | 3.0 |" in table
+
+
+def test_both_tools_find_the_same_caches(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the engines, bytecode included; with --cold an empty folder for each, whatever the user has set."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    script = "import os; print(*(os.environ.get(n, '') for n in ('TRITON_CACHE_DIR', 'PYTHONDONTWRITEBYTECODE')))"
+    against = load("against_vllm_bench")
+
+    def folder(*, cold: bool) -> str:
+        with against.compile_cache(cold):
+            load("ways").call([sys.executable, "-c", script], tmp_path / "log.txt")
+        return (tmp_path / "log.txt").read_text().strip()
+
+    assert folder(cold=False) == "/mine"
+    first, second = folder(cold=True), folder(cold=True)
+    assert first.endswith("/triton")
+    assert first != second
