@@ -66,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     show(text)
-    if regressed(analysis, flags.fail_on_regression):
-        return 3
-    return 1 if problems else 0
+    return gate(analysis, flags.fail_on_regression) or (1 if problems else 0)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -180,8 +178,10 @@ def find_files(flag: str, path: Path) -> list[Path]:
             raise UsageError(f"{flag} {path}: does not exist; give a result file, or the folder that holds some")
         if not path.is_dir():
             return [path]
-        # Names that begin with a dot are half-written files, and what macOS leaves on foreign disks.
-        found = sorted(file for file in path.glob("*.json") if not file.name.startswith(".") and not file.is_dir())
+        # Names that begin with a dot are half-written files, and what macOS leaves on foreign disks. The summary is
+        # this program's own, where --output-dir was the folder of the results.
+        others = (file for file in path.glob("*.json") if not file.name.startswith(".") and file.name != "summary.json")
+        found = sorted(file for file in others if not file.is_dir())
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     if not found:
@@ -240,16 +240,22 @@ def ask(settings: list[Setting], flags: argparse.Namespace, earlier: list[Settin
         raise UsageError(str(error)) from error
 
 
-def regressed(analysis: Analysis, percent: float | None) -> bool:
-    from batch_inference.compare import regressions
+def gate(analysis: Analysis, percent: float | None) -> int:
+    """The exit code of --fail-on-regression: 3 for a regression, 2 where there was nothing to judge."""
+    from batch_inference.compare import judged, regressions
 
     if percent is None or analysis.comparison is None:
-        return False
-    found, compared = len(regressions(analysis.comparison, percent)), len(analysis.comparison.points)
+        return 0
+    found, flag = len(regressions(analysis.comparison, percent)), f"--fail-on-regression {percent:g}"
     if found:
-        what = f"{found} of {compared} points are lost or worse by more"
-        print(f"error: --fail-on-regression {percent:g}: {what}", file=sys.stderr)
-    return found > 0
+        what = f"{found} of {len(analysis.comparison.points)} points are lost or worse by more"
+        print(f"error: {flag}: {what}", file=sys.stderr)
+        return 3
+    if judged(analysis.comparison).empty:
+        what = "no point is in both sets with two runs or more; compare settings of the same name and grid"
+        print(f"error: {flag}: {what}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def write_analysis(analysis: Analysis, problems: list[str], folder: Path, *, plots: tuple[str, ...] | None) -> str:

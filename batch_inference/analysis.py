@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from batch_inference.compare import SetComparison, compare_sets, side_by_side, with_scaling
+from batch_inference.compare import SetComparison, asked_points, compare_sets, side_by_side, with_scaling
 from batch_inference.decide import Choice, Limits, choices, with_cost, with_pareto
 from batch_inference.tables import GROUP_BY, Setting, differing, groups, plain, point_table
 
@@ -72,8 +72,7 @@ def analyse(settings: Sequence[Setting], question: Question, earlier: Sequence[S
     parts = [_part(number, part, unlike, question.limits) for number, part in groups(points)]
     comparison = None
     if earlier is not None:
-        failed = {setting.name for setting in settings if setting.failure}
-        comparison = compare_sets(points, point_table(earlier), failed)
+        comparison = compare_sets(points, point_table(earlier), asked_points(settings))
     return Analysis(settings, points, parts, unlike, question, comparison)
 
 

@@ -14,7 +14,7 @@ from batch_inference.analysis import Analysis, Part, mixed_mark
 from batch_inference.compare import MEASURED, SIZES, SetComparison, baseline_of, layout, layout_order
 from batch_inference.console import short
 from batch_inference.decide import Choice, Goal
-from batch_inference.tables import believable, half_width
+from batch_inference.tables import GROUP_BY, believable, half_width
 
 # A table has as many rows at most; results.csv and summary.json have them all.
 ROW_LIMIT = 500
@@ -247,7 +247,7 @@ def compared(comparison: SetComparison) -> Section:
     ranked = points[columns].assign(_order=points["change"].map(order)).sort_values(["_order", "ratio"], kind="stable")
     rows = [_change_row(row) for row in ranked.head(ROW_LIMIT).to_dict("records")]
     header = ("setting", "length", "batch", "before tok/s", "now tok/s", "ratio", "change")
-    unlike = [name for name in comparison.unlike if name != "vllm_version"]
+    unlike = [name for name in comparison.unlike if name in GROUP_BY and name != "vllm_version"]
     title = "Compared with the earlier results" + mixed_mark(unlike)
     notes = list(_compare_notes(comparison))
     return Section(title, facts, header, rows, frozenset(header[1:6]), notes, len(ranked) - len(rows))
@@ -257,7 +257,7 @@ def _compare_notes(comparison: SetComparison) -> Iterator[str]:
     yield ("better, worse: Welch's t test of the runs, corrected by Holm for the number of points, at 5 %. ±: 95 % "
            "interval of each ratio alone.")  # fmt: skip
     if (comparison.points["change"] == "lost").any():
-        yield "lost: measured before, failed or invalid now."
+        yield "lost: measured before; now failed, invalid, or asked for and not reached."
     if (comparison.points["change"] == "unknown").any():
         yield "unknown: a point with a single run; raise --num-runs."
     for count, what in (

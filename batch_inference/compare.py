@@ -6,7 +6,7 @@ of those latencies.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
-from batch_inference.tables import GROUP_BY, believable, differing, groups
+from batch_inference.tables import GROUP_BY, TO_MENTION, Setting, believable, groups
 
 Floats = NDArray[np.float64]
 
@@ -185,6 +185,7 @@ def _judged(rows: pd.DataFrame) -> pd.DataFrame:
 # --- one result set against another -------------------------------------------------------------------------------
 
 _SAME_POINT = ["name", *SIZES, "executor_class", "batch_size", "seq_len", "max_tokens"]
+Key = tuple[str, ...]  # of a point: these as text
 
 
 @dataclass(frozen=True)
@@ -193,46 +194,69 @@ class SetComparison:
 
     `points` has the columns of the newer points, `old_output_tok_per_s`, `ratio` (new / old), `ratio_ci95`,
     `p_value`, `p_holm` (corrected for the number of points) and `change`: better, worse, no difference, unknown
-    (fewer than two runs), or lost (measured before, now failed or invalid).
+    (fewer than two runs), or lost (measured before, now failed, invalid, or asked for and not reached).
     """
 
     points: pd.DataFrame
-    unlike: dict[str, tuple[str, str]] = field(default_factory=dict)  # column -> values of the older, the newer set
+    # Column -> its values in the older and the newer set, where the points that both hold are unlike in it.
+    unlike: dict[str, tuple[str, str]] = field(default_factory=dict)
     only_new: int = 0
     only_old: int = 0
     repeated: int = 0  # points that a set holds twice: which of them is meant cannot be known
 
 
-def compare_sets(new: pd.DataFrame, old: pd.DataFrame, failed: Collection[str] = ()) -> SetComparison:
-    """Points of equal name, sizes, batch and lengths; `failed` names the settings of `new` without an engine."""
-    # A set that holds two models, say, is compared model by model. What differs between the sets alone is said.
-    within = [
-        name for name in GROUP_BY if name not in _SAME_POINT and (differing(new, [name]) or differing(old, [name]))
-    ]
+def asked_points(settings: Iterable[Setting]) -> set[Key]:
+    """The points of the settings' grids, measured or not, as `compare_sets` knows them."""
+    points = (
+        {**setting.facts, "name": setting.name, "batch_size": batch, "seq_len": length}
+        for setting in settings
+        for batch, length in setting.grid
+    )
+    return {tuple(str(point.get(name)) for name in _SAME_POINT) for point in points}
+
+
+def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = ()) -> SetComparison:
+    """Points of equal name, sizes, batch and lengths; `asked`: those that the files of `new` should hold."""
+    # Where a set holds a point twice, of two models, say, what tells the two apart belongs to the point.
+    within = [name for name in GROUP_BY if name in _telling_apart(new) | _telling_apart(old)]
     keys = [*_SAME_POINT, *within]
     one, new_repeated = _keyed(new, keys)
     two, old_repeated = _keyed(old, keys)
     two = believable(two)
     pairs = one.index.intersection(two.index, sort=False)
+    alone = two[~two.index.isin(_index(new, keys))]
+    never_reached = alone[[key in asked for key in _index(alone, _SAME_POINT)]]
+    one_paired, two_paired = one.reindex(pairs), two.reindex(pairs)
     return SetComparison(
-        points=_changes(
-            one.reindex(pairs), two.reindex(pairs), two[two["name"].isin(failed)].drop(pairs, errors="ignore")
-        ),
-        unlike=_unlike(new, old, within),
+        points=_changes(one_paired, two_paired, never_reached),
+        unlike=_unlike(one_paired, two_paired),
         only_new=len(one.index.difference(two.index)),
-        only_old=len(two.index.difference(one.index)) - int(two["name"].isin(failed).sum()),
+        only_old=len(alone) - len(never_reached),
         repeated=new_repeated + old_repeated,
     )
 
 
-def _keyed(table: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, int]:
-    index = pd.MultiIndex.from_arrays([table[name].map(str) for name in keys])
+def _index(table: pd.DataFrame, keys: list[str]) -> pd.MultiIndex:
+    return pd.MultiIndex.from_arrays([table[name].map(str) for name in keys], names=keys)
+
+
+def _keyed(table: pd.DataFrame, keys: list[str]) -> tuple[pd.DataFrame, int]:
+    index = _index(table, keys)
     repeated = index.duplicated(keep=False)
     return table.set_axis(index)[~repeated], int(repeated.sum())
 
 
-def _unlike(new: pd.DataFrame, old: pd.DataFrame, within: Sequence[str]) -> dict[str, tuple[str, str]]:
-    values = {name: (_values(old, name), _values(new, name)) for name in GROUP_BY if name not in within}
+def _telling_apart(table: pd.DataFrame) -> set[str]:
+    """The columns of GROUP_BY in which rows of the same point differ."""
+    index = _index(table, _SAME_POINT)
+    repeated = table.set_axis(index)[index.duplicated(keep=False)]
+    columns = [name for name in GROUP_BY if name not in _SAME_POINT]
+    kinds = repeated[columns].astype(str).groupby(level=_SAME_POINT).nunique()
+    return {name for name in columns if (kinds[name] > 1).any()}
+
+
+def _unlike(new: pd.DataFrame, old: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    values = {name: (_values(old, name), _values(new, name)) for name in (*GROUP_BY, *TO_MENTION)}
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
 
@@ -240,7 +264,7 @@ def _values(table: pd.DataFrame, name: str) -> str:
     return ", ".join(sorted(map(str, table[name].dropna().unique()))) or "unknown"
 
 
-def _changes(new: pd.DataFrame, old: pd.DataFrame, never_started: pd.DataFrame) -> pd.DataFrame:
+def _changes(new: pd.DataFrame, old: pd.DataFrame, never_reached: pd.DataFrame) -> pd.DataFrame:
     found = ratios(new, old)
     lost = (new["status"] != "ok") | (new["verdict"] == "invalid")
     found = found.mask(lost)
@@ -248,9 +272,9 @@ def _changes(new: pd.DataFrame, old: pd.DataFrame, never_started: pd.DataFrame) 
     changes = changes.assign(
         change=[_change(*row) for row in zip(lost, changes["ratio"], changes["p_holm"], strict=True)]
     )
-    if never_started.empty:
+    if never_reached.empty:
         return changes
-    gone = never_started.assign(old_output_tok_per_s=never_started["output_tok_per_s"], output_tok_per_s=np.nan)
+    gone = never_reached.assign(old_output_tok_per_s=never_reached["output_tok_per_s"], output_tok_per_s=np.nan)
     return pd.concat([changes, gone.assign(status="failed", change="lost")])
 
 
@@ -272,6 +296,11 @@ def holm(p_values: Floats) -> Floats:
     corrected = np.full(len(p_values), np.nan)
     corrected[order] = np.minimum(steps, 1)
     return corrected
+
+
+def judged(comparison: SetComparison) -> pd.DataFrame:
+    """The points of which anything can be said."""
+    return comparison.points[comparison.points["change"] != "unknown"]
 
 
 def regressions(comparison: SetComparison, percent: float) -> pd.DataFrame:

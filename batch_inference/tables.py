@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import re
@@ -52,11 +53,16 @@ class Setting:
     num_devices: int
     status: str
     points_ok: int
-    points_asked: int  # points of the grid; more may be there after a --resume with another grid
+    grid: list[tuple[int, int]]  # batch size, prompt length: the points asked for, measured or not
     load_s: float | None
     failure: str | None  # why the setting has no engine; None for one that was measured
     facts: Row  # what is alike for all points
     columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
+
+    @property
+    def points_asked(self) -> int:
+        """More than the grid has may be there after a --resume with another grid."""
+        return max(len(self.grid), self.num_points)
 
     @property
     def num_points(self) -> int:
@@ -98,8 +104,7 @@ def load_setting(path: Path, percent: float = 99) -> Setting:
 
 
 def _setting(path: Path, result: Result, percent: float) -> Setting:
-    grid = [result.config.get(name) for name in ("batch_sizes", "seq_lens")]
-    sizes = [len(values) if isinstance(values, list) else 0 for values in grid]
+    axes = [result.config.get(name) for name in ("batch_sizes", "seq_lens")]
     failure = _section(result.engine, "failure").get("reason") or "no reason is given"
     facts = _facts(result, result.engine)
     rows = [_row(path, result, point, percent) for point in result.points]
@@ -110,7 +115,7 @@ def _setting(path: Path, result: Result, percent: float) -> Setting:
         num_devices=result.num_devices,
         status=plain(result.status),
         points_ok=sum(point.status == "ok" for point in result.points),
-        points_asked=max(math.prod(sizes), len(result.points)),
+        grid=list(itertools.product(*(axis if isinstance(axis, list) else [] for axis in axes))),
         load_s=_least([_section(result.engine, "load_s").get("total_s")]),
         failure=plain(failure) if result.status == "failed" else None,
         facts=facts,

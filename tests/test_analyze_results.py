@@ -175,6 +175,25 @@ def test_a_regression_fails_only_where_that_is_asked_for(analyze: Run, tmp_path:
     )
 
 
+def test_a_gate_with_nothing_to_judge_does_not_pass(analyze: Run, tmp_path: Path) -> None:
+    """Another name, or a single run: nothing can be said of any point."""
+    save_all([make_result(points=steady(1.0))], tmp_path / "old")
+    save_all([make_result("renamed", steady(1.5))], tmp_path / "renamed")
+    save_all([make_result(points=[make_point(latencies_s=[1.5])])], tmp_path / "single")
+    for new in ("renamed", "single"):
+        flags = ("--input", tmp_path / new, "--compare", tmp_path / "old", "--no-plots")
+        assert analyze(*flags).returncode == 0
+        done = analyze(*flags, "--fail-on-regression", 3)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: --fail-on-regression 3: no point is in both sets with two runs or more")
+
+
+def test_the_results_may_lie_beside_what_is_written(analyze: Run, folder: Path) -> None:
+    for _ in range(2):
+        done = analyze("--input", folder, "--output-dir", folder, "--no-plots")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_unreadable_file_of_the_earlier_results_is_named(analyze: Run, folder: Path, tmp_path: Path) -> None:
     save_all([make_result(points=steady(1.0))], tmp_path / "old")
     (tmp_path / "old" / "broken\nname.json").write_text("{")

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from batch_inference.compare import (
+    asked_points,
     compare_sets,
     halves,
     holm,
@@ -237,11 +238,12 @@ def test_noise_alone_is_no_difference(tmp_path: Path) -> None:
     assert (found.points["p_value"] < 0.05).any()
 
 
-def test_what_no_longer_works_is_lost(table: Any) -> None:
+def test_what_no_longer_works_is_lost(table: Any, tmp_path: Path) -> None:
     old = table([make_result("a", points_of({1: 1, 2: 1, 4: 1})), make_result("b", points_of({1: 1}))], "old")
     lost = [Point(2, 64, 32, "oom", reason="x"), *points_of({4: 1}, verdict="invalid")]
     new = [make_result("a", points_of({1: 1}) + lost), make_result("b", status="failed")]
-    found = compare_sets(table(new), old, failed={"b"})
+    asked = asked_points([load_setting(path) for path in save_all(new, tmp_path)])
+    found = compare_sets(table(new), old, asked)
     assert found.points[["setting", "batch_size", "change"]].to_numpy().tolist() == [
         ["a", 1, "no difference"],
         ["a", 2, "lost"],
@@ -273,7 +275,7 @@ def test_one_run_shows_no_difference(table: Any) -> None:
 
 
 def test_what_differs_between_the_sets_is_named(table: Any) -> None:
-    newer = {"environment": {"versions": {"vllm": "0.33.0"}}}
+    newer = {"environment": {"versions": {"vllm": "0.33.0", "torch": "2.13.0"}}}
     found = compare_sets(table(make_sweep([(1, 1, 1)], **newer)), table(make_sweep([(1, 1, 1)]), "old"))
     assert found.unlike == {"vllm_version": ("0.32.0", "0.33.0")}
     assert len(found.points) == 3
@@ -289,3 +291,58 @@ def test_a_set_of_two_models_is_compared_model_by_model(table: Any) -> None:
     found = compare_sets(table(both(2)), table(both(1), "old"))
     assert found.points[["model", "change"]].iloc[0].tolist() == ["b", "worse"]
     assert found.unlike == {}
+
+
+def test_a_point_is_told_apart_only_where_a_set_holds_it_twice(table: Any) -> None:
+    """One setting of an older vLLM among the new ones does not take the others from being compared."""
+    newer = {"environment": {"versions": {"vllm": "0.33.0", "torch": "2.13.0"}}}
+    new = [*make_sweep([(1, 1, 1)], **newer), *make_sweep([(2, 1, 1)])]
+    found = compare_sets(table(new), table(make_sweep([(1, 1, 1)]), "old"))
+    assert (len(found.points), found.only_new) == (3, 3)
+    assert found.unlike == {"vllm_version": ("0.32.0", "0.33.0")}
+
+
+def test_same_named_points_of_two_models_are_paired_by_the_model(tmp_path: Path) -> None:
+    def both(folder: str, factor: float) -> pd.DataFrame:
+        (tmp_path / folder).mkdir()
+        paths = [
+            save_all([make_result(points=points_of({1: times}), config={"model": model})], tmp_path)[0].rename(
+                tmp_path / folder / f"{model}.json"
+            )
+            for model, times in (("a", 1), ("b", factor))
+        ]
+        return point_table([load_setting(path) for path in paths])
+
+    found = compare_sets(both("new", 2), both("old", 1))
+    assert dict(zip(found.points["model"], found.points["change"], strict=True)) == {"a": "no difference", "b": "worse"}
+    assert (found.repeated, found.unlike) == (0, {})
+
+
+def test_a_point_asked_for_and_not_reached_is_lost(tmp_path: Path, table: Any) -> None:
+    """What an interrupted run has not come to; a point of another length of output is another point."""
+    grid = {"batch_sizes": [1, 2], "seq_lens": [64]}
+    old = table([make_result(points=points_of({1: 1, 2: 1, 4: 1}))], "old")
+    for max_tokens, lost in ((32, [2]), (16, [])):
+        config = {**grid, "max_tokens": max_tokens}
+        new = [make_result(points=points_of({1: 1}), config=config, status="partial")]
+        asked = asked_points([load_setting(path) for path in save_all(new, tmp_path)])
+        found = compare_sets(table(new, f"new_{max_tokens}"), old, asked)
+        assert found.points.loc[found.points["change"] == "lost", "batch_size"].tolist() == lost
+        assert len(regressions(found, 5)) == len(lost)
+    assert found.only_old == 2
+
+
+def test_points_of_an_engine_that_failed_are_counted_once(tmp_path: Path, table: Any) -> None:
+    """--resume with an engine that does not start keeps what was measured."""
+    config = {"batch_sizes": [1, 2, 4], "seq_lens": [64]}
+    old = table([make_result(points=points_of({1: 1, 2: 1, 4: 1}))], "old")
+    new = [make_result(points=points_of({1: 1}), status="failed", config=config)]
+    found = compare_sets(table(new), old, asked_points([load_setting(path) for path in save_all(new, tmp_path)]))
+    assert found.points["change"].tolist() == ["no difference", "lost", "lost"]
+    assert found.only_old == 0
+
+
+def test_settings_that_may_differ_are_named_too(table: Any) -> None:
+    new = table(make_sweep([(1, 1, 1)], config={"seed": 7}))
+    found = compare_sets(new, table(make_sweep([(1, 1, 1)]), "old"))
+    assert "seed" in found.unlike
