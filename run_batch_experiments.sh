@@ -102,10 +102,13 @@ die() {
   exit "${2:-2}"
 }
 
-# The words as one line that can be pasted.
+# The words as one line that can be pasted, and that Python's shlex reads: it does not know the $'..' of printf %q.
 quoted() {
-  local line
-  printf -v line '%q ' "$@"
+  local word line=''
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+="$word "
+  done
   printf '%s\n' "${line% }"
 }
 
@@ -323,7 +326,7 @@ overview() {
     build_command "$name" "$(port_of "$number")"
     quoted "${command[@]}"
     number=$((number + 1))
-  done | PYTHONPATH=$here "$python" -P -m batch_inference.overview "$nnodes" "$@"
+  done | PYTHONPATH=$here "$python" -P -m batch_inference.overview "$nnodes" "$node_rank" "$@"
 }
 
 # Each setting has two ports of its own: none meets what the one before may still be closing on node 0.
@@ -366,7 +369,9 @@ stop() {
 
 run_settings() {
   local name number=0 total=${#names[@]} answer
-  local reasons=() skipped=() failed=() done_names=() commands=()
+  local reasons=() skipped=() failed=() done_names=() commands=() packed=()
+  ((nnodes == 1 || $(port_of "$total") <= 65536)) ||
+    die "--master-port: '$master_port' was given, $preset takes two ports for each setting: at most $((65536 - 2 * total))"
   if $dry_run; then
     overview --plan
     return
@@ -382,7 +387,7 @@ run_settings() {
     fi
     build_command "$name" "$(port_of "$((number - 1))")"
     if $pack; then
-      commands+=("$(quoted "${command[@]}")")
+      commands+=("$(quoted "${command[@]}")") packed+=("$name")
     else
       say "[$number/$total] $name -> $output_dir/${name}_results.json"
       run_alone "$name"
@@ -402,14 +407,14 @@ run_alone() {
 }
 
 run_side_by_side() {
-  local rc=0 file ended name wrong_use=true
+  local rc=0 file ended number wrong_use=true
   command=(env "PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -P -m batch_inference.packing "$@")
   # A file without a name: nothing is left of it, however this ends.
   file=$(mktemp) && exec {ended}<>"$file" && rm -f "$file"
   run_command >&"$ended" || rc=$?
   ((rc == 0)) || exit "$rc"
-  while read -r name rc; do
-    keep_outcome "$name" "$rc"
+  while read -r rc number; do
+    keep_outcome "${packed[number]}" "$rc"
     ((rc == 2)) || wrong_use=false
   done <"/dev/fd/$ended"
   ! $wrong_use || exit 2

@@ -9,7 +9,7 @@
 # Exit codes: 0 ready; 1 the installation failed; 2 wrong use.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
 
 say() { printf '%s\n' "$*" >&2; }

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -104,7 +105,7 @@ def _number_in(low: float, high: float, wanted: str, *, low_is_allowed: bool) ->
     return parse
 
 
-positive = _number_in(0, float("inf"), "a number above 0 is needed", low_is_allowed=False)
+positive = _number_in(0, sys.float_info.max, "a number above 0 is needed", low_is_allowed=False)
 fraction = _number_in(0, 1, "a number above 0 and up to 1 is needed", low_is_allowed=False)
 interval = _number_in(0, 1, "a fraction above 0 and up to 1 is needed, like 0.02 for ±2 %", low_is_allowed=False)
 temperature = _number_in(0, 100, "a number of at least 0 is needed", low_is_allowed=True)
@@ -266,11 +267,15 @@ class ExperimentConfig:
         path = self.output_path
         return path.with_suffix(".log") if path.suffix == ".json" else path.with_name(path.name + ".log")
 
-    def engine_number(self, flag: str) -> int | None:
-        """The value of one of vLLM's own flags, where it is given as a plain number."""
+    def engine_word(self, flag: str) -> str | None:
+        """The value of one of vLLM's own flags, with - for _; None where it isn't given."""
         words = [part for word in self.engine_args for part in word.replace("_", "-").split("=", 1)]
-        after = dict(itertools.pairwise(words)).get(flag, "")
-        return int(after) if after.isdecimal() else None
+        return dict(itertools.pairwise(words)).get(flag)
+
+    def engine_number(self, flag: str) -> int | None:
+        """The same, where it is a plain number."""
+        word = self.engine_word(flag)
+        return int(word) if word and word.isdecimal() else None
 
     def points(self) -> Iterator[tuple[int, int]]:
         """(batch_size, seq_len) of the grid, lengths outermost."""
@@ -435,6 +440,7 @@ def _check_together(config: ExperimentConfig) -> None:
         )
     _check_runs(config)
     _check_backend(config)
+    _check_nodes(config)
 
 
 def _check_runs(config: ExperimentConfig) -> None:
@@ -459,6 +465,15 @@ def _check_backend(config: ExperimentConfig) -> None:
     backend, size = config.distributed_executor_backend, config.devices_per_replica
     if backend == "uni" and size > 1:
         raise ConfigError(f"--distributed-executor-backend uni runs one device, TP x PP is {size}; use mp")
+    if backend == "ray" and config.packed:
+        raise ConfigError(
+            "--packed (--pack of the launcher) shares out the devices of this machine, Ray gives out its cluster's; "
+            "drop it, or --distributed-executor-backend ray"
+        )
+
+
+def _check_nodes(config: ExperimentConfig) -> None:
+    backend, size = config.distributed_executor_backend, config.devices_per_replica
     if config.nnodes == 1:
         return
     if backend not in (None, "mp"):

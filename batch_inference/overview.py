@@ -1,10 +1,10 @@
 """The plan of a whole preset: which settings can run here, how, and what they will need.
 
-    python -m batch_inference.overview NNODES [--plan]      one command per line on stdin, quoted for the shell
+    python -m batch_inference.overview NNODES NODE_RANK [--plan]    one command per line on stdin, quoted for the shell
 
 Without --plan it answers one line per command: why that setting cannot run, or nothing; what the user should know
-before hours of measuring goes to standard error. With it: a table as comment lines, and the commands that can run, so
-that the whole can be read, and pasted.
+before hours of measuring goes to standard error. It fails where a result file would stop a setting later. With --plan:
+a table as comment lines, and the commands that can run, so that the whole can be read, and pasted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
 from batch_inference.hardware import Devices, find_devices, smallest_memory_gib
-from batch_inference.plan import ModelFacts, infeasible, memory_plan, read_model_facts
+from batch_inference.plan import SIZES_UNKNOWN, ModelFacts, infeasible, memory_plan, read_model_facts
 
 _SCRIPT = "batch_inference_experiment.py"
 _COLUMNS = ("setting", "devices", "replicas", "by")
@@ -144,12 +144,13 @@ def plan(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str
         f"{_listed(config.seq_lens)}, {config.max_tokens} output tokens",
         _WHY_TORCHRUN if nnodes > 1 else "",
         _PACKED if config.packed else "",
-        "" if knows_memory else "memory: unknown, the model's sizes cannot be read from here",
+        "" if knows_memory else f"memory: {SIZES_UNKNOWN}",
     )
-    reasons = [f"{setting.name} cannot run: {setting.reason}" for setting in settings if setting.reason]
-    remarks = [*reasons, *uncompared(settings)]
+    reasons = {setting.name: setting.reason or setting.config.output_conflict for setting in settings}
+    cannot_run = [f"{name} cannot run: {reason}" for name, reason in reasons.items() if reason]
+    remarks = [*cannot_run, *uncompared(settings)]
     lines = [*_wrapped(head), "", *rows, *([""] if remarks else []), *_wrapped(remarks)]
-    commands = [setting.command for setting in settings if setting.reason is None]
+    commands = [setting.command for setting in settings if reasons[setting.name] is None]
     return [f"# {line}".rstrip() for line in lines] + commands
 
 
@@ -166,19 +167,28 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    nnodes, devices = int(words[0]), find_devices()
+    nnodes, node_rank, devices = int(words[0]), int(words[1]), find_devices()
     try:
-        settings = [setting_of(line, nnodes, devices) for line in sys.stdin.read().splitlines()]
+        settings = [setting_of(line, nnodes, devices) for line in sys.stdin.read().rstrip("\n").split("\n")]
+        if "--plan" in words:
+            print("\n".join(plan(settings, nnodes, devices)))
+            return 0
+        if node_rank == 0:
+            _check_files(settings)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if "--plan" in words:
-        print("\n".join(plan(settings, nnodes, devices)))
-    else:
-        print("\n".join(setting.reason or "" for setting in settings))
-        for line in uncompared(settings):
-            print(f"note: {line}", file=sys.stderr)
+    print("\n".join(setting.reason or "" for setting in settings))
+    for line in uncompared(settings):
+        print(f"note: {line}", file=sys.stderr)
     return 0
+
+
+def _check_files(settings: Sequence[Setting]) -> None:
+    """Raises ConfigError for a result file in the way: not after the settings before it have been measured."""
+    for setting in settings:
+        if setting.reason is None and (conflict := setting.config.output_conflict):
+            raise ConfigError(conflict)
 
 
 if __name__ == "__main__":

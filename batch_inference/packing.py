@@ -3,7 +3,8 @@
     python -m batch_inference.packing COMMAND..       each quoted for the shell, all of the experiment script
 
 The longest first, each as soon as enough devices are free. What a setting prints goes to NAME_results.txt beside its
-result file, and to standard error behind its name. Standard output has a line "NAME EXIT_CODE" for each that has ended.
+result file, and to standard error behind its name. Standard output has a line "EXIT_CODE NUMBER" for each that has
+ended: which of the commands it was, from 0.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def main(commands: Sequence[str]) -> int:
     for number in _EXIT_CODES:
         signal.signal(number, packing.stop)
     for job, code in packing.run():
-        print(job.name, code, flush=True)
+        print(code, jobs.index(job), flush=True)
     return _EXIT_CODES[signal.Signals(packing.stopped_by)] if packing.stopped_by else 0
 
 

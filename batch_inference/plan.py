@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from batch_inference.config import ConfigError, ExperimentConfig, redact
 from batch_inference.hardware import GIB, Devices
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Of vLLM's --kv-cache-dtype, beside the above; of others the size is not known.
+_KV_BYTE = re.compile("(fp8|int8)")
+SIZES_UNKNOWN = "unknown for a quantized model, and where its sizes cannot be read from here"
 # vLLM's own block sizes, in tokens (of its attention backends on NVIDIA GPUs, and on the CPU).
 _GPU_BLOCK, _CPU_BLOCK = 16, 128
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
@@ -33,12 +37,13 @@ class ModelFacts:
     max_model_len: int | None
     is_moe: bool
     tied_embeddings: bool
+    is_quantized: bool
     dtype: str
 
     def weights_gib(self, tensor_parallel_size: int, pipeline_parallel_size: int, dtype: str) -> float | None:
         """Weights of the fullest device of a dense Llama-like model: its share of the layers plus one embedding."""
         sizes = (self.num_layers, self.hidden_size, self.intermediate_size, self.vocab_size, self.num_attention_heads)
-        if self.is_moe or self.head_dim is None or self.num_kv_heads is None or None in sizes:
+        if self.is_moe or self.is_quantized or self.head_dim is None or self.num_kv_heads is None or None in sizes:
             return None
         layers, hidden, intermediate, vocab, heads = (int(size or 0) for size in sizes)
         # KV heads are copied, not split further, when there are fewer of them than TP ranks.
@@ -52,11 +57,12 @@ class ModelFacts:
         return parameters * self._bytes(dtype) / GIB
 
     def kv_bytes_per_token(self, tensor_parallel_size: int, pipeline_parallel_size: int, dtype: str) -> float | None:
-        """KV-cache bytes of one token on one device."""
+        """KV-cache bytes of one token on one device, with keys and values of `dtype`."""
         if self.num_kv_heads is None or self.head_dim is None or self.num_layers is None:
             return None
         kv_heads = max(1, self.num_kv_heads / tensor_parallel_size)
-        return 2 * math.ceil(self.num_layers / pipeline_parallel_size) * kv_heads * self.head_dim * self._bytes(dtype)
+        size = 1 if _KV_BYTE.match(dtype) else self._bytes(dtype)
+        return 2 * math.ceil(self.num_layers / pipeline_parallel_size) * kv_heads * self.head_dim * size
 
     def dtype_used(self, asked: str) -> str:
         """What vLLM makes of --dtype, in torch's words."""
@@ -89,7 +95,7 @@ def read_model_facts(model: str) -> ModelFacts | None:
     path = folder / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return _facts_from(_text_part(document))
+        return _facts_from(_text_part(document), is_quantized="quantization_config" in document)
     except FileNotFoundError:
         raise ConfigError(f"--model {model}: it has no config.json; give the folder that holds one") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -104,7 +110,7 @@ def _text_part(document: Any) -> dict[str, Any]:
     return part
 
 
-def _facts_from(document: dict[str, Any]) -> ModelFacts:
+def _facts_from(document: dict[str, Any], *, is_quantized: bool) -> ModelFacts:
     def number(*keys: str) -> int | None:
         return next((document[key] for key in keys if isinstance(document.get(key), int)), None)
 
@@ -121,6 +127,7 @@ def _facts_from(document: dict[str, Any]) -> ModelFacts:
         max_model_len=None if _scales_positions(document) else number(*_LENGTH_KEYS),
         is_moe=any(number(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
         tied_embeddings=bool(document.get("tie_word_embeddings", False)),
+        is_quantized=is_quantized or "quantization_config" in document,
         dtype=str(document.get("dtype") or document.get("torch_dtype") or "bfloat16"),
     )
 
@@ -163,10 +170,17 @@ class MemoryPlan:
 def memory_plan(
     config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None
 ) -> MemoryPlan | None:
-    """None where the model's sizes cannot be read from here. `memory_gib`: of one device, where it is known."""
-    sizes = (config.tensor_parallel_size, config.pipeline_parallel_size, config.dtype)
-    weights_gib = facts.weights_gib(*sizes) if facts else None
-    per_token = facts.kv_bytes_per_token(*sizes) if facts else None
+    """None for a quantized model, and where its sizes cannot be read from here. `memory_gib`: of one device, where it
+    is known."""
+    sizes = (config.tensor_parallel_size, config.pipeline_parallel_size)
+    kv_dtype = config.engine_word("--kv-cache-dtype") or "auto"
+    kv_dtype = config.dtype if kv_dtype == "auto" else kv_dtype
+    if config.engine_word("--quantization") or config.engine_word("-q"):
+        return None
+    if kv_dtype not in (config.dtype, *_BYTES) and not _KV_BYTE.match(kv_dtype):
+        return None
+    weights_gib = facts.weights_gib(*sizes, config.dtype) if facts else None
+    per_token = facts.kv_bytes_per_token(*sizes, kv_dtype) if facts else None
     if weights_gib is None or per_token is None:
         return None
     pool_gib = None if memory_gib is None else memory_gib * config.gpu_memory_utilization - weights_gib
@@ -288,7 +302,7 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 def _memory_words(config: ExperimentConfig, memory: MemoryPlan | None) -> str:
     if memory is None:
-        return "unknown: the model's sizes cannot be read from here"
+        return SIZES_UNKNOWN
     kv_gib = memory.kv_bytes_per_token * max(config.batch_sizes) * config.longest_request / GIB
     needs = (
         f"about {memory.weights_gib:.3g} GiB weights per device, "

@@ -148,7 +148,7 @@ def test_the_slurm_example_gives_every_node_its_number(launcher: Launcher) -> No
     assert len(plans) == 6  # three settings on each node
     assert [words[words.index("--node-rank") + 1] for words in plans] == ["0"] * 3 + ["1"] * 3
     assert {words[words.index("--master-addr") + 1] for words in plans} == {"node-a"}
-    assert [words[words.index("--master-port") + 1] for words in plans] == ["20008", "20010", "20012"] * 2
+    assert [words[words.index("--master-port") + 1] for words in plans] == ["20281", "20283", "20285"] * 2
 
 
 def test_torchrun_skips_what_cannot_be_shared_out_over_the_nodes(launcher: Launcher) -> None:
@@ -307,6 +307,13 @@ def test_packed_settings_run_side_by_side_the_longest_first_and_are_marked(launc
     assert re.fullmatch(r"done: (tp_1 tp_2|tp_2 tp_1)   skipped: tp_8   failed: tp_4", end)
 
 
+def test_packed_settings_are_wrong_use_only_where_all_are(launcher: Launcher) -> None:
+    assert launcher("tensor-parallel", "--pack", FAIL="tp_1", FAIL_WITH="2", DEVICES="1").returncode == 2
+    done = launcher("tensor-parallel", "--pack", FAIL="tp_1", FAIL_WITH="2", DEVICES="3")
+    assert done.returncode == 1
+    assert "done: tp_2   skipped: tp_4 tp_8   failed: tp_1" in done.stderr
+
+
 def test_a_plan_says_that_settings_are_packed(launcher: Launcher) -> None:
     done = launcher("tensor-parallel", "--pack", "--dry-run")
     assert "# side by side where devices are free, the longest first; points are marked" in done.stdout
@@ -384,6 +391,48 @@ def test_a_setting_refused_later_is_a_failure_like_others(launcher: Launcher) ->
     assert len(launcher.names()) == 4
 
 
+@pytest.fixture
+def files_in_the_way(launcher: Launcher) -> Path:
+    folder = launcher.folder / "there"
+    folder.mkdir()
+    (folder / "tp_2_results.json").touch()
+    return folder
+
+
+def test_a_file_in_the_way_is_named_before_anything_is_measured(launcher: Launcher, files_in_the_way: Path) -> None:
+    done = launcher("tensor-parallel", "--output-dir", str(files_in_the_way))
+    assert (done.returncode, launcher.calls()) == (2, [])
+    assert done.stderr.startswith(
+        f"error: --output-file {files_in_the_way}/tp_2_results.json: it exists; give --resume"
+    )
+    assert launcher("tensor-parallel", "--output-dir", str(files_in_the_way), "--", "--overwrite").returncode == 0
+
+
+def test_a_file_in_the_way_is_no_matter_of_the_other_nodes(launcher: Launcher, files_in_the_way: Path) -> None:
+    """Where they share a disk, node 0 may have begun it."""
+    nodes = ("--nnodes", "2", "--master-addr", "h", "--output-dir", str(files_in_the_way), "--node-rank")
+    assert launcher("tensor-parallel", *nodes, "0").returncode == 2
+    assert launcher("tensor-parallel", *nodes, "1").returncode == 0
+
+
+def test_a_plan_leaves_out_what_a_file_is_in_the_way_of(launcher: Launcher, files_in_the_way: Path) -> None:
+    done = launcher("tensor-parallel", "--output-dir", str(files_in_the_way), "--dry-run")
+    assert "# tp_2 cannot run: --output-file" in done.stdout
+    assert [config_of(words).name for words in commands_of(done)] == ["tp_1", "tp_4", "tp_8"]
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_any_path_and_name_reaches_the_script_as_it_was_given(launcher: Launcher, locale: str) -> None:
+    folder = """rés  it's $(x) & \\ "y\""""
+    for flags in (("--dry-run",), (), ("--pack",)):
+        done = launcher("custom", "TP=1", *flags, "--output-dir", folder, "--", "--name", "my run", LC_ALL=locale)
+        assert done.returncode == 0, done.stderr
+        for words in [*commands_of(done), *launcher.calls()]:
+            assert words[words.index("--output-file") + 1] == f"{folder}/tp_1_results.json"
+            assert config_of(words).name == "my run"
+        assert flags == ("--dry-run",) or "done: tp_1 " in done.stderr
+
+
 @pytest.mark.parametrize("code", ["130", "143"])
 def test_an_interrupted_setting_stops_all(launcher: Launcher, code: str) -> None:
     done = launcher("tensor-parallel", FAIL="tp_2", FAIL_WITH=code)
@@ -458,6 +507,14 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("torchrun-tensor-parallel", "--nnodes", "2", "--node-rank", "2"), "--node-rank: '2' was given"),
         (("tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed too"),
         (("quickstart", "--nnodes", "2"), "quickstart is for one node"),
+        (
+            ("tensor-parallel", "--nnodes", "2", "--master-addr", "h", "--master-port", "65529"),
+            "'65529' was given, tensor",
+        ),
+        (
+            ("tensor-parallel", "--pack", "--", "--distributed-executor-backend", "ray"),
+            "shares out the devices of this",
+        ),
         (("tensor-parallel", "--pack", "--nnodes", "2"), "--pack: it shares out the devices of one node"),
     ],
 )

@@ -116,11 +116,3 @@ def test_the_launcher_packs_real_sweeps_and_their_points_say_so(tmp_path: Path) 
         assert point["status"] == "ok"
         assert any(reason.startswith("packed: ") for reason in point["verdict_reasons"])
     assert "tp_2:   [1/1] 1 x 8: " in done.stderr
-    # Every file is there: no setting may measure. Then one is not, and that it has measured is told.
-    again = packed_study(tmp_path)
-    assert again.returncode == 2
-    assert again.stderr.count("error: ") == 3
-    files[1].unlink()
-    again = packed_study(tmp_path)
-    assert again.returncode == 1
-    assert "done: tp_2   skipped: tp_8" in again.stderr

@@ -174,6 +174,22 @@ def test_the_plan_takes_vllms_own_word_for_the_size_of_the_cache(tmp_path: Path)
         assert "1 GiB are there for it; requests that fit in one wave: 4 of length 384" in plan(config, facts(tmp_path))
 
 
+def test_the_plan_counts_a_byte_for_each_key_and_value_of_an_fp8_cache(tmp_path: Path) -> None:
+    for words in (("--kv-cache-dtype", "fp8"), ("--kv_cache_dtype=fp8_e4m3",)):
+        config = ExperimentConfig(seq_lens=(512,), engine_args=words)
+        assert "requests that fit in one wave: 329 of length 512" in plan(config, facts(tmp_path), 80.0)
+    config = ExperimentConfig(seq_lens=(512,), engine_args=("--kv-cache-dtype", "bfloat16"))
+    assert "requests that fit in one wave: 164 of length 512" in plan(config, facts(tmp_path), 80.0)
+
+
+def test_the_memory_of_a_quantized_model_is_unknown(tmp_path: Path) -> None:
+    quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    for read in (facts(tmp_path, **quantized), facts(tmp_path, text_config={**LLAMA_2_7B, **quantized})):
+        assert "memory unknown for a quantized model" in plan(ExperimentConfig(), read, 80.0)
+    for words in (("--quantization", "fp8"), ("-q", "fp8"), ("--quantization=fp8",), ("--kv-cache-dtype", "nvfp4")):
+        assert "memory unknown for" in plan(ExperimentConfig(engine_args=words), facts(tmp_path), 80.0)
+
+
 def test_the_plan_says_that_the_weights_do_not_fit(tmp_path: Path) -> None:
     assert "the weights do not fit: 9.6 GiB are there for vLLM" in plan(ExperimentConfig(), facts(tmp_path), 12.0)
 
