@@ -17,7 +17,7 @@ from typing import Any
 from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
 from batch_inference.failures import ADVICE
 from batch_inference.hardware import Devices, find_devices, monitor, smallest_memory_gib
-from batch_inference.peaks import measure_peaks, peaks_of
+from batch_inference.peaks import measure_peaks
 from batch_inference.plan import ModelFacts, describe, infeasible, is_coupled, read_model_facts
 from batch_inference.ranks import Place, find_place
 from batch_inference.ray_cluster import OWN_CLUSTER, Cluster, find_cluster
@@ -184,7 +184,7 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
     console = Console()
     try:
         environment = collect_environment(used, watch)
-        environment["peaks"] = find_peaks(config, here, environment["devices"])
+        environment["peaks"] = measured_peaks(config, here) if config.measure_peaks else None
         result = starting_result(config, environment)
         if not result.points:  # a log of earlier points is gone on with
             for log in log_paths(config):
@@ -215,13 +215,11 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
     return 0 if all(point.status == "ok" for point in result.points) else 1
 
 
-def find_peaks(config: ExperimentConfig, here: Surroundings, devices: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What one device can do at most; None where no datasheet is known, and nobody asked to measure."""
+def measured_peaks(config: ExperimentConfig, here: Surroundings) -> dict[str, Any]:
+    """What one device can do at most. No engine is loaded yet: a model that cannot be read from here is most likely in
+    16 bits."""
     dtype = here.facts.dtype_used(config.dtype) if here.facts else config.dtype
-    if config.measure_peaks:
-        # A model that cannot be read from here is most likely in 16 bits.
-        return measure_peaks(here.devices, dtype if dtype.endswith(("16", "32")) else "bfloat16")
-    return peaks_of(devices[0]["name"], dtype) if devices else None
+    return measure_peaks(here.devices, dtype if dtype.endswith(("16", "32")) else "bfloat16")
 
 
 def build_replicas(config: ExperimentConfig, here: Surroundings, devices: Devices, nodes: Nodes | None) -> Replicas:

@@ -32,6 +32,8 @@ MEASURING_SETTINGS = {
 # vLLM's counters -> what a run keeps of them.
 _COUNTERS = {
     "vllm:num_preemptions": "preemptions",
+}
+_ESTIMATES = {
     "vllm:estimated_flops_per_gpu": "flops_per_device",
     "vllm:estimated_read_bytes_per_gpu": "memory_bytes_per_device",
     "vllm:estimated_write_bytes_per_gpu": "memory_bytes_per_device",
@@ -222,6 +224,7 @@ class Engine:
         model_config = self._llm.llm_engine.model_config
         self._vocab_size: int = model_config.get_vocab_size()
         self._special_ids = _special_ids(model_config.hf_text_config)
+        self._counted = _COUNTERS | (_ESTIMATES if has_whole_estimate(self._llm.llm_engine.vllm_config) else {})
         self._fullest = _FullestMoment(self._llm.llm_engine.logger_manager)
         load_s = {
             "import_s": imported_s - started_s,
@@ -280,15 +283,27 @@ class Engine:
 
     def _counters(self) -> dict[str, int]:
         """vLLM's own counters since the engine started: requests preempted, and its estimates of the work of one
-        device, which are 0 where it knows no estimate for the model."""
-        counted = dict.fromkeys(_COUNTERS.values(), 0)
+        device where they count all of it."""
+        counted = dict.fromkeys(self._counted.values(), 0)
         for metric in self._llm.get_metrics():
-            if metric.name in _COUNTERS:
-                counted[_COUNTERS[metric.name]] += int(metric.value)
+            if metric.name in self._counted:
+                counted[self._counted[metric.name]] += int(metric.value)
         return counted
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def has_whole_estimate(config: Any) -> bool:
+    """Whether vLLM estimates all of the work of a device, by its VllmConfig.
+
+    It leaves out, without a word, the parts of a model whose quantization it has no size for, and shares out the
+    feed-forward layers over replicas, also where each has them whole (vllm/v1/metrics/perf.py of 0.26 and 0.32).
+    """
+    from vllm.v1.metrics.perf import ModelMetrics
+
+    parts = {part.component_type() for part in ModelMetrics(config).metrics}
+    return config.parallel_config.data_parallel_size == 1 and "ffn" in parts and bool(parts & {"attn", "mla_attn"})
 
 
 class _FullestMoment:

@@ -13,6 +13,7 @@ from batch_inference.environment import now
 from batch_inference.failures import classify
 from batch_inference.hardware import Monitor, Reading, clocks_of, drawn_j, joined
 from batch_inference.metrics import run_latencies_s, summarise
+from batch_inference.peaks import datasheet_peaks
 from batch_inference.replicas import ReplicaError, Replicas
 from batch_inference.results import Point, PointKey, PointStatus, Requests, Result, Run, load_result, save_result
 from batch_inference.statistics import is_narrow
@@ -97,6 +98,9 @@ class Experiment:
             self.result.environment["devices"] = [
                 worker["device"] for engine in engines for worker in engine["workers"]
             ]
+        environment = self.result.environment
+        if environment.get("peaks") is None:
+            environment["peaks"] = datasheet_peaks(self.result.devices, common.get("dtype"))
         for point in self.result.points:
             point.engine = _of_its_own({**before, **point.engine}, self.result.engine)
         self._console.loaded(self.result)
@@ -220,6 +224,8 @@ class Experiment:
         after = self._monitor.read(replicas.pids())
         if "readings" in outcomes[0]:  # the devices may be on other machines: those who hold them have read them
             before, after = (joined(both) for both in zip(*(outcome["readings"] for outcome in outcomes), strict=True))
+        if self._config.distributed_executor_backend == "ray":
+            seen = {}  # of this machine's first devices; Ray may have given out others
         return combine(outcomes, before, after, seen)
 
     def _fail(self, error: ReplicaError) -> None:

@@ -30,6 +30,7 @@ MAX_CPU_DEVICES = 8
 
 # vLLM's variable for the cores of each rank.
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+_BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 _CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 # Between two looks at the clocks: often enough for a run of a second, and nothing beside an engine's step.
@@ -63,7 +64,8 @@ class Devices:
     def environment(self) -> dict[str, str]:
         """The variables that make vLLM use exactly these devices."""
         if self.kind == "gpu":
-            return {"CUDA_VISIBLE_DEVICES": ",".join(self.ids)}
+            # CUDA's own order is by speed; NVML, which says what was measured on, counts by the bus.
+            return {"CUDA_VISIBLE_DEVICES": ",".join(self.ids), **_BY_BUS}
         if _BINDING in os.environ and not _bound_cores():  # a word of vLLM's: the user has decided
             return {}
         return {_BINDING: "|".join(self.ids)}
@@ -71,7 +73,7 @@ class Devices:
     def rank_environment(self, local_rank: int) -> dict[str, str]:
         """The same for one rank of a torchrun job: vLLM takes its GPU by LOCAL_RANK, and binds no cores there."""
         if self.kind == "gpu":
-            return {}
+            return _BY_BUS
         cores = self.ids[local_rank]
         return {"OMP_NUM_THREADS": str(cores.count(",") + 1), "OMP_PLACES": f"{{{cores}}}", "OMP_PROC_BIND": "true"}
 

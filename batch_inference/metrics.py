@@ -156,8 +156,11 @@ def _share_of_peak(counter: str, peak: str) -> Formula:
     def share(measured: Measured) -> float | None:
         peaks = measured.result.environment.get("peaks") or {}
         done = [run.counters.get(counter, 0) for run in measured.point.runs]
-        # vLLM knows no estimate for some architectures, and then counts nothing.
+        # vLLM estimates the work of some architectures and quantizations not at all, or not all of it.
         if not peaks.get(peak) or 0 in done:
+            return None
+        # The peak is that of 16 bits; what computes in fewer has a higher one.
+        if counter == "flops_per_device" and measured.result.engine_of(measured.point).get("quantization"):
             return None
         return sum(done) / (measured.total_latency_s * float(peaks[peak]))
 

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from batch_inference.config import ConfigError
@@ -24,6 +24,7 @@ from batch_inference.hardware import Devices
 # page on which NVIDIA states them. The first whose words are in the name counts.
 DATASHEETS: tuple[tuple[str, float, float, str], ...] = (
     ("B200", 2250e12, 8.0e12, "https://www.nvidia.com/en-us/data-center/dgx-b200/"),
+    ("H200 NVL", 835.5e12, 4.8e12, "https://www.nvidia.com/en-us/data-center/h200/"),
     ("H200", 989.4e12, 4.8e12, "https://www.nvidia.com/en-us/data-center/h200/"),
     ("H100 NVL", 835.5e12, 3.9e12, "https://www.nvidia.com/en-us/data-center/h100/"),
     ("H100 PCIe", 756e12, 2.0e12, "https://www.nvidia.com/en-us/data-center/h100/"),
@@ -41,17 +42,24 @@ _MEASURE_TIMEOUT_S = 300.0
 _LEAST_S = 0.5  # of timed work, for each of the two
 
 
-def peaks_of(device_name: str, dtype: str) -> dict[str, Any] | None:
+def peaks_of(device_name: str, dtype: str | None) -> dict[str, Any] | None:
     """What the datasheet of a device says for weights of `dtype`; None where it is not known here.
 
     flops_per_s and bytes_per_s of one device, and "source"."""
-    if dtype not in ("float16", "bfloat16"):
+    # A slice of a GPU has only its share.
+    if dtype not in ("float16", "bfloat16") or re.search(r"\bMIG\b", device_name):
         return None
     for words, flops_per_s, bytes_per_s, source in DATASHEETS:
         # Whole words: an H200 is no H20, and a GH200 no H200.
         if re.search(rf"\b{words}\b", device_name):
             return {"flops_per_s": flops_per_s, "bytes_per_s": bytes_per_s, "dtype": dtype, "source": source}
     return None
+
+
+def datasheet_peaks(devices: Sequence[dict[str, Any]], dtype: str | None) -> dict[str, Any] | None:
+    """`peaks_of` devices as a result file has them; None where they are not all the same."""
+    names = {str(device["name"]) for device in devices}
+    return peaks_of(names.pop(), dtype) if len(names) == 1 else None
 
 
 def measure_peaks(devices: Devices, dtype: str) -> dict[str, Any]:

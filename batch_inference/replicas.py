@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -167,8 +168,8 @@ class LocalReplicas:
         """Send one command to each replica, then wait for every answer."""
         for process, command in zip(self._processes, commands, strict=True):
             process.send(command)
-        patience = _Patience(self._config, waiting_for)
-        return [reply for process in self._processes for reply in process.receive(patience)]
+        replies = _receive(self._processes, _Patience(self._config, waiting_for))
+        return [reply for of_process in replies for reply in of_process]
 
 
 class TorchrunReplicas:
@@ -231,7 +232,7 @@ class TorchrunReplicas:
     def _all(self, command: dict[str, Any], waiting_for: str = POINT) -> list[dict[str, Any]]:
         assert self._process is not None
         self._process.send(command)
-        return self._process.receive(_Patience(self._config, waiting_for))
+        return _receive([self._process], _Patience(self._config, waiting_for))[0]
 
     def _by_replica(self, of_ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         size = self._config.devices_per_replica
@@ -264,10 +265,10 @@ def rank_log(log_path: Path, rank: int) -> Path:
 
 def ports_of(replica: int) -> dict[str, str]:
     """vLLM looks for a free port and takes it later: replicas that start together must not look in the same place."""
-    if "VLLM_PORT" in os.environ:
-        return {}
+    given = os.environ.get("VLLM_PORT", "")
     # Far below the ports that the kernel gives out, and elsewhere for another sweep on this machine.
-    return {"VLLM_PORT": str(_first_port() + 100 * (replica + 1))}
+    first = int(given) if given.isdecimal() else _first_port() + 100
+    return {"VLLM_PORT": str(first + 100 * replica)}
 
 
 def coupling_of(replica: int, replicas: int) -> dict[str, str]:
@@ -317,6 +318,19 @@ class _Patience:
         return time.monotonic() > self._end_s
 
 
+def _receive(processes: Sequence[_EngineProcess], patience: _Patience) -> list[list[dict[str, Any]]]:
+    """The next replies of each, one per rank. Raises ConfigError for the user's flags, ReplicaError for other failures:
+    at the first that fails, because coupled replicas wait for each other without end."""
+    answers: dict[int, list[dict[str, Any]]] = {}
+    while len(answers) < len(processes):
+        waiting = {index: process for index, process in enumerate(processes) if index not in answers}
+        select.select(list(waiting.values()), [], [], min(1.0, patience.limit_s))
+        answers |= {index: replies for index, process in waiting.items() if (replies := process.replies())}
+        if patience.is_over and (late := [process for index, process in waiting.items() if index not in answers]):
+            raise late[0].late(patience)
+    return [answers[index] for index in range(len(processes))]
+
+
 class _EngineProcess:
     """`python -m batch_inference.worker`, the leader of its own process group."""
 
@@ -353,23 +367,23 @@ class _EngineProcess:
     def send(self, command: dict[str, Any]) -> None:
         # What the log said before is of something that went well.
         self.log_since = _LogMark(self.log_path)
-        # A process that is gone shows in `receive`, with its log.
+        # A process that is gone shows in `_receive`, with its log.
         with contextlib.suppress(BrokenPipeError):
             self._commands.write(json.dumps(command).encode() + b"\n")
 
-    def receive(self, patience: _Patience) -> list[dict[str, Any]]:
-        """The next replies, one per rank. Raises ConfigError for the user's flags, ReplicaError for other failures."""
-        while not (replies := self.replies(timeout_s=min(1.0, patience.limit_s))):
-            if patience.is_over:
-                kind = "timeout_startup" if patience.waiting_for == STARTUP else "timeout_point"
-                flag = flag_of(patience.waiting_for)
-                raise ReplicaError(f"no answer within {flag} {patience.limit_s:g} s", self._log_end(), kind)
-        return replies
+    def fileno(self) -> int:
+        """Of the pipe that its replies come through."""
+        return self._replies.fileno()
 
-    def replies(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
-        """The next replies, or nothing where none came within `timeout_s`. Raises as `receive` does."""
+    def late(self, patience: _Patience) -> ReplicaError:
+        kind = "timeout_startup" if patience.waiting_for == STARTUP else "timeout_point"
+        flag = flag_of(patience.waiting_for)
+        return ReplicaError(f"no answer within {flag} {patience.limit_s:g} s", self._log_end(), kind)
+
+    def replies(self) -> list[dict[str, Any]]:
+        """The next replies, one per rank; nothing where none are there. Raises as `_receive` does."""
         if b"\n" not in self._buffer:
-            readable, _, _ = select.select([self._replies], [], [], timeout_s)
+            readable, _, _ = select.select([self._replies], [], [], 0)
             chunk = os.read(self._replies.fileno(), 1 << 16) if readable else b""
             self._buffer += chunk
             if not chunk:

@@ -27,6 +27,7 @@ SHORTEST_RUN_S = 0.01
 _USUAL_CLOCK_REASONS = {
     "gpu_idle",
     "applications_clocks_setting",
+    "user_defined_clocks",  # NVML's older name of the same
     "display_clock_setting",
     "sync_boost",
     "sw_power_cap",

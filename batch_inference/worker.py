@@ -33,10 +33,12 @@ from typing import Any
 from batch_inference.config import ConfigError, ExperimentConfig
 from batch_inference.engine import Engine, serve_node_0
 from batch_inference.environment import installed_vllm
+from batch_inference.hardware import Reading
 from batch_inference.leftovers import remove, shared_memory_of
 from batch_inference.ranks import JOIN_TIMEOUT_S, Place, Ranks, find_place
 
 Commands = queue.Queue[dict[str, Any]]
+READ_LEAD_S = 0.05  # for the workers of other machines to read their devices
 
 
 class Worker:
@@ -121,12 +123,22 @@ class Worker:
         return {"event": "loaded", "engine": self._engine.description}
 
     def _run(self, engine: Engine, command: dict[str, Any]) -> dict[str, Any]:
-        wait = self._ranks.start_together if self._ranks else lambda: _sleep_until(command["at_s"])
         if not self._reads_devices:
-            return engine.run(self._prompts, self._max_tokens, wait)
-        before = engine.read_devices()
+            return engine.run(self._prompts, self._max_tokens, lambda: _sleep_until(command["at_s"]))
+        before: list[Reading] = []
+
+        def wait() -> None:
+            # As late as can be: what the devices draw until the start is no part of the run.
+            if self._ranks:
+                before.append(engine.read_devices())
+                self._ranks.start_together()
+            else:
+                _sleep_until(command["at_s"] - READ_LEAD_S)
+                before.append(engine.read_devices())
+                _sleep_until(command["at_s"])
+
         outcome = engine.run(self._prompts, self._max_tokens, wait)
-        return {**outcome, "readings": [before, engine.read_devices()]}
+        return {**outcome, "readings": [*before, engine.read_devices()]}
 
 
 def follow(config: ExperimentConfig, place: Place, log_path: Path) -> int:

@@ -14,6 +14,7 @@ from batch_inference.engine import (
     compile_cache_of,
     count_outputs,
     engine_settings,
+    has_whole_estimate,
     parse_engine_flags,
     with_workers,
 )
@@ -156,3 +157,15 @@ def test_a_misspelt_vllm_flag_is_named_with_its_likely_meaning(words: list[str],
     with pytest.raises(ConfigError) as caught:
         parse_engine_flags(words)
     assert said in str(caught.value)
+
+
+@pytest.mark.usefixtures("stub_vllm")
+@pytest.mark.parametrize(
+    ("quantization", "replicas", "is_whole"), [(None, 1, True), ("auto_awq", 1, False), (None, 2, False)]
+)
+def test_an_estimate_of_a_part_of_the_work_is_none(quantization: str | None, replicas: int, is_whole: bool) -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(quantization=quantization),
+        parallel_config=SimpleNamespace(data_parallel_size=replicas),
+    )
+    assert has_whole_estimate(config) is is_whole

@@ -360,6 +360,21 @@ def test_replicas_that_see_their_own_devices_are_believed(config: ExperimentConf
     assert measured.memory["used_gib"] == [1.0, 2.0, 1.0, 2.0]
 
 
+def test_devices_that_ray_gives_out_are_not_watched_from_here(config: ExperimentConfig) -> None:
+    for backend, clocks in (("mp", [1980.0]), ("ray", None)):
+        result = run(dataclasses.replace(config, distributed_executor_backend=backend, overwrite=True), FakeReplicas())
+        assert result.points[0].runs[0].clocks.get("sm_mhz") == clocks
+
+
+def test_the_peak_is_that_of_the_type_that_vllm_runs_in(config: ExperimentConfig) -> None:
+    """Of a model whose own type only vLLM can read, as one from a hub."""
+    environment = {"devices": [{"name": "NVIDIA H100 80GB HBM3"}], "peaks": None}
+    result = starting_result(config, environment)
+    Experiment(config, result, FakeMonitor(), Console()).run(FakeReplicas())  # type: ignore[arg-type]
+    peaks = load_result(config.output_path).environment["peaks"]
+    assert (peaks["flops_per_s"], peaks["dtype"]) == (989.4e12, "bfloat16")
+
+
 def test_a_device_without_a_counter_makes_the_energy_unknown(config: ExperimentConfig) -> None:
     readings = [{"scope": "device", "used_gib": [1.0, 2.0], "energy_j": [at_j, None]} for at_j in (1.0, 4.5)]
     measured = run(config, FakeReplicas(changes={"readings": readings})).points[0].runs[0]

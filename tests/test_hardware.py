@@ -22,7 +22,9 @@ EIGHT_GPUS = Devices("gpu", tuple("01234567"))
 )
 def test_each_replica_sees_its_own_slice_of_the_gpus(replica: int, per_replica: int, visible: str) -> None:
     environment = EIGHT_GPUS.slice_for(replica, per_replica).environment()
-    assert environment == {"CUDA_VISIBLE_DEVICES": visible}
+    # The numbers are NVML's, which counts by the bus.
+    assert environment == {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert EIGHT_GPUS.rank_environment(replica) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def test_cores_are_shared_out_one_slice_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from batch_inference.metrics import METRIC_BY_NAME, METRICS, Measured, markdown_table, summarise
@@ -157,6 +159,13 @@ def test_a_share_is_unknown_where_the_peak_is_or_vllm_estimates_no_work(peaks: o
     run = make_run(1.0, counters={"preemptions": 0, "prefix_cache_hit_tokens": 0, "flops_per_device": flops})
     result = make_result(points=[], environment={"peaks": peaks})
     assert METRIC_BY_NAME["mfu"].formula(Measured(result, make_point(runs=[run]))) is None
+
+
+def test_a_model_that_computes_in_fewer_bits_has_another_peak() -> None:
+    engine = {**RESULT.engine, "quantization": "fp8"}
+    result = dataclasses.replace(RESULT, engine=engine)
+    assert METRIC_BY_NAME["mfu"].formula(Measured(result, POINT)) is None
+    assert METRIC_BY_NAME["mbu"].formula(Measured(result, POINT)) == pytest.approx(EXPECTED["mbu"])
 
 
 def test_one_run_has_no_interval() -> None:

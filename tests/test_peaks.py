@@ -4,7 +4,7 @@ import pytest
 
 from batch_inference.config import ConfigError
 from batch_inference.hardware import Devices
-from batch_inference.peaks import measure_peaks, peaks_of
+from batch_inference.peaks import datasheet_peaks, measure_peaks, peaks_of
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ from batch_inference.peaks import measure_peaks, peaks_of
         ("NVIDIA H100 80GB HBM3", 3.35e12),
         ("NVIDIA H100 PCIe", 2.0e12),
         ("NVIDIA H200", 4.8e12),
+        ("NVIDIA H200 NVL", 4.8e12),
         ("NVIDIA A100-SXM4-40GB", 1.555e12),
         ("NVIDIA A100-SXM4-80GB", 2.039e12),
         ("NVIDIA L40S", 0.864e12),
@@ -26,9 +27,21 @@ def test_a_device_is_known_by_its_name(name: str, bytes_per_s: float) -> None:
     assert peaks["source"].startswith("https://www.nvidia.com/")
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H20", "NVIDIA GH200 480GB", "NVIDIA L40", "NVIDIA A1000", "AMD EPYC"])
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA H20", "NVIDIA GH200 480GB", "NVIDIA L40", "NVIDIA A1000", "AMD EPYC", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"],
+)
 def test_a_device_of_a_similar_name_is_not_taken_for_another(name: str) -> None:
     assert peaks_of(name, "bfloat16") is None
+
+
+def test_devices_of_one_kind_have_a_peak() -> None:
+    same, other = {"name": "NVIDIA H200 NVL"}, {"name": "NVIDIA H200"}
+    found = datasheet_peaks([same, same], "float16")
+    assert found is not None
+    assert found["flops_per_s"] == 835.5e12
+    assert datasheet_peaks([same, other], "float16") is None
+    assert datasheet_peaks([], "float16") is None
 
 
 def test_sixteen_bits_are_what_the_table_knows() -> None:

@@ -23,6 +23,7 @@ from batch_inference.replicas import (
     replica_log,
     root_cause,
 )
+from batch_inference.worker import Worker
 from conftest import REPOSITORY, STUB, loaded_with, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
@@ -234,6 +235,52 @@ def test_replicas_start_together_with_prompts_of_their_own(tmp_path: Path, monke
     logs = [replica_log(tmp_path / "x.log", replica).read_text() for replica in range(2)]
     prompts = [line for log in logs for line in log.splitlines() if line.startswith("prompts ")]
     assert len(set(prompts)) == 2
+
+
+def test_replicas_of_a_user_who_names_a_port_look_in_different_places_too(
+    two_by_two: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PORT", "20000")
+    first, second = two_by_two(coupled=False)
+    assert (first["VLLM_PORT"], second["VLLM_PORT"]) == ("20000", "20100")
+
+
+def test_a_replica_that_fails_is_noticed_while_another_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coupled replicas wait for each other: the first would answer when its limit is over, and blame itself."""
+    for name, value in stub_environment().items():
+        monkeypatch.setenv(name, value)
+    shape = {"batch_sizes": (2,), "seq_lens": (8,), "max_tokens": 4}
+    config = ExperimentConfig(data_parallel_size=2, output_file=f"{tmp_path}/x.json", **shape)
+    replicas = LocalReplicas(config, Devices("cpu", ("0", "1")))
+    own = replicas._environment
+    monkeypatch.setattr(replicas, "_environment", lambda number: own(number) | {"STUB_FAIL": ("hang", "run:2")[number]})
+    try:
+        replicas.start()
+        replicas.prepare(2, 8, 4, (0, "run", 0))
+        started_s = time.monotonic()
+        with pytest.raises(ReplicaError, match="out of memory"):
+            replicas.run()
+        assert time.monotonic() - started_s < 5
+    finally:
+        replicas.close(hurry=True)
+
+
+def test_devices_are_read_right_before_a_run() -> None:
+    """What they draw while the start is waited for is no part of the run's energy."""
+
+    class FakeEngine:
+        def read_devices(self) -> dict[str, Any]:
+            return {"at_s": time.monotonic()}
+
+        def run(self, _prompts: Any, _max_tokens: int, wait: Callable[[], None]) -> dict[str, Any]:
+            wait()
+            return {"start_s": time.monotonic()}
+
+    made = Worker(0.0)
+    made._reads_devices = True
+    outcome = made._run(FakeEngine(), {"at_s": time.monotonic() + 0.3})  # type: ignore[arg-type]
+    assert 0 < outcome["start_s"] - outcome["readings"][0]["at_s"] < 0.1
+    assert outcome["readings"][1]["at_s"] >= outcome["start_s"]
 
 
 def test_the_root_cause_is_not_the_error_that_hands_it_on() -> None:

@@ -192,6 +192,7 @@ def _vllm_config(args):
             distributed_executor_backend=args.distributed_executor_backend or ("mp" if world_size > 1 else "uni"),
             tensor_parallel_size=args.tensor_parallel_size,
             pipeline_parallel_size=args.pipeline_parallel_size,
+            data_parallel_size=args.data_parallel_size,
         ),
         scheduler_config=SimpleNamespace(
             max_num_seqs=args.max_num_seqs,
