@@ -105,7 +105,7 @@ def layouts(part: Part) -> Iterator[Section]:
         title = marked(f"TP, PP or DP? {devices} devices, equal global batch size", part)
         alone = [name for name in known if name not in names]
         lines = (
-            [f"Not compared: {', '.join(alone)}; never measured at a global batch size of another."] if alone else []
+            [f"Not compared: {', '.join(alone)}; no measured point at a global batch size of another."] if alone else []
         )
         if not names and len(known) > 1:
             yield Section(title, lines=lines)
@@ -168,11 +168,12 @@ def scaling(part: Part) -> Section:
     """Per setting and length the largest batch that the baseline has too."""
     points = believable(part.points)
     baseline = baseline_of(points)
+    replicas = points.loc[points["setting"] == baseline, "data_parallel_size"]
     points = points[points["setting"] != baseline]
     if baseline is None or points.empty:
         return Section("")
     # Strong and weak are one and the same for a setting with as many replicas as the baseline.
-    weak = points[(points["global_batch_size"] != points["batch_size"]) & points["weak_speedup"].notna()]
+    weak = points[~points["data_parallel_size"].isin(replicas) & points["weak_speedup"].notna()]
     found = pd.concat(
         [_largest(points, "strong", "", "global_batch_size"), _largest(weak, "weak", "weak_", "batch_size")]
     )

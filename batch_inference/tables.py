@@ -32,7 +32,7 @@ GROUP_BY = (
 )  # fmt: skip
 # Within a group these may differ, but the reader must know.
 TO_MENTION = (
-    "host", "cpu_name", "power_limit_w", "driver_version", "torch_version", "git_commit", "seed",
+    "nnodes", "cluster", "host", "cpu_name", "power_limit_w", "driver_version", "torch_version", "git_commit", "seed",
     "num_runs", "target_ci", "max_runs", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
     "gpu_memory_utilization", "block_size", "cudagraph_mode", "compilation_mode", "engine_args",
 )  # fmt: skip
@@ -189,6 +189,7 @@ def _settings(result: Result, engine: Row) -> Row:
         "engine_args": shlex.join(map(str, words)) if isinstance(words, list) and words else None,
         # Under torchrun vLLM runs another model runner and pipeline stages do not overlap.
         "executor_class": "torchrun" if "external_launcher" in executors else "local",
+        "cluster": "ray" if "ray" in executors else None,
     }
 
 

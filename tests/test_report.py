@@ -285,7 +285,7 @@ def test_a_layout_without_a_common_batch_is_named(report: Any) -> None:
         make_result("dp_2", [make_point(4, replicas=2)], (1, 1, 2)),
     ]
     text = flat(as_text(report(results)))
-    assert "Not compared: TP=2, DP=2; never measured at a global batch size of another." in text
+    assert "Not compared: TP=2, DP=2; no measured point at a global batch size of another." in text
 
 
 def test_scaling_is_told_strong_and_weak(report: Any) -> None:

@@ -181,6 +181,14 @@ def test_a_difference_within_a_group_is_found(table: Any) -> None:
     assert points["engine_args"].dropna().tolist() == ["--x 'a b'"]
 
 
+def test_several_nodes_and_ray_are_ranked_with_one_and_said(table: Any) -> None:
+    nodes = make_result("b", [make_point()], config={"nnodes": 2, "distributed_executor_backend": "mp"})
+    ray = make_result("c", [make_point()], config={"distributed_executor_backend": "ray"})
+    points = table([make_result(points=[make_point()]), nodes, ray])
+    assert set(points["group"]) == {1}
+    assert differing(points, TO_MENTION) == ["nnodes", "cluster"]
+
+
 def test_the_share_that_each_device_of_a_cpu_got_is_no_difference(table: Any) -> None:
     other = make_result("b", [make_point()], engine={"gpu_memory_utilization": 0.4})
     points = table([make_result(points=[make_point()], engine={"gpu_memory_utilization": 0.8}), other])
