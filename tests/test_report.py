@@ -298,6 +298,15 @@ def test_scaling_is_told_strong_and_weak(report: Any) -> None:
     ]
 
 
+def test_weak_scaling_against_replicas_is_told_of_more_replicas_alone(report: Any) -> None:
+    """With as many, an equal batch per replica is an equal global batch."""
+    two = make_result("dp_2", [make_point(2, latencies_s=[1.0, 1.0], replicas=2)], (1, 1, 2))
+    wide = make_result("tp_2_dp_2", [make_point(2, latencies_s=[0.8, 0.8], replicas=2)], (2, 1, 2))
+    four = make_result("dp_4", [make_point(2, latencies_s=[1.0, 1.0], replicas=4)], (1, 1, 4))
+    part = section(report([two, wide, four]), "Scaling against dp_2")
+    assert [row[:4] for row in part.rows] == [["dp_4", "4", "64", "weak"], ["tp_2_dp_2", "4", "64", "strong"]]
+
+
 def test_the_front_is_listed(report: Any) -> None:
     part = section(report(near()), "Pareto front")
     assert [row[:3] for row in part.rows] == [["64", "tp_2", "4"]]
