@@ -249,7 +249,7 @@ def test_a_replica_that_fails_is_noticed_while_another_waits(tmp_path: Path, mon
     """Coupled replicas wait for each other: the first would answer when its limit is over, and blame itself."""
     for name, value in stub_environment().items():
         monkeypatch.setenv(name, value)
-    shape = {"batch_sizes": (2,), "seq_lens": (8,), "max_tokens": 4}
+    shape = {"batch_sizes": (2,), "seq_lens": (8,), "max_tokens": 4, "point_timeout": 10.0}
     config = ExperimentConfig(data_parallel_size=2, output_file=f"{tmp_path}/x.json", **shape)
     replicas = LocalReplicas(config, Devices("cpu", ("0", "1")))
     own = replicas._environment
