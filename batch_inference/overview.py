@@ -43,6 +43,11 @@ class Setting:
     def name(self) -> str:
         return self.config.setting_name
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why nothing would come of it: that reason, or a result file in the way."""
+        return self.reason or self.config.output_conflict
+
 
 def setting_of(command: str, nnodes: int, devices: Devices) -> Setting:
     """Raises ConfigError for flags that are wrong, and for a model folder that is none."""
@@ -146,11 +151,10 @@ def plan(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str
         _PACKED if config.packed else "",
         "" if knows_memory else f"memory: {SIZES_UNKNOWN}",
     )
-    reasons = {setting.name: setting.reason or setting.config.output_conflict for setting in settings}
-    cannot_run = [f"{name} cannot run: {reason}" for name, reason in reasons.items() if reason]
-    remarks = [*cannot_run, *uncompared(settings)]
+    obstacles = [f"{setting.name} cannot run: {setting.obstacle}" for setting in settings if setting.obstacle]
+    remarks = [*obstacles, *uncompared(settings)]
     lines = [*_wrapped(head), "", *rows, *([""] if remarks else []), *_wrapped(remarks)]
-    commands = [setting.command for setting in settings if reasons[setting.name] is None]
+    commands = [setting.command for setting in settings if setting.obstacle is None]
     return [f"# {line}".rstrip() for line in lines] + commands
 
 
@@ -187,8 +191,8 @@ def main(words: Sequence[str]) -> int:
 def _check_files(settings: Sequence[Setting]) -> None:
     """Raises ConfigError for a result file in the way: not after the settings before it have been measured."""
     for setting in settings:
-        if setting.reason is None and (conflict := setting.config.output_conflict):
-            raise ConfigError(conflict)
+        if setting.reason is None and setting.obstacle:
+            raise ConfigError(setting.obstacle)
 
 
 if __name__ == "__main__":

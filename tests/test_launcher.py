@@ -415,6 +415,13 @@ def test_a_file_in_the_way_is_no_matter_of_the_other_nodes(launcher: Launcher, f
     assert launcher("tensor-parallel", *nodes, "1").returncode == 0
 
 
+def test_settings_of_one_name_are_told_apart_in_a_plan(launcher: Launcher, files_in_the_way: Path) -> None:
+    """A name of the user's own is that of all."""
+    flags = ("--output-dir", str(files_in_the_way), "--dry-run", "--", "--name", "mine")
+    commands = commands_of(launcher("tensor-parallel", *flags))
+    assert [config_of(words).tensor_parallel_size for words in commands] == [1, 4, 8]
+
+
 def test_a_plan_leaves_out_what_a_file_is_in_the_way_of(launcher: Launcher, files_in_the_way: Path) -> None:
     done = launcher("tensor-parallel", "--output-dir", str(files_in_the_way), "--dry-run")
     assert "# tp_2 cannot run: --output-file" in done.stdout
