@@ -34,6 +34,9 @@ exit codes:
   3 a regression, with --fail-on-regression"""
 
 
+SUMMARY = "summary.json"
+
+
 class UsageError(Exception):
     """A mistake the user can fix: the message names the flag, the value found, and what to do."""
 
@@ -180,8 +183,11 @@ def find_files(flag: str, path: Path) -> list[Path]:
             return [path]
         # Names that begin with a dot are half-written files, and what macOS leaves on foreign disks. The summary is
         # this program's own, where --output-dir was the folder of the results.
-        others = (file for file in path.glob("*.json") if not file.name.startswith(".") and file.name != "summary.json")
-        found = sorted(file for file in others if not file.is_dir())
+        found = sorted(
+            file
+            for file in path.glob("*.json")
+            if not file.name.startswith(".") and file.name != SUMMARY and not file.is_dir()
+        )
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     if not found:
@@ -242,16 +248,15 @@ def ask(settings: list[Setting], flags: argparse.Namespace, earlier: list[Settin
 
 def gate(analysis: Analysis, percent: float | None) -> int:
     """The exit code of --fail-on-regression: 3 for a regression, 2 where there was nothing to judge."""
-    from batch_inference.compare import judged, regressions
+    from batch_inference.compare import regressions
 
     if percent is None or analysis.comparison is None:
         return 0
-    found, flag = len(regressions(analysis.comparison, percent)), f"--fail-on-regression {percent:g}"
-    if found:
-        what = f"{found} of {len(analysis.comparison.points)} points are lost or worse by more"
-        print(f"error: {flag}: {what}", file=sys.stderr)
+    points, flag = analysis.comparison.points, f"--fail-on-regression {percent:g}"
+    if found := len(regressions(analysis.comparison, percent)):
+        print(f"error: {flag}: {found} of {len(points)} points are lost or worse by more", file=sys.stderr)
         return 3
-    if judged(analysis.comparison).empty:
+    if (points["change"] == "unknown").all():
         what = "no point is in both sets with two runs or more; compare settings of the same name and grid"
         print(f"error: {flag}: {what}", file=sys.stderr)
         return 2
@@ -277,7 +282,7 @@ def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: t
     drawn, missing = draw(analysis, folder, plots)
     parts = sections(analysis)
     page, report, table = folder / "report.html", folder / "report.md", folder / "results.csv"
-    numbers, parquet = folder / "summary.json", folder / "results.parquet"
+    numbers, parquet = folder / SUMMARY, folder / "results.parquet"
     files = [page, report, table, numbers]
     write_csv(analysis.points, table)
     write_summary(analysis, problems, numbers)

@@ -218,38 +218,34 @@ def asked_points(settings: Iterable[Setting]) -> set[Key]:
 def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = ()) -> SetComparison:
     """Points of equal name, sizes, batch and lengths; `asked`: those that the files of `new` should hold."""
     # Where a set holds a point twice, of two models, say, what tells the two apart belongs to the point.
-    within = [name for name in GROUP_BY if name in _telling_apart(new) | _telling_apart(old)]
-    keys = [*_SAME_POINT, *within]
-    one, new_repeated = _keyed(new, keys)
-    two, old_repeated = _keyed(old, keys)
+    within = sorted(_telling_apart(new) | _telling_apart(old))
+    new, old = (_keyed(table, [*_SAME_POINT, *within]) for table in (new, old))
+    one, two = (table[~table.index.duplicated(keep=False)] for table in (new, old))
+    repeated = len(new) - len(one) + len(old) - len(two)
     two = believable(two)
     pairs = one.index.intersection(two.index, sort=False)
-    alone = two[~two.index.isin(_index(new, keys))]
-    never_reached = alone[[key in asked for key in _index(alone, _SAME_POINT)]]
+    alone = two[~two.index.isin(new.index)]
+    is_asked = [key[: len(_SAME_POINT)] in asked for key in alone.index]
+    never_reached = alone[pd.Series(is_asked, index=alone.index, dtype=bool)]
     one_paired, two_paired = one.reindex(pairs), two.reindex(pairs)
     return SetComparison(
         points=_changes(one_paired, two_paired, never_reached),
         unlike=_unlike(one_paired, two_paired),
         only_new=len(one.index.difference(two.index)),
         only_old=len(alone) - len(never_reached),
-        repeated=new_repeated + old_repeated,
+        repeated=repeated,
     )
 
 
-def _index(table: pd.DataFrame, keys: list[str]) -> pd.MultiIndex:
-    return pd.MultiIndex.from_arrays([table[name].map(str) for name in keys], names=keys)
-
-
-def _keyed(table: pd.DataFrame, keys: list[str]) -> tuple[pd.DataFrame, int]:
-    index = _index(table, keys)
-    repeated = index.duplicated(keep=False)
-    return table.set_axis(index)[~repeated], int(repeated.sum())
+def _keyed(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The table with the text of these columns as its index."""
+    return table.set_axis(pd.MultiIndex.from_arrays([table[name].map(str) for name in keys], names=keys))
 
 
 def _telling_apart(table: pd.DataFrame) -> set[str]:
     """The columns of GROUP_BY in which rows of the same point differ."""
-    index = _index(table, _SAME_POINT)
-    repeated = table.set_axis(index)[index.duplicated(keep=False)]
+    points = _keyed(table, _SAME_POINT)
+    repeated = points[points.index.duplicated(keep=False)]
     columns = [name for name in GROUP_BY if name not in _SAME_POINT]
     kinds = repeated[columns].astype(str).groupby(level=_SAME_POINT).nunique()
     return {name for name in columns if (kinds[name] > 1).any()}
@@ -296,11 +292,6 @@ def holm(p_values: Floats) -> Floats:
     corrected = np.full(len(p_values), np.nan)
     corrected[order] = np.minimum(steps, 1)
     return corrected
-
-
-def judged(comparison: SetComparison) -> pd.DataFrame:
-    """The points of which anything can be said."""
-    return comparison.points[comparison.points["change"] != "unknown"]
 
 
 def regressions(comparison: SetComparison, percent: float) -> pd.DataFrame:

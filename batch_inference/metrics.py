@@ -159,12 +159,18 @@ def _share_of_peak(counter: str, peak: str) -> Formula:
         # vLLM estimates the work of some architectures and quantizations not at all, or not all of it.
         if not peaks.get(peak) or 0 in done:
             return None
-        # The peak is that of 16 bits; what computes in fewer has a higher one.
-        if counter == "flops_per_device" and measured.result.engine_of(measured.point).get("quantization"):
-            return None
         return sum(done) / (measured.total_latency_s * float(peaks[peak]))
 
     return share
+
+
+_share_of_arithmetic = _share_of_peak("flops_per_device", "flops_per_s")
+
+
+def _mfu(measured: Measured) -> float | None:
+    # The peak is that of 16 bits; what computes in fewer has a higher one.
+    quantized = _engine_number("quantization")(measured)
+    return None if quantized else _share_of_arithmetic(measured)
 
 
 def _idle_power_w(measured: Measured) -> float | None:
@@ -268,7 +274,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("idle_power_w", "W", "Idle power", None, _idle_power_w,
            "NVML power draw of this setting's devices before the engine loaded"),
     Metric("sm_mhz", "MHz", "SM clock", None, _sm_mhz, "mean SM clock during the runs, over the devices"),
-    Metric("mfu", "ratio", "MFU", "higher", _share_of_peak("flops_per_device", "flops_per_s"),
+    Metric("mfu", "ratio", "MFU", "higher", _mfu,
            "vLLM's estimate of the floating-point operations of a device / (latency x its peak, stated in the file)"),
     Metric("mbu", "ratio", "MBU", "higher", _share_of_peak("memory_bytes_per_device", "bytes_per_s"),
            "vLLM's estimate of the bytes that a device moved / (latency x its peak bandwidth, stated in the file)"),

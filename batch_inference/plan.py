@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from batch_inference.config import ConfigError, ExperimentConfig, redact
 from batch_inference.hardware import GIB, Devices
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Of vLLM's --kv-cache-dtype, beside the above; of others the size is not known.
-_KV_BYTE = re.compile("(fp8|int8)")
+# Of vLLM's --kv-cache-dtype, beside the above, those that begin so take a byte; of others the size is not known.
+_KV_BYTE = ("fp8", "int8")
 SIZES_UNKNOWN = "unknown for a quantized model, and where its sizes cannot be read from here"
 # vLLM's own block sizes, in tokens (of its attention backends on NVIDIA GPUs, and on the CPU).
 _GPU_BLOCK, _CPU_BLOCK = 16, 128
@@ -61,7 +60,7 @@ class ModelFacts:
         if self.num_kv_heads is None or self.head_dim is None or self.num_layers is None:
             return None
         kv_heads = max(1, self.num_kv_heads / tensor_parallel_size)
-        size = 1 if _KV_BYTE.match(dtype) else self._bytes(dtype)
+        size = 1 if dtype.startswith(_KV_BYTE) else self._bytes(dtype)
         return 2 * math.ceil(self.num_layers / pipeline_parallel_size) * kv_heads * self.head_dim * size
 
     def dtype_used(self, asked: str) -> str:
@@ -95,7 +94,9 @@ def read_model_facts(model: str) -> ModelFacts | None:
     path = folder / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return _facts_from(_text_part(document), is_quantized="quantization_config" in document)
+        part = _text_part(document)
+        is_quantized = "quantization_config" in {**document, **part}
+        return _facts_from(part, is_quantized=is_quantized)
     except FileNotFoundError:
         raise ConfigError(f"--model {model}: it has no config.json; give the folder that holds one") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -127,7 +128,7 @@ def _facts_from(document: dict[str, Any], *, is_quantized: bool) -> ModelFacts:
         max_model_len=None if _scales_positions(document) else number(*_LENGTH_KEYS),
         is_moe=any(number(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
         tied_embeddings=bool(document.get("tie_word_embeddings", False)),
-        is_quantized=is_quantized or "quantization_config" in document,
+        is_quantized=is_quantized,
         dtype=str(document.get("dtype") or document.get("torch_dtype") or "bfloat16"),
     )
 
@@ -177,7 +178,7 @@ def memory_plan(
     kv_dtype = config.dtype if kv_dtype == "auto" else kv_dtype
     if config.engine_word("--quantization") or config.engine_word("-q"):
         return None
-    if kv_dtype not in (config.dtype, *_BYTES) and not _KV_BYTE.match(kv_dtype):
+    if kv_dtype not in (config.dtype, *_BYTES) and not kv_dtype.startswith(_KV_BYTE):
         return None
     weights_gib = facts.weights_gib(*sizes, config.dtype) if facts else None
     per_token = facts.kv_bytes_per_token(*sizes, kv_dtype) if facts else None

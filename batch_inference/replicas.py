@@ -321,14 +321,13 @@ class _Patience:
 def _receive(processes: Sequence[_EngineProcess], patience: _Patience) -> list[list[dict[str, Any]]]:
     """The next replies of each, one per rank. Raises ConfigError for the user's flags, ReplicaError for other failures:
     at the first that fails, because coupled replicas wait for each other without end."""
-    answers: dict[int, list[dict[str, Any]]] = {}
-    while len(answers) < len(processes):
-        waiting = {index: process for index, process in enumerate(processes) if index not in answers}
-        select.select(list(waiting.values()), [], [], min(1.0, patience.limit_s))
-        answers |= {index: replies for index, process in waiting.items() if (replies := process.replies())}
-        if patience.is_over and (late := [process for index, process in waiting.items() if index not in answers]):
+    answers: dict[_EngineProcess, list[dict[str, Any]]] = {}
+    while waiting := [process for process in processes if process not in answers]:
+        select.select(waiting, [], [], min(1.0, patience.limit_s))
+        answers |= {process: replies for process in waiting if (replies := process.replies())}
+        if patience.is_over and (late := [process for process in waiting if process not in answers]):
             raise late[0].late(patience)
-    return [answers[index] for index in range(len(processes))]
+    return [answers[process] for process in processes]
 
 
 class _EngineProcess:
