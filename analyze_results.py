@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from batch_inference.results import ResultFileError
+from batch_inference.core.results import ResultFileError
 
 if TYPE_CHECKING:
-    from batch_inference.analysis import Analysis
-    from batch_inference.tables import Setting
+    from batch_inference.analyze.answers import Analysis
+    from batch_inference.analyze.tables import Setting
 
 DESCRIPTION = """\
 Turn the result files of batch_inference_experiment.py into a decision: the
@@ -199,7 +199,7 @@ def read_settings(flag: str, path: Path, percent: float) -> tuple[list[Setting],
     """What can be read, and what is wrong with the other files. Raises UsageError where nothing can be."""
     paths = find_files(flag, path)
     # Slow import; --help must not pay for it.
-    from batch_inference.tables import load_settings
+    from batch_inference.analyze.tables import load_settings
 
     settings, problems = [], []
     for found in load_settings(paths, percent):
@@ -235,8 +235,8 @@ def make_folder(folder: Path) -> Path:
 
 def ask(settings: list[Setting], flags: argparse.Namespace, earlier: list[Setting] | None) -> Analysis:
     """Raises UsageError where the files cannot answer."""
-    from batch_inference.analysis import Question, QuestionError, analyse
-    from batch_inference.decide import Limits
+    from batch_inference.analyze.answers import Question, QuestionError, analyse
+    from batch_inference.analyze.decide import Limits
 
     limits = Limits(flags.max_latency_s, flags.max_ttft_s, flags.max_tpot_s, flags.slo_percentile)
     question = Question(limits, flags.device_hour_price, flags.baseline, flags.group_by, flags.allow_mixed)
@@ -248,7 +248,7 @@ def ask(settings: list[Setting], flags: argparse.Namespace, earlier: list[Settin
 
 def gate(analysis: Analysis, percent: float | None) -> int:
     """The exit code of --fail-on-regression: 3 for a regression, 2 where there was nothing to judge."""
-    from batch_inference.compare import regressions
+    from batch_inference.analyze.compare import regressions
 
     if percent is None or analysis.comparison is None:
         return 0
@@ -273,11 +273,12 @@ def write_analysis(analysis: Analysis, problems: list[str], folder: Path, *, plo
 
 def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: tuple[str, ...] | None) -> str:
     """Write every file into `folder`, and return the summary that names them; `plots` None is all of them."""
-    from batch_inference.exports import write_csv, write_parquet
-    from batch_inference.page import as_html
-    from batch_inference.report import as_markdown, as_text, wrapped
-    from batch_inference.sections import sections
-    from batch_inference.summary import write_summary
+    from batch_inference.analyze.exports import write_csv, write_parquet
+    from batch_inference.analyze.page import as_html
+    from batch_inference.analyze.report import sections
+    from batch_inference.analyze.summary_json import write_summary
+    from batch_inference.analyze.terminal import as_markdown, as_text
+    from batch_inference.core.text import wrapped
 
     drawn, missing = draw(analysis, folder, plots)
     parts = sections(analysis)
@@ -300,7 +301,7 @@ def check_plots(names: tuple[str, ...] | None) -> None:
     """Raises UsageError for a plot that there is not."""
     if not names:
         return
-    from batch_inference.plots import PLOTS
+    from batch_inference.analyze.plots import PLOTS
 
     known = [name for name, _, _ in PLOTS]
     if unknown := [name for name in names if name not in known]:
@@ -312,7 +313,7 @@ def draw(analysis: Analysis, folder: Path, names: tuple[str, ...] | None) -> tup
     if names == ():
         return [], []
     # Another slow import, and not needed without plots.
-    from batch_inference.plots import write_plots
+    from batch_inference.analyze.plots import write_plots
 
     return write_plots(analysis.parts, folder, names)
 

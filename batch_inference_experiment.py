@@ -14,15 +14,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from batch_inference.config import ConfigError, ExperimentConfig, parse_flags
-from batch_inference.failures import ADVICE
-from batch_inference.hardware import Devices, find_devices, monitor, smallest_memory_gib
-from batch_inference.peaks import measure_peaks
-from batch_inference.plan import ModelFacts, describe, infeasible, is_coupled, read_model_facts
-from batch_inference.ranks import Place, find_place
-from batch_inference.ray_cluster import OWN_CLUSTER, Cluster, find_cluster
-from batch_inference.rendezvous import Nodes, NodesError, meet
-from batch_inference.replicas import (
+from batch_inference.core.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.core.failures import ADVICE
+from batch_inference.core.results import ResultFileError, check_writable, to_json
+from batch_inference.measure.hardware import monitor, smallest_memory_gib
+from batch_inference.measure.nodes import Nodes, NodesError, meet
+from batch_inference.measure.peaks import measure_peaks
+from batch_inference.measure.ranks import Place, find_place
+from batch_inference.measure.ray_cluster import OWN_CLUSTER, Cluster, find_cluster
+from batch_inference.measure.replicas import (
     LocalReplicas,
     ReplicaError,
     Replicas,
@@ -33,7 +33,10 @@ from batch_inference.replicas import (
     replica_log,
     serve_node_0,
 )
-from batch_inference.results import ResultFileError, check_writable, to_json
+from batch_inference.plan.devices import Devices, find_devices
+from batch_inference.plan.model import ModelFacts, read_model_facts
+from batch_inference.plan.obstacles import infeasible, is_coupled
+from batch_inference.plan.printed import setting_plan
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def main() -> int:
             print(f"note: {note}", file=sys.stderr)
         if config.dry_run:
             memory_gib = config.device_memory_gib or smallest_memory_gib(here.devices)
-            print("\n".join(describe(config, here.facts, here.devices, memory_gib)))
+            print("\n".join(setting_plan(config, here.facts, here.devices, memory_gib)))
             return 0
         check_machine(config, here)
         return measure(config, here) if config.node_rank == 0 else serve(config, here.devices)
@@ -106,7 +109,7 @@ def check_place(config: ExperimentConfig, place: Place | None) -> None:
 
 
 def follow_rank_0(config: ExperimentConfig, here: Surroundings, place: Place) -> int:
-    from batch_inference.worker import follow
+    from batch_inference.measure.worker import follow
 
     reason = infeasible(config, here.facts, here.devices, here.processes)
     if reason:
@@ -172,9 +175,9 @@ def serve(config: ExperimentConfig, devices: Devices) -> int:
 
 def measure(config: ExperimentConfig, here: Surroundings) -> int:
     # These need installed packages, and --help and --dry-run must answer without them.
-    from batch_inference.console import Console, closing_table
-    from batch_inference.environment import collect_environment
-    from batch_inference.experiment import Experiment, starting_result
+    from batch_inference.measure.console import Console, closing_table
+    from batch_inference.measure.environment import collect_environment
+    from batch_inference.measure.experiment import Experiment, starting_result
 
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     # Of a job over several nodes, those of this one.

@@ -326,7 +326,7 @@ overview() {
     build_command "$name" "$(port_of "$number")"
     quoted "${command[@]}"
     number=$((number + 1))
-  done | PYTHONPATH=$here "$python" -P -m batch_inference.overview "$nnodes" "$node_rank" "$@"
+  done | PYTHONPATH=$here "$python" -P -m batch_inference.launch.overview "$nnodes" "$node_rank" "$@"
 }
 
 # Each setting has two ports of its own: none meets what the one before may still be closing on node 0.
@@ -337,7 +337,7 @@ port_of() { echo $((master_port + 2 * $1)); }
 meet_nodes() {
   ((${#meeting[@]})) || return 0
   local found line
-  found=$(PYTHONPATH=$here "$python" -P -m batch_inference.rendezvous "${meeting[@]}" -- "${experiment[@]}") || return
+  found=$(PYTHONPATH=$here "$python" -P -m batch_inference.measure.nodes "${meeting[@]}" -- "${experiment[@]}") || return
   while IFS= read -r line; do
     [[ $line != *=* ]] || export "${line?}"
   done <<<"$found"
@@ -408,7 +408,7 @@ run_alone() {
 
 run_side_by_side() {
   local rc=0 file ended number wrong_use=true
-  command=(env "PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -P -m batch_inference.packing "$@")
+  command=(env "PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -P -m batch_inference.launch.packing "$@")
   # A file without a name: nothing is left of it, however this ends.
   file=$(mktemp) && exec {ended}<>"$file" && rm -f "$file"
   run_command >&"$ended" || rc=$?

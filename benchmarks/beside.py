@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ways import Result, add_flags, call, markdown_row, measure_ours, ours_command, points, save
 
-from batch_inference.results import load_result
+from batch_inference.core.results import load_result
 
 ALONE, IMPORTS, PACKED = "alone", "imports of vLLM beside it", "another setting beside it"
 Measured = tuple[Result, float]  # and the wall time in seconds
@@ -79,7 +79,7 @@ def packed(args: argparse.Namespace) -> Measured:
     flags = [("--packed",), ("--packed", "--seed", "1")]
     commands = [shlex.join([*ours_command(args, file), *words]) for file, words in zip(files, flags, strict=True)]
     started_s = time.monotonic()
-    call([sys.executable, "-m", "batch_inference.packing", *commands], args.output_dir / "packed.txt")
+    call([sys.executable, "-m", "batch_inference.launch.packing", *commands], args.output_dir / "packed.txt")
     return load_result(files[0]), time.monotonic() - started_s
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batch_inference.config import ConfigError
-from batch_inference.hardware import Devices
-from batch_inference.overview import config_of
-from batch_inference.plan import memory_plan, read_model_facts
-from batch_inference.results import Result, ResultFileError, load_result
+from batch_inference.core.config import ConfigError
+from batch_inference.core.results import Result, ResultFileError, load_result
+from batch_inference.launch.overview import config_of
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.memory import memory_plan
+from batch_inference.plan.model import read_model_facts
 
 HEAD = (
     "| file | device | vLLM | weights GiB: plan | vLLM | ratio | KV tokens: plan | vLLM | ratio |",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batch_inference.metrics import summarise
-from batch_inference.results import Point, Requests, Result, Run, save_result
+from batch_inference.core.metrics import summarise
+from batch_inference.core.results import Point, Requests, Result, Run, save_result
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 

@@ -4,7 +4,7 @@
 
 from types import SimpleNamespace
 
-from batch_inference.hardware import GIB
+from batch_inference.plan.devices import GIB
 
 
 class NVMLError(Exception):

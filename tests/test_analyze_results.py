@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 import analyze_results
-from batch_inference.results import Point
+from batch_inference.core.results import Point
 from builders import make_point, make_result, make_sweep, save_all
 from conftest import REPOSITORY
 
@@ -341,7 +341,7 @@ def test_a_terminal_that_knows_only_ascii_gets_the_summary_too(folder: Path, mon
 def test_without_pandas_the_user_is_told_what_to_do(
     analyze: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("batch_inference.tables", "pandas"):
+    for name in ("batch_inference.analyze.tables", "pandas"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "pandas", None)
     check_refused(analyze("--input", folder), "pandas is not installed", "setup_env.sh")

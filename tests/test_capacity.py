@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from batch_inference.capacity import padded_batch_size, requests_in_kv_cache, running_requests, waves
-from batch_inference.results import Point, Result
+from batch_inference.core.capacity import padded_batch_size, requests_in_kv_cache, running_requests, waves
+from batch_inference.core.results import Point, Result
 from builders import make_point, make_result, make_run
 
 # As vLLM 0.32.0 reports them: 512 blocks of 128 tokens, of which a request of 80 takes a whole one.

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from batch_inference.compare import (
+from batch_inference.analyze.compare import (
     asked_points,
     compare_sets,
     halves,
@@ -23,8 +23,8 @@ from batch_inference.compare import (
     side_by_side,
     with_scaling,
 )
-from batch_inference.results import Point, Result
-from batch_inference.tables import half_width, load_setting, point_table
+from batch_inference.analyze.tables import half_width, load_setting, point_table
+from batch_inference.core.results import Point, Result
 from builders import make_point, make_result, make_sweep, save_all
 
 

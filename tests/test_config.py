@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from batch_inference.config import ConfigError, ExperimentConfig, build_parser, parse_flags, redact
+from batch_inference.core.config import ConfigError, ExperimentConfig, build_parser, parse_flags, redact
 
 
 def test_defaults_are_those_of_the_readme() -> None:

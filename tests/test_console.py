@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from batch_inference.config import ExperimentConfig
-from batch_inference.console import Console, point_words
-from batch_inference.results import Point
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.results import Point
+from batch_inference.measure.console import Console, point_words
 from builders import make_point, make_result, make_run
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from batch_inference.decide import COST, Choice, Limits, choices, with_cost, with_pareto
-from batch_inference.results import Point, Result
-from batch_inference.tables import believable, load_setting, point_table
+from batch_inference.analyze.decide import COST, Choice, Limits, choices, with_cost, with_pareto
+from batch_inference.analyze.tables import believable, load_setting, point_table
+from batch_inference.core.results import Point, Result
 from builders import make_point, make_result, save_all
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from batch_inference import engine
-from batch_inference.config import ConfigError, ExperimentConfig
-from batch_inference.engine import (
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.measure import engine
+from batch_inference.measure.engine import (
     MEASURING_SETTINGS,
     _FullestMoment,
     compile_cache_of,
@@ -18,7 +18,7 @@ from batch_inference.engine import (
     parse_engine_flags,
     with_workers,
 )
-from batch_inference.hardware import Devices
+from batch_inference.plan.devices import Devices
 from conftest import STUB
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from batch_inference import experiment
-from batch_inference.config import ConfigError, ExperimentConfig
-from batch_inference.console import Console, closing_table, short
-from batch_inference.experiment import Experiment, combine, starting_result
-from batch_inference.metrics import summarise
-from batch_inference.replicas import ReplicaError
-from batch_inference.results import Point, Result, load_result, save_result
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.metrics import summarise
+from batch_inference.core.results import Point, Result, load_result, save_result
+from batch_inference.core.text import short
+from batch_inference.measure import experiment
+from batch_inference.measure.console import Console, closing_table
+from batch_inference.measure.experiment import Experiment, combine, starting_result
+from batch_inference.measure.replicas import ReplicaError
 
 ENGINE = {
     "vllm_version": "0.32.0",

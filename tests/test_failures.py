@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batch_inference.failures import ADVICE, FAILURES, classify
+from batch_inference.core.failures import ADVICE, FAILURES, classify
 
 SAID = [
     ("load", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "oom_load"),

@@ -1,4 +1,4 @@
-"""Which part may import which: the import fences of the design."""
+"""Which room may import which, and where heavy packages may be imported: the rules of the house."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "batch_inference"
-# Earlier modules never import later ones.
-ORDER = (
-    "statistics", "config", "failures", "leftovers", "hardware", "environment", "peaks", "plan", "overview",
-    "ray_cluster", "rendezvous", "prompts", "engine", "ranks", "worker", "replicas", "results", "capacity", "metrics",
-    "console", "verdict", "experiment", "packing", "tables", "exports", "compare", "decide", "analysis", "sheet",
-    "lines", "plots", "answers", "sections", "report", "page", "summary",
-)  # fmt: skip
+# A room imports itself and these.
+MAY_IMPORT = {
+    "core": set(),
+    "plan": {"core"},
+    "measure": {"core", "plan"},
+    "analyze": {"core"},
+    "launch": {"core", "plan", "measure", "analyze"},
+}
+# Packages that only these modules import.
+PLACES = {"vllm": {"engine"}, "torch": {"engine", "ranks", "peaks"}, "ray": {"ray_cluster"}}
 ANALYSIS = {"pandas", "matplotlib", "seaborn", "scipy"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def imported_names(path: Path) -> set[str]:
@@ -33,33 +40,34 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-def test_the_order_names_every_module() -> None:
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules == set(ORDER)
+def test_every_module_is_in_a_room() -> None:
+    assert {path.parent.name for path in modules() if path.name != "__init__.py"} == set(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_earlier_ones(module: str) -> None:
-    ours = {name.split(".")[1] for name in imported_names(PACKAGE / f"{module}.py") if name.startswith("batch_inf")}
-    assert ours <= set(ORDER[: ORDER.index(module)])
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_it_may(path: Path) -> None:
+    if path.parent == PACKAGE:
+        assert not imported_names(path)
+        return
+    rooms = {name.split(".")[1] for name in imported_names(path) if name.startswith("batch_inference.")}
+    assert rooms <= MAY_IMPORT[path.parent.name] | {path.parent.name}
 
 
-def test_heavy_imports_have_their_places() -> None:
-    places = {"vllm": {"engine"}, "torch": {"engine", "ranks", "peaks"}, "ray": {"ray_cluster"}}
-    for module in ORDER:
-        roots = {name.split(".")[0] for name in imported_names(PACKAGE / f"{module}.py")}
-        for package, allowed in places.items():
-            assert (package in roots) == (module in allowed)
+def test_heavy_packages_have_their_places() -> None:
+    for package, allowed in PLACES.items():
+        importing = {path.stem for path in modules() if package in {n.split(".")[0] for n in imported_names(path)}}
+        assert importing == allowed
 
 
 @pytest.mark.parametrize(
-    ("modules", "forbidden"),
+    ("loaded", "forbidden"),
     [
-        ("experiment, batch_inference.replicas, batch_inference.engine", ANALYSIS | {"vllm", "torch"}),
-        ("plots, batch_inference.report, batch_inference.page, batch_inference.summary", {"vllm", "torch"}),
+        (("measure.experiment", "measure.replicas", "measure.engine"), ANALYSIS | {"vllm", "torch"}),
+        (("analyze.plots", "analyze.terminal", "analyze.page", "analyze.summary_json"), {"vllm", "torch"}),
     ],
 )
-def test_measuring_and_analysing_stay_apart(modules: str, forbidden: set[str]) -> None:
-    program = f"import sys, batch_inference.{modules}; print(*sys.modules)"
+def test_measuring_and_analysing_stay_apart(loaded: tuple[str, ...], forbidden: set[str]) -> None:
+    imports = "".join(f"import batch_inference.{name}\n" for name in loaded)
+    program = f"{imports}import sys\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert not forbidden & set(done.stdout.split())

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import fake_nvml
 import pytest
 
-from batch_inference import hardware
-from batch_inference.hardware import CpuMonitor, Devices, GpuMonitor, clocks_of, find_devices
+from batch_inference.measure import hardware
+from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, clocks_of
+from batch_inference.plan import devices as plan_devices
+from batch_inference.plan.devices import Devices, find_devices
 
 EIGHT_GPUS = Devices("gpu", tuple("01234567"))
 
@@ -29,7 +31,7 @@ def test_each_replica_sees_its_own_slice_of_the_gpus(replica: int, per_replica: 
 
 def test_cores_are_shared_out_one_slice_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    monkeypatch.setattr(hardware, "_gpu_ids", tuple)
+    monkeypatch.setattr(plan_devices, "_gpu_ids", tuple)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(17)))
     devices = find_devices()
     assert devices.kind == "cpu"
@@ -45,7 +47,7 @@ def test_cores_are_shared_out_one_slice_per_rank(monkeypatch: pytest.MonkeyPatch
 def test_a_binding_of_the_users_own_says_which_cores_are_devices(
     monkeypatch: pytest.MonkeyPatch, binding: str, ids: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(hardware, "_gpu_ids", tuple)
+    monkeypatch.setattr(plan_devices, "_gpu_ids", tuple)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
     devices = find_devices()
@@ -71,7 +73,7 @@ def test_a_binding_of_the_users_own_says_which_cores_are_devices(
 def test_cuda_visible_devices_decides(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, ids: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(hardware, "_gpu_ids", lambda: ("0", "1", "2", "3"))
+    monkeypatch.setattr(plan_devices, "_gpu_ids", lambda: ("0", "1", "2", "3"))
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -82,7 +84,7 @@ def test_cuda_visible_devices_decides(
 def test_memory_of_a_process_tree_is_what_the_kernel_says() -> None:
     (used_gib,) = CpuMonitor(Devices("cpu", ("0",))).read([os.getpid()])["used_gib"]
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    resident_gib = resident_pages * os.sysconf("SC_PAGE_SIZE") / hardware.GIB
+    resident_gib = resident_pages * os.sysconf("SC_PAGE_SIZE") / plan_devices.GIB
     assert used_gib == pytest.approx(resident_gib, rel=0.2)
 
 
@@ -93,13 +95,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> GpuMonitor:
 
 
 def test_devices_are_described_before_anything_runs(gpus: GpuMonitor) -> None:
-    first, second = gpus.describe()
+    first, second = gpus.identify()
     assert (first["memory_gib"], first["used_before_gib"], first["power_limit_w"]) == (80, 1, 700)
     assert (second["name"], second["idle_power_w"], second["max_sm_mhz"]) == ("GPU 1", 71, 1979)
 
 
 def test_what_a_device_draws_under_an_engine_is_not_called_idle(gpus: GpuMonitor) -> None:
-    (idle, _), (loaded, _) = gpus.describe(), gpus.describe(in_use=True)
+    (idle, _), (loaded, _) = gpus.identify(), gpus.identify(in_use=True)
     assert {name for name in idle if idle[name] != loaded[name]} == {"used_before_gib", "idle_power_w"}
     assert (loaded["used_before_gib"], loaded["idle_power_w"]) == (None, None)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import analyze_results
-from batch_inference.results import Point
+from batch_inference.core.results import Point
 from builders import make_point, make_result, save_all
 
 # Spread of the planted runs: half a percent, as on a quiet machine.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_inference.config import ExperimentConfig, parse_flags
+from batch_inference.core.config import ExperimentConfig, parse_flags
 from conftest import REPOSITORY, commands_of, with_ctrl_c
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
@@ -24,12 +24,12 @@ LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
 FAKE_PYTHON = (
     f"""\
 #!/usr/bin/env bash
-if [[ $1 == -P && $3 =~ ^batch_inference\\.(overview|packing)$ ]]; then
+if [[ $1 == -P && $3 =~ ^batch_inference\\.launch\\.(overview|packing)$ ]]; then
   exec {sys.executable} {REPOSITORY}/tests/with_gpus.py "${{@:3}}"
 fi
 """
     + """\
-if [[ $* == *batch_inference.rendezvous* ]]; then echo GLOO_SOCKET_IFNAME=eth7; exit "${MEETING:-0}"; fi
+if [[ $* == *batch_inference.measure.nodes* ]]; then echo GLOO_SOCKET_IFNAME=eth7; exit "${MEETING:-0}"; fi
 printf -v call '%s\\x1f' "$@"; printf '%s\\n' "$call" >>"$CALLS" # one write: with --pack two of these run at once
 [[ $* != *analyze_results.py* ]] || exit "${ANALYSIS:-0}"
 [[ $* != *"--name ${WAIT_FOR:-nothing} "* ]] || sleep 30

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from batch_inference.leftovers import all_shared_memory, remove, shared_memory_of
+from batch_inference.measure.leftovers import all_shared_memory, remove, shared_memory_of
 
 PROGRAM = """
 import multiprocessing, sys, time

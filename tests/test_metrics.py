@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from batch_inference.metrics import METRIC_BY_NAME, METRICS, Measured, markdown_table, summarise
-from batch_inference.results import Requests
+from batch_inference.core.metrics import METRIC_BY_NAME, METRICS, Measured, markdown_table, summarise
+from batch_inference.core.results import Requests
 from builders import make_point, make_result, make_run
 
 # Two replicas of TP=2, two requests each: 4 requests of 100 prompt and 10 output tokens, in two runs of 2 s and 3 s.

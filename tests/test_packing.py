@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from test_launcher import LAUNCHER
 
-from batch_inference.config import ExperimentConfig
-from batch_inference.hardware import Devices
-from batch_inference.packing import Job, Packing, longest_first
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.launch.packing import Job, Packing, longest_first
+from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY, stub_environment
 
 # Writes down when it ran, and on what.

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from batch_inference.analysis import Question, analyse
-from batch_inference.answers import ROW_LIMIT
-from batch_inference.page import as_html
-from batch_inference.plots import write_plots
-from batch_inference.sections import sections
-from batch_inference.tables import load_setting
+from batch_inference.analyze.answers import Question, analyse
+from batch_inference.analyze.page import as_html
+from batch_inference.analyze.plots import write_plots
+from batch_inference.analyze.report import sections
+from batch_inference.analyze.sections import ROW_LIMIT
+from batch_inference.analyze.tables import load_setting
 from builders import make_point, make_result, make_sweep, save_all
 from conftest import REPOSITORY
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from batch_inference.config import ConfigError
-from batch_inference.hardware import Devices
-from batch_inference.peaks import datasheet_peaks, measure_peaks, peaks_of
+from batch_inference.core.config import ConfigError
+from batch_inference.measure.peaks import datasheet_peaks, measure_peaks, peaks_of
+from batch_inference.plan.devices import Devices
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from batch_inference import plots, sheet
-from batch_inference.analysis import Part, Question, analyse
-from batch_inference.plots import PLOTS, write_plots
-from batch_inference.results import Point, Result, save_result
-from batch_inference.sheet import NothingToShowError, looks, named, named_first
-from batch_inference.tables import load_setting
+from batch_inference.analyze import plot_style, plots
+from batch_inference.analyze.answers import Part, Question, analyse
+from batch_inference.analyze.plot_style import NothingToShowError, looks, named, named_first
+from batch_inference.analyze.plots import PLOTS, write_plots
+from batch_inference.analyze.tables import load_setting
+from batch_inference.core.results import Point, Result, save_result
 from builders import make_point, make_result, make_run, make_sweep, save_all
 
 SETTINGS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 2, 1), (2, 4, 1),
@@ -333,14 +333,14 @@ MANY = [(tp, pp, dp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for dp in (1, 2,
 def test_of_many_settings_the_best_are_named_and_the_others_a_range(parts: Any) -> None:
     (points,) = named_first([part.points for part in parts(make_sweep(MANY, batch_sizes=(1, 4, 16)))])
     names = named(points)
-    assert len(names) == sheet.NAMED
+    assert len(names) == plot_style.NAMED
     assert "tp_8_pp_4_dp_4" in names
     look = looks(points)
-    assert len({to_hex(look[name]["color"]) for name in names}) == sheet.NAMED
+    assert len({to_hex(look[name]["color"]) for name in names}) == plot_style.NAMED
     for draw in (plots.throughput, plots.latency, plots.pareto):
         figure = draw(points)
-        assert f"{sheet.NAMED} of the best of 36 settings, grey:" in texts(figure).replace("\n", " ")
-        assert len(legend_labels(figure)) <= sheet.NAMED + 2
+        assert f"{plot_style.NAMED} of the best of 36 settings, grey:" in texts(figure).replace("\n", " ")
+        assert len(legend_labels(figure)) <= plot_style.NAMED + 2
     (band,) = [
         item for item in plots.latency(points).axes[0].collections if type(item).__name__ == "FillBetweenPolyCollection"
     ]
@@ -351,8 +351,9 @@ def test_of_many_settings_the_best_are_named_and_the_others_a_range(parts: Any) 
 
 def test_of_many_lengths_some_are_drawn_and_that_is_said(table: Any) -> None:
     figure = plots.throughput(table(make_sweep(SETTINGS[:1], batch_sizes=(1, 2), seq_lens=range(8, 48))))
-    assert len(figure.axes) == sheet.FACETS
-    assert [axes.get_title() for axes in figure.axes][:: sheet.FACETS - 1] == ["8 prompt tokens", "47 prompt tokens"]
+    assert len(figure.axes) == plot_style.FACETS
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:: plot_style.FACETS - 1] == ["8 prompt tokens", "47 prompt tokens"]
     assert "(12 of 40 prompt lengths)" in texts(figure)
 
 

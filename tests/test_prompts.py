@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from batch_inference.prompts import make_prompts
+from batch_inference.core.prompts import make_prompts
 
 
 def prompts(*seed_parts: object, **changes: object) -> list[list[int]]:

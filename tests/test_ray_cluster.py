@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from batch_inference.config import ConfigError, ExperimentConfig
-from batch_inference.hardware import Devices
-from batch_inference.plan import infeasible
-from batch_inference.ray_cluster import Cluster, environment_of, find_cluster
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.measure.ray_cluster import Cluster, environment_of, find_cluster
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.obstacles import infeasible
 from conftest import REPOSITORY, STUB
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import analyze_results
-from batch_inference import failures
-from batch_inference.config import ExperimentConfig, flag_of, parse_flags
-from batch_inference.hardware import find_devices
-from batch_inference.metrics import markdown_table
-from batch_inference.plots import PLOTS
+from batch_inference.analyze.plots import PLOTS
+from batch_inference.core import failures
+from batch_inference.core.config import ExperimentConfig, flag_of, parse_flags
+from batch_inference.core.metrics import markdown_table
+from batch_inference.plan.devices import find_devices
 from conftest import REPOSITORY, commands_of, stub_environment
 
 README = (REPOSITORY / "README_batch_inference.md").read_text()
@@ -100,12 +100,12 @@ def test_every_option_of_the_launcher_is_named(tmp_path: Path) -> None:
 
 def test_the_table_of_metrics_is_the_one_the_program_prints() -> None:
     shown = README.partition("<!-- metrics -->\n")[2].partition("\n<!-- /metrics -->")[0]
-    assert shown == markdown_table(), "paste the output of `python -m batch_inference.metrics`"
+    assert shown == markdown_table(), "paste the output of `python -m batch_inference.core.metrics`"
 
 
 def test_the_table_of_failures_is_the_one_the_program_prints() -> None:
     shown = README.partition("<!-- failures -->\n")[2].partition("\n<!-- /failures -->")[0]
-    assert shown == failures.markdown_table(), "paste the output of `python -m batch_inference.failures`"
+    assert shown == failures.markdown_table(), "paste the output of `python -m batch_inference.core.failures`"
 
 
 def test_the_tables_of_the_performance_page_are_those_that_the_programs_wrote() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from batch_inference.engine import MEASURING_SETTINGS
-from batch_inference.hardware import find_devices
-from batch_inference.plan import read_model_facts
+from batch_inference.measure.engine import MEASURING_SETTINGS
+from batch_inference.plan.devices import find_devices
+from batch_inference.plan.model import read_model_facts
 from conftest import REPOSITORY
 
 pytestmark = pytest.mark.vllm

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batch_inference.rendezvous import Facts, Nodes, NodesError, attend, disagreement, gather
+from batch_inference.measure.nodes import Facts, Nodes, NodesError, attend, disagreement, gather
 from conftest import REPOSITORY, stub_environment
 
 FIRST = Facts(node=0, host="a", arguments="1234", vllm_version="0.32.0", devices=8, devices_needed=4)
@@ -138,7 +138,7 @@ def test_two_processes_meet_as_the_launcher_calls_them() -> None:
 
     def start(node: int, *flags: str) -> subprocess.Popen[str]:
         words = ["2", str(node), "127.0.0.1", str(port), "1", "--", "--output-file", f"{node}.json", *flags]
-        command = [sys.executable, "-m", "batch_inference.rendezvous", *words]
+        command = [sys.executable, "-m", "batch_inference.measure.nodes", *words]
         return subprocess.Popen(command, cwd=REPOSITORY, env=stub_environment(), stderr=subprocess.PIPE, text=True)
 
     for flags, code in (((), 0), (("--seed", "1"), 1)):

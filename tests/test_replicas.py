@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from batch_inference.config import ConfigError, ExperimentConfig
-from batch_inference.hardware import Devices
-from batch_inference.replicas import (
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.measure.replicas import (
     LocalReplicas,
     ReplicaError,
     quiet_environment,
@@ -23,7 +22,8 @@ from batch_inference.replicas import (
     replica_log,
     root_cause,
 )
-from batch_inference.worker import Worker
+from batch_inference.measure.worker import Worker
+from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY, STUB, loaded_with, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
@@ -120,9 +120,9 @@ def test_a_wrong_vllm_flag_is_wrong_use_not_a_failure(tmp_path: Path, monkeypatc
 def test_an_engine_ends_itself_when_its_supervisor_is_killed(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
-        "from batch_inference.config import ExperimentConfig\n"
-        "from batch_inference.hardware import Devices\n"
-        "from batch_inference.replicas import LocalReplicas\n"
+        "from batch_inference.core.config import ExperimentConfig\n"
+        "from batch_inference.plan.devices import Devices\n"
+        "from batch_inference.measure.replicas import LocalReplicas\n"
         "r = LocalReplicas(ExperimentConfig(output_file=sys.argv[1]), Devices('cpu', ('0',)))\n"
         "r.start(); print(r.pids()[0], flush=True); time.sleep(60)\n"
     )
@@ -146,7 +146,7 @@ def test_a_worker_that_nobody_hears_any_more_ends_what_it_has_started(tmp_path: 
     commands_read, commands_write = os.pipe()
     replies_read, replies_write = os.pipe()
     worker = subprocess.Popen(
-        [sys.executable, "-m", "batch_inference.worker", str(commands_read), str(replies_write)],
+        [sys.executable, "-m", "batch_inference.measure.worker", str(commands_read), str(replies_write)],
         pass_fds=[commands_read, replies_write],
         env={**stub_environment(), "PYTHONPATH": f"{STUB}{os.pathsep}{REPOSITORY}"},
         start_new_session=True,

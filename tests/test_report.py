@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from batch_inference.analysis import Analysis, Question, QuestionError, analyse
-from batch_inference.answers import ROW_LIMIT, Section, with_interval
-from batch_inference.decide import Limits
-from batch_inference.report import LIST_LIMIT, TEXT_ROWS, as_markdown, as_text, escaped
-from batch_inference.results import Point, Result, save_result
-from batch_inference.sections import sections
-from batch_inference.tables import load_setting
+from batch_inference.analyze.answers import Analysis, Question, QuestionError, analyse
+from batch_inference.analyze.decide import Limits
+from batch_inference.analyze.report import sections
+from batch_inference.analyze.sections import ROW_LIMIT, Section, with_interval
+from batch_inference.analyze.tables import load_setting
+from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_markdown, as_text, escaped
+from batch_inference.core.results import Point, Result, save_result
 from builders import make_point, make_result, make_sweep, save_all
 
 

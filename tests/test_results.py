@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batch_inference.results import (
+from batch_inference.core.results import (
     SCHEMA_VERSION,
     Point,
     ResultFileError,

@@ -1,4 +1,4 @@
-"""Real output and every recorded result file against batch_inference/result.schema.json."""
+"""Real output and every recorded result file against batch_inference/core/result.schema.json."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from subprocess import CompletedProcess
 import jsonschema
 import pytest
 
-from batch_inference.metrics import summarise
-from batch_inference.results import Point, Requests, Run, load_result, save_result
+from batch_inference.core.metrics import summarise
+from batch_inference.core.results import Point, Requests, Run, load_result, save_result
 from builders import make_point, make_result, make_run
 from conftest import REPOSITORY
 
-SCHEMA = json.loads((REPOSITORY / "batch_inference" / "result.schema.json").read_text())
+SCHEMA = json.loads((REPOSITORY / "batch_inference" / "core" / "result.schema.json").read_text())
 GOLDEN = sorted((REPOSITORY / "tests" / "golden").glob("*.json"))
 
 

@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
-from batch_inference.statistics import (
+from batch_inference.core.statistics import (
     ci95_half_width,
     is_narrow,
     is_steady,

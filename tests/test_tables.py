@@ -10,11 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from batch_inference import exports, tables
-from batch_inference.exports import write_csv, write_parquet
-from batch_inference.metrics import METRICS
-from batch_inference.results import Point, Result, ResultFileError
-from batch_inference.tables import (
+from batch_inference.analyze import exports, tables
+from batch_inference.analyze.exports import write_csv, write_parquet
+from batch_inference.analyze.tables import (
     GROUP_BY,
     TO_MENTION,
     differing,
@@ -24,6 +22,8 @@ from batch_inference.tables import (
     point_table,
     setting_labels,
 )
+from batch_inference.core.metrics import METRICS
+from batch_inference.core.results import Point, Result, ResultFileError
 from builders import make_point, make_result, make_sweep, save_all
 
 

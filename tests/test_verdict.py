@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batch_inference import verdict
-from batch_inference.results import Point, Verdict
-from batch_inference.statistics import trend
-from batch_inference.verdict import judge
+from batch_inference.core import verdict
+from batch_inference.core.results import Point, Verdict
+from batch_inference.core.statistics import trend
+from batch_inference.core.verdict import judge
 from builders import make_point, make_result, make_run
 
 STEADY = [{"latency_s": 1.0}, {"latency_s": 1.0}]

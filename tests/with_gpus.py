@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batch_inference import hardware
+from batch_inference.plan import devices
 
 if __name__ == "__main__":
-    hardware._gpu_ids = lambda: tuple(map(str, range(int(os.environ.get("DEVICES", "8")))))
+    devices._gpu_ids = lambda: tuple(map(str, range(int(os.environ.get("DEVICES", "8")))))
     module, *words = sys.argv[1:]
     sys.exit(import_module(module).main(words))

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from batch_inference.leftovers import all_shared_memory
+from batch_inference.measure.leftovers import all_shared_memory
 from conftest import REPOSITORY, stub_environment, with_ctrl_c
 
 GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)}

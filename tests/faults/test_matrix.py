@@ -61,7 +61,9 @@ def test_a_signal_at_any_moment(
 def test_a_replica_is_killed(tmp_path: Path, judged: Callable[..., Outcome], moment: str) -> None:
     sweep = start(tmp_path)
     sweep.wait_for(lambda: MOMENTS[moment](sweep))
-    os.kill(next(pid for pid in sweep.processes() if b"batch_inference.worker" in command_of(pid)), signal.SIGKILL)
+    os.kill(
+        next(pid for pid in sweep.processes() if b"batch_inference.measure.worker" in command_of(pid)), signal.SIGKILL
+    )
     outcome = judged(sweep)
     assert outcome.exit_code == 1
     assert sweep.document() is not None

@@ -82,7 +82,9 @@ def test_real_sigkill_of_a_replica(tmp_path: Path, judged: Callable[..., Outcome
     sweep = start(tmp_path, "--seq-lens", "8", "--batch-sizes", "1,2")
     wait_for_point(sweep)
     worker = next(
-        pid for pid in sweep.processes() if b"batch_inference.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid
+        for pid in sweep.processes()
+        if b"batch_inference.measure.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     os.kill(worker, signal.SIGKILL)
     outcome = judged(sweep, resume=False)

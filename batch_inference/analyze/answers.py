@@ -1,0 +1,118 @@
+"""Everything that result files answer, worked out once: what report, page, summary and plots show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from batch_inference.analyze.compare import SetComparison, asked_points, compare_sets, side_by_side, with_scaling
+from batch_inference.analyze.decide import Choice, Limits, choices, with_cost, with_pareto
+from batch_inference.analyze.tables import GROUP_BY, Setting, differing, groups, point_table
+from batch_inference.core.text import plain
+
+
+class QuestionError(Exception):
+    """The files cannot answer what is asked: the message names the flag, the value found, and what to do."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the files."""
+
+    limits: Limits = field(default_factory=Limits)
+    price: float | None = None  # of a device for an hour
+    baseline: str | None = None
+    group_by: tuple[str, ...] | None = None
+    allow_mixed: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One group of like things."""
+
+    number: int
+    points: pd.DataFrame
+    title: str  # follows the title of whatever shows this part alone; empty where there is only one
+    mixed: list[str]  # columns of GROUP_BY that are not alike, because the user allows it
+    choices: list[Choice]
+    layouts: pd.DataFrame  # compare.side_by_side
+
+    @property
+    def mark(self) -> str:
+        """What every title that ranks unlike things together ends with; empty for like ones."""
+        return mixed_mark(self.mixed)
+
+
+def mixed_mark(columns: Sequence[str]) -> str:
+    return f" [MIXED: {', '.join(columns)}]" if columns else ""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    settings: Sequence[Setting]
+    points: pd.DataFrame
+    parts: list[Part]
+    unlike: list[str]  # the columns that tell the parts apart
+    question: Question
+    comparison: SetComparison | None = None
+
+
+def analyse(settings: Sequence[Setting], question: Question, earlier: Sequence[Setting] | None = None) -> Analysis:
+    """Raises QuestionError where a name in the question is none of the files'."""
+    group_by = _group_by(question)
+    try:
+        points = point_table(settings, group_by)
+    except KeyError as error:
+        raise QuestionError(f"--group-by {error.args[0]}: no such column; results.csv has their names") from error
+    _check_mixed(points, question)
+    _check_baseline(points, question)
+    points = with_pareto(with_cost(with_scaling(points, question.baseline), question.price))
+    unlike = differing(points, list(group_by))
+    parts = [_part(number, part, unlike, question.limits) for number, part in groups(points)]
+    comparison = None
+    if earlier is not None:
+        comparison = compare_sets(points, point_table(earlier), asked_points(settings))
+    return Analysis(settings, points, parts, unlike, question, comparison)
+
+
+def _group_by(question: Question) -> tuple[str, ...]:
+    if question.group_by is not None:
+        return question.group_by
+    return () if question.allow_mixed else GROUP_BY
+
+
+def _check_mixed(points: pd.DataFrame, question: Question) -> None:
+    if question.allow_mixed or question.group_by is None:
+        return
+    for _, part in groups(points):
+        if mixed := differing(part, GROUP_BY):
+            raise QuestionError(
+                f"--group-by {','.join(question.group_by)}: would rank together what differs in {', '.join(mixed)}; "
+                "name these too, or add --allow-mixed"
+            )
+
+
+def _check_baseline(points: pd.DataFrame, question: Question) -> None:
+    names = list(map(str, points["setting"].cat.categories))
+    if question.baseline is not None and question.baseline not in names:
+        raise QuestionError(f"--baseline {question.baseline}: no such setting; choose one of {', '.join(names[:10])}")
+
+
+def _part(number: int, points: pd.DataFrame, unlike: Sequence[str], limits: Limits) -> Part:
+    mixed = differing(points, GROUP_BY)
+    return Part(
+        number=number,
+        points=points,
+        title=f" of group {number}: {values(points, unlike)}" if unlike else "",
+        mixed=mixed,
+        choices=list(choices(points, limits)),
+        layouts=side_by_side(points),
+    )
+
+
+def values(part: pd.DataFrame, columns: Sequence[str]) -> str:
+    """The values of a group; a group has one for each of these columns."""
+    first = part.iloc[0]
+    return ", ".join(f"{name} {'unknown' if pd.isna(first[name]) else plain(first[name])}" for name in columns)

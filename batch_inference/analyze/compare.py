@@ -1,0 +1,301 @@
+"""Ratios of measured throughputs with their intervals: scaling, TP against PP against DP, a result set against another.
+
+Throughput is a fixed number of tokens over the mean latency of the runs, so that every test and interval here is one
+of those latencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
+
+from batch_inference.analyze.tables import GROUP_BY, TO_MENTION, Setting, believable, groups
+
+Floats = NDArray[np.float64]
+
+# What a ratio is made of.
+MEASURED = ["output_tok_per_s", "latency_mean_s", "latency_ci95_s", "timed_runs"]
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+# Where a point stands: what every list of points tells of each.
+PLACE = ("setting", "num_devices", *SIZES, "seq_len", "max_tokens", "batch_size", "global_batch_size", "verdict")
+# Points alike in these do the same work on as many devices.
+EQUAL_WORK = ["num_devices", "seq_len", "max_tokens", "global_batch_size"]
+
+
+def ratios(points: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Row by row: output throughput of `points` over that of `others`, as the columns `ratio`, `ratio_ci95` (half
+    width of the 95 % interval, to first order) and `p_value` (Welch's t test of the mean latencies); NaN for unknown.
+    """
+    new, old = _runs(points), _runs(others)
+    ratio = _column(points, "output_tok_per_s") / _column(others, "output_tok_per_s")
+    relative, degrees = _welch(new.error / new.mean, old.error / old.mean, new.runs, old.runs)
+    error, welch_degrees = _welch(new.error, old.error, new.runs, old.runs)
+    p_value = _p_value(new.mean - old.mean, error, welch_degrees)
+    half = ratio * np.where(relative == 0, 0, stdtrit(degrees, 0.975) * relative)
+    return pd.DataFrame({"ratio": ratio, "ratio_ci95": half, "p_value": p_value}, index=points.index)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Mean latency, its standard error, and the number of runs: one entry per point."""
+
+    mean: Floats
+    error: Floats
+    runs: Floats
+
+
+def _runs(points: pd.DataFrame) -> _Runs:
+    mean, half, runs = (_column(points, name) for name in MEASURED[1:])
+    # The interval is Student's quantile times the standard error: division gives the error back.
+    return _Runs(mean, half / stdtrit(np.where(runs > 1, runs - 1, np.nan), 0.975), runs)
+
+
+def _column(points: pd.DataFrame, name: str) -> Floats:
+    return points[name].to_numpy(dtype=float)
+
+
+def _welch(one: Floats, two: Floats, runs_one: Floats, runs_two: Floats) -> tuple[Floats, Floats]:
+    """Error of a difference of two means, and the degrees of freedom of it (Welch-Satterthwaite)."""
+    variance = one**2 + two**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        degrees = variance**2 / (one**4 / (runs_one - 1) + two**4 / (runs_two - 1))
+    return np.sqrt(variance), degrees
+
+
+def _p_value(difference: Floats, error: Floats, degrees: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p_value = 2 * stdtr(degrees, -np.abs(difference / error))
+    # Runs without any spread, as a test may have them: equal or not is then certain.
+    certain: Floats = np.where(error == 0, (difference == 0).astype(float), p_value)
+    return certain
+
+
+def overlapping(
+    values: pd.Series[float], halves: pd.Series[float], value: float | pd.Series[float], half: float | pd.Series[float]
+) -> pd.Series[bool]:
+    """Which intervals overlap the one of `value`, or row by row those of `value`; an unknown half width counts as 0, so
+    that it shows no tie."""
+    return (values - value).abs() <= halves.fillna(0) + half
+
+
+def halves(points: pd.DataFrame, metric: str) -> pd.Series[float]:
+    """Half widths of the 95 % intervals of a metric that goes with the mean latency or with one over it."""
+    return points["latency_ci95_s"] / points["latency_mean_s"] * points[metric]
+
+
+# --- scaling ------------------------------------------------------------------------------------------------------
+
+
+def with_scaling(table: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
+    """Adds `scaling_baseline` and, against it at equal seq_len, `speedup` (ratio of output throughputs) and
+    `scaling_efficiency` (speed-up / ratio of the device counts) with half widths `_ci95`: strong scaling at equal
+    global_batch_size, and with the prefix `weak_` at equal batch_size, which is that of each replica.
+
+    The baseline is the setting of that name, else the group's setting of the fewest devices that has most points.
+    """
+    names = {number: _baseline(part, baseline) for number, part in groups(table)}
+    table = table.assign(scaling_baseline=table["group"].map(names).astype(object))
+    measured = believable(table)
+    base = measured[measured["setting"].astype(object) == measured["scaling_baseline"]]
+    strong, weak = _against(table, base, "global_batch_size"), _against(table, base, "batch_size")
+    return table.assign(**strong, **weak.add_prefix("weak_"))
+
+
+def baseline_of(points: pd.DataFrame) -> str | None:
+    """What `with_scaling` held the points of one group against."""
+    return next(iter(points["scaling_baseline"].dropna()), None)
+
+
+def _baseline(part: pd.DataFrame, baseline: str | None) -> str | None:
+    points = believable(part)
+    if baseline is not None:
+        return baseline if (points["setting"] == baseline).any() else None
+    smallest = points[points["num_devices"] == points["num_devices"].min()]["setting"].astype(str)
+    return None if smallest.empty else str(smallest.value_counts(sort=False).idxmax())
+
+
+def _against(table: pd.DataFrame, base: pd.DataFrame, batch: str) -> pd.DataFrame:
+    keys = ["group", "seq_len", "max_tokens", batch]
+    reference = base[[*keys, *MEASURED, "num_devices"]].drop_duplicates(keys)
+    others = table[keys].merge(reference, how="left", on=keys).set_axis(table.index)
+    found = ratios(table, others)
+    devices = table["num_devices"].astype(float) / others["num_devices"].astype(float)
+    # A point against itself is 1 by definition, not by measurement.
+    half = found["ratio_ci95"].where(table["setting"].astype(object) != table["scaling_baseline"], 0.0)
+    half = half.where(found["ratio"].notna())
+    return pd.DataFrame(
+        {
+            "speedup": found["ratio"],
+            "speedup_ci95": half,
+            "scaling_efficiency": found["ratio"] / devices,
+            "scaling_efficiency_ci95": half / devices,
+        }
+    )
+
+
+# --- TP, PP or DP -------------------------------------------------------------------------------------------------
+
+
+def layout(tp: int, pp: int, dp: int) -> str:
+    """4, 1, 2 -> TP=4 DP=2."""
+    words = [f"{name}={size}" for name, size in (("TP", tp), ("PP", pp), ("DP", dp)) if size > 1]
+    return " ".join(words) or "TP=1"
+
+
+def layout_order(tp: int, pp: int, dp: int) -> tuple[int, int, int, int]:
+    """TP, PP and DP alone come before the mixed ones."""
+    return (sum(size > 1 for size in (tp, pp, dp)), -tp, -pp, -dp)
+
+
+def side_by_side(part: pd.DataFrame) -> pd.DataFrame:
+    """The fastest point of every layout where several layouts did EQUAL_WORK, in the order in which they are shown.
+
+    Beside its work, sizes and measured numbers each row has `layout`, and `_order` by which layouts are sorted;
+    `ratio`, `ratio_ci95` and `p_value` against the first layout at that work; `is_first`; `is_best`, for the highest
+    throughput and for all whose interval overlaps it.
+    """
+    columns = [*dict.fromkeys([*EQUAL_WORK, *MEASURED, *SIZES, "setting", "batch_size", "verdict"])]
+    points = believable(part)[columns].dropna(subset="output_tok_per_s")
+    sizes = [points[name].astype(int).tolist() for name in SIZES]
+    order = pd.Series(list(map(layout_order, *sizes)), index=points.index, dtype=object)
+    points = points.assign(layout=list(map(layout, *sizes)), _order=order)
+    fastest = points.sort_values("output_tok_per_s", ascending=False, kind="stable")
+    fastest = fastest.drop_duplicates([*EQUAL_WORK, "layout"])
+    fastest = fastest[fastest.groupby(EQUAL_WORK)["layout"].transform("size") > 1]
+    return _judged(fastest.sort_values([*EQUAL_WORK, "_order"]))
+
+
+def _judged(rows: pd.DataFrame) -> pd.DataFrame:
+    first = rows.drop_duplicates(EQUAL_WORK)
+    others = rows[EQUAL_WORK].merge(first[[*EQUAL_WORK, *MEASURED]], on=EQUAL_WORK, how="left").set_axis(rows.index)
+    is_first = ~rows.duplicated(EQUAL_WORK)
+    throughput, half = rows["output_tok_per_s"], halves(rows, "output_tok_per_s").fillna(0)
+    best = rows.assign(half=half).sort_values("output_tok_per_s", ascending=False, kind="stable")
+    best = best.drop_duplicates(EQUAL_WORK)[[*EQUAL_WORK, "output_tok_per_s", "half"]]
+    winner = rows[EQUAL_WORK].merge(best, on=EQUAL_WORK, how="left").set_axis(rows.index)
+    is_best = overlapping(throughput, half, winner["output_tok_per_s"], winner["half"])
+    return rows.assign(**ratios(rows, others), is_first=is_first, is_best=is_best)
+
+
+# --- one result set against another -------------------------------------------------------------------------------
+
+_SAME_POINT = ["name", *SIZES, "executor_class", "batch_size", "seq_len", "max_tokens"]
+Key = tuple[str, ...]  # of a point: these as text
+
+
+@dataclass(frozen=True)
+class SetComparison:
+    """Two result sets, point by point.
+
+    `points` has the columns of the newer points, `old_output_tok_per_s`, `ratio` (new / old), `ratio_ci95`,
+    `p_value`, `p_holm` (corrected for the number of points) and `change`: better, worse, no difference, unknown
+    (fewer than two runs), or lost (measured before, now failed, invalid, or asked for and not reached).
+    """
+
+    points: pd.DataFrame
+    # Column -> its values in the older and the newer set, where the points that both hold are unlike in it.
+    unlike: dict[str, tuple[str, str]] = field(default_factory=dict)
+    only_new: int = 0
+    only_old: int = 0
+    repeated: int = 0  # points that a set holds twice: which of them is meant cannot be known
+
+
+def asked_points(settings: Iterable[Setting]) -> set[Key]:
+    """The points of the settings' grids, measured or not, as `compare_sets` knows them."""
+    points = (
+        {**setting.facts, "name": setting.name, "batch_size": batch, "seq_len": length}
+        for setting in settings
+        for batch, length in setting.grid
+    )
+    return {tuple(str(point.get(name)) for name in _SAME_POINT) for point in points}
+
+
+def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = ()) -> SetComparison:
+    """Points of equal name, sizes, batch and lengths; `asked`: those that the files of `new` should hold."""
+    # Where a set holds a point twice, of two models, say, what tells the two apart belongs to the point.
+    within = sorted(_telling_apart(new) | _telling_apart(old))
+    new, old = (_keyed(table, [*_SAME_POINT, *within]) for table in (new, old))
+    one, two = (table[~table.index.duplicated(keep=False)] for table in (new, old))
+    repeated = len(new) - len(one) + len(old) - len(two)
+    two = believable(two)
+    pairs = one.index.intersection(two.index, sort=False)
+    alone = two[~two.index.isin(new.index)]
+    is_asked = [key[: len(_SAME_POINT)] in asked for key in alone.index]
+    never_reached = alone[pd.Series(is_asked, index=alone.index, dtype=bool)]
+    one_paired, two_paired = one.reindex(pairs), two.reindex(pairs)
+    return SetComparison(
+        points=_changes(one_paired, two_paired, never_reached),
+        unlike=_unlike(one_paired, two_paired),
+        only_new=len(one.index.difference(two.index)),
+        only_old=len(alone) - len(never_reached),
+        repeated=repeated,
+    )
+
+
+def _keyed(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The table with the text of these columns as its index."""
+    return table.set_axis(pd.MultiIndex.from_arrays([table[name].map(str) for name in keys], names=keys))
+
+
+def _telling_apart(table: pd.DataFrame) -> set[str]:
+    """The columns of GROUP_BY in which rows of the same point differ."""
+    points = _keyed(table, _SAME_POINT)
+    repeated = points[points.index.duplicated(keep=False)]
+    columns = [name for name in GROUP_BY if name not in _SAME_POINT]
+    kinds = repeated[columns].astype(str).groupby(level=_SAME_POINT).nunique()
+    return {name for name in columns if (kinds[name] > 1).any()}
+
+
+def _unlike(new: pd.DataFrame, old: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    values = {name: (_values(old, name), _values(new, name)) for name in (*GROUP_BY, *TO_MENTION)}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+def _values(table: pd.DataFrame, name: str) -> str:
+    return ", ".join(sorted(map(str, table[name].dropna().unique()))) or "unknown"
+
+
+def _changes(new: pd.DataFrame, old: pd.DataFrame, never_reached: pd.DataFrame) -> pd.DataFrame:
+    found = ratios(new, old)
+    lost = (new["status"] != "ok") | (new["verdict"] == "invalid")
+    found = found.mask(lost)
+    changes = new.assign(old_output_tok_per_s=old["output_tok_per_s"], **found, p_holm=holm(_column(found, "p_value")))
+    changes = changes.assign(
+        change=[_change(*row) for row in zip(lost, changes["ratio"], changes["p_holm"], strict=True)]
+    )
+    if never_reached.empty:
+        return changes
+    gone = never_reached.assign(old_output_tok_per_s=never_reached["output_tok_per_s"], output_tok_per_s=np.nan)
+    return pd.concat([changes, gone.assign(status="failed", change="lost")])
+
+
+def _change(lost: bool, ratio: float, p_holm: float) -> str:
+    if lost:
+        return "lost"
+    if np.isnan(p_holm):
+        return "unknown"
+    if p_holm >= 0.05:
+        return "no difference"
+    return "better" if ratio > 1 else "worse"
+
+
+def holm(p_values: Floats) -> Floats:
+    """Holm's correction for many comparisons; unknown (NaN) ones are none."""
+    known = np.flatnonzero(~np.isnan(p_values))
+    order = known[np.argsort(p_values[known], kind="stable")]
+    steps = np.maximum.accumulate((len(order) - np.arange(len(order))) * p_values[order])
+    corrected = np.full(len(p_values), np.nan)
+    corrected[order] = np.minimum(steps, 1)
+    return corrected
+
+
+def regressions(comparison: SetComparison, percent: float) -> pd.DataFrame:
+    """The points that are lost, or worse with a throughput more than `percent` % lower."""
+    points = comparison.points
+    slower = (points["change"] == "worse") & (points["ratio"] < 1 - percent / 100)
+    return points[slower | (points["change"] == "lost")]

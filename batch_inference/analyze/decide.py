@@ -1,0 +1,141 @@
+"""Which setting and batch size to take: limits, goals, winners and their ties, cost, and the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from batch_inference.analyze.compare import PLACE, halves, overlapping
+from batch_inference.analyze.tables import believable, half_width, percentile_column
+from batch_inference.core.metrics import METRIC_BY_NAME, Better
+
+Record = dict[Hashable, Any]
+
+COST = "cost_per_million_output_tokens"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for: the column that decides, its unit, and which direction is better."""
+
+    name: str
+    column: str
+    unit: str
+    better: Better
+
+
+def _goal(name: str, column: str) -> Goal:
+    metric = METRIC_BY_NAME[column]
+    return Goal(name, column, metric.unit, metric.better or "higher")
+
+
+GOALS = (
+    _goal("throughput", "output_tok_per_s"),
+    _goal("per device", "output_tok_per_s_per_device"),
+    _goal("latency", "latency_mean_s"),
+    Goal("cost", COST, "per M tokens", "lower"),  # where a price is given
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a choice must keep, in seconds, at percentile `percent`; None is no limit."""
+
+    latency_s: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    percent: float = 99
+
+    def columns(self) -> dict[str, float]:
+        """Column of the table -> the most it may be."""
+        limits = {"latency": self.latency_s, "ttft": self.ttft_s, "tpot": self.tpot_s}
+        return {percentile_column(name, self.percent): most for name, most in limits.items() if most is not None}
+
+    def __str__(self) -> str:
+        words = {"latency": self.latency_s, "TTFT": self.ttft_s, "TPOT": self.tpot_s}
+        return ", ".join(f"{name} p{self.percent:g} ≤ {most:g} s" for name, most in words.items() if most is not None)
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best point for a goal at a prompt length, and of every other setting whose interval overlaps it, the best.
+
+    `best` is None where no point keeps the limits; `nearest` is then the one that misses them by least.
+    """
+
+    seq_len: int
+    goal: Goal
+    best: Record | None
+    ties: list[Record] = field(default_factory=list)
+    nearest: Record | None = None
+
+
+# What a choice tells of a point, beside the numbers that were asked for.
+_RECORD = (*PLACE, "latency_mean_s", "latency_ci95_s")
+
+
+def choices(part: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice]:
+    """Per prompt length and goal of one group; nothing for a length without a believable point."""
+    goals = [goal for goal in GOALS if goal.column in part]
+    # A table of a hundred columns is slow to sort.
+    columns = dict.fromkeys([*_RECORD, *(goal.column for goal in goals), *limits.columns()])
+    for length, points in believable(part)[list(columns)].groupby("seq_len"):
+        seq_len = int(str(length))
+        allowed = points[keeps(points, limits)]
+        if allowed.empty:
+            yield Choice(seq_len, goals[0], None, nearest=_nearest(points, limits))
+            continue
+        for goal in goals:
+            values = allowed[goal.column].dropna().sort_values(ascending=goal.better == "lower", kind="stable")
+            # The best point of each setting stands for it.
+            ranked = allowed.loc[allowed.loc[values.index, "setting"].drop_duplicates().index]
+            if not ranked.empty:
+                yield Choice(seq_len, goal, ranked.iloc[0].to_dict(), _ties(ranked, goal))
+
+
+def _ties(ranked: pd.DataFrame, goal: Goal) -> list[Record]:
+    best = ranked.iloc[0]
+    half = half_width(best.to_dict(), goal.column) or 0.0
+    as_good = overlapping(ranked[goal.column], halves(ranked, goal.column), best[goal.column], half)
+    records: list[Record] = ranked[as_good].iloc[1:].to_dict("records")
+    return records
+
+
+def keeps(points: pd.DataFrame, limits: Limits) -> pd.Series[bool]:
+    """Which points keep all limits; an unknown number keeps none."""
+    kept = pd.Series(True, index=points.index)
+    for name, most in limits.columns().items():
+        kept &= points[name].astype(float) <= most
+    return kept
+
+
+def _nearest(points: pd.DataFrame, limits: Limits) -> Record | None:
+    excess = pd.DataFrame({name: points[name].astype(float) / most for name, most in limits.columns().items()})
+    worst = excess.max(axis=1, skipna=False).to_numpy()
+    known = points[~pd.isna(worst)]
+    return None if known.empty else known.iloc[int(worst[~pd.isna(worst)].argmin())].to_dict()
+
+
+def with_cost(table: pd.DataFrame, price: float | None) -> pd.DataFrame:
+    """Adds the cost of a million output tokens, in the currency of `price`, which is that of a device for an hour."""
+    if price is None:
+        return table
+    per_s = price * table["num_devices"].astype(float) / 3600
+    return table.assign(**{COST: per_s / table["output_tok_per_s"] * 1e6})
+
+
+def with_pareto(table: pd.DataFrame) -> pd.DataFrame:
+    """Adds `pareto`: no other point of the group and length is better in latency and in throughput per device."""
+    latency, throughput = "latency_mean_s", "output_tok_per_s_per_device"
+    points = believable(table).dropna(subset=[latency, throughput])
+    points = points.sort_values([latency, throughput], ascending=[True, False], kind="stable")
+    by = [points["group"], points["seq_len"]]
+    highest_before = points.groupby(by)[throughput].cummax().groupby(by).shift()
+    front = points.index[~(points[throughput] <= highest_before)]
+    return table.assign(pareto=table.index.isin(front))

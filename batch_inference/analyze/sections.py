@@ -1,0 +1,301 @@
+"""The answers in words and numbers: the decision, TP against PP against DP, scaling, the front, two sets compared."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from batch_inference.analyze.answers import Analysis, Part, mixed_mark
+from batch_inference.analyze.compare import MEASURED, SIZES, SetComparison, baseline_of, layout, layout_order
+from batch_inference.analyze.decide import Choice, Goal
+from batch_inference.analyze.tables import GROUP_BY, believable, half_width
+from batch_inference.core.text import short
+
+# A table has as many rows at most; results.csv and summary.json have them all.
+ROW_LIMIT = 500
+# Layouts beside the first one in a table of 80 columns.
+_BESIDE = 3
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, then facts (name, value), a table, and lines; each part may be empty."""
+
+    title: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    header: tuple[str, ...] = ()
+    rows: list[list[str]] = field(default_factory=list)
+    numbers: frozenset[str] = frozenset()  # columns set to the right
+    lines: list[str] = field(default_factory=list)
+    more: int = 0  # rows that are left out
+
+
+def marked(title: str, part: Part) -> str:
+    """A title that says of which group, and that unlike things are in it where the user allows it."""
+    return f"{title}{part.title}{part.mark}"
+
+
+# --- the decision -------------------------------------------------------------------------------------------------
+
+
+def best(part: Part, analysis: Analysis) -> Section:
+    limits = str(analysis.question.limits)
+    found = [choice for choice in part.choices if choice.best is not None]
+    rows = [_choice_row(choice, choice.best) for choice in found if choice.best is not None]
+    lines = [_tie(choice) for choice in found if choice.ties]
+    lines += [_none_keeps(choice, analysis) for choice in part.choices if choice.best is None]
+    if (part.points["global_batch_size"] != part.points["batch_size"]).any():
+        lines.append("batch: requests handed to each replica.")
+    if any(row[-1].endswith("*") for row in rows):
+        lines.append("* suspect: see below, and do not rely on it alone.")
+    if any("±" in row[-1] for row in rows):
+        lines.append("±: 95 % confidence interval of the mean over the runs.")
+    if found and any(half_width(choice.best, choice.goal.column) is None for choice in found if choice.best):
+        lines.append("no ±: a single run has no interval, and shows no tie; raise --num-runs.")
+    header = ("length", "best", "setting", "devices", "batch", "value")
+    facts = [("limits", limits)] if limits else []
+    return Section(
+        marked("Best", part),
+        facts if rows or lines else [],
+        header,
+        rows,
+        frozenset({"length", "devices", "batch"}),
+        lines,
+    )
+
+
+def _choice_row(choice: Choice, best: Mapping[Hashable, Any]) -> list[str]:
+    place = [str(best["setting"]), str(best["num_devices"]), str(best["batch_size"])]
+    return [str(choice.seq_len), choice.goal.name, *place, with_unit(best, choice.goal)]
+
+
+def _tie(choice: Choice) -> str:
+    others = [f"{row['setting']} (batch {row['batch_size']}: {with_unit(row, choice.goal)})" for row in choice.ties[:3]]
+    more = f" and {len(choice.ties) - 3} more settings: summary.json" if len(choice.ties) > 3 else ""
+    return f"tie, length {choice.seq_len}, {choice.goal.name}: the interval overlaps that of {', '.join(others)}{more}"
+
+
+def _none_keeps(choice: Choice, analysis: Analysis) -> str:
+    start = f"length {choice.seq_len}: no point keeps the limits"
+    if choice.nearest is None:
+        return f"{start}; the percentiles are not known"
+    columns = analysis.question.limits.columns()
+    numbers = ", ".join(f"{name} {short(choice.nearest[name])}" for name in columns)
+    return f"{start}; nearest: {choice.nearest['setting']} at batch {choice.nearest['batch_size']}, {numbers}"
+
+
+# --- TP, PP or DP -------------------------------------------------------------------------------------------------
+
+
+_BLOCK = ["seq_len", "max_tokens", "global_batch_size"]
+
+
+def layouts(part: Part) -> Iterator[Section]:
+    """Per number of devices a table with a column per layout, in tables that fit the terminal."""
+    for devices, measured in part.points.groupby("num_devices"):
+        sizes = [tuple(map(int, row)) for row in measured[list(SIZES)].drop_duplicates().to_numpy()]
+        known = [layout(*row) for row in sorted(sizes, key=lambda row: layout_order(*row))]
+        rows = part.layouts[part.layouts["num_devices"] == devices]
+        names = list(dict.fromkeys(rows.sort_values("_order")["layout"]))
+        title = marked(f"TP, PP or DP? {devices} devices, equal global batch size", part)
+        alone = [name for name in known if name not in names]
+        lines = (
+            [f"Not compared: {', '.join(alone)}; no measured point at a global batch size of another."] if alone else []
+        )
+        if not names and len(known) > 1:
+            yield Section(title, lines=lines)
+        for start in range(1, len(names), _BESIDE):
+            shown = [names[0], *names[start : start + _BESIDE]]
+            facts = _layout_facts(rows) if start == 1 else []
+            yield _layout_table(title, rows, shown, facts, lines)
+
+
+def _layout_table(
+    title: str, rows: pd.DataFrame, shown: Sequence[str], facts: list[tuple[str, str]], lines: list[str]
+) -> Section:
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    columns = [*_BLOCK, "layout", "verdict", "is_first", "is_best", "ratio", "ratio_ci95", *MEASURED]
+    blocks = rows[_BLOCK].drop_duplicates().sort_values(_BLOCK)
+    chosen = rows[columns].merge(blocks.head(ROW_LIMIT), on=_BLOCK)
+    for row in chosen.to_dict("records"):
+        cells.setdefault(tuple(row[name] for name in _BLOCK), {})[str(row["layout"])] = _layout_cell(row)
+    table = [[str(key[0]), str(key[2]), *(cells[key].get(name, "") for name in shown)] for key in sorted(cells)]
+    lines = [
+        *lines,
+        "First cell of a row: output tok/s. The others: their throughput over it, which at equal work is its latency "
+        "over theirs. ●: the fastest, and all whose 95 % interval overlaps it (≈).",
+    ]
+    if (rows["verdict"] == "suspect").any():
+        lines.append("* suspect: see below, and do not rely on it alone.")
+    if rows.groupby("layout")["setting"].nunique().max() > 1:
+        lines.append("Of several settings with the same sizes the fastest is shown at each point.")
+    header = ("length", "batch", *shown)
+    return Section(title, facts, header, table, frozenset(header), lines, len(blocks) - len(table))
+
+
+def _fastest(rows: pd.DataFrame) -> dict[tuple[Any, ...], str]:
+    """Per length and batch the layouts that nothing beats, the fastest first."""
+    best = rows[rows["is_best"]].sort_values("output_tok_per_s", ascending=False, kind="stable")
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for *key, name in best[[*_BLOCK, "layout"]].itertuples(index=False):
+        names.setdefault(tuple(key), []).append(name)
+    return {key: " ≈ ".join(found) for key, found in names.items()}
+
+
+def _layout_facts(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """Which layout is the fastest how often: the answer in one line."""
+    winners = Counter(_fastest(rows).values())
+    shown = ", ".join(f"{name} at {count}" for name, count in winners.most_common(5))
+    return [("fastest", f"of {winners.total()} points: {shown}")]
+
+
+def _layout_cell(row: Mapping[Hashable, Any]) -> str:
+    marks = ("*" if row["verdict"] == "suspect" else "") + (" ●" if row["is_best"] else "")
+    if row["is_first"]:
+        return with_interval(row["output_tok_per_s"], half_width(row, "output_tok_per_s")) + marks
+    return with_interval(row["ratio"], _known(row["ratio_ci95"]), decimals=3) + marks
+
+
+# --- scaling, Pareto ----------------------------------------------------------------------------------------------
+
+
+def scaling(part: Part) -> Section:
+    """Per setting and length the largest batch that the baseline has too."""
+    points = believable(part.points)
+    baseline = baseline_of(points)
+    replicas = points.loc[points["setting"] == baseline, "data_parallel_size"]
+    points = points[points["setting"] != baseline]
+    if baseline is None or points.empty:
+        return Section("")
+    # Strong and weak are one and the same for a setting with as many replicas as the baseline.
+    weak = points[~points["data_parallel_size"].isin(replicas) & points["weak_speedup"].notna()]
+    found = pd.concat(
+        [_largest(points, "strong", "", "global_batch_size"), _largest(weak, "weak", "weak_", "batch_size")]
+    )
+    found = found.sort_values(["setting", "seq_len", "scaling"], kind="stable")
+    rows = [_scaling_row(row) for row in found.head(ROW_LIMIT).to_dict("records")]
+    lines = ["strong: at an equal global batch; weak: at an equal batch per replica. The largest batch that both have; "
+             "results.csv has all. Ideal: efficiency 1."]  # fmt: skip
+    if not rows:
+        lines = [f"No point has the length and the batch size of one of {baseline}."]
+    header = ("setting", "devices", "length", "scaling", "batch", "speed-up", "efficiency")
+    numbers = frozenset({"devices", "length", "batch", "speed-up", "efficiency"})
+    more = len(found) - len(rows)
+    return Section(marked(f"Scaling against {baseline}", part), [], header, rows, numbers, lines, more)
+
+
+def _largest(points: pd.DataFrame, scaling: str, prefix: str, batch: str) -> pd.DataFrame:
+    """Per setting and length the point of the largest batch; its numbers under the names of strong scaling."""
+    names = [f"{name}{end}" for name in ("speedup", "scaling_efficiency") for end in ("", "_ci95")]
+    columns = {prefix + name: name for name in names} | {batch: "batch"}
+    known = points.dropna(subset=f"{prefix}speedup").sort_values("batch_size", kind="stable")
+    largest = known.drop_duplicates(["setting", "seq_len"], keep="last")
+    return largest[["setting", "num_devices", "seq_len", *columns]].rename(columns=columns).assign(scaling=scaling)
+
+
+def _scaling_row(row: Mapping[Hashable, Any]) -> list[str]:
+    place = [str(row[name]) for name in ("setting", "num_devices", "seq_len", "scaling", "batch")]
+    numbers = [with_interval(row[name], _known(row[f"{name}_ci95"])) for name in ("speedup", "scaling_efficiency")]
+    return [*place, *numbers]
+
+
+_AXES = ("latency_mean_s", "output_tok_per_s_per_device")
+
+
+def pareto(part: Part) -> Section:
+    columns = ["seq_len", "setting", "batch_size", "verdict", "latency_ci95_s", *_AXES]
+    front = part.points.loc[part.points["pareto"].astype(bool), columns].sort_values(
+        ["seq_len", "latency_mean_s"], kind="stable"
+    )
+    rows = [
+        [str(row["seq_len"]), str(row["setting"]), str(row["batch_size"]), *_on_axes(row)]
+        for row in front.head(ROW_LIMIT).to_dict("records")
+    ]
+    header = ("length", "setting", "batch", "latency", "tok/s/device")
+    title = marked("Pareto front: latency against throughput per device", part)
+    lines = ["No other point is both faster and better per device."] if rows else []
+    return Section(title, [], header, rows, frozenset({"length", "batch"}), lines, len(front) - len(rows))
+
+
+def _on_axes(row: Mapping[Hashable, Any]) -> list[str]:
+    latency, throughput = (with_interval(row[name], half_width(row, name)) for name in _AXES)
+    return [f"{latency} s", throughput + ("*" if row["verdict"] == "suspect" else "")]
+
+
+# --- two result sets ----------------------------------------------------------------------------------------------
+
+
+def compared(comparison: SetComparison) -> Section:
+    points = comparison.points
+    counts = points["change"].value_counts()
+    words = ("better", "worse", "lost", "no difference", "unknown")
+    facts = [("points compared", f"{len(points)}: " + ", ".join(f"{counts[w]} {w}" for w in words if w in counts))]
+    ratio = points["ratio"].dropna()
+    if not ratio.empty:
+        mean = math.exp(ratio.map(math.log).mean())
+        facts.append(
+            ("throughput, new / old", f"{mean:.4f} on geometric average, {ratio.min():.4f} to {ratio.max():.4f}")
+        )
+    facts += [(name, f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
+    order = {word: number for number, word in enumerate(("lost", "worse", "better", "unknown", "no difference"))}
+    columns = ["setting", "seq_len", "batch_size", "old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95",
+               "change", "verdict"]  # fmt: skip
+    ranked = points[columns].assign(_order=points["change"].map(order)).sort_values(["_order", "ratio"], kind="stable")
+    rows = [_change_row(row) for row in ranked.head(ROW_LIMIT).to_dict("records")]
+    header = ("setting", "length", "batch", "before tok/s", "now tok/s", "ratio", "change")
+    unlike = [name for name in comparison.unlike if name in GROUP_BY and name != "vllm_version"]
+    title = "Compared with the earlier results" + mixed_mark(unlike)
+    notes = list(_compare_notes(comparison))
+    return Section(title, facts, header, rows, frozenset(header[1:6]), notes, len(ranked) - len(rows))
+
+
+def _compare_notes(comparison: SetComparison) -> Iterator[str]:
+    yield ("better, worse: Welch's t test of the runs, corrected by Holm for the number of points, at 5 %. ±: 95 % "
+           "interval of each ratio alone.")  # fmt: skip
+    if (comparison.points["change"] == "lost").any():
+        yield "lost: measured before; now failed, invalid, or asked for and not reached."
+    if (comparison.points["change"] == "unknown").any():
+        yield "unknown: a point with a single run; raise --num-runs."
+    for count, what in (
+        (comparison.only_new, "only in the new results"),
+        (comparison.only_old, "only in the earlier results"),
+        (comparison.repeated, "more than once in one of the sets, and left out"),
+    ):
+        if count:
+            yield f"{count} points are {what} (a point: name, sizes, batch and lengths)."
+
+
+def _change_row(row: Mapping[Hashable, Any]) -> list[str]:
+    mark = "*" if row["verdict"] == "suspect" else ""
+    ratio = "" if pd.isna(row["ratio"]) else with_interval(row["ratio"], _known(row["ratio_ci95"]))
+    numbers = [short(_known(row[name])) for name in ("old_output_tok_per_s", "output_tok_per_s")]
+    return [str(row["setting"]), str(row["seq_len"]), str(row["batch_size"]), *numbers, ratio, row["change"] + mark]
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def _known(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def with_unit(row: Mapping[Hashable, Any], goal: Goal) -> str:
+    mark = "*" if row["verdict"] == "suspect" else ""
+    return f"{with_interval(row[goal.column], half_width(row, goal.column))} {goal.unit}{mark}"
+
+
+def with_interval(value: float, half: float | None, decimals: int = 9) -> str:
+    """Digits as far as the interval allows, at most so many decimals: two of it, and the value as far as those. The
+    interval is rounded up."""
+    if not half or value == 0:
+        return short(value)
+    four_digits = 3 - math.floor(math.log10(abs(value)))
+    decimals = min(decimals, 1 - math.floor(math.log10(half)), four_digits + 1)
+    rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
+    shown = max(0, decimals)
+    return f"{round(value, decimals):.{shown}f} ±{rounded_up:.{shown}f}"

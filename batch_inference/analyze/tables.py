@@ -1,0 +1,322 @@
+"""Result files -> one tidy table: a row per point, and groups of like things."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import os
+import shlex
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from batch_inference.core.metrics import METRICS, run_latencies_s, summarise, tpots_s, ttfts_s
+from batch_inference.core.results import Point, Result, ResultFileError, load_result
+from batch_inference.core.statistics import percentile
+from batch_inference.core.text import plain
+
+Row = dict[str, Any]
+
+# Points that differ in one of these measure different things: they are grouped, never ranked together.
+GROUP_BY = (
+    "model", "device_kind", "device_name", "vllm_version", "dtype", "quantization", "kv_cache_dtype", "load_format",
+    "executor_class", "runner", "enforce_eager", "max_tokens", "temperature", "top_p",
+)  # fmt: skip
+# Within a group these may differ, but the reader must know.
+TO_MENTION = (
+    "nnodes", "cluster", "host", "cpu_name", "power_limit_w", "driver_version", "torch_version", "git_commit", "seed",
+    "num_runs", "target_ci", "max_runs", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
+    "gpu_memory_utilization", "block_size", "cudagraph_mode", "compilation_mode", "engine_args",
+)  # fmt: skip
+# The durations that a limit can be set on.
+DURATIONS: dict[str, Callable[[Point], list[float]]] = {"latency": run_latencies_s, "ttft": ttfts_s, "tpot": tpots_s}
+# How a file is written is no setting, and a point has its own batch_size and seq_len.
+_NOT_IN_ROWS = {"output_file", "overwrite", "resume", "verbose", "dry_run", "batch_sizes", "seq_lens"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One result file: where it lies, what became of it, and its points as columns. Its raw runs are not kept: those of
+    a large folder would not fit in memory."""
+
+    path: Path
+    name: str
+    num_devices: int
+    status: str
+    points_ok: int
+    grid: list[tuple[int, int]]  # batch size, prompt length: the points asked for, measured or not
+    load_s: float | None
+    failure: str | None  # why the setting has no engine; None for one that was measured
+    facts: Row  # what is alike for all points
+    columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
+
+    @property
+    def points_asked(self) -> int:
+        """More than the grid has may be there after a --resume with another grid."""
+        return max(len(self.grid), self.num_points)
+
+    @property
+    def num_points(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+
+def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | ResultFileError]:
+    """Each file as `load_setting` reads it, or what is wrong with it; many files on several cores."""
+    load = partial(_setting_or_error, percent=percent)
+    if len(paths) < _FILES_OF_A_CORE * 2:
+        return list(map(load, paths))
+    workers = min(8, os.cpu_count() or 1, len(paths) // _FILES_OF_A_CORE)
+    # Fresh processes: a fork would copy the threads of whatever is imported here.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=gc.disable) as pool:
+        return list(pool.map(load, paths, chunksize=8))
+
+
+# Fewer are read before another process has started.
+_FILES_OF_A_CORE = 100
+
+
+def _setting_or_error(path: Path, percent: float) -> Setting | ResultFileError:
+    try:
+        return load_setting(path, percent)
+    except ResultFileError as error:
+        return error
+
+
+def load_setting(path: Path, percent: float = 99) -> Setting:
+    """Read one result file, with percentile `percent` of the DURATIONS among its columns.
+
+    Raises ResultFileError naming the file and the reason.
+    """
+    try:
+        return _setting(path, load_result(path), percent)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ResultFileError(f"{path}: holds a value that this program cannot use ({reason})") from error
+
+
+def _setting(path: Path, result: Result, percent: float) -> Setting:
+    axes = [result.config.get(name) for name in ("batch_sizes", "seq_lens")]
+    failure = _section(result.engine, "failure").get("reason") or "no reason is given"
+    facts = _facts(result, result.engine)
+    rows = [_row(path, result, point, percent) for point in result.points]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Setting(
+        path=path,
+        name=plain(result.name),
+        num_devices=result.num_devices,
+        status=plain(result.status),
+        points_ok=sum(point.status == "ok" for point in result.points),
+        grid=list(itertools.product(*(axis if isinstance(axis, list) else [] for axis in axes))),
+        load_s=_least([_section(result.engine, "load_s").get("total_s")]),
+        failure=plain(failure) if result.status == "failed" else None,
+        facts=facts,
+        # Lists of numbers go from process to process much faster than a dict for each point.
+        columns={name: [row.get(name, facts.get(name)) for row in rows] for name in names},
+    )
+
+
+# --- one point -> one row -----------------------------------------------------------------------------------------
+
+
+def _row(path: Path, result: Result, point: Point, percent: float) -> Row:
+    # The facts are those of most points: only one of an earlier sweep had another engine.
+    facts = _facts(result, result.engine_of(point)) if point.engine else {}
+    # A config can hold any name: what identifies a point and its numbers is not replaced by it.
+    return {**facts, **_clean(_identity(path, result, point)), **_numbers(result, point, percent)}
+
+
+def _facts(result: Result, engine: Row) -> Row:
+    """What is alike for all points of an engine: settings and environment."""
+    return _clean({**_settings(result, engine), **_environment(result)})
+
+
+def _clean(row: Row) -> Row:
+    return {plain(name): plain(value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+def _identity(path: Path, result: Result, point: Point) -> Row:
+    global_batch_size = point.batch_size * result.data_parallel_size
+    for size in (global_batch_size, *point.key):
+        if not 1 <= size < 2**53:
+            raise ValueError(f"a point of size {size}")
+    return {
+        "file": path.name,
+        "name": str(result.name),
+        "batch_size": point.batch_size,
+        "seq_len": point.seq_len,
+        "max_tokens": point.max_tokens,
+        "global_batch_size": global_batch_size,
+        "num_devices": result.num_devices,
+        "status": str(point.status),
+        "reason": _text(point.reason),
+        "verdict": _text(point.verdict),
+        "verdict_reasons": "; ".join(map(str, point.verdict_reasons)) or None,
+        "timed_runs": len(point.runs),
+        "memory_scope": _text(point.runs[0].memory.get("scope")) if point.runs else None,
+    }
+
+
+def _settings(result: Result, engine: Row) -> Row:
+    """What was asked; where vLLM reports what it really used (dtype, max_model_len ...), that."""
+    config = result.config
+    asked = {name: value for name, value in config.items() if name not in _NOT_IN_ROWS and _is_cell(value)}
+    # On the CPU the engine's share of the memory is that of one device: what was asked for the setting is alike.
+    reported = {name: value for name, value in engine.items() if name != "gpu_memory_utilization"}
+    used = {name: value for name, value in reported.items() if _is_cell(value) and value is not None}
+    phases = {f"load_{name}": value for name, value in _section(engine, "load_s").items() if _is_cell(value)}
+    words = config.get("engine_args")
+    executors = (config.get("distributed_executor_backend"), engine.get("executor"))
+    return {
+        **dict.fromkeys(GROUP_BY),
+        **dict.fromkeys(TO_MENTION),
+        **asked,
+        **used,
+        **phases,
+        "engine_args": shlex.join(map(str, words)) if isinstance(words, list) and words else None,
+        # Under torchrun vLLM runs another model runner and pipeline stages do not overlap.
+        "executor_class": "torchrun" if "external_launcher" in executors else "local",
+        "cluster": "ray" if "ray" in executors else None,
+    }
+
+
+def _environment(result: Result) -> Row:
+    environment, versions = result.environment, _section(result.environment, "versions")
+    devices = result.devices
+    names = sorted({str(device["name"]) for device in devices if device.get("name")})
+    plain_facts = (
+        "started_at", "ended_at", "host", "platform", "python_version", "cpu_name", "driver_version", "git_commit",
+        "git_dirty", "device_kind",
+    )  # fmt: skip
+    return {
+        **{name: value if _is_cell(value := environment.get(name)) else None for name in plain_facts},
+        "device_name": " + ".join(names) or None,
+        "device_memory_gib": _least(device.get("memory_gib") for device in devices),
+        "power_limit_w": _least(device.get("power_limit_w") for device in devices),
+        "vllm_version": _text(versions.get("vllm") or result.engine.get("vllm_version")),
+        **{f"{package}_version": _text(version) for package, version in versions.items() if package != "vllm"},
+    }
+
+
+def _numbers(result: Result, point: Point, percent: float) -> Row:
+    """The metrics, computed again from the raw runs: what a file says of itself is not trusted."""
+    numbers = summarise(result, point)
+    for prefix, durations_s in DURATIONS.items():
+        name = percentile_column(prefix, percent)
+        if name not in numbers:
+            numbers[name] = percentile(durations_s(point), percent) if point.status == "ok" else None
+    for name, value in numbers.items():
+        if value is not None and not _is_number(value):
+            raise ValueError(f"{name} is {value!r}, not a number")
+    return dict(numbers)
+
+
+def percentile_column(prefix: str, percent: float) -> str:
+    """ttft, 99 -> ttft_p99_s."""
+    return f"{prefix}_p{percent:g}_s"
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _is_cell(value: object) -> bool:
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _least(values: Iterable[Any]) -> float | None:
+    return min((value for value in values if _is_number(value)), default=None)
+
+
+# --- the table of points ------------------------------------------------------------------------------------------
+
+
+def point_table(settings: Sequence[Setting], group_by: Sequence[str] = GROUP_BY) -> pd.DataFrame:
+    """One row per point, smallest settings first; `setting` is unique per file, `group` numbers the like things.
+
+    Raises KeyError with the name of a column in `group_by` that there is not.
+    """
+    ordered = sorted(settings, key=lambda setting: (setting.num_devices, setting.name, setting.path.name))
+    labels = setting_labels(ordered)
+    rows = any(setting.num_points for setting in ordered)
+    table = pd.DataFrame(_columns(ordered, labels) if rows else {name: [] for name in _ALWAYS})
+    for metric in METRICS:
+        table[metric.name] = table[metric.name].astype(float) if rows else pd.Series(dtype=float)
+    # A category remembers the order of all settings, so that each keeps its colour in a part of the table.
+    table["setting"] = pd.Categorical(table["setting"], categories=list(labels.values()))
+    table.insert(1, "group", _group_numbers(table, group_by))
+    return table
+
+
+_ALWAYS = dict.fromkeys([
+    "setting", "file", "name", "status", "reason", "verdict", "verdict_reasons", *GROUP_BY, *TO_MENTION, "batch_size",
+    "seq_len", "global_batch_size", "num_devices", "timed_runs", "device_memory_gib", "tensor_parallel_size",
+    "pipeline_parallel_size", "data_parallel_size", "memory_scope",
+])  # fmt: skip
+
+
+def _columns(settings: Sequence[Setting], labels: Mapping[Path, str]) -> dict[str, list[Any]]:
+    """Column by column, because as many dicts of a hundred entries as there are points take seconds and gigabytes."""
+    own = dict.fromkeys(name for setting in settings for name in setting.columns)
+    facts = dict.fromkeys(name for setting in settings if setting.num_points for name in setting.facts)
+    columns: dict[str, list[Any]] = {name: [] for name in ("setting", *own, *facts)}
+    for setting in settings:
+        shared = {"setting": labels[setting.path], **setting.facts}
+        for name, cells in columns.items():
+            cells += setting.columns.get(name) or [shared.get(name)] * setting.num_points
+    return columns
+
+
+def setting_labels(settings: Sequence[Setting]) -> dict[Path, str]:
+    """A unique name for each file: that of the setting, with the file's own where two settings share one."""
+    counts = Counter(setting.name for setting in settings)
+    return {
+        setting.path: setting.name if counts[setting.name] == 1 else f"{setting.name} [{plain(setting.path.stem)}]"
+        for setting in settings
+    }
+
+
+def _group_numbers(table: pd.DataFrame, group_by: Sequence[str]) -> pd.Series[int]:
+    if not group_by or table.empty:
+        return pd.Series(1, index=table.index)
+    for name in group_by:
+        table[name]  # KeyError names one column alone
+    return table.groupby(list(group_by), dropna=False, sort=False, observed=True).ngroup() + 1
+
+
+def groups(table: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
+    for number in sorted(table["group"].unique()):
+        yield int(number), table[table["group"] == number]
+
+
+def differing(table: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """The columns in which the rows of the table are not all alike."""
+    return [name for name in columns if len(table[name].unique()) > 1 and table[name].map(str).nunique() > 1]
+
+
+def believable(table: pd.DataFrame) -> pd.DataFrame:
+    """The points that may win and may be a baseline: measured, and not invalid."""
+    return table[(table["status"] == "ok") & (table["verdict"] != "invalid")]
+
+
+def half_width(row: Mapping[Hashable, Any], metric: str) -> float | None:
+    """Half width of the 95 % interval. Throughput is a fixed number of tokens over the mean latency, so that its
+    relative interval is, to first order, that of the latency."""
+    relative = row["latency_ci95_s"] / row["latency_mean_s"]
+    return None if pd.isna(relative) else float(relative * row[metric])

@@ -1,0 +1,294 @@
+"""Every derived number once: name with unit, label, formula, and which direction is better.
+
+The console, the JSON summary, the CSV, the plots and the report all take their numbers from METRICS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from batch_inference.core.capacity import padded_batch_size, running_requests, waves
+from batch_inference.core.results import Point, Result
+from batch_inference.core.statistics import ci95_half_width, mean, percentile
+
+Better = Literal["higher", "lower"]
+
+
+class Measured:
+    """A point that has runs, and the result that it belongs to. Its durations are collected and sorted once for the
+    mean and all percentiles."""
+
+    def __init__(self, result: Result, point: Point) -> None:
+        self.result = result
+        self.point = point
+
+    @cached_property
+    def latencies_s(self) -> list[float]:
+        return sorted(run_latencies_s(self.point))
+
+    @cached_property
+    def ttfts_s(self) -> list[float]:
+        return sorted(ttfts_s(self.point))
+
+    @cached_property
+    def tpots_s(self) -> list[float]:
+        return sorted(tpots_s(self.point))
+
+    @cached_property
+    def request_latencies_s(self) -> list[float]:
+        return sorted(value for run in self.point.runs for value in run.requests.latency_s)
+
+    @cached_property
+    def queue_waits_s(self) -> list[float]:
+        return sorted(value for run in self.point.runs for value in run.requests.queue_s)
+
+    @cached_property
+    def total_latency_s(self) -> float:
+        return sum(run_latencies_s(self.point))
+
+
+Formula = Callable[[Measured], float | None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One derived number of a point: `formula` is None where it cannot be known."""
+
+    name: str
+    unit: str
+    label: str
+    better: Better | None  # None: neither direction is better
+    formula: Formula
+    definition: str  # the formula in words, for the README
+
+
+def summarise(result: Result, point: Point) -> dict[str, float | None]:
+    """Every metric of a point; all None for one that failed, though some of its runs may be there."""
+    if point.status != "ok" or not point.runs:
+        return dict.fromkeys(metric.name for metric in METRICS)
+    measured = Measured(result, point)
+    return {metric.name: metric.formula(measured) for metric in METRICS}
+
+
+def run_latencies_s(point: Point) -> list[float]:
+    return [run.latency_s for run in point.runs]
+
+
+def ttfts_s(point: Point) -> list[float]:
+    return [value for run in point.runs for value in run.requests.ttft_s]
+
+
+def tpots_s(point: Point) -> list[float]:
+    """Seconds per output token after the first, one per request; none for requests of a single token."""
+    return [
+        (latency - ttft) / (tokens - 1)
+        for run in point.runs
+        for latency, ttft, tokens in zip(
+            run.requests.latency_s, run.requests.ttft_s, run.requests.output_tokens, strict=True
+        )
+        if tokens > 1
+    ]
+
+
+def _output_tok_per_s(measured: Measured) -> float:
+    return sum(run.output_tokens for run in measured.point.runs) / measured.total_latency_s
+
+
+def _prompt_tok_per_s(measured: Measured) -> float:
+    return sum(run.prompt_tokens for run in measured.point.runs) / measured.total_latency_s
+
+
+def _total_tok_per_s(measured: Measured) -> float:
+    return _output_tok_per_s(measured) + _prompt_tok_per_s(measured)
+
+
+def _requests_per_s(measured: Measured) -> float:
+    requests = measured.point.batch_size * measured.result.data_parallel_size
+    return requests * len(measured.point.runs) / measured.total_latency_s
+
+
+def _output_tok_per_s_per_device(measured: Measured) -> float:
+    return _output_tok_per_s(measured) / measured.result.num_devices
+
+
+def _energy_j_per_output_token(measured: Measured) -> float | None:
+    runs = measured.point.runs
+    joules = [run.energy_j for run in runs if run.energy_j is not None]
+    if len(joules) != len(runs):
+        return None
+    tokens = sum(run.output_tokens for run in runs)
+    return sum(joules) / tokens if tokens else None
+
+
+def _highest(name: str) -> Formula:
+    """Over runs, and the devices or replicas of each."""
+    return lambda measured: max(
+        (value for run in measured.point.runs for value in run.memory.get(name) or []), default=None
+    )
+
+
+def _engine_number(key: str) -> Formula:
+    return lambda measured: measured.result.engine_of(measured.point).get(key)
+
+
+def _load_s(measured: Measured) -> float | None:
+    total: float | None = (measured.result.engine_of(measured.point).get("load_s") or {}).get("total_s")
+    return total
+
+
+def _kv_use(measured: Measured) -> float | None:
+    point = measured.point
+    capacity = measured.result.engine_of(point).get("kv_cache_tokens")
+    return point.batch_size * (point.seq_len + point.max_tokens) / capacity if capacity else None
+
+
+def _kv_peak_use(measured: Measured) -> float | None:
+    shares = [run.memory["peak_kv_use"] for run in measured.point.runs if "peak_kv_use" in run.memory]
+    return max(shares, default=None)
+
+
+def _share_of_peak(counter: str, peak: str) -> Formula:
+    """What vLLM estimates that one device did in the runs, over what it could have done in that time."""
+
+    def share(measured: Measured) -> float | None:
+        peaks = measured.result.environment.get("peaks") or {}
+        done = [run.counters.get(counter, 0) for run in measured.point.runs]
+        # vLLM estimates the work of some architectures and quantizations not at all, or not all of it.
+        if not peaks.get(peak) or 0 in done:
+            return None
+        return sum(done) / (measured.total_latency_s * float(peaks[peak]))
+
+    return share
+
+
+_share_of_arithmetic = _share_of_peak("flops_per_device", "flops_per_s")
+
+
+def _mfu(measured: Measured) -> float | None:
+    # The peak is that of 16 bits; what computes in fewer has a higher one.
+    quantized = _engine_number("quantization")(measured)
+    return None if quantized else _share_of_arithmetic(measured)
+
+
+def _idle_power_w(measured: Measured) -> float | None:
+    watts = [device.get("idle_power_w") for device in measured.result.devices]
+    known = [float(value) for value in watts if value is not None]
+    return sum(known) if known and len(known) == len(watts) else None
+
+
+def _sm_mhz(measured: Measured) -> float | None:
+    values = [value for run in measured.point.runs for value in run.clocks.get("sm_mhz") or []]
+    return mean([value for value in values if value is not None])
+
+
+def _preemptions(measured: Measured) -> float:
+    return sum(run.counters["preemptions"] for run in measured.point.runs)
+
+
+def _mean_of(values: Callable[[Measured], list[float]]) -> Formula:
+    return lambda measured: mean(values(measured))
+
+
+def _percentile_of(values: Callable[[Measured], list[float]], percent: int) -> Formula:
+    return lambda measured: percentile(values(measured), percent)
+
+
+def _distribution(
+    prefix: str, label: str, values: Callable[[Measured], list[float]], definition: str
+) -> tuple[Metric, ...]:
+    """Mean, median, p90 and p99 of one kind of duration."""
+    mean_metric = Metric(f"{prefix}_mean_s", "s", f"{label}, mean", "lower", _mean_of(values), f"mean {definition}")
+    return (
+        mean_metric,
+        *(
+            Metric(
+                f"{prefix}_p{percent}_s",
+                "s",
+                f"{label}, p{percent}",
+                "lower",
+                _percentile_of(values, percent),
+                f"percentile {percent} of the {definition}",
+            )
+            for percent in (50, 90, 99)
+        ),
+    )
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("output_tok_per_s", "tok/s", "Output throughput", "higher", _output_tok_per_s,
+           "output tokens of all replicas and runs / sum of the runs' latencies"),
+    Metric("prompt_tok_per_s", "tok/s", "Prompt throughput", "higher", _prompt_tok_per_s,
+           "prompt tokens of all replicas and runs / sum of the runs' latencies"),
+    Metric("total_tok_per_s", "tok/s", "Total throughput", "higher", _total_tok_per_s,
+           "output_tok_per_s + prompt_tok_per_s"),
+    Metric("requests_per_s", "req/s", "Requests per second", "higher", _requests_per_s,
+           "batch_size x DP x runs / sum of the runs' latencies"),
+    Metric("output_tok_per_s_per_device", "tok/s/device", "Output throughput per device", "higher",
+           _output_tok_per_s_per_device, "output_tok_per_s / (TP x PP x DP)"),
+    *_distribution("latency", "Batch latency", lambda measured: measured.latencies_s,
+                   "time from the common start to the last replica's end, over the runs"),
+    Metric("latency_ci95_s", "s", "Batch latency, 95 % CI (±)", None,
+           lambda measured: ci95_half_width(measured.latencies_s),
+           "Student's t x standard deviation / sqrt(runs); unknown for one run"),
+    Metric("runs", "count", "Timed runs", None, lambda measured: len(measured.point.runs),
+           "timed runs of the point, warm-ups not counted"),
+    *_distribution("ttft", "Time to first token (TTFT)", lambda measured: measured.ttfts_s,
+                   "time from a request's arrival to its first token, queue wait included, over all requests"),
+    *_distribution("tpot", "Time per output token (TPOT)", lambda measured: measured.tpots_s,
+                   "(request latency - TTFT) / (output tokens - 1), over all requests"),
+    *_distribution("request_latency", "Request latency", lambda measured: measured.request_latencies_s,
+                   "time from a request's arrival to its last token (end to end), over all requests"),
+    *_distribution("queue", "Queue wait", lambda measured: measured.queue_waits_s,
+                   "time from a request's arrival to its being scheduled, over all requests"),
+    Metric("memory_used_gib", "GiB", "Memory used", "lower", _highest("used_gib"),
+           "highest use seen after a run: per device by NVML, on the CPU resident memory of the replica's processes"),
+    Metric("memory_peak_gib", "GiB", "Memory used, peak", "lower", _highest("peak_gib"),
+           "highest use seen during a run, per device by NVML, ten times a second"),
+    Metric("weights_gib", "GiB", "Weights per device", None, _engine_number("weights_gib"),
+           "bytes of the model's parameters on the fullest device"),
+    Metric("kv_pool_gib", "GiB", "KV cache pool per device", None, _engine_number("kv_pool_gib"),
+           "bytes that vLLM reserved for the KV cache on the fullest device"),
+    Metric("activations_gib", "GiB", "Activations, peak", None, _engine_number("activations_gib"),
+           "peak of activations that vLLM saw when it profiled the model, on the fullest device"),
+    Metric("kv_cache_tokens", "tokens", "KV cache capacity", "higher", _engine_number("kv_cache_tokens"),
+           "tokens that the KV cache of one replica holds"),
+    Metric("kv_use", "ratio", "KV cache use", None, _kv_use,
+           "batch_size x (seq_len + max_tokens) / kv_cache_tokens: what the whole batch needs; above 1 it cannot fit"),
+    Metric("kv_peak_use", "ratio", "KV cache use, peak", None, _kv_peak_use,
+           "share of the KV cache in use at the fullest moment, by vLLM's scheduler after each of its steps"),
+    Metric("running_requests", "count", "Requests at once", None,
+           lambda measured: running_requests(measured.result, measured.point),
+           "most requests of a replica that ran at once: counted, or the least of batch_size, max_num_seqs and the "
+           "whole requests that fit in the KV cache"),
+    Metric("waves", "count", "Waves", "lower", lambda measured: waves(measured.result, measured.point),
+           "batch_size / running_requests, rounded up"),
+    Metric("padded_batch_size", "count", "Padded batch", None,
+           lambda measured: padded_batch_size(measured.result, measured.point),
+           "smallest captured graph that holds running_requests; unknown without graphs or with PP"),
+    Metric("preemptions", "count", "Preemptions", "lower", _preemptions, "requests preempted, over all runs"),
+    Metric("energy_j_per_output_token", "J/token", "Energy per output token", "lower", _energy_j_per_output_token,
+           "NVML energy of the setting's devices during the runs / output tokens"),
+    Metric("idle_power_w", "W", "Idle power", None, _idle_power_w,
+           "NVML power draw of this setting's devices before the engine loaded"),
+    Metric("sm_mhz", "MHz", "SM clock", None, _sm_mhz, "mean SM clock during the runs, over the devices"),
+    Metric("mfu", "ratio", "MFU", "higher", _mfu,
+           "vLLM's estimate of the floating-point operations of a device / (latency x its peak, stated in the file)"),
+    Metric("mbu", "ratio", "MBU", "higher", _share_of_peak("memory_bytes_per_device", "bytes_per_s"),
+           "vLLM's estimate of the bytes that a device moved / (latency x its peak bandwidth, stated in the file)"),
+    Metric("load_s", "s", "Engine start", "lower", _load_s, "from the worker's start to the engine being ready"),
+)  # fmt: skip
+
+METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+def markdown_table() -> str:
+    """The README's table of metrics."""
+    rows = [f"| `{metric.name}` | {metric.unit} | {metric.better or ''} | {metric.definition} |" for metric in METRICS]
+    return "\n".join(["| metric | unit | better | definition |", "|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(markdown_table())

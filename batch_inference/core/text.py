@@ -1,0 +1,52 @@
+"""How numbers, names and lists read, wherever they are printed. Python's own library alone."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+
+# Of a terminal that nobody has widened.
+WIDTH = 80
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def short(value: float | None, digits: int = 4) -> str:
+    """Four significant digits, never in powers of ten; empty for unknown."""
+    if value is None:
+        return ""
+    whole_digits = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    # Below 1 the zeros after the point count too: nothing here is worth more than a tenth of a millisecond.
+    return f"{value:.{max(0, digits - whole_digits)}f}"
+
+
+def short_name(text: str, width: int) -> str:
+    """The beginning and the end of a long name: what tells two apart is often at the end."""
+    return text if len(text) <= width else f"{text[: width // 2]}…{text[len(text) - (width - width // 2 - 1) :]}"
+
+
+def listed(values: Iterable[object]) -> str:
+    """1, 4, 8"""
+    return ", ".join(map(str, values))
+
+
+def counted(number: int, noun: str) -> str:
+    """1 point, 2 points"""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def plain(value: object) -> str:
+    """Text from a file without what would move a cursor or cannot be encoded."""
+    return _CONTROL.sub(" ", str(value)).encode("utf-8", "replace").decode()
+
+
+def wrapped(text: str, indent: int = 0, *, width: int = WIDTH, break_long_words: bool = False) -> list[str]:
+    """Lines of at most `width` characters, those after the first with so many spaces before. Words longer than a line
+    stay whole, so that a path or a flag can be copied, unless told otherwise."""
+    return textwrap.wrap(
+        text,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=break_long_words,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,174 @@
+"""The verdict on a measured point: every reason not to believe it, or to read it with care."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from batch_inference.core.capacity import request_slots, requests_in_kv_cache, running_requests, waves
+from batch_inference.core.metrics import run_latencies_s
+from batch_inference.core.results import Point, Result, Verdict
+from batch_inference.core.statistics import is_steady, relative_ci95, trend
+
+# A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
+STEADY_WITHIN = 0.05
+# A mean that is known no better than this decides nothing between settings.
+WIDEST_INTERVAL = 0.1
+# Runs that only scatter by a percent look like a smaller trend than this often enough.
+DRIFT_OVER = 0.03
+# Two on two H200s went from 1.11 s in two warm-ups to 0.61 s in all runs, and nothing said why.
+UNLIKE_WARMUPS = 0.15
+# A process is woken some 0.1 ms late where the machine is quiet, and milliseconds where it is not.
+SHORTEST_RUN_S = 0.01
+# Reasons of NVML for a clock below the highest that are no fault: it is set so, or nothing is to be done. A GPU at its
+# power limit is one at full load; the limit stands in the file.
+_USUAL_CLOCK_REASONS = {
+    "gpu_idle",
+    "applications_clocks_setting",
+    "user_defined_clocks",  # NVML's older name of the same
+    "display_clock_setting",
+    "sync_boost",
+    "sw_power_cap",
+}
+
+
+def judge(result: Result, point: Point) -> tuple[list[str], Verdict]:
+    """Reasons not to believe a measured point, and "valid", "suspect" or "invalid"."""
+    invalid = [reason for find in _INVALID for reason in find(result, point)]
+    suspect = [reason for find in _SUSPECT for reason in find(result, point)]
+    return invalid + suspect, "invalid" if invalid else "suspect" if suspect else "valid"
+
+
+def is_settled(warmups: Sequence[dict[str, Any]]) -> bool:
+    """True when the last two warm-ups took as long as each other, and vLLM compiled nothing during the last."""
+    if not is_steady([warmup["latency_s"] for warmup in warmups], STEADY_WITHIN):
+        return False
+    return not warmups[-1].get("jit_compilations")
+
+
+def _token_counts(result: Result, point: Point) -> list[str]:
+    requests = point.batch_size * result.data_parallel_size
+    asked = (requests * point.seq_len, requests * point.max_tokens)
+    counted = {(run.prompt_tokens, run.output_tokens) for run in point.runs} - {asked}
+    return [
+        f"{prompt} prompt and {output} output tokens came back, {asked[0]} and {asked[1]} were asked"
+        for prompt, output in sorted(counted)
+    ]
+
+
+def _prefix_hits(_: Result, point: Point) -> list[str]:
+    hits = sum(run.counters["prefix_cache_hit_tokens"] for run in point.runs)
+    return [f"{hits} prompt tokens came from the prefix cache"] if hits else []
+
+
+def _preempted(_: Result, point: Point) -> list[str]:
+    count = sum(run.counters["preemptions"] for run in point.runs)
+    return [f"{count} requests were preempted for want of KV cache"] if count else []
+
+
+def _waves(result: Result, point: Point) -> list[str]:
+    if (waves(result, point) or 1) == 1:
+        return []
+    running, batch_size = running_requests(result, point), point.batch_size
+    slots, in_cache = request_slots(result, point), requests_in_kv_cache(result, point)
+    if slots and slots < batch_size:
+        return [f"ran in waves: batch_size {batch_size} is over max_num_seqs {slots}"]
+    if in_cache and in_cache < batch_size:
+        return [f"ran in waves: the KV cache holds {in_cache} of {batch_size} requests"]
+    if _ends_while_prompts_wait(result, point):
+        return []
+    return [f"ran in waves: at most {running} of {batch_size} requests ran at once"]
+
+
+def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
+    """True for outputs so short that the first requests end before the last have their turn in vLLM's tokens per step:
+    nothing that a larger cache would change."""
+    budget: int | None = result.engine_of(point).get("max_num_batched_tokens")
+    if not budget:
+        return False
+    # Twice: requests that already decode take their share of each step.
+    return point.max_tokens <= 2 * math.ceil(point.batch_size * point.seq_len / budget)
+
+
+def _never_steady(_: Result, point: Point) -> list[str]:
+    # Fewer than two are not known to differ.
+    if len(point.warmups) < 2 or is_settled(point.warmups):
+        return []
+    if point.warmups[-1].get("jit_compilations"):
+        return ["not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"]
+    return [f"not steady after {len(point.warmups)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
+
+
+def _compiled_late(_: Result, point: Point) -> list[str]:
+    if not any(run.counters.get("jit_compilations") for run in point.runs):
+        return []
+    return ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"]
+
+
+def _wide_interval(result: Result, point: Point) -> list[str]:
+    width, asked = relative_ci95(run_latencies_s(point)), result.config
+    if width is None:
+        return ["a single run has no interval; raise --num-runs"]
+    if asked["num_runs"] is None and width > asked["target_ci"]:
+        target = f"{asked['target_ci'] * 100:.3g}%"
+        return [f"runs differ: after {asked['max_runs']} the 95 % interval is over ±{target}; raise --max-runs"]
+    if width > WIDEST_INTERVAL:
+        return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
+    return []
+
+
+def _drift(_: Result, point: Point) -> list[str]:
+    """A trend that is larger than DRIFT_OVER and than its own 95 % interval: runs that scatter alone show one in at
+    most 5 of 100 points."""
+    latencies_s = run_latencies_s(point)
+    change = trend(latencies_s)
+    if change is None or abs(change[0]) <= max(change[1], DRIFT_OVER * fmean(latencies_s)):
+        return []
+    how = "slower" if change[0] > 0 else "faster"
+    return [f"drift: runs become {how}, by over {DRIFT_OVER:.0%} from the first to the last"]
+
+
+def _unlike_warmups(_: Result, point: Point) -> list[str]:
+    """Warm-ups that agree with each other, and not with the runs after them: what was steady was something else."""
+    if len(point.warmups) < 2 or not is_settled(point.warmups):
+        return []
+    # The median: a single slow run is for the interval to tell.
+    last_s, middle_s = point.warmups[-1]["latency_s"], median(run_latencies_s(point))
+    if abs(last_s - middle_s) <= UNLIKE_WARMUPS * max(last_s, middle_s):
+        return []
+    return [f"the last warm-up took {last_s:.3g} s, the runs {middle_s:.3g} s; raise --warmup-runs"]
+
+
+def _too_short(_: Result, point: Point) -> list[str]:
+    if min(run_latencies_s(point)) >= SHORTEST_RUN_S:
+        return []
+    return [f"runs under {SHORTEST_RUN_S * 1000:.0f} ms are too short to time; raise --max-tokens"]
+
+
+def _throttled(_: Result, point: Point) -> list[str]:
+    said = {reason for run in point.runs for reason in run.clocks.get("throttle_reasons") or []}
+    reasons = sorted(said - _USUAL_CLOCK_REASONS)
+    return [f"clocks were throttled: {', '.join(reasons)}; see to cooling and power"] if reasons else []
+
+
+def _not_alone(_: Result, point: Point) -> list[str]:
+    if not any(run.clocks.get("other_processes") for run in point.runs):
+        return []
+    return ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"]
+
+
+def _packed(result: Result, _: Point) -> list[str]:
+    # Files of an earlier version do not say it.
+    if not result.config.get("packed"):
+        return []
+    return ["packed: other settings ran beside it; measure what decides again without --pack"]
+
+
+_Check = Callable[[Result, Point], list[str]]
+_INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
+_SUSPECT: tuple[_Check, ...] = (
+    _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _unlike_warmups, _too_short, _throttled,
+    _not_alone, _packed,
+)  # fmt: skip

@@ -1,0 +1,4 @@
+"""One setting on an engine: the experiment, its replicas and their worker processes, nodes, devices, what is printed.
+
+Imports `core` and `plan`. `engine` alone imports vLLM, `ray_cluster` alone Ray; pandas and plots stay outside.
+"""

@@ -1,0 +1,186 @@
+"""What people see while a setting is measured: progress on stderr, the closing table on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.failures import ADVICE
+from batch_inference.core.results import Point, Result
+from batch_inference.core.text import counted, short, wrapped
+
+# Two that agree are the rule; more make a point take longer than the bar thinks.
+EXPECTED_WARMUPS = 2
+LOG_LOOK_S = 0.2
+
+
+class Console:
+    """Progress bar with ETA (only on a terminal), one line per finished point, vLLM's log with --verbose."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._log: LogFollower | None = None
+        self._number = 0
+        self._total = 0
+        self._expected_runs = 0
+        self._loading_since_s = 0.0
+
+    def note(self, text: str) -> None:
+        """A line above the bar, where there is one."""
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._bar.write(text, file=sys.stderr)
+
+    def loading(self, config: ExperimentConfig) -> None:
+        self._loading_since_s = time.monotonic()
+        self.note(f"{config.setting_name}: loading {config.model} on {counted(config.num_devices, 'device')}")
+        self.note(f"  vLLM's log: {config.log_path}")
+        if config.verbose:
+            self._log = LogFollower(config.log_path, self.note)
+
+    def loaded(self, result: Result) -> None:
+        engine = result.engine
+        self.note(
+            f"  ready after {time.monotonic() - self._loading_since_s:.0f} s: vLLM {engine['vllm_version']}, "
+            f"{engine['dtype']}, weights {_gib(engine['weights_gib'])}, KV cache {engine['kv_cache_tokens']} tokens"
+        )
+
+    def start(self, total: int, done: int, fewest_runs: int) -> None:
+        # Imported here: --help and --dry-run show no bar.
+        from tqdm import tqdm
+
+        if done:
+            self.note(f"  {done} of {total} points are kept from the earlier file")
+        self.note("  batch x length: output throughput ±95 % interval, latency, TTFT, memory")
+        self._number, self._total, self._expected_runs = done, total, EXPECTED_WARMUPS + fewest_runs
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            file=sys.stderr,
+            leave=False,
+            dynamic_ncols=True,
+            disable=None,
+            smoothing=0,
+            bar_format="{desc} |{bar}| {percentage:3.0f}% after {elapsed}, {remaining} left",
+        )
+
+    def running(self, point: Point, phase: str, index: int) -> None:
+        made = len(point.warmups) + len(point.runs)
+        # A point is done when it is: one that takes more runs than expected stays just short of it.
+        self._bar.n = self._number + made / max(made + 1, self._expected_runs)
+        word = "warm-up" if phase == "warmup" else "run"
+        self._bar.set_description_str(f"{_shape(point)}, {word} {index + 1}")
+
+    def repeating(self, point: Point) -> None:
+        self._wrapped(f"      {_shape(point)}: vLLM compiled a kernel during a run: a warm-up, and repeated")
+
+    def restarting(self, point: Point) -> None:
+        self._wrapped(f"      {_shape(point)}: the engine is started again")
+
+    def point_done(self, point: Point) -> None:
+        self._number += 1
+        self._wrapped(f"  [{self._number}/{self._total}] {_shape(point)}: {point_words(point)}")
+        advice = [f"{point.failure}: {ADVICE[point.failure]}"] if point.failure else []
+        for line in [*point.verdict_reasons, *advice]:
+            self._wrapped(f"      {line}")
+        self._bar.n = self._number
+        self._bar.refresh()
+
+    def _wrapped(self, text: str) -> None:
+        for line in wrapped(text, indent=6):
+            self.note(line)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.stop()
+        if self._bar is not None:
+            self._bar.close()
+
+
+class LogFollower:
+    """Shows every line that is added to a log, until it is stopped."""
+
+    def __init__(self, path: Path, show: Callable[[str], None]) -> None:
+        self._path, self._show = path, show
+        self._seen_bytes = path.stat().st_size if path.exists() else 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._ended.wait(LOG_LOOK_S):
+            self._show_new()
+        self._show_new()
+
+    def _show_new(self) -> None:
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as log:
+            log.seek(self._seen_bytes)
+            *lines, _unfinished = log.read().split(b"\n")
+            for line in lines:
+                self._seen_bytes += len(line) + 1
+                self._show(line.decode(errors="replace"))
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def _shape(point: Point) -> str:
+    return f"{point.batch_size} x {point.seq_len}"
+
+
+def point_words(point: Point) -> str:
+    """One finished point in a few words: throughput with its interval, latency, TTFT, memory, verdict."""
+    summary = point.summary
+    throughput, latency_s = summary.get("output_tok_per_s"), summary.get("latency_mean_s")
+    if throughput is None or latency_s is None:
+        return f"{point.status}: {point.reason}"
+    ci95_s, ttft_s, used_gib = (summary[name] for name in ("latency_ci95_s", "ttft_mean_s", "memory_used_gib"))
+    interval = f" ±{ci95_s / latency_s:.1%}" if ci95_s is not None else ""
+    words = [
+        f"{short(throughput)} tok/s{interval}",
+        f"{short(latency_s, 3)} s",
+        f"TTFT {short(ttft_s, 3)} s" if ttft_s is not None else "",
+        f"{short(used_gib, 3)} GiB" if used_gib is not None else "",
+        str(point.verdict),
+    ]
+    return ", ".join(filter(None, words))
+
+
+def closing_table(result: Result) -> str:
+    """Every point of a setting, within 80 columns."""
+    import tabulate
+
+    tabulate.MIN_PADDING = 0  # the headers are no wider than they must be
+    columns = {
+        "tok/s": "output_tok_per_s",
+        "latency s": "latency_mean_s",
+        "± s": "latency_ci95_s",
+        "TTFT s": "ttft_mean_s",
+        "TPOT s": "tpot_mean_s",
+        "GiB": "memory_used_gib",
+    }
+    rows = [
+        [
+            point.batch_size,
+            point.seq_len,
+            *(short(point.summary.get(name)) for name in columns.values()),
+            len(point.runs) if point.status == "ok" else "",
+            point.verdict if point.status == "ok" else point.status,
+        ]
+        for point in result.points
+    ]
+    headers = ["batch", "length", *columns, "runs", "verdict"]
+    align = (*("right",) * (len(headers) - 1), "left")
+    return tabulate.tabulate(rows, headers=headers, colalign=align if rows else None, disable_numparse=True)
+
+
+def _gib(value: float) -> str:
+    return f"{value:.2f} GiB" if value >= 1 else f"{value * 1024:.0f} MiB"

@@ -1,0 +1,414 @@
+"""One vLLM engine: the only file that imports vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from batch_inference.core.config import OWNED_BY_US, ConfigError, ExperimentConfig, unknown_flag_message
+from batch_inference.core.prompts import make_prompts
+from batch_inference.measure.hardware import Monitor, Reading, joined, monitor
+from batch_inference.plan.devices import GIB, Devices, find_devices
+
+# A tokenizer is not needed for prompts of token ids; cached prefixes would not be computed; without statistics
+# RequestOutput.metrics is None, and without the last two it neither estimates its work nor names every kernel that it
+# compiles late.
+MEASURING_SETTINGS = {
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "disable_log_stats": False,
+    "worker_extension_cls": "batch_inference.measure.engine.WorkerReport",
+    "enable_mfu_metrics": True,
+    "jit_monitor_verbose": True,
+}
+
+
+# vLLM's counters -> what a run keeps of them.
+_COUNTERS = {
+    "vllm:num_preemptions": "preemptions",
+}
+_ESTIMATES = {
+    "vllm:estimated_flops_per_gpu": "flops_per_device",
+    "vllm:estimated_read_bytes_per_gpu": "memory_bytes_per_device",
+    "vllm:estimated_write_bytes_per_gpu": "memory_bytes_per_device",
+}
+
+
+class WorkerReport:
+    """Added to vLLM's workers (`worker_extension_cls`), so that each can be asked what it holds."""
+
+    def batch_inference_report(self) -> dict[str, Any]:
+        """Bytes of weights and KV pool of this rank, and seconds spent compiling."""
+        from vllm.compilation.counter import compilation_counter
+
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                    for tensor in _tensors(runner.kv_caches)}  # fmt: skip
+        return {
+            "host": socket.gethostname(),
+            "device": self._batch_inference_monitor().identify(in_use=True)[0],
+            "weights_bytes": _weights_bytes(runner.model, config.model_config.dtype.itemsize),
+            "kv_bytes": sum(storages.values()),
+            "activation_bytes": getattr(self, "peak_activation_memory", None),  # the peak that vLLM saw when profiling
+            "compile_s": config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
+            "compile_cache": compile_cache_of(compilation_counter),
+            "runner": f"{type(runner).__module__}.{type(runner).__name__}",
+        }
+
+    def batch_inference_read(self) -> Reading:
+        """Memory and energy of this rank's own device, wherever it is."""
+        return self._batch_inference_monitor().read([os.getpid()])
+
+    def _batch_inference_monitor(self) -> Monitor:
+        if not hasattr(self, "_batch_inference_watch"):
+            device: Any = self.device  # type: ignore[attr-defined]
+            self._batch_inference_watch = monitor(_devices_of(device))
+        return self._batch_inference_watch
+
+
+def _devices_of(device: Any) -> Devices:
+    """A torch.device as the one of its kind. CUDA numbers them by what a process may see, NVML does not."""
+    if device.type == "cpu":
+        return Devices("cpu", (",".join(map(str, sorted(os.sched_getaffinity(0)))),))
+    import torch
+
+    return Devices("gpu", (f"GPU-{torch.cuda.get_device_properties(device).uuid}",))
+
+
+def _weights_bytes(model: Any, packed_item_size: int) -> int:
+    """Bytes of this rank's parameters, those included that the CPU backend packed into buffers of its own."""
+    visible = sum(item.numel() * item.element_size() for item in model.parameters())
+    # After packing, vLLM leaves an empty weight behind; the layer still knows its sizes.
+    packed = sum(
+        module.input_size_per_partition * module.output_size_per_partition * packed_item_size
+        for module in model.modules()
+        if hasattr(module, "input_size_per_partition") and getattr(module, "weight", None) is not None
+        and module.weight.numel() == 0
+    )  # fmt: skip
+    return int(visible + packed)
+
+
+def compile_cache_of(counted: Any) -> str | None:
+    """Whether a process had to compile ("cold"), or found all in vLLM's compile cache ("warm"), by vLLM's
+    CompilationCounter; None where there was nothing to compile."""
+    loaded = counted.num_aot_artifacts_loaded or counted.num_compiled_artifacts_loaded
+    if counted.num_aot_compiles or counted.num_cache_entries_updated:
+        return "cold"
+    # A graph that equals an earlier one is counted here as well, though nothing is compiled for it.
+    if counted.num_inductor_compiles and not loaded:
+        return "cold"
+    return "warm" if loaded else None
+
+
+def _tensors(caches: Any) -> Iterable[Any]:
+    """The tensors in a nest of lists: some layers keep several per cache."""
+    for cache in caches:
+        if isinstance(cache, (list, tuple)):
+            yield from _tensors(cache)
+        else:
+            yield cache
+
+
+def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
+    """vLLM's own flags -> the keyword arguments that the user gave. Raises ConfigError for a wrong flag or value."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message)
+
+    parser = EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS))
+    # argparse leaves alone what a namespace already holds: what is still `unset` afterwards was not given.
+    unset = object()
+    namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    try:
+        given = vars(parser.parse_args(list(words), namespace))
+    except ConfigError as error:
+        known = ["--" + name.replace("_", "-") for name in vars(namespace)]
+        raise ConfigError(_explain(str(error), known)) from None
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    settings = {name: value for name, value in given.items() if value is not unset and name in fields}
+    for name, value in settings.items():
+        _refuse_ours(name, value)
+    return settings
+
+
+def _refuse_ours(name: str, value: Any) -> None:
+    """vLLM has short flags too, which nobody knows before its parser: -n for --nnodes."""
+    flag = "--" + name.replace("_", "-")
+    if name in {field.name for field in dataclasses.fields(ExperimentConfig)}:
+        raise ConfigError(f"{flag} is a flag of this program too; write it out")
+    if flag in OWNED_BY_US and value != MEASURING_SETTINGS.get(name, ...):
+        raise ConfigError(f"{flag} cannot be passed on to vLLM: {OWNED_BY_US[flag]}")
+
+
+def _explain(message: str, vllm_flags: Sequence[str]) -> str:
+    unknown = re.match(r"unrecognized arguments: (--?[\w.-]+)", message)
+    return unknown_flag_message(unknown[1], vllm_flags) if unknown else message
+
+
+def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """Keyword arguments of vLLM's LLM. What is left open is sized for the grid: no slot that no point uses."""
+    ours = {
+        "model": str(Path(config.model).expanduser()) if config.model.startswith("~") else config.model,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "distributed_executor_backend": config.distributed_executor_backend,
+        "max_model_len": config.max_model_len or config.longest_request,
+        "max_num_seqs": config.max_num_seqs or max(config.batch_sizes),
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "dtype": config.dtype,
+        "gpu_memory_utilization": memory_share(config),
+        "enforce_eager": config.enforce_eager,
+        **node_settings(config),
+        "trust_remote_code": config.trust_remote_code,
+        "seed": config.seed,
+    }
+    # Under torchrun vLLM itself assigns the ranks to replicas; otherwise each replica is an engine of its own.
+    if config.distributed_executor_backend == "external_launcher":
+        ours["data_parallel_size"] = config.data_parallel_size
+    return {**ours, **MEASURING_SETTINGS, **parse_engine_flags(config.engine_args)}
+
+
+def node_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """What vLLM's `mp` executor needs to span several nodes; nothing for one."""
+    if config.nnodes == 1:
+        return {}
+    return {
+        "distributed_executor_backend": "mp",
+        "nnodes": config.nnodes,
+        "node_rank": config.node_rank,
+        "master_addr": config.master_addr,
+        # The nodes have met on the port itself, and keep it open.
+        "master_port": config.master_port + 1,
+    }
+
+
+def serve_node_0(config: ExperimentConfig) -> None:
+    """Be the workers of this node for the engine on node 0, until it shuts down."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    settings = EngineArgs(**engine_settings(config))
+    vllm_config = settings.create_engine_config(usage_context=UsageContext.LLM_CLASS, headless=True)
+    MultiprocExecutor(vllm_config, monitor_workers=False).start_worker_monitor(inline=True)
+
+
+def memory_share(config: ExperimentConfig) -> float:
+    """vLLM's share of a GPU; on the CPU every worker takes its share of the whole main memory, so all share one."""
+    on_cpu = find_devices().kind == "cpu"
+    return config.gpu_memory_utilization / (config.devices_per_node if on_cpu else 1)
+
+
+class Engine:
+    """A loaded vLLM engine that runs one batch at a time."""
+
+    def __init__(self, config: ExperimentConfig, started_s: float) -> None:
+        import vllm
+
+        imported_s = time.monotonic()
+        self._config = config
+        settings = engine_settings(config)
+        self._llm = vllm.LLM(**settings)
+        ready_s = time.monotonic()
+        self._sampling_params = vllm.SamplingParams
+        model_config = self._llm.llm_engine.model_config
+        self._vocab_size: int = model_config.get_vocab_size()
+        self._special_ids = _special_ids(model_config.hf_text_config)
+        self._counted = _COUNTERS | (_ESTIMATES if has_whole_estimate(self._llm.llm_engine.vllm_config) else {})
+        self._fullest = _FullestMoment(self._llm.llm_engine.logger_manager)
+        load_s = {
+            "import_s": imported_s - started_s,
+            "engine_s": ready_s - imported_s,
+            "total_s": ready_s - started_s,
+        }
+        self.description = {"vllm_version": vllm.__version__, **self._describe(load_s)}
+
+    def _describe(self, load_s: dict[str, float]) -> dict[str, Any]:
+        """The settings that vLLM really runs with, read back from it."""
+        config = self._llm.llm_engine.vllm_config
+        description = {
+            **effective_settings(config),
+            "multiprocess_engine": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0",
+            "load_s": load_s,
+            "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
+        }
+        return with_workers(description, self._llm.collective_rpc("batch_inference_report"))
+
+    def make_prompts(self, batch_size: int, seq_len: int, seed_parts: Sequence[object]) -> list[dict[str, list[int]]]:
+        prompts = make_prompts(
+            num_prompts=batch_size,
+            seq_len=seq_len,
+            vocab_size=self._vocab_size,
+            avoid=self._special_ids,
+            seed_parts=tuple(seed_parts),
+        )
+        return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+    def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, wait: Callable[[], None]) -> dict[str, Any]:
+        """Submit one batch when `wait` returns, wait for its end, and count what came back."""
+        params = self._sampling_params(
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        before = self._counters()
+        self._fullest.forget()
+        wait()
+        start_s = time.monotonic()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        end_s = time.monotonic()
+        return {
+            "start_s": start_s,
+            "end_s": end_s,
+            **count_outputs(outputs),
+            **self._fullest.known(),
+            **{name: value - before[name] for name, value in self._counters().items()},
+        }
+
+    def read_devices(self) -> Reading:
+        """Memory and energy of the devices of every worker, read where they are."""
+        return joined(self._llm.collective_rpc("batch_inference_read"))
+
+    def _counters(self) -> dict[str, int]:
+        """vLLM's own counters since the engine started: requests preempted, and its estimates of the work of one
+        device where they count all of it."""
+        counted = dict.fromkeys(self._counted.values(), 0)
+        for metric in self._llm.get_metrics():
+            if metric.name in self._counted:
+                counted[self._counted[metric.name]] += int(metric.value)
+        return counted
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def has_whole_estimate(config: Any) -> bool:
+    """Whether vLLM estimates all of the work of a device, by its VllmConfig.
+
+    It leaves out, without a word, the parts of a model whose quantization it has no size for, and shares out the
+    feed-forward layers over replicas, also where each has them whole (vllm/v1/metrics/perf.py of 0.26 and 0.32).
+    """
+    from vllm.v1.metrics.perf import ModelMetrics
+
+    parts = {part.component_type() for part in ModelMetrics(config).metrics}
+    return config.parallel_config.data_parallel_size == 1 and "ffn" in parts and bool(parts & {"attn", "mla_attn"})
+
+
+class _FullestMoment:
+    """Most requests that ran at once, and the largest share of the KV cache in use, by what vLLM's scheduler says of
+    every step."""
+
+    def __init__(self, logger_manager: Any) -> None:
+        """`logger_manager`: of an LLMEngine; every step passes its `record`."""
+        self._record = logger_manager.record
+        logger_manager.record = self.record
+        self.forget()
+
+    def forget(self) -> None:
+        self._running, self._kv_use = 0, 0.0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **keywords: Any) -> None:
+        if scheduler_stats is not None:
+            # vLLM counts when those that ended in this step have left.
+            ended = len(iteration_stats.finished_requests) if iteration_stats else 0
+            self._running = max(self._running, scheduler_stats.num_running_reqs + ended)
+            self._kv_use = max(self._kv_use, scheduler_stats.kv_cache_usage)
+        self._record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **keywords)
+
+    def known(self) -> dict[str, Any]:
+        counted = {"peak_running": self._running, "peak_kv_use": self._kv_use}
+        # 0: vLLM has not said. Requests of one token have left the cache when it looks.
+        return {name: value for name, value in counted.items() if value}
+
+
+def with_workers(description: dict[str, Any], workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A description of an engine, completed by what all its workers report."""
+    activations = [worker["activation_bytes"] for worker in workers]
+    compile_s = [worker["compile_s"] for worker in workers if worker["compile_s"] is not None]
+    return {
+        **description,
+        "runner": workers[0]["runner"],
+        "load_s": {**description["load_s"], "compile_s": max(compile_s, default=None)},
+        # One rank that compiles is what all wait for; "cold" is the least of the words.
+        "compile_cache": min((worker["compile_cache"] for worker in workers if worker["compile_cache"]), default=None),
+        "weights_gib": max(worker["weights_bytes"] for worker in workers) / GIB,
+        "kv_pool_gib": max(worker["kv_bytes"] for worker in workers) / GIB,
+        "activations_gib": max(activations) / GIB if None not in activations else None,
+        "workers": workers,
+    }
+
+
+def effective_settings(config: Any) -> dict[str, Any]:
+    """The settings of a VllmConfig that decide what a measurement means."""
+    model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
+    cache, compilation = config.cache_config, config.compilation_config
+    executor = parallel.distributed_executor_backend
+    return {
+        "executor": executor if isinstance(executor, str) else getattr(executor, "__name__", None),
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        # Under torchrun vLLM runs one stage after the other, and a batch through all before the next.
+        "pipeline_stages_overlap": None if parallel.pipeline_parallel_size == 1 else executor != "external_launcher",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
+        "max_model_len": model.max_model_len,
+        "enforce_eager": model.enforce_eager,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "chunked_prefill": scheduler.enable_chunked_prefill,
+        "async_scheduling": scheduler.async_scheduling,
+        "gpu_memory_utilization": cache.gpu_memory_utilization,
+        "kv_cache_dtype": cache.cache_dtype,
+        "block_size": cache.block_size,
+        "num_gpu_blocks": cache.num_gpu_blocks,
+        "enable_prefix_caching": cache.enable_prefix_caching,
+        "load_format": str(getattr(config.load_config.load_format, "value", config.load_config.load_format)),
+        "compilation_mode": getattr(compilation.mode, "name", None),
+        "cudagraph_mode": getattr(compilation.cudagraph_mode, "name", None),
+        "cudagraph_capture_sizes": list(compilation.cudagraph_capture_sizes or []),
+    }
+
+
+def count_outputs(outputs: Sequence[Any]) -> dict[str, Any]:
+    """Tokens and times of vLLM's RequestOutputs, in submission order.
+
+    `arrival_time` is wall clock and the `*_ts` are monotonic, so only durations within one clock are used:
+    first_token_latency runs from arrival to first token, on the wall clock of the process that submits.
+    """
+    requests: dict[str, list[Any]] = {"ttft_s": [], "latency_s": [], "queue_s": [], "output_tokens": []}
+    for output in outputs:
+        stats = output.metrics
+        ttft_s = stats.first_token_latency
+        requests["ttft_s"].append(ttft_s)
+        requests["latency_s"].append(ttft_s + stats.last_token_ts - stats.first_token_ts)
+        # Never below 0: the two clocks tick apart by microseconds when nothing waits.
+        requests["queue_s"].append(max(0.0, ttft_s - (stats.first_token_ts - stats.scheduled_ts)))
+        requests["output_tokens"].append(sum(len(completion.token_ids) for completion in output.outputs))
+    return {
+        "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
+        "output_tokens": sum(requests["output_tokens"]),
+        "requests": requests,
+        "prefix_cache_hit_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
+    }
+
+
+def _special_ids(hf_config: Any) -> set[int]:
+    """The ids that the model's config names as special (bos_token_id, eos_token_id, pad_token_id ...)."""
+    special: set[int] = set()
+    for name, value in hf_config.to_dict().items():
+        if name.endswith("_token_id") and value is not None:
+            special.update(value if isinstance(value, list) else [value])
+    return special

@@ -1,0 +1,278 @@
+"""What the devices hold, draw and do while an engine runs: NVML (nvidia-ml-py) on GPUs, psutil on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from batch_inference.core.config import ConfigError
+from batch_inference.plan.devices import GIB, Devices
+
+# What a monitor reads at one moment: "scope", and lists with one number per device (scope "device") or replica.
+Reading = dict[str, Any]
+# Between two looks at the clocks: often enough for a run of a second, and nothing beside an engine's step.
+SAMPLE_S = 0.1
+# Contexts of other processes come and go.
+RETURNED_WITHIN_GIB = 0.5
+
+
+@dataclass(frozen=True)
+class _Sample:
+    used_gib: float
+    sm_mhz: float | None
+    reasons: tuple[str, ...]
+
+
+class GpuMonitor:
+    """Memory and energy of some GPUs, by NVML, from outside the engine."""
+
+    def __init__(self, devices: Devices) -> None:
+        try:
+            import pynvml
+        except ModuleNotFoundError:
+            raise ConfigError(f"{sys.executable} has no nvidia-ml-py; run ./setup_env.sh") from None
+        self._nvml = pynvml
+        try:
+            pynvml.nvmlInit()
+            self._handles = [_nvml_handle(pynvml, device_id) for device_id in devices.ids]
+        except pynvml.NVMLError as error:
+            raise ConfigError(f"CUDA_VISIBLE_DEVICES: '{','.join(devices.ids)}': NVML says: {error}") from error
+        self._throttle_bits = _throttle_bits(pynvml)
+
+    def identify(self, *, in_use: bool = False) -> list[dict[str, Any]]:
+        """What the devices are, and what they hold and draw before an engine loads; unknown once they are `in_use`."""
+        nvml = self._nvml
+        return [
+            {
+                "index": index,
+                "name": nvml.nvmlDeviceGetName(handle),
+                "uuid": nvml.nvmlDeviceGetUUID(handle),
+                "memory_gib": (memory := nvml.nvmlDeviceGetMemoryInfo(handle)).total / GIB,
+                "used_before_gib": None if in_use else memory.used / GIB,
+                "power_limit_w": self._watts(nvml.nvmlDeviceGetEnforcedPowerLimit, handle),
+                "idle_power_w": None if in_use else self._watts(nvml.nvmlDeviceGetPowerUsage, handle),
+                "max_sm_mhz": _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetMaxClockInfo(h, nvml.NVML_CLOCK_SM)),
+            }
+            for index, handle in enumerate(self._handles)
+        ]
+
+    def _watts(self, read: Callable[[Any], int], handle: Any) -> float | None:
+        watts: float | None = _or_none(self._nvml, lambda: read(handle) / 1000)
+        return watts
+
+    def driver_version(self) -> str:
+        return str(self._nvml.nvmlSystemGetDriverVersion())
+
+    def read(self, pids: Iterable[int] = ()) -> Reading:
+        """Memory in use, joules since the driver was loaded (None where a GPU has no counter), and processes that
+        belong to none of the process groups of `pids`, per device."""
+        nvml = self._nvml
+        ours = {group for pid in pids if (group := _group_of(pid)) is not None}
+        return {
+            "scope": "device",
+            "used_gib": self._used_gib(),
+            "energy_j": [
+                _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1000)
+                for handle in self._handles
+            ],
+            "other_processes": [self._count_others(handle, ours) for handle in self._handles],
+        }
+
+    def held(self, before: Reading) -> str | None:
+        """Which devices hold more than `before`, and for whom; None where none does."""
+        for index, (earlier_gib, held_gib) in enumerate(zip(before["used_gib"], self._used_gib(), strict=True)):
+            if held_gib > earlier_gib + RETURNED_WITHIN_GIB:
+                pids = self._running(self._handles[index]) or []
+                holders = ", ".join(f"process {pid}" for pid in pids) or "a process not seen here"
+                return f"GPU {index} holds {held_gib - earlier_gib:.1f} GiB more than before, for {holders}"
+        return None
+
+    def _used_gib(self) -> list[float]:
+        return [self._nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles]
+
+    def _running(self, handle: Any) -> list[int] | None:
+        """Processes that compute on a device; None where NVML does not tell."""
+        running = _or_none(self._nvml, lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return None if running is None else [process.pid for process in running]
+
+    def _count_others(self, handle: Any, ours: set[int]) -> int | None:
+        """In a container only its own processes can be told apart; the others are not counted."""
+        pids = self._running(handle)
+        if pids is None:
+            return None
+        groups = map(_group_of, pids)
+        return sum(group is not None and group not in ours for group in groups)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[dict[str, Any]]:
+        """Look at clocks and memory every SAMPLE_S while the block runs; what was seen is in the dictionary after it:
+        sm_mhz (mean) and peak_gib per device, and throttle_reasons."""
+        seen: dict[str, Any] = {}
+        samples: list[list[_Sample]] = []
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(SAMPLE_S):
+                samples.append([self._sample(handle) for handle in self._handles])
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield seen
+        finally:
+            over.set()
+            thread.join()
+        if samples:
+            per_device = list(zip(*samples, strict=True))
+            clocks = [[sample.sm_mhz for sample in device if sample.sm_mhz is not None] for device in per_device]
+            seen["sm_mhz"] = [fmean(values) if values else None for values in clocks]
+            seen["peak_gib"] = [max(sample.used_gib for sample in device) for device in per_device]
+            seen["throttle_reasons"] = sorted({name for moment in samples for one in moment for name in one.reasons})
+
+    def _sample(self, handle: Any) -> _Sample:
+        nvml = self._nvml
+        bits = _or_none(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) or 0
+        return _Sample(
+            used_gib=nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB,
+            sm_mhz=_or_none(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+            reasons=tuple(name for name, bit in self._throttle_bits if bits & bit),
+        )
+
+
+class CpuMonitor:
+    """Resident memory of the replicas' process trees; a CPU has no energy counter that every user may read."""
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
+
+    def identify(self, *, in_use: bool = False) -> list[dict[str, Any]]:  # noqa: ARG002 - cores tell the same then
+        import psutil
+
+        share_gib = psutil.virtual_memory().total / GIB / len(self._devices)
+        return [
+            {"index": index, "name": cpu_name(), "cores": cores, "memory_gib": share_gib, "power_limit_w": None}
+            for index, cores in enumerate(self._devices.ids)
+        ]
+
+    def driver_version(self) -> None:
+        return None
+
+    def read(self, pids: Iterable[int] = ()) -> Reading:
+        used_gib = [_tree_bytes(pid) / GIB for pid in pids]
+        return {"scope": "replica", "used_gib": used_gib, "energy_j": [None] * len(used_gib)}
+
+    def held(self, _: Reading) -> None:
+        """Main memory is the kernel's to give back, with the process."""
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[dict[str, Any]]:
+        yield {}
+
+
+Monitor = GpuMonitor | CpuMonitor
+
+
+def joined(readings: Sequence[Reading]) -> Reading:
+    """The readings of several ranks or replicas, each of devices of its own, as one."""
+    lists = {
+        name: [value for reading in readings for value in reading[name]]
+        for name, values in readings[0].items()
+        if isinstance(values, list)
+    }
+    return {**readings[0], **lists}
+
+
+def drawn_j(before: Reading, after: Reading) -> float | None:
+    """Joules that the devices drew between two readings; None where one is unknown."""
+    pairs = list(zip(before["energy_j"], after["energy_j"], strict=True))
+    return None if any(None in pair for pair in pairs) else sum(end_j - start_j for start_j, end_j in pairs)
+
+
+def clocks_of(after: Reading, seen: dict[str, Any]) -> dict[str, Any]:
+    """What a Run keeps of clocks and neighbours: where they were watched, sm_mhz, throttle_reasons, other_processes."""
+    others = [count for count in after.get("other_processes", []) if count is not None]
+    clocks: dict[str, Any] = {name: seen[name] for name in ("sm_mhz", "throttle_reasons") if name in seen}
+    if others:
+        clocks["other_processes"] = sum(others)
+    return clocks
+
+
+def _group_of(pid: int) -> int | None:
+    """None for a process that is gone, or belongs to another container."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _throttle_bits(nvml: Any) -> list[tuple[str, int]]:
+    """NVML's reasons for a clock below the highest: their names in lower case, and their bits."""
+    prefix = "nvmlClocksThrottleReason"
+    words = {name.removeprefix(prefix): bit for name, bit in vars(nvml).items() if name.startswith(prefix)}
+    return [(_snake(word), bit) for word, bit in words.items() if word not in ("None", "All", "Unknown")]
+
+
+def _snake(word: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower()
+
+
+def smallest_memory_gib(devices: Devices) -> float | None:
+    """Memory of the smallest of the GPUs; None without GPUs, or where NVML is not installed."""
+    if devices.kind == "cpu" or not devices.ids:
+        return None
+    try:
+        sizes: list[float] = [device["memory_gib"] for device in GpuMonitor(devices).identify()]
+    except ConfigError:
+        return None
+    return min(sizes)
+
+
+def monitor(devices: Devices) -> Monitor:
+    return GpuMonitor(devices) if devices.kind == "gpu" else CpuMonitor(devices)
+
+
+def _nvml_handle(nvml: Any, device_id: str) -> Any:
+    if device_id.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(device_id))
+    # CUDA takes the beginning of an identifier for the whole; NVML does not.
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        if nvml.nvmlDeviceGetUUID(handle).startswith(device_id):
+            return handle
+    return nvml.nvmlDeviceGetHandleByUUID(device_id)
+
+
+def _or_none(nvml: Any, read: Any) -> Any:
+    """What `read` returns, or None where this GPU or driver does not offer it."""
+    try:
+        return read()
+    except nvml.NVMLError:
+        return None
+
+
+def _tree_bytes(pid: int) -> int:
+    import psutil
+
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+    return total
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return os.uname().machine

@@ -1,0 +1,123 @@
+"""The most that one device can do, which MFU and MBU are shares of: from datasheets, or measured with --measure-peaks.
+
+    python -m batch_inference.measure.peaks DTYPE [CORES]      prints {"flops_per_s": ..., "bytes_per_s": ...}
+
+measures in a process of its own, on the first device that it sees, before any engine loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from batch_inference.core.config import ConfigError
+from batch_inference.measure.environment import python_path
+from batch_inference.plan.devices import Devices
+
+# Words of NVML's name -> dense 16-bit tensor throughput (FP16 and BF16, without sparsity), memory bandwidth, and the
+# page on which NVIDIA states them. The first whose words are in the name counts.
+DATASHEETS: tuple[tuple[str, float, float, str], ...] = (
+    ("B200", 2250e12, 8.0e12, "https://www.nvidia.com/en-us/data-center/dgx-b200/"),
+    ("H200 NVL", 835.5e12, 4.8e12, "https://www.nvidia.com/en-us/data-center/h200/"),
+    ("H200", 989.4e12, 4.8e12, "https://www.nvidia.com/en-us/data-center/h200/"),
+    ("H100 NVL", 835.5e12, 3.9e12, "https://www.nvidia.com/en-us/data-center/h100/"),
+    ("H100 PCIe", 756e12, 2.0e12, "https://www.nvidia.com/en-us/data-center/h100/"),
+    ("H100", 989.4e12, 3.35e12, "https://www.nvidia.com/en-us/data-center/h100/"),
+    ("A100-SXM4-40GB", 312e12, 1.555e12, "https://www.nvidia.com/en-us/data-center/a100/"),
+    ("A100-PCIE-40GB", 312e12, 1.555e12, "https://www.nvidia.com/en-us/data-center/a100/"),
+    ("A100 80GB PCIe", 312e12, 1.935e12, "https://www.nvidia.com/en-us/data-center/a100/"),
+    ("A100", 312e12, 2.039e12, "https://www.nvidia.com/en-us/data-center/a100/"),
+    ("L40S", 362e12, 0.864e12, "https://www.nvidia.com/en-us/data-center/l40s/"),
+    ("L4", 121e12, 0.3e12, "https://www.nvidia.com/en-us/data-center/l4/"),
+    ("A10", 125e12, 0.6e12, "https://www.nvidia.com/en-us/data-center/products/a10-gpu/"),
+    ("V100", 125e12, 0.9e12, "https://www.nvidia.com/en-us/data-center/v100/"),
+)
+_MEASURE_TIMEOUT_S = 300.0
+_LEAST_S = 0.5  # of timed work, for each of the two
+
+
+def peaks_of(device_name: str, dtype: str | None) -> dict[str, Any] | None:
+    """What the datasheet of a device says for weights of `dtype`; None where it is not known here.
+
+    flops_per_s and bytes_per_s of one device, and "source"."""
+    # A slice of a GPU has only its share.
+    if dtype not in ("float16", "bfloat16") or re.search(r"\bMIG\b", device_name):
+        return None
+    for words, flops_per_s, bytes_per_s, source in DATASHEETS:
+        # Whole words: an H200 is no H20, and a GH200 no H200.
+        if re.search(rf"\b{words}\b", device_name):
+            return {"flops_per_s": flops_per_s, "bytes_per_s": bytes_per_s, "dtype": dtype, "source": source}
+    return None
+
+
+def datasheet_peaks(devices: Sequence[dict[str, Any]], dtype: str | None) -> dict[str, Any] | None:
+    """`peaks_of` devices as a result file has them; None where they are not all the same."""
+    names = {str(device["name"]) for device in devices}
+    return peaks_of(names.pop(), dtype) if len(names) == 1 else None
+
+
+def measure_peaks(devices: Devices, dtype: str) -> dict[str, Any]:
+    """One matrix product and one copy on the first device, a few seconds. Raises ConfigError where it fails."""
+    first = devices.slice_for(0, 1)
+    words = [dtype, *(first.ids if first.kind == "cpu" else ())]
+    environment = {**os.environ, **first.environment(), "PYTHONPATH": python_path()}
+    command = [sys.executable, "-P", "-m", "batch_inference.measure.peaks", *words]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_MEASURE_TIMEOUT_S, env=environment, check=True
+        )
+        measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"--measure-peaks: not done within {_MEASURE_TIMEOUT_S:.0f} s; leave it out") from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no reason is given"])[-1]
+        raise ConfigError(f"--measure-peaks: {reason}; leave it out") from error
+    return {**measured, "dtype": dtype, "source": "measured: one matrix product, one copy"}
+
+
+def main(dtype: str, cores: str | None = None) -> None:
+    import torch
+
+    on_gpu = torch.cuda.is_available() and cores is None
+    if cores is not None:
+        own = {int(core) for core in cores.split(",")}
+        os.sched_setaffinity(0, own)
+        torch.set_num_threads(len(own))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    # Large enough to fill the device, and far larger than its caches.
+    size, count = (8192, 2**30) if on_gpu else (2048, 2**27)
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    left, right = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    product_s = _seconds_each(lambda: torch.matmul(left, right), wait)
+    source, target = (torch.empty(count, device=device, dtype=torch.uint8) for _ in range(2))
+    copy_s = _seconds_each(lambda: target.copy_(source), wait)
+    print(json.dumps({"flops_per_s": 2 * size**3 / product_s, "bytes_per_s": 2 * count / copy_s}))
+
+
+def _seconds_each(work: Callable[[], Any], wait: Callable[[], None]) -> float:
+    """Seconds that one call takes, over enough calls; the first is left out."""
+    work()
+    wait()
+    calls, start_s = 0, time.perf_counter()
+    while True:
+        for _ in range(5):
+            work()
+        wait()
+        calls += 5
+        taken_s = time.perf_counter() - start_s
+        if taken_s >= _LEAST_S:
+            return taken_s / calls
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

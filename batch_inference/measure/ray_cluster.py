@@ -1,0 +1,104 @@
+"""A Ray cluster: is there one to join, and has it enough GPUs? The only file that imports ray.
+
+    python -m batch_inference.measure.ray_cluster ADDRESS      prints {"gpus": 8}
+
+asks in a process of its own, so that nothing of Ray stays in the script that supervises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from batch_inference.core.config import ConfigError
+from batch_inference.measure.environment import python_path
+
+# What RAY_ADDRESS says where each engine is to start a cluster of its own.
+OWN_CLUSTER = "local"
+# What `ray job submit` sets for the jobs that it runs.
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_CONNECT_TIMEOUT_S = 3.0
+_ASK_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    gpus: int
+
+
+def find_cluster() -> Cluster | None:
+    """The cluster of RAY_ADDRESS, else the one that `ray start` left running on this machine; None where vLLM will
+    have to start one. Raises ConfigError where RAY_ADDRESS leads nowhere, or Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"--distributed-executor-backend ray: {sys.executable} has no ray; pip install ray")
+    asked = os.environ.get("RAY_ADDRESS", "")
+    if asked == OWN_CLUSTER:
+        return None
+    address = _started_here() if asked in ("", "auto") else asked
+    if address is None or not _answers(address):
+        if asked:
+            raise ConfigError(f"RAY_ADDRESS: {asked!r}: no Ray cluster answers there; unset it to start one")
+        return None
+    return Cluster(address, _count_gpus(address))
+
+
+def _started_here() -> str | None:
+    """Ray itself looks there for the latest cluster of this machine (see ray.init)."""
+    folder = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()))
+    try:
+        return (folder / "ray" / "ray_current_cluster").read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _count_gpus(address: str) -> int:
+    command = [sys.executable, "-P", "-m", "batch_inference.measure.ray_cluster", address]
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, env=environment, check=True
+        )
+        return int(json.loads(done.stdout.splitlines()[-1])["gpus"])
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {_ASK_TIMEOUT_S:.0f} s"
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no reason is given"])[-1]
+    raise ConfigError(f"the Ray cluster at {address} cannot be joined: {reason}")
+
+
+def environment_of(address: str) -> dict[str, str]:
+    """The variables that make vLLM join the cluster at `address`, and its workers find this package there."""
+    if address == OWN_CLUSTER or _JOB in os.environ:
+        return {"RAY_ADDRESS": address}
+    # Workers of a cluster that is there already do not inherit our environment.
+    job = {"runtime_env": {"env_vars": {"PYTHONPATH": python_path()}}}
+    return {"RAY_ADDRESS": address, _JOB: json.dumps(job)}
+
+
+def main(address: str) -> None:
+    import ray
+
+    ray.init(address, logging_level="ERROR", log_to_driver=False)
+    print(json.dumps({"gpus": int(ray.cluster_resources().get("GPU", 0))}))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

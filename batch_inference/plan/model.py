@@ -1,0 +1,136 @@
+"""The sizes of a model, from its config.json alone: no weights, no installed package."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batch_inference.core.config import ConfigError
+from batch_inference.plan.devices import GIB
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Of vLLM's --kv-cache-dtype, beside the above, those that begin so take a byte; of others the size is not known.
+KV_BYTE = ("fp8", "int8")
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes read from a model's config.json; None where the architecture does not say it in the usual words."""
+
+    num_layers: int | None
+    num_attention_heads: int | None
+    num_kv_heads: int | None
+    hidden_size: int | None
+    head_dim: int | None
+    intermediate_size: int | None
+    vocab_size: int | None
+    max_model_len: int | None
+    is_moe: bool
+    tied_embeddings: bool
+    is_quantized: bool
+    dtype: str
+
+    def weights_gib(self, tensor_parallel_size: int, pipeline_parallel_size: int, dtype: str) -> float | None:
+        """Weights of the fullest device of a dense Llama-like model: its share of the layers plus one embedding."""
+        sizes = (self.num_layers, self.hidden_size, self.intermediate_size, self.vocab_size, self.num_attention_heads)
+        if self.is_moe or self.is_quantized or self.head_dim is None or self.num_kv_heads is None or None in sizes:
+            return None
+        layers, hidden, intermediate, vocab, heads = (int(size or 0) for size in sizes)
+        # KV heads are copied, not split further, when there are fewer of them than TP ranks.
+        kv_heads = max(self.num_kv_heads, tensor_parallel_size)
+        attention = 2 * hidden * heads * self.head_dim + 2 * hidden * kv_heads * self.head_dim
+        layer = (attention + 3 * hidden * intermediate) / tensor_parallel_size + 2 * hidden
+        embedding = vocab * hidden / tensor_parallel_size
+        # A stage holds the input embedding or the output head; a single stage holds both, unless they are one.
+        embeddings = embedding * (1 if self.tied_embeddings or pipeline_parallel_size > 1 else 2)
+        parameters = math.ceil(layers / pipeline_parallel_size) * layer + embeddings + hidden
+        return parameters * self._bytes(dtype) / GIB
+
+    def kv_bytes_per_token(self, tensor_parallel_size: int, pipeline_parallel_size: int, dtype: str) -> float | None:
+        """KV-cache bytes of one token on one device, with keys and values of `dtype`."""
+        if self.num_kv_heads is None or self.head_dim is None or self.num_layers is None:
+            return None
+        kv_heads = max(1, self.num_kv_heads / tensor_parallel_size)
+        size = 1 if dtype.startswith(KV_BYTE) else self._bytes(dtype)
+        return 2 * math.ceil(self.num_layers / pipeline_parallel_size) * kv_heads * self.head_dim * size
+
+    def dtype_used(self, asked: str) -> str:
+        """What vLLM makes of --dtype, in torch's words."""
+        if asked == "auto":
+            # vLLM runs a float32 checkpoint in 16 bits.
+            asked = "bfloat16" if self.dtype in ("float32", "float") else self.dtype
+        return {"half": "float16", "float": "float32"}.get(asked, asked)
+
+    def _bytes(self, dtype: str) -> int:
+        return BYTES.get(self.dtype_used(dtype), 2)
+
+
+def is_local(model: str) -> bool:
+    """A folder, or written like one: m/x where there is a folder m. Others are hub names: org/name, or name alone."""
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        return True
+    try:
+        return Path(model).exists() or (model.count("/") == 1 and Path(model).parent.exists())
+    except OSError:  # too long to be a path
+        return False
+
+
+def read_model_facts(model: str) -> ModelFacts | None:
+    """The facts of a model folder; None for a hub name. Raises ConfigError for a folder that is no model."""
+    if not is_local(model):
+        return None
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"--model {model}: there is no such folder; give a model folder or a hub name (org/name)")
+    path = folder / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        part = _text_part(document)
+        is_quantized = "quantization_config" in {**document, **part}
+        return _facts_from(part, is_quantized=is_quantized)
+    except FileNotFoundError:
+        raise ConfigError(f"--model {model}: it has no config.json; give the folder that holds one") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--model {model}: config.json cannot be read ({error}); fetch the model again") from error
+
+
+def _text_part(document: Any) -> dict[str, Any]:
+    """The sizes of the language model; those with vision keep them apart. Raises ValueError for anything else."""
+    part = (document.get("text_config") or document) if isinstance(document, dict) else document
+    if not isinstance(part, dict):
+        raise ValueError("it is not an object")
+    return part
+
+
+def _facts_from(document: dict[str, Any], *, is_quantized: bool) -> ModelFacts:
+    def number(*keys: str) -> int | None:
+        return next((document[key] for key in keys if isinstance(document.get(key), int)), None)
+
+    heads, hidden = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
+    head_dim = number("head_dim") or (hidden // heads if hidden and heads else None)
+    return ModelFacts(
+        num_layers=number("num_hidden_layers", "n_layer"),
+        num_attention_heads=heads,
+        num_kv_heads=number("num_key_value_heads") or heads,
+        hidden_size=hidden,
+        head_dim=head_dim,
+        intermediate_size=number("intermediate_size"),
+        vocab_size=number("vocab_size"),
+        max_model_len=None if _scales_positions(document) else number(*_LENGTH_KEYS),
+        is_moe=any(number(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
+        tied_embeddings=bool(document.get("tie_word_embeddings", False)),
+        is_quantized=is_quantized,
+        dtype=str(document.get("dtype") or document.get("torch_dtype") or "bfloat16"),
+    )
+
+
+def _scales_positions(document: dict[str, Any]) -> bool:
+    """True where rope scaling stretches the length by rules that only vLLM knows."""
+    scaling = document.get("rope_scaling") or document.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        return True
+    return scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "llama3", "mrope")

@@ -1,0 +1,89 @@
+"""What cannot work here, and why: devices, vLLM's own rules, the model's heads, layers and lengths."""
+
+from __future__ import annotations
+
+import os
+
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.model import ModelFacts
+
+
+def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
+    """True where the replicas share out experts, and so must be coupled by vLLM. A model that cannot be read from
+    here is taken for the mixture of experts that --enable-expert-parallel is meant for."""
+    asked = {"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in config.engine_args}
+    return bool(asked) and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
+
+
+def infeasible(
+    config: ExperimentConfig,
+    facts: ModelFacts | None,
+    devices: Devices,
+    devices_here: int | None = None,
+    ray_gpus: int | None = None,
+) -> str | None:
+    """Why this setting cannot run here, in one line with the remedy; None when nothing speaks against it.
+    `devices_here`: how many processes torchrun has started on this node. `ray_gpus`: what the Ray cluster has that
+    will give out the devices."""
+    return _devices_against_setting(config, devices, devices_here, ray_gpus) or _vllm_against_setting(
+        config, facts, devices
+    )
+
+
+def _devices_against_setting(
+    config: ExperimentConfig, devices: Devices, devices_here: int | None, ray_gpus: int | None
+) -> str | None:
+    lower = "lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
+    if devices.kind == "gpu" and not devices.ids:
+        return "CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it or name GPUs that are there"
+    if config.distributed_executor_backend == "ray":
+        if devices.kind == "cpu":
+            return "--distributed-executor-backend ray is refused by vLLM on the CPU; use mp"
+        # Nobody asks a cluster for a plan.
+        short = ray_gpus is not None and config.num_devices > ray_gpus
+        return f"TP x PP x DP is {config.num_devices}, the Ray cluster has {ray_gpus} GPUs; {lower}" if short else None
+    if devices_here is not None:
+        short = devices_here > len(devices)
+        words = f"torchrun started {devices_here} processes on a node with {len(devices)} {devices.kind} devices"
+        return words if short else None
+    if config.devices_per_node > len(devices):
+        kind = "GPUs" if devices.kind == "gpu" else "CPU devices (slices of the cores)"
+        share = f", {config.devices_per_node} on each node" if config.nnodes > 1 else ""
+        return f"TP x PP x DP is {config.num_devices} devices{share}, this machine has {len(devices)} {kind}; {lower}"
+    return None
+
+
+def _vllm_against_setting(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices) -> str | None:
+    """What vLLM or the model does not allow."""
+    if devices.kind == "cpu" and config.enforce_eager and config.pipeline_parallel_size > 1:
+        return "--enforce-eager with --pipeline-parallel-size on the CPU fails in vLLM; drop --enforce-eager"
+    if devices.kind == "cpu" and is_coupled(config, facts):
+        return "--enable-expert-parallel with --data-parallel-size on the CPU fails in vLLM; it needs GPUs"
+    return None if facts is None else _model_against_setting(config, facts)
+
+
+def _model_against_setting(config: ExperimentConfig, facts: ModelFacts) -> str | None:
+    tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
+    heads, kv_heads = facts.num_attention_heads, facts.num_kv_heads
+    if heads and heads % tp:
+        return f"--tensor-parallel-size {tp} does not divide the model's {heads} attention heads"
+    if kv_heads and max(kv_heads, tp) % min(kv_heads, tp):
+        return f"--tensor-parallel-size {tp} does not fit the model's {kv_heads} KV heads"
+    if facts.num_layers and pp > facts.num_layers:
+        return f"--pipeline-parallel-size {pp} is more stages than the model's {facts.num_layers} layers"
+    return _length_against_model(config, facts.max_model_len)
+
+
+def _length_against_model(config: ExperimentConfig, limit: int | None) -> str | None:
+    # vLLM's own way to say: I know that the model was not trained for this.
+    if limit is None or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") == "1":
+        return None
+    if config.max_model_len and config.max_model_len > limit:
+        return f"--max-model-len {config.max_model_len} is over the model's {limit}; lower it"
+    if config.longest_request > limit:
+        return (
+            f"--seq-lens {max(config.seq_lens)} plus --max-tokens {config.max_tokens} is {config.longest_request}, "
+            f"over the model's {limit}; shorten the requests"
+        )
+    return None

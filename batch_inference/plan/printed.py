@@ -1,0 +1,51 @@
+"""The plan of one setting, as --dry-run prints it."""
+
+from __future__ import annotations
+
+from batch_inference.core.config import ExperimentConfig, redact
+from batch_inference.core.text import listed, wrapped
+from batch_inference.plan.devices import GIB, Devices
+from batch_inference.plan.memory import SIZES_UNKNOWN, MemoryPlan, memory_plan
+from batch_inference.plan.model import ModelFacts
+from batch_inference.plan.obstacles import infeasible
+
+
+def setting_plan(
+    config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None = None
+) -> list[str]:
+    """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known."""
+    tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
+    points = list(config.points())
+    reason = infeasible(config, facts, devices) or config.output_conflict
+    words = {
+        "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
+        f"{devices.kind} devices",
+        "model": config.model,
+        "grid": f"batch sizes {listed(config.batch_sizes)} x lengths {listed(config.seq_lens)}, "
+        f"{config.max_tokens} output tokens: {len(points)} points, {config.runs_in_words} timed runs each",
+        "file": str(config.output_path),
+        "memory": _memory_words(config, memory_plan(config, facts, devices, memory_gib)),
+        "vLLM": f"{' '.join(redact(config.engine_args))} (vLLM checks these when it starts)",
+        "verdict": f"cannot run: {reason}" if reason else "can run",
+    }
+    if not config.engine_args:
+        del words["vLLM"]
+    return [line for name, text in words.items() for line in wrapped(f"{name:<10}{text}", indent=10)]
+
+
+def _memory_words(config: ExperimentConfig, memory: MemoryPlan | None) -> str:
+    if memory is None:
+        return SIZES_UNKNOWN
+    kv_gib = memory.kv_bytes_per_token * max(config.batch_sizes) * config.longest_request / GIB
+    needs = (
+        f"about {memory.weights_gib:.3g} GiB weights per device, "
+        f"{kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
+    )
+    if memory.pool_gib is None:
+        return needs
+    if memory.pool_gib <= 0:
+        return f"{needs}; the weights do not fit: {memory.weights_gib + memory.pool_gib:.3g} GiB are there for vLLM"
+    waves = ", ".join(
+        f"{memory.requests_in_one_wave(seq_len + config.max_tokens)} of length {seq_len}" for seq_len in config.seq_lens
+    )
+    return f"{needs}; {memory.pool_gib:.3g} GiB are there for it; requests that fit in one wave: {waves}"
