@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from batch_inference.core.results import ResultFileError
+from batch_inference.core.result_file import ResultFileError
 
 if TYPE_CHECKING:
     from batch_inference.analyze.answers import Analysis
-    from batch_inference.analyze.tables import Setting
+    from batch_inference.analyze.tables import MeasuredSetting
 
 DESCRIPTION = """\
 Turn the result files of batch_inference_experiment.py into a decision: the
@@ -195,7 +195,7 @@ def find_files(flag: str, path: Path) -> list[Path]:
     return found
 
 
-def read_settings(flag: str, path: Path, percent: float) -> tuple[list[Setting], list[str]]:
+def read_settings(flag: str, path: Path, percent: float) -> tuple[list[MeasuredSetting], list[str]]:
     """What can be read, and what is wrong with the other files. Raises UsageError where nothing can be."""
     paths = find_files(flag, path)
     # Slow import; --help must not pay for it.
@@ -233,7 +233,7 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def ask(settings: list[Setting], flags: argparse.Namespace, earlier: list[Setting] | None) -> Analysis:
+def ask(settings: list[MeasuredSetting], flags: argparse.Namespace, earlier: list[MeasuredSetting] | None) -> Analysis:
     """Raises UsageError where the files cannot answer."""
     from batch_inference.analyze.answers import Question, QuestionError, analyse
     from batch_inference.analyze.decide import Limits

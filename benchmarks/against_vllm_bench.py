@@ -146,7 +146,7 @@ def compared(
         "argv": sys.argv,
         "machine": machine(result),
         "cold_compile_cache": args.cold,
-        "compile_cache_of_ours": result.engine["compile_cache"],
+        "compile_cache_of_ours": known(result.engine).compile_cache,
         "wall_ratio": wall_s / known(ours["wall_s"]),
         "wall_s_of_bench": wall_s,
         "estimated_points": len(missing_s),
@@ -160,11 +160,11 @@ def compared(
 
 
 def phases_of_ours(result: Result, wall_s: float, log: str) -> Phases:
-    load_s = result.engine["load_s"]
+    load_s = known(result.engine).load_s
     taken_s = {
-        "import_s": load_s["import_s"],
-        "engine_s": load_s["engine_s"],
-        "warmup_s": sum(warmup["latency_s"] for point in result.points for warmup in point.warmups),
+        "import_s": load_s.import_s,
+        "engine_s": load_s.engine_s,
+        "warmup_s": sum(warmup.latency_s for point in result.points for warmup in point.warmups),
         "timed_s": sum(run.latency_s for point in result.points for run in point.runs),
     }
     return phases(taken_s, wall_s, log)
@@ -229,11 +229,11 @@ def row_of(result: Result, point: Point, bench_s: list[float] | None) -> dict[st
 
 
 def machine(result: Result) -> dict[str, Any]:
-    versions = result.environment["versions"]
+    versions = result.environment.versions
     return {
-        "device": next((device["name"] for device in result.devices), platform.processor()),
-        "cpu": result.environment["cpu_name"],
-        "cores": result.environment["cpu_count"],
+        "device": next((device.name for device in result.environment.devices), platform.processor()),
+        "cpu": result.environment.cpu_name,
+        "cores": result.environment.cpu_count,
         "vllm": versions["vllm"],
         "torch": versions["torch"],
     }

@@ -21,7 +21,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-from batch_inference.core.results import Result, save_result  # noqa: E402
+from batch_inference.core.result_file import save_result  # noqa: E402
+from batch_inference.core.results import Result  # noqa: E402
 from builders import make_point, make_result  # noqa: E402
 
 BATCHES = (1, 2, 4, 8, 16)

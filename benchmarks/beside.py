@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ways import Result, add_flags, call, markdown_row, measure_ours, ours_command, points, save
 
-from batch_inference.core.results import load_result
+from batch_inference.core.result_file import load_result
 
 ALONE, IMPORTS, PACKED = "alone", "imports of vLLM beside it", "another setting beside it"
 Measured = tuple[Result, float]  # and the wall time in seconds

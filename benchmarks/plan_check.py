@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from batch_inference.core.config import ConfigError
-from batch_inference.core.results import Result, ResultFileError, load_result
-from batch_inference.launch.overview import config_of
+from batch_inference.core.result_file import ResultFileError, load_result
+from batch_inference.core.results import Result
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import read_model_facts
@@ -29,21 +29,19 @@ HEAD = (
 
 def row(path: Path, result: Result) -> str | None:
     """None for a file without an engine, and for a model whose sizes are not known."""
-    engine, environment = result.engine, result.environment
-    config = config_of(environment["argv"])
-    kind = environment["device_kind"]
+    config, engine, environment = result.config, result.engine, result.environment
+    kind, device = environment.device_kind or "gpu", environment.devices[0]
     # On the CPU all devices share one memory, and the plan does not guess at it.
-    memory_gib = environment["devices"][0]["memory_gib"] if kind == "gpu" else None
+    memory_gib = device.memory_gib if kind == "gpu" else None
     memory = memory_plan(config, read_model_facts(config.model), Devices(kind, ()), memory_gib)
-    if memory is None or "weights_gib" not in engine:
+    if memory is None or engine is None or not (engine.weights_gib and engine.max_model_len and engine.kv_cache_tokens):
         return None
-    tokens = memory.kv_cache_tokens(engine["max_model_len"])
     cells = [
         f"`{path}`",
-        environment["devices"][0]["name"],
-        engine["vllm_version"],
-        *_compared(memory.weights_gib, engine["weights_gib"], ".4f"),
-        *_compared(tokens, engine["kv_cache_tokens"], ".0f"),
+        device.name,
+        engine.vllm_version,
+        *_compared(memory.weights_gib, engine.weights_gib, ".4f"),
+        *_compared(memory.kv_cache_tokens(engine.max_model_len), engine.kv_cache_tokens, ".0f"),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -7,8 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from batch_inference.core.metrics import summarise
-from batch_inference.core.results import Point, Requests, Result, Run, save_result
+from batch_inference.core.result_file import save_result
+from batch_inference.core.results import (
+    Clocks,
+    Counters,
+    EngineInfo,
+    Environment,
+    Memory,
+    Point,
+    ReplicaRun,
+    Requests,
+    Result,
+    Run,
+    StoredConfig,
+    Warmup,
+)
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 
@@ -23,14 +39,16 @@ def make_run(latency_s: float, *, requests: int = 1, seq_len: int = 64, max_toke
         output_tokens=[max_tokens] * requests,
     )
     tokens = {"prompt_tokens": requests * seq_len, "output_tokens": requests * max_tokens}
+    counters = {"preemptions": 0, "prefix_cache_hit_tokens": 0}
     values: dict[str, Any] = {
         "latency_s": latency_s,
         **tokens,
-        "replicas": [{"replica": 0, "start_s": 0.0, "end_s": latency_s, **tokens}],
+        "replicas": [ReplicaRun(0, 0.0, latency_s, **tokens)],
         "requests": changes.pop("times", times),
-        "energy_j": None,
-        "memory": {"scope": "device", "used_gib": [60.0]},
-        "counters": {"preemptions": 0, "prefix_cache_hit_tokens": 0},
+        "energy_j": changes.pop("energy_j", None),
+        "memory": msgspec.convert({"scope": "device", "used_gib": [60.0], **changes.pop("memory", {})}, Memory),
+        "counters": msgspec.convert(counters | changes.pop("counters", {}), Counters),
+        "clocks": msgspec.convert(changes.pop("clocks", {}), Clocks),
     }
     return Run(**(values | changes))
 
@@ -46,6 +64,7 @@ def make_point(
 ) -> Point:
     shape = {"requests": batch_size * replicas, "seq_len": seq_len, "max_tokens": max_tokens}
     runs = [make_run(latency_s, **shape) for latency_s in latencies_s]
+    changes["warmups"] = msgspec.convert(changes.pop("warmups", []), list[Warmup])
     return Point(batch_size, seq_len, max_tokens, **{"status": "ok", "verdict": "valid", "runs": runs, **changes})
 
 
@@ -54,19 +73,23 @@ def make_result(
     points: Sequence[Point] = (),
     sizes: tuple[int, int, int] = (1, 1, 1),
     status: Any = "complete",
-    **sections: dict[str, Any],
+    **sections: Any,
 ) -> Result:
     """A setting on H100s of (TP, PP, DP) `sizes`; config=, environment= and engine= change single entries."""
     devices_per_replica = sizes[0] * sizes[1]
+    config = make_config(sizes, points) | sections.pop("config", {})
+    environment = make_environment(devices_per_replica * sizes[2]) | sections.pop("environment", {})
+    devices = [{"index": index, **device} for index, device in enumerate(environment["devices"])]
+    engine = make_engine(devices_per_replica) | sections.pop("engine", {})
     result = Result(
         name=name,
         status=status,
-        config=make_config(sizes, points) | sections.pop("config", {}),
-        environment=make_environment(devices_per_replica * sizes[2]) | sections.pop("environment", {}),
-        engine=make_engine(devices_per_replica) | sections.pop("engine", {}),
+        config=msgspec.convert(config, StoredConfig),
+        environment=msgspec.convert(environment | {"devices": devices}, Environment),
+        engine=msgspec.convert(engine, EngineInfo),
         points=list(points),
+        **sections,
     )
-    assert not sections, f"a result has no {sections}"
     for point in result.points:
         point.summary = summarise(result, point)
     return result
@@ -108,7 +131,7 @@ def make_environment(num_devices: int) -> dict[str, Any]:
         "cpu_name": "a CPU",
         "versions": {"vllm": "0.32.0", "torch": "2.13.0"},
         "device_kind": "gpu",
-        "devices": [{"index": index, **device} for index in range(num_devices)],
+        "devices": [device] * num_devices,
         "driver_version": "570.86",
         "git_commit": "f" * 40,
         "git_dirty": False,

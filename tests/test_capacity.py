@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 
 from batch_inference.core.capacity import padded_batch_size, requests_in_kv_cache, running_requests, waves
-from batch_inference.core.results import Point, Result
+from batch_inference.core.results import EngineInfo, Point, Result
 from builders import make_point, make_result, make_run
 
 # As vLLM 0.32.0 reports them: 512 blocks of 128 tokens, of which a request of 80 takes a whole one.
@@ -18,10 +20,10 @@ def measured(batch_size: int, engine: dict[str, Any], peaks: tuple[int | None, .
     """A point of requests of 64 + 16 tokens, with a run for each of `peaks`."""
     runs = [make_run(1.0, requests=batch_size) for _ in peaks]
     for run, peak in zip(runs, peaks, strict=True):
-        run.counters.update({} if peak is None else {"peak_running": peak})
+        run.counters.peak_running = peak
     point = make_point(batch_size, 64, max_tokens=16, runs=runs)
     result = make_result(points=[point])
-    result.engine = engine
+    result.engine = msgspec.convert({"vllm_version": "0.32.0", **engine}, EngineInfo)
     return result, point
 
 
@@ -95,11 +97,12 @@ def test_a_batch_is_padded_to_the_next_captured_graph(engine: dict[str, Any], pa
 def test_how_stages_share_a_batch_is_not_known() -> None:
     engine = {"max_num_seqs": 8, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [4]}
     result, point = measured(3, engine)
-    result.config["pipeline_parallel_size"] = 2
+    result.config = dataclasses.replace(result.config, pipeline_parallel_size=2)
     assert padded_batch_size(result, point) is None
 
 
 def test_a_point_of_an_earlier_sweep_is_seen_with_its_own_engine() -> None:
     result, point = measured(8, {"max_num_seqs": 8})
-    point.engine = {"max_num_seqs": 4}
+    result.earlier_engines = [EngineInfo("0.32.0", max_num_seqs=4)]
+    point.engine = 0
     assert waves(result, point) == 2

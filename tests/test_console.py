@@ -26,7 +26,7 @@ def measure(console: Console, points: list[Point], runs: int = 3) -> None:
     """Tell the console of a sweep, as the experiment does."""
     console.start(len(points), 0, runs)
     for point in points:
-        measured = Point(*point.key, "ok")
+        measured = Point(point.batch_size, point.seq_len, point.max_tokens, "ok")
         for index in range(2):
             console.running(measured, "warmup", index)
             measured.warmups.append({"latency_s": 1.0})

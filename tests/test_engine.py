@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.results import EngineInfo, WorkerInfo
 from batch_inference.measure import engine
 from batch_inference.measure.engine import (
     MEASURING_SETTINGS,
@@ -42,13 +43,16 @@ def output(*, prompt: int, tokens: int, ttft_s: float, decode_s: float, cached: 
 
 def test_tokens_are_counted_from_the_outputs_and_times_stay_within_one_clock() -> None:
     counted = count_outputs(
-        [output(prompt=5, tokens=3, ttft_s=0.4, decode_s=1.0), output(prompt=5, tokens=2, ttft_s=0.8, decode_s=0.5)]
+        [output(prompt=5, tokens=3, ttft_s=0.4, decode_s=1.0), output(prompt=5, tokens=2, ttft_s=0.8, decode_s=0.5)],
+        start_s=1.0,
+        end_s=2.5,
     )
-    assert (counted["prompt_tokens"], counted["output_tokens"]) == (10, 5)
-    assert counted["requests"]["ttft_s"] == [0.4, 0.8]
-    assert counted["requests"]["latency_s"] == pytest.approx([1.4, 1.3])
-    assert counted["requests"]["queue_s"] == pytest.approx([0.1, 0.2])
-    assert counted["requests"]["output_tokens"] == [3, 2]
+    assert (counted.start_s, counted.end_s) == (1.0, 2.5)
+    assert (counted.prompt_tokens, counted.output_tokens) == (10, 5)
+    assert counted.requests.ttft_s == [0.4, 0.8]
+    assert counted.requests.latency_s == pytest.approx([1.4, 1.3])
+    assert counted.requests.queue_s == pytest.approx([0.1, 0.2])
+    assert counted.requests.output_tokens == [3, 2]
 
 
 def test_the_fullest_moment_of_a_run_is_that_of_its_steps_alone() -> None:
@@ -61,12 +65,12 @@ def test_the_fullest_moment_of_a_run_is_that_of_its_steps_alone() -> None:
             iteration_stats=SimpleNamespace(finished_requests=[None] * ended),
         )
     manager.record(scheduler_stats=None, iteration_stats=None, mm_cache_stats="m")
-    assert fullest.known() == {"peak_running": 5, "peak_kv_use": 0.4}
+    assert (fullest.running, fullest.kv_use) == (5, 0.4)
     # vLLM's own statistics go on.
     assert len(seen) == 5
     assert seen[-1] == {"scheduler_stats": None, "iteration_stats": None, "mm_cache_stats": "m"}
     fullest.forget()
-    assert fullest.known() == {}
+    assert (fullest.running, fullest.kv_use) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +99,13 @@ def test_a_start_is_cold_where_something_new_was_compiled(counts: dict[str, int]
     [(["warm", "warm"], "warm"), (["warm", "cold"], "cold"), ([None, "warm"], "warm"), ([None, None], None)],
 )
 def test_one_rank_that_compiles_makes_the_start_a_cold_one(of_workers: list[Any], together: Any) -> None:
-    report = {"weights_bytes": 1, "kv_bytes": 1, "activation_bytes": None, "compile_s": None, "runner": "x"}
-    workers = [{**report, "compile_cache": word} for word in of_workers]
-    assert with_workers({"load_s": {}}, workers)["compile_cache"] == together
+    workers = [WorkerInfo("a", weights_bytes=1, kv_bytes=1, runner="x", compile_cache=word) for word in of_workers]
+    assert with_workers(EngineInfo("0.32.0"), workers).compile_cache == together
 
 
 def test_prefix_cache_hits_are_counted_and_an_unknown_count_is_no_hit() -> None:
     outputs = [output(prompt=5, tokens=1, ttft_s=0.1, decode_s=0.0, cached=cached) for cached in (None, 0, 16)]
-    assert count_outputs(outputs)["prefix_cache_hit_tokens"] == 16
+    assert count_outputs(outputs, 0.0, 1.0).prefix_cache_hit_tokens == 16
 
 
 @pytest.mark.usefixtures("stub_vllm")

@@ -19,10 +19,10 @@ def test_how_gpus_are_linked_is_kept_as_plain_text(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monitor: Any = SimpleNamespace(identify=list, driver_version=str)
     environment = collect_environment(Devices("gpu", ("0", "1")), monitor)
-    assert environment["topology"] == "GPU0\tGPU1\nGPU0\tX\tNV18"
+    assert environment.topology == "GPU0\tGPU1\nGPU0\tX\tNV18"
 
 
 def test_without_the_tool_how_gpus_are_linked_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monitor: Any = SimpleNamespace(identify=list, driver_version=str)
-    assert collect_environment(Devices("gpu", ("0",)), monitor)["topology"] is None
+    assert collect_environment(Devices("gpu", ("0",)), monitor).topology is None

@@ -10,34 +10,53 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.metrics import summarise
-from batch_inference.core.results import Point, Result, load_result, save_result
+from batch_inference.core.result_file import load_result, save_result
+from batch_inference.core.results import (
+    Clocks,
+    Counters,
+    DeviceInfo,
+    EngineInfo,
+    Environment,
+    Failure,
+    LoadTimes,
+    Memory,
+    Point,
+    Requests,
+    Result,
+    Warmup,
+)
 from batch_inference.core.text import short
 from batch_inference.measure import experiment
+from batch_inference.measure.combine import combine
 from batch_inference.measure.console import Console, closing_table
-from batch_inference.measure.experiment import Experiment, combine, starting_result
-from batch_inference.measure.replicas import ReplicaError
+from batch_inference.measure.engine_process import ReplicaError
+from batch_inference.measure.experiment import Experiment
+from batch_inference.measure.hardware import Reading, Seen
+from batch_inference.measure.messages import Outcome, Prepare
+from batch_inference.measure.resume import starting_result
 
-ENGINE = {
-    "vllm_version": "0.32.0",
-    "dtype": "bfloat16",
-    "weights_gib": 1.0,
-    "kv_pool_gib": 0.5,
-    "kv_cache_tokens": 1000,
-    "max_num_seqs": 8,
-    "load_s": {"total_s": 30.0},
-}
+ENGINE = EngineInfo(
+    vllm_version="0.32.0",
+    dtype="bfloat16",
+    weights_gib=1.0,
+    kv_pool_gib=0.5,
+    kv_cache_tokens=1000,
+    max_num_seqs=8,
+    load_s=LoadTimes(total_s=30.0),
+)
 
 
-def outcome(batch_size: int, seq_len: int, max_tokens: int, latency_s: float, **changes: Any) -> dict[str, Any]:
-    requests = {
-        "ttft_s": [0.1] * batch_size,
-        "latency_s": [latency_s] * batch_size,
-        "queue_s": [0.0] * batch_size,
-        "output_tokens": [max_tokens] * batch_size,
-    }
+def outcome(batch_size: int, seq_len: int, max_tokens: int, latency_s: float, **changes: Any) -> Outcome:
+    requests = Requests(
+        ttft_s=[0.1] * batch_size,
+        latency_s=[latency_s] * batch_size,
+        queue_s=[0.0] * batch_size,
+        output_tokens=[max_tokens] * batch_size,
+    )
     numbers = {
         "start_s": 0.0,
         "end_s": latency_s,
@@ -46,7 +65,11 @@ def outcome(batch_size: int, seq_len: int, max_tokens: int, latency_s: float, **
         "preemptions": 0,
         "prefix_cache_hit_tokens": 0,
     }
-    return {**numbers, "requests": requests, **changes}
+    return Outcome(requests=requests, **{**numbers, **changes})
+
+
+def sizes(point: Point) -> tuple[int | None, ...]:
+    return (point.batch_size, point.seq_len, point.max_tokens)
 
 
 class FakeReplicas:
@@ -69,22 +92,27 @@ class FakeReplicas:
         self.calls: list[tuple[int, str, int]] = []
         self.closed = self.hurried = False
 
-    def start(self) -> list[dict[str, Any]]:
+    def start(self) -> list[EngineInfo]:
         self.starts += 1
         return [ENGINE] * self.replicas
 
-    def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> None:
-        self.prepared = (batch_size, seq_len, max_tokens, stream)
+    def prepare(self, prompts: Prepare) -> None:
+        self.prompts = prompts
 
-    def run(self) -> list[dict[str, Any]]:
-        batch_size, seq_len, max_tokens, (*_, phase, index) = self.prepared
+    def run(self) -> list[Outcome]:
+        batch_size, seq_len = self.prompts.batch_size, self.prompts.seq_len
+        *_, phase, index = self.prompts.stream
+        assert isinstance(phase, str)
+        assert isinstance(index, int)
         where = (batch_size, phase, index)
         if self.fail_at(batch_size, seq_len) if callable(self.fail_at) else self.fail_at == where:
             raise self.error
         self.calls.append((batch_size, phase, index))
         taken_s = self.latency_s(batch_size, phase, index)
         compiled = {"jit_compilations": 2} if (phase, index) in self.compiles_in else {}
-        return [outcome(batch_size, seq_len, max_tokens, taken_s, **self.changes, **compiled)] * self.replicas
+        return [
+            outcome(batch_size, seq_len, self.prompts.max_tokens, taken_s, **self.changes, **compiled)
+        ] * self.replicas
 
     can_restart = True
 
@@ -96,7 +124,7 @@ class FakeReplicas:
 
 
 # A machine that has no counters for its devices.
-UNREAD = {"scope": "replica", "used_gib": [1.0], "energy_j": [None]}
+UNREAD = Reading("replica", used_gib=[1.0], energy_j=[None])
 
 
 class FakeMonitor:
@@ -104,16 +132,16 @@ class FakeMonitor:
 
     joules = 0.0
 
-    def read(self, _: Any = ()) -> dict[str, Any]:
+    def read(self, _: Any = ()) -> Reading:
         self.joules += 50.0
-        return {"scope": "device", "used_gib": [2.5], "energy_j": [self.joules], "other_processes": [0]}
+        return Reading("device", used_gib=[2.5], energy_j=[self.joules], other_processes=[0])
 
     def held(self, _before: Any) -> str | None:
         return None
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[dict[str, Any]]:
-        yield {"sm_mhz": [1980.0], "peak_gib": [3.0], "throttle_reasons": ["gpu_idle"]}
+    def watch(self) -> Iterator[Seen]:
+        yield Seen(sm_mhz=[1980.0], peak_gib=[3.0], throttle_reasons=["gpu_idle"])
 
 
 @pytest.fixture
@@ -124,17 +152,17 @@ def config(tmp_path: Path) -> ExperimentConfig:
 
 
 def run(config: ExperimentConfig, replicas: FakeReplicas) -> Result:
-    result = starting_result(config, {"started_at": "then"})
+    result = starting_result(config, Environment(started_at="then"))
     Experiment(config, result, FakeMonitor(), Console()).run(replicas)  # type: ignore[arg-type]
     on_disk = load_result(config.output_path)
-    assert dataclasses.asdict(on_disk) == dataclasses.asdict(result)
+    assert on_disk == result
     return on_disk
 
 
 def test_throughput_is_exact(config: ExperimentConfig) -> None:
     result = run(config, FakeReplicas())
     assert result.status == "complete"
-    assert [point.key for point in result.points] == [(1, 8, 4), (4, 8, 4)]
+    assert [sizes(point) for point in result.points] == [(1, 8, 4), (4, 8, 4)]
     summary = result.points[1].summary
     assert summary["output_tok_per_s"] == 4 * 4 / 2.0
     assert summary["prompt_tok_per_s"] == 4 * 8 / 2.0
@@ -195,7 +223,7 @@ def test_a_single_run_is_suspect_because_nobody_knows_its_interval(config: Exper
 def test_a_kernel_compiled_in_the_first_warmups_never_reaches_a_timed_run(config: ExperimentConfig) -> None:
     spikes = {0: 7.2, 1: 1.5}
     result = run(config, FakeReplicas(lambda _, phase, index: spikes.get(index, 1.0) if phase == "warmup" else 1.0))
-    assert [warmup["latency_s"] for warmup in result.points[0].warmups] == [7.2, 1.5, 1.0, 1.0]
+    assert [warmup.latency_s for warmup in result.points[0].warmups] == [7.2, 1.5, 1.0, 1.0]
     assert {run.latency_s for run in result.points[0].runs} == {1.0}
 
 
@@ -215,14 +243,14 @@ def test_a_timed_run_that_compiled_becomes_a_warmup_and_is_repeated_when_steady_
     )
     point = run(dataclasses.replace(config, batch_sizes=(1,), num_runs=3), replicas).points[0]
     assert point.warmups == [
-        {"latency_s": 1.24, "jit_compilations": 2},
-        {"latency_s": 1.24},
-        {"latency_s": 3.81, "jit_compilations": 2, "reason": point.warmups[2]["reason"]},
-        {"latency_s": 1.5},
-        {"latency_s": 1.24},
-        {"latency_s": 1.24},
+        Warmup(1.24, jit_compilations=2),
+        Warmup(1.24),
+        Warmup(3.81, jit_compilations=2, reason=point.warmups[2].reason),
+        Warmup(1.5),
+        Warmup(1.24),
+        Warmup(1.24),
     ]
-    assert "until vLLM compiled a kernel during it" in point.warmups[2]["reason"]
+    assert "until vLLM compiled a kernel during it" in str(point.warmups[2].reason)
     assert [run.latency_s for run in point.runs] == [1.24] * 3
     assert point.verdict == "valid"
     assert "vLLM compiled a kernel during a run: a warm-up, and repeated" in capsys.readouterr().err
@@ -241,7 +269,7 @@ def test_compiling_again_and_again_ends_and_is_suspect(config: ExperimentConfig)
     always = [("run", index) for index in range(20)]
     point = run(dataclasses.replace(config, num_runs=3), FakeReplicas(compiles_in=always)).points[0]
     assert len(point.runs) == 3
-    assert sum("reason" in warmup for warmup in point.warmups) == 3
+    assert sum(warmup.reason is not None for warmup in point.warmups) == 3
     assert point.verdict_reasons == ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"]
 
 
@@ -260,9 +288,9 @@ def test_prompts_of_every_run_come_from_a_stream_of_their_own(config: Experiment
     streams: list[tuple[Any, ...]] = []
 
     class Recorder(FakeReplicas):
-        def prepare(self, batch_size: int, seq_len: int, max_tokens: int, stream: tuple[Any, ...]) -> None:
-            streams.append(stream)
-            super().prepare(batch_size, seq_len, max_tokens, stream)
+        def prepare(self, prompts: Prepare) -> None:
+            streams.append(tuple(prompts.stream))
+            super().prepare(prompts)
 
     run(config, Recorder())
     assert len(set(streams)) == len(streams) == 10
@@ -313,7 +341,7 @@ def test_a_setting_ended_while_its_engine_closes_is_complete(config: ExperimentC
             if not hurry:
                 raise SystemExit(143)
 
-    experiment = Experiment(config, starting_result(config, {}), FakeMonitor(), Console())  # type: ignore[arg-type]
+    experiment = Experiment(config, starting_result(config, Environment()), FakeMonitor(), Console())  # type: ignore[arg-type]
     with pytest.raises(SystemExit):
         experiment.run(EndedWhileClosing())
     assert load_result(config.output_path).status == "complete"
@@ -346,38 +374,39 @@ def test_energy_is_read_after_the_prompts_are_made(config: ExperimentConfig) -> 
             order.append("read")
             return super().read()
 
-    experiment = Experiment(config, starting_result(config, {}), Watch(), Console())  # type: ignore[arg-type]
+    experiment = Experiment(config, starting_result(config, Environment()), Watch(), Console())  # type: ignore[arg-type]
     experiment.run(Watched())
     # The first is what the devices hold before any engine.
     assert order[:5] == ["read", "prepare", "read", "run", "read"]
 
 
 def test_replicas_that_see_their_own_devices_are_believed(config: ExperimentConfig) -> None:
-    readings = [{"scope": "device", "used_gib": [1.0, 2.0], "energy_j": [at_j, at_j]} for at_j in (1.0, 4.5)]
+    readings = tuple(Reading("device", used_gib=[1.0, 2.0], energy_j=[at_j, at_j]) for at_j in (1.0, 4.5))
     replicas = FakeReplicas(replicas=2, changes={"readings": readings})
     result = run(dataclasses.replace(config, data_parallel_size=2), replicas)
     measured = result.points[0].runs[0]
     assert measured.energy_j == 14.0
-    assert measured.memory["used_gib"] == [1.0, 2.0, 1.0, 2.0]
+    assert measured.memory.used_gib == [1.0, 2.0, 1.0, 2.0]
 
 
 def test_devices_that_ray_gives_out_are_not_watched_from_here(config: ExperimentConfig) -> None:
     for backend, clocks in (("mp", [1980.0]), ("ray", None)):
         result = run(dataclasses.replace(config, distributed_executor_backend=backend, overwrite=True), FakeReplicas())
-        assert result.points[0].runs[0].clocks.get("sm_mhz") == clocks
+        assert result.points[0].runs[0].clocks.sm_mhz == clocks
 
 
 def test_the_peak_is_that_of_the_type_that_vllm_runs_in(config: ExperimentConfig) -> None:
     """Of a model whose own type only vLLM can read, as one from a hub."""
-    environment = {"devices": [{"name": "NVIDIA H100 80GB HBM3"}], "peaks": None}
+    environment = Environment(devices=[DeviceInfo(0, "NVIDIA H100 80GB HBM3")])
     result = starting_result(config, environment)
     Experiment(config, result, FakeMonitor(), Console()).run(FakeReplicas())  # type: ignore[arg-type]
-    peaks = load_result(config.output_path).environment["peaks"]
-    assert (peaks["flops_per_s"], peaks["dtype"]) == (989.4e12, "bfloat16")
+    peaks = load_result(config.output_path).environment.peaks
+    assert peaks is not None
+    assert (peaks.flops_per_s, peaks.dtype) == (989.4e12, "bfloat16")
 
 
 def test_a_device_without_a_counter_makes_the_energy_unknown(config: ExperimentConfig) -> None:
-    readings = [{"scope": "device", "used_gib": [1.0, 2.0], "energy_j": [at_j, None]} for at_j in (1.0, 4.5)]
+    readings = tuple(Reading("device", used_gib=[1.0, 2.0], energy_j=[at_j, None]) for at_j in (1.0, 4.5))
     measured = run(config, FakeReplicas(changes={"readings": readings})).points[0].runs[0]
     assert measured.energy_j is None
     assert "energy_j" in measured.unknown
@@ -397,7 +426,7 @@ def test_a_lost_engine_is_started_again_and_larger_batches_of_that_length_are_im
     assert (lost.reason, lost.failure) == ("torch.OutOfMemoryError: CUDA out of memory", "oom_run")
     assert lost.log_tail == ["the log's end"]
     assert implied.reason == "implied by batch_size 4: oom_run"
-    assert (replicas.starts, result.engine["restarts"], result.status) == (2, 1, "complete")
+    assert (replicas.starts, result.restarts, result.status) == (2, 1, "complete")
 
 
 def test_batches_in_falling_order_are_implied_by_no_larger_one(config: ExperimentConfig) -> None:
@@ -427,7 +456,7 @@ def test_two_losses_in_a_row_end_the_sweep(config: ExperimentConfig) -> None:
 
 def test_an_engine_that_does_not_come_back_ends_the_sweep(config: ExperimentConfig) -> None:
     class OnlyOnce(FakeReplicas):
-        def start(self) -> list[dict[str, Any]]:
+        def start(self) -> list[EngineInfo]:
             if self.starts:
                 raise ReplicaError("ValueError: Free memory on device", [])
             return super().start()
@@ -467,19 +496,19 @@ def test_devices_that_hold_memory_stop_the_sweep_and_name_the_holder(
 
 def test_an_engine_that_does_not_start_leaves_a_failed_file(config: ExperimentConfig) -> None:
     class Broken(FakeReplicas):
-        def start(self) -> list[dict[str, Any]]:
+        def start(self) -> list[EngineInfo]:
             raise ReplicaError("ValueError: no", ["tail"])
 
     result = run(config, Broken())
     assert result.status == "failed"
-    assert result.engine["failure"] == {"class": "unknown", "reason": "ValueError: no", "log_tail": ["tail"]}
+    assert result.failure == Failure("unknown", "ValueError: no", ["tail"])
     assert result.points == []
 
 
 def test_an_interrupted_sweep_leaves_its_finished_points_on_disk(config: ExperimentConfig) -> None:
     class Interrupted(FakeReplicas):
-        def run(self) -> list[dict[str, Any]]:
-            if self.prepared[0] == 4:
+        def run(self) -> list[Outcome]:
+            if self.prompts.batch_size == 4:
                 raise KeyboardInterrupt
             return super().run()
 
@@ -488,18 +517,18 @@ def test_an_interrupted_sweep_leaves_its_finished_points_on_disk(config: Experim
         run(config, replicas)
     on_disk = load_result(config.output_path)
     assert on_disk.status == "partial"
-    assert [point.key for point in on_disk.points] == [(1, 8, 4)]
+    assert [sizes(point) for point in on_disk.points] == [(1, 8, 4)]
     assert replicas.closed
     assert replicas.hurried
 
 
 def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
     first, second = outcome(2, 8, 4, 1.0), outcome(2, 8, 4, 1.5, start_s=0.1)
-    combined = combine([first, second], UNREAD, UNREAD, {})
+    combined = combine([first, second], UNREAD, UNREAD, Seen())
     assert combined.latency_s == 1.5
     assert (combined.prompt_tokens, combined.output_tokens) == (32, 16)
     assert combined.requests.latency_s == [1.0, 1.0, 1.5, 1.5]
-    assert [replica["end_s"] for replica in combined.replicas] == [1.0, 1.5]
+    assert [replica.end_s for replica in combined.replicas] == [1.0, 1.5]
     assert combined.energy_j is None
     assert "energy_j" in combined.unknown
 
@@ -507,38 +536,38 @@ def test_replicas_are_summed_and_timed_to_the_last_end() -> None:
 def test_what_replicas_report_beyond_the_needed_is_joined_and_kept() -> None:
     first = outcome(2, 8, 4, 1.0, peak_running=2, peak_kv_use=0.25, jit_compilations=1)
     second = outcome(2, 8, 4, 1.0, peak_running=1, peak_kv_use=0.5, jit_compilations=3)
-    combined = combine([first, second], UNREAD, UNREAD, {})
-    assert combined.counters == {
-        "preemptions": 0,
-        "prefix_cache_hit_tokens": 0,
-        "jit_compilations": 4,
-        "peak_running": 1,
-    }
+    combined = combine([first, second], UNREAD, UNREAD, Seen())
+    assert combined.counters == Counters(
+        preemptions=0,
+        prefix_cache_hit_tokens=0,
+        jit_compilations=4,
+        peak_running=1,
+    )
     # What no replica tells is unknown; what one tells is at least that.
-    assert "peak_running" not in combine([outcome(2, 8, 4, 1.0)] * 2, UNREAD, UNREAD, {}).counters
-    one_tells = combine([second, outcome(2, 8, 4, 1.0)], UNREAD, UNREAD, {})
-    assert one_tells.counters["jit_compilations"] == 3
-    assert combined.memory == {"scope": "replica", "used_gib": [1.0], "peak_kv_use": 0.5}
-    assert combined.clocks == {}
+    assert combine([outcome(2, 8, 4, 1.0)] * 2, UNREAD, UNREAD, Seen()).counters == Counters(0, 0)
+    one_tells = combine([second, outcome(2, 8, 4, 1.0)], UNREAD, UNREAD, Seen())
+    assert one_tells.counters.jit_compilations == 3
+    assert combined.memory == Memory("replica", used_gib=[1.0], peak_kv_use=0.5)
+    assert combined.clocks == Clocks()
 
 
 def test_what_the_devices_showed_meanwhile_is_kept(config: ExperimentConfig) -> None:
     measured = run(config, FakeReplicas()).points[0].runs[0]
-    assert measured.memory == {"scope": "device", "used_gib": [2.5], "peak_gib": [3.0]}
-    assert measured.clocks == {"sm_mhz": [1980.0], "throttle_reasons": ["gpu_idle"], "other_processes": 0}
+    assert measured.memory == Memory("device", used_gib=[2.5], peak_gib=[3.0])
+    assert measured.clocks == Clocks(sm_mhz=[1980.0], throttle_reasons=["gpu_idle"], other_processes=0)
 
 
 def test_the_work_of_a_device_is_that_of_the_busiest_replica() -> None:
     idle, busy = outcome(2, 8, 4, 1.0, flops_per_device=5), outcome(2, 8, 4, 1.0, flops_per_device=7)
-    assert combine([idle, busy], UNREAD, UNREAD, {}).counters["flops_per_device"] == 7
+    assert combine([idle, busy], UNREAD, UNREAD, Seen()).counters.flops_per_device == 7
 
 
 def test_an_existing_file_is_never_overwritten_unasked(config: ExperimentConfig) -> None:
     config.output_path.write_text("precious")
     with pytest.raises(ConfigError, match="it exists; give --resume"):
-        starting_result(config, {})
+        starting_result(config, Environment())
     assert config.output_path.read_text() == "precious"
-    assert starting_result(dataclasses.replace(config, overwrite=True), {}).points == []
+    assert starting_result(dataclasses.replace(config, overwrite=True), Environment()).points == []
 
 
 def test_resume_measures_only_what_is_missing(config: ExperimentConfig) -> None:
@@ -547,9 +576,9 @@ def test_resume_measures_only_what_is_missing(config: ExperimentConfig) -> None:
     grown = dataclasses.replace(config, resume=True, batch_sizes=(1, 4, 8))
     result = run(grown, replicas)
     assert {batch_size for batch_size, *_ in replicas.calls} == {4, 8}
-    assert sorted(point.key for point in result.points) == [(1, 8, 4), (4, 8, 4), (8, 8, 4)]
+    assert sorted(sizes(point) for point in result.points) == [(1, 8, 4), (4, 8, 4), (8, 8, 4)]
     assert result.status == "complete"
-    assert result.environment["resumed_from"] == ["then"]
+    assert result.environment.resumed_from == ["then"]
 
 
 def test_resume_with_nothing_open_starts_no_engine_and_keeps_the_file(config: ExperimentConfig) -> None:
@@ -557,12 +586,12 @@ def test_resume_with_nothing_open_starts_no_engine_and_keeps_the_file(config: Ex
     replicas = FakeReplicas(fail_at=(1, "warmup", 0))
     after = run(dataclasses.replace(config, resume=True), replicas)
     assert replicas.calls == []
-    assert dataclasses.asdict(after) == dataclasses.asdict(before)
+    assert after == before
 
 
 def test_a_wrong_flag_found_by_vllm_costs_no_old_measurement(config: ExperimentConfig) -> None:
     class Wrong(FakeReplicas):
-        def start(self) -> list[dict[str, Any]]:
+        def start(self) -> list[EngineInfo]:
             raise ConfigError("--quantisation is no flag")
 
     run(config, FakeReplicas())
@@ -577,7 +606,7 @@ def test_interrupted_while_loading_leaves_the_old_file_or_a_partial_one(
     config: ExperimentConfig, already_there: bool
 ) -> None:
     class Interrupted(FakeReplicas):
-        def start(self) -> list[dict[str, Any]]:
+        def start(self) -> list[EngineInfo]:
             raise KeyboardInterrupt
 
     if already_there:
@@ -614,11 +643,11 @@ def test_resume_measures_invalid_points_again(config: ExperimentConfig) -> None:
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"versions": {"vllm": "0.26.0"}}, "vLLM was None, now 0.26.0"),
-        ({"devices": [{"name": "H200"}]}, r"devices was \[\], now \['H200'\]"),
+        (Environment(versions={"vllm": "0.26.0"}), "vLLM was None, now 0.26.0"),
+        (Environment(devices=[DeviceInfo(0, "H200")]), r"devices was \[\], now \['H200'\]"),
     ],
 )
-def test_resume_refuses_another_machine(config: ExperimentConfig, environment: dict[str, Any], said: str) -> None:
+def test_resume_refuses_another_machine(config: ExperimentConfig, environment: Environment, said: str) -> None:
     run(config, FakeReplicas())
     with pytest.raises(ConfigError, match=said):
         starting_result(dataclasses.replace(config, resume=True), environment)
@@ -626,12 +655,13 @@ def test_resume_refuses_another_machine(config: ExperimentConfig, environment: d
 
 def test_points_of_an_earlier_sweep_keep_the_engine_that_measured_them(config: ExperimentConfig) -> None:
     class Larger(FakeReplicas):
-        def start(self) -> list[dict[str, Any]]:
-            return [{**ENGINE, "max_num_seqs": 64, "kv_cache_tokens": 500}]
+        def start(self) -> list[EngineInfo]:
+            return [replace(ENGINE, max_num_seqs=64, kv_cache_tokens=500)]
 
     run(config, FakeReplicas())
     result = run(dataclasses.replace(config, batch_sizes=(1, 4, 64), resume=True), Larger())
-    assert [point.engine for point in result.points] == [{"max_num_seqs": 8, "kv_cache_tokens": 1000}] * 2 + [{}]
+    assert [point.engine for point in result.points] == [0, 0, None]
+    assert result.earlier_engines == [ENGINE]
     assert [point.summary["kv_use"] for point in result.points] == [12 / 1000, 48 / 1000, 768 / 500]
     assert summarise(result, result.points[0]) == result.points[0].summary
 
@@ -639,7 +669,7 @@ def test_points_of_an_earlier_sweep_keep_the_engine_that_measured_them(config: E
 def test_resume_refuses_other_settings_and_names_them(config: ExperimentConfig) -> None:
     run(config, FakeReplicas())
     with pytest.raises(ConfigError, match="seed was 0, now 7"):
-        starting_result(dataclasses.replace(config, resume=True, seed=7), {})
+        starting_result(dataclasses.replace(config, resume=True, seed=7), Environment())
 
 
 def test_the_closing_table_fits_80_columns(config: ExperimentConfig) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fake_nvml
+import msgspec
 import pytest
 
+from batch_inference.core.results import Clocks
 from batch_inference.measure import hardware
-from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, clocks_of
+from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, Reading, Seen, clocks_of
 from batch_inference.plan import devices as plan_devices
 from batch_inference.plan.devices import Devices, find_devices
 
@@ -82,7 +84,7 @@ def test_cuda_visible_devices_decides(
 
 
 def test_memory_of_a_process_tree_is_what_the_kernel_says() -> None:
-    (used_gib,) = CpuMonitor(Devices("cpu", ("0",))).read([os.getpid()])["used_gib"]
+    (used_gib,) = CpuMonitor(Devices("cpu", ("0",))).read([os.getpid()]).used_gib
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     resident_gib = resident_pages * os.sysconf("SC_PAGE_SIZE") / plan_devices.GIB
     assert used_gib == pytest.approx(resident_gib, rel=0.2)
@@ -96,20 +98,21 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> GpuMonitor:
 
 def test_devices_are_described_before_anything_runs(gpus: GpuMonitor) -> None:
     first, second = gpus.identify()
-    assert (first["memory_gib"], first["used_before_gib"], first["power_limit_w"]) == (80, 1, 700)
-    assert (second["name"], second["idle_power_w"], second["max_sm_mhz"]) == ("GPU 1", 71, 1979)
+    assert (first.memory_gib, first.used_before_gib, first.power_limit_w) == (80, 1, 700)
+    assert (second.name, second.idle_power_w, second.max_sm_mhz) == ("GPU 1", 71, 1979)
 
 
 def test_what_a_device_draws_under_an_engine_is_not_called_idle(gpus: GpuMonitor) -> None:
     (idle, _), (loaded, _) = gpus.identify(), gpus.identify(in_use=True)
-    assert {name for name in idle if idle[name] != loaded[name]} == {"used_before_gib", "idle_power_w"}
-    assert (loaded["used_before_gib"], loaded["idle_power_w"]) == (None, None)
+    assert idle.used_before_gib is not None
+    assert idle.idle_power_w is not None
+    assert loaded == msgspec.structs.replace(idle, used_before_gib=None, idle_power_w=None)
 
 
 def test_what_a_gpu_has_no_counter_for_is_unknown(gpus: GpuMonitor) -> None:
     reading = gpus.read()
-    assert reading["energy_j"] == [None, 5.0]
-    assert reading["used_gib"] == [1, 2]
+    assert reading.energy_j == [None, 5.0]
+    assert reading.used_gib == [1, 2]
 
 
 @pytest.fixture
@@ -127,33 +130,33 @@ def test_processes_of_other_groups_are_neighbours(
     own = os.getpid()
     running = [SimpleNamespace(pid=pid) for pid in (own, neighbour, 2**22 + 1)]
     monkeypatch.setattr(fake_nvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: running * handle)
-    assert gpus.read([own])["other_processes"] == [0, 1]
-    assert gpus.read([own, neighbour])["other_processes"] == [0, 0]
-    assert clocks_of(gpus.read([own]), {})["other_processes"] == 1
+    assert gpus.read([own]).other_processes == [0, 1]
+    assert gpus.read([own, neighbour]).other_processes == [0, 0]
+    assert clocks_of(gpus.read([own]), Seen()).other_processes == 1
 
 
 def test_clocks_are_watched_while_a_run_is_on(gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "SAMPLE_S", 0.01)
     with gpus.watch() as seen:
         time.sleep(0.1)
-    assert seen == {
-        "sm_mhz": [1980, 1979],
-        "peak_gib": [1, 2],
-        "throttle_reasons": ["gpu_idle", "hw_thermal_slowdown"],
-    }
+    assert seen == Seen(
+        sm_mhz=[1980, 1979],
+        peak_gib=[1, 2],
+        throttle_reasons=["gpu_idle", "hw_thermal_slowdown"],
+    )
 
 
 def test_a_run_too_short_to_be_watched_says_nothing_of_clocks(gpus: GpuMonitor) -> None:
     with gpus.watch() as seen:
         pass
-    assert seen == {}
-    assert clocks_of({"other_processes": [None]}, seen) == {}
+    assert seen == Seen()
+    assert clocks_of(Reading("device", [1.0], [None], [None]), seen) == Clocks()
 
 
 def test_the_cpu_has_no_clocks_to_watch() -> None:
     with CpuMonitor(Devices("cpu", ("0",))).watch() as seen:
         pass
-    assert clocks_of(CpuMonitor(Devices("cpu", ("0",))).read([os.getpid()]), seen) == {}
+    assert clocks_of(CpuMonitor(Devices("cpu", ("0",))).read([os.getpid()]), seen) == Clocks()
 
 
 def test_a_device_that_holds_more_than_before_names_its_holders(
@@ -161,7 +164,7 @@ def test_a_device_that_holds_more_than_before_names_its_holders(
 ) -> None:
     before = gpus.read()
     assert gpus.held(before) is None
-    before["used_gib"][1] -= 1.5
+    before.used_gib[1] -= 1.5
     assert gpus.held(before) == "GPU 1 holds 1.5 GiB more than before, for a process not seen here"
     monkeypatch.setattr(fake_nvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: [SimpleNamespace(pid=7)])
     assert gpus.held(before) == "GPU 1 holds 1.5 GiB more than before, for process 7"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
+from msgspec.structs import replace
 
 from batch_inference.core.metrics import METRIC_BY_NAME, METRICS, Measured, markdown_table, summarise
-from batch_inference.core.results import Requests
+from batch_inference.core.results import EngineInfo, LoadTimes, Peaks, Requests
 from builders import make_point, make_result, make_run
 
 # Two replicas of TP=2, two requests each: 4 requests of 100 prompt and 10 output tokens, in two runs of 2 s and 3 s.
@@ -34,8 +33,8 @@ RUNS = [
             "preemptions": 1,
             "prefix_cache_hit_tokens": 0,
             "peak_running": 2,
-            "flops_per_device": 4e14,
-            "memory_bytes_per_device": 1e12,
+            "flops_per_device": 4 * 10**14,
+            "memory_bytes_per_device": 1 * 10**12,
         },
         clocks={"sm_mhz": [1900.0, 1800.0, 1900.0, None]},
     ),
@@ -61,8 +60,8 @@ RUNS = [
             "preemptions": 2,
             "prefix_cache_hit_tokens": 0,
             "peak_running": 1,
-            "flops_per_device": 6e14,
-            "memory_bytes_per_device": 2e12,
+            "flops_per_device": 6 * 10**14,
+            "memory_bytes_per_device": 2 * 10**12,
         },
         clocks={"sm_mhz": [2000.0]},
     ),
@@ -153,17 +152,18 @@ def test_a_point_without_runs_has_no_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("peaks", "flops"), [(None, 4e14), ({"flops_per_s": None, "bytes_per_s": None}, 4e14), ({"flops_per_s": 1e15}, 0)]
+    ("peaks", "flops"), [(None, 4 * 10**14), (Peaks(1e15, 2e12, "a datasheet"), 0), (Peaks(1e15, 2e12, ""), None)]
 )
-def test_a_share_is_unknown_where_the_peak_is_or_vllm_estimates_no_work(peaks: object, flops: float) -> None:
+def test_a_share_is_unknown_where_the_peak_is_or_vllm_estimates_no_work(peaks: Peaks | None, flops: int | None) -> None:
     run = make_run(1.0, counters={"preemptions": 0, "prefix_cache_hit_tokens": 0, "flops_per_device": flops})
-    result = make_result(points=[], environment={"peaks": peaks})
+    result = make_result(points=[])
+    result.environment.peaks = peaks
     assert METRIC_BY_NAME["mfu"].formula(Measured(result, make_point(runs=[run]))) is None
 
 
 def test_a_model_that_computes_in_fewer_bits_has_another_peak() -> None:
-    engine = {**RESULT.engine, "quantization": "fp8"}
-    result = dataclasses.replace(RESULT, engine=engine)
+    assert RESULT.engine is not None
+    result = replace(RESULT, engine=replace(RESULT.engine, quantization="fp8"))
     assert METRIC_BY_NAME["mfu"].formula(Measured(result, POINT)) is None
     assert METRIC_BY_NAME["mbu"].formula(Measured(result, POINT)) == pytest.approx(EXPECTED["mbu"])
 
@@ -195,10 +195,10 @@ def test_memory_that_nobody_measured_is_unknown(used: list[float] | None) -> Non
     assert summarise(RESULT, make_point(runs=runs))["memory_used_gib"] is None
 
 
-@pytest.mark.parametrize("load_s", [None, {}, {"import_s": 3.0}])
-def test_an_engine_that_says_nothing_leaves_its_numbers_unknown(load_s: dict[str, float] | None) -> None:
+@pytest.mark.parametrize("engine", [None, EngineInfo("0.32.0"), EngineInfo("0.32.0", load_s=LoadTimes(import_s=3.0))])
+def test_an_engine_that_says_nothing_leaves_its_numbers_unknown(engine: EngineInfo | None) -> None:
     result = make_result()
-    result.engine = {"load_s": load_s}
+    result.engine = engine
     numbers = summarise(result, make_point())
     names = (
         "weights_gib", "kv_pool_gib", "kv_cache_tokens", "kv_use", "load_s", "running_requests", "waves",

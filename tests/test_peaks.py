@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from batch_inference.core.config import ConfigError
+from batch_inference.core.results import DeviceInfo
 from batch_inference.measure.peaks import datasheet_peaks, measure_peaks, peaks_of
 from batch_inference.plan.devices import Devices
 
@@ -23,8 +24,8 @@ from batch_inference.plan.devices import Devices
 def test_a_device_is_known_by_its_name(name: str, bytes_per_s: float) -> None:
     peaks = peaks_of(name, "bfloat16")
     assert peaks is not None
-    assert peaks["bytes_per_s"] == bytes_per_s
-    assert peaks["source"].startswith("https://www.nvidia.com/")
+    assert peaks.bytes_per_s == bytes_per_s
+    assert peaks.source.startswith("https://www.nvidia.com/")
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,10 @@ def test_a_device_of_a_similar_name_is_not_taken_for_another(name: str) -> None:
 
 
 def test_devices_of_one_kind_have_a_peak() -> None:
-    same, other = {"name": "NVIDIA H200 NVL"}, {"name": "NVIDIA H200"}
+    same, other = DeviceInfo(0, "NVIDIA H200 NVL"), DeviceInfo(0, "NVIDIA H200")
     found = datasheet_peaks([same, same], "float16")
     assert found is not None
-    assert found["flops_per_s"] == 835.5e12
+    assert found.flops_per_s == 835.5e12
     assert datasheet_peaks([same, other], "float16") is None
     assert datasheet_peaks([], "float16") is None
 
@@ -51,9 +52,9 @@ def test_sixteen_bits_are_what_the_table_knows() -> None:
 @pytest.mark.slow
 def test_the_peaks_of_a_core_can_be_measured() -> None:
     peaks = measure_peaks(Devices("cpu", ("0",)), "bfloat16")
-    assert 1e9 < peaks["flops_per_s"] < 1e14
-    assert 1e8 < peaks["bytes_per_s"] < 1e12
-    assert peaks["source"].startswith("measured")
+    assert 1e9 < peaks.flops_per_s < 1e14
+    assert 1e8 < peaks.bytes_per_s < 1e12
+    assert peaks.source.startswith("measured")
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from batch_inference.analyze.answers import Part, Question, analyse
 from batch_inference.analyze.plot_style import NothingToShowError, looks, named, named_first
 from batch_inference.analyze.plots import PLOTS, write_plots
 from batch_inference.analyze.tables import load_setting
-from batch_inference.core.results import Point, Result, save_result
+from batch_inference.core.result_file import save_result
+from batch_inference.core.results import Point, Result
 from builders import make_point, make_result, make_run, make_sweep, save_all
 
 SETTINGS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 2, 1), (2, 4, 1),

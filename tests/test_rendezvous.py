@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import socket
 import subprocess
 import sys
@@ -10,20 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from batch_inference.measure.nodes import Facts, Nodes, NodesError, attend, disagreement, gather
+from batch_inference.measure.nodes import Introduction, Nodes, NodesError, attend, disagreement, gather
 from conftest import REPOSITORY, stub_environment
 
-FIRST = Facts(node=0, host="a", arguments="1234", vllm_version="0.32.0", devices=8, devices_needed=4)
-SECOND = dataclasses.replace(FIRST, node=1, host="b")
+FIRST = Introduction(node=0, host="a", arguments="1234", vllm_version="0.32.0", devices=8, devices_needed=4)
+SECOND = replace(FIRST, node=1, host="b")
 
 
-def meet(*others: Facts, nnodes: int, patience_s: float = 10.0) -> list[str | None]:
+def meet(*others: Introduction, nnodes: int, patience_s: float = 10.0) -> list[str | None]:
     """The verdict that each node hears, node 0 first."""
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         port, deadline_s = server.getsockname()[1], time.monotonic() + patience_s
         calls = [pool.submit(verdict_of, gather, server, FIRST, nnodes, deadline_s)]
-        calls += [pool.submit(verdict_of, attend, "127.0.0.1", port, facts, deadline_s) for facts in others]
+        calls += [pool.submit(verdict_of, attend, "127.0.0.1", port, other, deadline_s) for other in others]
         return [call.result(timeout=20) for call in calls]
 
 
@@ -85,7 +85,7 @@ def test_the_network_that_joins_the_nodes_is_found(
 
 
 def test_nodes_that_agree_all_go_on() -> None:
-    third = dataclasses.replace(SECOND, node=2, host="c")
+    third = replace(SECOND, node=2, host="c")
     assert meet(SECOND, third, nnodes=3) == [None, None, None]
 
 
@@ -99,7 +99,7 @@ def test_nodes_that_agree_all_go_on() -> None:
     ],
 )
 def test_every_node_hears_what_does_not_fit(change: dict[str, object], said: str) -> None:
-    assert meet(dataclasses.replace(SECOND, **change), nnodes=2) == [said, said]  # type: ignore[arg-type]
+    assert meet(replace(SECOND, **change), nnodes=2) == [said, said]
 
 
 def test_a_node_that_does_not_come_is_named_to_those_that_did() -> None:
@@ -126,10 +126,7 @@ def test_node_0_that_does_not_answer_is_said() -> None:
 
 
 def test_node_0_itself_may_lack_devices() -> None:
-    assert (
-        disagreement(dataclasses.replace(FIRST, devices=1), [SECOND])
-        == "node 0 (a) has 1 devices, 4 are needed on each"
-    )
+    assert disagreement(replace(FIRST, devices=1), [SECOND]) == "node 0 (a) has 1 devices, 4 are needed on each"
 
 
 def test_two_processes_meet_as_the_launcher_calls_them() -> None:

@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.measure.replicas import (
-    LocalReplicas,
+from batch_inference.measure.engine import count_outputs
+from batch_inference.measure.engine_process import (
     ReplicaError,
     quiet_environment,
     read_log_tail,
     replica_log,
     root_cause,
 )
+from batch_inference.measure.hardware import Reading
+from batch_inference.measure.messages import Outcome, Prepare
+from batch_inference.measure.replicas import LocalReplicas
 from batch_inference.measure.worker import Worker
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY, STUB, loaded_with, stub_environment
@@ -41,14 +44,14 @@ def replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[n
 
 def test_a_replica_loads_runs_and_leaves_no_process(replicas: LocalReplicas) -> None:
     (engine,) = replicas.start()
-    assert engine["vllm_version"] == "0.32.0"
-    assert engine["weights_gib"] == 1.0
+    assert engine.vllm_version == "0.32.0"
+    assert engine.weights_gib == 1.0
     (pid,) = replicas.pids()
-    replicas.prepare(2, 8, 4, (0, "run", 0))
+    replicas.prepare(Prepare(2, 8, 4, [0, "run", 0]))
     (outcome,) = replicas.run()
-    assert (outcome["prompt_tokens"], outcome["output_tokens"]) == (16, 8)
-    assert outcome["start_s"] == 0.0
-    assert outcome["end_s"] >= 0.002
+    assert (outcome.prompt_tokens, outcome.output_tokens) == (16, 8)
+    assert outcome.start_s == 0.0
+    assert outcome.end_s >= 0.002
     replicas.close()
     with pytest.raises(ProcessLookupError):
         os.killpg(pid, 0)
@@ -101,7 +104,7 @@ def test_a_killed_engine_is_noticed(replicas: LocalReplicas) -> None:
     replicas.start()
     os.kill(replicas.pids()[0], signal.SIGKILL)
     with pytest.raises(ReplicaError, match="signal SIGKILL"):
-        replicas.prepare(1, 8, 4, (0,))
+        replicas.prepare(Prepare(1, 8, 4, [0,]))
 
 
 def test_a_wrong_vllm_flag_is_wrong_use_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,13 +228,13 @@ def test_replicas_start_together_with_prompts_of_their_own(tmp_path: Path, monke
     replicas = LocalReplicas(config, Devices("cpu", ("0", "1")))
     try:
         replicas.start()
-        replicas.prepare(2, 8, 4, (0, "run", 0))
+        replicas.prepare(Prepare(2, 8, 4, [0, "run", 0]))
         outcomes = replicas.run()
     finally:
         replicas.close()
-    assert min(outcome["start_s"] for outcome in outcomes) == 0
+    assert min(outcome.start_s for outcome in outcomes) == 0
     # One after the other they would be a whole run apart.
-    assert max(outcome["start_s"] for outcome in outcomes) < 0.04
+    assert max(outcome.start_s for outcome in outcomes) < 0.04
     logs = [replica_log(tmp_path / "x.log", replica).read_text() for replica in range(2)]
     prompts = [line for log in logs for line in log.splitlines() if line.startswith("prompts ")]
     assert len(set(prompts)) == 2
@@ -256,7 +259,7 @@ def test_a_replica_that_fails_is_noticed_while_another_waits(tmp_path: Path, mon
     monkeypatch.setattr(replicas, "_environment", lambda number: own(number) | {"STUB_FAIL": ("hang", "run:2")[number]})
     try:
         replicas.start()
-        replicas.prepare(2, 8, 4, (0, "run", 0))
+        replicas.prepare(Prepare(2, 8, 4, [0, "run", 0]))
         started_s = time.monotonic()
         with pytest.raises(ReplicaError, match="out of memory"):
             replicas.run()
@@ -268,19 +271,24 @@ def test_a_replica_that_fails_is_noticed_while_another_waits(tmp_path: Path, mon
 def test_devices_are_read_right_before_a_run() -> None:
     """What they draw while the start is waited for is no part of the run's energy."""
 
-    class FakeEngine:
-        def read_devices(self) -> dict[str, Any]:
-            return {"at_s": time.monotonic()}
+    read_s: list[float] = []
 
-        def run(self, _prompts: Any, _max_tokens: int, wait: Callable[[], None]) -> dict[str, Any]:
+    class FakeEngine:
+        def read_devices(self) -> Reading:
+            read_s.append(time.monotonic())
+            return Reading("device", used_gib=[1.0], energy_j=[float(len(read_s))])
+
+        def run(self, _prompts: Any, _max_tokens: int, wait: Callable[[], None]) -> Outcome:
             wait()
-            return {"start_s": time.monotonic()}
+            return count_outputs([], time.monotonic(), time.monotonic())
 
     made = Worker(0.0)
     made._reads_devices = True
-    outcome = made._run(FakeEngine(), {"at_s": time.monotonic() + 0.3})  # type: ignore[arg-type]
-    assert 0 < outcome["start_s"] - outcome["readings"][0]["at_s"] < 0.1
-    assert outcome["readings"][1]["at_s"] >= outcome["start_s"]
+    outcome = made._run(FakeEngine(), time.monotonic() + 0.3)  # type: ignore[arg-type]
+    assert 0 < outcome.start_s - read_s[0] < 0.1
+    assert read_s[1] >= outcome.start_s
+    assert outcome.readings is not None
+    assert [reading.energy_j for reading in outcome.readings] == [[1.0], [2.0]]
 
 
 def test_the_root_cause_is_not_the_error_that_hands_it_on() -> None:
@@ -311,7 +319,7 @@ def test_kernels_compiled_during_a_run_are_counted_by_the_log(
     replicas.start()
     counted: list[Any] = []
     for run in range(4):
-        replicas.prepare(2, 8, 4, (0, "run", run))
-        counted += [outcome["jit_compilations"] for outcome in replicas.run()]
+        replicas.prepare(Prepare(2, 8, 4, [0, "run", run]))
+        counted += [outcome.jit_compilations for outcome in replicas.run()]
     # The stub compiles in every third run.
     assert counted == [0, 0, 1, 0]

@@ -14,7 +14,8 @@ from batch_inference.analyze.report import sections
 from batch_inference.analyze.sections import ROW_LIMIT, Section, with_interval
 from batch_inference.analyze.tables import load_setting
 from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_markdown, as_text, escaped
-from batch_inference.core.results import Point, Result, save_result
+from batch_inference.core.result_file import save_result
+from batch_inference.core.results import Point, Result
 from builders import make_point, make_result, make_sweep, save_all
 
 

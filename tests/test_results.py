@@ -10,14 +10,8 @@ from typing import Any
 
 import pytest
 
-from batch_inference.core.results import (
-    SCHEMA_VERSION,
-    Point,
-    ResultFileError,
-    check_writable,
-    load_result,
-    save_result,
-)
+from batch_inference.core.result_file import ResultFileError, check_writable, load_result, save_result
+from batch_inference.core.results import SCHEMA_VERSION, Point
 from builders import make_point, make_result
 
 

@@ -12,7 +12,8 @@ import jsonschema
 import pytest
 
 from batch_inference.core.metrics import summarise
-from batch_inference.core.results import Point, Requests, Run, load_result, save_result
+from batch_inference.core.result_file import load_result, save_result
+from batch_inference.core.results import Point, Requests, Run
 from builders import make_point, make_result, make_run
 from conftest import REPOSITORY
 

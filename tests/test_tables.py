@@ -23,7 +23,8 @@ from batch_inference.analyze.tables import (
     setting_labels,
 )
 from batch_inference.core.metrics import METRICS
-from batch_inference.core.results import Point, Result, ResultFileError
+from batch_inference.core.result_file import ResultFileError
+from batch_inference.core.results import Point, Result
 from builders import make_point, make_result, make_sweep, save_all
 
 

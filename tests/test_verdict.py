@@ -110,7 +110,7 @@ def test_invalid_outweighs_suspect_and_all_reasons_are_given() -> None:
 def test_each_kind_of_waves_is_named(engine: dict[str, Any], peak_running: int | None, said: str | None) -> None:
     point = measured(8)
     for run in point.runs:
-        run.counters.update({"peak_running": peak_running} if peak_running else {})
+        run.counters.peak_running = peak_running
     reasons, _ = judged(point, **engine)
     assert reasons == ([said] if said else [])
 

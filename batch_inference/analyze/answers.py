@@ -9,7 +9,7 @@ import pandas as pd
 
 from batch_inference.analyze.compare import SetComparison, asked_points, compare_sets, side_by_side, with_scaling
 from batch_inference.analyze.decide import Choice, Limits, choices, with_cost, with_pareto
-from batch_inference.analyze.tables import GROUP_BY, Setting, differing, groups, point_table
+from batch_inference.analyze.tables import GROUP_BY, MeasuredSetting, differing, groups, point_table
 from batch_inference.core.text import plain
 
 
@@ -51,7 +51,7 @@ def mixed_mark(columns: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Analysis:
-    settings: Sequence[Setting]
+    settings: Sequence[MeasuredSetting]
     points: pd.DataFrame
     parts: list[Part]
     unlike: list[str]  # the columns that tell the parts apart
@@ -59,7 +59,9 @@ class Analysis:
     comparison: SetComparison | None = None
 
 
-def analyse(settings: Sequence[Setting], question: Question, earlier: Sequence[Setting] | None = None) -> Analysis:
+def analyse(
+    settings: Sequence[MeasuredSetting], question: Question, earlier: Sequence[MeasuredSetting] | None = None
+) -> Analysis:
     """Raises QuestionError where a name in the question is none of the files'."""
     group_by = _group_by(question)
     try:

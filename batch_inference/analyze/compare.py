@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
-from batch_inference.analyze.tables import GROUP_BY, TO_MENTION, Setting, believable, groups
+from batch_inference.analyze.tables import GROUP_BY, TO_MENTION, MeasuredSetting, believable, groups
 
 Floats = NDArray[np.float64]
 
@@ -205,10 +205,10 @@ class SetComparison:
     repeated: int = 0  # points that a set holds twice: which of them is meant cannot be known
 
 
-def asked_points(settings: Iterable[Setting]) -> set[Key]:
+def asked_points(settings: Iterable[MeasuredSetting]) -> set[Key]:
     """The points of the settings' grids, measured or not, as `compare_sets` knows them."""
     points = (
-        {**setting.facts, "name": setting.name, "batch_size": batch, "seq_len": length}
+        {**setting.shared, "name": setting.name, "batch_size": batch, "seq_len": length}
         for setting in settings
         for batch, length in setting.grid
     )

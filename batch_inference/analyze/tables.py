@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
-import math
 import os
 import shlex
 from collections import Counter
@@ -16,10 +16,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 
 from batch_inference.core.metrics import METRICS, run_latencies_s, summarise, tpots_s, ttfts_s
-from batch_inference.core.results import Point, Result, ResultFileError, load_result
+from batch_inference.core.result_file import ResultFileError, load_result
+from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.statistics import percentile
 from batch_inference.core.text import plain
 
@@ -43,7 +45,7 @@ _NOT_IN_ROWS = {"output_file", "overwrite", "resume", "verbose", "dry_run", "bat
 
 
 @dataclass(frozen=True)
-class Setting:
+class MeasuredSetting:
     """One result file: where it lies, what became of it, and its points as columns. Its raw runs are not kept: those of
     a large folder would not fit in memory."""
 
@@ -55,7 +57,7 @@ class Setting:
     grid: list[tuple[int, int]]  # batch size, prompt length: the points asked for, measured or not
     load_s: float | None
     failure: str | None  # why the setting has no engine; None for one that was measured
-    facts: Row  # what is alike for all points
+    shared: Row  # what is alike for all points
     columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
 
     @property
@@ -68,7 +70,7 @@ class Setting:
         return len(next(iter(self.columns.values()), []))
 
 
-def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | ResultFileError]:
+def load_settings(paths: Sequence[Path], percent: float = 99) -> list[MeasuredSetting | ResultFileError]:
     """Each file as `load_setting` reads it, or what is wrong with it; many files on several cores."""
     load = partial(_setting_or_error, percent=percent)
     if len(paths) < _FILES_OF_A_CORE * 2:
@@ -83,104 +85,111 @@ def load_settings(paths: Sequence[Path], percent: float = 99) -> list[Setting | 
 _FILES_OF_A_CORE = 100
 
 
-def _setting_or_error(path: Path, percent: float) -> Setting | ResultFileError:
+def _setting_or_error(path: Path, percent: float) -> MeasuredSetting | ResultFileError:
     try:
         return load_setting(path, percent)
     except ResultFileError as error:
         return error
 
 
-def load_setting(path: Path, percent: float = 99) -> Setting:
+def load_setting(path: Path, percent: float = 99) -> MeasuredSetting:
     """Read one result file, with percentile `percent` of the DURATIONS among its columns.
 
     Raises ResultFileError naming the file and the reason.
     """
-    try:
-        return _setting(path, load_result(path), percent)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ResultFileError(f"{path}: holds a value that this program cannot use ({reason})") from error
-
-
-def _setting(path: Path, result: Result, percent: float) -> Setting:
-    axes = [result.config.get(name) for name in ("batch_sizes", "seq_lens")]
-    failure = _section(result.engine, "failure").get("reason") or "no reason is given"
-    facts = _facts(result, result.engine)
-    rows = [_row(path, result, point, percent) for point in result.points]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Setting(
+    result = load_result(path)
+    load_s = result.engine.load_s.total_s if result.engine else None
+    failure = result.failure.reason if result.failure else "no reason is given"
+    shared = _shared(result, result.engine)
+    return MeasuredSetting(
         path=path,
         name=plain(result.name),
         num_devices=result.num_devices,
-        status=plain(result.status),
+        status=result.status,
         points_ok=sum(point.status == "ok" for point in result.points),
-        grid=list(itertools.product(*(axis if isinstance(axis, list) else [] for axis in axes))),
-        load_s=_least([_section(result.engine, "load_s").get("total_s")]),
+        grid=list(itertools.product(result.config.batch_sizes, result.config.seq_lens)),
+        load_s=load_s,
         failure=plain(failure) if result.status == "failed" else None,
-        facts=facts,
+        shared=shared,
         # Lists of numbers go from process to process much faster than a dict for each point.
-        columns={name: [row.get(name, facts.get(name)) for row in rows] for name in names},
+        columns={**_identity(path, result), **_numbers(result, percent), **_of_earlier_engines(result, shared)},
     )
 
 
-# --- one point -> one row -----------------------------------------------------------------------------------------
+# --- points -> columns --------------------------------------------------------------------------------------------
 
 
-def _row(path: Path, result: Result, point: Point, percent: float) -> Row:
-    # The facts are those of most points: only one of an earlier sweep had another engine.
-    facts = _facts(result, result.engine_of(point)) if point.engine else {}
-    # A config can hold any name: what identifies a point and its numbers is not replaced by it.
-    return {**facts, **_clean(_identity(path, result, point)), **_numbers(result, point, percent)}
-
-
-def _facts(result: Result, engine: Row) -> Row:
-    """What is alike for all points of an engine: settings and environment."""
-    return _clean({**_settings(result, engine), **_environment(result)})
-
-
-def _clean(row: Row) -> Row:
-    return {plain(name): plain(value) if isinstance(value, str) else value for name, value in row.items()}
-
-
-def _identity(path: Path, result: Result, point: Point) -> Row:
-    global_batch_size = point.batch_size * result.data_parallel_size
-    for size in (global_batch_size, *point.key):
-        if not 1 <= size < 2**53:
-            raise ValueError(f"a point of size {size}")
+def _identity(path: Path, result: Result) -> dict[str, list[Any]]:
+    points, count = result.points, len(result.points)
     return {
-        "file": path.name,
-        "name": str(result.name),
-        "batch_size": point.batch_size,
-        "seq_len": point.seq_len,
-        "max_tokens": point.max_tokens,
-        "global_batch_size": global_batch_size,
-        "num_devices": result.num_devices,
-        "status": str(point.status),
-        "reason": _text(point.reason),
-        "verdict": _text(point.verdict),
-        "verdict_reasons": "; ".join(map(str, point.verdict_reasons)) or None,
-        "timed_runs": len(point.runs),
-        "memory_scope": _text(point.runs[0].memory.get("scope")) if point.runs else None,
+        "file": [plain(path.name)] * count,
+        "name": [plain(result.name)] * count,
+        "batch_size": [point.batch_size for point in points],
+        "seq_len": [point.seq_len for point in points],
+        "max_tokens": [point.max_tokens for point in points],
+        "global_batch_size": [point.batch_size * result.data_parallel_size for point in points],
+        "num_devices": [result.num_devices] * count,
+        "status": [point.status for point in points],
+        "reason": [_text(point.reason) for point in points],
+        "verdict": [point.verdict for point in points],
+        "verdict_reasons": [_text("; ".join(point.verdict_reasons) or None) for point in points],
+        "timed_runs": [len(point.runs) for point in points],
+        "memory_scope": [point.runs[0].memory.scope if point.runs else None for point in points],
     }
 
 
-def _settings(result: Result, engine: Row) -> Row:
+def _numbers(result: Result, percent: float) -> dict[str, list[Any]]:
+    """The metrics, computed again from the raw runs: what a file says of itself is not trusted."""
+    summaries = [summarise(result, point) for point in result.points]
+    columns = {metric.name: [summary[metric.name] for summary in summaries] for metric in METRICS}
+    for prefix, durations_s in DURATIONS.items():
+        name = percentile_column(prefix, percent)
+        if name not in columns:
+            columns[name] = [
+                percentile(durations_s(point), percent) if point.status == "ok" else None for point in result.points
+            ]
+    return columns
+
+
+def _of_earlier_engines(result: Result, shared: Row) -> dict[str, list[Any]]:
+    """The columns in which points of an earlier sweep are not like the others: they had another engine."""
+    earlier = [_shared(result, engine) for engine in result.earlier_engines]
+    of_points = [shared if point.engine is None else earlier[point.engine] for point in result.points]
+    names = dict.fromkeys(name for row in of_points for name, value in row.items() if shared.get(name) != value)
+    names |= dict.fromkeys(name for row in of_points for name in shared if name not in row)
+    return {name: [row.get(name) for row in of_points] for name in names}
+
+
+def _shared(result: Result, engine: EngineInfo | None) -> Row:
+    """What is alike for all points of an engine: settings and environment."""
+    row = {**_settings(result, engine), **_environment(result)}
+    return {name: plain(value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+def _settings(result: Result, engine: EngineInfo | None) -> Row:
     """What was asked; where vLLM reports what it really used (dtype, max_model_len ...), that."""
     config = result.config
-    asked = {name: value for name, value in config.items() if name not in _NOT_IN_ROWS and _is_cell(value)}
+    asked = {
+        item.name: value
+        for item in dataclasses.fields(config)
+        if item.name not in _NOT_IN_ROWS and _is_cell(value := getattr(config, item.name))
+    }
+    reported = msgspec.structs.asdict(engine) if engine else {}
     # On the CPU the engine's share of the memory is that of one device: what was asked for the setting is alike.
-    reported = {name: value for name, value in engine.items() if name != "gpu_memory_utilization"}
-    used = {name: value for name, value in reported.items() if _is_cell(value) and value is not None}
-    phases = {f"load_{name}": value for name, value in _section(engine, "load_s").items() if _is_cell(value)}
-    words = config.get("engine_args")
-    executors = (config.get("distributed_executor_backend"), engine.get("executor"))
+    used = {
+        name: value
+        for name, value in reported.items()
+        if name != "gpu_memory_utilization" and value is not None and _is_cell(value)
+    }
+    phases = msgspec.structs.asdict(engine.load_s) if engine else {}
+    executors = (config.distributed_executor_backend, engine.executor if engine else None)
     return {
         **dict.fromkeys(GROUP_BY),
         **dict.fromkeys(TO_MENTION),
         **asked,
         **used,
-        **phases,
-        "engine_args": shlex.join(map(str, words)) if isinstance(words, list) and words else None,
+        **{f"load_{name}": value for name, value in phases.items()},
+        "engine_args": shlex.join(config.engine_args) or None,
         # Under torchrun vLLM runs another model runner and pipeline stages do not overlap.
         "executor_class": "torchrun" if "external_launcher" in executors else "local",
         "cluster": "ray" if "ray" in executors else None,
@@ -188,34 +197,21 @@ def _settings(result: Result, engine: Row) -> Row:
 
 
 def _environment(result: Result) -> Row:
-    environment, versions = result.environment, _section(result.environment, "versions")
-    devices = result.devices
-    names = sorted({str(device["name"]) for device in devices if device.get("name")})
-    plain_facts = (
+    environment = result.environment
+    versions, devices = dict(environment.versions), environment.devices
+    vllm_version = versions.pop("vllm", None) or (result.engine.vllm_version if result.engine else None)
+    names = (
         "started_at", "ended_at", "host", "platform", "python_version", "cpu_name", "driver_version", "git_commit",
         "git_dirty", "device_kind",
     )  # fmt: skip
     return {
-        **{name: value if _is_cell(value := environment.get(name)) else None for name in plain_facts},
-        "device_name": " + ".join(names) or None,
-        "device_memory_gib": _least(device.get("memory_gib") for device in devices),
-        "power_limit_w": _least(device.get("power_limit_w") for device in devices),
-        "vllm_version": _text(versions.get("vllm") or result.engine.get("vllm_version")),
-        **{f"{package}_version": _text(version) for package, version in versions.items() if package != "vllm"},
+        **{name: getattr(environment, name) for name in names},
+        "device_name": " + ".join(sorted({device.name for device in devices if device.name})) or None,
+        "device_memory_gib": _least(device.memory_gib for device in devices),
+        "power_limit_w": _least(device.power_limit_w for device in devices),
+        "vllm_version": vllm_version,
+        **{plain(f"{package}_version"): version for package, version in versions.items()},
     }
-
-
-def _numbers(result: Result, point: Point, percent: float) -> Row:
-    """The metrics, computed again from the raw runs: what a file says of itself is not trusted."""
-    numbers = summarise(result, point)
-    for prefix, durations_s in DURATIONS.items():
-        name = percentile_column(prefix, percent)
-        if name not in numbers:
-            numbers[name] = percentile(durations_s(point), percent) if point.status == "ok" else None
-    for name, value in numbers.items():
-        if value is not None and not _is_number(value):
-            raise ValueError(f"{name} is {value!r}, not a number")
-    return dict(numbers)
 
 
 def percentile_column(prefix: str, percent: float) -> str:
@@ -223,31 +219,22 @@ def percentile_column(prefix: str, percent: float) -> str:
     return f"{prefix}_p{percent:g}_s"
 
 
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+def _text(value: str | None) -> str | None:
+    return None if value is None else plain(value)
 
 
 def _is_cell(value: object) -> bool:
     return value is None or isinstance(value, (str, int, float))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _least(values: Iterable[Any]) -> float | None:
-    return min((value for value in values if _is_number(value)), default=None)
+def _least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
 
 
 # --- the table of points ------------------------------------------------------------------------------------------
 
 
-def point_table(settings: Sequence[Setting], group_by: Sequence[str] = GROUP_BY) -> pd.DataFrame:
+def point_table(settings: Sequence[MeasuredSetting], group_by: Sequence[str] = GROUP_BY) -> pd.DataFrame:
     """One row per point, smallest settings first; `setting` is unique per file, `group` numbers the like things.
 
     Raises KeyError with the name of a column in `group_by` that there is not.
@@ -271,19 +258,19 @@ _ALWAYS = dict.fromkeys([
 ])  # fmt: skip
 
 
-def _columns(settings: Sequence[Setting], labels: Mapping[Path, str]) -> dict[str, list[Any]]:
+def _columns(settings: Sequence[MeasuredSetting], labels: Mapping[Path, str]) -> dict[str, list[Any]]:
     """Column by column, because as many dicts of a hundred entries as there are points take seconds and gigabytes."""
     own = dict.fromkeys(name for setting in settings for name in setting.columns)
-    facts = dict.fromkeys(name for setting in settings if setting.num_points for name in setting.facts)
-    columns: dict[str, list[Any]] = {name: [] for name in ("setting", *own, *facts)}
+    alike = dict.fromkeys(name for setting in settings if setting.num_points for name in setting.shared)
+    columns: dict[str, list[Any]] = {name: [] for name in ("setting", *own, *alike)}
     for setting in settings:
-        shared = {"setting": labels[setting.path], **setting.facts}
+        shared = {"setting": labels[setting.path], **setting.shared}
         for name, cells in columns.items():
             cells += setting.columns.get(name) or [shared.get(name)] * setting.num_points
     return columns
 
 
-def setting_labels(settings: Sequence[Setting]) -> dict[Path, str]:
+def setting_labels(settings: Sequence[MeasuredSetting]) -> dict[Path, str]:
     """A unique name for each file: that of the setting, with the file's own where two settings share one."""
     counts = Counter(setting.name for setting in settings)
     return {

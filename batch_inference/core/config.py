@@ -129,7 +129,7 @@ def _flag(
     short: str | None = None,
     **argparse_options: Any,
 ) -> Any:
-    """A field that is a flag. `measured`: it changes what is measured, and so is part of `config_hash`."""
+    """A field that is a flag. `measured`: it changes what is measured, and so is part of `settings_hash`."""
     metadata = {"help": help_text, "parse": parse, "measured": measured, "short": short, "options": argparse_options}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -281,12 +281,6 @@ class ExperimentConfig:
         """(batch_size, seq_len) of the grid, lengths outermost."""
         return ((batch_size, seq_len) for seq_len in self.seq_lens for batch_size in self.batch_sizes)
 
-    def to_json(self) -> dict[str, Any]:
-        """Every field, secrets blotted out, plus `config_hash`."""
-        values = {**dataclasses.asdict(self), "engine_args": redact(self.engine_args)}
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        return {**values, "config_hash": self.config_hash()}
-
     def measured_settings(self) -> dict[str, Any]:
         """The fields that change what a point measures. The grid is not among them, so that it may grow."""
         measured = {
@@ -296,7 +290,7 @@ class ExperimentConfig:
         }
         return {**measured, "engine_args": redact(self.engine_args)}
 
-    def config_hash(self) -> str:
+    def settings_hash(self) -> str:
         return _hash_of(self.measured_settings())
 
     def arguments_hash(self) -> str:

@@ -10,6 +10,10 @@ from typing import Literal
 Phase = Literal["load", "run"]
 
 
+class WorkFailedError(Exception):
+    """Work that failed, with nothing wrong in how the program was used: the message is what the user reads."""
+
+
 @dataclass(frozen=True)
 class FailureClass:
     """`pattern`: what vLLM 0.26 to 0.33, torch or the model hub say; None where the supervisor itself knows.

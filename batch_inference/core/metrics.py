@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 from batch_inference.core.capacity import padded_batch_size, running_requests, waves
-from batch_inference.core.results import Point, Result
+from batch_inference.core.results import EngineInfo, Peaks, Point, Result, Run
 from batch_inference.core.statistics import ci95_half_width, mean, percentile
 
 Better = Literal["higher", "lower"]
@@ -24,6 +24,7 @@ class Measured:
     def __init__(self, result: Result, point: Point) -> None:
         self.result = result
         self.point = point
+        self.engine = result.engine_of(point)
 
     @cached_property
     def latencies_s(self) -> list[float]:
@@ -123,69 +124,63 @@ def _energy_j_per_output_token(measured: Measured) -> float | None:
     return sum(joules) / tokens if tokens else None
 
 
-def _highest(name: str) -> Formula:
+def _highest(values: Callable[[Run], list[float] | None]) -> Formula:
     """Over runs, and the devices or replicas of each."""
-    return lambda measured: max(
-        (value for run in measured.point.runs for value in run.memory.get(name) or []), default=None
-    )
+    return lambda measured: max((value for run in measured.point.runs for value in values(run) or []), default=None)
 
 
-def _engine_number(key: str) -> Formula:
-    return lambda measured: measured.result.engine_of(measured.point).get(key)
-
-
-def _load_s(measured: Measured) -> float | None:
-    total: float | None = (measured.result.engine_of(measured.point).get("load_s") or {}).get("total_s")
-    return total
+def _of_engine(number: Callable[[EngineInfo], float | None]) -> Formula:
+    return lambda measured: None if measured.engine is None else number(measured.engine)
 
 
 def _kv_use(measured: Measured) -> float | None:
-    point = measured.point
-    capacity = measured.result.engine_of(point).get("kv_cache_tokens")
-    return point.batch_size * (point.seq_len + point.max_tokens) / capacity if capacity else None
+    point, tokens = measured.point, measured.point.tokens_per_request
+    capacity = measured.engine.kv_cache_tokens if measured.engine else None
+    return point.batch_size * tokens / capacity if tokens and capacity else None
 
 
 def _kv_peak_use(measured: Measured) -> float | None:
-    shares = [run.memory["peak_kv_use"] for run in measured.point.runs if "peak_kv_use" in run.memory]
-    return max(shares, default=None)
+    shares = [run.memory.peak_kv_use for run in measured.point.runs]
+    return max((share for share in shares if share is not None), default=None)
 
 
-def _share_of_peak(counter: str, peak: str) -> Formula:
+def _share_of_peak(work: Callable[[Run], int | None], peak: Callable[[Peaks], float]) -> Formula:
     """What vLLM estimates that one device did in the runs, over what it could have done in that time."""
 
     def share(measured: Measured) -> float | None:
-        peaks = measured.result.environment.get("peaks") or {}
-        done = [run.counters.get(counter, 0) for run in measured.point.runs]
+        peaks = measured.result.environment.peaks
         # vLLM estimates the work of some architectures and quantizations not at all, or not all of it.
-        if not peaks.get(peak) or 0 in done:
+        done = [count for run in measured.point.runs if (count := work(run))]
+        if peaks is None or len(done) < len(measured.point.runs):
             return None
-        return sum(done) / (measured.total_latency_s * float(peaks[peak]))
+        return sum(done) / (measured.total_latency_s * peak(peaks))
 
     return share
 
 
-_share_of_arithmetic = _share_of_peak("flops_per_device", "flops_per_s")
+_share_of_arithmetic = _share_of_peak(lambda run: run.counters.flops_per_device, lambda peaks: peaks.flops_per_s)
+_share_of_bandwidth = _share_of_peak(lambda run: run.counters.memory_bytes_per_device, lambda peaks: peaks.bytes_per_s)
 
 
 def _mfu(measured: Measured) -> float | None:
     # The peak is that of 16 bits; what computes in fewer has a higher one.
-    quantized = _engine_number("quantization")(measured)
-    return None if quantized else _share_of_arithmetic(measured)
+    is_quantized = measured.engine is not None and measured.engine.quantization
+    return None if is_quantized else _share_of_arithmetic(measured)
 
 
 def _idle_power_w(measured: Measured) -> float | None:
-    watts = [device.get("idle_power_w") for device in measured.result.devices]
-    known = [float(value) for value in watts if value is not None]
+    watts = [device.idle_power_w for device in measured.result.environment.devices]
+    known = [value for value in watts if value is not None]
     return sum(known) if known and len(known) == len(watts) else None
 
 
 def _sm_mhz(measured: Measured) -> float | None:
-    values = [value for run in measured.point.runs for value in run.clocks.get("sm_mhz") or []]
+    values = [value for run in measured.point.runs for value in run.clocks.sm_mhz or []]
     return mean([value for value in values if value is not None])
 
 
 def _preemptions(measured: Measured) -> float:
-    return sum(run.counters["preemptions"] for run in measured.point.runs)
+    return sum(run.counters.preemptions for run in measured.point.runs)
 
 
 def _mean_of(values: Callable[[Measured], list[float]]) -> Formula:
@@ -243,17 +238,18 @@ METRICS: tuple[Metric, ...] = (
                    "time from a request's arrival to its last token (end to end), over all requests"),
     *_distribution("queue", "Queue wait", lambda measured: measured.queue_waits_s,
                    "time from a request's arrival to its being scheduled, over all requests"),
-    Metric("memory_used_gib", "GiB", "Memory used", "lower", _highest("used_gib"),
+    Metric("memory_used_gib", "GiB", "Memory used", "lower", _highest(lambda run: run.memory.used_gib),
            "highest use seen after a run: per device by NVML, on the CPU resident memory of the replica's processes"),
-    Metric("memory_peak_gib", "GiB", "Memory used, peak", "lower", _highest("peak_gib"),
+    Metric("memory_peak_gib", "GiB", "Memory used, peak", "lower", _highest(lambda run: run.memory.peak_gib),
            "highest use seen during a run, per device by NVML, ten times a second"),
-    Metric("weights_gib", "GiB", "Weights per device", None, _engine_number("weights_gib"),
+    Metric("weights_gib", "GiB", "Weights per device", None, _of_engine(lambda engine: engine.weights_gib),
            "bytes of the model's parameters on the fullest device"),
-    Metric("kv_pool_gib", "GiB", "KV cache pool per device", None, _engine_number("kv_pool_gib"),
+    Metric("kv_pool_gib", "GiB", "KV cache pool per device", None, _of_engine(lambda engine: engine.kv_pool_gib),
            "bytes that vLLM reserved for the KV cache on the fullest device"),
-    Metric("activations_gib", "GiB", "Activations, peak", None, _engine_number("activations_gib"),
+    Metric("activations_gib", "GiB", "Activations, peak", None, _of_engine(lambda engine: engine.activations_gib),
            "peak of activations that vLLM saw when it profiled the model, on the fullest device"),
-    Metric("kv_cache_tokens", "tokens", "KV cache capacity", "higher", _engine_number("kv_cache_tokens"),
+    Metric("kv_cache_tokens", "tokens", "KV cache capacity", "higher",
+           _of_engine(lambda engine: engine.kv_cache_tokens),
            "tokens that the KV cache of one replica holds"),
     Metric("kv_use", "ratio", "KV cache use", None, _kv_use,
            "batch_size x (seq_len + max_tokens) / kv_cache_tokens: what the whole batch needs; above 1 it cannot fit"),
@@ -276,9 +272,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("sm_mhz", "MHz", "SM clock", None, _sm_mhz, "mean SM clock during the runs, over the devices"),
     Metric("mfu", "ratio", "MFU", "higher", _mfu,
            "vLLM's estimate of the floating-point operations of a device / (latency x its peak, stated in the file)"),
-    Metric("mbu", "ratio", "MBU", "higher", _share_of_peak("memory_bytes_per_device", "bytes_per_s"),
+    Metric("mbu", "ratio", "MBU", "higher", _share_of_bandwidth,
            "vLLM's estimate of the bytes that a device moved / (latency x its peak bandwidth, stated in the file)"),
-    Metric("load_s", "s", "Engine start", "lower", _load_s, "from the worker's start to the engine being ready"),
+    Metric("load_s", "s", "Engine start", "lower", _of_engine(lambda engine: engine.load_s.total_s),
+           "from the worker's start to the engine being ready"),
 )  # fmt: skip
 
 METRIC_BY_NAME = {metric.name: metric for metric in METRICS}

@@ -1,213 +1,353 @@
-"""THE RESULT SCHEMA: the types of a result file, its version, and how it is saved and loaded.
+"""THE RESULT SCHEMA: what a result file holds, type by type.
 
 Raw measurements are the truth; `summary` is derived by metrics.py and can always be computed again.
-An unknown number is None with a reason beside it, never 0, -1, NaN or "inf".
+An unknown number is None with a reason beside it, never 0, -1, NaN or "inf". The bounds are there to refuse what no
+measurement is, so that no formula has to expect it. result_file.py reads and writes these types.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+from batch_inference.core.config import ExperimentConfig, redact
 
 # History
 #   1  first version
-SCHEMA_VERSION = 1
+#   2  one line per point; `failure`, `restarts` and `earlier_engines` beside `engine`; a point's key also has its
+#      workload and its budget of tokens per step
+SCHEMA_VERSION = 2
 
 RunStatus = Literal["complete", "partial", "failed"]
 PointStatus = Literal["ok", "oom", "timeout", "error", "skipped"]
-PointKey = tuple[int, int, int]  # batch_size, seq_len, max_tokens
 Verdict = Literal["valid", "suspect", "invalid"]
 
+Size = Annotated[int, Meta(ge=1, le=2**31)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Seconds = Annotated[float, Meta(ge=-1e9, le=1e9)]
+Gib = Annotated[float, Meta(ge=0, le=1e9)]
+Joules = Annotated[float, Meta(ge=0, le=1e15)]
+Watts = Annotated[float, Meta(ge=0, le=1e9)]
+Mhz = Annotated[float, Meta(ge=0, le=1e9)]
 
-class ResultFileError(Exception):
-    """A result file that cannot be read or written: the message names the file, what is wrong, what to do."""
+
+# --- a point ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Requests:
+class Requests(Struct):
     """One list entry per request of a run, over all replicas, in submission order; all durations in seconds."""
 
-    ttft_s: list[float]  # arrival to first token, waiting in the queue included
-    latency_s: list[float]  # arrival to last token
-    queue_s: list[float]  # arrival to first scheduled
-    output_tokens: list[int]
+    ttft_s: list[Seconds]  # arrival to first token, waiting in the queue included
+    latency_s: list[Seconds]  # arrival to last token
+    queue_s: list[Seconds]  # arrival to first scheduled
+    output_tokens: list[Count]
+
+    def __post_init__(self) -> None:
+        if not len(self.ttft_s) == len(self.latency_s) == len(self.queue_s) == len(self.output_tokens):
+            raise ValueError("its lists are not equally long")
 
 
-@dataclass(frozen=True)
-class Run:
+class ReplicaRun(Struct):
+    """One replica's part of a run; times from the common start."""
+
+    replica: Count
+    start_s: Seconds
+    end_s: Seconds
+    prompt_tokens: Count
+    output_tokens: Count
+
+
+class Memory(Struct):
+    """GiB in use: one number per device or per replica, as `scope` says."""
+
+    scope: Literal["device", "replica"]
+    used_gib: list[Gib] | None  # after the run; None where nobody knows
+    peak_gib: list[Gib] | None = None  # during the run, where it was watched
+    # Share of the KV cache in use at the fullest moment, of the fullest replica.
+    peak_kv_use: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+
+
+class Counters(Struct):
+    """What vLLM counted during a run, of all replicas; None where it does not tell."""
+
+    preemptions: Count
+    prefix_cache_hit_tokens: Count
+    jit_compilations: Count | None = None  # kernels that vLLM compiled during the run
+    peak_running: Count | None = None  # most requests that ran at once, of the replica with the fewest
+    # vLLM's own estimates of the work of one device, of the busiest replica.
+    flops_per_device: Count | None = None
+    memory_bytes_per_device: Count | None = None
+
+
+class Clocks(Struct):
+    """What was seen of clocks and neighbours; None where nobody watched."""
+
+    sm_mhz: list[Mhz | None] | None = None  # mean during the run, per device
+    throttle_reasons: list[str] | None = None  # NVML's words
+    other_processes: Count | None = None
+
+
+class Run(Struct):
     """One timed submission of a point's batch, on all replicas at once."""
 
-    latency_s: float  # common start to the last replica's end
-    prompt_tokens: int  # all replicas, counted from the outputs
-    output_tokens: int
-    replicas: list[dict[str, Any]]  # replica, start_s and end_s (from the common start), tokens
+    # From the common start to the last replica's end.
+    latency_s: Annotated[float, Meta(gt=1e-9, le=1e9)]
+    prompt_tokens: Count  # all replicas, counted from the outputs
+    output_tokens: Count
+    replicas: list[ReplicaRun]
     requests: Requests
-    energy_j: float | None
-    # used_gib: one number per device (scope "device") or replica (scope "replica"), or None; where it is known,
-    # peak_kv_use: share of the KV cache in use at the fullest moment, of the fullest replica
-    memory: dict[str, Any]
-    # preemptions, prefix_cache_hit_tokens; where they are known, jit_compilations (kernels that vLLM compiled during
-    # the run) and peak_running (most requests that ran at once, of the replica with the fewest)
-    counters: dict[str, int]
-    unknown: dict[str, str] = field(default_factory=dict)  # name of a number that is None -> why
-    # Where they were watched: sm_mhz (one number per device), throttle_reasons (NVML's words), other_processes (count)
-    clocks: dict[str, Any] = field(default_factory=dict)
+    memory: Memory
+    counters: Counters
+    energy_j: Joules | None = None
+    clocks: Clocks = field(default_factory=Clocks)
+    unknown: dict[str, str] = {}  # name of a number that is None -> why
 
 
-@dataclass
-class Point:
-    """One (batch_size, seq_len) of the grid at a fixed max_tokens."""
+class Warmup(Struct):
+    """A run that does not count."""
 
-    batch_size: int  # requests handed to each replica
-    seq_len: int  # prompt length in tokens, exact
-    max_tokens: int  # output tokens of each request, exact
+    latency_s: Seconds
+    jit_compilations: Count | None = None
+    reason: str | None = None  # of a timed run that was moved here: why
+
+
+class WorkloadKey(Struct, frozen=True):
+    """Which requests a queue point ran: the content of the file, where output lengths are from, and the order."""
+
+    content_hash: str
+    output_lengths: Literal["file", "eos"] | Size
+    order: Literal["given", "shuffled", "longest-first", "shortest-first"]
+
+
+class PointKey(Struct, frozen=True):
+    """What tells the points of a setting apart."""
+
+    batch_size: Size
+    seq_len: Size | None
+    max_tokens: Size | None
+    workload: WorkloadKey | None = None
+    max_num_batched_tokens: Size | None = None
+
+
+class Point(Struct):
+    """One batch size at one prompt length and output length (a batch point), or over a workload (a queue point)."""
+
+    batch_size: Size  # requests handed to each replica, or running at most on each
+    seq_len: Size | None  # prompt length in tokens, exact; None where a workload has lengths of its own
+    max_tokens: Size | None  # output tokens of each request, exact; None likewise
     status: PointStatus
+    workload: WorkloadKey | None = None
+    max_num_batched_tokens: Size | None = None  # tokens per step, where it is an axis of the sweep
     reason: str | None = None
     failure: str | None = None  # the class of the failure, of failures.py
     log_tail: list[str] | None = None
     verdict: Verdict | None = None
-    verdict_reasons: list[str] = field(default_factory=list)
-    # latency_s, jit_compilations where there were any; reason: of a timed run that was moved here, why
-    warmups: list[dict[str, Any]] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    summary: dict[str, float | None] = field(default_factory=dict)
-    engine: dict[str, Any] = field(default_factory=dict)  # of an earlier sweep: what differs from the result's engine
+    verdict_reasons: list[str] = []
+    warmups: list[Warmup] = []
+    runs: list[Run] = []
+    summary: dict[str, float | None] = {}
+    engine: int | None = None  # which of `earlier_engines` measured it; None: the last one
 
     @property
     def key(self) -> PointKey:
-        return (self.batch_size, self.seq_len, self.max_tokens)
+        return PointKey(self.batch_size, self.seq_len, self.max_tokens, self.workload, self.max_num_batched_tokens)
+
+    @property
+    def tokens_per_request(self) -> int | None:
+        """Prompt and output; None where requests differ."""
+        return None if self.seq_len is None or self.max_tokens is None else self.seq_len + self.max_tokens
 
 
-@dataclass
-class Result:
+# --- the engine ---------------------------------------------------------------------------------------------------
+
+
+class DeviceInfo(Struct):
+    """What a device is, and what it held and drew before an engine loaded."""
+
+    index: Count
+    name: str
+    memory_gib: Gib | None = None
+    uuid: str | None = None
+    cores: str | None = None  # of a slice of a CPU
+    used_before_gib: Gib | None = None
+    power_limit_w: Watts | None = None
+    idle_power_w: Watts | None = None
+    max_sm_mhz: Mhz | None = None
+
+
+class WorkerInfo(Struct):
+    """What one of vLLM's workers holds, as it says itself."""
+
+    host: str
+    weights_bytes: Count
+    kv_bytes: Count
+    runner: str
+    device: DeviceInfo | None = None
+    activation_bytes: Count | None = None  # the peak that vLLM saw when profiling
+    compile_s: Seconds | None = None
+    compile_cache: Literal["cold", "warm"] | None = None
+
+
+class LoadTimes(Struct):
+    """Seconds from the worker's start: vLLM's import, the engine, both; compiling is part of the engine's."""
+
+    import_s: Seconds | None = None
+    engine_s: Seconds | None = None
+    total_s: Seconds | None = None
+    compile_s: Seconds | None = None
+
+
+class ReplicaInfo(Struct):
+    """What each replica has of its own; None for what is as in the first."""
+
+    load_s: LoadTimes | None = None
+    workers: list[WorkerInfo] = []
+    num_gpu_blocks: Count | None = None
+    kv_cache_tokens: Count | None = None
+
+
+class EngineInfo(Struct):
+    """The settings that vLLM really runs with, read back from it, and what it holds; of the first replica."""
+
+    vllm_version: str
+    executor: str | None = None
+    tensor_parallel_size: Size | None = None
+    pipeline_parallel_size: Size | None = None
+    pipeline_stages_overlap: bool | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    max_model_len: Count | None = None
+    enforce_eager: bool | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count | None = None
+    chunked_prefill: bool | None = None
+    async_scheduling: bool | None = None
+    gpu_memory_utilization: float | None = None
+    kv_cache_dtype: str | None = None
+    block_size: Count | None = None
+    num_gpu_blocks: Count | None = None
+    enable_prefix_caching: bool | None = None
+    load_format: str | None = None
+    compilation_mode: str | None = None
+    cudagraph_mode: str | None = None
+    cudagraph_capture_sizes: list[Count] = []
+    multiprocess_engine: bool | None = None
+    kv_cache_tokens: Count | None = None  # of one replica
+    runner: str | None = None
+    load_s: LoadTimes = field(default_factory=LoadTimes)
+    # One rank that compiles is what all wait for.
+    compile_cache: Literal["cold", "warm"] | None = None
+    # Of the fullest device.
+    weights_gib: Gib | None = None
+    kv_pool_gib: Gib | None = None
+    activations_gib: Gib | None = None
+    workers: list[WorkerInfo] = []
+    replicas: list[ReplicaInfo] = []  # empty where there is one
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredConfig(ExperimentConfig):
+    """What was asked, as a file holds it: secrets are blotted out, and the hash of what changes a measurement is kept.
+
+    A field that an older file does not have yet reads as its default.
+    """
+
+    model: str = dataclasses.field(kw_only=True)
+    tensor_parallel_size: int = dataclasses.field(kw_only=True)
+    pipeline_parallel_size: int = dataclasses.field(kw_only=True)
+    data_parallel_size: int = dataclasses.field(kw_only=True)
+    config_hash: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if not 1 <= getattr(self, name) <= 2**20:
+                raise ValueError(f"{name} is {getattr(self, name)}")
+        if any(not 1 <= size <= 2**31 for size in (*self.batch_sizes, *self.seq_lens)):
+            raise ValueError("batch_sizes or seq_lens hold a size that no point can have")
+
+    @classmethod
+    def of(cls, config: ExperimentConfig) -> StoredConfig:
+        values = {item.name: getattr(config, item.name) for item in dataclasses.fields(ExperimentConfig)}
+        values["engine_args"] = tuple(redact(config.engine_args))
+        return cls(**values, config_hash=config.settings_hash())
+
+
+class Peaks(Struct):
+    """The most that one device can do, and who says so."""
+
+    flops_per_s: Annotated[float, Meta(ge=1, le=1e24)]
+    bytes_per_s: Annotated[float, Meta(ge=1, le=1e24)]
+    source: str
+    dtype: str | None = None
+
+
+class Environment(Struct):
+    """Where it was measured, so that two files can be told apart. Nothing secret is in it."""
+
+    started_at: str | None = None
+    ended_at: str | None = None  # None until the setting is done
+    argv: list[str] = []
+    host: str | None = None
+    platform: str | None = None
+    python_version: str | None = None
+    cpu_name: str | None = None
+    cpu_count: Count | None = None
+    versions: dict[str, str] = {}
+    device_kind: Literal["gpu", "cpu"] | None = None
+    devices: list[DeviceInfo] = []
+    driver_version: str | None = None
+    topology: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    variables: dict[str, str] = {}
+    peaks: Peaks | None = None
+    resumed_from: list[str | None] = []  # when the earlier sweeps of this file began
+
+
+class Failure(Struct):
+    """Why a setting has no engine."""
+
+    kind: str = field(name="class")  # of failures.py
+    reason: str
+    log_tail: list[str] = []
+
+
+class Result(Struct):
     """One setting: what was asked, where it ran, what vLLM made of it, and every point."""
 
     name: str
     status: RunStatus
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    engine: dict[str, Any]
-    points: list[Point] = field(default_factory=list)
+    config: StoredConfig
+    environment: Environment
+    engine: EngineInfo | None = None  # None until it is loaded
+    failure: Failure | None = None  # of a setting that failed as a whole
+    restarts: Count = 0  # of an engine that was lost
+    earlier_engines: list[EngineInfo] = []  # of earlier sweeps of this file, for the points that they measured
+    points: list[Point] = []
     schema_version: int = SCHEMA_VERSION
 
-    def engine_of(self, point: Point) -> dict[str, Any]:
-        """The engine that measured the point."""
-        return {**self.engine, **point.engine}
+    def __post_init__(self) -> None:
+        for number, point in enumerate(self.points):
+            if point.engine is not None and not 0 <= point.engine < len(self.earlier_engines):
+                raise ValueError(f"points[{number}].engine is {point.engine}, there are {len(self.earlier_engines)}")
+            if point.status == "ok" and self.engine is None:
+                raise ValueError(f"points[{number}] is measured, and there is no engine")
 
-    @property
-    def devices(self) -> list[dict[str, Any]]:
-        """What the environment says of each device."""
-        devices = self.environment.get("devices")
-        return [device for device in devices if isinstance(device, dict)] if isinstance(devices, list) else []
+    def engine_of(self, point: Point) -> EngineInfo | None:
+        """The engine that measured the point."""
+        return self.engine if point.engine is None else self.earlier_engines[point.engine]
 
     @property
     def data_parallel_size(self) -> int:
-        return int(self.config["data_parallel_size"])
+        return self.config.data_parallel_size
 
     @property
     def num_devices(self) -> int:
         """Devices of the setting: TP x PP x DP."""
-        tp, pp = int(self.config["tensor_parallel_size"]), int(self.config["pipeline_parallel_size"])
-        return tp * pp * self.data_parallel_size
-
-
-def to_json(result: Result) -> str:
-    document = {"schema_version": result.schema_version, **asdict(result)}
-    return json.dumps(document, allow_nan=False, indent=1, default=_refuse)
-
-
-def save_result(result: Result, path: Path) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one, never half of one.
-
-    Raises ResultFileError when the disk or the folder does not allow it; the previous file is intact then.
-    """
-    text = to_json(result) + "\n"
-    beside = _beside(path)
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise ResultFileError(
-            f"{path}: cannot be written: {error.strerror}; free the disk or choose another path"
-        ) from error
-    finally:
-        # Gone where it was renamed; left where the disk is full, or somebody interrupted.
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Raises OSError unless a file can be made beside `path`; the file at `path` is not touched."""
-    beside = _beside(path)
-    beside.write_text("{}")
-    beside.unlink()
-
-
-def _beside(path: Path) -> Path:
-    # Per-process name: two writers of one file must not share a temporary one.
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def load_result(path: Path) -> Result:
-    """Read one result file. Raises ResultFileError naming the file and the reason."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise ResultFileError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ResultFileError(f"{path}: not valid JSON ({error}); run that setting again with --overwrite") from error
-    if not isinstance(document, dict) or "schema_version" not in document:
-        raise ResultFileError(f"{path}: not a result of this program (no schema_version)")
-    version = document["schema_version"]
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise ResultFileError(
-            f"{path}: schema_version is {version!r}, this program reads up to {SCHEMA_VERSION}; update this program"
-        )
-    try:
-        return _result_from(document)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ResultFileError(f"{path}: not a result of this program ({_describe(error)})") from error
-
-
-def _result_from(document: dict[str, Any]) -> Result:
-    known = {item.name for item in fields(Result)}
-    values = {key: value for key, value in document.items() if key in known}
-    values["points"] = [_point_from(point) for point in document["points"]]
-    result = Result(**values)
-    for section in ("config", "environment", "engine"):
-        if not isinstance(getattr(result, section), dict):
-            raise TypeError(f"{section} is not an object")
-    if result.num_devices < 1:
-        raise ValueError(f"a setting with {result.num_devices} devices")
-    return result
-
-
-def _point_from(document: dict[str, Any]) -> Point:
-    point = Point(**document)
-    for name in ("batch_size", "seq_len", "max_tokens"):
-        if type(getattr(point, name)) is not int:
-            raise TypeError(f"{name} is {getattr(point, name)!r}, not a whole number")
-    point.runs = [Run(**{**run, "requests": Requests(**run["requests"])}) for run in document.get("runs", [])]
-    for run in point.runs:
-        if type(run.latency_s) not in (int, float) or run.latency_s <= 0:
-            raise ValueError(f"latency_s is {run.latency_s!r}")
-    return point
-
-
-def _describe(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _refuse(value: object) -> NoReturn:
-    raise TypeError(f"{type(value).__name__} does not belong in a result file")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+        return self.config.num_devices

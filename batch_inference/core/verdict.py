@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
-from typing import Any
 
 from batch_inference.core.capacity import request_slots, requests_in_kv_cache, running_requests, waves
 from batch_inference.core.metrics import run_latencies_s
-from batch_inference.core.results import Point, Result, Verdict
+from batch_inference.core.results import Point, Result, Verdict, Warmup
 from batch_inference.core.statistics import is_steady, relative_ci95, trend
 
 # A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
@@ -41,14 +40,16 @@ def judge(result: Result, point: Point) -> tuple[list[str], Verdict]:
     return invalid + suspect, "invalid" if invalid else "suspect" if suspect else "valid"
 
 
-def is_settled(warmups: Sequence[dict[str, Any]]) -> bool:
+def is_settled(warmups: Sequence[Warmup]) -> bool:
     """True when the last two warm-ups took as long as each other, and vLLM compiled nothing during the last."""
-    if not is_steady([warmup["latency_s"] for warmup in warmups], STEADY_WITHIN):
+    if not is_steady([warmup.latency_s for warmup in warmups], STEADY_WITHIN):
         return False
-    return not warmups[-1].get("jit_compilations")
+    return not warmups[-1].jit_compilations
 
 
 def _token_counts(result: Result, point: Point) -> list[str]:
+    if point.seq_len is None or point.max_tokens is None:
+        return []  # of a workload, whose counts are checked where its requests are known
     requests = point.batch_size * result.data_parallel_size
     asked = (requests * point.seq_len, requests * point.max_tokens)
     counted = {(run.prompt_tokens, run.output_tokens) for run in point.runs} - {asked}
@@ -59,12 +60,12 @@ def _token_counts(result: Result, point: Point) -> list[str]:
 
 
 def _prefix_hits(_: Result, point: Point) -> list[str]:
-    hits = sum(run.counters["prefix_cache_hit_tokens"] for run in point.runs)
+    hits = sum(run.counters.prefix_cache_hit_tokens for run in point.runs)
     return [f"{hits} prompt tokens came from the prefix cache"] if hits else []
 
 
 def _preempted(_: Result, point: Point) -> list[str]:
-    count = sum(run.counters["preemptions"] for run in point.runs)
+    count = sum(run.counters.preemptions for run in point.runs)
     return [f"{count} requests were preempted for want of KV cache"] if count else []
 
 
@@ -85,8 +86,9 @@ def _waves(result: Result, point: Point) -> list[str]:
 def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
     """True for outputs so short that the first requests end before the last have their turn in vLLM's tokens per step:
     nothing that a larger cache would change."""
-    budget: int | None = result.engine_of(point).get("max_num_batched_tokens")
-    if not budget:
+    engine = result.engine_of(point)
+    budget = point.max_num_batched_tokens or (engine.max_num_batched_tokens if engine else None)
+    if not budget or point.seq_len is None or point.max_tokens is None:
         return False
     # Twice: requests that already decode take their share of each step.
     return point.max_tokens <= 2 * math.ceil(point.batch_size * point.seq_len / budget)
@@ -96,13 +98,13 @@ def _never_steady(_: Result, point: Point) -> list[str]:
     # Fewer than two are not known to differ.
     if len(point.warmups) < 2 or is_settled(point.warmups):
         return []
-    if point.warmups[-1].get("jit_compilations"):
+    if point.warmups[-1].jit_compilations:
         return ["not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"]
     return [f"not steady after {len(point.warmups)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
 
 
 def _compiled_late(_: Result, point: Point) -> list[str]:
-    if not any(run.counters.get("jit_compilations") for run in point.runs):
+    if not any(run.counters.jit_compilations for run in point.runs):
         return []
     return ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"]
 
@@ -111,9 +113,9 @@ def _wide_interval(result: Result, point: Point) -> list[str]:
     width, asked = relative_ci95(run_latencies_s(point)), result.config
     if width is None:
         return ["a single run has no interval; raise --num-runs"]
-    if asked["num_runs"] is None and width > asked["target_ci"]:
-        target = f"{asked['target_ci'] * 100:.3g}%"
-        return [f"runs differ: after {asked['max_runs']} the 95 % interval is over ±{target}; raise --max-runs"]
+    if asked.num_runs is None and width > asked.target_ci:
+        target = f"{asked.target_ci * 100:.3g}%"
+        return [f"runs differ: after {asked.max_runs} the 95 % interval is over ±{target}; raise --max-runs"]
     if width > WIDEST_INTERVAL:
         return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
     return []
@@ -135,7 +137,7 @@ def _unlike_warmups(_: Result, point: Point) -> list[str]:
     if len(point.warmups) < 2 or not is_settled(point.warmups):
         return []
     # The median: a single slow run is for the interval to tell.
-    last_s, middle_s = point.warmups[-1]["latency_s"], median(run_latencies_s(point))
+    last_s, middle_s = point.warmups[-1].latency_s, median(run_latencies_s(point))
     if abs(last_s - middle_s) <= UNLIKE_WARMUPS * max(last_s, middle_s):
         return []
     return [f"the last warm-up took {last_s:.3g} s, the runs {middle_s:.3g} s; raise --warmup-runs"]
@@ -148,20 +150,19 @@ def _too_short(_: Result, point: Point) -> list[str]:
 
 
 def _throttled(_: Result, point: Point) -> list[str]:
-    said = {reason for run in point.runs for reason in run.clocks.get("throttle_reasons") or []}
+    said = {reason for run in point.runs for reason in run.clocks.throttle_reasons or []}
     reasons = sorted(said - _USUAL_CLOCK_REASONS)
     return [f"clocks were throttled: {', '.join(reasons)}; see to cooling and power"] if reasons else []
 
 
 def _not_alone(_: Result, point: Point) -> list[str]:
-    if not any(run.clocks.get("other_processes") for run in point.runs):
+    if not any(run.clocks.other_processes for run in point.runs):
         return []
     return ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"]
 
 
 def _packed(result: Result, _: Point) -> list[str]:
-    # Files of an earlier version do not say it.
-    if not result.config.get("packed"):
+    if not result.config.packed:
         return []
     return ["packed: other settings ran beside it; measure what decides again without --pack"]
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from batch_inference.core.config import ConfigError, ExperimentConfig, parse_flags
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
-from batch_inference.measure.hardware import smallest_memory_gib
-from batch_inference.plan.devices import Devices, find_devices
+from batch_inference.plan.devices import Devices, find_devices, smallest_memory_gib
 from batch_inference.plan.memory import SIZES_UNKNOWN, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible

@@ -12,7 +12,7 @@ from typing import Any
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
-from batch_inference.core.results import Point, Result
+from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.text import counted, short, wrapped
 
 # Two that agree are the rule; more make a point take longer than the bar thinks.
@@ -45,11 +45,10 @@ class Console:
         if config.verbose:
             self._log = LogFollower(config.log_path, self.note)
 
-    def loaded(self, result: Result) -> None:
-        engine = result.engine
+    def loaded(self, engine: EngineInfo) -> None:
         self.note(
-            f"  ready after {time.monotonic() - self._loading_since_s:.0f} s: vLLM {engine['vllm_version']}, "
-            f"{engine['dtype']}, weights {_gib(engine['weights_gib'])}, KV cache {engine['kv_cache_tokens']} tokens"
+            f"  ready after {time.monotonic() - self._loading_since_s:.0f} s: vLLM {engine.vllm_version}, "
+            f"{engine.dtype}, weights {_gib(engine.weights_gib)}, KV cache {engine.kv_cache_tokens} tokens"
         )
 
     def start(self, total: int, done: int, fewest_runs: int) -> None:
@@ -182,5 +181,7 @@ def closing_table(result: Result) -> str:
     return tabulate.tabulate(rows, headers=headers, colalign=align if rows else None, disable_numparse=True)
 
 
-def _gib(value: float) -> str:
+def _gib(value: float | None) -> str:
+    if value is None:
+        return "unknown"
     return f"{value:.2f} GiB" if value >= 1 else f"{value * 1024:.0f} MiB"

@@ -10,11 +10,16 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
+
+import msgspec
+from msgspec.structs import replace
 
 from batch_inference.core.config import OWNED_BY_US, ConfigError, ExperimentConfig, unknown_flag_message
 from batch_inference.core.prompts import make_prompts
+from batch_inference.core.results import EngineInfo, LoadTimes, Requests, WorkerInfo
 from batch_inference.measure.hardware import Monitor, Reading, joined, monitor
+from batch_inference.measure.messages import Outcome
 from batch_inference.plan.devices import GIB, Devices, find_devices
 
 # A tokenizer is not needed for prompts of token ids; cached prefixes would not be computed; without statistics
@@ -24,7 +29,7 @@ MEASURING_SETTINGS = {
     "skip_tokenizer_init": True,
     "enable_prefix_caching": False,
     "disable_log_stats": False,
-    "worker_extension_cls": "batch_inference.measure.engine.WorkerReport",
+    "worker_extension_cls": "batch_inference.measure.engine.WorkerExtension",
     "enable_mfu_metrics": True,
     "jit_monitor_verbose": True,
 }
@@ -41,31 +46,33 @@ _ESTIMATES = {
 }
 
 
-class WorkerReport:
+class WorkerExtension:
     """Added to vLLM's workers (`worker_extension_cls`), so that each can be asked what it holds."""
 
-    def batch_inference_report(self) -> dict[str, Any]:
-        """Bytes of weights and KV pool of this rank, and seconds spent compiling."""
+    def batch_inference_report(self) -> Any:
+        """A WorkerInfo, in the plain types that vLLM carries between processes."""
         from vllm.compilation.counter import compilation_counter
 
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         config: Any = self.vllm_config  # type: ignore[attr-defined]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
                     for tensor in _tensors(runner.kv_caches)}  # fmt: skip
-        return {
-            "host": socket.gethostname(),
-            "device": self._batch_inference_monitor().identify(in_use=True)[0],
-            "weights_bytes": _weights_bytes(runner.model, config.model_config.dtype.itemsize),
-            "kv_bytes": sum(storages.values()),
-            "activation_bytes": getattr(self, "peak_activation_memory", None),  # the peak that vLLM saw when profiling
-            "compile_s": config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
-            "compile_cache": compile_cache_of(compilation_counter),
-            "runner": f"{type(runner).__module__}.{type(runner).__name__}",
-        }
+        return msgspec.to_builtins(
+            WorkerInfo(
+                host=socket.gethostname(),
+                device=self._batch_inference_monitor().identify(in_use=True)[0],
+                weights_bytes=_weights_bytes(runner.model, config.model_config.dtype.itemsize),
+                kv_bytes=sum(storages.values()),
+                activation_bytes=getattr(self, "peak_activation_memory", None),
+                compile_s=config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
+                compile_cache=compile_cache_of(compilation_counter),
+                runner=f"{type(runner).__module__}.{type(runner).__name__}",
+            )
+        )
 
-    def batch_inference_read(self) -> Reading:
-        """Memory and energy of this rank's own device, wherever it is."""
-        return self._batch_inference_monitor().read([os.getpid()])
+    def batch_inference_read(self) -> Any:
+        """A Reading of this rank's own device, wherever it is."""
+        return msgspec.to_builtins(self._batch_inference_monitor().read([os.getpid()]))
 
     def _batch_inference_monitor(self) -> Monitor:
         if not hasattr(self, "_batch_inference_watch"):
@@ -96,7 +103,7 @@ def _weights_bytes(model: Any, packed_item_size: int) -> int:
     return int(visible + packed)
 
 
-def compile_cache_of(counted: Any) -> str | None:
+def compile_cache_of(counted: Any) -> Literal["cold", "warm"] | None:
     """Whether a process had to compile ("cold"), or found all in vLLM's compile cache ("warm"), by vLLM's
     CompilationCounter; None where there was nothing to compile."""
     loaded = counted.num_aot_artifacts_loaded or counted.num_compiled_artifacts_loaded
@@ -227,23 +234,16 @@ class Engine:
         self._special_ids = _special_ids(model_config.hf_text_config)
         self._counted = _COUNTERS | (_ESTIMATES if has_whole_estimate(self._llm.llm_engine.vllm_config) else {})
         self._fullest = _FullestMoment(self._llm.llm_engine.logger_manager)
-        load_s = {
-            "import_s": imported_s - started_s,
-            "engine_s": ready_s - imported_s,
-            "total_s": ready_s - started_s,
-        }
-        self.description = {"vllm_version": vllm.__version__, **self._describe(load_s)}
-
-    def _describe(self, load_s: dict[str, float]) -> dict[str, Any]:
-        """The settings that vLLM really runs with, read back from it."""
-        config = self._llm.llm_engine.vllm_config
-        description = {
-            **effective_settings(config),
-            "multiprocess_engine": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0",
-            "load_s": load_s,
-            "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
-        }
-        return with_workers(description, self._llm.collective_rpc("batch_inference_report"))
+        load_s = LoadTimes(
+            import_s=imported_s - started_s,
+            engine_s=ready_s - imported_s,
+            total_s=ready_s - started_s,
+        )
+        engine = effective_settings(vllm.__version__, self._llm.llm_engine.vllm_config)
+        engine.multiprocess_engine = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"
+        engine.load_s = load_s
+        workers = self._llm.collective_rpc("batch_inference_report")
+        self.info = with_workers(engine, msgspec.convert(workers, list[WorkerInfo]))
 
     def make_prompts(self, batch_size: int, seq_len: int, seed_parts: Sequence[object]) -> list[dict[str, list[int]]]:
         prompts = make_prompts(
@@ -255,7 +255,7 @@ class Engine:
         )
         return [{"prompt_token_ids": prompt} for prompt in prompts]
 
-    def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, wait: Callable[[], None]) -> dict[str, Any]:
+    def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, wait: Callable[[], None]) -> Outcome:
         """Submit one batch when `wait` returns, wait for its end, and count what came back."""
         params = self._sampling_params(
             temperature=self._config.temperature,
@@ -270,17 +270,17 @@ class Engine:
         start_s = time.monotonic()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         end_s = time.monotonic()
-        return {
-            "start_s": start_s,
-            "end_s": end_s,
-            **count_outputs(outputs),
-            **self._fullest.known(),
-            **{name: value - before[name] for name, value in self._counters().items()},
-        }
+        outcome = count_outputs(outputs, start_s, end_s)
+        counted = {name: value - before[name] for name, value in self._counters().items()}
+        outcome.preemptions = counted["preemptions"]
+        outcome.flops_per_device = counted.get("flops_per_device")
+        outcome.memory_bytes_per_device = counted.get("memory_bytes_per_device")
+        outcome.peak_running, outcome.peak_kv_use = self._fullest.running, self._fullest.kv_use
+        return outcome
 
     def read_devices(self) -> Reading:
         """Memory and energy of the devices of every worker, read where they are."""
-        return joined(self._llm.collective_rpc("batch_inference_read"))
+        return joined(msgspec.convert(self._llm.collective_rpc("batch_inference_read"), list[Reading]))
 
     def _counters(self) -> dict[str, int]:
         """vLLM's own counters since the engine started: requests preempted, and its estimates of the work of one
@@ -320,6 +320,16 @@ class _FullestMoment:
     def forget(self) -> None:
         self._running, self._kv_use = 0, 0.0
 
+    @property
+    def running(self) -> int | None:
+        """None where vLLM has not said."""
+        return self._running or None
+
+    @property
+    def kv_use(self) -> float | None:
+        """None also for requests of one token, which have left the cache when vLLM looks."""
+        return self._kv_use or None
+
     def record(self, scheduler_stats: Any, iteration_stats: Any, **keywords: Any) -> None:
         if scheduler_stats is not None:
             # vLLM counts when those that ended in this step have left.
@@ -328,81 +338,80 @@ class _FullestMoment:
             self._kv_use = max(self._kv_use, scheduler_stats.kv_cache_usage)
         self._record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **keywords)
 
-    def known(self) -> dict[str, Any]:
-        counted = {"peak_running": self._running, "peak_kv_use": self._kv_use}
-        # 0: vLLM has not said. Requests of one token have left the cache when it looks.
-        return {name: value for name, value in counted.items() if value}
+
+def with_workers(engine: EngineInfo, workers: list[WorkerInfo]) -> EngineInfo:
+    """What is known of an engine, completed by what all its workers report."""
+    activations = [worker.activation_bytes for worker in workers if worker.activation_bytes is not None]
+    compile_s = [worker.compile_s for worker in workers if worker.compile_s is not None]
+    caches = [worker.compile_cache for worker in workers if worker.compile_cache]
+    return replace(
+        engine,
+        runner=workers[0].runner,
+        load_s=replace(engine.load_s, compile_s=max(compile_s, default=None)),
+        compile_cache="cold" if "cold" in caches else "warm" if caches else None,
+        weights_gib=max(worker.weights_bytes for worker in workers) / GIB,
+        kv_pool_gib=max(worker.kv_bytes for worker in workers) / GIB,
+        activations_gib=max(activations) / GIB if len(activations) == len(workers) else None,
+        workers=workers,
+    )
 
 
-def with_workers(description: dict[str, Any], workers: list[dict[str, Any]]) -> dict[str, Any]:
-    """A description of an engine, completed by what all its workers report."""
-    activations = [worker["activation_bytes"] for worker in workers]
-    compile_s = [worker["compile_s"] for worker in workers if worker["compile_s"] is not None]
-    return {
-        **description,
-        "runner": workers[0]["runner"],
-        "load_s": {**description["load_s"], "compile_s": max(compile_s, default=None)},
-        # One rank that compiles is what all wait for; "cold" is the least of the words.
-        "compile_cache": min((worker["compile_cache"] for worker in workers if worker["compile_cache"]), default=None),
-        "weights_gib": max(worker["weights_bytes"] for worker in workers) / GIB,
-        "kv_pool_gib": max(worker["kv_bytes"] for worker in workers) / GIB,
-        "activations_gib": max(activations) / GIB if None not in activations else None,
-        "workers": workers,
-    }
-
-
-def effective_settings(config: Any) -> dict[str, Any]:
+def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
     """The settings of a VllmConfig that decide what a measurement means."""
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
     cache, compilation = config.cache_config, config.compilation_config
     executor = parallel.distributed_executor_backend
-    return {
-        "executor": executor if isinstance(executor, str) else getattr(executor, "__name__", None),
-        "tensor_parallel_size": parallel.tensor_parallel_size,
-        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+    return EngineInfo(
+        vllm_version=vllm_version,
+        executor=executor if isinstance(executor, str) else getattr(executor, "__name__", None),
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
         # Under torchrun vLLM runs one stage after the other, and a batch through all before the next.
-        "pipeline_stages_overlap": None if parallel.pipeline_parallel_size == 1 else executor != "external_launcher",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": model.quantization,
-        "max_model_len": model.max_model_len,
-        "enforce_eager": model.enforce_eager,
-        "max_num_seqs": scheduler.max_num_seqs,
-        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
-        "chunked_prefill": scheduler.enable_chunked_prefill,
-        "async_scheduling": scheduler.async_scheduling,
-        "gpu_memory_utilization": cache.gpu_memory_utilization,
-        "kv_cache_dtype": cache.cache_dtype,
-        "block_size": cache.block_size,
-        "num_gpu_blocks": cache.num_gpu_blocks,
-        "enable_prefix_caching": cache.enable_prefix_caching,
-        "load_format": str(getattr(config.load_config.load_format, "value", config.load_config.load_format)),
-        "compilation_mode": getattr(compilation.mode, "name", None),
-        "cudagraph_mode": getattr(compilation.cudagraph_mode, "name", None),
-        "cudagraph_capture_sizes": list(compilation.cudagraph_capture_sizes or []),
-    }
+        pipeline_stages_overlap=None if parallel.pipeline_parallel_size == 1 else executor != "external_launcher",
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantization=model.quantization,
+        max_model_len=model.max_model_len,
+        enforce_eager=model.enforce_eager,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        chunked_prefill=scheduler.enable_chunked_prefill,
+        async_scheduling=scheduler.async_scheduling,
+        gpu_memory_utilization=cache.gpu_memory_utilization,
+        kv_cache_dtype=cache.cache_dtype,
+        block_size=cache.block_size,
+        num_gpu_blocks=cache.num_gpu_blocks,
+        enable_prefix_caching=cache.enable_prefix_caching,
+        load_format=str(getattr(config.load_config.load_format, "value", config.load_config.load_format)),
+        compilation_mode=getattr(compilation.mode, "name", None),
+        cudagraph_mode=getattr(compilation.cudagraph_mode, "name", None),
+        cudagraph_capture_sizes=list(compilation.cudagraph_capture_sizes or []),
+        kv_cache_tokens=cache.kv_cache_size_tokens,
+    )
 
 
-def count_outputs(outputs: Sequence[Any]) -> dict[str, Any]:
+def count_outputs(outputs: Sequence[Any], start_s: float, end_s: float) -> Outcome:
     """Tokens and times of vLLM's RequestOutputs, in submission order.
 
     `arrival_time` is wall clock and the `*_ts` are monotonic, so only durations within one clock are used:
     first_token_latency runs from arrival to first token, on the wall clock of the process that submits.
     """
-    requests: dict[str, list[Any]] = {"ttft_s": [], "latency_s": [], "queue_s": [], "output_tokens": []}
+    requests = Requests([], [], [], [])
     for output in outputs:
         stats = output.metrics
         ttft_s = stats.first_token_latency
-        requests["ttft_s"].append(ttft_s)
-        requests["latency_s"].append(ttft_s + stats.last_token_ts - stats.first_token_ts)
+        requests.ttft_s.append(ttft_s)
+        requests.latency_s.append(ttft_s + stats.last_token_ts - stats.first_token_ts)
         # Never below 0: the two clocks tick apart by microseconds when nothing waits.
-        requests["queue_s"].append(max(0.0, ttft_s - (stats.first_token_ts - stats.scheduled_ts)))
-        requests["output_tokens"].append(sum(len(completion.token_ids) for completion in output.outputs))
-    return {
-        "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
-        "output_tokens": sum(requests["output_tokens"]),
-        "requests": requests,
-        "prefix_cache_hit_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
-    }
+        requests.queue_s.append(max(0.0, ttft_s - (stats.first_token_ts - stats.scheduled_ts)))
+        requests.output_tokens.append(sum(len(completion.token_ids) for completion in output.outputs))
+    return Outcome(
+        start_s=start_s,
+        end_s=end_s,
+        prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+        output_tokens=sum(requests.output_tokens),
+        requests=requests,
+        prefix_cache_hit_tokens=sum(output.num_cached_tokens or 0 for output in outputs),
+    )
 
 
 def _special_ids(hf_config: Any) -> set[int]:

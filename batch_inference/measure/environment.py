@@ -11,9 +11,9 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from batch_inference.core.config import redact
+from batch_inference.core.results import Environment
 from batch_inference.measure.hardware import Monitor, cpu_name
 from batch_inference.plan.devices import Devices
 
@@ -27,31 +27,30 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def collect_environment(devices: Devices, monitor: Monitor) -> dict[str, Any]:
-    """Versions, machine, devices, code and command line; "ended_at" is added when the setting is done."""
+def collect_environment(devices: Devices, monitor: Monitor) -> Environment:
+    """Versions, machine, devices, code and command line; `ended_at` and `peaks` are added later."""
     commit, dirty = _git_state()
-    return {
-        "started_at": now(),
-        "ended_at": None,
-        "argv": redact(sys.argv),
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python_version": platform.python_version(),
-        "cpu_name": cpu_name(),
-        "cpu_count": len(os.sched_getaffinity(0)),
-        "versions": _versions(),
-        "device_kind": devices.kind,
-        "devices": monitor.identify(),
-        "driver_version": monitor.driver_version(),
-        "topology": _topology() if devices.kind == "gpu" else None,
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "variables": {
+    return Environment(
+        started_at=now(),
+        argv=redact(sys.argv),
+        host=platform.node(),
+        platform=platform.platform(),
+        python_version=platform.python_version(),
+        cpu_name=cpu_name(),
+        cpu_count=len(os.sched_getaffinity(0)),
+        versions=_versions(),
+        device_kind=devices.kind,
+        devices=monitor.identify(),
+        driver_version=monitor.driver_version(),
+        topology=_topology() if devices.kind == "gpu" else None,
+        git_commit=commit,
+        git_dirty=dirty,
+        variables={
             name: value
             for name, value in sorted(os.environ.items())
             if _VARIABLE.match(name) and not _SECRET.search(name)
         },
-    }
+    )
 
 
 def _versions() -> dict[str, str]:

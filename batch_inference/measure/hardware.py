@@ -11,17 +11,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
+
+from msgspec import Struct
 
 from batch_inference.core.config import ConfigError
-from batch_inference.plan.devices import GIB, Devices
+from batch_inference.core.results import Clocks, DeviceInfo
+from batch_inference.plan.devices import GIB, Devices, nvml_handle
 
-# What a monitor reads at one moment: "scope", and lists with one number per device (scope "device") or replica.
-Reading = dict[str, Any]
 # Between two looks at the clocks: often enough for a run of a second, and nothing beside an engine's step.
 SAMPLE_S = 0.1
 # Contexts of other processes come and go.
 RETURNED_WITHIN_GIB = 0.5
+
+
+class Reading(Struct):
+    """What a monitor reads at one moment: a number per device, or per replica, as `scope` says."""
+
+    scope: Literal["device", "replica"]
+    used_gib: list[float]
+    energy_j: list[float | None]  # since the driver was loaded; None where there is no counter
+    other_processes: list[int | None] = []  # that are none of ours
+
+
+class Seen(Struct):
+    """What a monitor saw while a run went on; None where nobody looked."""
+
+    sm_mhz: list[float | None] | None = None  # mean per device
+    peak_gib: list[float] | None = None  # per device
+    throttle_reasons: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,25 +60,25 @@ class GpuMonitor:
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()
-            self._handles = [_nvml_handle(pynvml, device_id) for device_id in devices.ids]
+            self._handles = [nvml_handle(pynvml, device_id) for device_id in devices.ids]
         except pynvml.NVMLError as error:
             raise ConfigError(f"CUDA_VISIBLE_DEVICES: '{','.join(devices.ids)}': NVML says: {error}") from error
         self._throttle_bits = _throttle_bits(pynvml)
 
-    def identify(self, *, in_use: bool = False) -> list[dict[str, Any]]:
+    def identify(self, *, in_use: bool = False) -> list[DeviceInfo]:
         """What the devices are, and what they hold and draw before an engine loads; unknown once they are `in_use`."""
         nvml = self._nvml
         return [
-            {
-                "index": index,
-                "name": nvml.nvmlDeviceGetName(handle),
-                "uuid": nvml.nvmlDeviceGetUUID(handle),
-                "memory_gib": (memory := nvml.nvmlDeviceGetMemoryInfo(handle)).total / GIB,
-                "used_before_gib": None if in_use else memory.used / GIB,
-                "power_limit_w": self._watts(nvml.nvmlDeviceGetEnforcedPowerLimit, handle),
-                "idle_power_w": None if in_use else self._watts(nvml.nvmlDeviceGetPowerUsage, handle),
-                "max_sm_mhz": _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetMaxClockInfo(h, nvml.NVML_CLOCK_SM)),
-            }
+            DeviceInfo(
+                index=index,
+                name=nvml.nvmlDeviceGetName(handle),
+                uuid=nvml.nvmlDeviceGetUUID(handle),
+                memory_gib=(memory := nvml.nvmlDeviceGetMemoryInfo(handle)).total / GIB,
+                used_before_gib=None if in_use else memory.used / GIB,
+                power_limit_w=self._watts(nvml.nvmlDeviceGetEnforcedPowerLimit, handle),
+                idle_power_w=None if in_use else self._watts(nvml.nvmlDeviceGetPowerUsage, handle),
+                max_sm_mhz=_or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetMaxClockInfo(h, nvml.NVML_CLOCK_SM)),
+            )
             for index, handle in enumerate(self._handles)
         ]
 
@@ -76,19 +94,19 @@ class GpuMonitor:
         belong to none of the process groups of `pids`, per device."""
         nvml = self._nvml
         ours = {group for pid in pids if (group := _group_of(pid)) is not None}
-        return {
-            "scope": "device",
-            "used_gib": self._used_gib(),
-            "energy_j": [
+        return Reading(
+            scope="device",
+            used_gib=self._used_gib(),
+            energy_j=[
                 _or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1000)
                 for handle in self._handles
             ],
-            "other_processes": [self._count_others(handle, ours) for handle in self._handles],
-        }
+            other_processes=[self._count_others(handle, ours) for handle in self._handles],
+        )
 
     def held(self, before: Reading) -> str | None:
         """Which devices hold more than `before`, and for whom; None where none does."""
-        for index, (earlier_gib, held_gib) in enumerate(zip(before["used_gib"], self._used_gib(), strict=True)):
+        for index, (earlier_gib, held_gib) in enumerate(zip(before.used_gib, self._used_gib(), strict=True)):
             if held_gib > earlier_gib + RETURNED_WITHIN_GIB:
                 pids = self._running(self._handles[index]) or []
                 holders = ", ".join(f"process {pid}" for pid in pids) or "a process not seen here"
@@ -112,10 +130,9 @@ class GpuMonitor:
         return sum(group is not None and group not in ours for group in groups)
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[dict[str, Any]]:
-        """Look at clocks and memory every SAMPLE_S while the block runs; what was seen is in the dictionary after it:
-        sm_mhz (mean) and peak_gib per device, and throttle_reasons."""
-        seen: dict[str, Any] = {}
+    def watch(self) -> Iterator[Seen]:
+        """Look at clocks and memory every SAMPLE_S while the block runs; what was seen is there after it."""
+        seen = Seen()
         samples: list[list[_Sample]] = []
         over = threading.Event()
 
@@ -133,9 +150,9 @@ class GpuMonitor:
         if samples:
             per_device = list(zip(*samples, strict=True))
             clocks = [[sample.sm_mhz for sample in device if sample.sm_mhz is not None] for device in per_device]
-            seen["sm_mhz"] = [fmean(values) if values else None for values in clocks]
-            seen["peak_gib"] = [max(sample.used_gib for sample in device) for device in per_device]
-            seen["throttle_reasons"] = sorted({name for moment in samples for one in moment for name in one.reasons})
+            seen.sm_mhz = [fmean(values) if values else None for values in clocks]
+            seen.peak_gib = [max(sample.used_gib for sample in device) for device in per_device]
+            seen.throttle_reasons = sorted({name for moment in samples for one in moment for name in one.reasons})
 
     def _sample(self, handle: Any) -> _Sample:
         nvml = self._nvml
@@ -153,12 +170,12 @@ class CpuMonitor:
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
 
-    def identify(self, *, in_use: bool = False) -> list[dict[str, Any]]:  # noqa: ARG002 - cores tell the same then
+    def identify(self, *, in_use: bool = False) -> list[DeviceInfo]:  # noqa: ARG002 - cores tell the same then
         import psutil
 
         share_gib = psutil.virtual_memory().total / GIB / len(self._devices)
         return [
-            {"index": index, "name": cpu_name(), "cores": cores, "memory_gib": share_gib, "power_limit_w": None}
+            DeviceInfo(index=index, name=cpu_name(), cores=cores, memory_gib=share_gib)
             for index, cores in enumerate(self._devices.ids)
         ]
 
@@ -167,14 +184,14 @@ class CpuMonitor:
 
     def read(self, pids: Iterable[int] = ()) -> Reading:
         used_gib = [_tree_bytes(pid) / GIB for pid in pids]
-        return {"scope": "replica", "used_gib": used_gib, "energy_j": [None] * len(used_gib)}
+        return Reading(scope="replica", used_gib=used_gib, energy_j=[None] * len(used_gib))
 
     def held(self, _: Reading) -> None:
         """Main memory is the kernel's to give back, with the process."""
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[dict[str, Any]]:
-        yield {}
+    def watch(self) -> Iterator[Seen]:
+        yield Seen()
 
 
 Monitor = GpuMonitor | CpuMonitor
@@ -182,27 +199,25 @@ Monitor = GpuMonitor | CpuMonitor
 
 def joined(readings: Sequence[Reading]) -> Reading:
     """The readings of several ranks or replicas, each of devices of its own, as one."""
-    lists = {
-        name: [value for reading in readings for value in reading[name]]
-        for name, values in readings[0].items()
-        if isinstance(values, list)
-    }
-    return {**readings[0], **lists}
+    return Reading(
+        scope=readings[0].scope,
+        used_gib=[value for reading in readings for value in reading.used_gib],
+        energy_j=[value for reading in readings for value in reading.energy_j],
+        other_processes=[value for reading in readings for value in reading.other_processes],
+    )
 
 
 def drawn_j(before: Reading, after: Reading) -> float | None:
     """Joules that the devices drew between two readings; None where one is unknown."""
-    pairs = list(zip(before["energy_j"], after["energy_j"], strict=True))
-    return None if any(None in pair for pair in pairs) else sum(end_j - start_j for start_j, end_j in pairs)
+    pairs = list(zip(before.energy_j, after.energy_j, strict=True))
+    known = [(start_j, end_j) for start_j, end_j in pairs if start_j is not None and end_j is not None]
+    return sum(end_j - start_j for start_j, end_j in known) if len(known) == len(pairs) else None
 
 
-def clocks_of(after: Reading, seen: dict[str, Any]) -> dict[str, Any]:
-    """What a Run keeps of clocks and neighbours: where they were watched, sm_mhz, throttle_reasons, other_processes."""
-    others = [count for count in after.get("other_processes", []) if count is not None]
-    clocks: dict[str, Any] = {name: seen[name] for name in ("sm_mhz", "throttle_reasons") if name in seen}
-    if others:
-        clocks["other_processes"] = sum(others)
-    return clocks
+def clocks_of(after: Reading, seen: Seen) -> Clocks:
+    """What a Run keeps of clocks and neighbours."""
+    others = [count for count in after.other_processes if count is not None]
+    return Clocks(seen.sm_mhz, seen.throttle_reasons, sum(others) if others else None)
 
 
 def _group_of(pid: int) -> int | None:
@@ -224,30 +239,8 @@ def _snake(word: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower()
 
 
-def smallest_memory_gib(devices: Devices) -> float | None:
-    """Memory of the smallest of the GPUs; None without GPUs, or where NVML is not installed."""
-    if devices.kind == "cpu" or not devices.ids:
-        return None
-    try:
-        sizes: list[float] = [device["memory_gib"] for device in GpuMonitor(devices).identify()]
-    except ConfigError:
-        return None
-    return min(sizes)
-
-
 def monitor(devices: Devices) -> Monitor:
     return GpuMonitor(devices) if devices.kind == "gpu" else CpuMonitor(devices)
-
-
-def _nvml_handle(nvml: Any, device_id: str) -> Any:
-    if device_id.isdecimal():
-        return nvml.nvmlDeviceGetHandleByIndex(int(device_id))
-    # CUDA takes the beginning of an identifier for the whole; NVML does not.
-    for index in range(nvml.nvmlDeviceGetCount()):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        if nvml.nvmlDeviceGetUUID(handle).startswith(device_id):
-            return handle
-    return nvml.nvmlDeviceGetHandleByUUID(device_id)
 
 
 def _or_none(nvml: Any, read: Any) -> Any:

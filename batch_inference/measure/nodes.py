@@ -14,32 +14,34 @@ environment. 1, and one line on every node, where they do not.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import socket
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
 
 from batch_inference.core.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.core.failures import WorkFailedError
 from batch_inference.measure.environment import installed_vllm
 from batch_inference.plan.devices import find_devices
 
+M = TypeVar("M", bound=Struct)
 TIMEOUT_S = 60.0
 _LONGEST_MESSAGE = 1 << 16
 
 
-class NodesError(Exception):
+class NodesError(WorkFailedError):
     """The nodes do not fit together, or one is missing: one line, the same on every node."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What must fit together; `arguments` is a hash of settings and grid."""
+class Introduction(Struct):
+    """What each node says of itself, and must fit together; `arguments` is a hash of settings and grid."""
 
     node: int
     host: str
@@ -59,15 +61,27 @@ class Facts:
         return None
 
 
-def disagreement(first: Facts, others: Iterable[Facts]) -> str | None:
+class Answer(Struct):
+    """What node 0 tells all others once they are there; None: they fit together."""
+
+    problem: str | None
+
+
+class Dismissal(Struct):
+    """Node 0's last word: the setting is over."""
+
+    failed: bool
+
+
+def disagreement(first: Introduction, others: Iterable[Introduction]) -> str | None:
     """Why the nodes cannot work together; None where they can."""
-    for facts in (first, *others):
-        who, theirs = f"node {facts.node} ({facts.host})", asdict(facts)
+    for one in (first, *others):
         for name, word in (("vllm_version", "vLLM"), ("arguments", "other arguments: their hash is")):
-            if theirs[name] != asdict(first)[name] and theirs[name] is not None:
-                return f"{who} has {word} {theirs[name]}, node 0 ({first.host}) {asdict(first)[name]}"
-        if facts.problem:
-            return facts.problem
+            theirs, ours = getattr(one, name), getattr(first, name)
+            if theirs != ours and theirs is not None:
+                return f"node {one.node} ({one.host}) has {word} {theirs}, node 0 ({first.host}) {ours}"
+        if one.problem:
+            return one.problem
     return None
 
 
@@ -101,14 +115,14 @@ class Nodes:
         """Which node is gone, of those that node 0 waits for; None while all are there."""
         for node, connection in self._connections.items():
             if select.select([connection], [], [], 0)[0]:
-                return f"node {node} is gone; what it printed says why"
+                return _gone(node)
         return None
 
     def dismiss(self, *, failed: bool) -> None:
         """Node 0: the setting is over."""
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                _send(connection, {"failed": failed})
+                _send(connection, Dismissal(failed))
 
     def dismissed(self, timeout_s: float) -> bool:
         """The other nodes: True where node 0 says that the setting is over; waits for `timeout_s`. Raises NodesError
@@ -117,26 +131,30 @@ class Nodes:
         if not select.select([connection], [], [], timeout_s)[0]:
             return False
         try:
-            failed = _receive(connection)["failed"]
-        except (OSError, ValueError, KeyError):
-            raise NodesError(f"node {node} is gone; what it printed says why") from None
+            failed = _receive(connection, Dismissal).failed
+        except (OSError, ValueError):
+            raise NodesError(_gone(node)) from None
         if failed:
             raise NodesError(f"the setting failed; what node {node} printed says why")
         return True
 
 
+def _gone(node: int) -> str:
+    return f"node {node} is gone; what it printed says why"
+
+
 def meet(config: ExperimentConfig) -> Nodes:
     """Wait for the nodes of a setting, a minute at most. Raises NodesError in every node where they do not fit."""
-    own = _facts_of(config, config.node_rank, config.devices_per_node)
+    own = _introduction(config, config.node_rank, config.devices_per_node)
     return _meet(config.nnodes, config.master_addr or "", config.master_port, own)
 
 
-def _facts_of(config: ExperimentConfig, node: int, devices_needed: int) -> Facts:
+def _introduction(config: ExperimentConfig, node: int, devices_needed: int) -> Introduction:
     arguments = config.arguments_hash()
-    return Facts(node, socket.gethostname(), arguments, installed_vllm(), len(find_devices()), devices_needed)
+    return Introduction(node, socket.gethostname(), arguments, installed_vllm(), len(find_devices()), devices_needed)
 
 
-def _meet(nnodes: int, address: str, port: int, own: Facts) -> Nodes:
+def _meet(nnodes: int, address: str, port: int, own: Introduction) -> Nodes:
     deadline_s = time.monotonic() + TIMEOUT_S
     if own.node > 0:
         return attend(address, port, own, deadline_s)
@@ -148,28 +166,28 @@ def _meet(nnodes: int, address: str, port: int, own: Facts) -> Nodes:
         return gather(server, own, nnodes, deadline_s)
 
 
-def gather(server: socket.socket, first: Facts, nnodes: int, deadline_s: float) -> Nodes:
+def gather(server: socket.socket, first: Introduction, nnodes: int, deadline_s: float) -> Nodes:
     """Node 0: hear every other node and tell them the verdict. Raises NodesError."""
-    calls: dict[int, tuple[Facts, socket.socket]] = {}
+    calls: dict[int, tuple[Introduction, socket.socket]] = {}
     while len(calls) < nnodes - 1 and (left_s := deadline_s - time.monotonic()) > 0:
         server.settimeout(left_s)
         try:
             connection, _ = server.accept()
             connection.settimeout(5)
-            facts = Facts(**_receive(connection))
-        except (OSError, ValueError, TypeError):
+            caller = _receive(connection, Introduction)
+        except (OSError, ValueError):
             continue  # a time-out, or somebody else's call
-        calls[facts.node] = (facts, connection)
+        calls[caller.node] = (caller, connection)
     missing = [str(node) for node in range(1, nnodes) if node not in calls]
     problem = (
         f"node {', '.join(missing)} of {nnodes} did not come within {TIMEOUT_S:.0f} s; start the same command there"
         if missing
-        else disagreement(first, (facts for _, (facts, _) in sorted(calls.items(), key=lambda call: call[0])))
+        else disagreement(first, (calls[node][0] for node in sorted(calls)))
     )
     connections = {node: connection for node, (_, connection) in calls.items()}
     for connection in connections.values():
         with contextlib.suppress(OSError):
-            _send(connection, {"problem": problem})
+            _send(connection, Answer(problem))
     if problem:
         for connection in connections.values():
             connection.close()
@@ -177,7 +195,7 @@ def gather(server: socket.socket, first: Facts, nnodes: int, deadline_s: float) 
     return Nodes(connections)
 
 
-def attend(address: str, port: int, own: Facts, deadline_s: float) -> Nodes:
+def attend(address: str, port: int, own: Introduction, deadline_s: float) -> Nodes:
     """The other nodes: say who they are, and hear the verdict. Raises NodesError."""
     while True:
         try:
@@ -190,11 +208,11 @@ def attend(address: str, port: int, own: Facts, deadline_s: float) -> Nodes:
                 ) from error
             time.sleep(0.2)
     try:
-        _send(connection, asdict(own))
+        _send(connection, own)
         # Node 0 may wait for another node until its own time is over.
         connection.settimeout(TIMEOUT_S + 5)
-        problem = _receive(connection)["problem"]
-    except (OSError, ValueError, KeyError):
+        problem = _receive(connection, Answer).problem
+    except (OSError, ValueError):
         problem = f"--master-addr {address}: node 0 ended before all nodes had come"
     if problem:
         connection.close()
@@ -202,22 +220,20 @@ def attend(address: str, port: int, own: Facts, deadline_s: float) -> Nodes:
     return Nodes({0: connection})
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
+def _send(connection: socket.socket, message: Struct) -> None:
+    connection.sendall(msgspec.json.encode(message) + b"\n")
 
 
-def _receive(connection: socket.socket) -> dict[str, Any]:
+def _receive(connection: socket.socket, kind: type[M]) -> M:
+    """Raises OSError, or ValueError for what is no such message."""
     with connection.makefile("rb") as lines:
-        message = json.loads(lines.readline(_LONGEST_MESSAGE))
-    if not isinstance(message, dict):
-        raise ValueError("not an object")
-    return message
+        return msgspec.json.decode(lines.readline(_LONGEST_MESSAGE), type=kind)
 
 
 def main(words: list[str]) -> int:
     nnodes, node, port, needed = (int(words[index]) for index in (0, 1, 3, 4))
     try:
-        own = _facts_of(parse_flags(words[6:])[0], node, needed)
+        own = _introduction(parse_flags(words[6:])[0], node, needed)
         with _meet(nnodes, words[2], port, own) as nodes:
             print("\n".join(f"{name}={value}" for name, value in nodes.environment().items()))
     except (ConfigError, NodesError) as error:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from batch_inference.core.config import ConfigError
+from batch_inference.core.results import DeviceInfo, Peaks
 from batch_inference.measure.environment import python_path
 from batch_inference.plan.devices import Devices
 
@@ -42,27 +43,25 @@ _MEASURE_TIMEOUT_S = 300.0
 _LEAST_S = 0.5  # of timed work, for each of the two
 
 
-def peaks_of(device_name: str, dtype: str | None) -> dict[str, Any] | None:
-    """What the datasheet of a device says for weights of `dtype`; None where it is not known here.
-
-    flops_per_s and bytes_per_s of one device, and "source"."""
+def peaks_of(device_name: str, dtype: str | None) -> Peaks | None:
+    """What the datasheet of a device says for weights of `dtype`; None where it is not known here."""
     # A slice of a GPU has only its share.
     if dtype not in ("float16", "bfloat16") or re.search(r"\bMIG\b", device_name):
         return None
     for words, flops_per_s, bytes_per_s, source in DATASHEETS:
         # Whole words: an H200 is no H20, and a GH200 no H200.
         if re.search(rf"\b{words}\b", device_name):
-            return {"flops_per_s": flops_per_s, "bytes_per_s": bytes_per_s, "dtype": dtype, "source": source}
+            return Peaks(flops_per_s, bytes_per_s, source, dtype)
     return None
 
 
-def datasheet_peaks(devices: Sequence[dict[str, Any]], dtype: str | None) -> dict[str, Any] | None:
+def datasheet_peaks(devices: Sequence[DeviceInfo], dtype: str | None) -> Peaks | None:
     """`peaks_of` devices as a result file has them; None where they are not all the same."""
-    names = {str(device["name"]) for device in devices}
+    names = {device.name for device in devices}
     return peaks_of(names.pop(), dtype) if len(names) == 1 else None
 
 
-def measure_peaks(devices: Devices, dtype: str) -> dict[str, Any]:
+def measure_peaks(devices: Devices, dtype: str) -> Peaks:
     """One matrix product and one copy on the first device, a few seconds. Raises ConfigError where it fails."""
     first = devices.slice_for(0, 1)
     words = [dtype, *(first.ids if first.kind == "cpu" else ())]
@@ -72,13 +71,14 @@ def measure_peaks(devices: Devices, dtype: str) -> dict[str, Any]:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_MEASURE_TIMEOUT_S, env=environment, check=True
         )
-        measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        measured = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         raise ConfigError(f"--measure-peaks: not done within {_MEASURE_TIMEOUT_S:.0f} s; leave it out") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ["no reason is given"])[-1]
         raise ConfigError(f"--measure-peaks: {reason}; leave it out") from error
-    return {**measured, "dtype": dtype, "source": "measured: one matrix product, one copy"}
+    source = "measured: one matrix product, one copy"
+    return Peaks(measured["flops_per_s"], measured["bytes_per_s"], source, dtype)
 
 
 def main(dtype: str, cores: str | None = None) -> None:

@@ -1,14 +1,8 @@
 """The process that holds an engine: it answers the commands of the supervising script, one after the other.
 
-The script starts `python -m batch_inference.measure.worker COMMAND_FD REPLY_FD` and talks to it in JSON lines over
-these two file descriptors. Standard output and error are vLLM's, and go to the log.
+The script starts `python -m batch_inference.measure.worker COMMAND_FD REPLY_FD` and talks to it in the JSON lines of
+messages.py over these two file descriptors. Standard output and error are vLLM's, and go to the log.
 
-    {"op": "load", "config": {...}, "replica": 0}                          -> [{"event": "loaded", "engine": {...}}]
-    {"op": "prepare", "batch_size": 4, "seq_len": 512, "max_tokens": 128, "stream": [...]}  -> [{"event": "ready"}]
-    {"op": "start", "at_s": 12.5}   (time.monotonic; ranks start together)  -> [{"event": "done", "outcome": {...}}]
-    {"op": "serve", "config": {...}}                 (on nodes other than 0) -> [{"event": "served"}]
-    {"op": "close"}                                                        -> the process ends
-A command that fails is answered {"event": "failed", "reason": ..., "usage": true where the user's flags are wrong}.
 End of the commands means that the supervisor is gone, and did not wait: the process ends its whole group at once.
 
 Under torchrun the worker of rank 0 hands every command on to the other ranks, and its reply has one entry per rank.
@@ -18,7 +12,6 @@ Their scripts become workers themselves: `follow`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -26,18 +19,37 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.measure.engine import Engine, serve_node_0
 from batch_inference.measure.environment import installed_vllm
 from batch_inference.measure.hardware import Reading
 from batch_inference.measure.leftovers import remove, shared_memory_of
-from batch_inference.measure.ranks import JOIN_TIMEOUT_S, Place, Ranks, find_place
+from batch_inference.measure.messages import (
+    AnyCommand,
+    Close,
+    Done,
+    Failed,
+    Join,
+    Joined,
+    Load,
+    Loaded,
+    Outcome,
+    Prepare,
+    Ready,
+    Reply,
+    Serve,
+    Served,
+    Start,
+    command_from,
+    encode,
+)  # fmt: skip
+from batch_inference.measure.ranks import JOIN_TIMEOUT_S, Ranks
+from batch_inference.plan.place import Place, find_place
 
-Commands = queue.Queue[dict[str, Any]]
+Commands = queue.Queue[AnyCommand]
 READ_LEAD_S = 0.05  # for the workers of other machines to read their devices
 
 
@@ -54,16 +66,16 @@ class Worker:
         self._prompts: list[dict[str, list[int]]] = []
         self._max_tokens = 0
 
-    def lead(self, commands: Commands, send: Callable[[list[dict[str, Any]]], None]) -> None:
+    def lead(self, commands: Commands, send: Callable[[Sequence[Reply]], None]) -> None:
         """Answer until "close"; as rank 0 of a torchrun job, for all ranks."""
         while True:
             command = commands.get()
-            if command["op"] == "join":
+            if isinstance(command, Join):
                 send([self._reply(command)])
                 continue
             if self._ranks:
                 self._ranks.tell(command)
-            if command["op"] == "close":
+            if isinstance(command, Close):
                 return
             reply = self._reply(command)
             send(self._ranks.answer(reply) if self._ranks else [reply])
@@ -73,72 +85,79 @@ class Worker:
         self._join(config)
         assert self._ranks is not None
         timeout_s: float | None = None
-        while (command := self._ranks.hear(timeout_s))["op"] != "close":
+        while not isinstance(command := self._ranks.hear(timeout_s), Close):
             reply = self._reply(command)
             # Where this rank alone has failed, rank 0 may wait for it in a collective for ever.
-            timeout_s = JOIN_TIMEOUT_S if reply["event"] == "failed" else None
+            timeout_s = JOIN_TIMEOUT_S if isinstance(reply, Failed) else None
             self._ranks.answer(reply)
 
     def close(self) -> None:
         if self._engine:
             self._engine.close()
 
-    def _reply(self, command: dict[str, Any]) -> dict[str, Any]:
+    def _reply(self, command: AnyCommand) -> Reply:
         try:
             return self._do(command)
         except ConfigError as error:
-            return {"event": "failed", "reason": str(error), "usage": True}
+            return Failed(str(error), usage=True)
         except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the supervisor's to judge
             traceback.print_exc()
-            return {"event": "failed", "reason": f"{type(error).__name__}: {error}", "usage": False}
+            return Failed(f"{type(error).__name__}: {error}", usage=False)
 
-    def _do(self, command: dict[str, Any]) -> dict[str, Any]:
-        if command["op"] == "join":
-            self._join(_config_from(command["config"]))
-            return {"event": "joined"}
-        if command["op"] == "load":
-            return self._load(_config_from(command["config"]), command["replica"])
-        if command["op"] == "serve":
-            serve_node_0(_config_from(command["config"]))
-            return {"event": "served"}
+    def _do(self, command: AnyCommand) -> Reply:
+        match command:
+            case Join():
+                self._join(command.config)
+                return Joined()
+            case Load():
+                return self._load(command)
+            case Serve():
+                serve_node_0(command.config)
+                return Served()
+            case Prepare():
+                self._max_tokens = command.max_tokens
+                seed_parts = [*command.stream, self._replica]
+                self._prompts = self._loaded.make_prompts(command.batch_size, command.seq_len, seed_parts)
+                return Ready()
+            case Start():
+                return Done(self._run(self._loaded, command.at_s))
+        raise TypeError(f"{command} is no command for an engine")
+
+    @property
+    def _loaded(self) -> Engine:
         if self._engine is None:
-            raise ConfigError(f"{command['op']} before load")
-        if command["op"] == "prepare":
-            self._max_tokens = command["max_tokens"]
-            seed_parts = [*command["stream"], self._replica]
-            self._prompts = self._engine.make_prompts(command["batch_size"], command["seq_len"], seed_parts)
-            return {"event": "ready"}
-        return {"event": "done", "outcome": self._run(self._engine, command)}
+            raise RuntimeError("no engine is loaded")
+        return self._engine
 
     def _join(self, config: ExperimentConfig) -> None:
         assert self._place is not None
         self._ranks = Ranks(self._place)
         self._ranks.join({"vLLM": installed_vllm(), "arguments": config.arguments_hash()})
 
-    def _load(self, config: ExperimentConfig, replica: int) -> dict[str, Any]:
+    def _load(self, command: Load) -> Loaded:
+        config = command.config
         # Ranks count replica by replica, as vLLM does.
-        self._replica = replica if self._place is None else self._place.rank // config.devices_per_replica
+        self._replica = command.replica if self._place is None else self._place.rank // config.devices_per_replica
         self._reads_devices = config.devices_elsewhere
         self._engine = Engine(config, self._started_s)
-        return {"event": "loaded", "engine": self._engine.description}
+        return Loaded(self._engine.info)
 
-    def _run(self, engine: Engine, command: dict[str, Any]) -> dict[str, Any]:
+    def _run(self, engine: Engine, at_s: float | None) -> Outcome:
         if not self._reads_devices:
-            return engine.run(self._prompts, self._max_tokens, lambda: _sleep_until(command["at_s"]))
+            return engine.run(self._prompts, self._max_tokens, lambda: _sleep_until(at_s))
         before: list[Reading] = []
 
         def wait() -> None:
             # As late as can be: what the devices draw until the start is no part of the run.
+            _sleep_until(at_s, lead_s=READ_LEAD_S)
+            before.append(engine.read_devices())
             if self._ranks:
-                before.append(engine.read_devices())
                 self._ranks.start_together()
-            else:
-                _sleep_until(command["at_s"] - READ_LEAD_S)
-                before.append(engine.read_devices())
-                _sleep_until(command["at_s"])
+            _sleep_until(at_s)
 
         outcome = engine.run(self._prompts, self._max_tokens, wait)
-        return {**outcome, "readings": [*before, engine.read_devices()]}
+        outcome.readings = (before[0], engine.read_devices())
+        return outcome
 
 
 def follow(config: ExperimentConfig, place: Place, log_path: Path) -> int:
@@ -176,16 +195,10 @@ def _printing_to(log_path: Path) -> Iterator[None]:
             os.dup2(kept, stream.fileno())
 
 
-def _sleep_until(at_s: float) -> None:
-    time.sleep(max(0.0, at_s - time.monotonic()))
-
-
-def _config_from(values: dict[str, Any]) -> ExperimentConfig:
-    """JSON knows no tuples: its lists become tuples again."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return ExperimentConfig(**fields)
+def _sleep_until(at_s: float | None, lead_s: float = 0.0) -> None:
+    """None: the ranks start together, and at no time that is known before."""
+    if at_s is not None:
+        time.sleep(max(0.0, at_s - lead_s - time.monotonic()))
 
 
 def _read_commands(command_fd: int, commands: Commands) -> None:
@@ -198,7 +211,7 @@ def _read_commands(command_fd: int, commands: Commands) -> None:
     while chunk := os.read(command_fd, 1 << 16):
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
-            commands.put(json.loads(line))
+            commands.put(command_from(line))
     _end_group()
 
 
@@ -220,10 +233,10 @@ def main() -> None:
     for descriptor in (command_fd, reply_fd):
         os.set_inheritable(descriptor, False)
     worker = Worker(started_s, find_place())
-    with os.fdopen(reply_fd, "w", encoding="utf-8") as replies:
+    with os.fdopen(reply_fd, "wb") as replies:
 
-        def send(answers: list[dict[str, Any]]) -> None:
-            replies.write(json.dumps(answers) + "\n")
+        def send(answers: Sequence[Reply]) -> None:
+            replies.write(encode(answers) + b"\n")
             replies.flush()
 
         try:

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 GIB = 2**30
 # A machine without a GPU is divided into at most as many devices as a common GPU node has.
@@ -110,3 +110,34 @@ def _core_slices() -> Iterator[str]:
     width = len(cores) // count
     for index in range(count):
         yield ",".join(map(str, cores[index * width : (index + 1) * width]))
+
+
+# --- their memory -------------------------------------------------------------------------------------------------
+
+
+def smallest_memory_gib(devices: Devices) -> float | None:
+    """Memory of the smallest of the GPUs; None without GPUs, and where NVML is not installed or does not answer."""
+    if devices.kind == "cpu" or not devices.ids:
+        return None
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handles = [nvml_handle(pynvml, device_id) for device_id in devices.ids]
+        return min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles) / GIB
+    except pynvml.NVMLError:
+        return None
+
+
+def nvml_handle(nvml: Any, device_id: str) -> Any:
+    """NVML's handle of a device by its number or identifier. Raises NVMLError where there is none."""
+    if device_id.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(device_id))
+    # CUDA takes the beginning of an identifier for the whole; NVML does not.
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        if nvml.nvmlDeviceGetUUID(handle).startswith(device_id):
+            return handle
+    return nvml.nvmlDeviceGetHandleByUUID(device_id)

@@ -99,7 +99,7 @@ class LLM:
         assert method == "batch_inference_report"
         report = {
             "host": "stub",
-            "device": {"name": "a stub"},
+            "device": {"index": 0, "name": "a stub"},
             "weights_bytes": 2**30,
             "kv_bytes": 2**29,
             "activation_bytes": 2**28,

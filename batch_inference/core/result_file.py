@@ -1,0 +1,185 @@
+"""Result files on disk: written whole or not at all, read with every value checked against its type.
+
+python -m batch_inference.core.result_file >batch_inference/core/result.schema.json      the JSON Schema
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.results import SCHEMA_VERSION, Result
+
+
+class ResultFileError(WorkFailedError):
+    """A result file that cannot be read or written: the message names the file, what is wrong, what to do."""
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def to_json(result: Result) -> str:
+    """A line for each point, because a number per line makes nothing readable; the rest is set out.
+
+    Raises ValueError, naming the field, for a number that is none: msgspec would write it as null without a word.
+    """
+    for where in _not_finite(result, result.name):
+        raise ValueError(f"{where} is not a finite number")
+    document = {name: getattr(result, name) for name in result.__struct_fields__ if name != "points"}
+    head = msgspec.json.format(msgspec.json.encode({"schema_version": result.schema_version, **document}), indent=1)
+    points = ",".join(f"\n{msgspec.json.encode(point).decode()}" for point in result.points)
+    return head.decode().removesuffix("\n}") + f',\n "points": [{points}\n ]\n}}'
+
+
+def _not_finite(value: Any, where: str) -> Iterator[str]:
+    """Every place of a number that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where
+    for name, item in _parts(value):
+        yield from _not_finite(item, f"{where}{name}")
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What is inside, with its place behind that of the whole."""
+    if isinstance(value, Struct):
+        yield from ((f".{name}", getattr(value, name)) for name in value.__struct_fields__)
+    elif isinstance(value, dict):
+        yield from ((f".{name}", item) for name, item in value.items())
+    elif isinstance(value, list) and not _are_finite(value):
+        yield from ((f"[{number}]", item) for number, item in enumerate(value))
+
+
+def _are_finite(values: list[Any]) -> bool:
+    """Whether it is a list of finite numbers and nothing else: the long ones of a run are, and are done in one go."""
+    try:
+        return all(map(math.isfinite, values))
+    except TypeError:
+        return False
+
+
+def save_result(result: Result, path: Path) -> None:
+    """Write beside and rename, so that a reader sees the old file or the new one, never half of one.
+
+    Raises ResultFileError when the disk or the folder does not allow it; the previous file is intact then.
+    """
+    text = to_json(result) + "\n"
+    beside = _beside(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise ResultFileError(
+            f"{path}: cannot be written: {error.strerror}; free the disk or choose another path"
+        ) from error
+    finally:
+        # Gone where it was renamed; left where the disk is full, or somebody interrupted.
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError unless a file can be made beside `path`; the file at `path` is not touched."""
+    beside = _beside(path)
+    beside.write_text("{}")
+    beside.unlink()
+
+
+def _beside(path: Path) -> Path:
+    # Per-process name: two writers of one file must not share a temporary one.
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+class _Header(Struct):
+    schema_version: int
+
+
+def load_result(path: Path) -> Result:
+    """Read one result file. Raises ResultFileError naming the file, the field and the value that does not fit."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ResultFileError(f"{path}: cannot be read: {error.strerror}") from error
+    version = _version_of(data, path)
+    try:
+        if version == SCHEMA_VERSION:
+            return msgspec.json.decode(data, type=Result)
+        return msgspec.convert(_from_version_1(msgspec.json.decode(data)), Result)
+    except msgspec.ValidationError as error:
+        raise ResultFileError(f"{path}: not a result of this program ({_in_words(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise _no_json(path, error) from error
+
+
+def _version_of(data: bytes, path: Path) -> int:
+    try:
+        version = msgspec.json.decode(data, type=_Header).schema_version
+    except msgspec.ValidationError as error:
+        raise ResultFileError(f"{path}: not a result of this program ({_in_words(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise _no_json(path, error) from error
+    if not 1 <= version <= SCHEMA_VERSION:
+        raise ResultFileError(
+            f"{path}: schema_version is {version}, this program reads up to {SCHEMA_VERSION}; update this program"
+        )
+    return version
+
+
+def _no_json(path: Path, error: Exception) -> ResultFileError:
+    return ResultFileError(f"{path}: not valid JSON ({error}); run that setting again with --overwrite")
+
+
+def _in_words(error: msgspec.ValidationError) -> str:
+    """ "Expected `int`, got `str` - at `$.points[0].seq_len`" -> "points[0].seq_len: expected `int`, got `str`"."""
+    what, _, where = str(error).partition(" - at `")
+    field = where.rstrip("`").removeprefix("$").removeprefix(".")
+    return f"{field}: {what[:1].lower()}{what[1:]}" if field else f"{what[:1].lower()}{what[1:]}"
+
+
+def _from_version_1(document: Any) -> Any:
+    """As version 2 has it. Failures stood in `engine`, and each point held what was otherwise with its own engine."""
+    if not isinstance(document, dict) or not isinstance(document.get("engine"), dict):
+        return document
+    engine = document["engine"]
+    beside = {name: engine[name] for name in ("failure", "restarts") if name in engine}
+    upgraded = {**document, **beside, "engine": engine if "vllm_version" in engine else None}
+    earlier: list[dict[str, Any]] = []
+    if isinstance(document.get("points"), list):
+        upgraded["points"] = [_point_from_version_1(point, engine, earlier) for point in document["points"]]
+    return {**upgraded, "earlier_engines": earlier, "schema_version": SCHEMA_VERSION}
+
+
+def _point_from_version_1(point: Any, engine: dict[str, Any], earlier: list[dict[str, Any]]) -> Any:
+    """`earlier` grows by the point's own engine where no other point has had the same."""
+    own = point.get("engine") if isinstance(point, dict) else None
+    if not isinstance(own, dict):
+        return point
+    if not own:
+        return {**point, "engine": None}
+    whole = {**engine, **own, "workers": [], "replicas": []}
+    if whole not in earlier:
+        earlier.append(whole)
+    return {**point, "engine": earlier.index(whole)}
+
+
+def json_schema() -> dict[str, Any]:
+    schema = msgspec.json.schema(Result)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Result", **schema}
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,74 @@
+"""What the replicas report of a run, and what the devices showed, as one Run of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from batch_inference.core.results import (
+    Counters,
+    Memory,
+    ReplicaRun,
+    Requests,
+    Run,
+    Warmup,
+)
+from batch_inference.measure.hardware import Reading, Seen, clocks_of, drawn_j
+from batch_inference.measure.messages import Outcome
+
+T = TypeVar("T")
+
+
+def as_warmup(run: Run, reason: str | None = None) -> Warmup:
+    return Warmup(run.latency_s, run.counters.jit_compilations or None, reason)
+
+
+def combine(outcomes: list[Outcome], before: Reading, after: Reading, seen: Seen) -> Run:
+    """One run out of what each replica reports: the last end, the sum of tokens, every request; and out of what the
+    devices showed before, after and meanwhile (`seen`)."""
+    energy_j = drawn_j(before, after)
+    return Run(
+        latency_s=max(outcome.end_s for outcome in outcomes),
+        prompt_tokens=sum(outcome.prompt_tokens for outcome in outcomes),
+        output_tokens=sum(outcome.output_tokens for outcome in outcomes),
+        replicas=[
+            ReplicaRun(index, one.start_s, one.end_s, one.prompt_tokens, one.output_tokens)
+            for index, one in enumerate(outcomes)
+        ],
+        requests=_all_requests([outcome.requests for outcome in outcomes]),
+        energy_j=energy_j,
+        memory=Memory(
+            scope=after.scope,
+            used_gib=after.used_gib,
+            peak_gib=seen.peak_gib,
+            peak_kv_use=max(_known(outcome.peak_kv_use for outcome in outcomes), default=None),
+        ),
+        counters=_counters(outcomes),
+        unknown={} if energy_j is not None else {"energy_j": "this machine has no energy counter for its devices"},
+        clocks=clocks_of(after, seen),
+    )
+
+
+def _all_requests(of_replicas: Sequence[Requests]) -> Requests:
+    return Requests(
+        ttft_s=[value for requests in of_replicas for value in requests.ttft_s],
+        latency_s=[value for requests in of_replicas for value in requests.latency_s],
+        queue_s=[value for requests in of_replicas for value in requests.queue_s],
+        output_tokens=[value for requests in of_replicas for value in requests.output_tokens],
+    )
+
+
+def _counters(outcomes: Sequence[Outcome]) -> Counters:
+    compilations = _known(outcome.jit_compilations for outcome in outcomes)
+    return Counters(
+        preemptions=sum(outcome.preemptions for outcome in outcomes),
+        prefix_cache_hit_tokens=sum(outcome.prefix_cache_hit_tokens for outcome in outcomes),
+        jit_compilations=sum(compilations) if compilations else None,
+        peak_running=min(_known(outcome.peak_running for outcome in outcomes), default=None),
+        flops_per_device=max(_known(outcome.flops_per_device for outcome in outcomes), default=None),
+        memory_bytes_per_device=max(_known(outcome.memory_bytes_per_device for outcome in outcomes), default=None),
+    )
+
+
+def _known(values: Iterable[T | None]) -> list[T]:
+    return [value for value in values if value is not None]

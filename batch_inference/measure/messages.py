@@ -1,0 +1,123 @@
+"""What the supervising script and the processes that hold the engines say to each other: JSON lines, with types.
+
+    Load(config, replica)                         -> Loaded(engine)
+    Prepare(batch_size, seq_len, max_tokens ...)  -> Ready()
+    Start(at_s)                                   -> Done(outcome)
+    Serve(config)        (on nodes other than 0)  -> Served()
+    Join(config)         (the ranks of torchrun)  -> Joined()
+    Close()                                       the process ends
+
+A command that fails is answered by Failed(reason, usage). A line of replies has one for each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Struct
+
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.results import Count, EngineInfo, Requests
+from batch_inference.measure.hardware import Reading
+
+
+class Outcome(Struct):
+    """What one replica, or one rank, reports of a run; times by the clock of its own machine."""
+
+    start_s: float
+    end_s: float
+    prompt_tokens: Count
+    output_tokens: Count
+    requests: Requests
+    prefix_cache_hit_tokens: Count
+    preemptions: Count = 0
+    # None where vLLM does not tell.
+    peak_running: Count | None = None
+    peak_kv_use: float | None = None
+    flops_per_device: Count | None = None
+    memory_bytes_per_device: Count | None = None
+    jit_compilations: Count | None = None  # read from the log, by the supervisor
+    # Before and after the run, where only the replica itself can see its devices.
+    readings: tuple[Reading, Reading] | None = None
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+class Command(Struct, tag_field="op", tag=str.lower):
+    pass
+
+
+class Join(Command):
+    config: ExperimentConfig
+
+
+class Load(Command):
+    config: ExperimentConfig
+    replica: int
+
+
+class Serve(Command):
+    config: ExperimentConfig
+
+
+class Prepare(Command):
+    """Make the prompts of the next run; equal `stream`s make equal prompts."""
+
+    batch_size: int
+    seq_len: int
+    max_tokens: int
+    stream: list[int | str]
+
+
+class Start(Command):
+    at_s: float | None = None  # time.monotonic; None where the ranks start together
+
+
+class Close(Command):
+    pass
+
+
+AnyCommand = Join | Load | Serve | Prepare | Start | Close
+
+
+# --- replies ------------------------------------------------------------------------------------------------------
+
+
+class Reply(Struct, tag_field="event", tag=str.lower):
+    pass
+
+
+class Joined(Reply):
+    pass
+
+
+class Loaded(Reply):
+    engine: EngineInfo
+
+
+class Served(Reply):
+    pass
+
+
+class Ready(Reply):
+    pass
+
+
+class Done(Reply):
+    outcome: Outcome
+
+
+class Failed(Reply):
+    reason: str
+    usage: bool  # the user's flags are wrong
+
+
+AnyReply = Joined | Loaded | Served | Ready | Done | Failed
+
+
+encode = msgspec.json.encode
+command_from: Callable[[bytes], AnyCommand] = msgspec.json.Decoder(AnyCommand).decode
+reply_from: Callable[[bytes], AnyReply] = msgspec.json.Decoder(AnyReply).decode
+replies_from: Callable[[bytes], list[AnyReply]] = msgspec.json.Decoder(list[AnyReply]).decode

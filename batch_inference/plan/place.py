@@ -1,0 +1,50 @@
+"""This process in a torchrun job, where there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from batch_inference.core.config import ConfigError, ExperimentConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process in a torchrun job, by the variables that torchrun sets."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """None outside torchrun."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if any(name not in environment for name in names):
+        return None
+    return Place(*(int(environment[name]) for name in names))
+
+
+def check_place(config: ExperimentConfig, place: Place | None) -> None:
+    """--distributed-executor-backend external_launcher and torchrun belong together. Raises ConfigError."""
+    needed = config.num_devices
+    if config.distributed_executor_backend != "external_launcher":
+        if place:
+            raise ConfigError("torchrun started this: give --distributed-executor-backend external_launcher")
+    elif place is None:
+        if not config.dry_run:
+            raise ConfigError(
+                "--distributed-executor-backend external_launcher: start it with "
+                f"torchrun --nproc-per-node {needed} batch_inference_experiment.py ..."
+            )
+    elif place.world_size != needed:
+        raise ConfigError(
+            f"torchrun started {place.world_size} processes, TP x PP x DP is {needed}; "
+            f"give --nproc-per-node so that all nodes together have {needed}"
+        )
