@@ -273,7 +273,7 @@ def write_analysis(analysis: Analysis, problems: list[str], folder: Path, *, plo
 
 def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: tuple[str, ...] | None) -> str:
     """Write every file into `folder`, and return the summary that names them; `plots` None is all of them."""
-    from batch_inference.analyze.exports import write_csv, write_parquet
+    from batch_inference.analyze.exports import write_csv
     from batch_inference.analyze.page import as_html
     from batch_inference.analyze.report import sections
     from batch_inference.analyze.summary_json import write_summary
@@ -283,18 +283,22 @@ def write_all(analysis: Analysis, problems: list[str], folder: Path, *, plots: t
     drawn, missing = draw(analysis, folder, plots)
     parts = sections(analysis)
     page, report, table = folder / "report.html", folder / "report.md", folder / "results.csv"
-    numbers, parquet = folder / SUMMARY, folder / "results.parquet"
+    numbers = folder / SUMMARY
     files = [page, report, table, numbers]
     write_csv(analysis.points, table)
     write_summary(analysis, problems, numbers)
-    if write_parquet(analysis.points, parquet):
-        files.append(parquet)
-    else:
-        parquet.unlink(missing_ok=True)  # of an earlier analysis
+    remove_parquet(folder)
     report.write_text(as_markdown(parts, drawn, missing), encoding="utf-8")
     page.write_text(as_html(parts, analysis.points, drawn, missing), encoding="utf-8")
     not_drawn = [line for reason in missing for line in wrapped(f"not drawn: {reason}", indent=2)]
     return "\n".join([as_text(parts), "", *not_drawn, *map(str, files), *(str(path) for _, path in drawn)])
+
+
+def remove_parquet(folder: Path) -> None:
+    """Earlier versions wrote the table as Parquet too: what is left of one tells of another analysis."""
+    old = folder / "results.parquet"
+    if old.is_file():
+        old.unlink()
 
 
 def check_plots(names: tuple[str, ...] | None) -> None:

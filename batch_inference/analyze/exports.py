@@ -1,9 +1,8 @@
-"""The table of points as files: CSV and Parquet."""
+"""The table of points as a file: CSV."""
 
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,6 @@ def _csv_cells(column: pd.Series[Any]) -> list[str]:
 def _csv_text(value: Any) -> str:
     text = f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else str(value)
     return '"' + text.replace('"', '""') + '"' if re.search('[,"\n\r]', text) else text
-
-
-def write_parquet(table: pd.DataFrame, path: Path) -> bool:
-    """The same table with its types; False where pyarrow is not installed. Nothing runs a cell of a Parquet file, so
-    that text stays as it is."""
-    if find_spec("pyarrow") is None:
-        return False
-    cells = _typed(table)
-    for name in cells.select_dtypes(include="object").columns:
-        # A column that holds text in one file and numbers in another has no type of its own.
-        cells[name] = cells[name].map(str, na_action="ignore")
-    cells.to_parquet(path, index=False)
-    return True
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
