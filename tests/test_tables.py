@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from batch_inference.analyze import tables
-from batch_inference.analyze.exports import write_csv
+from batch_inference.analyze.exports import write_results_csv
 from batch_inference.analyze.tables import (
     GROUP_BY,
     TO_MENTION,
@@ -200,7 +200,7 @@ def test_the_share_that_each_device_of_a_cpu_got_is_no_difference(table: Any) ->
 
 def test_the_csv_reads_back_as_the_same_table(table: Any, tmp_path: Path) -> None:
     points = table([*make_sweep([(1, 1, 1), (2, 1, 1)]), make_result("f", [Point(1, 9, 32, "oom", reason='a,"b"\nc')])])
-    write_csv(points, tmp_path / "results.csv")
+    write_results_csv(points, tmp_path / "results.csv")
     back = pd.read_csv(tmp_path / "results.csv")
     assert list(back.columns) == list(points.columns)
     assert len(back) == len(points)
@@ -218,7 +218,7 @@ def test_a_spreadsheet_finds_no_formula(tmp_path: Path, start: str) -> None:
     result = make_result(evil, [point], config={"engine_args": [evil], evil: evil}, environment={"host": evil})
     path = tmp_path / "evil.json"
     save_all([result], tmp_path)[0].rename(path)
-    write_csv(point_table([load_setting(path)]), tmp_path / "results.csv")
+    write_results_csv(point_table([load_setting(path)]), tmp_path / "results.csv")
     back = pd.read_csv(tmp_path / "results.csv", dtype=str)
     for text in [*back.columns, *back.iloc[0].dropna()]:
         assert text.lstrip()[0] not in "=+-@\t"
@@ -227,12 +227,12 @@ def test_a_spreadsheet_finds_no_formula(tmp_path: Path, start: str) -> None:
 
 def test_negative_numbers_are_left_alone(table: Any, tmp_path: Path) -> None:
     points = table([make_result(points=[make_point()], config={"seed": -1})])
-    write_csv(points, tmp_path / "results.csv")
+    write_results_csv(points, tmp_path / "results.csv")
     assert pd.read_csv(tmp_path / "results.csv")["seed"].tolist() == [-1]
 
 
 def test_a_table_without_points_is_a_csv_with_a_header(table: Any, tmp_path: Path) -> None:
-    write_csv(table([make_result(status="failed")]), tmp_path / "results.csv")
+    write_results_csv(table([make_result(status="failed")]), tmp_path / "results.csv")
     assert "output_tok_per_s" in pd.read_csv(tmp_path / "results.csv").columns
 
 
