@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -51,7 +52,6 @@ def test_a_folder_becomes_summary_tables_reports_and_plots(analyze: Run, folder:
     done = analyze("--input", folder)
     assert (done.returncode, done.stderr) == (0, "")
     names = ["report.html", "report.md", "results.csv", "summary.json"]
-    names += ["results.parquet"] * (find_spec("pyarrow") is not None)
     plots = [
         f"{name}.png" for name in ("throughput", "latency", "ttft", "tpot", "scaling", "pareto", "heatmap", "memory")
     ]
@@ -66,11 +66,33 @@ def test_a_folder_becomes_summary_tables_reports_and_plots(analyze: Run, folder:
     assert all(f"]({name})" in report for name in plots)
 
 
+def test_each_plot_is_a_png_for_the_report_and_an_svg_that_the_page_holds(analyze: Run, folder: Path) -> None:
+    assert analyze("--input", folder).returncode == 0
+    written = folder / "analysis"
+    pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', (written / "report.html").read_text())
+    names = re.findall(r"!\[.*?\]\((.*?)\.png\)", (written / "report.md").read_text())
+    assert len(names) == 8
+    assert [base64.b64decode(data) for data in pictures] == [(written / f"{name}.svg").read_bytes() for name in names]
+    assert all((written / f"{name}.svg").read_text().startswith("<?xml") for name in names)
+    assert all((written / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_a_table_that_an_earlier_version_wrote_as_parquet_does_not_stay(analyze: Run, folder: Path) -> None:
+    (folder / "analysis").mkdir()
+    old = folder / "analysis" / "results.parquet"
+    old.write_bytes(b"PAR1")
+    assert analyze("--input", folder, "--no-plots").returncode == 0
+    assert not old.exists()
+    old.mkdir()  # is none of ours
+    assert analyze("--input", folder, "--no-plots").returncode == 0
+    assert old.is_dir()
+
+
 def test_a_single_file_is_analysed_beside_it(analyze: Run, folder: Path) -> None:
     done = analyze("--input", folder / "tp_1_results.json", "--no-plots")
     assert done.returncode == 0
     names = {path.name for path in (folder / "analysis").iterdir()}
-    assert names - {"results.parquet"} == {"report.html", "report.md", "results.csv", "summary.json"}
+    assert names == {"report.html", "report.md", "results.csv", "summary.json"}
     assert "tp_2" not in done.stdout
 
 

@@ -63,7 +63,7 @@ def test_heavy_packages_have_their_places() -> None:
     ("loaded", "forbidden"),
     [
         (("measure.experiment", "measure.replicas", "measure.engine"), ANALYSIS | {"vllm", "torch"}),
-        (("analyze.plots", "analyze.terminal", "analyze.page", "analyze.summary_json"), {"vllm", "torch"}),
+        (("analyze.plots", "analyze.report"), {"vllm", "torch"}),
     ],
 )
 def test_measuring_and_analysing_stay_apart(loaded: tuple[str, ...], forbidden: set[str]) -> None:

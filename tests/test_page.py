@@ -15,7 +15,7 @@ import pytest
 from batch_inference.analyze.answers import Question, analyse
 from batch_inference.analyze.page import as_html
 from batch_inference.analyze.plots import write_plots
-from batch_inference.analyze.report import sections
+from batch_inference.analyze.report import sections_of
 from batch_inference.analyze.sections import ROW_LIMIT
 from batch_inference.analyze.tables import load_setting
 from builders import make_point, make_result, make_sweep, save_all
@@ -31,8 +31,8 @@ HOSTILE = "<script>alert(1)</script> \"'&<img src=x onerror=alert(2)>"
 def page(tmp_path: Path) -> Any:
     def build(results: Any, plots: tuple[str, ...] = ()) -> str:
         analysis = analyse([load_setting(path) for path in save_all(results, tmp_path / "results")], Question())
-        drawn, missing = write_plots(analysis.parts, tmp_path, plots)
-        return as_html(sections(analysis), analysis.points, drawn, [*missing, f"energy: {HOSTILE}"])
+        drawn, missing = write_plots(analysis.groups, tmp_path, plots)
+        return as_html(sections_of(analysis), analysis.points, drawn, [*missing, f"energy: {HOSTILE}"])
 
     return build
 

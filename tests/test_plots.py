@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from batch_inference.analyze import plot_style, plots
-from batch_inference.analyze.answers import Part, Question, analyse
+from batch_inference.analyze.answers import Group, Question, analyse
 from batch_inference.analyze.plot_style import NothingToShowError, looks, named, named_first
 from batch_inference.analyze.plots import PLOTS, write_plots
 from batch_inference.analyze.tables import load_setting
@@ -36,10 +36,10 @@ def table(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Any:
-    def build(results: Sequence[Result], question: Question | None = None) -> list[Part]:
+def groups(tmp_path: Path) -> Any:
+    def build(results: Sequence[Result], question: Question | None = None) -> list[Group]:
         settings = [load_setting(path) for path in save_all(results, tmp_path)]
-        return analyse(settings, question or Question()).parts
+        return analyse(settings, question or Question()).groups
 
     return build
 
@@ -331,8 +331,8 @@ def test_the_legend_covers_no_data(table: Any) -> None:
 MANY = [(tp, pp, dp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for dp in (1, 2, 4)]
 
 
-def test_of_many_settings_the_best_are_named_and_the_others_a_range(parts: Any) -> None:
-    (points,) = named_first([part.points for part in parts(make_sweep(MANY, batch_sizes=(1, 4, 16)))])
+def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any) -> None:
+    (points,) = named_first([group.points for group in groups(make_sweep(MANY, batch_sizes=(1, 4, 16)))])
     names = named(points)
     assert len(names) == plot_style.NAMED
     assert "tp_8_pp_4_dp_4" in names
@@ -361,8 +361,8 @@ def test_of_many_lengths_some_are_drawn_and_that_is_said(table: Any) -> None:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def test_every_plot_becomes_a_png_and_an_svg_and_an_empty_one_a_reason(parts: Any, tmp_path: Path) -> None:
-    written, missing = write_plots(parts(make_sweep(SETTINGS[:1], batch_sizes=(1, 2))), tmp_path)
+def test_every_plot_becomes_a_png_and_an_svg_and_an_empty_one_a_reason(groups: Any, tmp_path: Path) -> None:
+    written, missing = write_plots(groups(make_sweep(SETTINGS[:1], batch_sizes=(1, 2))), tmp_path)
     names = ["throughput", "latency", "ttft", "tpot", "pareto", "heatmap", "memory"]
     assert [path.name for _, path in written] == [f"{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for _, path in written)
@@ -375,36 +375,36 @@ def test_every_plot_becomes_a_png_and_an_svg_and_an_empty_one_a_reason(parts: An
     ]
 
 
-def test_the_user_picks_plots(parts: Any, tmp_path: Path) -> None:
-    written, missing = write_plots(parts(make_sweep(SETTINGS[:1])), tmp_path, ["memory", "energy"])
+def test_the_user_picks_plots(groups: Any, tmp_path: Path) -> None:
+    written, missing = write_plots(groups(make_sweep(SETTINGS[:1])), tmp_path, ["memory", "energy"])
     assert [path.name for _, path in written] == ["memory.png"]
     assert len(missing) == 1
 
 
-def test_the_same_results_are_the_same_svg(parts: Any, tmp_path: Path) -> None:
+def test_the_same_results_are_the_same_svg(groups: Any, tmp_path: Path) -> None:
     found = []
     for _ in range(2):
-        write_plots(parts(make_sweep(SETTINGS[:1])), tmp_path, ["throughput"])
+        write_plots(groups(make_sweep(SETTINGS[:1])), tmp_path, ["throughput"])
         found.append((tmp_path / "throughput.svg").read_bytes())
     assert found[0] == found[1]
 
 
-def test_unlike_things_get_figures_of_their_own(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlike_things_get_figures_of_their_own(groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: dict[Path, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.update({path: self}))
     other = make_result("b", [make_point()], engine={"dtype": "float16"})
-    written, _ = write_plots(parts([make_result(points=[make_point()]), other]), tmp_path, ["throughput"])
+    written, _ = write_plots(groups([make_result(points=[make_point()]), other]), tmp_path, ["throughput"])
     assert [path.name for _, path in written] == ["throughput_group_1.png", "throughput_group_2.png"]
     assert [title[-9:] for title, _ in written] == ["(group 1)", "(group 2)"]
     assert [saved[path].texts[0].get_text()[-9:] for _, path in written] == ["(group 1)", "(group 2)"]
 
 
-def test_mixed_things_are_marked_in_every_title(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_things_are_marked_in_every_title(groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: dict[Path, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.update({path: self}))
     a100 = {"devices": [{"name": "NVIDIA A100"}]}
     results = make_sweep(SETTINGS[:1], (1, 2)) + make_sweep([(1, 1, 2)], (1, 2), environment=a100)
-    written, _ = write_plots(parts(results, Question(allow_mixed=True)), tmp_path)
+    written, _ = write_plots(groups(results, Question(allow_mixed=True)), tmp_path)
     assert len(written) == 9
     for title, path in written:
         assert "[MIXED: device_name]" in title
@@ -412,19 +412,19 @@ def test_mixed_things_are_marked_in_every_title(parts: Any, tmp_path: Path, monk
         assert "NVIDIA H100 80GB HBM3 + NVIDIA A100" in texts(saved[path])
 
 
-def test_plots_of_an_earlier_analysis_do_not_stay(parts: Any, tmp_path: Path) -> None:
+def test_plots_of_an_earlier_analysis_do_not_stay(groups: Any, tmp_path: Path) -> None:
     for name in ("throughput.png", "throughput.svg", "throughput_group_7.png", "mine.png"):
         (tmp_path / name).touch()
-    write_plots(parts([make_result(points=[Point(1, 8, 4, "oom", reason="x")])]), tmp_path)
+    write_plots(groups([make_result(points=[Point(1, 8, 4, "oom", reason="x")])]), tmp_path)
     assert not list(tmp_path.glob("throughput*"))
     assert (tmp_path / "mine.png").exists()
 
 
-def test_nothing_measured_is_said_for_every_plot(parts: Any, tmp_path: Path) -> None:
+def test_nothing_measured_is_said_for_every_plot(groups: Any, tmp_path: Path) -> None:
     failed = make_result(points=[Point(1, 8, 4, "oom", reason="x")])
     failed.engine = {}
     for results in ([failed], [make_result(status="failed")]):
-        written, missing = write_plots(parts(results), tmp_path)
+        written, missing = write_plots(groups(results), tmp_path)
         assert written == []
         assert len(missing) == len(PLOTS)
 
@@ -433,7 +433,7 @@ def test_names_from_files_are_text_and_no_formula(tmp_path: Path, recwarn: pytes
     paths = [tmp_path / f"{number}.json" for number in range(4)]
     for path, name in zip(paths, [r"$\frac{$", "_hidden", "型号", "x" * 300], strict=True):
         save_result(make_result(name, [make_point()], config={"model": r"$\sqrt{"}), path)
-    written, _ = write_plots(analyse([load_setting(path) for path in paths], Question()).parts, tmp_path)
+    written, _ = write_plots(analyse([load_setting(path) for path in paths], Question()).groups, tmp_path)
     assert len(written) == 7
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message) or "legend" in str(warning.message)]
     assert mpl.rcParams["text.parse_math"] is True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import analyze_results
+from batch_inference.analyze.flags import build_parser
 from batch_inference.analyze.plots import PLOTS
 from batch_inference.core import failures
 from batch_inference.core.config import ExperimentConfig, flag_of, parse_flags
@@ -56,7 +56,7 @@ def test_every_command_is_understood(command: str, tmp_path: Path) -> None:
         case ["python", "batch_inference_experiment.py"]:
             parse_flags(words[2:])
         case ["python", "analyze_results.py"]:
-            analyze_results.build_parser().parse_args(words[2:])
+            build_parser().parse_args(words[2:])
         case ["./run_batch_experiments.sh", *_]:
             check_plan(words[1:], tmp_path)
         case _:
@@ -134,7 +134,7 @@ def test_every_plot_and_every_dependency_is_named() -> None:
 
 
 def test_every_flag_of_the_analysis_is_in_its_table() -> None:
-    actions = analyze_results.build_parser()._actions
+    actions = build_parser()._actions
     flags = {option for action in actions for option in action.option_strings} - {"-h", "--help"}
     shown = {word for row in table_rows(section("Analyse")) for word in re.findall(r"`(--[a-z-]+)", row[0])}
     assert shown == flags

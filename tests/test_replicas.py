@@ -104,7 +104,16 @@ def test_a_killed_engine_is_noticed(replicas: LocalReplicas) -> None:
     replicas.start()
     os.kill(replicas.pids()[0], signal.SIGKILL)
     with pytest.raises(ReplicaError, match="signal SIGKILL"):
-        replicas.prepare(Prepare(1, 8, 4, [0,]))
+        replicas.prepare(
+            Prepare(
+                1,
+                8,
+                4,
+                [
+                    0,
+                ],
+            )
+        )
 
 
 def test_a_wrong_vllm_flag_is_wrong_use_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ import pytest
 
 from batch_inference.analyze.answers import Analysis, Question, QuestionError, analyse
 from batch_inference.analyze.decide import Limits
-from batch_inference.analyze.report import sections
-from batch_inference.analyze.sections import ROW_LIMIT, Section, with_interval
+from batch_inference.analyze.markdown import as_markdown, escaped
+from batch_inference.analyze.report import sections_of
+from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.tables import load_setting
-from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_markdown, as_text, escaped
+from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_text
+from batch_inference.analyze.wording import with_interval
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import Point, Result
 from builders import make_point, make_result, make_sweep, save_all
@@ -23,7 +25,7 @@ from builders import make_point, make_result, make_sweep, save_all
 def report(tmp_path: Path) -> Any:
     def build(results: Sequence[Result], question: Question | None = None, old: Sequence[Result] = ()) -> list[Section]:
         earlier = read(old, tmp_path / "old") if old else None
-        return sections(analyse(read(results, tmp_path / "new"), question or Question(), earlier))
+        return sections_of(analyse(read(results, tmp_path / "new"), question or Question(), earlier))
 
     return build
 
@@ -164,6 +166,13 @@ def test_a_terminal_gets_no_control_characters(report: Any) -> None:
     assert "gone" in text
 
 
+def test_the_text_leaves_the_tables_of_markdown_as_they_are(report: Any) -> None:
+    parts = report(make_sweep([(1, 1, 1), (2, 1, 1)]))
+    before = as_markdown(parts, [], [])
+    as_text(parts)
+    assert as_markdown(parts, [], []) == before
+
+
 # --- Markdown -----------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +187,7 @@ def test_every_line_of_a_table_has_the_same_number_of_cells(tmp_path: Path) -> N
     path = tmp_path / "a|b.json"
     name = "x|y\\|z `c` <img src=x onerror=alert(1)>\n| new | row |"
     save_result(make_result(name, [make_point()], environment={"host": "<b>"}), path)
-    text = as_markdown(sections(read_analysis([path])), [], [])
+    text = as_markdown(sections_of(read_analysis([path])), [], [])
     lines = [line.replace("\\\\", "").replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
     # The best of three goals, the front of one point, and the setting; each with two lines of heading.
     assert [line.count("|") for line in lines] == [7] * 5 + [6] * 3 + [6] * 3
@@ -263,7 +272,7 @@ def test_tp_pp_and_dp_stand_side_by_side_with_ratios(report: Any) -> None:
     assert row[3].endswith(" ●")
     assert row[4].startswith("0.333 ±")
     assert not row[4].endswith("●")
-    assert part.facts == [("fastest", "of 1 points: TP=2 ≈ PP=2 at 1")]
+    assert part.pairs == [("fastest", "of 1 points: TP=2 ≈ PP=2 at 1")]
 
 
 def test_many_layouts_are_several_tables_that_fit(report: Any) -> None:
@@ -367,8 +376,8 @@ def test_a_comparison_is_told_first_with_the_changes_on_top(report: Any) -> None
     parts = report([make_result(points=points(1.05), environment=newer)], old=[make_result(points=points(1.0))])
     part = parts[0]
     assert part.title == "Compared with the earlier results"
-    assert part.facts[0] == ("points compared", "3: 1 worse, 2 no difference")
-    assert part.facts[2] == ("vllm_version", "0.32.0 before, 0.33.0 now")
+    assert part.pairs[0] == ("points compared", "3: 1 worse, 2 no difference")
+    assert part.pairs[2] == ("vllm_version", "0.32.0 before, 0.33.0 now")
     assert part.rows[0][:5] == ["tp_1", "64", "2", "63.99", "60.94"]
     assert part.rows[0][5].startswith("0.952")
     assert part.rows[0][6] == "worse"

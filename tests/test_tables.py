@@ -1,4 +1,4 @@
-"""Result files to tables: columns, groups of like things, CSV and Parquet."""
+"""Result files to tables: columns, groups of like things, CSV."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from batch_inference.analyze import exports, tables
-from batch_inference.analyze.exports import write_csv, write_parquet
+from batch_inference.analyze import tables
+from batch_inference.analyze.exports import write_results_csv
 from batch_inference.analyze.tables import (
     GROUP_BY,
     TO_MENTION,
@@ -201,7 +201,7 @@ def test_the_share_that_each_device_of_a_cpu_got_is_no_difference(table: Any) ->
 
 def test_the_csv_reads_back_as_the_same_table(table: Any, tmp_path: Path) -> None:
     points = table([*make_sweep([(1, 1, 1), (2, 1, 1)]), make_result("f", [Point(1, 9, 32, "oom", reason='a,"b"\nc')])])
-    write_csv(points, tmp_path / "results.csv")
+    write_results_csv(points, tmp_path / "results.csv")
     back = pd.read_csv(tmp_path / "results.csv")
     assert list(back.columns) == list(points.columns)
     assert len(back) == len(points)
@@ -219,7 +219,7 @@ def test_a_spreadsheet_finds_no_formula(tmp_path: Path, start: str) -> None:
     result = make_result(evil, [point], config={"engine_args": [evil], evil: evil}, environment={"host": evil})
     path = tmp_path / "evil.json"
     save_all([result], tmp_path)[0].rename(path)
-    write_csv(point_table([load_setting(path)]), tmp_path / "results.csv")
+    write_results_csv(point_table([load_setting(path)]), tmp_path / "results.csv")
     back = pd.read_csv(tmp_path / "results.csv", dtype=str)
     for text in [*back.columns, *back.iloc[0].dropna()]:
         assert text.lstrip()[0] not in "=+-@\t"
@@ -228,31 +228,13 @@ def test_a_spreadsheet_finds_no_formula(tmp_path: Path, start: str) -> None:
 
 def test_negative_numbers_are_left_alone(table: Any, tmp_path: Path) -> None:
     points = table([make_result(points=[make_point()], config={"seed": -1})])
-    write_csv(points, tmp_path / "results.csv")
+    write_results_csv(points, tmp_path / "results.csv")
     assert pd.read_csv(tmp_path / "results.csv")["seed"].tolist() == [-1]
 
 
 def test_a_table_without_points_is_a_csv_with_a_header(table: Any, tmp_path: Path) -> None:
-    write_csv(table([make_result(status="failed")]), tmp_path / "results.csv")
+    write_results_csv(table([make_result(status="failed")]), tmp_path / "results.csv")
     assert "output_tok_per_s" in pd.read_csv(tmp_path / "results.csv").columns
-
-
-def test_a_table_of_any_columns_is_a_parquet_file_with_types(table: Any, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    mixed = make_result("=b", [make_point(), Point(2, 64, 32, "oom", reason="x")], config={"odd": "text"})
-    points = table([make_result("a", [make_point()], config={"odd": 5}), mixed])
-    assert write_parquet(points, tmp_path / "results.parquet")
-    back = pd.read_parquet(tmp_path / "results.parquet")
-    assert list(back.columns) == list(points.columns)
-    assert back["odd"].tolist() == ["text", "text", "5"]
-    assert back["setting"].tolist() == ["=b", "=b", "a"]
-    assert back["output_tok_per_s"].isna().sum() == 1
-
-
-def test_without_pyarrow_there_is_no_parquet_file(table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exports, "find_spec", lambda _: None)
-    assert not write_parquet(table([make_result(points=[make_point()])]), tmp_path / "results.parquet")
-    assert not (tmp_path / "results.parquet").exists()
 
 
 def test_any_percentile_becomes_a_column(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Everything that result files answer, worked out once: what report, page, summary and plots show."""
+"""Everything that result files answer, worked out once: what report, page, exports and plots show."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One group of like things."""
+class Group:
+    """Points that are alike, and what they answer."""
 
     number: int
+    name: str  # `group 2: dtype float16`, by what tells it from the others; empty where there is only one
     points: pd.DataFrame
-    title: str  # follows the title of whatever shows this part alone; empty where there is only one
     mixed: list[str]  # columns of GROUP_BY that are not alike, because the user allows it
     choices: list[Choice]
     layouts: pd.DataFrame  # compare.side_by_side
 
-    @property
-    def mark(self) -> str:
-        """What every title that ranks unlike things together ends with; empty for like ones."""
-        return mixed_mark(self.mixed)
+    def titled(self, title: str) -> str:
+        """The title of what shows this group alone."""
+        of_group = f" of {self.name}" if self.name else ""
+        return f"{title}{of_group}{mixed_mark(self.mixed)}"
 
 
 def mixed_mark(columns: Sequence[str]) -> str:
+    """What every title that ranks unlike things together ends with; empty for like ones."""
     return f" [MIXED: {', '.join(columns)}]" if columns else ""
 
 
@@ -53,8 +54,8 @@ def mixed_mark(columns: Sequence[str]) -> str:
 class Analysis:
     settings: Sequence[MeasuredSetting]
     points: pd.DataFrame
-    parts: list[Part]
-    unlike: list[str]  # the columns that tell the parts apart
+    groups: list[Group]
+    unlike: list[str]  # the columns that tell the groups apart
     question: Question
     comparison: SetComparison | None = None
 
@@ -72,11 +73,11 @@ def analyse(
     _check_baseline(points, question)
     points = with_pareto(with_cost(with_scaling(points, question.baseline), question.price))
     unlike = differing(points, list(group_by))
-    parts = [_part(number, part, unlike, question.limits) for number, part in groups(points)]
+    found = [_group(number, alike, unlike, question.limits) for number, alike in groups(points)]
     comparison = None
     if earlier is not None:
         comparison = compare_sets(points, point_table(earlier), asked_points(settings))
-    return Analysis(settings, points, parts, unlike, question, comparison)
+    return Analysis(settings, points, found, unlike, question, comparison)
 
 
 def _group_by(question: Question) -> tuple[str, ...]:
@@ -88,8 +89,8 @@ def _group_by(question: Question) -> tuple[str, ...]:
 def _check_mixed(points: pd.DataFrame, question: Question) -> None:
     if question.allow_mixed or question.group_by is None:
         return
-    for _, part in groups(points):
-        if mixed := differing(part, GROUP_BY):
+    for _, alike in groups(points):
+        if mixed := differing(alike, GROUP_BY):
             raise QuestionError(
                 f"--group-by {','.join(question.group_by)}: would rank together what differs in {', '.join(mixed)}; "
                 "name these too, or add --allow-mixed"
@@ -102,19 +103,18 @@ def _check_baseline(points: pd.DataFrame, question: Question) -> None:
         raise QuestionError(f"--baseline {question.baseline}: no such setting; choose one of {', '.join(names[:10])}")
 
 
-def _part(number: int, points: pd.DataFrame, unlike: Sequence[str], limits: Limits) -> Part:
-    mixed = differing(points, GROUP_BY)
-    return Part(
+def _group(number: int, points: pd.DataFrame, unlike: Sequence[str], limits: Limits) -> Group:
+    return Group(
         number=number,
+        name=f"group {number}: {_values(points, unlike)}" if unlike else "",
         points=points,
-        title=f" of group {number}: {values(points, unlike)}" if unlike else "",
-        mixed=mixed,
+        mixed=differing(points, GROUP_BY),
         choices=list(choices(points, limits)),
         layouts=side_by_side(points),
     )
 
 
-def values(part: pd.DataFrame, columns: Sequence[str]) -> str:
-    """The values of a group; a group has one for each of these columns."""
-    first = part.iloc[0]
+def _values(points: pd.DataFrame, columns: Sequence[str]) -> str:
+    """The values of a group; it has one for each of these columns."""
+    first = points.iloc[0]
     return ", ".join(f"{name} {'unknown' if pd.isna(first[name]) else plain(first[name])}" for name in columns)

@@ -1,7 +1,6 @@
 """Ratios of measured throughputs with their intervals: scaling, TP against PP against DP, a result set against another.
 
-Throughput is a fixed number of tokens over the mean latency of the runs, so that every test and interval here is one
-of those latencies.
+Throughput is a fixed number of tokens over the mean latency of the runs: every test and interval is one of latencies.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def with_scaling(table: pd.DataFrame, baseline: str | None = None) -> pd.DataFra
 
     The baseline is the setting of that name, else the group's setting of the fewest devices that has most points.
     """
-    names = {number: _baseline(part, baseline) for number, part in groups(table)}
+    names = {number: _baseline(points, baseline) for number, points in groups(table)}
     table = table.assign(scaling_baseline=table["group"].map(names).astype(object))
     measured = believable(table)
     base = measured[measured["setting"].astype(object) == measured["scaling_baseline"]]
@@ -111,8 +110,8 @@ def baseline_of(points: pd.DataFrame) -> str | None:
     return next(iter(points["scaling_baseline"].dropna()), None)
 
 
-def _baseline(part: pd.DataFrame, baseline: str | None) -> str | None:
-    points = believable(part)
+def _baseline(points: pd.DataFrame, baseline: str | None) -> str | None:
+    points = believable(points)
     if baseline is not None:
         return baseline if (points["setting"] == baseline).any() else None
     smallest = points[points["num_devices"] == points["num_devices"].min()]["setting"].astype(str)
@@ -152,7 +151,7 @@ def layout_order(tp: int, pp: int, dp: int) -> tuple[int, int, int, int]:
     return (sum(size > 1 for size in (tp, pp, dp)), -tp, -pp, -dp)
 
 
-def side_by_side(part: pd.DataFrame) -> pd.DataFrame:
+def side_by_side(points: pd.DataFrame) -> pd.DataFrame:
     """The fastest point of every layout where several layouts did EQUAL_WORK, in the order in which they are shown.
 
     Beside its work, sizes and measured numbers each row has `layout`, and `_order` by which layouts are sorted;
@@ -160,7 +159,7 @@ def side_by_side(part: pd.DataFrame) -> pd.DataFrame:
     throughput and for all whose interval overlaps it.
     """
     columns = [*dict.fromkeys([*EQUAL_WORK, *MEASURED, *SIZES, "setting", "batch_size", "verdict"])]
-    points = believable(part)[columns].dropna(subset="output_tok_per_s")
+    points = believable(points)[columns].dropna(subset="output_tok_per_s")
     sizes = [points[name].astype(int).tolist() for name in SIZES]
     order = pd.Series(list(map(layout_order, *sizes)), index=points.index, dtype=object)
     points = points.assign(layout=list(map(layout, *sizes)), _order=order)

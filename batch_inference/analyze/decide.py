@@ -80,16 +80,16 @@ class Choice:
 _RECORD = (*PLACE, "latency_mean_s", "latency_ci95_s")
 
 
-def choices(part: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice]:
+def choices(points: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice]:
     """Per prompt length and goal of one group; nothing for a length without a believable point."""
-    goals = [goal for goal in GOALS if goal.column in part]
+    goals = [goal for goal in GOALS if goal.column in points]
     # A table of a hundred columns is slow to sort.
     columns = dict.fromkeys([*_RECORD, *(goal.column for goal in goals), *limits.columns()])
-    for length, points in believable(part)[list(columns)].groupby("seq_len"):
+    for length, here in believable(points)[list(columns)].groupby("seq_len"):
         seq_len = int(str(length))
-        allowed = points[keeps(points, limits)]
+        allowed = here[keeps(here, limits)]
         if allowed.empty:
-            yield Choice(seq_len, goals[0], None, nearest=_nearest(points, limits))
+            yield Choice(seq_len, goals[0], None, nearest=_nearest(here, limits))
             continue
         for goal in goals:
             values = allowed[goal.column].dropna().sort_values(ascending=goal.better == "lower", kind="stable")

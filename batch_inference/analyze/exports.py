@@ -1,18 +1,28 @@
-"""The table of points as files: CSV and Parquet."""
+"""The answers for other programs: results.csv, every point with all its numbers; summary.json, what the report says."""
 
 from __future__ import annotations
 
+import json
 import re
-from importlib.util import find_spec
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from batch_inference.analyze.answers import Analysis, Group
+from batch_inference.analyze.compare import PLACE, SetComparison, baseline_of
+from batch_inference.analyze.decide import Choice, Goal
+from batch_inference.analyze.tables import GROUP_BY, half_width, setting_labels
+
+# --- results.csv --------------------------------------------------------------------------------------------------
+
+_CHUNK = 10_000
 _FORMULA = re.compile(r"\s*[=+\-@]")
 
 
-def write_csv(table: pd.DataFrame, path: Path) -> None:
+def write_results_csv(table: pd.DataFrame, path: Path) -> None:
     """One header row, an empty cell for unknown, no cell that a spreadsheet would run as a formula."""
     cells = _typed(table)
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -20,9 +30,6 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         for start in range(0, len(cells), _CHUNK):
             columns = [_csv_cells(cells[name].iloc[start : start + _CHUNK]) for name in cells.columns]
             file.writelines(",".join(row) + "\n" for row in zip(*columns, strict=True))
-
-
-_CHUNK = 10_000
 
 
 def _csv_cells(column: pd.Series[Any]) -> list[str]:
@@ -41,19 +48,113 @@ def _csv_text(value: Any) -> str:
     return '"' + text.replace('"', '""') + '"' if re.search('[,"\n\r]', text) else text
 
 
-def write_parquet(table: pd.DataFrame, path: Path) -> bool:
-    """The same table with its types; False where pyarrow is not installed. Nothing runs a cell of a Parquet file, so
-    that text stays as it is."""
-    if find_spec("pyarrow") is None:
-        return False
-    cells = _typed(table)
-    for name in cells.select_dtypes(include="object").columns:
-        # A column that holds text in one file and numbers in another has no type of its own.
-        cells[name] = cells[name].map(str, na_action="ignore")
-    cells.to_parquet(path, index=False)
-    return True
-
-
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     """Whole numbers stay whole where others of their column are unknown."""
     return table.astype({"setting": object}).convert_dtypes()
+
+
+# --- summary.json -------------------------------------------------------------------------------------------------
+
+# History
+#   1  first version
+SUMMARY_VERSION = 1
+
+_SCALING = [
+    f"{prefix}{name}{end}"
+    for prefix in ("", "weak_")
+    for name in ("speedup", "scaling_efficiency")
+    for end in ("", "_ci95")
+]
+
+
+def write_summary_json(analysis: Analysis, unreadable: Sequence[str], path: Path) -> None:
+    """Raises OSError where it cannot be written."""
+    # Without line breaks: with them Python's encoder takes ten times as long, which many points make seconds.
+    path.write_text(json.dumps(_summary(analysis, unreadable), allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _summary(analysis: Analysis, unreadable: Sequence[str]) -> dict[str, Any]:
+    """Plain dicts, lists, text, numbers and None."""
+    limits = analysis.question.limits
+    return {
+        "summary_version": SUMMARY_VERSION,
+        "limits": {name: _json_value(most) for name, most in limits.columns().items()},
+        "device_hour_price": analysis.question.price,
+        "unreadable": list(unreadable),
+        "settings": _settings(analysis),
+        "groups": [_group(group) for group in analysis.groups],
+        "comparison": _comparison(analysis.comparison),
+    }
+
+
+def _settings(analysis: Analysis) -> list[dict[str, Any]]:
+    labels = setting_labels(analysis.settings)
+    names = ("num_devices", "status", "points_ok", "points_asked", "load_s", "failure")
+    return [
+        {"setting": labels[setting.path], "file": setting.path.name, **{name: getattr(setting, name) for name in names}}
+        for setting in analysis.settings
+    ]
+
+
+def _group(group: Group) -> dict[str, Any]:
+    points = group.points
+    first = points.iloc[0]
+    front = points[points["pareto"].astype(bool)]
+    scaled = points.dropna(subset=["speedup", "weak_speedup"], how="all")
+    layouts = ("layout", "is_best", "output_tok_per_s", "ratio", "ratio_ci95", "p_value")
+    return {
+        "group": group.number,
+        "is": {name: _json_value(first[name]) for name in GROUP_BY if name not in group.mixed},
+        "mixed": group.mixed,
+        "best": [_choice(choice) for choice in group.choices],
+        "tp_pp_or_dp": _records(group.layouts, (*PLACE, *layouts)),
+        "scaling_baseline": baseline_of(points),
+        "scaling": _records(scaled, (*PLACE, *_SCALING)),
+        "pareto": _records(front, (*PLACE, "latency_mean_s", "output_tok_per_s_per_device")),
+    }
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    goal = choice.goal
+    return {
+        "seq_len": choice.seq_len,
+        "goal": goal.name,
+        "metric": goal.column,
+        "unit": goal.unit,
+        "best": None if choice.best is None else _chosen(choice.best, goal),
+        "ties": [_chosen(row, goal) for row in choice.ties],
+    }
+
+
+def _chosen(row: Mapping[Hashable, Any], goal: Goal) -> dict[str, Any]:
+    return {**_record(row, PLACE), "value": _json_value(row[goal.column]), "ci95": half_width(row, goal.column)}
+
+
+def _comparison(found: SetComparison | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    numbers = ("old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95", "p_value", "p_holm", "change")
+    return {
+        "unlike": {name: {"old": old, "new": new} for name, (old, new) in found.unlike.items()},
+        "only_new": found.only_new,
+        "only_old": found.only_old,
+        "repeated": found.repeated,
+        "points": _records(found.points, (*PLACE, *numbers)),
+    }
+
+
+def _records(points: pd.DataFrame, names: Iterable[str]) -> list[dict[str, Any]]:
+    names = list(names)
+    columns = [points[name].astype(object).where(points[name].notna(), None).tolist() for name in names]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _record(row: Mapping[Hashable, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: _json_value(row[name]) for name in names}
+
+
+def _json_value(value: Any) -> Any:
+    """What json can write: no numpy type, and None for unknown."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if value is None or value is pd.NA or (isinstance(value, float) and not np.isfinite(value)) else value

@@ -1,4 +1,4 @@
-"""The same sections as one HTML page: nothing is fetched, plots are inside, tables sort, light and dark."""
+"""The sections as one HTML page, report.html: nothing is fetched, plots are inside, tables sort, light and dark."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from batch_inference.analyze.sections import ROW_LIMIT, Section
+from batch_inference.analyze.wording import HEADING, not_drawn
 from batch_inference.core.text import short
 
 # The page allows itself no network at all, so that no name from a file can fetch anything.
@@ -67,21 +68,21 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 
 
 def as_html(
-    parts: Sequence[Section], points: pd.DataFrame, plots: Sequence[tuple[str, Path]], missing: Sequence[str]
+    sections: Sequence[Section], points: pd.DataFrame, plots: Sequence[tuple[str, Path]], missing: Sequence[str]
 ) -> str:
     """The whole page. `plots` are (title, path of the PNG); the SVG beside each is what the page holds.
 
     Raises OSError where a plot cannot be read.
     """
     body = [
-        "<h1>Batch inference: results</h1>",
+        f"<h1>{HEADING}</h1>",
         '<nav><a href="#plots">Plots</a><a href="#points">All points</a></nav>',
-        *(_section(part) for part in parts),
+        *map(_section, sections),
         '<h2 id="plots">Plots</h2>',
         *(_figure(title, path) for title, path in plots),
-        _list([f"Not drawn: {reason}" for reason in missing]),
+        _list(not_drawn(missing)),
         '<h2 id="points">All points</h2>',
-        _points(points),
+        _table(_points(points)),
     ]
     return "\n".join(
         [
@@ -89,7 +90,7 @@ def as_html(
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             # An empty icon, or a browser would ask for one.
-            '<link rel="icon" href="data:,"><title>Batch inference: results</title>',
+            f'<link rel="icon" href="data:,"><title>{HEADING}</title>',
             f"<style>{_STYLE}</style></head><body>",
             *filter(None, body),
             f"<script>{_SCRIPT}</script></body></html>\n",
@@ -97,19 +98,19 @@ def as_html(
     )
 
 
-def _section(part: Section) -> str:
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in part.facts)
-    table = _table(part.header, part.rows, part.numbers, part.more) if part.rows else ""
-    return f"<h2>{escape(part.title)}</h2>" + (f"<dl>{facts}</dl>" if facts else "") + table + _list(part.lines)
+def _section(section: Section) -> str:
+    pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in section.pairs)
+    table = _table(section) if section.rows else ""
+    return f"<h2>{escape(section.title)}</h2>" + (f"<dl>{pairs}</dl>" if pairs else "") + table + _list(section.lines)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[str], more: int) -> str:
-    classes = [' class="number"' if name in numbers else "" for name in header]
+def _table(section: Section) -> str:
+    classes = [' class="number"' if side == "right" else "" for side in section.alignment]
     heads = "".join(
-        f"<th{kind}><button>{escape(name)}</button></th>" for kind, name in zip(classes, header, strict=True)
+        f"<th{kind}><button>{escape(name)}</button></th>" for kind, name in zip(classes, section.header, strict=True)
     )
-    lines = ("<tr>" + "".join(_cells(row, classes)) + "</tr>" for row in rows)
-    rest = f"<p>… and {more} more rows: results.csv and summary.json have all.</p>" if more else ""
+    lines = ("<tr>" + "".join(_cells(row, classes)) + "</tr>" for row in section.rows)
+    rest = f"<p>{escape(section.rest)}</p>" if section.rest else ""
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>\n" + "\n".join(lines) + "</tbody></table>"
     return f'<div class="wide">{table}</div>' + rest
 
@@ -128,14 +129,15 @@ def _figure(title: str, path: Path) -> str:
     return f'<figure><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 
-def _points(points: pd.DataFrame) -> str:
+def _points(points: pd.DataFrame) -> Section:
     columns = {label: name for label, name in _POINTS.items() if name in points}
     shown = points[list(columns.values())]
     rows = [
         [_cell(value, label) for label, value in zip(columns, row, strict=True)]
         for row in shown.head(ROW_LIMIT).itertuples(index=False)
     ]
-    return _table(list(columns), rows, frozenset(columns) - _TEXT_COLUMNS, len(shown) - len(rows))
+    numbers = frozenset(columns) - _TEXT_COLUMNS
+    return Section("", header=tuple(columns), rows=rows, numbers=numbers, more=len(shown) - len(rows))
 
 
 def _cell(value: object, label: str) -> str:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from batch_inference.analyze.plot_style import (
     FACETS,
+    NOTHING_MEASURED,
     NothingToShowError,
     axis_label,
     batch_axis,
@@ -42,7 +43,7 @@ class Curve:
 def measured_points(points: pd.DataFrame, metric: str) -> pd.DataFrame:
     measured = points[(points["status"] == "ok") & points[metric].notna()]
     if measured.empty:
-        raise NothingToShowError("no point tells it" if (points["status"] == "ok").any() else "no point was measured")
+        raise NothingToShowError("no point tells it" if (points["status"] == "ok").any() else NOTHING_MEASURED)
     return measured
 
 

@@ -48,6 +48,9 @@ REFERENCE: dict[str, Any] = {"color": "0.25", "linewidth": 1, "linestyle": (0, (
 BESIDE: dict[str, Any] = {"xytext": (-3, 3), "textcoords": "offset points", "ha": "right"}
 
 
+NOTHING_MEASURED = "no point was measured"
+
+
 class NothingToShowError(Exception):
     """There is no point that this plot could draw; the message says why."""
 
@@ -56,7 +59,7 @@ class NothingToShowError(Exception):
 
 
 def looks(points: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash of every setting of the analysis: the same for every part of its table."""
+    """Colour, marker and dash of every setting of the analysis: the same for every group."""
     names = list(points["setting"].cat.categories)
     return {
         name: {"color": color, "marker": marker, "linestyle": _DASHES[index // len(_PALETTE) % len(_DASHES)]}
@@ -68,7 +71,7 @@ def named(points: pd.DataFrame) -> list[str]:
     """The settings that get a line of their own: all, or of many the best of every goal and length, in turns."""
     present = [str(name) for name in points["setting"].cat.categories if (points["setting"] == name).any()]
     if "_named" in points:
-        # Chosen from all points of the part, so that every plot of it names the same.
+        # Chosen from all points of the group, so that every plot of it names the same.
         chosen = set(points.loc[points["_named"], "setting"])
         return [name for name in present if name in chosen]
     return present if len(present) <= ALL_NAMED else _best(points)
@@ -84,19 +87,19 @@ def _best(points: pd.DataFrame) -> list[str]:
     return list(in_turns)[:NAMED]
 
 
-def named_first(parts: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The parts with the column `_named`; of many settings those are the first in order, and so have colours of their
-    own."""
-    chosen = [named(part) for part in parts]
+def named_first(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The points of each group with the column `_named`; of many settings those are the first in order, and so have
+    colours of their own."""
+    chosen = [named(points) for points in tables]
     first = dict.fromkeys(
         name
-        for part, names in zip(parts, chosen, strict=True)
-        if part["setting"].nunique() > ALL_NAMED
+        for points, names in zip(tables, chosen, strict=True)
+        if points["setting"].nunique() > ALL_NAMED
         for name in names
     )
     return [
-        part.assign(_named=part["setting"].isin(names), setting=_reordered(part["setting"], first))
-        for part, names in zip(parts, chosen, strict=True)
+        points.assign(_named=points["setting"].isin(names), setting=_reordered(points["setting"], first))
+        for points, names in zip(tables, chosen, strict=True)
     ]
 
 
@@ -135,7 +138,7 @@ def new_figure(
     columns = columns_of(facets)
     rows = -(-facets // columns)
     legend_columns, legend_in = _legend_size(handles)
-    # Those of the whole part, where they are given: the points that a plot shows may be alike by chance.
+    # Those of the whole group, where they are given: the points that a plot shows may be alike by chance.
     mark, about = points[["_mark", "_about"]].iloc[0] if "_mark" in points else ("", subtitle_of(points))
     heading = textwrap.wrap(title + mark, 78)
     subtitle = textwrap.wrap(about, 118)[:3]

@@ -14,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from batch_inference.analyze.answers import Part
+from batch_inference.analyze.answers import Group, mixed_mark
 from batch_inference.analyze.compare import baseline_of, halves
 from batch_inference.analyze.plot_lines import (
     GLOBAL_BATCH,
@@ -26,16 +25,16 @@ from batch_inference.analyze.plot_lines import (
     line_facets,
     measured_points,
 )
+from batch_inference.analyze.plot_memory import memory
 from batch_inference.analyze.plot_style import (
-    BESIDE,
     DPI,
+    NOTHING_MEASURED,
     REFERENCE,
     STYLE,
     WIDTH_IN,
     NothingToShowError,
     axis_label,
     handles_of,
-    hollow,
     label_outside,
     looks,
     named,
@@ -50,31 +49,40 @@ from batch_inference.analyze.plot_style import (
 from batch_inference.core.metrics import METRIC_BY_NAME
 from batch_inference.core.text import short, short_name
 
-# Bars of memory on a sheet, and facets of a heat map.
-_BARS, _MAPS = 40, 6
+# Facets of a heat map.
+_MAPS = 6
+# Titles that a figure has too, or begins with.
+_THROUGHPUT, _LATENCY = "Output throughput against batch size", "Batch latency against batch size"
+_TTFT, _TPOT = "Time to first token", "Time per output token"
+_ENERGY = METRIC_BY_NAME["energy_j_per_output_token"].label
+_ROOFLINE = "MFU and MBU against the roofline"
 
 
 def throughput(points: pd.DataFrame) -> Figure:
     measured = measured_points(points, "output_tok_per_s")
     measured = measured.assign(_half=halves(measured, "output_tok_per_s"))
-    return line_facets(measured, Curve("output_tok_per_s"), "Output throughput against batch size")
+    return line_facets(measured, Curve("output_tok_per_s"), _THROUGHPUT)
 
 
 def latency(points: pd.DataFrame) -> Figure:
-    return _percentiles(points, "latency", "Batch latency against batch size")
+    return _percentiles(points, "latency", _LATENCY)
 
 
 def ttft(points: pd.DataFrame) -> Figure:
-    return _percentiles(points, "ttft", "Time to first token against batch size")
+    return _percentiles(points, "ttft", _against_batch(_TTFT))
 
 
 def tpot(points: pd.DataFrame) -> Figure:
-    return _percentiles(points, "tpot", "Time per output token against batch size")
+    return _percentiles(points, "tpot", _against_batch(_TPOT))
 
 
 def energy(points: pd.DataFrame) -> Figure:
     name = "energy_j_per_output_token"
-    return line_facets(measured_points(points, name), Curve(name), "Energy per output token against batch size")
+    return line_facets(measured_points(points, name), Curve(name), _against_batch(_ENERGY))
+
+
+def _against_batch(what: str) -> str:
+    return f"{what} against batch size"
 
 
 def _percentiles(points: pd.DataFrame, prefix: str, title: str) -> Figure:
@@ -145,12 +153,10 @@ def pareto(points: pd.DataFrame) -> Figure:
 def roofline(points: pd.DataFrame) -> Figure:
     """Left of the ridge memory bandwidth is the roof, right of it arithmetic: a point's height is its MFU, and its
     distance below the slanted roof its MBU."""
-    if not {"mfu", "mbu"} <= set(points):
-        raise NothingToShowError("no point tells them")
     measured = points[(points["status"] == "ok") & (points["mfu"] > 0) & (points["mbu"] > 0)]
     if measured.empty:
         raise NothingToShowError("no point tells them")
-    title = "MFU and MBU against the roofline" + of_many(measured, "the others")
+    title = _ROOFLINE + of_many(measured, "the others")
     measured = measured.assign(_x=measured["mfu"] / measured["mbu"])
     roof = Line2D([], [], label="roof: peak bandwidth, peak arithmetic", **REFERENCE)
     figure, grid = length_grid(measured, title, [*handles_of(measured, named(measured)), roof])
@@ -226,106 +232,42 @@ def _draw_map(
     return image
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
-
-
-def memory(points: pd.DataFrame) -> Figure:
-    """One bar per setting: weights, activations and KV pool per device, and a mark at the highest use seen."""
-    parts = [name for name in ("weights_gib", "activations_gib", "kv_pool_gib") if name in points]
-    parts = [name for name in parts if points[name].notna().any()]
-    peak = (
-        "memory_peak_gib"
-        if "memory_peak_gib" in points and points["memory_peak_gib"].notna().any()
-        else "memory_used_gib"
-    )
-    known = points.dropna(subset=[*parts, peak], how="all")
-    if known.empty:
-        raise NothingToShowError("no memory was reported")
-    most = known.groupby("setting", observed=True, sort=True)[[*parts, peak]].max()
-    of_settings = f" ({_BARS} of {len(most)} settings)" if len(most) > _BARS else ""
-    most = most.head(_BARS)
-    names = [str(name) for name in most.index]
-    scope = "replica's processes" if "replica" in set(known["memory_scope"]) else "device"
-    handles = [_part_handle(name) for name in parts] + [hollow("D", "black", f"Highest use, {scope}")]
-    figure, (axes,) = new_figure(points, "Memory" + of_settings, 1, 0.32 * len(names) + 0.5, handles)
-    figure.subplots_adjust(left=(0.3 + 0.075 * min(30, max(map(len, names)))) / WIDTH_IN)
-    _draw_bars(axes, most[parts].fillna(0), [looks(points)[name]["color"] for name in names])
-    axes.plot(most[peak], range(len(names)), "D", color="black", markerfacecolor="white", zorder=3, clip_on=False)
-    _draw_capacity(axes, known)
-    axes.set(yticks=list(range(len(names))), xlabel="Memory [GiB]", xlim=(0, None), ylim=(-0.6, len(names) - 0.4))
-    axes.set_yticklabels([short_name(name, 30) for name in names])
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    return figure
-
-
-# How strong the colour of the setting is, and the hatch.
-_PART_LOOKS: dict[str, tuple[float, str]] = {
-    "weights_gib": (1.0, ""), "activations_gib": (0.55, "...."), "kv_pool_gib": (0.3, "////"),
-}  # fmt: skip
-
-
-def _part_handle(name: str) -> Patch:
-    alpha, hatch = _PART_LOOKS[name]
-    grey = str(round(1 - 0.65 * alpha, 2))
-    label = METRIC_BY_NAME[name].label if name in METRIC_BY_NAME else name
-    return Patch(facecolor=grey, edgecolor="0.35", hatch=hatch, label=label)
-
-
-def _draw_bars(axes: Axes, parts: pd.DataFrame, colors: Sequence[tuple[float, float, float]]) -> None:
-    left = np.zeros(len(parts))
-    for name in parts.columns:
-        alpha, hatch = _PART_LOOKS[str(name)]
-        axes.barh(range(len(parts)), parts[name], left=left, color=[(*color, alpha) for color in colors],
-                  edgecolor=colors, hatch=hatch, height=0.6, linewidth=0.5)  # fmt: skip
-        left = left + parts[name].to_numpy()
-
-
-def _draw_capacity(axes: Axes, points: pd.DataFrame) -> None:
-    """A line at the memory of a device; a slice of a CPU has no memory of its own."""
-    sizes = points.loc[points["device_kind"] == "gpu", "device_memory_gib"].dropna().unique()
-    if len(sizes) == 1:
-        axes.axvline(sizes[0], **REFERENCE)
-        label = f"memory of a device, {sizes[0]:.4g} GiB"
-        axes.annotate(label, (sizes[0], 1), xycoords=("data", "axes fraction"), **BESIDE)
-
-
 # Name of the file, title, function.
 PLOTS: tuple[tuple[str, str, Callable[[pd.DataFrame], Figure]], ...] = (
-    ("throughput", "Output throughput against batch size", throughput),
-    ("latency", "Batch latency against batch size", latency),
-    ("ttft", "Time to first token", ttft),
-    ("tpot", "Time per output token", tpot),
+    ("throughput", _THROUGHPUT, throughput),
+    ("latency", _LATENCY, latency),
+    ("ttft", _TTFT, ttft),
+    ("tpot", _TPOT, tpot),
     ("scaling", "Scaling efficiency, strong", scaling),
     ("scaling_weak", "Scaling efficiency, weak", scaling_weak),
     ("pareto", "Pareto front of latency and throughput per device", pareto),
     ("heatmap", "Throughput over batch and length", heatmap),
     ("memory", "Memory", memory),
-    ("energy", "Energy per output token", energy),
-    ("roofline", "MFU and MBU against the roofline", roofline),
+    ("energy", _ENERGY, energy),
+    ("roofline", _ROOFLINE, roofline),
 )
 
 
 def write_plots(
-    parts: Sequence[Part], folder: Path, names: Sequence[str] | None = None
+    groups: Sequence[Group], folder: Path, names: Sequence[str] | None = None
 ) -> tuple[list[tuple[str, Path]], list[str]]:
     """A PNG and an SVG per plot and group of like things: (title, path of the PNG) of each, and why each of the
     others was not drawn. `names` picks plots; None is all of them."""
     _remove_old(folder)
     written, missing = [], []
-    tables = named_first([part.points for part in parts])
+    tables = named_first([group.points for group in groups])
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # A name in a script that the font lacks is no news to the user.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         for name, title, draw in PLOTS:
             if names is not None and name not in names:
                 continue
-            if not parts:
-                missing.append(f"{title}: no point was measured")
-            for part, points in zip(parts, tables, strict=True):
-                of_group = f" (group {part.number})" if len(parts) > 1 else ""
-                mark = of_group + part.mark
-                path = folder / f"{name}{f'_group_{part.number}' if of_group else ''}.png"
+            if not groups:
+                missing.append(f"{title}: {NOTHING_MEASURED}")
+            for group, points in zip(groups, tables, strict=True):
+                of_group = f" (group {group.number})" if len(groups) > 1 else ""
+                mark = of_group + mixed_mark(group.mixed)
+                path = folder / f"{name}{f'_group_{group.number}' if of_group else ''}.png"
                 try:
                     _save(draw(points.assign(_mark=mark, _about=subtitle_of(points))), path)
                     written.append((title + mark, path))

@@ -1,4 +1,4 @@
-"""The answers in words and numbers: the decision, TP against PP against DP, scaling, the front, two sets compared."""
+"""What each question's section says: the decision, TP against PP against DP, scaling, the front, two sets compared."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from batch_inference.analyze.answers import Analysis, Part, mixed_mark
+from batch_inference.analyze.answers import Analysis, Group, mixed_mark
 from batch_inference.analyze.compare import MEASURED, SIZES, SetComparison, baseline_of, layout, layout_order
-from batch_inference.analyze.decide import Choice, Goal
+from batch_inference.analyze.decide import Choice
 from batch_inference.analyze.tables import GROUP_BY, believable, half_width
+from batch_inference.analyze.wording import SUSPECT_LINE, few, known, metric_text, suspect_mark, with_interval
 from batch_inference.core.text import short
 
 # A table has as many rows at most; results.csv and summary.json have them all.
@@ -24,44 +25,41 @@ _BESIDE = 3
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, then facts (name, value), a table, and lines; each part may be empty."""
+    """A heading, then pairs (name, value), a table, and lines; each of them may be empty."""
 
     title: str
-    facts: list[tuple[str, str]] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
     header: tuple[str, ...] = ()
     rows: list[list[str]] = field(default_factory=list)
     numbers: frozenset[str] = frozenset()  # columns set to the right
     lines: list[str] = field(default_factory=list)
     more: int = 0  # rows that are left out
 
+    @property
+    def rest(self) -> str:
+        """The line below a table that says how many rows are left out; empty for a whole one."""
+        return f"… and {self.more} more rows: results.csv and summary.json have all." if self.more else ""
 
-def marked(title: str, part: Part) -> str:
-    """A title that says of which group, and that unlike things are in it where the user allows it."""
-    return f"{title}{part.title}{part.mark}"
+    @property
+    def alignment(self) -> list[str]:
+        return ["right" if name in self.numbers else "left" for name in self.header]
 
 
 # --- the decision -------------------------------------------------------------------------------------------------
 
 
-def best(part: Part, analysis: Analysis) -> Section:
+def best(group: Group, analysis: Analysis) -> Section:
     limits = str(analysis.question.limits)
-    found = [choice for choice in part.choices if choice.best is not None]
+    found = [choice for choice in group.choices if choice.best is not None]
     rows = [_choice_row(choice, choice.best) for choice in found if choice.best is not None]
     lines = [_tie(choice) for choice in found if choice.ties]
-    lines += [_none_keeps(choice, analysis) for choice in part.choices if choice.best is None]
-    if (part.points["global_batch_size"] != part.points["batch_size"]).any():
-        lines.append("batch: requests handed to each replica.")
-    if any(row[-1].endswith("*") for row in rows):
-        lines.append("* suspect: see below, and do not rely on it alone.")
-    if any("±" in row[-1] for row in rows):
-        lines.append("±: 95 % confidence interval of the mean over the runs.")
-    if found and any(half_width(choice.best, choice.goal.column) is None for choice in found if choice.best):
-        lines.append("no ±: a single run has no interval, and shows no tie; raise --num-runs.")
+    lines += [_none_keeps(choice, analysis) for choice in group.choices if choice.best is None]
+    lines += _best_notes(group, rows)
     header = ("length", "best", "setting", "devices", "batch", "value")
-    facts = [("limits", limits)] if limits else []
+    pairs = [("limits", limits)] if limits else []
     return Section(
-        marked("Best", part),
-        facts if rows or lines else [],
+        group.titled("Best"),
+        pairs if rows or lines else [],
         header,
         rows,
         frozenset({"length", "devices", "batch"}),
@@ -69,15 +67,30 @@ def best(part: Part, analysis: Analysis) -> Section:
     )
 
 
+def _best_notes(group: Group, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    if (group.points["global_batch_size"] != group.points["batch_size"]).any():
+        yield "batch: requests handed to each replica."
+    if any(row[-1].endswith("*") for row in rows):
+        yield SUSPECT_LINE
+    if any("±" in row[-1] for row in rows):
+        yield "±: 95 % confidence interval of the mean over the runs."
+    if any(half_width(choice.best, choice.goal.column) is None for choice in group.choices if choice.best):
+        yield "no ±: a single run has no interval, and shows no tie; raise --num-runs."
+
+
 def _choice_row(choice: Choice, best: Mapping[Hashable, Any]) -> list[str]:
     place = [str(best["setting"]), str(best["num_devices"]), str(best["batch_size"])]
-    return [str(choice.seq_len), choice.goal.name, *place, with_unit(best, choice.goal)]
+    return [str(choice.seq_len), choice.goal.name, *place, metric_text(best, choice.goal.column, choice.goal.unit)]
 
 
 def _tie(choice: Choice) -> str:
-    others = [f"{row['setting']} (batch {row['batch_size']}: {with_unit(row, choice.goal)})" for row in choice.ties[:3]]
-    more = f" and {len(choice.ties) - 3} more settings: summary.json" if len(choice.ties) > 3 else ""
-    return f"tie, length {choice.seq_len}, {choice.goal.name}: the interval overlaps that of {', '.join(others)}{more}"
+    goal = choice.goal
+    others = [
+        f"{row['setting']} (batch {row['batch_size']}: {metric_text(row, goal.column, goal.unit)})"
+        for row in choice.ties
+    ]
+    shown = few(others, 3, " and {} more settings: summary.json")
+    return f"tie, length {choice.seq_len}, {goal.name}: the interval overlaps that of {shown}"
 
 
 def _none_keeps(choice: Choice, analysis: Analysis) -> str:
@@ -95,28 +108,28 @@ def _none_keeps(choice: Choice, analysis: Analysis) -> str:
 _BLOCK = ["seq_len", "max_tokens", "global_batch_size"]
 
 
-def layouts(part: Part) -> Iterator[Section]:
+def layouts(group: Group) -> Iterator[Section]:
     """Per number of devices a table with a column per layout, in tables that fit the terminal."""
-    for devices, measured in part.points.groupby("num_devices"):
+    for devices, measured in group.points.groupby("num_devices"):
         sizes = [tuple(map(int, row)) for row in measured[list(SIZES)].drop_duplicates().to_numpy()]
-        known = [layout(*row) for row in sorted(sizes, key=lambda row: layout_order(*row))]
-        rows = part.layouts[part.layouts["num_devices"] == devices]
+        present = [layout(*row) for row in sorted(sizes, key=lambda row: layout_order(*row))]
+        rows = group.layouts[group.layouts["num_devices"] == devices]
         names = list(dict.fromkeys(rows.sort_values("_order")["layout"]))
-        title = marked(f"TP, PP or DP? {devices} devices, equal global batch size", part)
-        alone = [name for name in known if name not in names]
+        title = group.titled(f"TP, PP or DP? {devices} devices, equal global batch size")
+        alone = [name for name in present if name not in names]
         lines = (
             [f"Not compared: {', '.join(alone)}; no measured point at a global batch size of another."] if alone else []
         )
-        if not names and len(known) > 1:
+        if not names and len(present) > 1:
             yield Section(title, lines=lines)
         for start in range(1, len(names), _BESIDE):
             shown = [names[0], *names[start : start + _BESIDE]]
-            facts = _layout_facts(rows) if start == 1 else []
-            yield _layout_table(title, rows, shown, facts, lines)
+            pairs = _fastest_layouts(rows) if start == 1 else []
+            yield _layout_table(title, rows, shown, pairs, lines)
 
 
 def _layout_table(
-    title: str, rows: pd.DataFrame, shown: Sequence[str], facts: list[tuple[str, str]], lines: list[str]
+    title: str, rows: pd.DataFrame, shown: Sequence[str], pairs: list[tuple[str, str]], lines: list[str]
 ) -> Section:
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     columns = [*_BLOCK, "layout", "verdict", "is_first", "is_best", "ratio", "ratio_ci95", *MEASURED]
@@ -131,11 +144,11 @@ def _layout_table(
         "over theirs. ●: the fastest, and all whose 95 % interval overlaps it (≈).",
     ]
     if (rows["verdict"] == "suspect").any():
-        lines.append("* suspect: see below, and do not rely on it alone.")
+        lines.append(SUSPECT_LINE)
     if rows.groupby("layout")["setting"].nunique().max() > 1:
         lines.append("Of several settings with the same sizes the fastest is shown at each point.")
     header = ("length", "batch", *shown)
-    return Section(title, facts, header, table, frozenset(header), lines, len(blocks) - len(table))
+    return Section(title, pairs, header, table, frozenset(header), lines, len(blocks) - len(table))
 
 
 def _fastest(rows: pd.DataFrame) -> dict[tuple[Any, ...], str]:
@@ -147,7 +160,7 @@ def _fastest(rows: pd.DataFrame) -> dict[tuple[Any, ...], str]:
     return {key: " ≈ ".join(found) for key, found in names.items()}
 
 
-def _layout_facts(rows: pd.DataFrame) -> list[tuple[str, str]]:
+def _fastest_layouts(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """Which layout is the fastest how often: the answer in one line."""
     winners = Counter(_fastest(rows).values())
     shown = ", ".join(f"{name} at {count}" for name, count in winners.most_common(5))
@@ -155,18 +168,18 @@ def _layout_facts(rows: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _layout_cell(row: Mapping[Hashable, Any]) -> str:
-    marks = ("*" if row["verdict"] == "suspect" else "") + (" ●" if row["is_best"] else "")
+    best_mark = " ●" if row["is_best"] else ""
     if row["is_first"]:
-        return with_interval(row["output_tok_per_s"], half_width(row, "output_tok_per_s")) + marks
-    return with_interval(row["ratio"], _known(row["ratio_ci95"]), decimals=3) + marks
+        return metric_text(row, "output_tok_per_s") + best_mark
+    return with_interval(row["ratio"], known(row["ratio_ci95"]), decimals=3) + suspect_mark(row) + best_mark
 
 
 # --- scaling, Pareto ----------------------------------------------------------------------------------------------
 
 
-def scaling(part: Part) -> Section:
+def scaling(group: Group) -> Section:
     """Per setting and length the largest batch that the baseline has too."""
-    points = believable(part.points)
+    points = believable(group.points)
     baseline = baseline_of(points)
     replicas = points.loc[points["setting"] == baseline, "data_parallel_size"]
     points = points[points["setting"] != baseline]
@@ -185,46 +198,44 @@ def scaling(part: Part) -> Section:
         lines = [f"No point has the length and the batch size of one of {baseline}."]
     header = ("setting", "devices", "length", "scaling", "batch", "speed-up", "efficiency")
     numbers = frozenset({"devices", "length", "batch", "speed-up", "efficiency"})
-    more = len(found) - len(rows)
-    return Section(marked(f"Scaling against {baseline}", part), [], header, rows, numbers, lines, more)
+    title = group.titled(f"Scaling against {baseline}")
+    return Section(title, [], header, rows, numbers, lines, len(found) - len(rows))
 
 
 def _largest(points: pd.DataFrame, scaling: str, prefix: str, batch: str) -> pd.DataFrame:
     """Per setting and length the point of the largest batch; its numbers under the names of strong scaling."""
     names = [f"{name}{end}" for name in ("speedup", "scaling_efficiency") for end in ("", "_ci95")]
     columns = {prefix + name: name for name in names} | {batch: "batch"}
-    known = points.dropna(subset=f"{prefix}speedup").sort_values("batch_size", kind="stable")
-    largest = known.drop_duplicates(["setting", "seq_len"], keep="last")
+    scaled = points.dropna(subset=f"{prefix}speedup").sort_values("batch_size", kind="stable")
+    largest = scaled.drop_duplicates(["setting", "seq_len"], keep="last")
     return largest[["setting", "num_devices", "seq_len", *columns]].rename(columns=columns).assign(scaling=scaling)
 
 
 def _scaling_row(row: Mapping[Hashable, Any]) -> list[str]:
     place = [str(row[name]) for name in ("setting", "num_devices", "seq_len", "scaling", "batch")]
-    numbers = [with_interval(row[name], _known(row[f"{name}_ci95"])) for name in ("speedup", "scaling_efficiency")]
+    numbers = [with_interval(row[name], known(row[f"{name}_ci95"])) for name in ("speedup", "scaling_efficiency")]
     return [*place, *numbers]
 
 
-_AXES = ("latency_mean_s", "output_tok_per_s_per_device")
-
-
-def pareto(part: Part) -> Section:
-    columns = ["seq_len", "setting", "batch_size", "verdict", "latency_ci95_s", *_AXES]
-    front = part.points.loc[part.points["pareto"].astype(bool), columns].sort_values(
+def pareto(group: Group) -> Section:
+    columns = ["seq_len", "setting", "batch_size", "verdict", "latency_mean_s", "latency_ci95_s",
+               "output_tok_per_s_per_device"]  # fmt: skip
+    front = group.points.loc[group.points["pareto"].astype(bool), columns].sort_values(
         ["seq_len", "latency_mean_s"], kind="stable"
     )
     rows = [
-        [str(row["seq_len"]), str(row["setting"]), str(row["batch_size"]), *_on_axes(row)]
+        [str(row["seq_len"]), str(row["setting"]), str(row["batch_size"]), _latency(row),
+         metric_text(row, "output_tok_per_s_per_device")]
         for row in front.head(ROW_LIMIT).to_dict("records")
-    ]
+    ]  # fmt: skip
     header = ("length", "setting", "batch", "latency", "tok/s/device")
-    title = marked("Pareto front: latency against throughput per device", part)
+    title = group.titled("Pareto front: latency against throughput per device")
     lines = ["No other point is both faster and better per device."] if rows else []
     return Section(title, [], header, rows, frozenset({"length", "batch"}), lines, len(front) - len(rows))
 
 
-def _on_axes(row: Mapping[Hashable, Any]) -> list[str]:
-    latency, throughput = (with_interval(row[name], half_width(row, name)) for name in _AXES)
-    return [f"{latency} s", throughput + ("*" if row["verdict"] == "suspect" else "")]
+def _latency(row: Mapping[Hashable, Any]) -> str:
+    return f"{with_interval(row['latency_mean_s'], half_width(row, 'latency_mean_s'))} s"
 
 
 # --- two result sets ----------------------------------------------------------------------------------------------
@@ -234,14 +245,14 @@ def compared(comparison: SetComparison) -> Section:
     points = comparison.points
     counts = points["change"].value_counts()
     words = ("better", "worse", "lost", "no difference", "unknown")
-    facts = [("points compared", f"{len(points)}: " + ", ".join(f"{counts[w]} {w}" for w in words if w in counts))]
+    pairs = [("points compared", f"{len(points)}: " + ", ".join(f"{counts[w]} {w}" for w in words if w in counts))]
     ratio = points["ratio"].dropna()
     if not ratio.empty:
         mean = math.exp(ratio.map(math.log).mean())
-        facts.append(
+        pairs.append(
             ("throughput, new / old", f"{mean:.4f} on geometric average, {ratio.min():.4f} to {ratio.max():.4f}")
         )
-    facts += [(name, f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
+    pairs += [(name, f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
     order = {word: number for number, word in enumerate(("lost", "worse", "better", "unknown", "no difference"))}
     columns = ["setting", "seq_len", "batch_size", "old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95",
                "change", "verdict"]  # fmt: skip
@@ -251,7 +262,7 @@ def compared(comparison: SetComparison) -> Section:
     unlike = [name for name in comparison.unlike if name in GROUP_BY and name != "vllm_version"]
     title = "Compared with the earlier results" + mixed_mark(unlike)
     notes = list(_compare_notes(comparison))
-    return Section(title, facts, header, rows, frozenset(header[1:6]), notes, len(ranked) - len(rows))
+    return Section(title, pairs, header, rows, frozenset(header[1:6]), notes, len(ranked) - len(rows))
 
 
 def _compare_notes(comparison: SetComparison) -> Iterator[str]:
@@ -271,31 +282,7 @@ def _compare_notes(comparison: SetComparison) -> Iterator[str]:
 
 
 def _change_row(row: Mapping[Hashable, Any]) -> list[str]:
-    mark = "*" if row["verdict"] == "suspect" else ""
-    ratio = "" if pd.isna(row["ratio"]) else with_interval(row["ratio"], _known(row["ratio_ci95"]))
-    numbers = [short(_known(row[name])) for name in ("old_output_tok_per_s", "output_tok_per_s")]
-    return [str(row["setting"]), str(row["seq_len"]), str(row["batch_size"]), *numbers, ratio, row["change"] + mark]
-
-
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
-def _known(value: float) -> float | None:
-    return None if pd.isna(value) else float(value)
-
-
-def with_unit(row: Mapping[Hashable, Any], goal: Goal) -> str:
-    mark = "*" if row["verdict"] == "suspect" else ""
-    return f"{with_interval(row[goal.column], half_width(row, goal.column))} {goal.unit}{mark}"
-
-
-def with_interval(value: float, half: float | None, decimals: int = 9) -> str:
-    """Digits as far as the interval allows, at most so many decimals: two of it, and the value as far as those. The
-    interval is rounded up."""
-    if not half or value == 0:
-        return short(value)
-    four_digits = 3 - math.floor(math.log10(abs(value)))
-    decimals = min(decimals, 1 - math.floor(math.log10(half)), four_digits + 1)
-    rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
-    shown = max(0, decimals)
-    return f"{round(value, decimals):.{shown}f} ±{rounded_up:.{shown}f}"
+    ratio = "" if pd.isna(row["ratio"]) else with_interval(row["ratio"], known(row["ratio_ci95"]))
+    numbers = [short(known(row[name])) for name in ("old_output_tok_per_s", "output_tok_per_s")]
+    place = [str(row[name]) for name in ("setting", "seq_len", "batch_size")]
+    return [*place, *numbers, ratio, row["change"] + suspect_mark(row)]

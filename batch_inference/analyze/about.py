@@ -1,0 +1,87 @@
+"""What the other sections are about: what was measured, the settings, and what failed or is doubtful."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from batch_inference.analyze.answers import Analysis
+from batch_inference.analyze.sections import ROW_LIMIT, Section
+from batch_inference.analyze.tables import TO_MENTION, differing, setting_labels
+from batch_inference.analyze.wording import NO_REASON, few
+from batch_inference.core.text import listed
+
+
+def measured(analysis: Analysis) -> Section:
+    points = analysis.points
+    names = {"model": "model", "device": "device_name", "vLLM": "vllm_version", "dtype": "dtype",
+             "output tokens": "max_tokens", "host": "host"}  # fmt: skip
+    pairs = [
+        (label, _names(points[column].dropna())) for label, column in names.items() if column not in analysis.unlike
+    ]
+    lines = list(_groups(analysis))
+    for group in analysis.groups:
+        if mixed := differing(group.points, TO_MENTION):
+            where = f"In group {group.number} settings" if analysis.unlike else "Settings"
+            lines.append(f"{where} also differ in {listed(mixed)}; see results.csv.")
+    return Section("Measured", [(label, value) for label, value in pairs if value], lines=lines)
+
+
+def _groups(analysis: Analysis) -> Iterator[str]:
+    if analysis.unlike:
+        yield (f"{len(analysis.groups)} groups of unlike points, never ranked together; they differ in "
+               f"{listed(analysis.unlike)}:")  # fmt: skip
+        for group in analysis.groups:
+            yield f"{group.name} ({_names(group.points['setting'])})"
+    for group in analysis.groups:
+        if group.mixed:
+            yield f"MIXED, as you allow it: points that differ in {listed(group.mixed)} are ranked together."
+
+
+def _names(column: pd.Series[Any]) -> str:
+    return few(list(map(str, column.unique())), 12)
+
+
+def settings(analysis: Analysis) -> Section:
+    labels = setting_labels(analysis.settings)
+    several = len(analysis.groups) > 1
+    numbers = analysis.points[["setting", "group"]].drop_duplicates().astype({"setting": str})
+    of_setting = numbers.groupby("setting")["group"].agg(lambda found: ",".join(map(str, sorted(found))))
+    rows = []
+    ordered = sorted(analysis.settings, key=lambda setting: (setting.num_devices, labels[setting.path]))
+    for setting in ordered[:ROW_LIMIT]:
+        label = labels[setting.path]
+        group = [of_setting.get(label, "")] if several else []
+        done = f"{setting.points_ok}/{setting.points_asked}"
+        load = "" if setting.load_s is None else f"{setting.load_s:.1f}"
+        rows.append([label, *group, str(setting.num_devices), done, setting.status, load])
+    header = ("setting", *(["group"] if several else []), "devices", "points ok", "status", "load s")
+    to_the_right = frozenset({"devices", "points ok", "load s"})
+    return Section("Settings", header=header, rows=rows, numbers=to_the_right, more=len(ordered) - len(rows))
+
+
+def problems(analysis: Analysis) -> Section:
+    labels = setting_labels(analysis.settings)
+    points = analysis.points
+    is_ok = points["status"] == "ok"
+    lines = [f"{labels[setting.path]} failed: {setting.failure}" for setting in analysis.settings if setting.failure]
+    lines += _by_reason(points[~is_ok], "status", "reason")
+    lines += _by_reason(points[is_ok & points["verdict"].isin(["suspect", "invalid"])], "verdict", "verdict_reasons")
+    return Section("Failed, skipped and doubtful", lines=lines)
+
+
+def _by_reason(points: pd.DataFrame, what: str, why: str) -> Iterator[str]:
+    keys = ["setting", what, why]
+    for (name, word, reason), rows in points.fillna({why: NO_REASON}).groupby(keys, observed=True, sort=False):
+        yield f"{name}: {word}, {_where(rows)}: {reason}"
+
+
+def _where(rows: pd.DataFrame) -> str:
+    """batch 1, 4 x length 512; single points are not named where the shapes make no full grid."""
+    batches, lengths = sorted(rows["batch_size"].unique()), sorted(rows["seq_len"].unique())
+    if len(rows) < len(batches) * len(lengths):
+        points = zip(rows["batch_size"], rows["seq_len"], strict=True)
+        return f"batch x length {listed(f'{batch}x{length}' for batch, length in points)}"
+    return f"batch {listed(batches)} x length {listed(lengths)}"

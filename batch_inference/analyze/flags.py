@@ -1,0 +1,136 @@
+"""The flags of analyze_results.py; no import here is slow, so that --help is not."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+DESCRIPTION = """\
+Turn the result files of batch_inference_experiment.py into a decision: the
+best setting and batch size per prompt length, TP against PP against DP,
+scaling, and the change against earlier results; as a summary, report.html,
+report.md, results.csv, summary.json and plots."""
+
+EPILOG = """\
+examples:
+  python analyze_results.py --input results/tensor-parallel
+  python analyze_results.py --input results/llama --max-ttft-s 0.5 --device-hour-price 2.5
+  python analyze_results.py --input results/new --compare results/old --fail-on-regression 3
+
+exit codes:
+  0 everything was read   1 some files were not (they are named)   2 wrong use
+  3 a regression, with --fail-on-regression"""
+
+
+class UsageError(Exception):
+    """A mistake the user can fix: the message names the flag, the value found, and what to do."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Raises UsageError naming the flag."""
+    flags = build_parser().parse_args(argv)
+    if flags.fail_on_regression is not None and flags.compare is None:
+        raise UsageError(f"--fail-on-regression {flags.fail_on_regression:g}: compares with nothing; add --compare DIR")
+    if flags.no_plots:
+        flags.plots = ()
+    return flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="python analyze_results.py --input PATH [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="PATH", help="a result file, or a folder of them")
+    add(
+        "--output-dir", type=Path, metavar="DIR", help="where to write; default: the folder `analysis` beside the files"
+    )
+    _add_decision_flags(parser.add_argument_group("the decision"))
+    _add_comparison_flags(parser.add_argument_group("what is compared"))
+    drawn = parser.add_argument_group("plots").add_mutually_exclusive_group()
+    drawn.add_argument("--plots", type=names_of("plot"), metavar="NAMES", help="only these, like `throughput,pareto`")
+    drawn.add_argument("--no-plots", action="store_true", help="leave the plots out")
+    return parser
+
+
+def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
+    for name, what in (
+        ("latency", "latency of a batch"),
+        ("ttft", "time to first token"),
+        ("tpot", "time per output token"),
+    ):
+        group.add_argument(
+            f"--max-{name}-s", type=positive, metavar="S", help=f"take only points whose {what} is at most this"
+        )
+    group.add_argument(
+        "--slo-percentile",
+        type=percentage,
+        default=99.0,
+        metavar="P",
+        help="the percentile of these limits; default: 99",
+    )
+    group.add_argument(
+        "--device-hour-price", type=positive, metavar="PRICE", help="of one device; adds cost per million output tokens"
+    )
+
+
+def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--baseline", metavar="NAME", help="scaling is against this setting; default: that of the fewest devices")
+    add("--compare", type=Path, metavar="PATH", help="earlier results: point by point better, worse or no difference")
+    add("--fail-on-regression", type=not_negative, metavar="PCT", help="exit 3 where a point is lost, or worse by more")
+    add("--group-by", type=names_of("column"), metavar="COLUMNS", help="rank together what is alike in these columns")
+    add("--allow-mixed", action="store_true", help="rank unlike things together; every title says so")
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
+
+
+def positive(text: str) -> float:
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def percentage(text: str) -> float:
+    value = number(text)
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 100")
+    return value
+
+
+def names_of(what: str) -> Callable[[str], tuple[str, ...]]:
+    def names(text: str) -> tuple[str, ...]:
+        found = tuple(name.strip() for name in text.split(",") if name.strip())
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} names no {what}")
+        return found
+
+    return names

@@ -1,0 +1,49 @@
+"""The sections as Markdown: report.md, beside the plots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tabulate
+
+from batch_inference.analyze.sections import Section
+from batch_inference.analyze.wording import HEADING, not_drawn
+
+
+def as_markdown(sections: Sequence[Section], plots: Sequence[tuple[str, Path]], missing: Sequence[str]) -> str:
+    """`plots` are (title, path), and lie beside the report."""
+    blocks = [f"# {HEADING}", *(block for section in sections for block in _blocks(section))]
+    if plots or missing:
+        blocks.append("## Plots")
+    blocks += [f"![{escaped(title)}]({path.name})" for title, path in plots]
+    blocks.append(_list(not_drawn(missing)))
+    blocks.append("Every point with all its numbers: [results.csv](results.csv). For scripts: summary.json.")
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _blocks(section: Section) -> Iterator[str]:
+    yield f"## {escaped(section.title)}"
+    yield _list([f"{name}: {value}" for name, value in section.pairs])
+    yield _table(section) if section.rows else ""
+    yield section.rest
+    yield _list(section.lines)
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {escaped(line)}" for line in lines)
+
+
+def _table(section: Section) -> str:
+    rows = [[escaped(cell) for cell in row] for row in section.rows]
+    header = [escaped(name) for name in section.header]
+    return tabulate.tabulate(rows, header, "github", colalign=section.alignment, disable_numparse=True)
+
+
+def escaped(text: str) -> str:
+    """Text from a file as Markdown that shows it as it is: no HTML, no link, no cell border, no emphasis."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
+    # Within a word an underscore means nothing, and tp\_2 is hard to read.
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)

@@ -1,0 +1,53 @@
+"""How numbers, marks and lists read in every section: what is said in several places is written here, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from batch_inference.analyze.tables import half_width
+from batch_inference.core.text import short
+
+HEADING = "Batch inference: results"
+SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
+NO_REASON = "no reason is given"
+
+
+def suspect_mark(row: Mapping[Hashable, Any]) -> str:
+    return "*" if row["verdict"] == "suspect" else ""
+
+
+def few(words: Sequence[str], most: int, rest: str = " and {} more", between: str = ", ") -> str:
+    """A list of words; of more than `most` the first, and how many others there are."""
+    more = len(words) - most
+    return between.join(words[:most]) + (rest.format(more) if more > 0 else "")
+
+
+def not_drawn(reasons: Sequence[str]) -> list[str]:
+    return [f"Not drawn: {reason}" for reason in reasons]
+
+
+def known(value: float) -> float | None:
+    """A number of the table, which has NaN for unknown."""
+    return None if pd.isna(value) else float(value)
+
+
+def metric_text(row: Mapping[Hashable, Any], metric: str, unit: str = "") -> str:
+    """A metric of a point with its interval, its unit, and the mark of a suspect one."""
+    number = with_interval(row[metric], half_width(row, metric))
+    return f"{number} {unit}".rstrip() + suspect_mark(row)
+
+
+def with_interval(value: float, half: float | None, decimals: int = 9) -> str:
+    """Digits as far as the interval allows, at most so many decimals: two of it, and the value as far as those. The
+    interval is rounded up."""
+    if not half or value == 0:
+        return short(value)
+    four_digits = 3 - math.floor(math.log10(abs(value)))
+    decimals = min(decimals, 1 - math.floor(math.log10(half)), four_digits + 1)
+    rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
+    shown = max(0, decimals)
+    return f"{round(value, decimals):.{shown}f} ±{rounded_up:.{shown}f}"
