@@ -32,6 +32,7 @@ DEVICE = "NVIDIA H100 80GB HBM3"
 def make_run(latency_s: float, *, requests: int = 1, seq_len: int = 64, max_tokens: int = 32, **changes: Any) -> Run:
     """All requests arrive at 0, see their first token after a tenth of the run, and end with it. The requests' own
     times are replaced by times=."""
+    latency_s = float(latency_s)  # numpy's own type is none of JSON's
     times = Requests(
         ttft_s=[latency_s / 10] * requests,
         latency_s=[latency_s] * requests,

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 import analyze_results
-from batch_inference.core.results import Point
+from batch_inference.core.results import Failure, Point
 from builders import make_point, make_result, make_sweep, save_all
 from conftest import REPOSITORY
 
@@ -127,7 +127,7 @@ def test_broken_files_are_named_and_the_others_analysed(folder: Path) -> None:
 
 def test_a_folder_of_failed_settings_is_still_a_report(analyze: Run, tmp_path: Path) -> None:
     failed = make_result(status="failed")
-    failed.engine = {"failure": {"reason": "no memory left", "log_tail": []}}
+    failed.failure = Failure("oom_load", "no memory left")
     lost = make_result("tp_2", [Point(1, 8, 4, "oom", reason="out of memory")], (2, 1, 1))
     save_all([failed, lost], tmp_path / "results")
     done = analyze("--input", tmp_path / "results")

@@ -20,7 +20,7 @@ from batch_inference.analyze.plot_style import NothingToShowError, looks, named,
 from batch_inference.analyze.plots import PLOTS, write_plots
 from batch_inference.analyze.tables import load_setting
 from batch_inference.core.result_file import save_result
-from batch_inference.core.results import Point, Result
+from batch_inference.core.results import EngineInfo, Point, Result
 from builders import make_point, make_result, make_run, make_sweep, save_all
 
 SETTINGS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 2, 1), (2, 4, 1),
@@ -255,7 +255,7 @@ def test_memory_is_drawn_per_setting_with_the_highest_use(table: Any) -> None:
 
 def test_memory_on_a_cpu_is_that_of_the_processes(table: Any) -> None:
     points = [make_point()]
-    points[0].runs[0].memory["scope"] = "replica"
+    points[0].runs[0].memory.scope = "replica"
     figure = plots.memory(table([make_result(points=points, environment={"device_kind": "cpu"})]))
     assert legend_labels(figure)[2] == "Highest use, replica's processes"
     assert figure.axes[0].texts[:] == []
@@ -274,9 +274,9 @@ def test_activations_and_the_peak_are_drawn_where_they_are_known(table: Any) -> 
 
 def test_unknown_memory_is_not_drawn(table: Any) -> None:
     result = make_result(points=[make_point()])
-    result.engine = {}
+    result.engine = EngineInfo("0.32.0")
     for run in result.points[0].runs:
-        run.memory["used_gib"] = None
+        run.memory.used_gib = None
     with pytest.raises(NothingToShowError, match="no memory"):
         plots.memory(table([result]))
 
@@ -422,7 +422,7 @@ def test_plots_of_an_earlier_analysis_do_not_stay(groups: Any, tmp_path: Path) -
 
 def test_nothing_measured_is_said_for_every_plot(groups: Any, tmp_path: Path) -> None:
     failed = make_result(points=[Point(1, 8, 4, "oom", reason="x")])
-    failed.engine = {}
+    failed.engine = None
     for results in ([failed], [make_result(status="failed")]):
         written, missing = write_plots(groups(results), tmp_path)
         assert written == []

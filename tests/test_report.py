@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from batch_inference.analyze.tables import load_setting
 from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_text
 from batch_inference.analyze.wording import with_interval
 from batch_inference.core.result_file import save_result
-from batch_inference.core.results import Point, Result
+from batch_inference.core.results import DeviceInfo, Environment, Failure, Point, Result
 from builders import make_point, make_result, make_sweep, save_all
 
 
@@ -79,10 +80,10 @@ def test_the_summary_fits_eighty_columns_whatever_the_names(report: Any) -> None
     long = make_sweep([(1, 1, 1), (2, 1, 1)], batch_sizes=(1, 1024), seq_lens=(131072,))
     for result in long:
         result.name = result.name + "_with_a_very_long_name_" * 4
-        result.config["model"] = "/a/folder/" * 20
+        result.config = dataclasses.replace(result.config, model="/a/folder/" * 20)
         result.points[0].verdict, result.points[0].verdict_reasons = "suspect", ["ran in waves " * 30]
-    long[1].environment["devices"] = [{"name": "Device " * 20}]
-    failed = make_result("failed", status="failed", engine={"failure": {"reason": "x" * 5000}})
+    long[1].environment.devices = [DeviceInfo(0, "Device " * 20)]
+    failed = make_result("failed", status="failed", failure=Failure("unknown", "x" * 5000))
     text = as_text(report([*long, failed]))
     assert max(map(len, text.splitlines())) <= 80
     assert "…" in text
@@ -92,7 +93,7 @@ def test_failed_settings_and_lost_points_are_named_with_the_reason(report: Any) 
     lost = [Point(16, n, 32, "oom", reason="CUDA out of memory") for n in (64, 128)]
     skipped = Point(32, 64, 32, "skipped", reason="implied by batch 16")
     failed = make_result("tp_8", sizes=(8, 1, 1), status="failed")
-    failed.engine = {"failure": {"reason": "Free memory is less than desired", "log_tail": ["secret line"]}}
+    failed.failure = Failure("oom_load", "Free memory is less than desired", ["secret line"])
     text = flat(as_text(report([make_result(points=[make_point(), *lost, skipped]), failed])))
     assert "tp_8 failed: Free memory is less than desired" in text
     assert "tp_1: oom, batch 16 x length 64, 128: CUDA out of memory" in text
@@ -106,7 +107,7 @@ def test_points_that_make_no_grid_are_named_one_by_one(report: Any) -> None:
 
 def test_a_failure_without_words_is_still_a_failure(report: Any) -> None:
     result = make_result("tp_8", [Point(1, 8, 4, "error")], status="failed")
-    result.engine, result.environment = {}, {}
+    result.engine, result.environment = None, Environment()
     text = as_text(report([result]))
     assert "tp_8 failed: no reason is given" in text
     assert "tp_8: error, batch 1 x length 8: no reason is given" in text

@@ -75,15 +75,21 @@ def test_checking_does_not_touch_the_file(path: Path) -> None:
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_is_no_number_is_never_written(path: Path, number: float) -> None:
     save_result(make_result("old"), path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        save_result(make_result("new", engine={"weights_gib": number}), path)
+    result = make_result("new", points=[make_point()])
+    assert result.engine is not None
+    result.engine.weights_gib = number
+    with pytest.raises(ValueError, match=r"^new\.engine\.weights_gib is not a finite number"):
+        save_result(result, path)
     assert load_result(path).name == "old"
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_value_that_json_does_not_know_is_never_written(path: Path) -> None:
-    with pytest.raises(TypeError, match="PosixPath does not belong"):
-        save_result(make_result(config={"model": path}), path)
+    result = make_result()
+    result.name = path  # type: ignore[assignment]
+    path.with_suffix(".txt").touch()
+    with pytest.raises(TypeError, match="PosixPath"):
+        save_result(result, path)
     assert not path.exists()
 
 
@@ -91,7 +97,7 @@ def test_a_value_that_json_does_not_know_is_never_written(path: Path) -> None:
 def test_a_number_that_is_no_number_is_never_read(path: Path, word: str) -> None:
     write(path, engine={"weights_gib": "HERE"})
     path.write_text(path.read_text().replace('"HERE"', word))
-    with pytest.raises(ResultFileError, match=f"{word} is not JSON"):
+    with pytest.raises(ResultFileError, match="not valid JSON"):
         load_result(path)
 
 
@@ -107,11 +113,11 @@ def test_a_newer_file_asks_for_a_newer_program(path: Path) -> None:
         ("", "not valid JSON"),
         ('{"schema_version": 1, "name"', "not valid JSON"),
         ("\x80", "not valid JSON"),
-        ("[" * 100000, "not valid JSON"),
-        ("[1, 2]", "no schema_version"),
-        ('{"results": []}', "no schema_version"),
-        ('{"schema_version": "one"}', "schema_version is 'one'"),
-        ('{"schema_version": 1}', "'points' is missing"),
+        ("[" * 100000, "not a result of this program"),
+        ("[1, 2]", "not a result of this program: expected `object`"),
+        ('{"results": []}', "not a result of this program: .*`schema_version`"),
+        ('{"schema_version": "one"}', "schema_version is 'one', expected `int`"),
+        ('{"schema_version": 1}', "not a result of this program: expected `object`"),
     ],
 )
 def test_a_foreign_or_broken_file_is_named_with_the_reason(path: Path, text: str, reason: str) -> None:
@@ -146,7 +152,7 @@ def test_a_run_needs_a_latency_above_zero(path: Path, latency_s: Any) -> None:
     document = json.loads(path.read_text())
     document["points"][0]["runs"][1]["latency_s"] = latency_s
     path.write_text(json.dumps(document))
-    with pytest.raises(ResultFileError, match="latency_s is"):
+    with pytest.raises(ResultFileError, match=r"points\[0\]\.runs\[1\]\.latency_s is"):
         load_result(path)
 
 

@@ -9,15 +9,17 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from msgspec import Struct
 
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.results import SCHEMA_VERSION, Result
+from batch_inference.core.text import short_name
 
 
 class ResultFileError(WorkFailedError):
@@ -35,9 +37,26 @@ def to_json(result: Result) -> str:
     for where in _not_finite(result, result.name):
         raise ValueError(f"{where} is not a finite number")
     document = {name: getattr(result, name) for name in result.__struct_fields__ if name != "points"}
-    head = msgspec.json.format(msgspec.json.encode({"schema_version": result.schema_version, **document}), indent=1)
-    points = ",".join(f"\n{msgspec.json.encode(point).decode()}" for point in result.points)
+    head = msgspec.json.format(_encoded({"schema_version": result.schema_version, **document}), indent=1)
+    points = ",".join(f"\n{_encoded(point).decode()}" for point in result.points)
     return head.decode().removesuffix("\n}") + f',\n "points": [{points}\n ]\n}}'
+
+
+def _encoded(value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        # A path or a variable may hold bytes that are no UTF-8.
+        return msgspec.json.encode(_encodable(msgspec.to_builtins(value)))
+
+
+def _encodable(value: Any) -> Any:
+    """The same, with a question mark for every character that JSON cannot hold."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(item) for name, item in value.items()}
+    return [_encodable(item) for item in value] if isinstance(value, list) else value
 
 
 def _not_finite(value: Any, where: str) -> Iterator[str]:
@@ -106,48 +125,103 @@ def _beside(path: Path) -> Path:
 
 class _Header(Struct):
     schema_version: int
+    config: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _PlainHeader(Struct):
+    schema_version: int
+    config: Any = None
+
+
+class _Needed(Struct):
+    """What `config` must say itself: a default would make a file that is none of ours look like one."""
+
+    model: str
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
 
 
 def load_result(path: Path) -> Result:
-    """Read one result file. Raises ResultFileError naming the file, the field and the value that does not fit."""
+    """Read one result file. Raises ResultFileError naming the file, the field, its value and what would fit."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ResultFileError(f"{path}: cannot be read: {error.strerror}") from error
-    version = _version_of(data, path)
     try:
-        if version == SCHEMA_VERSION:
-            return msgspec.json.decode(data, type=Result)
-        return msgspec.convert(_from_version_1(msgspec.json.decode(data)), Result)
+        return _decoded(data)
     except msgspec.ValidationError as error:
-        raise ResultFileError(f"{path}: not a result of this program ({_in_words(error)})") from error
+        raise ResultFileError(f"{path}: not a result of this program: {_in_words(error, data)}") from error
+    except _OtherVersionError as error:
+        raise ResultFileError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise _no_json(path, error) from error
+        raise ResultFileError(f"{path}: not valid JSON ({error}); run that setting again with --overwrite") from error
 
 
-def _version_of(data: bytes, path: Path) -> int:
+class _OtherVersionError(ValueError):
+    pass
+
+
+def _decoded(data: bytes) -> Result:
     try:
-        version = msgspec.json.decode(data, type=_Header).schema_version
-    except msgspec.ValidationError as error:
-        raise ResultFileError(f"{path}: not a result of this program ({_in_words(error)})") from error
-    except (ValueError, RecursionError) as error:
-        raise _no_json(path, error) from error
+        header = msgspec.json.decode(data, type=_Header)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        # Python's own reader takes what version 1 could hold: characters that are no UTF-8.
+        return _converted(json.loads(data, parse_constant=_refuse_constant))
+    _check_version(header.schema_version)
+    if header.schema_version < SCHEMA_VERSION:
+        return _converted(msgspec.json.decode(data))
+    msgspec.json.decode(header.config, type=_Needed)
+    return msgspec.json.decode(data, type=Result)
+
+
+def _converted(document: Any) -> Result:
+    header = msgspec.convert(document, _PlainHeader)
+    _check_version(header.schema_version)
+    msgspec.convert(header.config, _Needed)
+    return msgspec.convert(_from_version_1(document) if header.schema_version == 1 else document, Result)
+
+
+def _check_version(version: int) -> None:
     if not 1 <= version <= SCHEMA_VERSION:
-        raise ResultFileError(
-            f"{path}: schema_version is {version}, this program reads up to {SCHEMA_VERSION}; update this program"
+        raise _OtherVersionError(
+            f"schema_version is {version}, this program reads up to {SCHEMA_VERSION}; update this program"
         )
-    return version
 
 
-def _no_json(path: Path, error: Exception) -> ResultFileError:
-    return ResultFileError(f"{path}: not valid JSON ({error}); run that setting again with --overwrite")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
-def _in_words(error: msgspec.ValidationError) -> str:
-    """ "Expected `int`, got `str` - at `$.points[0].seq_len`" -> "points[0].seq_len: expected `int`, got `str`"."""
+def _in_words(error: msgspec.ValidationError, data: bytes) -> str:
+    """ "Expected `int`, got `str` - at `$.points[0].seq_len`" -> "points[0].seq_len is 'x', expected `int`"."""
     what, _, where = str(error).partition(" - at `")
-    field = where.rstrip("`").removeprefix("$").removeprefix(".")
-    return f"{field}: {what[:1].lower()}{what[1:]}" if field else f"{what[:1].lower()}{what[1:]}"
+    place = where.rstrip("`").removeprefix("$").removeprefix(".")
+    wanted = f"{what[:1].lower()}{what[1:]}"
+    if not place:
+        return wanted
+    value = _value_at(place, data)
+    if value is None:
+        return f"{place}: {wanted}"
+    return f"{place} is {short_name(value, 40)}, {wanted.partition(', got')[0]}"
+
+
+def _value_at(place: str, data: bytes) -> str | None:
+    """A plain value of the document as text; None for what has no such place, or is no single value."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return None  # the types were checked before the end was reached
+    for step in re.findall(r"[^.\[\]]+", place):
+        if isinstance(document, list) and step.isdecimal() and int(step) < len(document):
+            document = document[int(step)]
+        elif isinstance(document, dict) and step in document:
+            document = document[step]
+        else:
+            return None
+    return repr(document) if isinstance(document, (str, int, float)) else None
 
 
 def _from_version_1(document: Any) -> Any:

@@ -258,10 +258,6 @@ class StoredConfig(ExperimentConfig):
     A field that an older file does not have yet reads as its default.
     """
 
-    model: str = dataclasses.field(kw_only=True)
-    tensor_parallel_size: int = dataclasses.field(kw_only=True)
-    pipeline_parallel_size: int = dataclasses.field(kw_only=True)
-    data_parallel_size: int = dataclasses.field(kw_only=True)
     config_hash: str | None = None
 
     def __post_init__(self) -> None:
@@ -325,11 +321,11 @@ class Result(Struct):
     status: RunStatus
     config: StoredConfig
     environment: Environment
+    points: list[Point]
     engine: EngineInfo | None = None  # None until it is loaded
     failure: Failure | None = None  # of a setting that failed as a whole
     restarts: Count = 0  # of an engine that was lost
     earlier_engines: list[EngineInfo] = []  # of earlier sweeps of this file, for the points that they measured
-    points: list[Point] = []
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -338,6 +334,8 @@ class Result(Struct):
                 raise ValueError(f"points[{number}].engine is {point.engine}, there are {len(self.earlier_engines)}")
             if point.status == "ok" and self.engine is None:
                 raise ValueError(f"points[{number}] is measured, and there is no engine")
+            if point.status == "ok" and not point.runs:
+                raise ValueError(f"points[{number}] is ok, and has no runs")
 
     def engine_of(self, point: Point) -> EngineInfo | None:
         """The engine that measured the point."""

@@ -12,7 +12,9 @@ A command that fails is answered by Failed(reason, usage). A line of replies has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Sequence
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -20,6 +22,8 @@ from msgspec import Struct
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.results import Count, EngineInfo, Requests
 from batch_inference.measure.hardware import Reading
+
+T = TypeVar("T")
 
 
 class Outcome(Struct):
@@ -117,7 +121,39 @@ class Failed(Reply):
 AnyReply = Joined | Loaded | Served | Ready | Done | Failed
 
 
-encode = msgspec.json.encode
-command_from: Callable[[bytes], AnyCommand] = msgspec.json.Decoder(AnyCommand).decode
-reply_from: Callable[[bytes], AnyReply] = msgspec.json.Decoder(AnyReply).decode
-replies_from: Callable[[bytes], list[AnyReply]] = msgspec.json.Decoder(list[AnyReply]).decode
+# --- on the pipe --------------------------------------------------------------------------------------------------
+
+
+def encode(message: Struct | Sequence[Struct]) -> bytes:
+    """One line of JSON, without its end."""
+    try:
+        return msgspec.json.encode(message)
+    except UnicodeEncodeError:
+        # A path may hold bytes that are no UTF-8: Python's own JSON carries them.
+        return json.dumps(msgspec.to_builtins(message)).encode()
+
+
+def command_from(line: bytes) -> AnyCommand:
+    return _decoded(line, _COMMAND)
+
+
+def reply_from(line: bytes) -> AnyReply:
+    return _decoded(line, _REPLY)
+
+
+def replies_from(line: bytes) -> list[AnyReply]:
+    return _decoded(line, _REPLIES)
+
+
+_COMMAND: msgspec.json.Decoder[AnyCommand] = msgspec.json.Decoder(AnyCommand)
+_REPLY: msgspec.json.Decoder[AnyReply] = msgspec.json.Decoder(AnyReply)
+_REPLIES: msgspec.json.Decoder[list[AnyReply]] = msgspec.json.Decoder(list[AnyReply])
+
+
+def _decoded(line: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    try:
+        return decoder.decode(line)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return msgspec.convert(json.loads(line), decoder.type)

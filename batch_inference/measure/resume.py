@@ -21,7 +21,7 @@ from batch_inference.measure.engine_process import log_paths
 
 def starting_result(config: ExperimentConfig, environment: Environment) -> Result:
     """A new result, or with --resume the one on disk. Raises ConfigError where the file speaks against either."""
-    fresh = Result(config.setting_name, "partial", StoredConfig.of(config), environment)
+    fresh = Result(config.setting_name, "partial", StoredConfig.of(config), environment, points=[])
     path = config.output_path
     if config.output_conflict:
         raise ConfigError(config.output_conflict)
