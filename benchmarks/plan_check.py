@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batch_inference.core.config import ConfigError
+from batch_inference.core.config import ConfigError, parse_flags
 from batch_inference.core.results import Result, ResultFileError, load_result
-from batch_inference.launch.overview import config_of
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import read_model_facts
@@ -30,7 +29,7 @@ HEAD = (
 def row(path: Path, result: Result) -> str | None:
     """None for a file without an engine, and for a model whose sizes are not known."""
     engine, environment = result.engine, result.environment
-    config = config_of(environment["argv"])
+    config, _ = parse_flags(environment["argv"][1:])
     kind = environment["device_kind"]
     # On the CPU all devices share one memory, and the plan does not guess at it.
     memory_gib = environment["devices"][0]["memory_gib"] if kind == "gpu" else None

@@ -2,13 +2,6 @@
 
 Every node does the same; node 0 listens, compares what the others say, and tells all the same. The connections stay
 open while the setting is measured, so that a node that is gone is seen at once, and not after a time-out.
-
-For torchrun, which would wait for ten minutes, the launcher calls it before:
-
-    python -m batch_inference.measure.nodes NNODES NODE_RANK MASTER_ADDR PORT DEVICES_PER_NODE -- FLAGS
-
-Exit code 0 where the nodes fit together, and NAME=VALUE lines on stdout: the network that joins them, for the
-environment. 1, and one line on every node, where they do not.
 """
 
 from __future__ import annotations
@@ -18,14 +11,13 @@ import json
 import os
 import select
 import socket
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.measure.environment import installed_vllm
 from batch_inference.plan.devices import find_devices
 
@@ -131,6 +123,16 @@ def meet(config: ExperimentConfig) -> Nodes:
     return _meet(config.nnodes, config.master_addr or "", config.master_port, own)
 
 
+def meet_before_torchrun(
+    config: ExperimentConfig, nnodes: int, node_rank: int, master_addr: str, port: int
+) -> dict[str, str]:
+    """For torchrun, which would wait for ten minutes, and then say it in forty lines. Returns the variables of the
+    network that joins the nodes. Raises NodesError."""
+    own = _facts_of(config, node_rank, config.num_devices // nnodes)
+    with _meet(nnodes, master_addr, port, own) as nodes:
+        return nodes.environment()
+
+
 def _facts_of(config: ExperimentConfig, node: int, devices_needed: int) -> Facts:
     arguments = config.arguments_hash()
     return Facts(node, socket.gethostname(), arguments, installed_vllm(), len(find_devices()), devices_needed)
@@ -212,19 +214,3 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError("not an object")
     return message
-
-
-def main(words: list[str]) -> int:
-    nnodes, node, port, needed = (int(words[index]) for index in (0, 1, 3, 4))
-    try:
-        own = _facts_of(parse_flags(words[6:])[0], node, needed)
-        with _meet(nnodes, words[2], port, own) as nodes:
-            print("\n".join(f"{name}={value}" for name, value in nodes.environment().items()))
-    except (ConfigError, NodesError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
