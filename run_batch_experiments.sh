@@ -1,36 +1,29 @@
 #!/usr/bin/env bash
 # Run the settings of a preset, one process each: see --help.
 #
-# This file is the table of presets. What is done with them is Python's business: batch_inference/launch.
+# This file is the table of presets; what is done with them is in batch_inference/launch.
 set -euo pipefail
 shopt -s inherit_errexit
 
 # --- Presets ----------------------------------------------------------------------------------------------------------
 # A preset is a function preset_NAME; the comment above it is its line in --help. It says, in any order:
 #
-#   setting TP=2 PP=2           a setting; a size that is not given is 1. A size may be N, the devices of this machine,
-#                               or a part of them, as N/2: where that is no whole number, the setting is left out
-#   setting TP=4 torchrun       the same under torchrun
+#   setting TP=2 PP=2       a setting; a size not given is 1. A size may be N, the devices of this machine, or a part of
+#                           them like N/2: where that is no whole number, the setting is left out
+#   setting TP=4 torchrun   the same under torchrun
 #   setting TP=N suffix=ep --enable-expert-parallel
-#                               suffix=WORD is put behind its name (tp_4_ep); flags of the experiment script come last
-#   flags --max-tokens 32       flags for every setting of the preset
-#   demo                        one node; replaces what it measured before in its own folder; ends with the analysis
-#   made_by NAME                its settings are made by Python, of the words after the preset's name: MADE_BY in
-#                               batch_inference/launch/presets.py
+#                           named tp_4_ep where N is 4; flags of the experiment script come last
+#   flags --max-tokens 32   flags for all of its settings
+#   demo                    one node; replaces what is in its own folder; ends with the analysis
+#   made_by NAME            settings made by Python: MADE_BY in batch_inference/launch/presets.py
 #
-# Names of our own files begin with "$prefix", which is empty where the user stands in the checkout.
+# $prefix stands before names of our own files; it is empty where the user is in the checkout.
 
 # TP=1, 2, 4, 8
-preset_tensor-parallel() {
-  local n
-  for n in 1 2 4 8; do setting "TP=$n"; done
-}
+preset_tensor-parallel() { for n in 1 2 4 8; do setting "TP=$n"; done; }
 
 # PP=1, 2, 4
-preset_pipeline-parallel() {
-  local n
-  for n in 1 2 4; do setting "PP=$n"; done
-}
+preset_pipeline-parallel() { for n in 1 2 4; do setting "PP=$n"; done; }
 
 # TP2_PP2, TP4_PP2, TP2_PP4
 preset_mixed-parallel() {
@@ -40,10 +33,7 @@ preset_mixed-parallel() {
 }
 
 # DP=1, 2, 4
-preset_data-parallel() {
-  local n
-  for n in 1 2 4; do setting "DP=$n"; done
-}
+preset_data-parallel() { for n in 1 2 4; do setting "DP=$n"; done; }
 
 # all of the above, without repeats
 preset_scaling-study() {
@@ -54,10 +44,7 @@ preset_scaling-study() {
 }
 
 # TP=2, 4, 8 under torchrun
-preset_torchrun-tensor-parallel() {
-  local n
-  for n in 2 4 8; do setting "TP=$n" torchrun; done
-}
+preset_torchrun-tensor-parallel() { for n in 2 4 8; do setting "TP=$n" torchrun; done; }
 
 # TP2_PP2, TP4_PP2, TP2_PP4 under torchrun
 preset_torchrun-mixed-parallel() {
@@ -67,9 +54,7 @@ preset_torchrun-mixed-parallel() {
 }
 
 # one setting: TP=x PP=y DP=z, any of them
-preset_custom() {
-  made_by custom
-}
+preset_custom() { made_by custom; }
 
 # a first try: a tiny model at TP=1, 2, analysed
 preset_quickstart() {
@@ -123,8 +108,7 @@ find_checkout() {
   die "$own: batch_inference is not there, and not in $PWD; start the script (or sbatch) in the folder of the checkout"
 }
 
-# The Python that has vLLM: the user's word, ours, or the one at hand, for which Python itself calls setup_env.sh where
-# vLLM is missing.
+# The user's word, ours, or the one at hand: where that has no vLLM, it calls setup_env.sh before it measures.
 find_python() {
   python=${prefix}.venv/bin/python
   if [[ -n ${PYTHON:-} ]]; then

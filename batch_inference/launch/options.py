@@ -52,7 +52,12 @@ class Options:
         False, "run settings side by side where devices are free; their points are marked", gives="--packed"
     )
     dry_run: bool = _flag("dry_run", is_passed_on=False)
-    nnodes: int = _flag("nnodes", "N", is_passed_on=False)
+    nnodes: int = _flag(
+        "nnodes",
+        "N",
+        help_text="nodes that each setting is spread over; give the same command on each",
+        is_passed_on=False,
+    )
     node_rank: int = _flag(
         "node_rank", "N", help_text="number of this node, from 0 (default: SLURM_NODEID or 0)", is_passed_on=False
     )
