@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,9 +23,14 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from ways import Result, add_flags, call, markdown_row, measure_ours, ours_command, points, save
+from ways import Result, add_flags, markdown_row, measure_ours, ours_command, points, save
 
+from batch_inference.core.config import parse_flags
 from batch_inference.core.result_file import load_result
+from batch_inference.launch.jobs import Job
+from batch_inference.launch.packing import Packing
+from batch_inference.launch.processes import Processes
+from batch_inference.plan.devices import find_devices
 
 ALONE, IMPORTS, PACKED = "alone", "imports of vLLM beside it", "another setting beside it"
 Measured = tuple[Result, float]  # and the wall time in seconds
@@ -76,11 +80,19 @@ def with_imports(args: argparse.Namespace) -> Measured:
 def packed(args: argparse.Namespace) -> Measured:
     files = [args.output_dir / f"packed_{number}_results.json" for number in (1, 2)]
     # Not the same setting twice: no two measure the same point at the same time.
-    flags = [("--packed",), ("--packed", "--seed", "1")]
-    commands = [shlex.join([*ours_command(args, file), *words]) for file, words in zip(files, flags, strict=True)]
+    jobs = [job(args, file, "--seed", str(number)) for number, file in enumerate(files)]
     started_s = time.monotonic()
-    call([sys.executable, "-m", "batch_inference.launch.packing", *commands], args.output_dir / "packed.txt")
+    with Processes() as processes:
+        failed = [one for one, code in Packing(jobs, find_devices(), processes).run() if code]
+        processes.end_if_stopped()
+    if failed:
+        raise SystemExit(f"error: {failed[0].name} failed; see {failed[0].console_path}")
     return load_result(files[0]), time.monotonic() - started_s
+
+
+def job(args: argparse.Namespace, file: Path, *flags: str) -> Job:
+    words = (*ours_command(args, file), "--packed", *flags)
+    return Job(file.stem.removesuffix("_results"), words, parse_flags(words[2:])[0])
 
 
 def table(latencies_s: dict[str, dict[str, list[float]]], wall_s: dict[str, list[float]]) -> list[str]:

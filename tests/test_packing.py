@@ -1,7 +1,8 @@
-"""Settings side by side: commands of the launcher's, of which only the name and the sizes count here."""
+"""Settings side by side: jobs of which only the name and the sizes count here."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ import pytest
 from test_launcher import LAUNCHER
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.launch.packing import Job, Packing, longest_first
+from batch_inference.launch.jobs import Job
+from batch_inference.launch.packing import Packing, longest_first
+from batch_inference.launch.processes import Processes
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY, stub_environment
 
@@ -33,7 +36,7 @@ def job(folder: Path, name: str, tp: int = 1, dp: int = 1, code: int = 0) -> Job
     config = ExperimentConfig(
         tensor_parallel_size=tp, data_parallel_size=dp, name=name, output_file=f"{folder}/{name}_results.json"
     )
-    return Job((sys.executable, "-c", PROGRAM, str(code)), config)
+    return Job(name, (sys.executable, "-c", PROGRAM, str(code)), config)
 
 
 def seen_by(one: Job) -> dict[str, object]:
@@ -48,7 +51,7 @@ def test_the_longest_come_first() -> None:
 
 def test_no_two_settings_are_on_the_same_device_at_the_same_time(tmp_path: Path) -> None:
     jobs = [job(tmp_path, f"job_{number}", tp=size) for number, size in enumerate((1, 1, 2, 3, 4, 2))]
-    ended = dict(Packing(jobs, FOUR).run())
+    ended = dict(Packing(jobs, FOUR, Processes()).run())
     assert set(ended) == set(jobs)
     assert set(ended.values()) == {0}
     ran = [(*seen_by(one)["time"], set(str(seen_by(one)["gpus"]).split(","))) for one in jobs]  # type: ignore[misc]
@@ -68,7 +71,7 @@ def test_exit_codes_are_kept_and_what_is_printed_is_shown_behind_the_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = [job(tmp_path, "good"), job(tmp_path, "bad", code=3)]
-    assert {one.name: code for one, code in Packing(jobs, FOUR).run()} == {"good": 0, "bad": 3}
+    assert {one.name: code for one, code in Packing(jobs, FOUR, Processes()).run()} == {"good": 0, "bad": 3}
     lines = capsys.readouterr().err.splitlines()
     assert f"[1/2] good on device 0 -> {tmp_path}/good_results.json" in lines
     assert any(line.startswith('bad: {"gpus": "1"') for line in lines)
@@ -77,19 +80,36 @@ def test_exit_codes_are_kept_and_what_is_printed_is_shown_behind_the_name(
 def test_on_cpus_a_setting_has_cores_of_its_own_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
     allowed = os.sched_getaffinity(0)
     core = min(allowed)
-    (ended,) = Packing([job(tmp_path, "one")], Devices("cpu", (str(core),))).run()
+    (ended,) = Packing([job(tmp_path, "one")], Devices("cpu", (str(core),)), Processes()).run()
     assert ended[1] == 0
     assert seen_by(ended[0])["cores"] == [core]
     assert os.sched_getaffinity(0) == allowed
 
 
-def test_after_a_signal_nothing_more_is_started(tmp_path: Path) -> None:
-    packing = Packing([job(tmp_path, "first"), job(tmp_path, "second")], Devices("gpu", ("0",)))
-    running = packing.run()
-    assert next(running)[0].name == "first"
-    packing.stop(signal.SIGINT)
-    assert list(running) == []
-    assert packing.stopped_by == signal.SIGINT
+def test_after_a_signal_nothing_more_is_started_and_what_runs_gets_it(tmp_path: Path) -> None:
+    processes = Processes()
+    quick, last = job(tmp_path, "quick"), job(tmp_path, "last", tp=4)
+    slow = dataclasses.replace(job(tmp_path, "slow"), words=("sleep", "30"))
+    running = Packing([quick, slow, last], FOUR, processes).run()
+    assert next(running) == (quick, 0)
+    processes.stop(signal.SIGTERM)
+    assert list(running) == [(slow, 143)]
+    with pytest.raises(SystemExit, match="143"):
+        processes.end_if_stopped()
+
+
+def test_a_signal_while_nothing_runs_ends_at_once() -> None:
+    with pytest.raises(SystemExit, match="130"):
+        Processes().stop(signal.SIGINT)
+
+
+def test_one_whose_output_has_no_place_has_failed_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    jobs = [job(tmp_path / "taken", "bad"), job(tmp_path, "good", tp=4)]
+    assert {one.name: code for one, code in Packing(jobs, FOUR, Processes()).run()} == {"bad": 1, "good": 0}
+    assert f"error: {tmp_path}/taken/bad_results.txt: what bad prints cannot be written" in capsys.readouterr().err
 
 
 def packed_study(folder: Path) -> subprocess.CompletedProcess[str]:

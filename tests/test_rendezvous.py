@@ -129,17 +129,33 @@ def test_node_0_itself_may_lack_devices() -> None:
     assert disagreement(replace(FIRST, devices=1), [SECOND]) == "node 0 (a) has 1 devices, 4 are needed on each"
 
 
-def test_two_processes_meet_as_the_launcher_calls_them() -> None:
+# As the launcher does before torchrun starts.
+PROGRAM = """
+import sys
+from batch_inference.core.config import parse_flags
+from batch_inference.measure.nodes import NodesError, meet_before_torchrun
+node, port, *flags = sys.argv[1:]
+try:
+    print(meet_before_torchrun(parse_flags(flags)[0], 2, int(node), "127.0.0.1", int(port))["GLOO_SOCKET_IFNAME"])
+except NodesError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_two_processes_meet_before_torchrun_and_learn_their_network() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 
     def start(node: int, *flags: str) -> subprocess.Popen[str]:
-        words = ["2", str(node), "127.0.0.1", str(port), "1", "--", "--output-file", f"{node}.json", *flags]
-        command = [sys.executable, "-m", "batch_inference.measure.nodes", *words]
-        return subprocess.Popen(command, cwd=REPOSITORY, env=stub_environment(), stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", PROGRAM, str(node), str(port), "-tp", "2", *flags]
+        environment = {name: value for name, value in stub_environment().items() if name != "GLOO_SOCKET_IFNAME"}
+        return subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     for flags, code in (((), 0), (("--seed", "1"), 1)):
-        processes = [start(0), start(1, *flags)]
-        errors = [process.communicate(timeout=30)[1] for process in processes]
-        assert [process.returncode for process in processes] == [code, code], errors
-        assert all(("other arguments" in error) == bool(code) for error in errors)
+        processes = [start(0, "--output-file", "0.json"), start(1, "--output-file", "1.json", *flags)]
+        said = [process.communicate(timeout=30) for process in processes]
+        assert [process.returncode for process in processes] == [code, code], said
+        assert all(("other arguments" in errors) == bool(code) for _, errors in said)
+        assert [output.strip() for output, _ in said] == ["" if code else "lo"] * 2

@@ -1,27 +1,22 @@
 """The plan of a whole preset: which settings can run here, how, and what they will need.
 
-    python -m batch_inference.launch.overview NNODES NODE_RANK [--plan]    a command per line on stdin, quoted
-
-Without --plan it answers one line per command: why that setting cannot run, or nothing; what the user should know
-before hours of measuring goes to standard error. It fails where a result file would stop a setting later. With --plan:
-a table as comment lines, and the commands that can run, so that the whole can be read, and pasted.
+As text it is a script: a table as comment lines, and the commands that can run, to be read and pasted.
 """
 
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
-from batch_inference.plan.devices import Devices, find_devices, smallest_memory_gib
+from batch_inference.launch.jobs import Job
+from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import SIZES_UNKNOWN, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible
 
-_SCRIPT = "batch_inference_experiment.py"
 _COLUMNS = ("setting", "devices", "replicas", "by")
 _MEMORY = ("weights GiB", "KV tokens", "fit in one wave")
 UNKNOWN = "unknown"
@@ -33,17 +28,16 @@ _PACKED = "side by side where devices are free, the longest first; points are ma
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One command of the launcher."""
+class PlannedJob:
+    """A job, and what can be known of it before it runs."""
 
-    command: str
-    config: ExperimentConfig
+    job: Job
     facts: ModelFacts | None
     reason: str | None  # why it cannot run here
 
     @property
-    def name(self) -> str:
-        return self.config.setting_name
+    def config(self) -> ExperimentConfig:
+        return self.job.config
 
     @property
     def obstacle(self) -> str | None:
@@ -51,17 +45,10 @@ class Setting:
         return self.reason or self.config.output_conflict
 
 
-def setting_of(command: str, nnodes: int, devices: Devices) -> Setting:
-    """Raises ConfigError for flags that are wrong, and for a model folder that is none."""
-    config = config_of(shlex.split(command))
-    facts = read_model_facts(config.model)
-    return Setting(command, config, facts, _uneven(config, nnodes) or _infeasible(config, facts, nnodes, devices))
-
-
-def config_of(words: Sequence[str]) -> ExperimentConfig:
-    """What a command line asks of the experiment script. Raises ConfigError."""
-    script = next(index for index, word in enumerate(words) if word.endswith(_SCRIPT))
-    return parse_flags(words[script + 1 :])[0]
+def planned(job: Job, nnodes: int, devices: Devices) -> PlannedJob:
+    """Raises ConfigError for a model folder that is none."""
+    facts = read_model_facts(job.config.model)
+    return PlannedJob(job, facts, _uneven(job.config, nnodes) or _infeasible(job.config, facts, nnodes, devices))
 
 
 def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
@@ -80,13 +67,13 @@ def _infeasible(config: ExperimentConfig, facts: ModelFacts | None, nnodes: int,
     return infeasible(config, facts, devices, needed // nnodes)
 
 
-def table(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str]:
+def table(jobs: Sequence[PlannedJob], nnodes: int, devices: Devices) -> list[str]:
     """What the settings will need, a line each; without the memory where the model's sizes cannot be read from here."""
-    here_gib = smallest_memory_gib(devices)
-    memory = [_memory_cells(setting, devices, setting.config.device_memory_gib or here_gib) for setting in settings]
+    here_gib = _memory_gib(devices)
+    memory = [_memory_cells(one, devices, one.config.device_memory_gib or here_gib) for one in jobs]
     rows = [
-        [setting.name, str(setting.config.num_devices), str(setting.config.data_parallel_size), _by(setting, nnodes)]
-        for setting in settings
+        [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, nnodes)]
+        for one in jobs
     ]
     if any(memory):
         rows = [row + (cells or [UNKNOWN] * len(_MEMORY)) for row, cells in zip(rows, memory, strict=True)]
@@ -95,9 +82,18 @@ def table(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[st
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _memory_cells(setting: Setting, devices: Devices, memory_gib: float | None) -> list[str] | None:
-    config = setting.config
-    memory = memory_plan(config, setting.facts, devices, memory_gib)
+def _memory_gib(devices: Devices) -> float | None:
+    """Of the smallest GPU. A plan without GPUs needs Python's own library alone."""
+    if devices.kind == "cpu":
+        return None
+    from batch_inference.plan.devices import smallest_memory_gib
+
+    return smallest_memory_gib(devices)
+
+
+def _memory_cells(one: PlannedJob, devices: Devices, memory_gib: float | None) -> list[str] | None:
+    config = one.config
+    memory = memory_plan(config, one.facts, devices, memory_gib)
     if memory is None:
         return None
     if memory.pool_gib is None:
@@ -107,29 +103,30 @@ def _memory_cells(setting: Setting, devices: Devices, memory_gib: float | None) 
     return [f"{memory.weights_gib:.3g}", str(tokens), " / ".join(map(str, waves))]
 
 
-def _by(setting: Setting, nnodes: int) -> str:
+def _by(one: PlannedJob, nnodes: int) -> str:
     """How vLLM's processes are started."""
-    if setting.reason:
+    if one.reason:
         return "-"
-    backend = setting.config.distributed_executor_backend
+    backend = one.config.distributed_executor_backend
     words = {None: "uni", "external_launcher": "torchrun", "ray": "Ray"}.get(backend, str(backend))
     return f"{words}, {nnodes} nodes" if nnodes > 1 else words
 
 
-def uncompared(settings: Sequence[Setting]) -> list[str]:
+def uncompared(jobs: Iterable[PlannedJob]) -> list[str]:
     """The settings with replicas whose batches never add up to one that another setting on as many devices has."""
-    runnable = [setting.config for setting in settings if setting.reason is None]
+    runnable = [one.job for one in jobs if one.reason is None]
     lines = []
-    for config in runnable:
-        others = [other for other in runnable if other.num_devices == config.num_devices and other is not config]
+    for job in runnable:
+        config = job.config
+        others = [other for other in runnable if other.config.num_devices == config.num_devices and other is not job]
         totals, replicas = _global_batches(config), config.data_parallel_size
-        if replicas == 1 or not others or any(totals & _global_batches(other) for other in others):
+        if replicas == 1 or not others or any(totals & _global_batches(other.config) for other in others):
             continue
         # These bring the replicas to what others have; where nothing divides, the others to what the replicas have.
         missing = {batch // replicas for batch in config.batch_sizes if batch % replicas == 0} or totals
         lines.append(
-            f"{config.setting_name} will not be compared with {', '.join(other.setting_name for other in others)}: its "
-            f"replicas' batches add up to {listed(sorted(totals))}; add {listed(sorted(missing))} to --batch-sizes"
+            f"{job.name} will not be compared with {listed(other.name for other in others)}: its replicas' batches add "
+            f"up to {listed(sorted(totals))}; add {listed(sorted(missing))} to --batch-sizes"
         )
     return lines
 
@@ -138,13 +135,21 @@ def _global_batches(config: ExperimentConfig) -> set[int]:
     return {batch * config.data_parallel_size for batch in config.batch_sizes}
 
 
-def plan(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str]:
+def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nnodes: int, devices: Devices) -> list[str]:
     """The table, what cannot run and why, and the commands for the rest."""
-    config = settings[0].config
+    rows = table(jobs, nnodes, devices) if jobs else []
+    head = _head(jobs[0].config, nnodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
+    obstacles = [f"{one.job.name} cannot run: {one.obstacle}" for one in jobs if one.obstacle]
+    remarks = [*left_out, *obstacles, *uncompared(jobs)]
+    parts = [_wrapped(head), rows, _wrapped(remarks)]
+    lines = [line for part in parts if part for line in ("", *part)][1:]
+    commands = [shlex.join(one.job.words) for one in jobs if one.obstacle is None]
+    return [f"# {line}".rstrip() for line in lines] + commands
+
+
+def _head(config: ExperimentConfig, nnodes: int, devices: Devices, *, knows_memory: bool) -> tuple[str, ...]:
     nodes = f" on each of {nnodes} nodes" if nnodes > 1 else ""
-    rows = table(settings, nnodes, devices)
-    knows_memory = rows[0].endswith(_MEMORY[-1])
-    head = (
+    return (
         f"{config.model} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
         f"{len(list(config.points()))} points each: batch sizes {listed(config.batch_sizes)} x lengths "
         f"{listed(config.seq_lens)}, {config.max_tokens} output tokens",
@@ -152,11 +157,6 @@ def plan(settings: Sequence[Setting], nnodes: int, devices: Devices) -> list[str
         _PACKED if config.packed else "",
         "" if knows_memory else f"memory: {SIZES_UNKNOWN}",
     )
-    obstacles = [f"{setting.name} cannot run: {setting.obstacle}" for setting in settings if setting.obstacle]
-    remarks = [*obstacles, *uncompared(settings)]
-    lines = [*_wrapped(head), "", *rows, *([""] if remarks else []), *_wrapped(remarks)]
-    commands = [setting.command for setting in settings if setting.obstacle is None]
-    return [f"# {line}".rstrip() for line in lines] + commands
 
 
 def _wrapped(texts: Iterable[str]) -> list[str]:
@@ -164,30 +164,8 @@ def _wrapped(texts: Iterable[str]) -> list[str]:
     return [line for text in texts for line in wrapped(text, indent=2, width=WIDTH - 2)]
 
 
-def main(words: Sequence[str]) -> int:
-    nnodes, node_rank, devices = int(words[0]), int(words[1]), find_devices()
-    try:
-        settings = [setting_of(line, nnodes, devices) for line in sys.stdin.read().rstrip("\n").split("\n")]
-        if "--plan" in words:
-            print("\n".join(plan(settings, nnodes, devices)))
-            return 0
-        if node_rank == 0:
-            _check_files(settings)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(setting.reason or "" for setting in settings))
-    for line in uncompared(settings):
-        print(f"note: {line}", file=sys.stderr)
-    return 0
-
-
-def _check_files(settings: Sequence[Setting]) -> None:
+def check_files(jobs: Iterable[PlannedJob]) -> None:
     """Raises ConfigError for a result file in the way: not after the settings before it have been measured."""
-    for setting in settings:
-        if setting.reason is None and setting.obstacle:
-            raise ConfigError(setting.obstacle)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    for one in jobs:
+        if one.reason is None and one.obstacle:
+            raise ConfigError(one.obstacle)

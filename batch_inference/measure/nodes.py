@@ -2,13 +2,6 @@
 
 Every node does the same; node 0 listens, compares what the others say, and tells all the same. The connections stay
 open while the setting is measured, so that a node that is gone is seen at once, and not after a time-out.
-
-For torchrun, which would wait for ten minutes, the launcher calls it before:
-
-    python -m batch_inference.measure.nodes NNODES NODE_RANK MASTER_ADDR PORT DEVICES_PER_NODE -- FLAGS
-
-Exit code 0 where the nodes fit together, and NAME=VALUE lines on stdout: the network that joins them, for the
-environment. 1, and one line on every node, where they do not.
 """
 
 from __future__ import annotations
@@ -17,7 +10,6 @@ import contextlib
 import os
 import select
 import socket
-import sys
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -26,7 +18,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.measure.environment import installed_vllm
 from batch_inference.plan.devices import find_devices
@@ -149,6 +141,16 @@ def meet(config: ExperimentConfig) -> Nodes:
     return _meet(config.nnodes, config.master_addr or "", config.master_port, own)
 
 
+def meet_before_torchrun(
+    config: ExperimentConfig, nnodes: int, node_rank: int, master_addr: str, port: int
+) -> dict[str, str]:
+    """For torchrun, which would wait for ten minutes, and then say it in forty lines. Returns the variables of the
+    network that joins the nodes. Raises NodesError."""
+    own = _introduction(config, node_rank, config.num_devices // nnodes)
+    with _meet(nnodes, master_addr, port, own) as nodes:
+        return nodes.environment()
+
+
 def _introduction(config: ExperimentConfig, node: int, devices_needed: int) -> Introduction:
     arguments = config.arguments_hash()
     return Introduction(node, socket.gethostname(), arguments, installed_vllm(), len(find_devices()), devices_needed)
@@ -228,19 +230,3 @@ def _receive(connection: socket.socket, kind: type[M]) -> M:
     """Raises OSError, or ValueError for what is no such message."""
     with connection.makefile("rb") as lines:
         return msgspec.json.decode(lines.readline(_LONGEST_MESSAGE), type=kind)
-
-
-def main(words: list[str]) -> int:
-    nnodes, node, port, needed = (int(words[index]) for index in (0, 1, 3, 4))
-    try:
-        own = _introduction(parse_flags(words[6:])[0], node, needed)
-        with _meet(nnodes, words[2], port, own) as nodes:
-            print("\n".join(f"{name}={value}" for name, value in nodes.environment().items()))
-    except (ConfigError, NodesError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

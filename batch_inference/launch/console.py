@@ -1,0 +1,69 @@
+"""What people see of the launcher itself: lines of progress, the plan, the closing report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+
+from batch_inference.launch.jobs import ANALYSIS, Here, Job
+
+
+def say(text: str = "") -> None:
+    """A line of progress. Where nobody can read it any more, the measuring goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+
+def show(text: str) -> int:
+    """What was asked for, on standard output: names byte by byte as they were given, whatever the terminal can show.
+    The exit code."""
+    try:
+        with open(1, "wb", closefd=False) as output:
+            output.write(os.fsencode(f"{text}\n"))
+    except BrokenPipeError:
+        return 0  # head has seen enough
+    except OSError as error:
+        say(f"error: standard output cannot be written: {error.strerror}")
+        return 1
+    return 0
+
+
+@dataclass
+class Outcomes:
+    """How the settings of a preset ended."""
+
+    done: list[Job] = field(default_factory=list)
+    skipped: list[Job] = field(default_factory=list)
+    failed: list[Job] = field(default_factory=list)
+
+    def keep(self, job: Job, code: int) -> None:
+        """Raises SystemExit where somebody has interrupted the setting."""
+        if code in (130, 143):
+            raise SystemExit(code)
+        (self.failed if code else self.done).append(job)
+
+    @property
+    def none_ran(self) -> bool:
+        return not self.done and not self.failed
+
+
+def say_outcomes(outcomes: Outcomes) -> None:
+    words = (f"{name}: {_names(jobs)}" for name, jobs in vars(outcomes).items())
+    say()
+    say("   ".join(words))
+    for job in outcomes.failed:
+        if job.config.log_path.exists():
+            say(f"  {job.name}: see {job.config.log_path}")
+
+
+def say_how_to_analyse(here: Here, folder: str) -> None:
+    say(f"analyse with: {shlex.join([here.python, here.path(ANALYSIS), '--input', folder])}")
+
+
+def _names(jobs: list[Job]) -> str:
+    return " ".join(job.name for job in jobs) or "none"

@@ -1,0 +1,161 @@
+"""The launcher's own options: each declared once, with its default, its help and its check."""
+
+# A new option is one field of Options, and its use; parsing and --help follow.
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of, non_empty
+from batch_inference.core.text import wrapped
+
+_FLAGS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
+# In --help, before the help of an option.
+_COLUMN = 24
+
+
+def _option(
+    default: Any,
+    help_text: str,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    gives: str | None = None,
+) -> Any:
+    """One without a metavar is a switch. `gives`: the flag that it means for the experiment script."""
+    metadata = {"help": help_text, "metavar": metavar, "parse": parse, "gives": gives}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _flag(name: str, metavar: str | None = None, *, help_text: str | None = None, is_passed_on: bool = True) -> Any:
+    """An option that is a flag of the experiment script too: its default, its check and, unless another is given, its
+    help. One that is not passed on goes to the script in words of the launcher's own."""
+    field = _FLAGS[name]
+    gives = flag_of(name) if is_passed_on else None
+    return _option(field.default, help_text or field.metadata["help"], metavar, field.metadata["parse"], gives)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks of the launcher, in the order of --help."""
+
+    model: str = _flag("model", "MODEL")
+    batch_sizes: tuple[int, ...] = _flag("batch_sizes", "N,N,..")
+    seq_lens: tuple[int, ...] = _flag("seq_lens", "N,N,..")
+    output_dir: str | None = _option(None, "folder of the result files (default: results/PRESET)", "DIR", non_empty)
+    resume: bool = _flag("resume")
+    overwrite: bool = _flag("overwrite")
+    pack: bool = _option(
+        False, "run settings side by side where devices are free; their points are marked", gives="--packed"
+    )
+    dry_run: bool = _flag("dry_run", is_passed_on=False)
+    nnodes: int = _flag(
+        "nnodes",
+        "N",
+        help_text="nodes that each setting is spread over; give the same command on each",
+        is_passed_on=False,
+    )
+    node_rank: int = _flag(
+        "node_rank", "N", help_text="number of this node, from 0 (default: SLURM_NODEID or 0)", is_passed_on=False
+    )
+    master_addr: str | None = _flag("master_addr", "HOST", is_passed_on=False)
+    master_port: int = _flag(
+        "master_port",
+        "PORT",
+        help_text="two ports for each setting, from this one on, must be free there",
+        is_passed_on=False,
+    )
+    help: bool = _option(False, "this text")
+
+    preset: str | None = None
+    words: tuple[str, ...] = ()  # after the preset's name
+    passed_on: tuple[str, ...] = ()  # flags of the experiment script that the options above are, in the user's order
+    flags: tuple[str, ...] = ()  # after --
+
+
+_OPTIONS = {flag_of(field.name): field for field in dataclasses.fields(Options) if "help" in field.metadata}
+
+
+def parse_options(words: Sequence[str]) -> Options:
+    """Raises ConfigError for what is wrong whatever the preset is."""
+    end = words.index("--") if "--" in words else len(words)
+    given: dict[str, Any] = {}
+    plain: list[str] = []
+    passed_on: list[str] = []
+    rest = iter(words[:end])
+    for word in rest:
+        if not word.startswith("-"):
+            plain.append(word)
+            continue
+        flag, text = _with_value("--help" if word == "-h" else word, rest)
+        field = _OPTIONS[flag]
+        given[field.name] = True if text is None else _value_of(flag, text)
+        if field.metadata["gives"]:
+            passed_on += [field.metadata["gives"], *([] if text is None else [text])]
+    if "help" not in given:
+        _check_nodes(given)
+    return Options(
+        **given,
+        preset=plain[0] if plain else None,
+        words=tuple(plain[1:]),
+        passed_on=tuple(passed_on),
+        flags=tuple(words[end + 1 :]),
+    )
+
+
+def _with_value(word: str, rest: Iterator[str]) -> tuple[str, str | None]:
+    """An option and its value, which may be the next word; None for a switch. Raises ConfigError."""
+    flag, equals, text = word.partition("=")
+    if flag not in _OPTIONS:
+        raise ConfigError(f"{flag}: unknown option; see --help, flags for the experiment script go after --")
+    if _OPTIONS[flag].metadata["metavar"] is None:
+        if equals:
+            raise ConfigError(f"{flag}: '{text}' was given, it takes no value")
+        return flag, None
+    if not equals:
+        text = next(rest, "")
+    if not text or (text.startswith("-") and not equals):
+        raise ConfigError(f"{flag}: a value is needed")
+    return flag, text
+
+
+def _value_of(flag: str, text: str) -> Any:
+    try:
+        return _OPTIONS[flag].metadata["parse"](text)
+    except ValueError as error:
+        raise ConfigError(f"{flag}: '{text}' was given, {error}") from None
+
+
+def _check_nodes(given: dict[str, Any]) -> None:
+    """Fills in the number of this node. Raises ConfigError."""
+    nnodes = given.get("nnodes", 1)
+    # Without --nnodes each node would run the whole preset by itself.
+    for name in () if "nnodes" in given else ("master_port", "master_addr", "node_rank"):
+        if name in given:
+            raise ConfigError(f"{flag_of(name)}: '{given[name]}' was given without --nnodes; add --nnodes N")
+    # Under Slurm each node can be given the same command.
+    number = os.environ.get("SLURM_NODEID") if nnodes > 1 else None
+    rank = given.setdefault("node_rank", _value_of("--node-rank", number or "0"))
+    if rank >= nnodes:
+        raise ConfigError(f"--node-rank: '{rank}' was given, --nnodes {nnodes} goes up to {nnodes - 1}")
+    if nnodes > 1 and given.get("pack"):
+        raise ConfigError(f"--pack: it shares out the devices of one node, --nnodes '{nnodes}' was given")
+
+
+def options_help() -> list[str]:
+    """The options, a line or two each."""
+    lines = []
+    for flag, field in _OPTIONS.items():
+        heading = f"  -h, {flag}" if flag == "--help" else f"  {flag} {field.metadata['metavar'] or ''}"
+        lines += wrapped(f"{heading:<{_COLUMN}}{field.metadata['help']}{_default_of(field)}", indent=_COLUMN)
+    return lines
+
+
+def _default_of(field: dataclasses.Field[Any]) -> str:
+    if field.default in (None, False) or "default" in field.metadata["help"]:
+        return ""
+    shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    return f" (default: {shown})"

@@ -1,0 +1,168 @@
+"""The table of presets of run_batch_experiments.sh: from its lines to settings."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from batch_inference.core.config import ConfigError, ExperimentConfig, positive_int
+from batch_inference.core.text import counted, listed
+from batch_inference.launch.options import Options
+
+_KEYS = ("TP", "PP", "DP")
+# N: the devices of this machine.
+_WORD = re.compile(r"(?P<key>TP|PP|DP)=(?P<size>[0-9]{1,9}|N(/[0-9]{1,9})?)|torchrun|suffix=(?P<suffix>[\w.-]+)")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a preset."""
+
+    tp: int
+    pp: int
+    dp: int
+    torchrun: bool = False
+    suffix: str | None = None
+    flags: tuple[str, ...] = ()  # of the experiment script
+
+    @property
+    def num_devices(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def name(self) -> str:
+        """From the sizes, as the experiment script itself would name it, and the suffix."""
+        backend = "external_launcher" if self.torchrun else None
+        sizes = ExperimentConfig(
+            tensor_parallel_size=self.tp, pipeline_parallel_size=self.pp, data_parallel_size=self.dp,
+            distributed_executor_backend=backend,
+        )  # fmt: skip
+        return f"{sizes.setting_name}_{self.suffix}" if self.suffix else sizes.setting_name
+
+
+@dataclass
+class Preset:
+    """What its function in the table says."""
+
+    name: str
+    comment: str
+    settings: list[list[str]] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+    made_by: str | None = None
+    is_demo: bool = False
+
+    def words_of_settings(self, words: Sequence[str]) -> list[list[str]]:
+        """Those of each setting. `words`: the user's, after the preset's name. Raises ConfigError."""
+        if self.made_by:
+            return MADE_BY[self.made_by](words)
+        if words:
+            raise ConfigError(f"'{words[0]}' is one word too many after the preset {self.name}")
+        return self.settings
+
+
+def read_table(text: str) -> dict[str, Preset]:
+    """The presets by their names, in the order of the file. Raises ConfigError."""
+    presets: dict[str, Preset] = {}
+    for line in text.splitlines():
+        match shlex.split(line):
+            case ["preset", name, comment]:
+                preset = presets[name] = Preset(name, comment)
+            case ["setting", *words]:
+                preset.settings.append(words)
+            case ["flags", *words]:
+                preset.flags += words
+            case ["demo"]:
+                preset.is_demo = True
+            case ["made_by", name]:
+                if name not in MADE_BY:
+                    raise ConfigError(f"preset {preset.name}: 'made_by {name}': known are {listed(MADE_BY)}")
+                preset.made_by = name
+            case words:
+                raise ConfigError(f"preset {preset.name}: '{shlex.join(words)}' is no line of a preset")
+    return presets
+
+
+def find_preset(presets: dict[str, Preset], name: str) -> Preset:
+    """Raises ConfigError."""
+    if name not in presets:
+        raise ConfigError(f"'{name}' is no preset; choose one of: {' '.join(presets)}")
+    return presets[name]
+
+
+def settings_of(preset: Preset, options: Options, devices: int) -> tuple[list[Setting], list[str]]:
+    """The settings, repeats dropped; and a line for each that is left out, because a size of it is none on a machine
+    with so many devices. Raises ConfigError."""
+    settings: dict[str, Setting] = {}
+    left_out = []
+    for line in preset.words_of_settings(options.words):
+        try:
+            setting = _setting(line, devices)
+        except _NoSizeError as error:
+            left_out.append(f"{shlex.join(line)} is left out: {error}")
+            continue
+        except ValueError as error:
+            raise ConfigError(f"preset {preset.name}: 'setting {shlex.join(line)}': {error}") from None
+        # vLLM's own executor spreads one replica over nodes; offline it knows no replicas, but under torchrun it does.
+        if options.nnodes > 1 and setting.dp > 1:
+            setting = replace(setting, torchrun=True)
+        if settings.setdefault(setting.name, setting) != setting:
+            raise ConfigError(f"preset {preset.name}: two settings are named {setting.name}; give one a suffix=WORD")
+    return list(settings.values()), left_out
+
+
+class _NoSizeError(Exception):
+    """A size that is none on this machine."""
+
+
+def _setting(words: Sequence[str], devices: int) -> Setting:
+    """Raises _NoSizeError, and ValueError for words that mean nothing."""
+    head = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    found: dict[str, str] = {}
+    for word in head:
+        match = _WORD.fullmatch(word)
+        if not match:
+            raise ValueError(f"'{word}' is none of TP=N, PP=N, DP=N, torchrun, suffix=WORD, and no flag")
+        name, _, value = word.partition("=")
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = value
+    tp, pp, dp = (_size(key, found.get(key, "1"), devices) for key in _KEYS)
+    return Setting(tp, pp, dp, "torchrun" in found, found.get("suffix"), tuple(words[len(head) :]))
+
+
+def _size(key: str, text: str, devices: int) -> int:
+    """2 -> 2, N -> as many as there are devices, N/2 -> half of them."""
+    whole, _, part = text.partition("/")
+    number, divisor = devices if whole == "N" else int(whole), int(part or "1")
+    if divisor == 0 or number % divisor or number == 0:
+        here = f" where N is {counted(devices, 'device')}" if whole == "N" else ""
+        raise _NoSizeError(f"{key}={text} is no whole number of at least 1{here}")
+    return number // divisor
+
+
+def _custom(words: Sequence[str]) -> list[list[str]]:
+    """One setting, of the user's own sizes."""
+    seen = set()
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in _KEYS:
+            raise ConfigError(f"custom: '{word}' was given, TP=N, PP=N or DP=N is needed")
+        if key in seen:
+            raise ConfigError(f"custom: {key} is given twice")
+        seen.add(key)
+        try:
+            positive_int(text)
+        except ValueError as error:
+            raise ConfigError(f"custom {key}: '{text}' was given, {error}") from None
+        if not _WORD.fullmatch(word):
+            raise ConfigError(f"custom {key}: '{text}' was given, no machine has so many devices")
+    if not words:
+        raise ConfigError("custom: at least one of TP=N, PP=N, DP=N is needed")
+    return [list(words)]
+
+
+# For `made_by` in the table: the user's words after the preset's name -> the words of each setting.
+MADE_BY: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {"custom": _custom}

@@ -1,0 +1,62 @@
+"""The settings of a preset, measured: one after the other, or side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batch_inference.launch.console import Outcomes, say
+from batch_inference.launch.jobs import Job
+from batch_inference.launch.options import Options
+from batch_inference.launch.overview import PlannedJob
+from batch_inference.launch.processes import Processes
+from batch_inference.plan.devices import Devices
+
+
+def run_jobs(jobs: Sequence[PlannedJob], options: Options, devices: Devices, processes: Processes) -> Outcomes:
+    """Raises SystemExit after a signal, and with 2 where what the user asked is wrong for every setting."""
+    outcomes = Outcomes()
+    packed = []
+    for number, one in enumerate(jobs, start=1):
+        heading = f"[{number}/{len(jobs)}] {one.job.name}"
+        if one.reason:
+            say(f"{heading} skipped: {one.reason}")
+            outcomes.skipped.append(one.job)
+        elif options.pack:
+            packed.append(one.job)
+        else:
+            say(f"{heading} -> {one.config.output_path}")
+            code = _run_alone(one.job, options, processes)
+            # A flag or a model that is wrong for the first setting is wrong for all.
+            if code == 2 and outcomes.none_ran:
+                raise SystemExit(2)
+            outcomes.keep(one.job, code)
+    if packed:
+        _run_side_by_side(packed, outcomes, devices, processes)
+    return outcomes
+
+
+def _run_alone(job: Job, options: Options, processes: Processes) -> int:
+    """Its exit code."""
+    if job.meeting_port is None:
+        return processes.run(job.words)
+    from batch_inference.measure.nodes import NodesError, meet_before_torchrun
+
+    try:
+        network = meet_before_torchrun(
+            job.config, options.nnodes, options.node_rank, options.master_addr or "", job.meeting_port
+        )
+    except NodesError as error:
+        say(f"error: {error}")
+        return 1
+    return processes.run(job.words, network)
+
+
+def _run_side_by_side(jobs: Sequence[Job], outcomes: Outcomes, devices: Devices, processes: Processes) -> None:
+    from batch_inference.launch.packing import Packing
+
+    ended = list(Packing(jobs, devices, processes).run())
+    processes.end_if_stopped()
+    for job, code in ended:
+        outcomes.keep(job, code)
+    if all(code == 2 for _, code in ended):
+        raise SystemExit(2)
