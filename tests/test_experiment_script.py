@@ -126,8 +126,9 @@ def test_a_second_run_refuses_and_resume_keeps_what_is_there(experiment: Run, tm
     assert grown.returncode == 0, grown.stderr
     assert "2 of 3 points are kept" in grown.stderr
     old, new = json.loads(first), json.loads((tmp_path / "tp_1_results.json").read_text())
-    assert [{**point, "engine": {}} for point in new["points"][:2]] == old["points"]
-    assert [point["engine"]["max_num_seqs"] for point in new["points"][:2]] == [2, 2]
+    assert [{**point, "engine": None} for point in new["points"][:2]] == old["points"]
+    assert [point["engine"] for point in new["points"]] == [0, 0, None]
+    assert [engine["max_num_seqs"] for engine in new["earlier_engines"]] == [2]
     assert len(new["points"]) == 3
     assert experiment("--overwrite").returncode == 0
 

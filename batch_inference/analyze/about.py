@@ -10,8 +10,8 @@ import pandas as pd
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.tables import TO_MENTION, differing, setting_labels
-from batch_inference.analyze.wording import NO_REASON, few
-from batch_inference.core.text import listed
+from batch_inference.analyze.wording import few
+from batch_inference.core.text import NO_REASON, listed
 
 
 def measured(analysis: Analysis) -> Section:

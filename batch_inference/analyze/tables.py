@@ -23,7 +23,7 @@ from batch_inference.core.metrics import METRICS, run_latencies_s, summarise, tp
 from batch_inference.core.result_file import ResultFileError, load_result
 from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.statistics import percentile
-from batch_inference.core.text import plain
+from batch_inference.core.text import NO_REASON, plain
 
 Row = dict[str, Any]
 
@@ -99,7 +99,7 @@ def load_setting(path: Path, percent: float = 99) -> MeasuredSetting:
     """
     result = load_result(path)
     load_s = result.engine.load_s.total_s if result.engine else None
-    failure = result.failure.reason if result.failure else "no reason is given"
+    failure = result.failure.reason if result.failure else NO_REASON
     shared = _shared(result, result.engine)
     return MeasuredSetting(
         path=path,

@@ -13,7 +13,6 @@ from batch_inference.core.text import short
 
 HEADING = "Batch inference: results"
 SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
-NO_REASON = "no reason is given"
 
 
 def suspect_mark(row: Mapping[Hashable, Any]) -> str:

@@ -33,6 +33,7 @@ MIN_RUNS = 3
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
 
 # vLLM flags that this program sets itself, and why a user's own value would break the measurement.
+_REPLICAS_ARE_OURS = "replicas are started by this program; use --data-parallel-size"
 OWNED_BY_US = {
     "--config": "write its flags on the command line, so that they are checked and kept in the file",
     "--enable-prefix-caching": "cached prefixes would be counted as computed prompt tokens",
@@ -40,11 +41,11 @@ OWNED_BY_US = {
     "--enable-mfu-metrics": "it is always on, for MFU and MBU",
     "--jit-monitor-verbose": "it is always on, so that no kernel that is compiled late goes unnoticed",
     "--worker-extension-cls": "it is used to ask the workers for their memory",
-    "--data-parallel-backend": "replicas are started by this program; use --data-parallel-size",
-    "--data-parallel-rank": "replicas are started by this program; use --data-parallel-size",
-    "--data-parallel-size-local": "replicas are started by this program; use --data-parallel-size",
-    "--data-parallel-address": "replicas are started by this program; use --data-parallel-size",
-    "--data-parallel-rpc-port": "replicas are started by this program; use --data-parallel-size",
+    "--data-parallel-backend": _REPLICAS_ARE_OURS,
+    "--data-parallel-rank": _REPLICAS_ARE_OURS,
+    "--data-parallel-size-local": _REPLICAS_ARE_OURS,
+    "--data-parallel-address": _REPLICAS_ARE_OURS,
+    "--data-parallel-rpc-port": _REPLICAS_ARE_OURS,
 }
 
 _SECRET = re.compile(r"token$|key$|secret|password", re.IGNORECASE)
@@ -408,12 +409,16 @@ def _check_engine_args(words: Sequence[str]) -> None:
             continue
         flag = word.partition("=")[0].replace("_", "-")
         if flag in OWNED_BY_US:
-            raise ConfigError(f"{flag} cannot be passed on to vLLM: {OWNED_BY_US[flag]}")
+            raise owned_by_us(flag)
         if flag in ours:
             raise ConfigError(f"{word.partition('=')[0]} is written {flag} here")
         longer = [name for name in ours if name.startswith(flag)]
         if longer:
             raise ConfigError(f"{flag} is an abbreviation; write {' or '.join(longer)}")
+
+
+def owned_by_us(flag: str) -> ConfigError:
+    return ConfigError(f"{flag} cannot be passed on to vLLM: {OWNED_BY_US[flag]}")
 
 
 def unknown_flag_message(flag: str, vllm_flags: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ class FailureClass:
     phase: Phase | None = None
 
 
+_SEE_LOG = "see the end of the log"
 # The first that fits counts: what is said of a cause stands before what is said of its consequences.
 FAILURES: tuple[FailureClass, ...] = (
     FailureClass("timeout_startup", None, "raise --startup-timeout, or see in the log where the start hangs"),
@@ -55,8 +56,8 @@ FAILURES: tuple[FailureClass, ...] = (
     FailureClass("worker_killed", r"exit code: -9\b|signal SIGKILL",
                  "mostly the kernel, out of main memory: see dmesg, free memory"),
     FailureClass("engine_crash", r"EngineDeadError|died unexpectedly|ended without a word|the engine process ended"
-                 r"|node \d+ is gone|Segmentation fault", "see the end of the log"),
-    FailureClass("unknown", "", "see the end of the log"),
+                 r"|node \d+ is gone|Segmentation fault", _SEE_LOG),
+    FailureClass("unknown", "", _SEE_LOG),
 )  # fmt: skip
 ADVICE = {failure.name: failure.advice for failure in FAILURES}
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 # Of a terminal that nobody has widened.
 WIDTH = 80
+NO_REASON = "no reason is given"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 import msgspec
 from msgspec.structs import replace
 
-from batch_inference.core.config import OWNED_BY_US, ConfigError, ExperimentConfig, unknown_flag_message
+from batch_inference.core.config import OWNED_BY_US, ConfigError, ExperimentConfig, owned_by_us, unknown_flag_message
 from batch_inference.core.prompts import make_prompts
 from batch_inference.core.results import EngineInfo, LoadTimes, Requests, WorkerInfo
 from batch_inference.measure.hardware import Monitor, Reading, joined, monitor
@@ -155,7 +155,7 @@ def _refuse_ours(name: str, value: Any) -> None:
     if name in {field.name for field in dataclasses.fields(ExperimentConfig)}:
         raise ConfigError(f"{flag} is a flag of this program too; write it out")
     if flag in OWNED_BY_US and value != MEASURING_SETTINGS.get(name, ...):
-        raise ConfigError(f"{flag} cannot be passed on to vLLM: {OWNED_BY_US[flag]}")
+        raise owned_by_us(flag)
 
 
 def _explain(message: str, vllm_flags: Sequence[str]) -> str:

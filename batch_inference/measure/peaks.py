@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.results import DeviceInfo, Peaks
-from batch_inference.measure.environment import python_path
+from batch_inference.measure.child import ChildError, ask
 from batch_inference.plan.devices import Devices
 
 # Words of NVML's name -> dense 16-bit tensor throughput (FP16 and BF16, without sparsity), memory bandwidth, and the
@@ -65,20 +64,11 @@ def measure_peaks(devices: Devices, dtype: str) -> Peaks:
     """One matrix product and one copy on the first device, a few seconds. Raises ConfigError where it fails."""
     first = devices.slice_for(0, 1)
     words = [dtype, *(first.ids if first.kind == "cpu" else ())]
-    environment = {**os.environ, **first.environment(), "PYTHONPATH": python_path()}
-    command = [sys.executable, "-P", "-m", "batch_inference.measure.peaks", *words]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_MEASURE_TIMEOUT_S, env=environment, check=True
-        )
-        measured = json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"--measure-peaks: not done within {_MEASURE_TIMEOUT_S:.0f} s; leave it out") from None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or ["no reason is given"])[-1]
-        raise ConfigError(f"--measure-peaks: {reason}; leave it out") from error
-    source = "measured: one matrix product, one copy"
-    return Peaks(measured["flops_per_s"], measured["bytes_per_s"], source, dtype)
+        found = ask("measure.peaks", *words, timeout_s=_MEASURE_TIMEOUT_S, environment=first.environment())
+    except ChildError as error:
+        raise ConfigError(f"--measure-peaks: {error}; leave it out") from error
+    return Peaks(found["flops_per_s"], found["bytes_per_s"], "measured: one matrix product, one copy", dtype)
 
 
 def main(dtype: str, cores: str | None = None) -> None:

@@ -11,13 +11,13 @@ import importlib.util
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError
+from batch_inference.measure.child import ChildError, ask
 from batch_inference.measure.environment import python_path
 
 # What RAY_ADDRESS says where each engine is to start a cluster of its own.
@@ -69,18 +69,10 @@ def _answers(address: str) -> bool:
 
 
 def _count_gpus(address: str) -> int:
-    command = [sys.executable, "-P", "-m", "batch_inference.measure.ray_cluster", address]
-    environment = {**os.environ, "PYTHONPATH": python_path()}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, env=environment, check=True
-        )
-        return int(json.loads(done.stdout.splitlines()[-1])["gpus"])
-    except subprocess.TimeoutExpired:
-        reason = f"no answer within {_ASK_TIMEOUT_S:.0f} s"
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or ["no reason is given"])[-1]
-    raise ConfigError(f"the Ray cluster at {address} cannot be joined: {reason}")
+        return int(ask("measure.ray_cluster", address, timeout_s=_ASK_TIMEOUT_S)["gpus"])
+    except ChildError as error:
+        raise ConfigError(f"the Ray cluster at {address} cannot be joined: {error}") from error
 
 
 def environment_of(address: str) -> dict[str, str]:
