@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
 from batch_inference.launch.jobs import Job
-from batch_inference.plan.devices import Devices
+from batch_inference.plan.devices import Devices, smallest_memory_gib
 from batch_inference.plan.memory import SIZES_UNKNOWN, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible
@@ -69,7 +69,7 @@ def _infeasible(config: ExperimentConfig, facts: ModelFacts | None, nnodes: int,
 
 def table(jobs: Sequence[PlannedJob], nnodes: int, devices: Devices) -> list[str]:
     """What the settings will need, a line each; without the memory where the model's sizes cannot be read from here."""
-    here_gib = _memory_gib(devices)
+    here_gib = smallest_memory_gib(devices)
     memory = [_memory_cells(one, devices, one.config.device_memory_gib or here_gib) for one in jobs]
     rows = [
         [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, nnodes)]
@@ -80,15 +80,6 @@ def table(jobs: Sequence[PlannedJob], nnodes: int, devices: Devices) -> list[str
     rows.insert(0, [*_COLUMNS, *(_MEMORY if any(memory) else ())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _memory_gib(devices: Devices) -> float | None:
-    """Of the smallest GPU. A plan without GPUs needs Python's own library alone."""
-    if devices.kind == "cpu":
-        return None
-    from batch_inference.plan.devices import smallest_memory_gib
-
-    return smallest_memory_gib(devices)
 
 
 def _memory_cells(one: PlannedJob, devices: Devices, memory_gib: float | None) -> list[str] | None:
