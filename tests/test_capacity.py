@@ -50,7 +50,7 @@ def test_rounding_to_blocks_makes_a_second_wave_that_tokens_do_not_show() -> Non
     engine = {"num_gpu_blocks": 11, "block_size": 64, "max_model_len": 128, "kv_cache_tokens": 704}
     result, point = measured(8, engine)
     assert point.batch_size * 80 <= 704
-    assert (running_requests(result, point), waves(result, point)) == (5, 2)
+    assert (running_requests(result, point), waves(point, running_requests(result, point))) == (5, 2)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_tighter_limit_decides(
     batch_size: int, engine: dict[str, Any], running: int | None, in_waves: int | None
 ) -> None:
     result, point = measured(batch_size, engine)
-    assert (running_requests(result, point), waves(result, point)) == (running, in_waves)
+    assert (running_requests(result, point), waves(point, running_requests(result, point))) == (running, in_waves)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,10 @@ def test_the_tighter_limit_decides(
 )
 def test_what_vllm_counted_is_preferred(peaks: tuple[int | None, ...], running: int) -> None:
     assert running_requests(*measured(8, {"max_num_seqs": 4}, peaks)) == running
+
+
+def padded_of(result: Result, point: Point) -> int | None:
+    return padded_batch_size(result, point, running_requests(result, point))
 
 
 @pytest.mark.parametrize(
@@ -91,18 +95,18 @@ def test_what_vllm_counted_is_preferred(peaks: tuple[int | None, ...], running: 
 )
 def test_a_batch_is_padded_to_the_next_captured_graph(engine: dict[str, Any], padded: int | None) -> None:
     defaults = {"max_num_seqs": 8, "cudagraph_mode": "FULL_AND_PIECEWISE"}
-    assert padded_batch_size(*measured(3, {**defaults, **engine})) == padded
+    assert padded_of(*measured(3, {**defaults, **engine})) == padded
 
 
 def test_how_stages_share_a_batch_is_not_known() -> None:
     engine = {"max_num_seqs": 8, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [4]}
     result, point = measured(3, engine)
     result.config = dataclasses.replace(result.config, pipeline_parallel_size=2)
-    assert padded_batch_size(result, point) is None
+    assert padded_of(result, point) is None
 
 
 def test_a_point_of_an_earlier_sweep_is_seen_with_its_own_engine() -> None:
     result, point = measured(8, {"max_num_seqs": 8})
     result.earlier_engines = [EngineInfo("0.32.0", max_num_seqs=4)]
     point.engine = 0
-    assert waves(result, point) == 2
+    assert waves(point, running_requests(result, point)) == 2

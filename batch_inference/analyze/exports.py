@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 
@@ -37,8 +37,10 @@ def _csv_cells(column: pd.Series[Any]) -> list[str]:
     time of a large analysis."""
     known = column.notna()
     values = column.tolist() if known.all() else column.astype(object).where(known, None).tolist()
-    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
-        return list(map(str, values)) if known.all() else ["" if value is None else str(value) for value in values]
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        # As a list of JSON, which is several times as fast as each number by itself.
+        cells = msgspec.json.encode(values).decode()[1:-1].split(",")
+        return cells if known.all() else ["" if cell == "null" else cell for cell in cells]
     texts = {value: "" if value is None else _csv_text(value) for value in set(values)}
     return [texts[value] for value in values]
 
@@ -69,8 +71,7 @@ _SCALING = [
 
 def write_summary_json(analysis: Analysis, unreadable: Sequence[str], path: Path) -> None:
     """Raises OSError where it cannot be written."""
-    # Without line breaks: with them Python's encoder takes ten times as long, which many points make seconds.
-    path.write_text(json.dumps(_summary(analysis, unreadable), allow_nan=False) + "\n", encoding="utf-8")
+    path.write_bytes(msgspec.json.encode(_summary(analysis, unreadable)) + b"\n")
 
 
 def _summary(analysis: Analysis, unreadable: Sequence[str]) -> dict[str, Any]:

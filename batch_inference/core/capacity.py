@@ -18,8 +18,8 @@ def running_requests(result: Result, point: Point) -> int | None:
     return min(point.batch_size, *limits) if limits else None
 
 
-def waves(result: Result, point: Point) -> int | None:
-    running = running_requests(result, point)
+def waves(point: Point, running: int | None) -> int | None:
+    """`running`: of `running_requests`."""
     return None if running is None else math.ceil(point.batch_size / running)
 
 
@@ -51,10 +51,10 @@ def _blocks_of_one_pool(engine: EngineInfo, kv_cache_tokens: int) -> tuple[int, 
     return (blocks, block_size) if is_one_pool else None
 
 
-def padded_batch_size(result: Result, point: Point) -> int | None:
+def padded_batch_size(result: Result, point: Point, running: int | None) -> int | None:
     """Requests in a decoding step when it is padded to a captured graph; None where no graph is used, and with
     pipeline stages, which divide the batch among them in a way that is not known here."""
-    engine, running = result.engine_of(point), running_requests(result, point)
+    engine = result.engine_of(point)
     if engine is None or running is None or result.config.pipeline_parallel_size > 1:
         return None
     if engine.enforce_eager or engine.cudagraph_mode in (None, "NONE"):

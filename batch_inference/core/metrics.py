@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from batch_inference.core.capacity import padded_batch_size, running_requests, waves
 from batch_inference.core.results import EngineInfo, Peaks, Point, Result, Run
-from batch_inference.core.statistics import ci95_half_width, mean, percentile
+from batch_inference.core.statistics import ci95_half_width, mean, percentile_of_sorted
 
 Better = Literal["higher", "lower"]
 
@@ -25,30 +24,15 @@ class Measured:
         self.result = result
         self.point = point
         self.engine = result.engine_of(point)
-
-    @cached_property
-    def latencies_s(self) -> list[float]:
-        return sorted(run_latencies_s(self.point))
-
-    @cached_property
-    def ttfts_s(self) -> list[float]:
-        return sorted(ttfts_s(self.point))
-
-    @cached_property
-    def tpots_s(self) -> list[float]:
-        return sorted(tpots_s(self.point))
-
-    @cached_property
-    def request_latencies_s(self) -> list[float]:
-        return sorted(value for run in self.point.runs for value in run.requests.latency_s)
-
-    @cached_property
-    def queue_waits_s(self) -> list[float]:
-        return sorted(value for run in self.point.runs for value in run.requests.queue_s)
-
-    @cached_property
-    def total_latency_s(self) -> float:
-        return sum(run_latencies_s(self.point))
+        runs = point.runs
+        latencies_s = run_latencies_s(point)
+        self.total_latency_s = sum(latencies_s)
+        self.latencies_s = sorted(latencies_s)
+        self.ttfts_s = sorted(ttfts_s(point))
+        self.tpots_s = sorted(tpots_s(point))
+        self.request_latencies_s = sorted(value for run in runs for value in run.requests.latency_s)
+        self.queue_waits_s = sorted(value for run in runs for value in run.requests.queue_s)
+        self.running_requests = running_requests(result, point)
 
 
 Formula = Callable[[Measured], float | None]
@@ -188,7 +172,7 @@ def _mean_of(values: Callable[[Measured], list[float]]) -> Formula:
 
 
 def _percentile_of(values: Callable[[Measured], list[float]], percent: int) -> Formula:
-    return lambda measured: percentile(values(measured), percent)
+    return lambda measured: percentile_of_sorted(values(measured), percent)
 
 
 def _distribution(
@@ -256,13 +240,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("kv_peak_use", "ratio", "KV cache use, peak", None, _kv_peak_use,
            "share of the KV cache in use at the fullest moment, by vLLM's scheduler after each of its steps"),
     Metric("running_requests", "count", "Requests at once", None,
-           lambda measured: running_requests(measured.result, measured.point),
+           lambda measured: measured.running_requests,
            "most requests of a replica that ran at once: counted, or the least of batch_size, max_num_seqs and the "
            "whole requests that fit in the KV cache"),
-    Metric("waves", "count", "Waves", "lower", lambda measured: waves(measured.result, measured.point),
+    Metric("waves", "count", "Waves", "lower", lambda measured: waves(measured.point, measured.running_requests),
            "batch_size / running_requests, rounded up"),
     Metric("padded_batch_size", "count", "Padded batch", None,
-           lambda measured: padded_batch_size(measured.result, measured.point),
+           lambda measured: padded_batch_size(measured.result, measured.point, measured.running_requests),
            "smallest captured graph that holds running_requests; unknown without graphs or with PP"),
     Metric("preemptions", "count", "Preemptions", "lower", _preemptions, "requests preempted, over all runs"),
     Metric("energy_j_per_output_token", "J/token", "Energy per output token", "lower", _energy_j_per_output_token,

@@ -72,9 +72,13 @@ def _stdev(values: Sequence[float]) -> float:
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
     """Linear interpolation between the closest ranks (numpy's default); None without values."""
-    if not values:
+    return percentile_of_sorted(sorted(values), percent)
+
+
+def percentile_of_sorted(ordered: Sequence[float], percent: float) -> float | None:
+    """The same of values in rising order."""
+    if not ordered:
         return None
-    ordered = sorted(values)
     rank = (len(ordered) - 1) * percent / 100
     low = math.floor(rank)
     high = math.ceil(rank)

@@ -70,9 +70,9 @@ def _preempted(_: Result, point: Point) -> list[str]:
 
 
 def _waves(result: Result, point: Point) -> list[str]:
-    if (waves(result, point) or 1) == 1:
-        return []
     running, batch_size = running_requests(result, point), point.batch_size
+    if (waves(point, running) or 1) == 1:
+        return []
     slots, in_cache = request_slots(result, point), requests_in_kv_cache(result, point)
     if slots and slots < batch_size:
         return [f"ran in waves: batch_size {batch_size} is over max_num_seqs {slots}"]
