@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
+from batch_inference.core.flags import parse_flags
 from batch_inference.plan.devices import Devices, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible, is_coupled
@@ -130,11 +131,12 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
             Experiment(config, result, watch, Console()).run(build_replicas(config, here, devices, nodes))
             if nodes:
                 nodes.dismiss(failed=result.status == "failed")
-    except ResultFileError:
+    except ResultFileError as error:
+        print(f"error: {error}", file=sys.stderr)
         if result.points:
             print("what was measured, as it would have been saved:", file=sys.stderr)
             print(to_json(result), file=sys.stderr)
-        raise
+        return 1
     return tell(config, result)
 
 

@@ -44,8 +44,8 @@ from ways import (
     points,
 )
 
-from batch_inference.core.config import positive_ints
 from batch_inference.core.statistics import ci95_half_width
+from batch_inference.core.values import positive_ints
 
 # Parts of the engine's start, in vLLM's own words, 0.26 to 0.33: seconds in the last group.
 ENGINE_PARTS = {

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ways import Result, add_flags, markdown_row, measure_ours, ours_command, points, save
 
-from batch_inference.core.config import parse_flags
+from batch_inference.core.flags import parse_flags
 from batch_inference.core.result_file import load_result
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.packing import Packing

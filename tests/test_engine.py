@@ -12,13 +12,11 @@ from batch_inference.measure import engine
 from batch_inference.measure.engine import (
     MEASURING_SETTINGS,
     _FullestMoment,
-    compile_cache_of,
-    count_outputs,
     engine_settings,
     has_whole_estimate,
     parse_engine_flags,
-    with_workers,
 )
+from batch_inference.measure.vllm_objects import compile_cache_of, count_outputs, with_workers
 from batch_inference.plan.devices import Devices
 from conftest import STUB
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_inference.core.config import ExperimentConfig, parse_flags
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.flags import parse_flags
 from conftest import REPOSITORY, commands_of, with_ctrl_c
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"

@@ -15,7 +15,8 @@ import pytest
 from batch_inference.analyze.flags import build_parser
 from batch_inference.analyze.plots import PLOTS
 from batch_inference.core import failures
-from batch_inference.core.config import ExperimentConfig, flag_of, parse_flags
+from batch_inference.core.config import ExperimentConfig, flag_of
+from batch_inference.core.flags import parse_flags
 from batch_inference.core.metrics import markdown_table
 from batch_inference.plan.devices import find_devices
 from conftest import REPOSITORY, commands_of, stub_environment

@@ -132,7 +132,7 @@ def test_node_0_itself_may_lack_devices() -> None:
 # As the launcher does before torchrun starts.
 PROGRAM = """
 import sys
-from batch_inference.core.config import parse_flags
+from batch_inference.core.flags import parse_flags
 from batch_inference.measure.nodes import NodesError, meet_before_torchrun
 node, port, *flags = sys.argv[1:]
 try:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.measure.engine import count_outputs
 from batch_inference.measure.engine_process import (
     ReplicaError,
     quiet_environment,
@@ -25,6 +24,7 @@ from batch_inference.measure.engine_process import (
 from batch_inference.measure.hardware import Reading
 from batch_inference.measure.messages import Outcome, Prepare
 from batch_inference.measure.replicas import LocalReplicas
+from batch_inference.measure.vllm_objects import count_outputs
 from batch_inference.measure.worker import Worker
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY, STUB, loaded_with, stub_environment

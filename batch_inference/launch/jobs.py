@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, parse_flags
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.flags import parse_flags
 from batch_inference.launch.options import Options
 from batch_inference.launch.presets import Preset, Setting
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of, non_empty
+from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.text import wrapped
+from batch_inference.core.values import non_empty
 
 _FLAGS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
 # In --help, before the help of an option.

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, positive_int
+from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.text import counted, listed
+from batch_inference.core.values import positive_int
 from batch_inference.launch.options import Options
 
 _KEYS = ("TP", "PP", "DP")

@@ -8,19 +8,29 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
-from msgspec.structs import replace
 
-from batch_inference.core.config import OWNED_BY_US, ConfigError, ExperimentConfig, owned_by_us, unknown_flag_message
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.flags import OWNED_BY_US, owned_by_us, unknown_flag_message
 from batch_inference.core.prompts import make_prompts
-from batch_inference.core.results import EngineInfo, LoadTimes, Requests, WorkerInfo
+from batch_inference.core.results import LoadTimes, WorkerInfo
 from batch_inference.measure.hardware import Monitor, Reading, joined, monitor
 from batch_inference.measure.messages import Outcome
-from batch_inference.plan.devices import GIB, Devices, find_devices
+from batch_inference.measure.vllm_objects import (
+    FullestMoment,
+    compile_cache_of,
+    count_outputs,
+    effective_settings,
+    kv_bytes_of,
+    special_ids,
+    weights_bytes_of,
+    with_workers,
+)
+from batch_inference.plan.devices import Devices, find_devices
 
 # A tokenizer is not needed for prompts of token ids; cached prefixes would not be computed; without statistics
 # RequestOutput.metrics is None, and without the last two it neither estimates its work nor names every kernel that it
@@ -55,14 +65,12 @@ class WorkerExtension:
 
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         config: Any = self.vllm_config  # type: ignore[attr-defined]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-                    for tensor in _tensors(runner.kv_caches)}  # fmt: skip
         return msgspec.to_builtins(
             WorkerInfo(
                 host=socket.gethostname(),
                 device=self._batch_inference_monitor().identify(in_use=True)[0],
-                weights_bytes=_weights_bytes(runner.model, config.model_config.dtype.itemsize),
-                kv_bytes=sum(storages.values()),
+                weights_bytes=weights_bytes_of(runner.model, config.model_config.dtype.itemsize),
+                kv_bytes=kv_bytes_of(runner.kv_caches),
                 activation_bytes=getattr(self, "peak_activation_memory", None),
                 compile_s=config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
                 compile_cache=compile_cache_of(compilation_counter),
@@ -88,40 +96,6 @@ def _devices_of(device: Any) -> Devices:
     import torch
 
     return Devices("gpu", (f"GPU-{torch.cuda.get_device_properties(device).uuid}",))
-
-
-def _weights_bytes(model: Any, packed_item_size: int) -> int:
-    """Bytes of this rank's parameters, those included that the CPU backend packed into buffers of its own."""
-    visible = sum(item.numel() * item.element_size() for item in model.parameters())
-    # After packing, vLLM leaves an empty weight behind; the layer still knows its sizes.
-    packed = sum(
-        module.input_size_per_partition * module.output_size_per_partition * packed_item_size
-        for module in model.modules()
-        if hasattr(module, "input_size_per_partition") and getattr(module, "weight", None) is not None
-        and module.weight.numel() == 0
-    )  # fmt: skip
-    return int(visible + packed)
-
-
-def compile_cache_of(counted: Any) -> Literal["cold", "warm"] | None:
-    """Whether a process had to compile ("cold"), or found all in vLLM's compile cache ("warm"), by vLLM's
-    CompilationCounter; None where there was nothing to compile."""
-    loaded = counted.num_aot_artifacts_loaded or counted.num_compiled_artifacts_loaded
-    if counted.num_aot_compiles or counted.num_cache_entries_updated:
-        return "cold"
-    # A graph that equals an earlier one is counted here as well, though nothing is compiled for it.
-    if counted.num_inductor_compiles and not loaded:
-        return "cold"
-    return "warm" if loaded else None
-
-
-def _tensors(caches: Any) -> Iterable[Any]:
-    """The tensors in a nest of lists: some layers keep several per cache."""
-    for cache in caches:
-        if isinstance(cache, (list, tuple)):
-            yield from _tensors(cache)
-        else:
-            yield cache
 
 
 def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
@@ -231,9 +205,9 @@ class Engine:
         self._sampling_params = vllm.SamplingParams
         model_config = self._llm.llm_engine.model_config
         self._vocab_size: int = model_config.get_vocab_size()
-        self._special_ids = _special_ids(model_config.hf_text_config)
+        self._special_ids = special_ids(model_config.hf_text_config)
         self._counted = _COUNTERS | (_ESTIMATES if has_whole_estimate(self._llm.llm_engine.vllm_config) else {})
-        self._fullest = _FullestMoment(self._llm.llm_engine.logger_manager)
+        self._fullest = FullestMoment(self._llm.llm_engine.logger_manager)
         load_s = LoadTimes(
             import_s=imported_s - started_s,
             engine_s=ready_s - imported_s,
@@ -305,119 +279,3 @@ def has_whole_estimate(config: Any) -> bool:
 
     parts = {part.component_type() for part in ModelMetrics(config).metrics}
     return config.parallel_config.data_parallel_size == 1 and "ffn" in parts and bool(parts & {"attn", "mla_attn"})
-
-
-class _FullestMoment:
-    """Most requests that ran at once, and the largest share of the KV cache in use, by what vLLM's scheduler says of
-    every step."""
-
-    def __init__(self, logger_manager: Any) -> None:
-        """`logger_manager`: of an LLMEngine; every step passes its `record`."""
-        self._record = logger_manager.record
-        logger_manager.record = self.record
-        self.forget()
-
-    def forget(self) -> None:
-        self._running, self._kv_use = 0, 0.0
-
-    @property
-    def running(self) -> int | None:
-        """None where vLLM has not said."""
-        return self._running or None
-
-    @property
-    def kv_use(self) -> float | None:
-        """None also for requests of one token, which have left the cache when vLLM looks."""
-        return self._kv_use or None
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any, **keywords: Any) -> None:
-        if scheduler_stats is not None:
-            # vLLM counts when those that ended in this step have left.
-            ended = len(iteration_stats.finished_requests) if iteration_stats else 0
-            self._running = max(self._running, scheduler_stats.num_running_reqs + ended)
-            self._kv_use = max(self._kv_use, scheduler_stats.kv_cache_usage)
-        self._record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **keywords)
-
-
-def with_workers(engine: EngineInfo, workers: list[WorkerInfo]) -> EngineInfo:
-    """What is known of an engine, completed by what all its workers report."""
-    activations = [worker.activation_bytes for worker in workers if worker.activation_bytes is not None]
-    compile_s = [worker.compile_s for worker in workers if worker.compile_s is not None]
-    caches = [worker.compile_cache for worker in workers if worker.compile_cache]
-    return replace(
-        engine,
-        runner=workers[0].runner,
-        load_s=replace(engine.load_s, compile_s=max(compile_s, default=None)),
-        compile_cache="cold" if "cold" in caches else "warm" if caches else None,
-        weights_gib=max(worker.weights_bytes for worker in workers) / GIB,
-        kv_pool_gib=max(worker.kv_bytes for worker in workers) / GIB,
-        activations_gib=max(activations) / GIB if len(activations) == len(workers) else None,
-        workers=workers,
-    )
-
-
-def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
-    """The settings of a VllmConfig that decide what a measurement means."""
-    model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
-    cache, compilation = config.cache_config, config.compilation_config
-    executor = parallel.distributed_executor_backend
-    return EngineInfo(
-        vllm_version=vllm_version,
-        executor=executor if isinstance(executor, str) else getattr(executor, "__name__", None),
-        tensor_parallel_size=parallel.tensor_parallel_size,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-        # Under torchrun vLLM runs one stage after the other, and a batch through all before the next.
-        pipeline_stages_overlap=None if parallel.pipeline_parallel_size == 1 else executor != "external_launcher",
-        dtype=str(model.dtype).removeprefix("torch."),
-        quantization=model.quantization,
-        max_model_len=model.max_model_len,
-        enforce_eager=model.enforce_eager,
-        max_num_seqs=scheduler.max_num_seqs,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        chunked_prefill=scheduler.enable_chunked_prefill,
-        async_scheduling=scheduler.async_scheduling,
-        gpu_memory_utilization=cache.gpu_memory_utilization,
-        kv_cache_dtype=cache.cache_dtype,
-        block_size=cache.block_size,
-        num_gpu_blocks=cache.num_gpu_blocks,
-        enable_prefix_caching=cache.enable_prefix_caching,
-        load_format=str(getattr(config.load_config.load_format, "value", config.load_config.load_format)),
-        compilation_mode=getattr(compilation.mode, "name", None),
-        cudagraph_mode=getattr(compilation.cudagraph_mode, "name", None),
-        cudagraph_capture_sizes=list(compilation.cudagraph_capture_sizes or []),
-        kv_cache_tokens=cache.kv_cache_size_tokens,
-    )
-
-
-def count_outputs(outputs: Sequence[Any], start_s: float, end_s: float) -> Outcome:
-    """Tokens and times of vLLM's RequestOutputs, in submission order.
-
-    `arrival_time` is wall clock and the `*_ts` are monotonic, so only durations within one clock are used:
-    first_token_latency runs from arrival to first token, on the wall clock of the process that submits.
-    """
-    requests = Requests([], [], [], [])
-    for output in outputs:
-        stats = output.metrics
-        ttft_s = stats.first_token_latency
-        requests.ttft_s.append(ttft_s)
-        requests.latency_s.append(ttft_s + stats.last_token_ts - stats.first_token_ts)
-        # Never below 0: the two clocks tick apart by microseconds when nothing waits.
-        requests.queue_s.append(max(0.0, ttft_s - (stats.first_token_ts - stats.scheduled_ts)))
-        requests.output_tokens.append(sum(len(completion.token_ids) for completion in output.outputs))
-    return Outcome(
-        start_s=start_s,
-        end_s=end_s,
-        prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
-        output_tokens=sum(requests.output_tokens),
-        requests=requests,
-        prefix_cache_hit_tokens=sum(output.num_cached_tokens or 0 for output in outputs),
-    )
-
-
-def _special_ids(hf_config: Any) -> set[int]:
-    """The ids that the model's config names as special (bos_token_id, eos_token_id, pad_token_id ...)."""
-    special: set[int] = set()
-    for name, value in hf_config.to_dict().items():
-        if name.endswith("_token_id") and value is not None:
-            special.update(value if isinstance(value, list) else [value])
-    return special

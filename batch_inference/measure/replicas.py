@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.results import EngineInfo
-from batch_inference.measure.engine import with_workers
 from batch_inference.measure.engine_process import (
     POINT,
     STARTUP,
@@ -43,6 +42,7 @@ from batch_inference.measure.messages import (
 )  # fmt: skip
 from batch_inference.measure.nodes import Nodes
 from batch_inference.measure.ray_cluster import OWN_CLUSTER, environment_of
+from batch_inference.measure.vllm_objects import with_workers
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.place import Place
 

@@ -1,0 +1,210 @@
+"""The flags of the experiment script: the parser, what is wrong with them alone or together, and vLLM's own flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig, flag_of
+
+DESCRIPTION = """\
+Measure one TP/PP/DP setting of a model on vLLM: every batch size at every
+prompt length, on one engine load. Any other vLLM engine flag (--load-format
+dummy, --quantization fp8, --kv-cache-dtype fp8 ...) is passed on to vLLM."""
+
+EPILOG = """\
+example:
+  python batch_inference_experiment.py --model meta-llama/Llama-3.1-8B \\
+      --tensor-parallel-size 2 --batch-sizes 1,16,64 --seq-lens 512,2048
+
+exit codes:
+  0 every point ok   1 some work failed (the file says which)
+  2 wrong use        130, 143 interrupted; finished points are kept"""
+
+# Fewer runs have an interval too, but one that is wide by chance alone.
+
+# vLLM flags that this program sets itself, and why a user's own value would break the measurement.
+_REPLICAS_ARE_OURS = "replicas are started by this program; use --data-parallel-size"
+OWNED_BY_US = {
+    "--config": "write its flags on the command line, so that they are checked and kept in the file",
+    "--enable-prefix-caching": "cached prefixes would be counted as computed prompt tokens",
+    "--disable-log-stats": "the request times come from vLLM's own statistics",
+    "--enable-mfu-metrics": "it is always on, for MFU and MBU",
+    "--jit-monitor-verbose": "it is always on, so that no kernel that is compiled late goes unnoticed",
+    "--worker-extension-cls": "it is used to ask the workers for their memory",
+    "--data-parallel-backend": _REPLICAS_ARE_OURS,
+    "--data-parallel-rank": _REPLICAS_ARE_OURS,
+    "--data-parallel-size-local": _REPLICAS_ARE_OURS,
+    "--data-parallel-address": _REPLICAS_ARE_OURS,
+    "--data-parallel-rpc-port": _REPLICAS_ARE_OURS,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _argparse_type(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
+    parse = field.metadata["parse"]
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{flag_of(field.name)}: {text!r} was given, {error}") from None
+
+    return convert
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="python batch_inference_experiment.py [flags] [vLLM engine flags]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in dataclasses.fields(ExperimentConfig):
+        if "help" not in field.metadata:
+            continue
+        options = dict(field.metadata["options"])
+        name = flag_of(field.name)
+        if field.type is bool:
+            parser.add_argument(name, action="store_true", help=field.metadata["help"])
+            continue
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        suffix = "" if field.default is None else f" (default: {shown})"
+        suffix = f", or {field.metadata['short']}{suffix}" if field.metadata["short"] else suffix
+        if "choices" not in options:
+            options |= {"metavar": _metavar(field), "type": _argparse_type(field)}
+        parser.add_argument(name, default=field.default, help=field.metadata["help"] + suffix, **options)
+    return parser
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    if field.type == tuple[int, ...]:
+        return "N,N,.."
+    if field.type in (float, float | None):
+        return "X"
+    return "N" if field.type in (int, int | None) else field.name.rpartition("_")[2].upper()
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
+    """Flags -> configuration and notes for the user. Raises ConfigError for anything wrong in the flags alone."""
+    namespace, rest = build_parser().parse_known_args(_long_flags(argv))
+    _check_engine_args(rest)
+    values = vars(namespace)
+    notes = []
+    for name in ("batch_sizes", "seq_lens"):
+        unique = tuple(dict.fromkeys(values[name]))
+        if len(unique) < len(values[name]):
+            notes.append(f"{flag_of(name)}: repeats dropped, {','.join(map(str, unique))} is measured")
+        values[name] = unique
+    config = ExperimentConfig(**values, engine_args=tuple(rest))
+    _check_together(config)
+    return config, notes
+
+
+def _long_flags(argv: Sequence[str]) -> list[str]:
+    """-tp 2 -> --tensor-parallel-size 2. argparse itself would take -t for -tp, though abbreviations are off."""
+    known = {field.metadata["short"]: flag_of(field.name) for field in dataclasses.fields(ExperimentConfig)
+             if field.metadata.get("short")}  # fmt: skip
+    return [known.get((parts := word.partition("="))[0], parts[0]) + parts[1] + parts[2] for word in argv]
+
+
+def _check_engine_args(words: Sequence[str]) -> None:
+    """Find mistakes in the words left for vLLM that need no vLLM to see."""
+    ours = [flag_of(field.name) for field in dataclasses.fields(ExperimentConfig) if "help" in field.metadata]
+    if words and not words[0].startswith("-"):
+        raise ConfigError(f"{words[0]!r} is no flag; lists are written with commas, like --batch-sizes 1,4,8")
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag in OWNED_BY_US:
+            raise owned_by_us(flag)
+        if flag in ours:
+            raise ConfigError(f"{word.partition('=')[0]} is written {flag} here")
+        longer = [name for name in ours if name.startswith(flag)]
+        if longer:
+            raise ConfigError(f"{flag} is an abbreviation; write {' or '.join(longer)}")
+
+
+def owned_by_us(flag: str) -> ConfigError:
+    return ConfigError(f"{flag} cannot be passed on to vLLM: {OWNED_BY_US[flag]}")
+
+
+def unknown_flag_message(flag: str, vllm_flags: Sequence[str]) -> str:
+    """What to say of a flag that neither we nor vLLM know."""
+    ours = [flag_of(field.name) for field in dataclasses.fields(ExperimentConfig)]
+    near = difflib.get_close_matches(flag.partition("=")[0], [*ours, *vllm_flags], n=1)
+    advice = f"did you mean {near[0]}?" if near else "see --help, and vLLM's own engine flags"
+    return f"{flag} is no flag of this program or of vLLM; {advice}"
+
+
+def _check_together(config: ExperimentConfig) -> None:
+    if config.overwrite and config.resume:
+        raise ConfigError("--overwrite and --resume exclude each other; give one of them")
+    if config.max_model_len is not None and config.longest_request > config.max_model_len:
+        raise ConfigError(
+            f"--seq-lens {max(config.seq_lens)} plus --max-tokens {config.max_tokens} is {config.longest_request}, "
+            f"over --max-model-len {config.max_model_len}; raise it or shorten the requests"
+        )
+    _check_runs(config)
+    _check_backend(config)
+    _check_nodes(config)
+
+
+def _check_runs(config: ExperimentConfig) -> None:
+    """Either exactly --num-runs, or as many as --target-ci needs."""
+    if config.num_runs is None:
+        if config.max_runs < MIN_RUNS:
+            raise ConfigError(
+                f"--max-runs {config.max_runs}: {MIN_RUNS} runs are made at least; "
+                f"raise it, or give --num-runs {config.max_runs}"
+            )
+        return
+    for name in ("target_ci", "max_runs"):
+        value = getattr(config, name)
+        if value != getattr(ExperimentConfig, name):
+            raise ConfigError(
+                f"--num-runs {config.num_runs} means exactly {config.num_runs} runs, whatever {flag_of(name)} {value} "
+                "says; drop one of them"
+            )
+
+
+def _check_backend(config: ExperimentConfig) -> None:
+    backend, size = config.distributed_executor_backend, config.devices_per_replica
+    if backend == "uni" and size > 1:
+        raise ConfigError(f"--distributed-executor-backend uni runs one device, TP x PP is {size}; use mp")
+    if backend == "ray" and config.packed:
+        raise ConfigError(
+            "--packed (--pack of the launcher) shares out the devices of this machine, Ray gives out its cluster's; "
+            "drop it, or --distributed-executor-backend ray"
+        )
+
+
+def _check_nodes(config: ExperimentConfig) -> None:
+    backend, size = config.distributed_executor_backend, config.devices_per_replica
+    if config.nnodes == 1:
+        return
+    if backend not in (None, "mp"):
+        raise ConfigError(
+            f"--nnodes {config.nnodes} belongs to --distributed-executor-backend mp, {backend} was given; "
+            "torchrun takes --nnodes itself, and Ray knows its nodes"
+        )
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"--nnodes {config.nnodes} with --data-parallel-size {config.data_parallel_size} needs torchrun; "
+            "run_batch_experiments.sh --nnodes calls it"
+        )
+    if size % config.nnodes:
+        raise ConfigError(f"--nnodes {config.nnodes} does not divide TP x PP, which is {size}")
+    if config.node_rank >= config.nnodes:
+        raise ConfigError(f"--node-rank {config.node_rank}: --nnodes {config.nnodes} goes up to {config.nnodes - 1}")
+    if config.master_addr is None:
+        raise ConfigError(f"--nnodes {config.nnodes} needs --master-addr too, the address of node 0")
