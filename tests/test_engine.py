@@ -9,14 +9,8 @@ import pytest
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.results import EngineInfo, WorkerInfo
 from batch_inference.measure import engine
-from batch_inference.measure.engine import (
-    MEASURING_SETTINGS,
-    _FullestMoment,
-    engine_settings,
-    has_whole_estimate,
-    parse_engine_flags,
-)
-from batch_inference.measure.vllm_objects import compile_cache_of, count_outputs, with_workers
+from batch_inference.measure.engine import MEASURING_SETTINGS, engine_settings, has_whole_estimate, parse_engine_flags
+from batch_inference.measure.vllm_objects import FullestMoment, compile_cache_of, count_outputs, with_workers
 from batch_inference.plan.devices import Devices
 from conftest import STUB
 
@@ -56,7 +50,7 @@ def test_tokens_are_counted_from_the_outputs_and_times_stay_within_one_clock() -
 def test_the_fullest_moment_of_a_run_is_that_of_its_steps_alone() -> None:
     seen: list[dict[str, Any]] = []
     manager = SimpleNamespace(record=lambda **keywords: seen.append(keywords))
-    fullest = _FullestMoment(manager)
+    fullest = FullestMoment(manager)
     for running, ended, kv_use in ((2, 0, 0.1), (3, 2, 0.2), (1, 0, 0.4), (0, 1, 0.0)):
         manager.record(
             scheduler_stats=SimpleNamespace(num_running_reqs=running, kv_cache_usage=kv_use),
