@@ -116,8 +116,8 @@ def test_unknown_flags_are_kept_for_vllm_in_order() -> None:
 def test_a_setting_is_named_by_its_sizes(sizes: tuple[int, int], name: str) -> None:
     config = ExperimentConfig(tensor_parallel_size=sizes[0], pipeline_parallel_size=sizes[1])
     assert config.setting_name == name
-    assert str(config.output_path) == f"results/{name}_results.json"
-    assert str(config.log_path) == f"results/{name}_results.log"
+    assert str(config.output_path) == f"experiment_results/{name}_results.json"
+    assert str(config.log_path) == f"experiment_results/{name}_results.log"
 
 
 def test_the_hash_changes_with_what_is_measured_and_not_with_the_grid_or_the_file() -> None:

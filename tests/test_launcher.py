@@ -101,7 +101,7 @@ def test_names_files_and_sizes_belong_together(launcher: Launcher) -> None:
     for call in launcher.calls():
         config = config_of(call)
         assert config.name == dataclasses.replace(config, name=None).setting_name
-        assert config.output_file == f"results/mixed-parallel/{config.name}_results.json"
+        assert str(config.output_path) == f"experiment_results/{config.name}_results.json"
         assert config.distributed_executor_backend == "mp"
 
 
@@ -283,7 +283,7 @@ def test_custom_takes_any_sizes_in_any_order(launcher: Launcher, words: tuple[st
 def test_options_stand_before_or_after_the_preset(launcher: Launcher, words: tuple[str, ...]) -> None:
     assert launcher(*words).returncode == 0
     config = config_of(launcher.calls()[0])
-    assert (config.model, config.seq_lens, config.output_file) == ("a b", (64,), "out dir/tp_2_results.json")
+    assert (config.model, config.seq_lens, str(config.output_path)) == ("a b", (64,), "out dir/tp_2_results.json")
 
 
 def test_what_stands_after_the_dashes_goes_to_the_script_and_wins(launcher: Launcher) -> None:
@@ -300,9 +300,9 @@ def test_packed_settings_run_side_by_side_the_longest_first_and_are_marked(launc
     assert all(config_of(call).packed for call in launcher.calls())
     starts = [line for line in done.stderr.splitlines() if " on device" in line]
     assert starts == [
-        "[1/3] tp_1 on device 0 -> results/tensor-parallel/tp_1_results.json",
-        "[2/3] tp_2 on devices 1,2 -> results/tensor-parallel/tp_2_results.json",
-        "[3/3] tp_4 on devices 3,4,5,6 -> results/tensor-parallel/tp_4_results.json",
+        "[1/3] tp_1 on device 0 -> experiment_results/tp_1_results.json",
+        "[2/3] tp_2 on devices 1,2 -> experiment_results/tp_2_results.json",
+        "[3/3] tp_4 on devices 3,4,5,6 -> experiment_results/tp_4_results.json",
     ]
     (end,) = (line for line in done.stderr.splitlines() if line.startswith("done: "))
     assert re.fullmatch(r"done: (tp_1 tp_2|tp_2 tp_1)   skipped: tp_8   failed: tp_4", end)
@@ -416,13 +416,6 @@ def test_a_file_in_the_way_is_no_matter_of_the_other_nodes(launcher: Launcher, f
     assert launcher("tensor-parallel", *nodes, "1").returncode == 0
 
 
-def test_settings_of_one_name_are_told_apart_in_a_plan(launcher: Launcher, files_in_the_way: Path) -> None:
-    """A name of the user's own is that of all."""
-    flags = ("--output-dir", str(files_in_the_way), "--dry-run", "--", "--name", "mine")
-    commands = commands_of(launcher("tensor-parallel", *flags))
-    assert [config_of(words).tensor_parallel_size for words in commands] == [1, 4, 8]
-
-
 def test_a_plan_leaves_out_what_a_file_is_in_the_way_of(launcher: Launcher, files_in_the_way: Path) -> None:
     done = launcher("tensor-parallel", "--output-dir", str(files_in_the_way), "--dry-run")
     assert "# tp_2 cannot run: --output-file" in done.stdout
@@ -436,7 +429,7 @@ def test_any_path_and_name_reaches_the_script_as_it_was_given(launcher: Launcher
         done = launcher("custom", "TP=1", *flags, "--output-dir", folder, "--", "--name", "my run", LC_ALL=locale)
         assert done.returncode == 0, done.stderr
         for words in [*commands_of(done), *launcher.calls()]:
-            assert words[words.index("--output-file") + 1] == f"{folder}/tp_1_results.json"
+            assert words[words.index("--output-dir") + 1] == folder
             assert config_of(words).name == "my run"
         assert flags == ("--dry-run",) or "done: tp_1 " in done.stderr
 

@@ -76,7 +76,7 @@ def test_a_setting_may_have_sizes_of_the_machine_a_suffix_and_flags_of_its_own(l
     assert configs[0].engine_args == ("--enable-expert-parallel",)
     assert configs[1].engine_args == ()
     assert {(config.max_tokens, config.dtype) for config in configs} == {(16, "half")}
-    assert configs[0].output_file == "results/mine/tp_8_ep_results.json"
+    assert str(configs[0].output_path) == "experiment_results/tp_8_ep_results.json"
     assert "torch.distributed.run" in commands_of(done)[2]
     assert launcher("mine").returncode == 0
     assert launcher.names() == ["tp_8_ep", "tp_4_dp_2", "torchrun_pp_2_x.1"]

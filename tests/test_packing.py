@@ -129,7 +129,7 @@ def packed_study(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_launcher_packs_real_sweeps_and_their_points_say_so(tmp_path: Path) -> None:
     done = packed_study(tmp_path)
     assert done.returncode == 0, done.stderr
-    files = sorted((tmp_path / "results" / "tensor-parallel").glob("*_results.json"))
+    files = sorted((tmp_path / "experiment_results").glob("*_results.json"))
     assert [file.name for file in files] == [f"tp_{size}_results.json" for size in (1, 2, 4)]
     for file in files:
         (point,) = json.loads(file.read_text())["points"]

@@ -16,9 +16,9 @@ report.md, results.csv, summary.json and plots."""
 
 EPILOG = """\
 examples:
-  python analyze_results.py --input results/tensor-parallel
-  python analyze_results.py --input results/llama --max-ttft-s 0.5 --device-hour-price 2.5
-  python analyze_results.py --input results/new --compare results/old --fail-on-regression 3
+  python analyze_results.py --input experiment_results
+  python analyze_results.py --input experiment_results --max-ttft-s 0.5 --device-hour-price 2.5
+  python analyze_results.py --input new_results --compare old_results --fail-on-regression 3
 
 exit codes:
   0 everything was read   1 some files were not (they are named)   2 wrong use

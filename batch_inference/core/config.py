@@ -97,8 +97,9 @@ class ExperimentConfig:
     seed: int = _flag(0, "seed of prompts, weights and sampling", natural_int)
     enforce_eager: bool = _flag(False, "no compilation and no CUDA graphs")
     trust_remote_code: bool = _flag(False, "allow code that comes with the model")
+    output_dir: str = _flag("experiment_results", "folder of the result files", non_empty, measured=False)
     output_file: str | None = _flag(
-        None, "result file; default: results/NAME_results.json; the log is beside it", non_empty, measured=False
+        None, "result file; default: NAME_results.json in --output-dir; the log is beside it", non_empty, measured=False
     )
     name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", non_empty, measured=False)
     overwrite: bool = _flag(False, "replace an existing result file", measured=False)
@@ -175,7 +176,7 @@ class ExperimentConfig:
 
     @property
     def output_path(self) -> Path:
-        return Path(self.output_file or f"results/{self.setting_name}_results.json")
+        return Path(self.output_file or Path(self.output_dir) / f"{self.setting_name}_results.json")
 
     @property
     def log_path(self) -> Path:

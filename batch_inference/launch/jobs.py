@@ -44,7 +44,7 @@ class Job:
 
 def folder_of(preset: Preset, options: Options) -> str:
     """Where its result files go."""
-    return options.output_dir or f"results/{preset.name}"
+    return options.output_dir or preset.folder or ExperimentConfig.output_dir
 
 
 def check_together(preset: Preset, options: Options) -> None:
@@ -74,7 +74,7 @@ def _job(setting: Setting, port: int, preset: Preset, options: Options, here: He
         start = _torchrun(setting.num_devices // options.nnodes, port + 1, options, here)
         backend = ["--distributed-executor-backend", "external_launcher"]
     flags = [
-        "--name", setting.name, "--output-file", f"{folder_of(preset, options)}/{setting.name}_results.json",
+        "--name", setting.name, "--output-dir", folder_of(preset, options),
         "--tensor-parallel-size", str(setting.tp), "--pipeline-parallel-size", str(setting.pp),
         "--data-parallel-size", str(setting.dp), *backend, *preset.flags, *setting.flags,
     ]  # fmt: skip

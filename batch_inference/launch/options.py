@@ -46,7 +46,9 @@ class Options:
     model: str = _flag("model", "MODEL")
     batch_sizes: tuple[int, ...] = _flag("batch_sizes", "N,N,..")
     seq_lens: tuple[int, ...] = _flag("seq_lens", "N,N,..")
-    output_dir: str | None = _option(None, "folder of the result files (default: results/PRESET)", "DIR", non_empty)
+    output_dir: str | None = _option(
+        None, f"folder of the result files (default: {_FLAGS['output_dir'].default})", "DIR", non_empty
+    )
     resume: bool = _flag("resume")
     overwrite: bool = _flag("overwrite")
     pack: bool = _option(

@@ -55,6 +55,11 @@ class Preset:
     made_by: str | None = None
     is_demo: bool = False
 
+    @property
+    def folder(self) -> str | None:
+        """Its own, where it has one."""
+        return f"{self.name}_results" if self.is_demo else None
+
     def words_of_settings(self, words: Sequence[str]) -> list[list[str]]:
         """Those of each setting. `words`: the user's, after the preset's name. Raises ConfigError."""
         if self.made_by:
