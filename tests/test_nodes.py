@@ -65,7 +65,7 @@ def test_node_0_writes_the_one_file_and_both_end_well(start: Callable[..., Node]
     document = json.loads((tmp_path / "node_0" / "x.json").read_text())
     assert (document["status"], document["config"]["nnodes"], document["engine"]["executor"]) == ("complete", 2, "mp")
     # The devices may be on other machines: their workers have read them.
-    memory = {"scope": "replica", "used_gib": [1.5, 1.5], "peak_kv_use": 0.01}
+    memory = {"scope": "replica", "used_gib": [1.5, 1.5], "peak_gib": None, "peak_kv_use": 0.01}
     assert document["points"][0]["runs"][0]["memory"] == memory
     assert [path.name for path in (tmp_path / "node_1").iterdir()] == ["x.node_1.log"]
     assert "serves node 0 as node 1 of 2" in (tmp_path / "node_1" / "x.node_1.log").read_text()
