@@ -108,36 +108,50 @@ def show_plan(config: ExperimentConfig, here: Surroundings) -> int:
 
 
 def measure(config: ExperimentConfig, here: Surroundings) -> int:
-    from batch_inference.core.result_file import ResultFileError, to_json
-    from batch_inference.measure.console import Console
-    from batch_inference.measure.engine_process import log_paths
-    from batch_inference.measure.experiment import Experiment
     from batch_inference.measure.hardware import monitor
-    from batch_inference.measure.nodes import meet
-    from batch_inference.measure.resume import check_output, starting_result
+    from batch_inference.measure.locks import devices_in_use
+    from batch_inference.measure.study import claimed
 
     signal.signal(signal.SIGTERM, _end_on_sigterm)
-    check_output(config)
     # Of a job over several nodes, the devices of this one.
     devices = here.devices.slice_for(0, here.processes or config.devices_per_node)
     watch = monitor(devices)
-    result = starting_result(config, environment_of(config, here, devices, watch))
+    environment = environment_of(config, here, devices, watch)
+    with (
+        claimed(config, environment) as (config, notes),
+        devices_in_use(environment.devices, f"{config.setting_name}, {config.output_path}") as used,
+    ):
+        print("".join(f"note: {line}\n" for line in [*notes, *used]), end="", file=sys.stderr)
+        return sweep(config, here, devices, watch, environment)
+
+
+def sweep(
+    config: ExperimentConfig, here: Surroundings, devices: Devices, watch: Monitor, environment: Environment
+) -> int:
+    from batch_inference.core.result_file import ResultFileError
+    from batch_inference.measure.console import Console
+    from batch_inference.measure.engine_process import log_paths
+    from batch_inference.measure.experiment import Experiment
+    from batch_inference.measure.nodes import meet
+    from batch_inference.measure.resume import starting_result
+
+    result = starting_result(config, environment)
     if not result.points:  # a log of earlier points is gone on with
         for log in log_paths(config):
             log.write_text("")
+    experiment = Experiment(config, result, watch, Console())
     try:
         with contextlib.ExitStack() as open_nodes:
             nodes = open_nodes.enter_context(meet(config)) if config.nnodes > 1 else None
-            Experiment(config, result, watch, Console()).run(build_replicas(config, here, devices, nodes))
+            experiment.run(build_replicas(config, here, devices, nodes))
             if nodes:
                 nodes.dismiss(failed=result.status == "failed")
     except ResultFileError as error:
         print(f"error: {error}", file=sys.stderr)
-        if result.points:
-            print("what was measured, as it would have been saved:", file=sys.stderr)
-            print(to_json(result), file=sys.stderr)
+        if measured := experiment.unsaved():
+            print(f"what was measured, as it would have been saved:\n{measured}", file=sys.stderr)
         return 1
-    return tell(config, result)
+    return tell(config, result, is_whole=experiment.is_whole)
 
 
 def environment_of(config: ExperimentConfig, here: Surroundings, devices: Devices, watch: Monitor) -> Environment:
@@ -170,7 +184,7 @@ def build_replicas(config: ExperimentConfig, here: Surroundings, devices: Device
     return LocalReplicas(config, devices, coupled=coupled, nodes=nodes, ray_address=ray_address)
 
 
-def tell(config: ExperimentConfig, result: Result) -> int:
+def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
     """What became of it, and the exit code."""
     from batch_inference.measure.console import closing_table
 
@@ -181,7 +195,7 @@ def tell(config: ExperimentConfig, result: Result) -> int:
         )
     print(closing_table(result))
     print(f"\n{config.output_path}")
-    return 0 if all(point.status == "ok" for point in result.points) else 1
+    return 0 if is_whole else 1
 
 
 def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
@@ -189,10 +203,10 @@ def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     from batch_inference.measure.engine_process import ReplicaError, log_paths
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.replicas import hold_workers
-    from batch_inference.measure.resume import check_output
+    from batch_inference.measure.study import check_writable_paths
 
     signal.signal(signal.SIGTERM, _end_on_sigterm)
-    check_output(config)
+    check_writable_paths(config)
     (log,) = log_paths(config)
     log.write_text("")
     with meet(config) as nodes:

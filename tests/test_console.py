@@ -24,7 +24,7 @@ def shown(point: Point) -> str:
 
 def measure(console: Console, points: list[Point], runs: int = 3) -> None:
     """Tell the console of a sweep, as the experiment does."""
-    console.start(len(points), 0, runs)
+    console.start(ExperimentConfig(num_runs=runs), len(points), [])
     for point in points:
         measured = Point(point.batch_size, point.seq_len, point.max_tokens, "ok")
         for index in range(2):

@@ -47,9 +47,10 @@ def prompts_in(log: Path) -> list[str]:
 
 def test_prompts_are_fresh_for_every_run_and_the_same_for_every_setting(experiment: Run, tmp_path: Path) -> None:
     made = []
-    for flags in (["-tp", "1"], ["-tp", "2"], ["--seed", "1"]):
-        assert experiment("--seq-lens", "64", "--overwrite", *flags).returncode == 0
-        made.append(prompts_in(tmp_path / "tp_1_results.log"))
+    for number, flags in enumerate((["-tp", "1"], ["-tp", "2"], ["--seed", "1"])):
+        file = ("--output-file", str(tmp_path / f"{number}.json"))
+        assert experiment("--seq-lens", "64", *flags, *file).returncode == 0
+        made.append(prompts_in(tmp_path / f"{number}.log"))
     for prompts in made:
         assert len(set(prompts)) == len(prompts)
         ids = {token for prompt in prompts for token in prompt.split(", ")}
@@ -72,7 +73,7 @@ def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
     del command[4:6]
     done = subprocess.run(command, cwd=tmp_path, env=stub_environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "results" / "pp_2_results.json").read_text())["name"] == "pp_2"
+    assert json.loads((tmp_path / "experiment_results" / "pp_2_results.json").read_text())["name"] == "pp_2"
 
 
 @pytest.mark.parametrize(
@@ -115,12 +116,12 @@ def test_repeats_are_noted_and_dropped(experiment: Run) -> None:
     assert "note: --batch-sizes: repeats dropped, 1,2 is measured" in done.stderr
 
 
-def test_a_second_run_refuses_and_resume_keeps_what_is_there(experiment: Run, tmp_path: Path) -> None:
+def test_the_same_command_again_goes_on(experiment: Run, tmp_path: Path) -> None:
     assert experiment().returncode == 0
     first = (tmp_path / "tp_1_results.json").read_text()
-    refused = experiment()
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
+    again = experiment()
+    assert again.returncode == 0, again.stderr
+    assert "2 of 2 points are kept from" in again.stderr
     assert (tmp_path / "tp_1_results.json").read_text() == first
     grown = experiment("--resume", "--batch-sizes", "1,2,3")
     assert grown.returncode == 0, grown.stderr
@@ -130,7 +131,9 @@ def test_a_second_run_refuses_and_resume_keeps_what_is_there(experiment: Run, tm
     assert [point["engine"] for point in new["points"]] == [0, 0, None]
     assert [engine["max_num_seqs"] for engine in new["earlier_engines"]] == [2]
     assert len(new["points"]) == 3
-    assert experiment("--overwrite").returncode == 0
+    anew = experiment("--overwrite")
+    assert (anew.returncode, "are kept" in anew.stderr) == (0, False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tp_1_results.json", "tp_1_results.log"]
 
 
 def test_resume_with_nothing_left_to_do_loads_no_engine(experiment: Run, tmp_path: Path) -> None:
@@ -237,13 +240,6 @@ def test_the_plan_loads_nothing_and_says_what_will_run(experiment: Run, tmp_path
     assert "2 points, 2 timed runs each" in " ".join(done.stdout.split())
     assert done.stdout.splitlines()[-1] == "verdict   can run"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_plan_says_that_the_result_file_is_there_already(experiment: Run, tmp_path: Path) -> None:
-    (tmp_path / "tp_1_results.json").touch()
-    told = " ".join(experiment("--dry-run").stdout.split())
-    assert f"verdict cannot run: --output-file {tmp_path}/tp_1_results.json: it exists; give --resume" in told
-    assert experiment("--dry-run", "--overwrite").stdout.splitlines()[-1] == "verdict   can run"
 
 
 def test_a_python_without_vllm_is_told_what_to_do(tmp_path: Path) -> None:

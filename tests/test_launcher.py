@@ -392,36 +392,6 @@ def test_a_setting_refused_later_is_a_failure_like_others(launcher: Launcher) ->
     assert len(launcher.names()) == 4
 
 
-@pytest.fixture
-def files_in_the_way(launcher: Launcher) -> Path:
-    folder = launcher.folder / "there"
-    folder.mkdir()
-    (folder / "tp_2_results.json").touch()
-    return folder
-
-
-def test_a_file_in_the_way_is_named_before_anything_is_measured(launcher: Launcher, files_in_the_way: Path) -> None:
-    done = launcher("tensor-parallel", "--output-dir", str(files_in_the_way))
-    assert (done.returncode, launcher.calls()) == (2, [])
-    assert done.stderr.startswith(
-        f"error: --output-file {files_in_the_way}/tp_2_results.json: it exists; give --resume"
-    )
-    assert launcher("tensor-parallel", "--output-dir", str(files_in_the_way), "--", "--overwrite").returncode == 0
-
-
-def test_a_file_in_the_way_is_no_matter_of_the_other_nodes(launcher: Launcher, files_in_the_way: Path) -> None:
-    """Where they share a disk, node 0 may have begun it."""
-    nodes = ("--nnodes", "2", "--master-addr", "h", "--output-dir", str(files_in_the_way), "--node-rank")
-    assert launcher("tensor-parallel", *nodes, "0").returncode == 2
-    assert launcher("tensor-parallel", *nodes, "1").returncode == 0
-
-
-def test_a_plan_leaves_out_what_a_file_is_in_the_way_of(launcher: Launcher, files_in_the_way: Path) -> None:
-    done = launcher("tensor-parallel", "--output-dir", str(files_in_the_way), "--dry-run")
-    assert "# tp_2 cannot run: --output-file" in done.stdout
-    assert [config_of(words).name for words in commands_of(done)] == ["tp_1", "tp_4", "tp_8"]
-
-
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_any_path_and_name_reaches_the_script_as_it_was_given(launcher: Launcher, locale: str) -> None:
     folder = """rés  it's $(x) & \\ "y\""""

@@ -67,7 +67,7 @@ def test_a_setting_gives_exact_tokens_at_every_point(tmp_path: Path, tp: int, pp
         for run in point["runs"]:
             check_run(run, point["batch_size"], point["seq_len"], dp)
             # vLLM's own estimates of the work, of which MFU and MBU are made; of coupled replicas they are wrong.
-            estimates = [run["counters"].get(name, 0) > 0 for name in ("flops_per_device", "memory_bytes_per_device")]
+            estimates = [(run["counters"][name] or 0) > 0 for name in ("flops_per_device", "memory_bytes_per_device")]
             assert estimates == [not (torchrun and dp > 1)] * 2
     check_engine(document["engine"], tp, pp, torchrun)
 

@@ -86,13 +86,20 @@ class ExperimentConfig:
         None,
         f"timed runs per point, exactly; default: {MIN_RUNS} or more, as --target-ci and --max-runs say",
         positive_int,
+        measured=False,
     )
     target_ci: float = _flag(
-        0.02, "runs go on until the 95 %% interval of the mean latency is within this fraction of it", interval
+        0.02,
+        "runs go on until the 95 %% interval of the mean latency is within this fraction of it",
+        interval,
+        measured=False,
     )
-    max_runs: int = _flag(10, "most timed runs per point", positive_int)
+    max_runs: int = _flag(10, "most timed runs per point", positive_int, measured=False)
     warmup_runs: int = _flag(
-        1, "fewest warm-ups per point; they go on, up to 5, until two in a row agree within 5 %%", positive_int
+        1,
+        "fewest warm-ups per point; they go on, up to 5, until two in a row agree within 5 %%",
+        positive_int,
+        measured=False,
     )
     seed: int = _flag(0, "seed of prompts, weights and sampling", natural_int)
     enforce_eager: bool = _flag(False, "no compilation and no CUDA graphs")
@@ -102,8 +109,8 @@ class ExperimentConfig:
         None, "result file; default: NAME_results.json in --output-dir; the log is beside it", non_empty, measured=False
     )
     name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", non_empty, measured=False)
-    overwrite: bool = _flag(False, "replace an existing result file", measured=False)
-    resume: bool = _flag(False, "keep the good points of an existing result file", measured=False)
+    overwrite: bool = _flag(False, "measure anew what was measured with the same settings", measured=False)
+    resume: bool = _flag(False, "go on with what was measured with the same settings; the default", measured=False)
     startup_timeout: float = _flag(1800, "seconds that an engine may take to start", positive, measured=False)
     point_timeout: float = _flag(
         900, "seconds without a finished run after which a point is given up", positive, measured=False
@@ -165,16 +172,6 @@ class ExperimentConfig:
         return self.name or "_".join(prefix + parts)
 
     @property
-    def output_conflict(self) -> str | None:
-        """Why the output file may not be written; None where it may."""
-        if self.overwrite or self.resume or not self.output_path.exists():
-            return None
-        return (
-            f"--output-file {self.output_path}: it exists; give --resume to add to it, --overwrite to replace it, or "
-            "another name"
-        )
-
-    @property
     def output_path(self) -> Path:
         return Path(self.output_file or Path(self.output_dir) / f"{self.setting_name}_results.json")
 
@@ -197,22 +194,57 @@ class ExperimentConfig:
         """(batch_size, seq_len) of the grid, lengths outermost."""
         return ((batch_size, seq_len) for seq_len in self.seq_lens for batch_size in self.batch_sizes)
 
-    def measured_settings(self) -> dict[str, Any]:
-        """The fields that change what a point measures. The grid is not among them, so that it may grow."""
-        measured = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.metadata.get("measured", True)
+    def same_settings(self) -> dict[str, Any]:
+        """Equal where two configurations measure the same, however they were written: what the engine gets once
+        defaults are filled in and paths resolved. The grid and how often it is run are no settings."""
+        values = {
+            item.name: getattr(self, item.name)
+            for item in dataclasses.fields(ExperimentConfig)
+            if item.metadata.get("measured", True)
         }
-        return {**measured, "engine_args": redact(self.engine_args)}
+        return {
+            **values,
+            "model": _resolved(self.model),
+            "distributed_executor_backend": self.distributed_executor_backend or self.own_backend,
+            "dtype": {"half": "float16", "float": "float32"}.get(self.dtype, self.dtype),
+            "engine_args": sorted(_flags_with_values(redact(self.engine_args))),
+        }
+
+    @property
+    def own_backend(self) -> str:
+        """What vLLM runs its workers by where nobody says."""
+        return "uni" if self.devices_per_replica == 1 else "mp"
 
     def settings_hash(self) -> str:
-        return _hash_of(self.measured_settings())
+        return _hash_of(self.same_settings())
 
     def arguments_hash(self) -> str:
         """Equal where two processes are about to measure the same: settings and grid."""
-        grid = (self.batch_sizes, self.seq_lens, self.max_tokens)
-        return _hash_of({**self.measured_settings(), "grid": grid})
+        runs = (self.num_runs, self.target_ci, self.max_runs, self.warmup_runs)
+        return _hash_of(
+            {**self.same_settings(), "grid": (self.batch_sizes, self.seq_lens, self.max_tokens), "runs": runs}
+        )
+
+
+def _resolved(model: str) -> str:
+    """A folder by its real path, whatever it is called from here; a hub name as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
+def _flags_with_values(words: Sequence[str]) -> Iterator[str]:
+    """--block_size=16 and --block-size 16 alike: "--block-size 16"."""
+    flag: list[str] = []
+    for word in words:
+        if word.startswith("-"):
+            if flag:
+                yield " ".join(flag)
+            name, *value = word.split("=", 1)
+            flag = [name.replace("_", "-"), *value]
+        else:
+            flag.append(word)
+    if flag:
+        yield " ".join(flag)
 
 
 def _hash_of(values: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from batch_inference.core.failures import WorkFailedError
-from batch_inference.core.results import SCHEMA_VERSION, Result
+from batch_inference.core.results import SCHEMA_VERSION, Environment, Point, Result, StoredConfig
 from batch_inference.core.text import short_name
 
 
@@ -34,12 +34,33 @@ def to_json(result: Result) -> str:
 
     Raises ValueError, naming the field, for a number that is none: msgspec would write it as null without a word.
     """
-    for where in _not_finite(result, result.name):
-        raise ValueError(f"{where} is not a finite number")
+    lines = ",\n".join(point_line(point) for point in result.points)
+    return "".join([head_of(result), lines and lines + "\n", POINTS_END])
+
+
+# After the head, which ends in this line, come the lines of the points, divided by commas, and then the end.
+FIRST_POINT = b' "points": [\n'
+POINTS_END = " ]\n}\n"
+
+
+def head_of(result: Result) -> str:
+    """Everything but the points, up to where they begin. Raises ValueError as `to_json` does."""
     document = {name: getattr(result, name) for name in result.__struct_fields__ if name != "points"}
-    head = msgspec.json.format(_encoded({"schema_version": result.schema_version, **document}), indent=1)
-    points = ",".join(f"\n{_encoded(point).decode()}" for point in result.points)
-    return head.decode().removesuffix("\n}") + f',\n "points": [{points}\n ]\n}}'
+    for name, value in document.items():
+        check_finite(value, f"{result.name}.{name}")
+    text = msgspec.json.format(_encoded({"schema_version": result.schema_version, **document}), indent=1).decode()
+    return text.removesuffix("\n}") + ",\n" + FIRST_POINT.decode()
+
+
+def point_line(point: Point) -> str:
+    """One point as one line, without its end. Raises ValueError as `to_json` does."""
+    check_finite(point, f"batch_size {point.batch_size}, seq_len {point.seq_len}")
+    return _encoded(point).decode()
+
+
+def check_finite(value: Any, where: str) -> None:
+    for place in _not_finite(value, where):
+        raise ValueError(f"{place} is not a finite number")
 
 
 def _encoded(value: Any) -> bytes:
@@ -86,26 +107,32 @@ def _are_finite(values: list[Any]) -> bool:
 
 
 def save_result(result: Result, path: Path) -> None:
+    """Raises ResultFileError when the disk or the folder does not allow it; the previous file is intact then."""
+    write_beside(path, [to_json(result)])
+
+
+def write_beside(path: Path, parts: Iterable[str]) -> None:
     """Write beside and rename, so that a reader sees the old file or the new one, never half of one.
 
     Raises ResultFileError when the disk or the folder does not allow it; the previous file is intact then.
     """
-    text = to_json(result) + "\n"
     beside = _beside(path)
     try:
         with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        raise ResultFileError(
-            f"{path}: cannot be written: {error.strerror}; free the disk or choose another path"
-        ) from error
+        raise cannot_be_written(path, error) from error
     finally:
         # Gone where it was renamed; left where the disk is full, or somebody interrupted.
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def cannot_be_written(path: Path, error: OSError) -> ResultFileError:
+    return ResultFileError(f"{path}: cannot be written: {error.strerror}; free the disk or choose another path")
 
 
 def check_writable(path: Path) -> None:
@@ -121,6 +148,51 @@ def _beside(path: Path) -> Path:
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
+
+
+# --- the journal: points that are not in the file yet -------------------------------------------------------------
+
+
+class JournalHead(Struct):
+    """Its first line: which file it goes on with. Another one has been folded in already."""
+
+    started_at: str | None
+    points: int  # that the file held
+
+
+def journal_of(path: Path) -> Path:
+    return path.with_name(path.name + ".journal")
+
+
+def _with_journal(result: Result, path: Path) -> Result:
+    """The file and its journal are one; a later point replaces an earlier one of the same key."""
+    try:
+        first, *lines = journal_of(path).read_bytes().split(b"\n")[:-1]  # what has no end was cut short
+    except (OSError, ValueError):
+        return result
+    if msgspec.json.decode(first, type=JournalHead) == JournalHead(result.environment.started_at, len(result.points)):
+        new = {(point := msgspec.json.decode(line, type=Point)).key: point for line in lines}
+        result.points = [point for point in result.points if point.key not in new] + list(new.values())
+    return result
+
+
+# --- types --------------------------------------------------------------------------------------------------------
+
+
+class Heading(Struct):
+    """What tells a result from others, without its points."""
+
+    name: str
+    config: StoredConfig
+    environment: Environment
+
+
+def read_heading(path: Path) -> Heading | None:
+    """None for what is no result of this program."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Heading)
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 class _Header(Struct):
@@ -149,13 +221,13 @@ def load_result(path: Path) -> Result:
     except OSError as error:
         raise ResultFileError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        return _decoded(data)
+        return _with_journal(_decoded(data), path)
     except msgspec.ValidationError as error:
         raise ResultFileError(f"{path}: not a result of this program: {_in_words(error, data)}") from error
     except _OtherVersionError as error:
         raise ResultFileError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ResultFileError(f"{path}: not valid JSON ({error}); run that setting again with --overwrite") from error
+        raise ResultFileError(f"{path}: not valid JSON ({error}); move it away, and run that setting again") from error
 
 
 class _OtherVersionError(ValueError):

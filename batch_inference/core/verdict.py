@@ -21,6 +21,8 @@ DRIFT_OVER = 0.03
 UNLIKE_WARMUPS = 0.15
 # A process is woken some 0.1 ms late where the machine is quiet, and milliseconds where it is not.
 SHORTEST_RUN_S = 0.01
+# What its reason begins with.
+_PACKED = "packed"
 # Reasons of NVML for a clock below the highest that are no fault: it is set so, or nothing is to be done. A GPU at its
 # power limit is one at full load; the limit stands in the file.
 _USUAL_CLOCK_REASONS = {
@@ -161,10 +163,15 @@ def _not_alone(_: Result, point: Point) -> list[str]:
     return ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"]
 
 
+def was_packed(point: Point) -> bool:
+    """True where other settings ran beside the point."""
+    return any(reason.startswith(_PACKED) for reason in point.verdict_reasons)
+
+
 def _packed(result: Result, _: Point) -> list[str]:
     if not result.config.packed:
         return []
-    return ["packed: other settings ran beside it; measure what decides again without --pack"]
+    return [f"{_PACKED}: other settings ran beside it; measure what decides again without --pack"]
 
 
 _Check = Callable[[Result, Point], list[str]]

@@ -18,7 +18,7 @@ from batch_inference.core.config import ConfigError
 from batch_inference.launch.console import Outcomes, say, say_how_to_analyse, say_outcomes, show
 from batch_inference.launch.jobs import ANALYSIS, Here, check_together, folder_of, jobs_of
 from batch_inference.launch.options import Options, parse_options
-from batch_inference.launch.overview import PlannedJob, check_files, plan, planned, uncompared
+from batch_inference.launch.overview import PlannedJob, plan, planned, uncompared
 from batch_inference.launch.presets import Preset, find_preset, read_table, settings_of
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import run_jobs
@@ -45,8 +45,6 @@ def main(argv: Sequence[str]) -> int:
             jobs = [planned(job, options.nnodes, devices) for job in jobs_of(settings, preset, options, here)]
             if options.dry_run:
                 return show("\n".join(plan(jobs, left_out, options.nnodes, devices)))
-            if options.node_rank == 0:
-                check_files(jobs)
             install_where_needed(jobs, here, argv, processes)
             for line in [*left_out, *uncompared(jobs)]:
                 say(f"note: {line}")

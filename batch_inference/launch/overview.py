@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
 from batch_inference.launch.jobs import Job
 from batch_inference.plan.devices import Devices, smallest_memory_gib
@@ -38,11 +38,6 @@ class PlannedJob:
     @property
     def config(self) -> ExperimentConfig:
         return self.job.config
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why nothing would come of it: that reason, or a result file in the way."""
-        return self.reason or self.config.output_conflict
 
 
 def planned(job: Job, nnodes: int, devices: Devices) -> PlannedJob:
@@ -130,11 +125,11 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nnodes: int, devic
     """The table, what cannot run and why, and the commands for the rest."""
     rows = table(jobs, nnodes, devices) if jobs else []
     head = _head(jobs[0].config, nnodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
-    obstacles = [f"{one.job.name} cannot run: {one.obstacle}" for one in jobs if one.obstacle]
+    obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
     remarks = [*left_out, *obstacles, *uncompared(jobs)]
     parts = [_wrapped(head), rows, _wrapped(remarks)]
     lines = [line for part in parts if part for line in ("", *part)][1:]
-    commands = [shlex.join(one.job.words) for one in jobs if one.obstacle is None]
+    commands = [shlex.join(one.job.words) for one in jobs if one.reason is None]
     return [f"# {line}".rstrip() for line in lines] + commands
 
 
@@ -153,10 +148,3 @@ def _head(config: ExperimentConfig, nnodes: int, devices: Devices, *, knows_memo
 def _wrapped(texts: Iterable[str]) -> list[str]:
     # "# " stands before each.
     return [line for text in texts for line in wrapped(text, indent=2, width=WIDTH - 2)]
-
-
-def check_files(jobs: Iterable[PlannedJob]) -> None:
-    """Raises ConfigError for a result file in the way: not after the settings before it have been measured."""
-    for one in jobs:
-        if one.reason is None and one.obstacle:
-            raise ConfigError(one.obstacle)

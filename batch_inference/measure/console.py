@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,16 @@ class Console:
             f"{engine.dtype}, weights {_gib(engine.weights_gib)}, KV cache {engine.kv_cache_tokens} tokens"
         )
 
-    def start(self, total: int, done: int, fewest_runs: int) -> None:
+    def all_there(self, config: ExperimentConfig, kept: Sequence[Point]) -> None:
+        self._wrapped(f"{config.setting_name}: {_kept_words(config, kept, len(kept))}: nothing is left to measure")
+
+    def start(self, config: ExperimentConfig, total: int, kept: Sequence[Point]) -> None:
         # Imported here: --help and --dry-run show no bar.
         from tqdm import tqdm
 
-        if done:
-            self.note(f"  {done} of {total} points are kept from the earlier file")
+        done, fewest_runs = len(kept), config.fewest_runs
+        if kept:
+            self._wrapped(f"  {_kept_words(config, kept, total)}")
         self.note("  batch x length: output throughput ±95 % interval, latency, TTFT, memory")
         self._number, self._total, self._expected_runs = done, total, EXPECTED_WARMUPS + fewest_runs
         self._bar = tqdm(
@@ -131,6 +135,12 @@ class LogFollower:
         self._thread.join()
 
 
+def _kept_words(config: ExperimentConfig, kept: Sequence[Point], total: int) -> str:
+    suspect = sum(point.verdict == "suspect" for point in kept)
+    doubt = f", {suspect} of them suspect" if suspect else ""
+    return f"{len(kept)} of {counted(total, 'point')} are kept from {config.output_path}{doubt}"
+
+
 def _shape(point: Point) -> str:
     return f"{point.batch_size} x {point.seq_len}"
 
@@ -171,7 +181,7 @@ def closing_table(result: Result) -> str:
             point.batch_size,
             point.seq_len,
             *(short(point.summary.get(name)) for name in columns.values()),
-            len(point.runs) if point.status == "ok" else "",
+            short(point.summary.get("runs"), 0) if point.status == "ok" else "",
             point.verdict if point.status == "ok" else point.status,
         ]
         for point in result.points

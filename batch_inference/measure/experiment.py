@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import classify
-from batch_inference.core.metrics import run_latencies_s, summarise
-from batch_inference.core.result_file import save_result
+from batch_inference.core.growing_file import GrowingFile
+from batch_inference.core.metrics import summarise
 from batch_inference.core.results import (
     EngineInfo,
     Failure,
@@ -21,7 +21,6 @@ from batch_inference.core.results import (
     Result,
     Run,
 )
-from batch_inference.core.statistics import is_narrow
 from batch_inference.core.verdict import is_settled, judge
 from batch_inference.measure.combine import as_warmup, combine
 from batch_inference.measure.console import Console
@@ -31,7 +30,7 @@ from batch_inference.measure.hardware import Monitor, Seen
 from batch_inference.measure.messages import Prepare
 from batch_inference.measure.peaks import datasheet_peaks
 from batch_inference.measure.replicas import Replicas, joined_readings
-from batch_inference.measure.resume import set_aside_engine
+from batch_inference.measure.resume import has_runs_enough, is_enough, set_aside_engine
 
 MAX_WARMUPS = 5
 # Engines lost one after the other, at different points: it is not the points then.
@@ -52,21 +51,29 @@ class Experiment:
         self._console = console
         self._before = monitor.read()
         self._engine_is_lost = False  # and has nothing to end in order
-        self._is_saved = True
+        self._file = GrowingFile(config.output_path, result)
+        self._lost: list[Point] = []  # points that failed in this sweep
+        self._done = {point.key for point in result.points if is_enough(point, config)}
         self.result = result
 
     def run(self, replicas: Replicas) -> Result:
         """Load, measure every point that is still open, save after each. The replicas are closed at the end."""
         hurry = False
         try:
-            self._measure_open_points(replicas)
-            # Before the engine closes, which takes seconds: a finished setting that is ended then is still complete.
-            self._save()
+            if self._open_points():
+                self._measure_open_points(replicas)
+                # Before the engine closes, which takes seconds: a setting that is ended then is still complete.
+                self._save()
+            else:
+                # The other ranks of a torchrun job still wait for a word: `close` says it.
+                self._console.all_there(self._config, self._kept())
+                self.result.status = "complete"
+                self._forget_runs()
         except (KeyboardInterrupt, SystemExit):
             hurry = True
             self._console.note("\nending the engine; finished points are kept")
             # Interrupted while loading: say so in a file, but never in place of one that holds measurements.
-            if not (self._is_saved and self._config.output_path.exists()):
+            if self._file.has_begun or not self._config.output_path.exists():
                 self._save()
             raise
         finally:
@@ -78,11 +85,16 @@ class Experiment:
             self._console.note(f"warning: {held}")
         return self.result
 
+    @property
+    def is_whole(self) -> bool:
+        """Every point is measured, and none failed on the way."""
+        return not self._lost and all(point.status == "ok" for point in self.result.points)
+
+    def unsaved(self) -> str | None:
+        """What was measured, as the file would hold it; None where nothing was."""
+        return self._file.told()
+
     def _measure_open_points(self, replicas: Replicas) -> None:
-        if not self._open_points():
-            self._console.note(f"{self._config.setting_name}: every point is there already")
-            self.result.status = "complete"
-            return
         try:
             self._console.loading(self._config)
             self._keep_engine(replicas.start())
@@ -93,8 +105,12 @@ class Experiment:
             self._fail(error)
 
     def _open_points(self) -> list[PointKey]:
-        done = {point.key for point in self.result.points if point.status == "ok"}
-        return [key for key in self._grid() if key not in done]
+        return [key for key in self._grid() if key not in self._done]
+
+    def _kept(self) -> list[Point]:
+        """Points of the grid that an earlier sweep has measured well enough."""
+        grid = set(self._grid())
+        return [point for point in self.result.points if point.key in grid & self._done]
 
     def _grid(self) -> list[PointKey]:
         return [PointKey(*key, self._config.max_tokens) for key in self._config.points()]
@@ -116,7 +132,7 @@ class Experiment:
 
     def _measure_grid(self, replicas: Replicas) -> None:
         open_points = self._open_points()
-        self._console.start(len(self._grid()), len(self._grid()) - len(open_points), self._config.fewest_runs)
+        self._console.start(self._config, len(self._grid()), self._kept())
         losses: list[Point] = []  # engines lost one after the other
         for number, key in enumerate(open_points):
             point = _point(key, "ok", self._implied_by(key))
@@ -137,18 +153,16 @@ class Experiment:
             rest = open_points[number + 1 :]
             needed = any(self._implied_by(key) is None for key in rest)
             if needed and (reason := self._recover(replicas, losses)):
-                self.result.points += [_point(key, "skipped", reason) for key in rest]
+                for key in rest:
+                    self._keep(_point(key, "skipped", reason))
                 return
         self.result.status = "complete"
 
     def _implied_by(self, key: PointKey) -> str | None:
         """A smaller batch of the same length that lost its engine: a larger one needs more of everything."""
-        for point in self.result.points:
-            if (
-                point.failure
-                and point.batch_size < key.batch_size
-                and point.key == replace(key, batch_size=point.batch_size)
-            ):
+        for point in self._lost:
+            same_length = point.key == replace(key, batch_size=point.batch_size)
+            if point.failure and same_length and point.batch_size < key.batch_size:
                 return f"implied by batch_size {point.batch_size}: {point.failure}"
         return None
 
@@ -191,15 +205,22 @@ class Experiment:
         if point.status == "ok":
             point.verdict_reasons, point.verdict = judge(self.result, point)
         point.summary = summarise(self.result, point)
-        self._is_saved = False
-        self.result.points.append(point)
-        self._save()
+        self._keep(point)
         self._console.point_done(point)
+
+    def _keep(self, point: Point) -> None:
+        """In the file, and without its raw runs in memory. One that fails now takes nothing from what was measured."""
+        if point.status != "ok":
+            self._lost.append(point)
+            if any(one.key == point.key for one in self.result.points):
+                return
+        self._file.add(point)
+        self.result.points = [one for one in self.result.points if one.key != point.key] + [_light(point)]
 
     def _measure(self, point: Point, replicas: Replicas) -> None:
         self._warm_up(point, replicas)
         repeated = 0
-        while not self._is_known(point):
+        while not has_runs_enough(point, self._config):
             run = self._run(point, replicas, "run", len(point.runs) + repeated)
             # Whether a run counts is decided by what vLLM says of it, never by how long it took: a run that is slow
             # for no known reason stays.
@@ -219,13 +240,6 @@ class Experiment:
             run = self._run(point, replicas, "warmup", len(point.warmups))
             point.warmups.append(as_warmup(run))
             made += 1
-
-    def _is_known(self, point: Point) -> bool:
-        """Whether the point has runs enough."""
-        config = self._config
-        if len(point.runs) < config.fewest_runs or config.num_runs is not None:
-            return len(point.runs) >= config.fewest_runs
-        return len(point.runs) >= config.max_runs or is_narrow(run_latencies_s(point), config.target_ci)
 
     def _run(self, point: Point, replicas: Replicas, phase: str, index: int) -> Run:
         self._console.running(point, phase, index)
@@ -253,8 +267,20 @@ class Experiment:
         self.result.failure = Failure(kind, error.reason, error.log_tail)
 
     def _save(self) -> None:
-        save_result(self.result, self._config.output_path)
-        self._is_saved = True
+        """The head with all points: those of earlier sweeps are in memory until then."""
+        if self._file.has_begun:
+            self._file.fold()
+            return
+        self._file.begin()
+        self._forget_runs()
+
+    def _forget_runs(self) -> None:
+        """They are in the file: those of many points would not fit in memory."""
+        self.result.points = [_light(point) for point in self.result.points]
+
+
+def _light(point: Point) -> Point:
+    return replace(point, runs=[], warmups=[])
 
 
 def _point(key: PointKey, status: PointStatus, reason: str | None) -> Point:

@@ -16,7 +16,7 @@ def setting_plan(
     """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known."""
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     points = list(config.points())
-    reason = infeasible(config, facts, devices) or config.output_conflict
+    reason = infeasible(config, facts, devices)
     words = {
         "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
         f"{devices.kind} devices",

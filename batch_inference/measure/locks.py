@@ -1,0 +1,101 @@
+"""Who measures into a file, and on a device: locks that end with the process that holds them, however it ends.
+
+flock(2) belongs to an open file, which no other process of ours inherits: an engine that is left over holds none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from batch_inference.core.results import DeviceInfo
+
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class LockedError(Exception):
+    """Somebody else holds it; the message says who, and what for."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, purpose: str) -> Iterator[bool]:
+    """Hold the lock file `path` while the block runs; False where its file system cannot lock. `purpose` is for others
+    to read. Raises LockedError at once where somebody else holds it, and OSError where the file cannot be made."""
+    file = _open_locked(path)
+    if file is None:
+        yield False
+        return
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()} ({purpose})\n".encode())
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(file)
+
+
+def _open_locked(path: Path) -> int | None:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 4096).decode(errors="replace").strip()
+            os.close(file)
+            raise LockedError(holder or "another process") from None
+        except OSError as error:
+            os.close(file)
+            if error.errno not in _CANNOT_LOCK:
+                raise
+            path.unlink(missing_ok=True)
+            return None
+        # Its last holder may have removed the file between the two calls.
+        with contextlib.suppress(OSError):
+            if os.fstat(file).st_ino == path.stat().st_ino:
+                return file
+        os.close(file)
+
+
+def lock_of(result: Path) -> Path:
+    """The lock beside a result file."""
+    return result.with_name(f".{result.name}.lock")
+
+
+def holder_of(result: Path) -> str | None:
+    """Who measures into a result file now; None where nobody does."""
+    try:
+        with locked(lock_of(result), "looking"):
+            return None
+    except LockedError as error:
+        return str(error)
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def devices_in_use(devices: Iterable[DeviceInfo], purpose: str) -> Iterator[list[str]]:
+    """While the block runs others can see that these devices are used; a line for each that another sweep of this user
+    is using already."""
+    folder = Path(tempfile.gettempdir()) / f"batch_inference_{os.getuid()}"
+    lines = []
+    with contextlib.ExitStack() as held:
+        # What cannot be told is no reason not to measure.
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            for device in devices:
+                where = f"cores {device.cores}" if device.cores else f"GPU {device.index}"
+                identity = device.uuid or where
+                try:
+                    path = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+                    held.enter_context(locked(path, purpose))
+                except LockedError as error:
+                    lines.append(f"{where}: used by {error}")
+        yield lines
