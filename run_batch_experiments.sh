@@ -72,23 +72,30 @@ flags() { line flags "$@"; }
 demo() { line demo; }
 made_by() { line made_by "$1"; }
 
-# The words as one line that Python's shlex reads: it does not know the $'..' of printf %q.
+# A line of the table: its words, a unit separator after each, and a record separator at the end.
 line() {
-  local word
-  for word; do printf "'%s' " "${word//\'/\'\\\'\'}"; done
-  echo
+  printf '%s\x1f' "$@"
+  printf '\x1e'
 }
 
 # What every preset says, in the order of this file.
 table() {
-  local text comment=''
+  local text comment='' name='' known=' '
+  set -E
+  trap 'die "preset $name: this fails: $BASH_COMMAND"' ERR
   while IFS= read -r text; do
-    if [[ $text =~ ^(preset_([a-z-]+))\(\) ]]; then
-      line preset "${BASH_REMATCH[2]}" "$comment"
-      "${BASH_REMATCH[1]}"
+    if [[ $text =~ ^preset_([A-Za-z0-9_-]+)\ *\(\) ]]; then
+      name=${BASH_REMATCH[1]}
+      known+="preset_$name "
+      line preset "$name" "$comment"
+      "preset_$name"
     fi
-    comment=${text#\# }
+    comment=''
+    [[ $text != '# '* ]] || comment=${text#\# }
   done <"${BASH_SOURCE[0]}"
+  for name in $(compgen -A function preset_); do
+    [[ $known == *" $name "* ]] || die "$name: write it as $name() at the beginning of a line"
+  done
 }
 
 die() {

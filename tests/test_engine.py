@@ -91,7 +91,7 @@ def test_a_start_is_cold_where_something_new_was_compiled(counts: dict[str, int]
     [(["warm", "warm"], "warm"), (["warm", "cold"], "cold"), ([None, "warm"], "warm"), ([None, None], None)],
 )
 def test_one_rank_that_compiles_makes_the_start_a_cold_one(of_workers: list[Any], together: Any) -> None:
-    workers = [WorkerInfo("a", weights_bytes=1, kv_bytes=1, runner="x", compile_cache=word) for word in of_workers]
+    workers = [WorkerInfo(host="a", weights_bytes=1, kv_bytes=1, runner="x", compile_cache=word) for word in of_workers]
     assert with_workers(EngineInfo("0.32.0"), workers).compile_cache == together
 
 

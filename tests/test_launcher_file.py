@@ -85,7 +85,7 @@ def test_a_setting_may_have_sizes_of_the_machine_a_suffix_and_flags_of_its_own(l
 def test_a_setting_without_a_size_on_this_machine_is_left_out_with_a_line(launcher: Launcher) -> None:
     with_preset(launcher, "setting TP=N/4 suffix=ep", "setting TP=1")
     plan, done = launcher("mine", "--dry-run", DEVICES="6"), launcher("mine", DEVICES="6")
-    said = "TP=N/4 suffix=ep is left out: TP=N/4 is no whole number of at least 1 where N is 6 devices"
+    said = "TP=N/4 suffix=ep is left out: there are 6 devices, and N/4 of them is no whole number"
     assert (plan.returncode, plan.stderr) == (0, "")
     assert said in " ".join(plan.stdout.replace("#", "").split())
     assert f"note: {said}" in done.stderr.splitlines()
@@ -109,6 +109,8 @@ def test_where_every_setting_is_left_out_none_can_run(launcher: Launcher) -> Non
         (["made_by magic"], "preset mine: 'made_by magic': known are custom"),
         (["echo 'what is this'"], "preset mine: 'what is this' is no line of a preset"),
         (["setting TP=2 --max-tokens none"], "--max-tokens: 'none' was given"),
+        (["setting TP=N/0"], "preset mine: 'setting TP=N/0': TP=N/0 is no size"),
+        (["false"], "preset mine: this fails: false"),
     ],
 )
 def test_a_slip_in_a_preset_is_named(launcher: Launcher, lines: list[str], said: str) -> None:
@@ -116,6 +118,29 @@ def test_a_slip_in_a_preset_is_named(launcher: Launcher, lines: list[str], said:
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {said}")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["mine2", "Mine", "my_fp8"])
+def test_a_preset_may_have_any_plain_name(launcher: Launcher, name: str) -> None:
+    with_preset(launcher, "setting TP=2 --seed 1")
+    launcher.file.write_text(launcher.file.read_text().replace("preset_mine()", f"preset_{name} ()"))
+    assert launcher(name, "--dry-run").returncode == 0
+
+
+def test_a_preset_that_is_not_found_is_said(launcher: Launcher) -> None:
+    with_preset(launcher, "setting TP=2")
+    launcher.file.write_text(launcher.file.read_text().replace("preset_mine()", "function preset_mine"))
+    done = launcher("tensor-parallel", "--dry-run")
+    assert (done.returncode, done.stderr) == (
+        2, "error: preset_mine: write it as preset_mine() at the beginning of a line\n",
+    )  # fmt: skip
+
+
+def test_words_of_a_preset_may_hold_anything(launcher: Launcher) -> None:
+    with_preset(launcher, "setting TP=2 --name $'a \\u2028 \\x0c \"c\"'")
+    assert launcher("mine").returncode == 0
+    (call,) = launcher.calls_file.read_text().rstrip("\n").split("\n")
+    assert config_of(call.split("\x1f")[:-1]).name == 'a \u2028 \x0c "c"'
 
 
 def test_a_demo_replaces_only_what_is_in_its_own_folder_and_is_for_one_node(launcher: Launcher) -> None:

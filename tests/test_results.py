@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from batch_inference.core.result_file import ResultFileError, check_writable, load_result, save_result
 from batch_inference.core.results import SCHEMA_VERSION, Point
-from builders import make_point, make_result
+from builders import make_point, make_result, make_run
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_a_newer_file_asks_for_a_newer_program(path: Path) -> None:
         ("[1, 2]", "not a result of this program: expected `object`"),
         ('{"results": []}', "not a result of this program: .*`schema_version`"),
         ('{"schema_version": "one"}', "schema_version is 'one', expected `int`"),
-        ('{"schema_version": 1}', "not a result of this program: expected `object`"),
+        ('{"schema_version": 1}', "not a result of this program: config: expected `object`"),
     ],
 )
 def test_a_foreign_or_broken_file_is_named_with_the_reason(path: Path, text: str, reason: str) -> None:
@@ -164,3 +165,50 @@ def test_a_missing_file_is_named(path: Path) -> None:
 def test_unknown_sections_of_the_same_version_are_left_alone(path: Path) -> None:
     write(path, remark="kept by hand")
     assert load_result(path).name == "tp_1"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("points", 0, "seq_len"), "x", r"points\[0\]\.seq_len is 'x', expected `int \| null`"),
+        (
+            ("points", 0, "runs", 0, "latency_s"),
+            -1.5,
+            r"points\[0\]\.runs\[0\]\.latency_s is -1\.5, expected `float` > 1e-09",
+        ),
+        (("status",), "done", r"status is 'done', which is none of the words that it may be"),
+        (("config", "tensor_parallel_size"), "2", r"config: tensor_parallel_size is '2', expected `int`"),
+        (("config", "batch_sizes"), [0], r"batch_sizes holds 0, which is no size"),
+        (("schema_version",), 0, r"schema_version is below 1"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_its_place(
+    path: Path, place: tuple[str | int, ...], value: Any, said: str
+) -> None:
+    save_result(make_result(points=[make_point()]), path)
+    document = inner = json.loads(path.read_text())
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(ResultFileError, match=said) as error:
+        load_result(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_configuration_with_a_number_that_is_none_is_never_written(path: Path) -> None:
+    result = make_result()
+    result.config = dataclasses.replace(result.config, temperature=float("nan"))
+    with pytest.raises(ValueError, match=r"config\.temperature is not a finite number"):
+        save_result(result, path)
+
+
+def test_work_of_days_fits(path: Path) -> None:
+    run = make_run(1e6, counters={"flops_per_device": 1e21})
+    save_result(make_result(points=[make_point(runs=[run])]), path)
+    assert load_result(path).points[0].runs == [run]
+
+
+def test_text_that_is_no_utf_8_is_still_written(path: Path) -> None:
+    save_result(make_result(points=[Point(1, 8, 4, "error", reason="a \udcff path")]), path)
+    assert load_result(path).points[0].reason == "a ? path"

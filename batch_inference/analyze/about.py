@@ -1,4 +1,4 @@
-"""What the other sections are about: what was measured, the settings, and what failed or is doubtful."""
+"""The last sections of the report: what was measured, the settings, and what failed or is doubtful."""
 
 from __future__ import annotations
 

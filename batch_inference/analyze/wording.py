@@ -1,4 +1,4 @@
-"""How numbers, marks and lists read in every section: what is said in several places is written here, once."""
+"""What the sections of a report share: a number with its interval, marks, and lines that several sections say."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _kv_peak_use(measured: Measured) -> float | None:
     return max((share for share in shares if share is not None), default=None)
 
 
-def _share_of_peak(work: Callable[[Run], int | None], peak: Callable[[Peaks], float]) -> Formula:
+def _share_of_peak(work: Callable[[Run], float | None], peak: Callable[[Peaks], float]) -> Formula:
     """What vLLM estimates that one device did in the runs, over what it could have done in that time."""
 
     def share(measured: Measured) -> float | None:

@@ -6,6 +6,7 @@ python -m batch_inference.core.result_file >batch_inference/core/result.schema.j
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -92,6 +93,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """What is inside, with its place behind that of the whole."""
     if isinstance(value, Struct):
         yield from ((f".{name}", getattr(value, name)) for name in value.__struct_fields__)
+    elif dataclasses.is_dataclass(value):
+        yield from ((f".{item.name}", getattr(value, item.name)) for item in dataclasses.fields(value))
     elif isinstance(value, dict):
         yield from ((f".{name}", item) for name, item in value.items())
     elif isinstance(value, list) and not _are_finite(value):
@@ -222,6 +225,8 @@ def load_result(path: Path) -> Result:
         raise ResultFileError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         return _with_journal(_decoded(data), path)
+    except _InConfigError as error:
+        raise ResultFileError(f"{path}: not a result of this program: config: {error}") from error
     except msgspec.ValidationError as error:
         raise ResultFileError(f"{path}: not a result of this program: {_in_words(error, data)}") from error
     except _OtherVersionError as error:
@@ -231,6 +236,10 @@ def load_result(path: Path) -> Result:
 
 
 class _OtherVersionError(ValueError):
+    pass
+
+
+class _InConfigError(ValueError):
     pass
 
 
@@ -245,22 +254,32 @@ def _decoded(data: bytes) -> Result:
     _check_version(header.schema_version)
     if header.schema_version < SCHEMA_VERSION:
         return _converted(msgspec.json.decode(data))
-    msgspec.json.decode(header.config, type=_Needed)
+    _check_config(msgspec.json.decode(header.config))
     return msgspec.json.decode(data, type=Result)
 
 
 def _converted(document: Any) -> Result:
     header = msgspec.convert(document, _PlainHeader)
     _check_version(header.schema_version)
-    msgspec.convert(header.config, _Needed)
+    _check_config(header.config)
     return msgspec.convert(_from_version_1(document) if header.schema_version == 1 else document, Result)
 
 
 def _check_version(version: int) -> None:
-    if not 1 <= version <= SCHEMA_VERSION:
+    if version < 1:
+        raise _OtherVersionError("not a result of this program: schema_version is below 1")
+    if version > SCHEMA_VERSION:
+        told = short_name(str(version), 20)
         raise _OtherVersionError(
-            f"schema_version is {version}, this program reads up to {SCHEMA_VERSION}; update this program"
+            f"schema_version is {told}, this program reads up to {SCHEMA_VERSION}; update this program"
         )
+
+
+def _check_config(config: Any) -> None:
+    try:
+        msgspec.convert(config, _Needed)
+    except msgspec.ValidationError as error:
+        raise _InConfigError(_in_words(error, msgspec.json.encode(config))) from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -272,6 +291,8 @@ def _in_words(error: msgspec.ValidationError, data: bytes) -> str:
     what, _, where = str(error).partition(" - at `")
     place = where.rstrip("`").removeprefix("$").removeprefix(".")
     wanted = f"{what[:1].lower()}{what[1:]}"
+    if wanted.startswith("invalid enum value"):
+        wanted = "which is none of the words that it may be"
     if not place:
         return wanted
     value = _value_at(place, data)

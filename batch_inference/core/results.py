@@ -27,6 +27,7 @@ Verdict = Literal["valid", "suspect", "invalid"]
 
 Size = Annotated[int, Meta(ge=1, le=2**31)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+Work = Annotated[float, Meta(ge=0, le=1e30)]  # operations or bytes of a run, which may last for days
 Seconds = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Gib = Annotated[float, Meta(ge=0, le=1e9)]
 Joules = Annotated[float, Meta(ge=0, le=1e15)]
@@ -78,8 +79,8 @@ class Counters(Struct):
     jit_compilations: Count | None = None  # kernels that vLLM compiled during the run
     peak_running: Count | None = None  # most requests that ran at once, of the replica with the fewest
     # vLLM's own estimates of the work of one device, of the busiest replica.
-    flops_per_device: Count | None = None
-    memory_bytes_per_device: Count | None = None
+    flops_per_device: Work | None = None
+    memory_bytes_per_device: Work | None = None
 
 
 class Clocks(Struct):
@@ -179,12 +180,12 @@ class DeviceInfo(Struct):
 
 
 class WorkerInfo(Struct):
-    """What one of vLLM's workers holds, as it says itself."""
+    """What one of vLLM's workers holds, as it says itself. The first files did not have all of it."""
 
-    host: str
     weights_bytes: Count
     kv_bytes: Count
-    runner: str
+    host: str | None = None
+    runner: str | None = None
     device: DeviceInfo | None = None
     activation_bytes: Count | None = None  # the peak that vLLM saw when profiling
     compile_s: Seconds | None = None
@@ -264,8 +265,10 @@ class StoredConfig(ExperimentConfig):
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if not 1 <= getattr(self, name) <= 2**20:
                 raise ValueError(f"{name} is {getattr(self, name)}")
-        if any(not 1 <= size <= 2**31 for size in (*self.batch_sizes, *self.seq_lens)):
-            raise ValueError("batch_sizes or seq_lens hold a size that no point can have")
+        for name in ("batch_sizes", "seq_lens"):
+            for size in getattr(self, name):
+                if not 1 <= size <= 2**31:
+                    raise ValueError(f"{name} holds {size}, which is no size")
 
     @classmethod
     def of(cls, config: ExperimentConfig) -> StoredConfig:

@@ -1,4 +1,4 @@
-"""What people see of the launcher itself: lines of progress, the plan, the closing report."""
+"""What people see of the launcher itself: lines of progress and the closing report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ def say(text: str = "") -> None:
     """A line of progress. Where nobody can read it any more, the measuring goes on."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
-            sys.stderr.write(f"{text}\n")
+            # Names byte by byte as they were given, so that a line can be pasted.
             sys.stderr.flush()
+            sys.stderr.buffer.write(os.fsencode(f"{text}\n"))
+            sys.stderr.buffer.flush()
 
 
 def show(text: str) -> int:

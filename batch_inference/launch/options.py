@@ -54,7 +54,7 @@ class Options:
     pack: bool = _option(
         False, "run settings side by side where devices are free; their points are marked", gives="--packed"
     )
-    dry_run: bool = _flag("dry_run", is_passed_on=False)
+    dry_run: bool = _flag("dry_run", help_text="print the plan and the commands, and stop", is_passed_on=False)
     nnodes: int = _flag(
         "nnodes",
         "N",

@@ -137,7 +137,7 @@ def _head(config: ExperimentConfig, nnodes: int, devices: Devices, *, knows_memo
     nodes = f" on each of {nnodes} nodes" if nnodes > 1 else ""
     return (
         f"{config.model} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
-        f"{len(list(config.points()))} points each: batch sizes {listed(config.batch_sizes)} x lengths "
+        f"{counted(len(list(config.points())), 'point')} each: batch sizes {listed(config.batch_sizes)} x lengths "
         f"{listed(config.seq_lens)}, {config.max_tokens} output tokens",
         _WHY_TORCHRUN if nnodes > 1 else "",
         _PACKED if config.packed else "",

@@ -72,8 +72,9 @@ class Preset:
 def read_table(text: str) -> dict[str, Preset]:
     """The presets by their names, in the order of the file. Raises ConfigError."""
     presets: dict[str, Preset] = {}
-    for line in text.splitlines():
-        match shlex.split(line):
+    for line in filter(None, text.split("\x1e")):
+        *words, rest = line.split("\x1f")
+        match [*words, rest] if rest else words:
             case ["preset", name, comment]:
                 preset = presets[name] = Preset(name, comment)
             case ["setting", *words]:
@@ -86,8 +87,8 @@ def read_table(text: str) -> dict[str, Preset]:
                 if name not in MADE_BY:
                     raise ConfigError(f"preset {preset.name}: 'made_by {name}': known are {listed(MADE_BY)}")
                 preset.made_by = name
-            case words:
-                raise ConfigError(f"preset {preset.name}: '{shlex.join(words)}' is no line of a preset")
+            case _:
+                raise ConfigError(f"preset {preset.name}: '{' '.join(line.split())}' is no line of a preset")
     return presets
 
 
@@ -143,9 +144,10 @@ def _size(key: str, text: str, devices: int) -> int:
     """2 -> 2, N -> as many as there are devices, N/2 -> half of them."""
     whole, _, part = text.partition("/")
     number, divisor = devices if whole == "N" else int(whole), int(part or "1")
-    if divisor == 0 or number % divisor or number == 0:
-        here = f" where N is {counted(devices, 'device')}" if whole == "N" else ""
-        raise _NoSizeError(f"{key}={text} is no whole number of at least 1{here}")
+    if divisor == 0 or (number == 0 and whole != "N"):
+        raise ValueError(f"{key}={text} is no size")
+    if number % divisor or number == 0:
+        raise _NoSizeError(f"there are {counted(devices, 'device')}, and {text} of them is no whole number")
     return number // divisor
 
 

@@ -22,8 +22,8 @@ examples:
   ./run_batch_experiments.sh custom TP=2 PP=2 --batch-sizes 1,16 -- --num-runs 5
 
 exit codes: 0 every setting ok; 1 some failed, or none could run; 2 wrong use;
-130, 143 interrupted. A setting that cannot run here (devices, heads, layers) is
-skipped. PYTHON=/path/to/python chooses the Python that has vLLM."""
+129, 130, 143 interrupted. A setting that cannot run here (devices, heads,
+layers) is skipped. PYTHON=/path/to/python chooses the Python that has vLLM."""
 
 
 def usage(presets: Iterable[Preset]) -> str:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.measure.environment import python_path
 from batch_inference.measure.leftovers import processes_of, remove, shared_memory_of
@@ -164,7 +166,10 @@ class EngineProcess:
         if b"\n" not in self._buffer:
             return []
         line, _, self._buffer = self._buffer.partition(b"\n")
-        replies = replies_from(line)
+        try:
+            replies = replies_from(line)
+        except msgspec.ValidationError as error:
+            raise self._failure(f"what the engine answered cannot be: {error}") from error
         for reply in replies:
             if isinstance(reply, Failed):
                 raise ConfigError(reply.reason) if reply.usage else self._failure(reply.reason)

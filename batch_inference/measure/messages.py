@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.core.results import Count, EngineInfo, Requests
+from batch_inference.core.results import Count, EngineInfo, Requests, Work
 from batch_inference.measure.hardware import Reading
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ class Outcome(Struct):
     # None where vLLM does not tell.
     peak_running: Count | None = None
     peak_kv_use: float | None = None
-    flops_per_device: Count | None = None
-    memory_bytes_per_device: Count | None = None
+    flops_per_device: Work | None = None
+    memory_bytes_per_device: Work | None = None
     jit_compilations: Count | None = None  # read from the log, by the supervisor
     # Before and after the run, where only the replica itself can see its devices.
     readings: tuple[Reading, Reading] | None = None

@@ -1,4 +1,4 @@
-"""The ranks of a torchrun job: rank 0 leads, the others do what it says. The only file that imports torch.
+"""The ranks of a torchrun job: rank 0 leads, the others do what it says.
 
 Words travel through the key-value store that torchrun itself keeps (MASTER_ADDR:MASTER_PORT): it is there before any
 engine, works across nodes, and a rank that is missing shows as a time-out and not as a hang in a collective.

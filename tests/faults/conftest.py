@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from batch_inference.core.result_file import load_result
 from batch_inference.measure.leftovers import all_shared_memory
 from conftest import REPOSITORY, stub_environment, with_ctrl_c
 
@@ -113,7 +115,11 @@ class Sweep:
         return all_shared_memory() - self._shared_memory_before
 
     def document(self) -> dict[str, Any] | None:
-        return json.loads(self.file.read_text()) if self.file.exists() else None
+        if not self.file.exists():
+            return None
+        json.loads(self.file.read_text())  # whole and valid at any moment; what came after it is in the journal
+        document: dict[str, Any] = msgspec.to_builtins(load_result(self.file))
+        return document
 
     def announced(self) -> set[tuple[int, int]]:
         """Points that the console has said to be done."""
