@@ -36,7 +36,10 @@ printf -v call '%s\\x1f' "$@"; printf '%s\\n' "$call" >>"$CALLS" # one write: wi
 [[ $* != *"--name ${FAIL:-nothing} "* ]] || exit "${FAIL_WITH:-1}"
 """
 )
-ALL = ["tp_1", "tp_2", "tp_4", "tp_8", "pp_2", "pp_4", "tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4", "dp_2", "dp_4"]
+ALL = [
+    "tp_1", "tp_2", "tp_4", "tp_8", "pp_2", "pp_4", "tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4", "tp_4_pp_4", "dp_2", "dp_4",
+    "tp_2_dp_2", "tp_4_dp_2", "tp_2_dp_4",
+]  # fmt: skip
 
 
 class Launcher:
@@ -84,14 +87,14 @@ def config_of(words: list[str]) -> ExperimentConfig:
     [
         ("tensor-parallel", ["tp_1", "tp_2", "tp_4", "tp_8"]),
         ("pipeline-parallel", ["tp_1", "pp_2", "pp_4"]),
-        ("mixed-parallel", ["tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4"]),
+        ("mixed-parallel", ["tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4", "tp_4_pp_4"]),
         ("data-parallel", ["tp_1", "dp_2", "dp_4"]),
         ("scaling-study", ALL),
         ("quickstart", ["tp_1", "tp_2"]),
     ],
 )
 def test_a_preset_runs_its_settings_each_once(launcher: Launcher, preset: str, names: list[str]) -> None:
-    done = launcher(preset)
+    done = launcher(preset, DEVICES="16")
     assert done.returncode == 0, done.stderr
     assert launcher.names() == names
 
@@ -182,9 +185,9 @@ def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(l
     nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "head", "--master-port", "1234")
     done = launcher("scaling-study", *nodes, "--dry-run")
     commands = {words[words.index("--name") + 1]: words for words in commands_of(done)}
-    assert list(commands) == [name for name in ALL if name not in ("tp_1", "dp_2", "dp_4")] + [
-        "torchrun_dp_2",
-        "torchrun_dp_4",
+    replicated = [name for name in ALL if "dp_" in name]
+    assert list(commands) == [name for name in ALL if name not in ("tp_1", *replicated)] + [
+        f"torchrun_{name}" for name in replicated
     ]
     for name, words in commands.items():
         config = config_of(words)
@@ -205,8 +208,9 @@ def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(l
 def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launcher) -> None:
     model = str(REPOSITORY / "models" / "llama-2-7b")
     done = launcher(
-        "scaling-study", "--model", model, "--seq-lens", "512", "--dry-run", "--", "--device-memory-gib", "80"
-    )
+        "scaling-study", "--model", model, "--seq-lens", "512", "--dry-run", "--", "--device-memory-gib", "80",
+        DEVICES="16",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
     rows = {line.split()[1]: line.split()[2:] for line in comments if len(line.split()) == 8 and "devices" not in line}
