@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
-from batch_inference.plan.devices import Devices, find_devices, smallest_memory_gib
+from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible, is_coupled
 from batch_inference.plan.place import Place, check_place, find_place
-from batch_inference.plan.printed import setting_plan
+from batch_inference.plan.printed import obstacle, setting_plan
 
 # What measures needs installed packages; --help and --dry-run answer without them.
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def main() -> int:
 def look_around(config: ExperimentConfig, place: Place | None) -> Surroundings:
     """Raises ConfigError for a model folder or a RAY_ADDRESS that leads nowhere, and for a place that does not fit."""
     check_place(config, place)
-    facts, devices, cluster = read_model_facts(config.model), find_devices(), None
+    facts, cluster = read_model_facts(config.model), None
+    devices = devices_elsewhere(config.devices) if config.devices else find_devices()
     # A plan asks nobody, and vLLM refuses Ray on the CPU.
     if config.distributed_executor_backend == "ray" and devices.kind == "gpu" and not config.dry_run:
         from batch_inference.measure.ray_cluster import find_cluster
@@ -104,7 +105,7 @@ def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
 def show_plan(config: ExperimentConfig, here: Surroundings) -> int:
     memory_gib = config.device_memory_gib or smallest_memory_gib(here.devices)
     print("\n".join(setting_plan(config, here.facts, here.devices, memory_gib)))
-    return 0
+    return 1 if obstacle(config, here.facts, here.devices) else 0
 
 
 def measure(config: ExperimentConfig, here: Surroundings) -> int:

@@ -79,6 +79,7 @@ def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
     ("flags", "said"),
     [
         (("--batch-sizes", "0"), "--batch-sizes"),
+        (("--devices", "8"), "--devices 8: it is for a plan; add --dry-run"),
         (("--quantisation", "fp8"), "did you mean --quantization?"),
         (("--model", "./absent"), "--model ./absent: there is no such folder"),
         (("--max-model-len", "4096"), "--max-model-len 4096 is over the model's 2048"),
@@ -239,9 +240,23 @@ def test_the_plan_loads_nothing_and_says_what_will_run(experiment: Run, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_for_another_machine_counts_its_devices(experiment: Run) -> None:
+    model = ("--model", str(REPOSITORY / "models" / "llama-2-7b"), "-tp", "4")
+    done = experiment("--dry-run", *model, "--devices", "4", "--device-memory-gib", "80")
+    told = " ".join(done.stdout.split())
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "verdict   can run")
+    assert "4 of 4 gpu devices" in told
+    assert "60.9 GiB are there for it" in told
+    done = experiment("--dry-run", *model, "--devices", "2")
+    assert done.returncode == 1
+    assert "cannot run: TP x PP x DP is 4 devices, this machine has 2 GPUs" in " ".join(done.stdout.split())
+
+
 def test_the_plan_says_that_the_result_file_is_there_already(experiment: Run, tmp_path: Path) -> None:
     (tmp_path / "tp_1_results.json").touch()
-    told = " ".join(experiment("--dry-run").stdout.split())
+    done = experiment("--dry-run")
+    told = " ".join(done.stdout.split())
+    assert done.returncode == 1
     assert f"verdict cannot run: --output-file {tmp_path}/tp_1_results.json: it exists; give --resume" in told
     assert experiment("--dry-run", "--overwrite").stdout.splitlines()[-1] == "verdict   can run"
 

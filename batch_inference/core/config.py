@@ -116,8 +116,11 @@ class ExperimentConfig:
     )
     verbose: bool = _flag(False, "show vLLM's log (of the first replica) on stderr too", measured=False)
     dry_run: bool = _flag(False, "print the plan and stop", measured=False)
+    devices: int | None = _flag(
+        None, "for --dry-run: plan for so many GPUs instead of this machine's devices", positive_int, measured=False
+    )
     device_memory_gib: float | None = _flag(
-        None, "for --dry-run on a machine without the GPUs: the memory of one of them", positive, measured=False
+        None, "for --dry-run: the memory of one GPU, where it is another machine's", positive, measured=False
     )
     engine_args: tuple[str, ...] = ()  # vLLM's own flags, as given
 

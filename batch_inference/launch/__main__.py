@@ -11,19 +11,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError
 from batch_inference.launch.console import Outcomes, say, say_how_to_analyse, say_outcomes, show
 from batch_inference.launch.jobs import ANALYSIS, Here, check_together, folder_of, jobs_of
 from batch_inference.launch.options import Options, parse_options
-from batch_inference.launch.overview import PlannedJob, check_files, plan, planned, uncompared
+from batch_inference.launch.overview import PlannedJob, check_files, plan, plan_as_json, planned, uncompared
 from batch_inference.launch.presets import Preset, find_preset, read_table, settings_of
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import run_jobs
 from batch_inference.launch.usage import usage
-from batch_inference.plan.devices import find_devices
+from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,20 +40,32 @@ def main(argv: Sequence[str]) -> int:
                 return 2
             preset = find_preset(presets, options.preset)
             check_together(preset, options)
-            devices = find_devices()
+            devices = devices_elsewhere(options.devices) if options.devices else find_devices()
             settings, left_out = settings_of(preset, options, len(devices))
             jobs = [planned(job, options.nnodes, devices) for job in jobs_of(settings, preset, options, here)]
             if options.dry_run:
-                return show("\n".join(plan(jobs, left_out, options.nnodes, devices)))
+                return show_plan(jobs, left_out, options, devices)
             if options.node_rank == 0:
                 check_files(jobs)
             install_where_needed(jobs, here, argv, processes)
-            for line in [*left_out, *uncompared(jobs)]:
-                say(f"note: {line}")
+            say_notes([*left_out, *uncompared(jobs)])
             return close(run_jobs(jobs, options, devices, processes), preset, options, here, processes)
         except ConfigError as error:
             say(f"error: {error}")
             return 2
+
+
+def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Options, devices: Devices) -> int:
+    """To read and to paste, or with --json for scripts; the exit code."""
+    if not options.json:
+        return show("\n".join(plan(jobs, left_out, options.nnodes, devices)))
+    say_notes(left_out)
+    return show(plan_as_json(jobs, devices))
+
+
+def say_notes(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(f"note: {line}")
 
 
 def install_where_needed(jobs: Sequence[PlannedJob], here: Here, argv: Sequence[str], processes: Processes) -> None:

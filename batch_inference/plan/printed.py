@@ -10,13 +10,18 @@ from batch_inference.plan.model import ModelFacts
 from batch_inference.plan.obstacles import infeasible
 
 
+def obstacle(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices) -> str | None:
+    """Why nothing would come of the setting; None where nothing speaks against it."""
+    return infeasible(config, facts, devices) or config.output_conflict
+
+
 def setting_plan(
     config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None = None
 ) -> list[str]:
     """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known."""
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     points = list(config.points())
-    reason = infeasible(config, facts, devices) or config.output_conflict
+    reason = obstacle(config, facts, devices)
     words = {
         "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
         f"{devices.kind} devices",
