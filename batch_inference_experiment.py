@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
+from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible, is_coupled
@@ -86,16 +87,26 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
     """What this process is to do. Raises ConfigError where that cannot work, before an engine loads."""
     follows = here.place is not None and not here.place.leads
     if config.dry_run:
-        return say_nothing if follows else show_plan
+        if follows:
+            return say_nothing
+        check_vllm_flags(config.engine_args, say)
+        return show_plan
     ray_gpus = here.cluster.gpus if here.cluster else len(here.devices)
     reason = infeasible(config, here.facts, here.devices, here.processes, ray_gpus)
     if reason:
         raise ConfigError(reason)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"{sys.executable} has no vLLM; run ./setup_env.sh and use .venv/bin/python")
+    # Of the ranks of a node, one asks.
+    if here.place is None or here.place.local_rank == 0:
+        check_vllm_flags(config.engine_args, say)
     if follows:
         return follow_rank_0
     return measure if config.node_rank == 0 else serve_node_0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:

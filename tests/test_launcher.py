@@ -18,7 +18,7 @@ import pytest
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.flags import parse_flags
-from conftest import REPOSITORY, commands_of, with_ctrl_c
+from conftest import REPOSITORY, commands_of, stub_environment, with_ctrl_c
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
 # Runs the launcher's own Python for as many GPUs as it is told; notes the arguments of everything else, and fails or
@@ -51,7 +51,7 @@ class Launcher:
         python = folder / "python"
         python.write_text(FAKE_PYTHON)
         python.chmod(0o755)
-        self.environment = {**os.environ, "PYTHON": str(python), "CALLS": str(self.calls_file)}
+        self.environment = stub_environment(PYTHON=str(python), CALLS=str(self.calls_file))
 
     def __call__(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -23,6 +23,7 @@ from batch_inference.launch.presets import Preset, find_preset, read_table, sett
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import run_jobs
 from batch_inference.launch.usage import usage
+from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices
 
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
             devices = devices_elsewhere(options.devices) if options.devices else find_devices()
             settings, left_out = settings_of(preset, options, len(devices))
             jobs = [planned(job, options.nnodes, devices) for job in jobs_of(settings, preset, options, here)]
+            check_vllm_flags((word for one in jobs for word in one.config.engine_args), say)
             if options.dry_run:
                 return show_plan(jobs, left_out, options, devices)
             if options.node_rank == 0:
