@@ -34,6 +34,7 @@ fi
 printf -v call '%s\\x1f' "$@"; printf '%s\\n' "$call" >>"$CALLS" # one write: with --pack two of these run at once
 [[ $* != *analyze_results.py* ]] || exit "${ANALYSIS:-0}"
 [[ $* != *"--name ${WAIT_FOR:-nothing} "* ]] || sleep 30
+[[ -z ${RESULTS:-} ]] || cp "$RESULTS"/* experiment_results/
 [[ $* != *"--name ${FAIL:-nothing} "* ]] || exit "${FAIL_WITH:-1}"
 """
 )

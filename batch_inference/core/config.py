@@ -187,8 +187,11 @@ class ExperimentConfig:
         return path.with_suffix(".log") if path.suffix == ".json" else path.with_name(path.name + ".log")
 
     def engine_word(self, flag: str) -> str | None:
-        """The value of one of vLLM's own flags, with - for _; None where it isn't given."""
-        words = [part for word in self.engine_args for part in word.replace("_", "-").split("=", 1)]
+        """The value of one of vLLM's own flags; None where it isn't given."""
+        words: list[str] = []
+        for word in self.engine_args:
+            name, equals, value = word.partition("=") if word.startswith("-") else (word, "", "")
+            words += [name.replace("_", "-") if word.startswith("-") else name, *([value] if equals else [])]
         return dict(itertools.pairwise(words)).get(flag)
 
     def engine_number(self, flag: str) -> int | None:

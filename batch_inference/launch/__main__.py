@@ -22,6 +22,7 @@ from batch_inference.launch.overview import PlannedJob, check_files, plan, plan_
 from batch_inference.launch.presets import Preset, find_preset, read_table, settings_of
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import run_jobs
+from batch_inference.launch.stored import is_anything_measured
 from batch_inference.launch.usage import usage
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices
@@ -93,7 +94,8 @@ def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, proc
     if options.node_rank > 0:
         say("the results are on node 0")
     elif not preset.is_demo:
-        say_how_to_analyse(here, folder)
+        if outcomes.done or is_anything_measured(Path(folder)):
+            say_how_to_analyse(here, folder)
     elif outcomes.done:
         say()
         # Its exit code 2 would say that the preset was used wrongly.

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
 from batch_inference.launch.jobs import Job
+from batch_inference.launch.stored import time_left
 from batch_inference.plan.devices import Devices, smallest_memory_gib
 from batch_inference.plan.memory import SIZES_UNKNOWN, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
@@ -166,7 +167,9 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nnodes: int, devic
     rows = table(jobs, nnodes, devices) if jobs else []
     head = _head(jobs[0].config, nnodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
     obstacles = [f"{one.job.name} cannot run: {one.obstacle}" for one in jobs if one.obstacle]
-    remarks = [*left_out, *obstacles, *uncompared(jobs)]
+    can_run = [one.config for one in jobs if one.obstacle is None]
+    left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
+    remarks = [*left_out, *obstacles, *uncompared(jobs), *([left] if left else [])]
     parts = [_wrapped(head), rows, _wrapped(remarks)]
     lines = [line for part in parts if part for line in ("", *part)][1:]
     commands = [shlex.join(one.job.words) for one in jobs if one.obstacle is None]
