@@ -125,6 +125,7 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
     from batch_inference.measure.engine_process import log_paths
     from batch_inference.measure.experiment import Experiment
     from batch_inference.measure.hardware import monitor
+    from batch_inference.measure.hub import fetch_models
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.resume import check_output, starting_result
 
@@ -134,6 +135,9 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
     devices = here.devices.slice_for(0, here.processes or config.devices_per_node)
     watch = monitor(devices)
     result = starting_result(config, environment_of(config, here, devices, watch))
+    # Ranks of torchrun start their engines at the same time; vLLM itself has one of them fetch.
+    if config.data_parallel_size > 1 and here.place is None and len(result.points) < len(list(config.points())):
+        fetch_models([config], say)
     if not result.points:  # a log of earlier points is gone on with
         for log in log_paths(config):
             log.write_text("")

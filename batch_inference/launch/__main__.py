@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from batch_inference.core.config import ConfigError
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.failures import WorkFailedError
 from batch_inference.launch.console import Outcomes, say, say_how_to_analyse, say_outcomes, show
 from batch_inference.launch.jobs import ANALYSIS, Here, check_together, folder_of, jobs_of
 from batch_inference.launch.options import Options, parse_options
@@ -22,8 +23,9 @@ from batch_inference.launch.overview import PlannedJob, check_files, plan, plan_
 from batch_inference.launch.presets import Preset, find_preset, read_table, settings_of
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import run_jobs
-from batch_inference.launch.stored import is_anything_measured
+from batch_inference.launch.stored import is_anything_measured, open_points
 from batch_inference.launch.usage import usage
+from batch_inference.measure.hub import fetch_models
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices
 
@@ -52,10 +54,14 @@ def main(argv: Sequence[str]) -> int:
                 check_files(jobs)
             install_where_needed(jobs, here, argv, processes)
             say_notes([*left_out, *uncompared(jobs)])
+            fetch_models(to_be_fetched(jobs), say)
             return close(run_jobs(jobs, options, devices, processes), preset, options, here, processes)
         except ConfigError as error:
             say(f"error: {error}")
             return 2
+        except WorkFailedError as error:
+            say(f"error: {error}")
+            return 1
 
 
 def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Options, devices: Devices) -> int:
@@ -69,6 +75,12 @@ def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Opti
 def say_notes(lines: Iterable[str]) -> None:
     for line in lines:
         say(f"note: {line}")
+
+
+def to_be_fetched(jobs: Sequence[PlannedJob]) -> list[ExperimentConfig]:
+    """Of settings that are to be measured, where several engines load the model: here, or side by side in one."""
+    configs = [one.config for one in jobs if one.obstacle is None and open_points(one.config)]
+    return configs if len(configs) > 1 or any(config.data_parallel_size > 1 for config in configs) else []
 
 
 def install_where_needed(jobs: Sequence[PlannedJob], here: Here, argv: Sequence[str], processes: Processes) -> None:
