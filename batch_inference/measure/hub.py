@@ -112,9 +112,9 @@ def _gib(size_bytes: int) -> str:
 
 def _look(request: _Request) -> dict[str, Any]:
     """How many bytes are missing, and into which folder they go."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    folder = Path(request.folder or huggingface_hub.constants.HF_HUB_CACHE)
+    folder = Path(request.folder or constants.HF_HUB_CACHE)
     blobs = folder / f"models--{request.model.replace('/', '--')}" / "blobs"
     files = _files(request)
     missing = [file for file in files if not (blobs / _blob_name(file)).exists()]

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 HUB = Path(os.environ.get("STUB_HUB", "/no/such/folder"))
-constants = SimpleNamespace(HF_HUB_CACHE=str(HUB / "cache"))
+HF_HUB_CACHE = str(HUB / "cache")
 
 
 class GatedRepoError(OSError):
@@ -41,7 +41,7 @@ class HfApi:
 
 
 def snapshot_download(repo_id, *, revision=None, cache_dir=None, allow_patterns=None, local_files_only=False):
-    folder = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    folder = Path(cache_dir or HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
     if local_files_only:
         if not folder.exists():
             raise FileNotFoundError("not in the cache")
