@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     for problem in unreadable:
         complain(problem)
     show(text)
-    return gate(analysis, flags.fail_on_regression) or (1 if unreadable else 0)
+    measured = any(setting.points_ok for setting in settings)
+    if not measured:
+        complain(f"--input {flags.input}: no point was measured; the report says why")
+    return gate(analysis, flags.fail_on_regression) or (1 if unreadable or not measured else 0)
 
 
 def read_settings(flag: str, path: Path, percent: float) -> tuple[list[MeasuredSetting], list[str]]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
-from batch_inference.plan.devices import Devices, find_devices, smallest_memory_gib
+from batch_inference.measure.vllm_flags import check_vllm_flags
+from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible, is_coupled
 from batch_inference.plan.place import Place, check_place, find_place
@@ -72,7 +73,8 @@ def main() -> int:
 def look_around(config: ExperimentConfig, place: Place | None) -> Surroundings:
     """Raises ConfigError for a model folder or a RAY_ADDRESS that leads nowhere, and for a place that does not fit."""
     check_place(config, place)
-    facts, devices, cluster = read_model_facts(config.model), find_devices(), None
+    facts, cluster = read_model_facts(config.model), None
+    devices = devices_elsewhere(config.devices) if config.devices else find_devices()
     # A plan asks nobody, and vLLM refuses Ray on the CPU.
     if config.distributed_executor_backend == "ray" and devices.kind == "gpu" and not config.dry_run:
         from batch_inference.measure.ray_cluster import find_cluster
@@ -85,16 +87,26 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
     """What this process is to do. Raises ConfigError where that cannot work, before an engine loads."""
     follows = here.place is not None and not here.place.leads
     if config.dry_run:
-        return say_nothing if follows else show_plan
+        if follows:
+            return say_nothing
+        check_vllm_flags(config.engine_args, say)
+        return show_plan
     ray_gpus = here.cluster.gpus if here.cluster else len(here.devices)
     reason = infeasible(config, here.facts, here.devices, here.processes, ray_gpus)
     if reason:
         raise ConfigError(reason)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"{sys.executable} has no vLLM; run ./setup_env.sh and use .venv/bin/python")
+    # Of the ranks of a node, one asks.
+    if here.place is None or here.place.local_rank == 0:
+        check_vllm_flags(config.engine_args, say)
     if follows:
         return follow_rank_0
     return measure if config.node_rank == 0 else serve_node_0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
@@ -104,7 +116,7 @@ def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
 def show_plan(config: ExperimentConfig, here: Surroundings) -> int:
     memory_gib = config.device_memory_gib or smallest_memory_gib(here.devices)
     print("\n".join(setting_plan(config, here.facts, here.devices, memory_gib)))
-    return 0
+    return 1 if infeasible(config, here.facts, here.devices) else 0
 
 
 def measure(config: ExperimentConfig, here: Surroundings) -> int:
@@ -132,6 +144,7 @@ def sweep(
     from batch_inference.measure.console import Console
     from batch_inference.measure.engine_process import log_paths
     from batch_inference.measure.experiment import Experiment
+    from batch_inference.measure.hub import fetch_models
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.resume import starting_result
 
@@ -140,6 +153,9 @@ def sweep(
         for log in log_paths(config):
             log.write_text("")
     experiment = Experiment(config, result, watch, Console())
+    # Ranks of torchrun start their engines at the same time; vLLM itself has one of them fetch.
+    if config.data_parallel_size > 1 and here.place is None and experiment.is_open:
+        fetch_models([config], say)
     try:
         with contextlib.ExitStack() as open_nodes:
             nodes = open_nodes.enter_context(meet(config)) if config.nnodes > 1 else None

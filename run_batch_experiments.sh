@@ -25,32 +25,37 @@ preset_tensor-parallel() { for n in 1 2 4 8; do setting "TP=$n"; done; }
 # PP=1, 2, 4
 preset_pipeline-parallel() { for n in 1 2 4; do setting "PP=$n"; done; }
 
-# TP2_PP2, TP4_PP2, TP2_PP4
+# TP2_PP2, TP4_PP2, TP2_PP4, TP4_PP4
 preset_mixed-parallel() {
   setting TP=2 PP=2
   setting TP=4 PP=2
   setting TP=2 PP=4
+  setting TP=4 PP=4
 }
 
 # DP=1, 2, 4
 preset_data-parallel() { for n in 1 2 4; do setting "DP=$n"; done; }
 
-# all of the above, without repeats
+# all of the above, TP2_DP2, TP4_DP2, TP2_DP4
 preset_scaling-study() {
   preset_tensor-parallel
   preset_pipeline-parallel
   preset_mixed-parallel
   preset_data-parallel
+  setting TP=2 DP=2
+  setting TP=4 DP=2
+  setting TP=2 DP=4
 }
 
 # TP=2, 4, 8 under torchrun
 preset_torchrun-tensor-parallel() { for n in 2 4 8; do setting "TP=$n" torchrun; done; }
 
-# TP2_PP2, TP4_PP2, TP2_PP4 under torchrun
+# TP2_PP2, TP4_PP2, TP2_PP4, TP4_PP4 under torchrun
 preset_torchrun-mixed-parallel() {
   setting TP=2 PP=2 torchrun
   setting TP=4 PP=2 torchrun
   setting TP=2 PP=4 torchrun
+  setting TP=4 PP=4 torchrun
 }
 
 # one setting: TP=x PP=y DP=z, any of them

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUB = REPOSITORY / "tests" / "stub"
+# The user's own caches are neither read nor written.
+CACHE = Path(tempfile.mkdtemp(prefix="batch_inference_cache_"))
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 SMALL_GRID = ("--batch-sizes", "1,2", "--seq-lens", "8", "--max-tokens", "4", "--num-runs", "2")
 
 
@@ -54,7 +60,9 @@ def with_ctrl_c() -> None:
 
 
 def stub_environment(**variables: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(STUB), **variables}
+    """The stub vLLM, as if the machine had no network."""
+    ours = {"PYTHONPATH": str(STUB), "XDG_CACHE_HOME": str(CACHE), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **ours, **variables}
 
 
 def loaded_with(log_path: Path) -> dict[str, str]:

@@ -131,7 +131,8 @@ def test_a_folder_of_failed_settings_is_still_a_report(analyze: Run, tmp_path: P
     lost = make_result("tp_2", [Point(1, 8, 4, "oom", reason="out of memory")], (2, 1, 1))
     save_all([failed, lost], tmp_path / "results")
     done = analyze("--input", tmp_path / "results")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 1
+    assert done.stderr == f"error: --input {tmp_path}/results: no point was measured; the report says why\n"
     assert "tp_1 failed: no memory left" in done.stdout
     assert "not drawn: Output throughput against batch size: no point was measured" in done.stdout
 

@@ -80,6 +80,7 @@ def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
     ("flags", "said"),
     [
         (("--batch-sizes", "0"), "--batch-sizes"),
+        (("--devices", "8"), "--devices 8: it is for a plan; add --dry-run"),
         (("--quantisation", "fp8"), "did you mean --quantization?"),
         (("--model", "./absent"), "--model ./absent: there is no such folder"),
         (("--max-model-len", "4096"), "--max-model-len 4096 is over the model's 2048"),
@@ -240,6 +241,18 @@ def test_the_plan_loads_nothing_and_says_what_will_run(experiment: Run, tmp_path
     assert "2 points, 2 timed runs each" in " ".join(done.stdout.split())
     assert done.stdout.splitlines()[-1] == "verdict   can run"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_another_machine_counts_its_devices(experiment: Run) -> None:
+    model = ("--model", str(REPOSITORY / "models" / "llama-2-7b"), "-tp", "4")
+    done = experiment("--dry-run", *model, "--devices", "4", "--device-memory-gib", "80")
+    told = " ".join(done.stdout.split())
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "verdict   can run")
+    assert "4 of 4 gpu devices" in told
+    assert "60.9 GiB are there for it" in told
+    done = experiment("--dry-run", *model, "--devices", "2")
+    assert done.returncode == 1
+    assert "cannot run: TP x PP x DP is 4 devices, this machine has 2 GPUs" in " ".join(done.stdout.split())
 
 
 def test_a_python_without_vllm_is_told_what_to_do(tmp_path: Path) -> None:

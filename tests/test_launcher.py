@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ import pytest
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.flags import parse_flags
-from conftest import REPOSITORY, commands_of, with_ctrl_c
+from conftest import REPOSITORY, commands_of, stub_environment, with_ctrl_c
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
 # Runs the launcher's own Python for as many GPUs as it is told; notes the arguments of everything else, and fails or
@@ -33,10 +34,14 @@ fi
 printf -v call '%s\\x1f' "$@"; printf '%s\\n' "$call" >>"$CALLS" # one write: with --pack two of these run at once
 [[ $* != *analyze_results.py* ]] || exit "${ANALYSIS:-0}"
 [[ $* != *"--name ${WAIT_FOR:-nothing} "* ]] || sleep 30
+[[ -z ${RESULTS:-} ]] || cp "$RESULTS"/* experiment_results/
 [[ $* != *"--name ${FAIL:-nothing} "* ]] || exit "${FAIL_WITH:-1}"
 """
 )
-ALL = ["tp_1", "tp_2", "tp_4", "tp_8", "pp_2", "pp_4", "tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4", "dp_2", "dp_4"]
+ALL = [
+    "tp_1", "tp_2", "tp_4", "tp_8", "pp_2", "pp_4", "tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4", "tp_4_pp_4", "dp_2", "dp_4",
+    "tp_2_dp_2", "tp_4_dp_2", "tp_2_dp_4",
+]  # fmt: skip
 
 
 class Launcher:
@@ -47,7 +52,7 @@ class Launcher:
         python = folder / "python"
         python.write_text(FAKE_PYTHON)
         python.chmod(0o755)
-        self.environment = {**os.environ, "PYTHON": str(python), "CALLS": str(self.calls_file)}
+        self.environment = stub_environment(PYTHON=str(python), CALLS=str(self.calls_file))
 
     def __call__(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -84,14 +89,14 @@ def config_of(words: list[str]) -> ExperimentConfig:
     [
         ("tensor-parallel", ["tp_1", "tp_2", "tp_4", "tp_8"]),
         ("pipeline-parallel", ["tp_1", "pp_2", "pp_4"]),
-        ("mixed-parallel", ["tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4"]),
+        ("mixed-parallel", ["tp_2_pp_2", "tp_4_pp_2", "tp_2_pp_4", "tp_4_pp_4"]),
         ("data-parallel", ["tp_1", "dp_2", "dp_4"]),
         ("scaling-study", ALL),
         ("quickstart", ["tp_1", "tp_2"]),
     ],
 )
 def test_a_preset_runs_its_settings_each_once(launcher: Launcher, preset: str, names: list[str]) -> None:
-    done = launcher(preset)
+    done = launcher(preset, DEVICES="16")
     assert done.returncode == 0, done.stderr
     assert launcher.names() == names
 
@@ -182,9 +187,9 @@ def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(l
     nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "head", "--master-port", "1234")
     done = launcher("scaling-study", *nodes, "--dry-run")
     commands = {words[words.index("--name") + 1]: words for words in commands_of(done)}
-    assert list(commands) == [name for name in ALL if name not in ("tp_1", "dp_2", "dp_4")] + [
-        "torchrun_dp_2",
-        "torchrun_dp_4",
+    replicated = [name for name in ALL if "dp_" in name]
+    assert list(commands) == [name for name in ALL if name not in ("tp_1", *replicated)] + [
+        f"torchrun_{name}" for name in replicated
     ]
     for name, words in commands.items():
         config = config_of(words)
@@ -205,8 +210,9 @@ def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(l
 def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launcher) -> None:
     model = str(REPOSITORY / "models" / "llama-2-7b")
     done = launcher(
-        "scaling-study", "--model", model, "--seq-lens", "512", "--dry-run", "--", "--device-memory-gib", "80"
-    )
+        "scaling-study", "--model", model, "--seq-lens", "512", "--dry-run", "--", "--device-memory-gib", "80",
+        DEVICES="16",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
     rows = {line.split()[1]: line.split()[2:] for line in comments if len(line.split()) == 8 and "devices" not in line}
@@ -220,6 +226,46 @@ def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launche
     assert int(rows["tp_1"][5]) == pytest.approx(pool_tokens / 640, rel=0.01)
     assert max(map(len, comments)) <= 80
     assert len(commands_of(done)) == len(ALL)
+
+
+def test_a_plan_for_another_machine_counts_its_devices_and_prints_commands_without_its_flags(
+    launcher: Launcher,
+) -> None:
+    model = str(REPOSITORY / "models" / "llama-2-7b")
+    words = ("tensor-parallel", "--model", model, "--dry-run", "--device-memory-gib", "80")
+    elsewhere = launcher(*words, "--devices", "4", DEVICES="0")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert f"# {model} on 4 gpu devices" in elsewhere.stdout
+    assert "# tp_8 cannot run: it needs 8 devices, there are 4 (gpu)" in elsewhere.stdout
+    assert [config_of(words).name for words in commands_of(elsewhere)] == ["tp_1", "tp_2", "tp_4"]
+    for planned in commands_of(elsewhere):
+        assert not {"--devices", "--device-memory-gib", "--dry-run"} & set(planned)
+    # After the dashes it is the script's own, and still of the plan alone.
+    after = launcher(*words[:4], "--devices", "4", "--", "--device-memory-gib=80", "--seed", "3")
+    assert [config_of(words).seed for words in commands_of(after)] == [3, 3, 3]
+    assert [words[-2:] for words in commands_of(after)] == [["--seed", "3"]] * 3
+    assert "105360" in after.stdout
+
+
+def test_a_plan_for_scripts_is_a_list_with_an_object_for_each_setting(launcher: Launcher) -> None:
+    model = str(REPOSITORY / "models" / "llama-2-7b")
+    words = ("tensor-parallel", "--dry-run", "--json", "--devices", "4", "--seq-lens", "512,1024")
+    done = launcher(*words, "--model", model, "--device-memory-gib", "80")
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = json.loads(done.stdout)
+    assert [list(one) for one in plan] == [
+        ["name", "devices", "replicas", "obstacle", "weights_gib", "kv_cache_tokens", "requests_in_one_wave", "source"]
+    ] * 4
+    first, *_, last = plan
+    assert (first["name"], first["devices"], first["replicas"], first["obstacle"]) == ("tp_1", 1, 1, None)
+    assert (round(first["weights_gib"], 2), first["kv_cache_tokens"], first["source"]) == (12.55, 105360, "formula")
+    assert first["requests_in_one_wave"] == {"512": 164, "1024": 91}
+    assert last["obstacle"] == "it needs 8 devices, there are 4 (gpu)"
+    # Unknown is null: the memory of the devices; of a hub model also the weights.
+    first = json.loads(launcher(*words, "--model", model).stdout)[0]
+    assert (first["kv_cache_tokens"], first["requests_in_one_wave"], first["source"]) == (None, None, "formula")
+    first = json.loads(launcher(*words, "--model", "org/name").stdout)[0]
+    assert (first["weights_gib"], first["source"]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -467,6 +513,11 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("custom", "TP=two"), "custom TP: 'two' was given"),
         (("custom", "XX=2"), "'XX=2' was given"),
         (("custom", "TP=1", "TP=2"), "TP is given twice"),
+        (("quickstart", "--devices", "8"), "--devices 8: it is for a plan; add --dry-run"),
+        (("quickstart", "--devices", "0", "--dry-run"), "--devices: '0' was given"),
+        (("quickstart", "--dry-run", "--", "--devices", "8"), "--devices: give it once and before --"),
+        (("quickstart", "--", "--devices", "8"), "--devices 8: it is for a plan; add --dry-run"),
+        (("quickstart", "--json"), "--json: it is the form of a plan; add --dry-run"),
         (("quickstart", "--modle", "x"), "--modle: unknown option"),
         (("quickstart", "-x"), "-x: unknown option"),
         (("quickstart", "--model"), "--model: a value is needed"),

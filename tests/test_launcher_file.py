@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -90,6 +91,16 @@ def test_a_setting_without_a_size_on_this_machine_is_left_out_with_a_line(launch
     assert said in " ".join(plan.stdout.replace("#", "").split())
     assert f"note: {said}" in done.stderr.splitlines()
     assert (done.returncode, launcher.names()) == (0, ["tp_1"])
+
+
+def test_a_plan_for_another_machine_has_its_devices_as_n(launcher: Launcher) -> None:
+    with_preset(launcher, "setting TP=N", "setting TP=N/16")
+    done = launcher("mine", "--dry-run", "--devices", "8", DEVICES="2")
+    assert [config_of(words).name for words in commands_of(done)] == ["tp_8"]
+    assert "TP=N/16 is left out" in done.stdout
+    done = launcher("mine", "--dry-run", "--json", "--devices", "8", DEVICES="2")
+    assert [one["name"] for one in json.loads(done.stdout)] == ["tp_8"]
+    assert done.stderr.startswith("note: TP=N/16 is left out")
 
 
 def test_where_every_setting_is_left_out_none_can_run(launcher: Launcher) -> None:

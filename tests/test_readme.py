@@ -99,6 +99,13 @@ def test_every_option_of_the_launcher_is_named(tmp_path: Path) -> None:
         assert f"`{option}`" in section("Run many settings")
 
 
+def test_the_plan_that_is_shown_is_what_the_launcher_prints() -> None:
+    shown = re.search(r"^\$ \./run_batch_experiments\.sh (.+)\n((?:#.*\n)+)", README, re.MULTILINE)
+    assert shown is not None
+    done = launch(*shown[1].split(), cwd=REPOSITORY)
+    assert done.stdout.startswith(shown[2])
+
+
 def test_the_table_of_metrics_is_the_one_the_program_prints() -> None:
     shown = README.partition("<!-- metrics -->\n")[2].partition("\n<!-- /metrics -->")[0]
     assert shown == markdown_table(), "paste the output of `python -m batch_inference.core.metrics`"

@@ -21,8 +21,8 @@ examples:
   python analyze_results.py --input new_results --compare old_results --fail-on-regression 3
 
 exit codes:
-  0 everything was read   1 some files were not (they are named)   2 wrong use
-  3 a regression, with --fail-on-regression"""
+  0 everything was read   1 some files were not (they are named), or no point was
+  measured   2 wrong use   3 a regression, with --fail-on-regression"""
 
 
 class UsageError(Exception):

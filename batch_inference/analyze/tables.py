@@ -41,7 +41,9 @@ TO_MENTION = (
 # The durations that a limit can be set on.
 DURATIONS: dict[str, Callable[[Point], list[float]]] = {"latency": run_latencies_s, "ttft": ttfts_s, "tpot": tpots_s}
 # How a file is written is no setting, and a point has its own batch_size and seq_len.
-_NOT_IN_ROWS = {"output_dir", "output_file", "overwrite", "resume", "verbose", "dry_run", "batch_sizes", "seq_lens"}
+_NOT_IN_ROWS = {
+    "output_dir", "output_file", "overwrite", "resume", "verbose", "dry_run", "devices", "batch_sizes", "seq_lens",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,11 @@ class ExperimentConfig:
     )
     verbose: bool = _flag(False, "show vLLM's log (of the first replica) on stderr too", measured=False)
     dry_run: bool = _flag(False, "print the plan and stop", measured=False)
+    devices: int | None = _flag(
+        None, "for --dry-run: plan for so many GPUs instead of this machine's devices", positive_int, measured=False
+    )
     device_memory_gib: float | None = _flag(
-        None, "for --dry-run on a machine without the GPUs: the memory of one of them", positive, measured=False
+        None, "for --dry-run: the memory of one GPU, where it is another machine's", positive, measured=False
     )
     engine_args: tuple[str, ...] = ()  # vLLM's own flags, as given
 
@@ -181,8 +184,11 @@ class ExperimentConfig:
         return path.with_suffix(".log") if path.suffix == ".json" else path.with_name(path.name + ".log")
 
     def engine_word(self, flag: str) -> str | None:
-        """The value of one of vLLM's own flags, with - for _; None where it isn't given."""
-        words = [part for word in self.engine_args for part in word.replace("_", "-").split("=", 1)]
+        """The value of one of vLLM's own flags; None where it isn't given."""
+        words: list[str] = []
+        for word in self.engine_args:
+            name, equals, value = word.partition("=") if word.startswith("-") else (word, "", "")
+            words += [name.replace("_", "-") if word.startswith("-") else name, *([value] if equals else [])]
         return dict(itertools.pairwise(words)).get(flag)
 
     def engine_number(self, flag: str) -> int | None:

@@ -59,6 +59,8 @@ FAILURES: tuple[FailureClass, ...] = (
                  r"|node \d+ is gone|Segmentation fault", _SEE_LOG),
     FailureClass("unknown", "", _SEE_LOG),
 )  # fmt: skip
+# What is wrong with the model, or with the way to it, is wrong for every setting.
+SAME_FOR_ALL = frozenset({"model_gated", "network_offline", "model_not_found"})
 ADVICE = {failure.name: failure.advice for failure in FAILURES}
 
 

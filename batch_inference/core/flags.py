@@ -21,10 +21,12 @@ example:
       --tensor-parallel-size 2 --batch-sizes 1,16,64 --seq-lens 512,2048
 
 exit codes:
-  0 every point ok   1 some work failed (the file says which)
+  0 every point ok   1 some work failed (the file says which), or the plan of
+  --dry-run cannot run
   2 wrong use        130, 143 interrupted; finished points are kept"""
 
-# Fewer runs have an interval too, but one that is wide by chance alone.
+# What only a plan is told: of a machine that one does not sit at.
+PLAN_FLAGS = ("--devices", "--device-memory-gib")
 
 # vLLM flags that this program sets itself, and why a user's own value would break the measurement.
 _REPLICAS_ARE_OURS = "replicas are started by this program; use --data-parallel-size"
@@ -109,6 +111,19 @@ def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
     return config, notes
 
 
+def without_plan_flags(words: Sequence[str]) -> list[str]:
+    """The same words, without what only a plan is told."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        flag, equals, _ = word.partition("=")
+        if flag not in PLAN_FLAGS:
+            kept.append(word)
+        elif not equals:
+            next(rest, None)
+    return kept
+
+
 def _long_flags(argv: Sequence[str]) -> list[str]:
     """-tp 2 -> --tensor-parallel-size 2. argparse itself would take -t for -tp, though abbreviations are off."""
     known = {field.metadata["short"]: flag_of(field.name) for field in dataclasses.fields(ExperimentConfig)
@@ -154,9 +169,18 @@ def _check_together(config: ExperimentConfig) -> None:
             f"--seq-lens {max(config.seq_lens)} plus --max-tokens {config.max_tokens} is {config.longest_request}, "
             f"over --max-model-len {config.max_model_len}; raise it or shorten the requests"
         )
+    if config.devices is not None and not config.dry_run:
+        raise devices_without_plan(config.devices)
     _check_runs(config)
     _check_backend(config)
     _check_nodes(config)
+
+
+def devices_without_plan(devices: int) -> ConfigError:
+    return ConfigError(
+        f"--devices {devices}: it is for a plan; add --dry-run, or drop it: what measures uses the devices that are "
+        "there (CUDA_VISIBLE_DEVICES chooses among them)"
+    )
 
 
 def _check_runs(config: ExperimentConfig) -> None:

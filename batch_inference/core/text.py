@@ -36,6 +36,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def about_time(seconds: float) -> str:
+    """about 40 s, about 12 min, about 2.5 h"""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
+
+
 def plain(value: object) -> str:
     """Text from a file without what would move a cursor or cannot be encoded."""
     return _CONTROL.sub(" ", str(value)).encode("utf-8", "replace").decode()

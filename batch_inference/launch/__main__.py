@@ -11,19 +11,23 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from batch_inference.core.config import ConfigError
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.failures import WorkFailedError
 from batch_inference.launch.console import Outcomes, say, say_how_to_analyse, say_outcomes, show
 from batch_inference.launch.jobs import ANALYSIS, Here, check_together, folder_of, jobs_of
 from batch_inference.launch.options import Options, parse_options
-from batch_inference.launch.overview import PlannedJob, plan, planned, uncompared
+from batch_inference.launch.overview import PlannedJob, plan, plan_as_json, planned, uncompared
 from batch_inference.launch.presets import Preset, find_preset, read_table, settings_of
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import run_jobs
+from batch_inference.launch.stored import is_anything_measured, open_points
 from batch_inference.launch.usage import usage
-from batch_inference.plan.devices import find_devices
+from batch_inference.measure.hub import fetch_models
+from batch_inference.measure.vllm_flags import check_vllm_flags
+from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,18 +44,41 @@ def main(argv: Sequence[str]) -> int:
                 return 2
             preset = find_preset(presets, options.preset)
             check_together(preset, options)
-            devices = find_devices()
+            devices = devices_elsewhere(options.devices) if options.devices else find_devices()
             settings, left_out = settings_of(preset, options, len(devices))
             jobs = [planned(job, options.nnodes, devices) for job in jobs_of(settings, preset, options, here)]
+            check_vllm_flags((word for one in jobs for word in one.config.engine_args), say)
             if options.dry_run:
-                return show("\n".join(plan(jobs, left_out, options.nnodes, devices)))
+                return show_plan(jobs, left_out, options, devices)
             install_where_needed(jobs, here, argv, processes)
-            for line in [*left_out, *uncompared(jobs)]:
-                say(f"note: {line}")
+            say_notes([*left_out, *uncompared(jobs)])
+            fetch_models(to_be_fetched(jobs), say)
             return close(run_jobs(jobs, options, devices, processes), preset, options, here, processes)
         except ConfigError as error:
             say(f"error: {error}")
             return 2
+        except WorkFailedError as error:
+            say(f"error: {error}")
+            return 1
+
+
+def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Options, devices: Devices) -> int:
+    """To read and to paste, or with --json for scripts; the exit code."""
+    if not options.json:
+        return show("\n".join(plan(jobs, left_out, options.nnodes, devices)))
+    say_notes(left_out)
+    return show(plan_as_json(jobs, devices))
+
+
+def say_notes(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(f"note: {line}")
+
+
+def to_be_fetched(jobs: Sequence[PlannedJob]) -> list[ExperimentConfig]:
+    """Of settings that are to be measured, where several engines load the model: here, or side by side in one."""
+    configs = [one.config for one in jobs if one.reason is None and open_points(one.config)]
+    return configs if len(configs) > 1 or any(config.data_parallel_size > 1 for config in configs) else []
 
 
 def install_where_needed(jobs: Sequence[PlannedJob], here: Here, argv: Sequence[str], processes: Processes) -> None:
@@ -77,7 +104,8 @@ def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, proc
     if options.node_rank > 0:
         say("the results are on node 0")
     elif not preset.is_demo:
-        say_how_to_analyse(here, folder)
+        if outcomes.done or is_anything_measured(Path(folder)):
+            say_how_to_analyse(here, folder)
     elif outcomes.done:
         say()
         # Its exit code 2 would say that the preset was used wrongly.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.flags import parse_flags
+from batch_inference.core.flags import PLAN_FLAGS, parse_flags, without_plan_flags
 from batch_inference.launch.options import Options
 from batch_inference.launch.presets import Preset, Setting
 
@@ -81,10 +81,23 @@ def _job(setting: Setting, port: int, preset: Preset, options: Options, here: He
     # In a folder of the user's own may lie results that took hours.
     if preset.is_demo and not options.resume and options.output_dir is None:
         flags.append("--overwrite")
-    flags += [*options.passed_on, *options.flags]
+    flags += options.passed_on
+    config = parse_flags([*flags, *_plan_flags(options), *options.flags])[0]
+    if config.devices != options.devices:
+        raise ConfigError("--devices: give it once and before --, because sizes of the preset may depend on it")
+    flags += without_plan_flags(options.flags)
     meeting_port = port if setting.torchrun and options.nnodes > 1 else None
     words = (*start, here.path(EXPERIMENT), *flags)
-    return Job(setting.name, words, parse_flags(flags)[0], meeting_port)
+    return Job(setting.name, words, config, meeting_port)
+
+
+def _plan_flags(options: Options) -> list[str]:
+    """What a plan is made for; no command of it says so."""
+    if not options.dry_run:
+        return []
+    values = (options.devices, options.device_memory_gib)
+    given = [[flag, str(value)] for flag, value in zip(PLAN_FLAGS, values, strict=True) if value is not None]
+    return list(itertools.chain(["--dry-run"], *given))
 
 
 def _by_vllm(setting: Setting, port: int, options: Options) -> list[str]:

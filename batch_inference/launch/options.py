@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.flags import devices_without_plan
 from batch_inference.core.text import wrapped
 from batch_inference.core.values import non_empty
 
@@ -55,6 +56,9 @@ class Options:
         False, "run settings side by side where devices are free; their points are marked", gives="--packed"
     )
     dry_run: bool = _flag("dry_run", help_text="print the plan and the commands, and stop", is_passed_on=False)
+    json: bool = _option(False, "with --dry-run: the plan as JSON, a list with an object for each setting")
+    devices: int | None = _flag("devices", "N", is_passed_on=False)
+    device_memory_gib: float | None = _flag("device_memory_gib", "X", is_passed_on=False)
     nnodes: int = _flag(
         "nnodes",
         "N",
@@ -99,6 +103,7 @@ def parse_options(words: Sequence[str]) -> Options:
         if field.metadata["gives"]:
             passed_on += [field.metadata["gives"], *([] if text is None else [text])]
     if "help" not in given:
+        _check_plan(given)
         _check_nodes(given)
     return Options(
         **given,
@@ -130,6 +135,16 @@ def _value_of(flag: str, text: str) -> Any:
         return _OPTIONS[flag].metadata["parse"](text)
     except ValueError as error:
         raise ConfigError(f"{flag}: '{text}' was given, {error}") from None
+
+
+def _check_plan(given: dict[str, Any]) -> None:
+    """Raises ConfigError for what belongs to a plan, where none is asked for."""
+    if "dry_run" in given:
+        return
+    if "devices" in given:
+        raise devices_without_plan(given["devices"])
+    if "json" in given:
+        raise ConfigError("--json: it is the form of a plan; add --dry-run")
 
 
 def _check_nodes(given: dict[str, Any]) -> None:

@@ -5,13 +5,15 @@ As text it is a script: a table as comment lines, and the commands that can run,
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
 from batch_inference.launch.jobs import Job
+from batch_inference.launch.stored import time_left
 from batch_inference.plan.devices import Devices, smallest_memory_gib
 from batch_inference.plan.memory import SIZES_UNKNOWN, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
@@ -65,28 +67,62 @@ def _infeasible(config: ExperimentConfig, facts: ModelFacts | None, nnodes: int,
 def table(jobs: Sequence[PlannedJob], nnodes: int, devices: Devices) -> list[str]:
     """What the settings will need, a line each; without the memory where the model's sizes cannot be read from here."""
     here_gib = smallest_memory_gib(devices)
-    memory = [_memory_cells(one, devices, one.config.device_memory_gib or here_gib) for one in jobs]
+    needs = [_needs(one, devices, here_gib) for one in jobs]
+    knows_sizes = any(need.source for need in needs)
     rows = [
         [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, nnodes)]
         for one in jobs
     ]
-    if any(memory):
-        rows = [row + (cells or [UNKNOWN] * len(_MEMORY)) for row, cells in zip(rows, memory, strict=True)]
-    rows.insert(0, [*_COLUMNS, *(_MEMORY if any(memory) else ())])
+    if knows_sizes:
+        rows = [row + _cells(need) for row, need in zip(rows, needs, strict=True)]
+    rows.insert(0, [*_COLUMNS, *(_MEMORY if knows_sizes else ())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _memory_cells(one: PlannedJob, devices: Devices, memory_gib: float | None) -> list[str] | None:
+@dataclass(frozen=True)
+class Needs:
+    """What a setting will hold, by whom it is said; None where it is not known."""
+
+    weights_gib: float | None = None
+    kv_cache_tokens: int | None = None
+    requests_in_one_wave: dict[int, int] | None = None  # by prompt length
+    source: str | None = None
+
+
+def _needs(one: PlannedJob, devices: Devices, here_gib: float | None) -> Needs:
+    """`here_gib`: memory of a device of this machine."""
     config = one.config
-    memory = memory_plan(config, one.facts, devices, memory_gib)
+    memory = memory_plan(config, one.facts, devices, config.device_memory_gib or here_gib)
     if memory is None:
-        return None
-    if memory.pool_gib is None:
-        return [f"{memory.weights_gib:.3g}", UNKNOWN, UNKNOWN]
+        return Needs()
     tokens = memory.kv_cache_tokens(config.max_model_len or config.longest_request)
-    waves = (memory.requests_in_one_wave(seq_len + config.max_tokens) for seq_len in config.seq_lens)
-    return [f"{memory.weights_gib:.3g}", str(tokens), " / ".join(map(str, waves))]
+    waves = {length: memory.requests_in_one_wave(length + config.max_tokens) for length in config.seq_lens}
+    known = {length: number for length, number in waves.items() if number is not None}
+    return Needs(memory.weights_gib, tokens, known or None, "formula")
+
+
+def _cells(needs: Needs) -> list[str]:
+    weights = UNKNOWN if needs.weights_gib is None else f"{needs.weights_gib:.3g}"
+    tokens = UNKNOWN if needs.kv_cache_tokens is None else str(needs.kv_cache_tokens)
+    waves = needs.requests_in_one_wave
+    return [weights, tokens, " / ".join(map(str, waves.values())) if waves else UNKNOWN]
+
+
+def plan_as_json(jobs: Sequence[PlannedJob], devices: Devices) -> str:
+    """A list with an object for each setting, those that cannot run included; null for what is not known."""
+    here_gib = smallest_memory_gib(devices)
+    settings = [
+        {
+            "name": one.job.name,
+            "devices": one.config.num_devices,
+            "replicas": one.config.data_parallel_size,
+            "obstacle": one.reason,
+            **asdict(_needs(one, devices, here_gib)),
+        }
+        for one in jobs
+    ]
+    return json.dumps(settings, indent=2)
 
 
 def _by(one: PlannedJob, nnodes: int) -> str:
@@ -126,7 +162,9 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nnodes: int, devic
     rows = table(jobs, nnodes, devices) if jobs else []
     head = _head(jobs[0].config, nnodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
     obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
-    remarks = [*left_out, *obstacles, *uncompared(jobs)]
+    can_run = [one.config for one in jobs if one.reason is None]
+    left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
+    remarks = [*left_out, *obstacles, *uncompared(jobs), *([left] if left else [])]
     parts = [_wrapped(head), rows, _wrapped(remarks)]
     lines = [line for part in parts if part for line in ("", *part)][1:]
     commands = [shlex.join(one.job.words) for one in jobs if one.reason is None]

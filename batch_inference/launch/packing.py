@@ -48,6 +48,16 @@ class Packing:
         self._processes = processes
         self._running: list[_Running] = []
 
+    @property
+    def waiting(self) -> list[Job]:
+        return list(self._waiting)
+
+    def give_up(self) -> list[Job]:
+        """Those that wait are not started any more."""
+        given_up = self.waiting
+        self._waiting.clear()
+        return given_up
+
     def run(self) -> Iterator[tuple[Job, int]]:
         """Every job with its exit code, as they end. After a signal, those that run are waited for."""
         while self._running or (self._waiting and not self._processes.are_stopped):

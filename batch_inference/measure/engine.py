@@ -98,8 +98,7 @@ def _devices_of(device: Any) -> Devices:
     return Devices("gpu", (f"GPU-{torch.cuda.get_device_properties(device).uuid}",))
 
 
-def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
-    """vLLM's own flags -> the keyword arguments that the user gave. Raises ConfigError for a wrong flag or value."""
+def _engine_parser() -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -107,7 +106,20 @@ def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
         def error(self, message: str) -> NoReturn:
             raise ConfigError(message)
 
-    parser = EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS))
+    return EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS))
+
+
+def known_flags() -> list[str]:
+    """The long flags of vLLM's engine."""
+    actions = _engine_parser()._actions
+    return sorted({flag for action in actions for flag in action.option_strings if flag.startswith("--")})
+
+
+def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
+    """vLLM's own flags -> the keyword arguments that the user gave. Raises ConfigError for a wrong flag or value."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    parser = _engine_parser()
     # argparse leaves alone what a namespace already holds: what is still `unset` afterwards was not given.
     unset = object()
     namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))

@@ -60,7 +60,7 @@ class Experiment:
         """Load, measure every point that is still open, save after each. The replicas are closed at the end."""
         hurry = False
         try:
-            if self._open_points():
+            if self.is_open:
                 self._measure_open_points(replicas)
                 # Before the engine closes, which takes seconds: a setting that is ended then is still complete.
                 self._save()
@@ -84,6 +84,11 @@ class Experiment:
         if held:
             self._console.note(f"warning: {held}")
         return self.result
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is left to measure."""
+        return bool(self._open_points())
 
     @property
     def is_whole(self) -> bool:

@@ -28,10 +28,12 @@ _CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices that this process may use. `ids`: what CUDA_VISIBLE_DEVICES takes, or cores like "0-3"."""
+    """The devices that this process may use. `ids`: what CUDA_VISIBLE_DEVICES takes, or cores like "0-3".
+    `are_here`: False for GPUs of another machine, which a plan is made for."""
 
     kind: Literal["gpu", "cpu"]
     ids: tuple[str, ...]
+    are_here: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,6 +70,11 @@ def find_devices() -> Devices:
     if visible is None:
         return Devices("gpu", physical)
     return Devices("gpu", tuple(_visible(visible, physical)))
+
+
+def devices_elsewhere(count: int) -> Devices:
+    """So many GPUs of a machine that one does not sit at."""
+    return Devices("gpu", tuple(map(str, range(count))), are_here=False)
 
 
 def _visible(variable: str, physical: tuple[str, ...]) -> Iterator[str]:
@@ -116,8 +123,8 @@ def _core_slices() -> Iterator[str]:
 
 
 def smallest_memory_gib(devices: Devices) -> float | None:
-    """Memory of the smallest of the GPUs; None without GPUs, and where NVML is not installed or does not answer."""
-    if devices.kind == "cpu" or not devices.ids:
+    """Memory of the smallest of the GPUs; None without GPUs here, or where NVML is not installed or silent."""
+    if devices.kind == "cpu" or not devices.ids or not devices.are_here:
         return None
     try:
         import pynvml

@@ -31,6 +31,8 @@ class EngineArgs:
     master_port: int = 29501
     block_size: int | None = None
     kv_cache_memory_bytes: int | None = None
+    enable_expert_parallel: bool = False
+    served_model_name: str | None = None
 
     def create_engine_config(self, usage_context, headless):
         assert headless

@@ -1,0 +1,134 @@
+"""What lies in the folder of a preset, and what it tells the launcher: why a setting failed, which points are measured
+already, and how long the others may take.
+
+Files are found by the settings that they hold, never by their names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.text import about_time, counted
+
+# A plan of an empty folder needs no installed package.
+if TYPE_CHECKING:
+    from batch_inference.core.results import Result
+
+Shape = tuple[int, int, int]  # batch size, prompt length, output tokens
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A result file, without its runs."""
+
+    name: str
+    model: str
+    settings: dict[str, Any]
+    device_kind: str | None
+    written_s: float
+    failure: str | None  # the class of what kept the setting from having an engine
+    measured: frozenset[Shape]
+    seconds_per_point: float | None  # of its last sweep, loading included; None where that is not known
+
+
+_read: dict[tuple[Path, int], Stored | None] = {}
+
+
+def folder_of(config: ExperimentConfig) -> Path:
+    return config.output_path.parent
+
+
+def stored_in(folder: Path) -> list[Stored]:
+    """Every result file that can be read; each is read once, until it changes."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.glob("*.json")):
+            key = (path, path.stat().st_mtime_ns)
+            if not path.name.startswith(".") and key not in _read:
+                _read[key] = _stored(path)
+            if one := _read.get(key):
+                found.append(one)
+    return found
+
+
+def _stored(path: Path) -> Stored | None:
+    try:
+        from batch_inference.core.result_file import ResultFileError, load_result
+    except ModuleNotFoundError:  # msgspec comes with vLLM, and a plan does without
+        return None
+    try:
+        result = load_result(path)
+    except ResultFileError:
+        return None
+    points = [one for one in result.points if one.status == "ok"]
+    shapes = ((one.batch_size, one.seq_len, one.max_tokens) for one in points)
+    return Stored(
+        name=result.name,
+        model=result.config.model,
+        settings=result.config.same_settings(),
+        device_kind=result.environment.device_kind,
+        written_s=path.stat().st_mtime,
+        failure=result.failure.kind if result.failure else None,
+        measured=frozenset((batch, length, tokens) for batch, length, tokens in shapes if length and tokens),
+        seconds_per_point=_seconds_per_point(result, sum(point.engine is None for point in points)),
+    )
+
+
+def _seconds_per_point(result: Result, points: int) -> float | None:
+    """`points`: how many the last sweep has measured. What ran beside others says nothing of what runs alone."""
+    begin, end = result.environment.started_at, result.environment.ended_at
+    if not begin or not end or not points or result.config.packed:
+        return None
+    with contextlib.suppress(ValueError):
+        return max(0.0, (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()) / points
+    return None
+
+
+def failure_since(config: ExperimentConfig, since_s: float) -> str | None:
+    """The class of why this setting has no engine, by a file that was written after `since_s` (time.time())."""
+    for one in stored_in(folder_of(config)):
+        # Some file systems keep whole seconds.
+        if one.name == config.setting_name and one.failure and one.written_s > since_s - 1:
+            return one.failure
+    return None
+
+
+def is_anything_measured(folder: Path) -> bool:
+    return any(one.measured for one in stored_in(folder))
+
+
+def open_points(config: ExperimentConfig) -> int:
+    """Points of its grid that are still to be measured."""
+    wanted = {(*shape, config.max_tokens) for shape in config.points()}
+    if not config.overwrite:
+        for one in stored_in(folder_of(config)):
+            if one.name == config.setting_name and one.settings == config.same_settings():
+                wanted -= one.measured
+    return len(wanted)
+
+
+def time_left(configs: Sequence[ExperimentConfig], device_kind: str) -> str | None:
+    """For the points of these settings that are not measured yet, from what was measured with the same model on the
+    same kind of device; None before there is anything."""
+    left_s, used = 0.0, 0
+    for config in configs:
+        points = open_points(config)
+        alike = list(_like(config, device_kind)) if points else []
+        if points and not alike:
+            return None
+        left_s += points * fmean(alike) if alike else 0.0
+        used = max(used, len(alike))
+    return f"{about_time(left_s)} left, from {counted(used, 'setting')} measured" if used else None
+
+
+def _like(config: ExperimentConfig, device_kind: str) -> Iterable[float]:
+    for one in stored_in(folder_of(config)):
+        if one.model == config.model and one.device_kind == device_kind and one.seconds_per_point is not None:
+            yield one.seconds_per_point

@@ -1,0 +1,162 @@
+"""What the launcher learns from result files: failures that are the same for all settings, and the time left."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+from test_launcher import Launcher
+
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.failures import FAILURES, SAME_FOR_ALL
+from batch_inference.core.results import Failure, Result, StoredConfig
+from batch_inference.core.text import about_time
+from batch_inference.launch.stored import failure_since, is_anything_measured, open_points, stored_in, time_left
+from builders import make_point, make_result, save_all
+
+CONFIG = ExperimentConfig(batch_sizes=(1, 4), seq_lens=(64,), max_tokens=32)
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    (tmp_path / "experiment_results").mkdir()
+    return Launcher(tmp_path)
+
+
+def failed(kind: str, name: str = "tp_1") -> Result:
+    return make_result(name, status="failed", failure=Failure(kind, "the planted reason"))
+
+
+def measured(config: ExperimentConfig, *batch_sizes: int, minutes: int = 10, **changes: object) -> Result:
+    """A setting that took so long for these points."""
+    points = [make_point(batch, 64) for batch in batch_sizes]
+    ended = {"environment": {"ended_at": f"2026-01-02T03:{4 + minutes:02}:05+00:00"}}
+    result = make_result(config.setting_name, points, **{**ended, **changes})  # type: ignore[arg-type]
+    result.config = StoredConfig.of(config)
+    return result
+
+
+def in_folder(folder: Path, **changes: object) -> ExperimentConfig:
+    return dataclasses.replace(CONFIG, output_dir=str(folder), **changes)  # type: ignore[arg-type]
+
+
+def test_the_classes_that_are_the_same_for_all_settings_are_classes() -> None:
+    assert {failure.name for failure in FAILURES} > SAME_FOR_ALL
+
+
+@pytest.mark.parametrize("kind", sorted(SAME_FOR_ALL))
+@pytest.mark.parametrize("flags", [(), ("--pack",)], ids=["in_turn", "packed"])
+def test_what_is_wrong_for_every_setting_ends_the_preset_at_the_first(
+    launcher: Launcher, kind: str, flags: tuple[str, ...]
+) -> None:
+    save_all([failed(kind)], launcher.folder / "there")
+    environment = {"RESULTS": str(launcher.folder / "there"), "FAIL": "tp_1", "DEVICES": "2"}
+    done = launcher("tensor-parallel", *flags, **environment)
+    assert done.returncode == 1
+    assert launcher.names() == ["tp_1"]
+    rest = "tp_2" if flags else "tp_2, tp_4, tp_8"
+    assert f"{rest} skipped: {kind} would be the same for every setting" in done.stderr.splitlines()
+    assert "failed: tp_1" in done.stderr
+    assert "analyse with" not in done.stderr
+
+
+def test_another_failure_does_not_end_the_preset(launcher: Launcher) -> None:
+    save_all([failed("oom_load")], launcher.folder / "there")
+    done = launcher("tensor-parallel", RESULTS=str(launcher.folder / "there"), FAIL="tp_1")
+    assert launcher.names() == ["tp_1", "tp_2", "tp_4", "tp_8"]
+    assert "analyse with" in done.stderr  # the others are done
+
+
+def test_a_folder_without_a_measured_point_is_not_to_be_analysed(launcher: Launcher) -> None:
+    folder = launcher.folder / "experiment_results"
+    assert "analyse with" not in launcher("custom", "TP=1", FAIL="tp_1").stderr
+    save_all([failed("oom_load")], folder)
+    assert "analyse with" not in launcher("custom", "TP=1", "--resume", FAIL="tp_1").stderr
+    save_all([make_result("tp_2", [make_point()])], folder)
+    assert "analyse with" in launcher("custom", "TP=1", "--resume", FAIL="tp_1").stderr
+    assert is_anything_measured(folder)
+
+
+def test_a_failure_of_before_is_none_of_this_run(tmp_path: Path) -> None:
+    (path,) = save_all([failed("model_gated")], tmp_path)
+    config = in_folder(tmp_path)
+    written_s = path.stat().st_mtime
+    assert failure_since(config, written_s - 5) == "model_gated"
+    assert failure_since(config, written_s + 60) is None
+    assert failure_since(dataclasses.replace(config, tensor_parallel_size=2), written_s - 5) is None
+
+
+def test_what_is_no_result_is_passed_over_and_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / ".half.json").write_text("{")
+    assert stored_in(tmp_path) == stored_in(tmp_path / "absent") == []
+    (path,) = save_all([failed("unknown")], tmp_path)
+    assert [one.failure for one in stored_in(tmp_path)] == ["unknown"]
+    save_all([failed("model_gated")], tmp_path)
+    os.utime(path, ns=(1, 1))
+    assert [one.failure for one in stored_in(tmp_path)] == ["model_gated"]
+
+
+def test_points_that_are_measured_with_the_same_settings_are_not_open(tmp_path: Path) -> None:
+    config = in_folder(tmp_path)
+    assert open_points(config) == 2
+    save_all([measured(config, 1)], tmp_path)
+    assert open_points(config) == 1
+    assert open_points(dataclasses.replace(config, overwrite=True)) == 2
+    assert open_points(dataclasses.replace(config, dtype="float16")) == 2
+    assert open_points(dataclasses.replace(config, seq_lens=(64, 128))) == 3
+
+
+def test_the_time_left_is_that_of_the_points_measured_so_far(tmp_path: Path) -> None:
+    first, second = in_folder(tmp_path), in_folder(tmp_path, tensor_parallel_size=2)
+    assert time_left([first, second], "gpu") is None
+    save_all([measured(first, 1, 4)], tmp_path)
+    assert time_left([first, second], "gpu") == "about 10 min left, from 1 setting measured"
+    save_all([measured(second, 1, minutes=15)], tmp_path)  # half of it is done
+    assert time_left([first, second], "gpu") == "about 10 min left, from 2 settings measured"
+    assert time_left([first, second], "cpu") is None
+    assert time_left([dataclasses.replace(second, model="another")], "gpu") is None
+    assert time_left([first], "gpu") is None  # nothing is left
+
+
+def test_a_sweep_that_went_on_counts_its_own_points_alone(tmp_path: Path) -> None:
+    config = in_folder(tmp_path)
+    result = measured(config, 1, 4)
+    assert result.engine is not None
+    result.earlier_engines, result.points[0].engine = [result.engine], 0
+    save_all([result], tmp_path)
+    assert [one.seconds_per_point for one in stored_in(tmp_path)] == [600]
+
+
+@pytest.mark.parametrize("times", [{"ended_at": None}, {"started_at": None}, {"ended_at": "yesterday"}])
+def test_a_setting_whose_time_is_not_known_tells_nothing(tmp_path: Path, times: dict[str, object]) -> None:
+    save_all([measured(in_folder(tmp_path), 1, 4, environment=times)], tmp_path)
+    assert [one.seconds_per_point for one in stored_in(tmp_path)] == [None]
+
+
+def test_settings_that_ran_beside_others_tell_nothing(tmp_path: Path) -> None:
+    save_all([measured(in_folder(tmp_path, packed=True), 1, 4)], tmp_path)
+    assert [one.seconds_per_point for one in stored_in(tmp_path)] == [None]
+
+
+def test_plan_and_preset_say_the_time_left_once_something_is_measured(launcher: Launcher) -> None:
+    words = ("tensor-parallel", "--batch-sizes", "1,4", "--seq-lens", "64", "--resume", "--", "--max-tokens", "32")
+    said = "about 10 min left, from 1 setting measured"
+    assert " left, from" not in launcher(*words[:-3], "--dry-run", *words[-3:]).stdout
+    tp_1 = dataclasses.replace(CONFIG, output_dir="experiment_results")
+    save_all([measured(tp_1, 1, 4)], launcher.folder / "experiment_results")
+    plan = launcher(*words[:-3], "--dry-run", *words[-3:], DEVICES="2")
+    assert f"# {said}" in plan.stdout.splitlines()
+    run = launcher(*words, DEVICES="2")
+    assert run.stderr.splitlines().count(f"  {said}") == 2  # tp_1 has no open point, tp_2 is not measured by the fake
+    assert " left, from" not in launcher(*words[:-3], "--pack", *words[-3:], DEVICES="2").stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "about 1 s"), (42.4, "about 42 s"), (90, "about 2 min"), (725, "about 12 min"), (9000, "about 2.5 h")],
+)
+def test_times_are_said_in_the_unit_that_fits(seconds: float, words: str) -> None:
+    assert about_time(seconds) == words
