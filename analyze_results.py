@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from batch_inference.analyze.files import default_folder, find_files, make_folder, not_this_folder
 from batch_inference.analyze.flags import UsageError, parse
+from batch_inference.core.packages import missing_to_analyse
 
 # pandas and matplotlib are slow imports, and come with what needs them: --help must not pay for them.
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         flags = parse(argv)
+        check_packages(flags)
         settings, unreadable = read_settings("--input", flags.input, flags.slo_percentile)
         earlier = None
         if flags.compare:
@@ -35,12 +37,16 @@ def main(argv: list[str] | None = None) -> int:
         text = write(analysis, unreadable, folder, flags.plots)
     except UsageError as error:
         return wrong_use(str(error))
-    except ModuleNotFoundError as error:
-        return wrong_use(f"{error.name} is not installed; run ./setup_env.sh and use .venv/bin/python")
     for problem in unreadable:
         complain(problem)
     show(text)
     return gate(analysis, flags.fail_on_regression) or (1 if unreadable else 0)
+
+
+def check_packages(flags: Namespace) -> None:
+    """Raises UsageError where something is not installed."""
+    if missing := missing_to_analyse(plots=flags.plots is None or bool(flags.plots)):
+        raise UsageError(missing)
 
 
 def read_settings(flag: str, path: Path, percent: float) -> tuple[list[MeasuredSetting], list[str]]:

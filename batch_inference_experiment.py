@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
+from batch_inference.core.packages import missing_to_measure
 from batch_inference.plan.devices import Devices, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible, is_coupled
@@ -90,8 +90,8 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
     reason = infeasible(config, here.facts, here.devices, here.processes, ray_gpus)
     if reason:
         raise ConfigError(reason)
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"{sys.executable} has no vLLM; run ./setup_env.sh and use .venv/bin/python")
+    if missing := missing_to_measure():
+        raise ConfigError(missing)
     if follows:
         return follow_rank_0
     return measure if config.node_rank == 0 else serve_node_0

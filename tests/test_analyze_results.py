@@ -358,12 +358,3 @@ def test_a_terminal_that_knows_only_ascii_gets_the_summary_too(folder: Path, mon
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert analyze_results.main(["--input", str(folder), "--no-plots"]) == 0
     assert b"tp_2" in written.getvalue()
-
-
-def test_without_pandas_the_user_is_told_what_to_do(
-    analyze: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("batch_inference.analyze.tables", "pandas"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    check_refused(analyze("--input", folder), "pandas is not installed", "setup_env.sh")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError
+from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from batch_inference.launch.console import Outcomes, say, say_how_to_analyse, say_outcomes, show
 from batch_inference.launch.jobs import ANALYSIS, Here, check_together, folder_of, jobs_of
 from batch_inference.launch.options import Options, parse_options
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
             if options.node_rank == 0:
                 check_files(jobs)
             install_where_needed(jobs, here, argv, processes)
+            check_packages(jobs, preset)
             for line in [*left_out, *uncompared(jobs)]:
                 say(f"note: {line}")
             return close(run_jobs(jobs, options, devices, processes), preset, options, here, processes)
@@ -67,6 +69,14 @@ def install_where_needed(jobs: Sequence[PlannedJob], here: Here, argv: Sequence[
         raise SystemExit(code)
     python = here.path(".venv/bin/python")
     os.execv(python, [python, "-P", "-m", "batch_inference.launch", argv[0], python, *argv[2:]])
+
+
+def check_packages(jobs: Sequence[PlannedJob], preset: Preset) -> None:
+    """Raises ConfigError where something is not installed that measures, or that analyses a demo in the end."""
+    if all(one.reason for one in jobs):
+        return
+    if missing := missing_to_measure() or (missing_to_analyse(plots=True) if preset.is_demo else None):
+        raise ConfigError(missing)
 
 
 def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, processes: Processes) -> int:
