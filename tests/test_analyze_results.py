@@ -91,7 +91,7 @@ def test_a_table_that_an_earlier_version_wrote_as_parquet_does_not_stay(analyze:
 def test_a_single_file_is_analysed_beside_it(analyze: Run, folder: Path) -> None:
     done = analyze("--input", folder / "tp_1_results.json", "--no-plots")
     assert done.returncode == 0
-    names = {path.name for path in (folder / "analysis").iterdir()}
+    names = {path.name for path in (folder / "analysis_tp_1").iterdir()}
     assert names == {"report.html", "report.md", "results.csv", "summary.json"}
     assert "tp_2" not in done.stdout
 
@@ -108,7 +108,7 @@ def test_a_plot_with_nothing_to_show_is_explained(analyze: Run, folder: Path) ->
     text = " ".join(done.stdout.split())
     assert "not drawn: Scaling efficiency, strong: every measured setting has the same number of devices" in text
     assert max(len(line) for line in done.stdout.splitlines() if not line.startswith(str(folder))) <= 80
-    assert not (folder / "analysis" / "scaling.png").exists()
+    assert not (folder / "analysis_tp_1" / "scaling.png").exists()
 
 
 def test_broken_files_are_named_and_the_others_analysed(folder: Path) -> None:
