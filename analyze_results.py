@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from batch_inference.analyze.files import default_folder, find_files, make_folder, not_this_folder
 from batch_inference.analyze.flags import UsageError, parse
+from batch_inference.core.packages import missing_to_analyse
 
 # pandas and matplotlib are slow imports, and come with what needs them: --help must not pay for them.
 if TYPE_CHECKING:
@@ -24,19 +25,19 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         flags = parse(argv)
-        settings, unreadable = read_settings("--input", flags.input, flags.slo_percentile)
+        check_packages(flags)
+        settings, unreadable, notes = read_settings("--input", flags.input, flags, flags.compare)
         earlier = None
         if flags.compare:
-            earlier, also_unreadable = read_settings("--compare", flags.compare, flags.slo_percentile)
+            earlier, also_unreadable, more_notes = read_settings("--compare", flags.compare, flags, flags.input)
             unreadable += also_unreadable
+            notes += [f"--compare: {note}" for note in more_notes]
         check_plots(flags.plots)
-        analysis = ask(settings, flags, earlier)
+        analysis = ask(settings, flags, earlier, notes)
         folder = make_folder(flags.output_dir or default_folder(flags.input))
         text = write(analysis, unreadable, folder, flags.plots)
     except UsageError as error:
         return wrong_use(str(error))
-    except ModuleNotFoundError as error:
-        return wrong_use(f"{error.name} is not installed; run ./setup_env.sh and use .venv/bin/python")
     for problem in unreadable:
         complain(problem)
     show(text)
@@ -46,22 +47,35 @@ def main(argv: list[str] | None = None) -> int:
     return gate(analysis, flags.fail_on_regression) or (1 if unreadable or not measured else 0)
 
 
-def read_settings(flag: str, path: Path, percent: float) -> tuple[list[MeasuredSetting], list[str]]:
-    """What can be read, and what is wrong with the other files. Raises UsageError where nothing can be."""
-    paths = find_files(flag, path)
-    from batch_inference.analyze.tables import MeasuredSetting, load_settings
+def check_packages(flags: Namespace) -> None:
+    """Raises UsageError where something is not installed."""
+    if missing := missing_to_analyse(plots=flags.plots is None or bool(flags.plots)):
+        raise UsageError(missing)
+
+
+def read_settings(
+    flag: str, path: Path, flags: Namespace, other: Path | None
+) -> tuple[list[MeasuredSetting], list[str], list[str]]:
+    """What counts of what can be read, what is wrong with the other files, and which of the good ones do not count.
+    `other`: where the other set lies. Raises UsageError where nothing can be read, or nothing is as asked."""
+    found = find_files(flag, path, (other, flags.output_dir))
+    from batch_inference.analyze.sources import chosen, load_settings, newest
+    from batch_inference.analyze.tables import MeasuredSetting
     from batch_inference.analyze.wording import few
 
-    settings, unreadable = [], []
-    for found in load_settings(paths, percent):
-        if isinstance(found, MeasuredSetting):
-            settings.append(found)
+    settings, unreadable = [], found.unreadable
+    for one in load_settings(found.paths, flags.slo_percentile, path if path.is_dir() else path.parent):
+        if isinstance(one, MeasuredSetting):
+            settings.append(one)
         else:
-            # A file name may hold a line break; an error is one line.
-            unreadable.append(" ".join(str(found).split()))
+            unreadable.append(str(one))
+    # A file name may hold a line break; an error is one line.
+    unreadable = [" ".join(line.split()) for line in unreadable]
     if not settings:
         raise UsageError(f"{flag} {few(unreadable, 3, '; and {} more files that cannot be read', '; ')}")
-    return settings, unreadable
+    asked_for, left_out = chosen(settings, flags.model, flags.setting, f"{flag} {path}")
+    counting, older = newest(asked_for)
+    return counting, unreadable, left_out + older
 
 
 def check_plots(names: Sequence[str] | None) -> None:
@@ -75,7 +89,9 @@ def check_plots(names: Sequence[str] | None) -> None:
         raise UsageError(f"--plots {','.join(unknown)}: no such plot; choose of {', '.join(known)}")
 
 
-def ask(settings: list[MeasuredSetting], flags: Namespace, earlier: list[MeasuredSetting] | None) -> Analysis:
+def ask(
+    settings: list[MeasuredSetting], flags: Namespace, earlier: list[MeasuredSetting] | None, notes: list[str]
+) -> Analysis:
     """Raises UsageError where the files cannot answer."""
     from batch_inference.analyze.answers import Question, QuestionError, analyse
     from batch_inference.analyze.decide import Limits
@@ -83,7 +99,7 @@ def ask(settings: list[MeasuredSetting], flags: Namespace, earlier: list[Measure
     limits = Limits(flags.max_latency_s, flags.max_ttft_s, flags.max_tpot_s, flags.slo_percentile)
     question = Question(limits, flags.device_hour_price, flags.baseline, flags.group_by, flags.allow_mixed)
     try:
-        return analyse(settings, question, earlier)
+        return analyse(settings, question, earlier, notes)
     except QuestionError as error:
         raise UsageError(str(error)) from error
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
+from batch_inference.core.packages import missing_to_measure
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
@@ -95,8 +95,8 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
     reason = infeasible(config, here.facts, here.devices, here.processes, ray_gpus)
     if reason:
         raise ConfigError(reason)
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"{sys.executable} has no vLLM; run ./setup_env.sh and use .venv/bin/python")
+    if missing := missing_to_measure():
+        raise ConfigError(missing)
     # Of the ranks of a node, one asks.
     if here.place is None or here.place.local_rank == 0:
         check_vllm_flags(config.engine_args, say)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 # Packages that only these modules import.
 PLACES = {"vllm": {"engine"}, "torch": {"engine", "ranks", "peaks"}, "ray": {"ray_cluster"}}
-ANALYSIS = {"pandas", "matplotlib", "seaborn", "scipy"}
+ANALYSIS = {"pandas", "matplotlib", "seaborn"}
 
 
 def modules() -> list[Path]:

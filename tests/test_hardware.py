@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,11 +13,12 @@ import fake_nvml
 import msgspec
 import pytest
 
+from batch_inference.core.config import ConfigError
 from batch_inference.core.results import Clocks
 from batch_inference.measure import hardware
 from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, Reading, Seen, clocks_of
 from batch_inference.plan import devices as plan_devices
-from batch_inference.plan.devices import Devices, find_devices
+from batch_inference.plan.devices import Devices, find_devices, find_nvml, smallest_memory_gib
 
 EIGHT_GPUS = Devices("gpu", tuple("01234567"))
 
@@ -94,6 +96,51 @@ def test_memory_of_a_process_tree_is_what_the_kernel_says() -> None:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> GpuMonitor:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
     return GpuMonitor(Devices("gpu", ("0", "1")))
+
+
+# As the real one does.
+LOOKS_ITSELF_UP = "\nimport sys\nsys.modules[__name__].nvmlInit()\n"
+
+
+@pytest.fixture
+def vllm_without_nvidia_ml_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A vLLM that may not be imported; the folder of what it brings along."""
+    folder = tmp_path / "vllm" / "third_party"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise SystemExit('vLLM was imported')")
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+def test_without_nvidia_ml_py_the_copy_in_vllm_is_asked(vllm_without_nvidia_ml_py: Path) -> None:
+    (vllm_without_nvidia_ml_py / "pynvml.py").write_text(Path(fake_nvml.__file__).read_text() + LOOKS_ITSELF_UP)
+    devices = Devices("gpu", ("0", "1"))
+    assert smallest_memory_gib(devices) == 80
+    assert GpuMonitor(devices).read().used_gib == [1, 2]
+    assert find_nvml() is find_nvml()
+    assert "vllm" not in sys.modules
+
+
+@pytest.mark.usefixtures("vllm_without_nvidia_ml_py")
+def test_without_any_nvml_a_plan_knows_no_memory_and_nothing_is_measured() -> None:
+    devices = Devices("gpu", ("0",))
+    assert smallest_memory_gib(devices) is None
+    with pytest.raises(ConfigError, match=r"has no nvidia-ml-py, and .* pip install nvidia-ml-py$"):
+        GpuMonitor(devices)
+
+
+def test_the_copy_in_vllm_has_all_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the vLLM that is installed here, where one is."""
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    nvml = find_nvml()
+    if nvml is None:
+        pytest.skip("no vLLM is installed")
+    source = Path(hardware.__file__).read_text() + Path(plan_devices.__file__).read_text()
+    asked = set(re.findall(r"nvml\.((?:nvml|NVML)\w+)", source))
+    assert len(asked) > 12
+    assert {name for name in asked if not hasattr(nvml, name)} == set()
 
 
 def test_devices_are_described_before_anything_runs(gpus: GpuMonitor) -> None:

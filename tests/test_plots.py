@@ -412,14 +412,6 @@ def test_mixed_things_are_marked_in_every_title(groups: Any, tmp_path: Path, mon
         assert "NVIDIA H100 80GB HBM3 + NVIDIA A100" in texts(saved[path])
 
 
-def test_plots_of_an_earlier_analysis_do_not_stay(groups: Any, tmp_path: Path) -> None:
-    for name in ("throughput.png", "throughput.svg", "throughput_group_7.png", "mine.png"):
-        (tmp_path / name).touch()
-    write_plots(groups([make_result(points=[Point(1, 8, 4, "oom", reason="x")])]), tmp_path)
-    assert not list(tmp_path.glob("throughput*"))
-    assert (tmp_path / "mine.png").exists()
-
-
 def test_nothing_measured_is_said_for_every_plot(groups: Any, tmp_path: Path) -> None:
     failed = make_result(points=[Point(1, 8, 4, "oom", reason="x")])
     failed.engine = None

@@ -58,6 +58,10 @@ def test_every_command_is_understood(command: str, tmp_path: Path) -> None:
             parse_flags(words[2:])
         case ["python", "analyze_results.py"]:
             build_parser().parse_args(words[2:])
+        case ["pip", "install", *packages]:
+            assert set(packages) < set(
+                re.findall(r"^[a-z]+", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE)
+            )
         case ["./run_batch_experiments.sh", *_]:
             check_plan(words[1:], tmp_path)
         case _:

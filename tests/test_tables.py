@@ -10,15 +10,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from batch_inference.analyze import tables
+from batch_inference.analyze import sources
 from batch_inference.analyze.exports import write_results_csv
+from batch_inference.analyze.sources import load_settings
 from batch_inference.analyze.tables import (
     GROUP_BY,
     TO_MENTION,
     differing,
     groups,
     load_setting,
-    load_settings,
     point_table,
     setting_labels,
 )
@@ -257,7 +257,7 @@ def test_many_files_are_read_on_several_cores_in_their_order(tmp_path: Path, mon
     paths = save_all([make_result(f"s{number}", [make_point()]) for number in range(6)], tmp_path)
     paths[3].write_text("{")
     alone = load_settings(paths)
-    monkeypatch.setattr(tables, "_FILES_OF_A_CORE", 2)
+    monkeypatch.setattr(sources, "_FILES_OF_A_CORE", 2)
     together = load_settings(paths)
     assert [type(found) for found in together] == [type(found) for found in alone]
     assert str(together[3]) == str(alone[3])

@@ -11,7 +11,7 @@ from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.tables import TO_MENTION, differing, setting_labels
 from batch_inference.analyze.wording import few
-from batch_inference.core.text import NO_REASON, listed
+from batch_inference.core.text import NO_REASON, counted, listed
 
 
 def measured(analysis: Analysis) -> Section:
@@ -21,12 +21,19 @@ def measured(analysis: Analysis) -> Section:
     pairs = [
         (label, _names(points[column].dropna())) for label, column in names.items() if column not in analysis.unlike
     ]
-    lines = list(_groups(analysis))
+    pairs.insert(0, ("files", _files(analysis)))
+    lines = [*analysis.notes, *_groups(analysis)]
     for group in analysis.groups:
         if mixed := differing(group.points, TO_MENTION):
             where = f"In group {group.number} settings" if analysis.unlike else "Settings"
             lines.append(f"{where} also differ in {listed(mixed)}; see results.csv.")
     return Section("Measured", [(label, value) for label, value in pairs if value], lines=lines)
+
+
+def _files(analysis: Analysis) -> str:
+    folders = {setting.path.parent for setting in analysis.settings}
+    names = few([setting.file for setting in analysis.settings], 3)
+    return f"{len(analysis.settings)} in {counted(len(folders), 'folder')}: {names}"
 
 
 def _groups(analysis: Analysis) -> Iterator[str]:

@@ -58,10 +58,14 @@ class Analysis:
     unlike: list[str]  # the columns that tell the groups apart
     question: Question
     comparison: SetComparison | None = None
+    notes: Sequence[str] = ()  # which files do not count, and why
 
 
 def analyse(
-    settings: Sequence[MeasuredSetting], question: Question, earlier: Sequence[MeasuredSetting] | None = None
+    settings: Sequence[MeasuredSetting],
+    question: Question,
+    earlier: Sequence[MeasuredSetting] | None = None,
+    notes: Sequence[str] = (),
 ) -> Analysis:
     """Raises QuestionError where a name in the question is none of the files'."""
     group_by = _group_by(question)
@@ -77,7 +81,7 @@ def analyse(
     comparison = None
     if earlier is not None:
         comparison = compare_sets(points, point_table(earlier), asked_points(settings))
-    return Analysis(settings, points, found, unlike, question, comparison)
+    return Analysis(settings, points, found, unlike, question, comparison, notes)
 
 
 def _group_by(question: Question) -> tuple[str, ...]:

@@ -10,12 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit
 
+from batch_inference.analyze.student import Floats, p_values, quantiles_95
 from batch_inference.analyze.tables import GROUP_BY, TO_MENTION, MeasuredSetting, believable, groups
-
-Floats = NDArray[np.float64]
 
 # What a ratio is made of.
 MEASURED = ["output_tok_per_s", "latency_mean_s", "latency_ci95_s", "timed_runs"]
@@ -35,7 +32,7 @@ def ratios(points: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     relative, degrees = _welch(new.error / new.mean, old.error / old.mean, new.runs, old.runs)
     error, welch_degrees = _welch(new.error, old.error, new.runs, old.runs)
     p_value = _p_value(new.mean - old.mean, error, welch_degrees)
-    half = ratio * np.where(relative == 0, 0, stdtrit(degrees, 0.975) * relative)
+    half = ratio * np.where(relative == 0, 0, quantiles_95(degrees) * relative)
     return pd.DataFrame({"ratio": ratio, "ratio_ci95": half, "p_value": p_value}, index=points.index)
 
 
@@ -51,7 +48,7 @@ class _Runs:
 def _runs(points: pd.DataFrame) -> _Runs:
     mean, half, runs = (_column(points, name) for name in MEASURED[1:])
     # The interval is Student's quantile times the standard error: division gives the error back.
-    return _Runs(mean, half / stdtrit(np.where(runs > 1, runs - 1, np.nan), 0.975), runs)
+    return _Runs(mean, half / quantiles_95(np.where(runs > 1, runs - 1, np.nan)), runs)
 
 
 def _column(points: pd.DataFrame, name: str) -> Floats:
@@ -68,7 +65,7 @@ def _welch(one: Floats, two: Floats, runs_one: Floats, runs_two: Floats) -> tupl
 
 def _p_value(difference: Floats, error: Floats, degrees: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_value = 2 * stdtr(degrees, -np.abs(difference / error))
+        p_value = p_values(difference / error, degrees)
     # Runs without any spread, as a test may have them: equal or not is then certain.
     certain: Floats = np.where(error == 0, (difference == 0).astype(float), p_value)
     return certain

@@ -82,6 +82,7 @@ def _summary(analysis: Analysis, unreadable: Sequence[str]) -> dict[str, Any]:
         "limits": {name: _json_value(most) for name, most in limits.columns().items()},
         "device_hour_price": analysis.question.price,
         "unreadable": list(unreadable),
+        "notes": list(analysis.notes),
         "settings": _settings(analysis),
         "groups": [_group(group) for group in analysis.groups],
         "comparison": _comparison(analysis.comparison),
@@ -92,7 +93,7 @@ def _settings(analysis: Analysis) -> list[dict[str, Any]]:
     labels = setting_labels(analysis.settings)
     names = ("num_devices", "status", "points_ok", "points_asked", "load_s", "failure")
     return [
-        {"setting": labels[setting.path], "file": setting.path.name, **{name: getattr(setting, name) for name in names}}
+        {"setting": labels[setting.path], "file": setting.file, **{name: getattr(setting, name) for name in names}}
         for setting in analysis.settings
     ]
 

@@ -53,10 +53,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="PATH", help="a result file, or a folder of them")
     add(
-        "--output-dir", type=Path, metavar="DIR", help="where to write; default: the folder `analysis` beside the files"
+        "--input", type=Path, required=True, metavar="PATH", help="a result file, or a folder of them, with those below"
     )
+    add(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="where to write; default: `analysis` in the folder, or `analysis_tp_2` beside tp_2_results.json",
+    )
+    add("--model", metavar="NAME", help="only results of this model: the whole name, or its last part")
+    add("--setting", type=names_of("setting"), metavar="NAMES", help="only these settings, like `tp_2,dp_2`")
     _add_decision_flags(parser.add_argument_group("the decision"))
     _add_comparison_flags(parser.add_argument_group("what is compared"))
     drawn = parser.add_argument_group("plots").add_mutually_exclusive_group()

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tabulate
-
 from batch_inference.analyze.sections import Section
 from batch_inference.analyze.wording import HEADING, not_drawn
+from batch_inference.core.text import table_in_markdown
 
 
 def as_markdown(sections: Sequence[Section], plots: Sequence[tuple[str, Path]], missing: Sequence[str]) -> str:
@@ -38,7 +37,7 @@ def _list(lines: Sequence[str]) -> str:
 def _table(section: Section) -> str:
     rows = [[escaped(cell) for cell in row] for row in section.rows]
     header = [escaped(name) for name in section.header]
-    return tabulate.tabulate(rows, header, "github", colalign=section.alignment, disable_numparse=True)
+    return table_in_markdown(header, rows, section.alignment)
 
 
 def escaped(text: str) -> str:

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 
 from batch_inference.analyze.answers import Group, mixed_mark
 from batch_inference.analyze.compare import baseline_of, halves
+from batch_inference.analyze.files import mark_of
 from batch_inference.analyze.plot_lines import (
     GLOBAL_BATCH,
     Curve,
@@ -253,7 +254,6 @@ def write_plots(
 ) -> tuple[list[tuple[str, Path]], list[str]]:
     """A PNG and an SVG per plot and group of like things: (title, path of the PNG) of each, and why each of the
     others was not drawn. `names` picks plots; None is all of them."""
-    _remove_old(folder)
     written, missing = [], []
     tables = named_first([group.points for group in groups])
     with mpl.rc_context(STYLE), warnings.catch_warnings():
@@ -276,14 +276,7 @@ def write_plots(
     return written, missing
 
 
-def _remove_old(folder: Path) -> None:
-    """Those of an earlier analysis, which may have had other groups."""
-    for name, _, _ in PLOTS:
-        for end in ("png", "svg"):
-            for old in (folder / f"{name}.{end}", *folder.glob(f"{name}_group_*.{end}")):
-                old.unlink(missing_ok=True)
-
-
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    vector = path.with_suffix(".svg")
+    figure.savefig(path, dpi=DPI, metadata={"Software": mark_of(path)})
+    figure.savefig(vector, metadata={"Date": None, "Creator": mark_of(vector)})

@@ -8,7 +8,7 @@ from pathlib import Path
 from batch_inference.analyze import about
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.exports import write_results_csv, write_summary_json
-from batch_inference.analyze.files import SUMMARY
+from batch_inference.analyze.files import SUMMARY, remove_plots
 from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.page import as_html
 from batch_inference.analyze.sections import Section, best, compared, layouts, pareto, scaling
@@ -50,6 +50,7 @@ def write_report(
     report.write_text(as_markdown(sections, drawn, missing), encoding="utf-8")
     page.write_text(as_html(sections, analysis.points, drawn, missing), encoding="utf-8")
     _remove_parquet(folder)
+    remove_plots(folder, [file for _, path in drawn for file in (path, path.with_suffix(".svg"))])
     files = [page, report, results, summary, *(path for _, path in drawn)]
     return "\n".join([as_text(sections), "", *closing(missing, files)])
 

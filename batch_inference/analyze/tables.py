@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
-import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,7 @@ import msgspec
 import pandas as pd
 
 from batch_inference.core.metrics import METRICS, run_latencies_s, summarise, tpots_s, ttfts_s
-from batch_inference.core.result_file import ResultFileError, load_result
+from batch_inference.core.result_file import load_result
 from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.statistics import percentile
 from batch_inference.core.text import NO_REASON, plain
@@ -52,6 +47,7 @@ class MeasuredSetting:
     a large folder would not fit in memory."""
 
     path: Path
+    file: str  # its name, below the folder that is analysed
     name: str
     num_devices: int
     status: str
@@ -72,30 +68,8 @@ class MeasuredSetting:
         return len(next(iter(self.columns.values()), []))
 
 
-def load_settings(paths: Sequence[Path], percent: float = 99) -> list[MeasuredSetting | ResultFileError]:
-    """Each file as `load_setting` reads it, or what is wrong with it; many files on several cores."""
-    load = partial(_setting_or_error, percent=percent)
-    if len(paths) < _FILES_OF_A_CORE * 2:
-        return list(map(load, paths))
-    workers = min(8, os.cpu_count() or 1, len(paths) // _FILES_OF_A_CORE)
-    # Fresh processes: a fork would copy the threads of whatever is imported here.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=gc.disable) as pool:
-        return list(pool.map(load, paths, chunksize=8))
-
-
-# Fewer are read before another process has started.
-_FILES_OF_A_CORE = 100
-
-
-def _setting_or_error(path: Path, percent: float) -> MeasuredSetting | ResultFileError:
-    try:
-        return load_setting(path, percent)
-    except ResultFileError as error:
-        return error
-
-
-def load_setting(path: Path, percent: float = 99) -> MeasuredSetting:
-    """Read one result file, with percentile `percent` of the DURATIONS among its columns.
+def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> MeasuredSetting:
+    """Read one result file, with percentile `percent` of the DURATIONS among its columns; named from the folder `top`.
 
     Raises ResultFileError naming the file and the reason.
     """
@@ -105,6 +79,7 @@ def load_setting(path: Path, percent: float = 99) -> MeasuredSetting:
     shared = _shared(result, result.engine)
     return MeasuredSetting(
         path=path,
+        file=(file := plain(path.relative_to(top) if top else path.name)),
         name=plain(result.name),
         num_devices=result.num_devices,
         status=result.status,
@@ -114,17 +89,17 @@ def load_setting(path: Path, percent: float = 99) -> MeasuredSetting:
         failure=plain(failure) if result.status == "failed" else None,
         shared=shared,
         # Lists of numbers go from process to process much faster than a dict for each point.
-        columns={**_identity(path, result), **_numbers(result, percent), **_of_earlier_engines(result, shared)},
+        columns={**_identity(file, result), **_numbers(result, percent), **_of_earlier_engines(result, shared)},
     )
 
 
 # --- points -> columns --------------------------------------------------------------------------------------------
 
 
-def _identity(path: Path, result: Result) -> dict[str, list[Any]]:
+def _identity(file: str, result: Result) -> dict[str, list[Any]]:
     points, count = result.points, len(result.points)
     return {
-        "file": [plain(path.name)] * count,
+        "file": [file] * count,
         "name": [plain(result.name)] * count,
         "batch_size": [point.batch_size for point in points],
         "seq_len": [point.seq_len for point in points],
@@ -191,6 +166,8 @@ def _settings(result: Result, engine: EngineInfo | None) -> Row:
         **asked,
         **used,
         **{f"load_{name}": value for name, value in phases.items()},
+        # Of today's kind: files of earlier versions have another hash of the same settings.
+        "config_hash": config.settings_hash() if config.config_hash else None,
         "engine_args": shlex.join(config.engine_args) or None,
         # Under torchrun vLLM runs another model runner and pipeline stages do not overlap.
         "executor_class": "torchrun" if "external_launcher" in executors else "local",
@@ -241,7 +218,7 @@ def point_table(settings: Sequence[MeasuredSetting], group_by: Sequence[str] = G
 
     Raises KeyError with the name of a column in `group_by` that there is not.
     """
-    ordered = sorted(settings, key=lambda setting: (setting.num_devices, setting.name, setting.path.name))
+    ordered = sorted(settings, key=lambda setting: (setting.num_devices, setting.name, setting.file))
     labels = setting_labels(ordered)
     rows = any(setting.num_points for setting in ordered)
     table = pd.DataFrame(_columns(ordered, labels) if rows else {name: [] for name in _ALWAYS})
@@ -276,7 +253,9 @@ def setting_labels(settings: Sequence[MeasuredSetting]) -> dict[Path, str]:
     """A unique name for each file: that of the setting, with the file's own where two settings share one."""
     counts = Counter(setting.name for setting in settings)
     return {
-        setting.path: setting.name if counts[setting.name] == 1 else f"{setting.name} [{plain(setting.path.stem)}]"
+        setting.path: setting.name
+        if counts[setting.name] == 1
+        else f"{setting.name} [{setting.file.removesuffix('.json')}]"
         for setting in settings
     }
 

@@ -6,10 +6,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tabulate
-
 from batch_inference.analyze.sections import Section
-from batch_inference.core.text import WIDTH, short_name, wrapped
+from batch_inference.core.text import WIDTH, short_name, table, wrapped
 
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
 LIST_LIMIT, LINE_LIMIT = 12, 400
@@ -55,13 +53,4 @@ def _table(section: Section) -> str:
         others = [max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)]
         room = max(8, WIDTH - 2 - (sum(others) - others[place]))
         rows = [[short_name(cell, room) if index == place else cell for index, cell in enumerate(row)] for row in rows]
-    return textwrap.indent(_tabulated(rows, section), "  ")
-
-
-def _tabulated(rows: Sequence[Sequence[str]], section: Section) -> str:
-    """With headers no wider than they must be; tabulate has that as a global, which other tables are not to see."""
-    padding, tabulate.MIN_PADDING = tabulate.MIN_PADDING, 0
-    try:
-        return tabulate.tabulate(rows, section.header, "simple", colalign=section.alignment, disable_numparse=True)
-    finally:
-        tabulate.MIN_PADDING = padding
+    return textwrap.indent(table(header, rows, section.alignment), "  ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Of a terminal that nobody has widened.
 WIDTH = 80
@@ -41,6 +41,31 @@ def about_time(seconds: float) -> str:
     if seconds < 90:
         return f"about {max(1, round(seconds))} s"
     return f"about {round(seconds / 60)} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
+    """Columns under a header and a rule, for a terminal. `sides`: left or right, for each column."""
+    head, *body = _columns(header, rows, sides)
+    rule = ["-" * len(cell) for cell in head]
+    return "\n".join("  ".join(line).rstrip() for line in (head, rule, *body))
+
+
+def table_in_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
+    """The same for GitHub; the cells are Markdown already."""
+    lines = _columns(header, rows, sides, spare=2)
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    rule = "|".join("-" * (len(cell) + 2) for cell in lines[0])
+    return "\n".join([head, f"|{rule}|", *body])
+
+
+def _columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]], sides: Sequence[str], spare: int = 0
+) -> list[list[str]]:
+    """The lines of a table, each cell as wide as its column, which is wider than its name by `spare`."""
+    lines = [[cell.strip() for cell in line] for line in (header, *rows)]
+    widths = [max([len(name) + spare, *map(len, cells)]) for name, *cells in zip(*lines, strict=True)]
+    marks = [">" if side == "right" else "<" for side in sides]
+    return [[f"{cell:{mark}{width}}" for cell, mark, width in zip(line, marks, widths, strict=True)] for line in lines]
 
 
 def plain(value: object) -> str:

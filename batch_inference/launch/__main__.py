@@ -16,6 +16,7 @@ from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from batch_inference.launch.console import Outcomes, say, say_how_to_analyse, say_outcomes, show
 from batch_inference.launch.jobs import ANALYSIS, Here, check_together, folder_of, jobs_of
 from batch_inference.launch.options import Options, parse_options
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
             if options.dry_run:
                 return show_plan(jobs, left_out, options, devices)
             install_where_needed(jobs, here, argv, processes)
+            check_packages(jobs, preset)
             say_notes([*left_out, *uncompared(jobs)])
             fetch_models(to_be_fetched(jobs), say)
             return close(run_jobs(jobs, options, devices, processes), preset, options, here, processes)
@@ -92,6 +94,14 @@ def install_where_needed(jobs: Sequence[PlannedJob], here: Here, argv: Sequence[
         raise SystemExit(code)
     python = here.path(".venv/bin/python")
     os.execv(python, [python, "-P", "-m", "batch_inference.launch", argv[0], python, *argv[2:]])
+
+
+def check_packages(jobs: Sequence[PlannedJob], preset: Preset) -> None:
+    """Raises ConfigError where something is not installed that measures, or that analyses a demo in the end."""
+    if all(one.reason for one in jobs):
+        return
+    if missing := missing_to_measure() or (missing_to_analyse(plots=True) if preset.is_demo else None):
+        raise ConfigError(missing)
 
 
 def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, processes: Processes) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
 from batch_inference.core.results import EngineInfo, Point, Result
-from batch_inference.core.text import counted, short, wrapped
+from batch_inference.core.text import counted, short, table, wrapped
 
 # Two that agree are the rule; more make a point take longer than the bar thinks.
 EXPECTED_WARMUPS = 2
@@ -165,9 +165,6 @@ def point_words(point: Point) -> str:
 
 def closing_table(result: Result) -> str:
     """Every point of a setting, within 80 columns."""
-    import tabulate
-
-    tabulate.MIN_PADDING = 0  # the headers are no wider than they must be
     columns = {
         "tok/s": "output_tok_per_s",
         "latency s": "latency_mean_s",
@@ -178,17 +175,16 @@ def closing_table(result: Result) -> str:
     }
     rows = [
         [
-            point.batch_size,
-            point.seq_len,
+            str(point.batch_size),
+            str(point.seq_len),
             *(short(point.summary.get(name)) for name in columns.values()),
             short(point.summary.get("runs"), 0) if point.status == "ok" else "",
-            point.verdict if point.status == "ok" else point.status,
+            str(point.verdict if point.status == "ok" else point.status),
         ]
         for point in result.points
     ]
     headers = ["batch", "length", *columns, "runs", "verdict"]
-    align = (*("right",) * (len(headers) - 1), "left")
-    return tabulate.tabulate(rows, headers=headers, colalign=align if rows else None, disable_numparse=True)
+    return table(headers, rows, (*("right",) * (len(headers) - 1), "left"))
 
 
 def _gib(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What the devices hold, draw and do while an engine runs: NVML (nvidia-ml-py) on GPUs, psutil on the CPU."""
+"""What the devices hold, draw and do while an engine runs: NVML on GPUs, psutil on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.results import Clocks, DeviceInfo
-from batch_inference.plan.devices import GIB, Devices, nvml_handle
+from batch_inference.plan.devices import GIB, Devices, find_nvml, nvml_handle
 
 # Between two looks at the clocks: often enough for a run of a second, and nothing beside an engine's step.
 SAMPLE_S = 0.1
@@ -53,17 +53,18 @@ class GpuMonitor:
     """Memory and energy of some GPUs, by NVML, from outside the engine."""
 
     def __init__(self, devices: Devices) -> None:
+        nvml = find_nvml()
+        if nvml is None:
+            raise ConfigError(
+                f"{sys.executable} has no nvidia-ml-py, and vLLM's copy of it is not there: pip install nvidia-ml-py"
+            )
+        self._nvml = nvml
         try:
-            import pynvml
-        except ModuleNotFoundError:
-            raise ConfigError(f"{sys.executable} has no nvidia-ml-py; run ./setup_env.sh") from None
-        self._nvml = pynvml
-        try:
-            pynvml.nvmlInit()
-            self._handles = [nvml_handle(pynvml, device_id) for device_id in devices.ids]
-        except pynvml.NVMLError as error:
+            nvml.nvmlInit()
+            self._handles = [nvml_handle(nvml, device_id) for device_id in devices.ids]
+        except nvml.NVMLError as error:
             raise ConfigError(f"CUDA_VISIBLE_DEVICES: '{','.join(devices.ids)}': NVML says: {error}") from error
-        self._throttle_bits = _throttle_bits(pynvml)
+        self._throttle_bits = _throttle_bits(nvml)
 
     def identify(self, *, in_use: bool = False) -> list[DeviceInfo]:
         """What the devices are, and what they hold and draw before an engine loads; unknown once they are `in_use`."""

@@ -7,11 +7,15 @@ Python's own library alone, because --dry-run and the launcher count before anyt
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,19 +127,42 @@ def _core_slices() -> Iterator[str]:
 
 
 def smallest_memory_gib(devices: Devices) -> float | None:
-    """Memory of the smallest of the GPUs; None without GPUs here, or where NVML is not installed or silent."""
+    """Memory of the smallest of the GPUs; None without GPUs here, and where NVML cannot be asked or does not answer."""
     if devices.kind == "cpu" or not devices.ids or not devices.are_here:
         return None
-    try:
-        import pynvml
-    except ModuleNotFoundError:
+    nvml = find_nvml()
+    if nvml is None:
         return None
     try:
-        pynvml.nvmlInit()
-        handles = [nvml_handle(pynvml, device_id) for device_id in devices.ids]
-        return min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles) / GIB
-    except pynvml.NVMLError:
+        nvml.nvmlInit()
+        handles = [nvml_handle(nvml, device_id) for device_id in devices.ids]
+        return min(int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles) / GIB
+    except nvml.NVMLError:
         return None
+
+
+def find_nvml() -> Any:
+    """The Python module that asks NVML: nvidia-ml-py where it is installed, else the copy of it that lies in vLLM,
+    which is not imported for that; None where neither is there."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("pynvml")
+    with contextlib.suppress(ImportError, ValueError):
+        vllm = importlib.util.find_spec("vllm")
+        for folder in (vllm and vllm.submodule_search_locations) or ():
+            copy = Path(folder) / "third_party" / "pynvml.py"
+            if copy.is_file():
+                return _module_at(copy)
+    return None
+
+
+@cache
+def _module_at(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("batch_inference_pynvml", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # it looks itself up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def nvml_handle(nvml: Any, device_id: str) -> Any:

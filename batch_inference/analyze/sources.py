@@ -1,0 +1,117 @@
+"""The files of an analysis, read; and which of them count: those asked for, and of the same setting the newest."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from batch_inference.analyze.flags import UsageError
+from batch_inference.analyze.tables import MeasuredSetting, load_setting
+from batch_inference.analyze.wording import few
+from batch_inference.core.result_file import ResultFileError
+from batch_inference.core.text import counted
+
+
+def load_settings(
+    paths: Sequence[Path], percent: float = 99, top: Path | None = None
+) -> list[MeasuredSetting | ResultFileError]:
+    """Each file as `load_setting` reads it, or what is wrong with it; many files on several cores."""
+    load = partial(_setting_or_error, percent=percent, top=top)
+    if len(paths) < _FILES_OF_A_CORE * 2:
+        return list(map(load, paths))
+    workers = min(8, os.cpu_count() or 1, len(paths) // _FILES_OF_A_CORE)
+    # Fresh processes: a fork would copy the threads of whatever is imported here.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=gc.disable) as pool:
+        return list(pool.map(load, paths, chunksize=8))
+
+
+# Fewer are read before another process has started.
+_FILES_OF_A_CORE = 100
+
+
+def _setting_or_error(path: Path, percent: float, top: Path | None) -> MeasuredSetting | ResultFileError:
+    try:
+        return load_setting(path, percent, top)
+    except ResultFileError as error:
+        return error
+
+
+# --- which of them count ---------------------------------------------------------------------------------------------
+
+
+def chosen(
+    settings: Sequence[MeasuredSetting], model: str | None, names: Sequence[str] | None, where: str
+) -> tuple[list[MeasuredSetting], list[str]]:
+    """The settings of that model and those names, of all that lie `where`; and a line for each choice that leaves
+    something out. Raises UsageError for what is not there."""
+    kept, notes = list(settings), []
+    if model is not None:
+        of_model = [setting for setting in kept if model in _names_of_model(setting)]
+        if not of_model:
+            raise _unknown(f"--model {model}", where, (str(setting.shared["model"]) for setting in kept))
+        notes += _left_out(f"--model {model}", len(kept) - len(of_model))
+        kept = of_model
+    if names is not None:
+        there = {setting.name for setting in kept}
+        if missing := [name for name in names if name not in there]:
+            raise _unknown(f"--setting {','.join(missing)}", where, there)
+        of_names = [setting for setting in kept if setting.name in names]
+        notes += _left_out(f"--setting {','.join(names)}", len(kept) - len(of_names))
+        kept = of_names
+    return kept, notes
+
+
+def _names_of_model(setting: MeasuredSetting) -> tuple[str, str]:
+    """The whole text, and its last part."""
+    model = str(setting.shared["model"])
+    return model, Path(model).name
+
+
+def _unknown(flag: str, where: str, there: Iterable[str]) -> UsageError:
+    return UsageError(f"{flag}: is not in {where}; there is {few(sorted(set(there)), 10)}")
+
+
+def _left_out(flag: str, files: int) -> list[str]:
+    return [f"{flag}: {counted(files, 'other file')} left out."] if files else []
+
+
+def newest(settings: Sequence[MeasuredSetting]) -> tuple[list[MeasuredSetting], list[str]]:
+    """Of each setting that was measured twice the newest; and a line for each that says so."""
+    alike: dict[tuple[Any, ...], list[MeasuredSetting]] = defaultdict(list)
+    for setting in settings:
+        alike[_same_setting(setting)].append(setting)
+    notes, older = [], set[Path]()
+    for found in alike.values():
+        *others, last = sorted(found, key=_measured_at)
+        if others:
+            older.update(setting.path for setting in others)
+            left_out = few([setting.file for setting in others], 3)
+            notes.append(f"{last.name} was measured more than once: {last.file} is the newest and counts, {left_out} "
+                         f"{'does' if len(others) == 1 else 'do'} not.")  # fmt: skip
+    return [setting for setting in settings if setting.path not in older], notes
+
+
+def _same_setting(setting: MeasuredSetting) -> tuple[Any, ...]:
+    """Alike where the same was asked of the same. A file that does not say what was asked is like no other."""
+    names = ("config_hash", "max_tokens", "device_kind", "device_name", "vllm_version")
+    asked = setting.shared.get("config_hash")
+    return (setting.name, *(setting.shared.get(name) for name in names), None if asked else setting.path)
+
+
+def _measured_at(setting: MeasuredSetting) -> tuple[datetime, str]:
+    """When it ended, or at least began; very long ago where nothing tells."""
+    for name in ("ended_at", "started_at"):
+        try:
+            moment = datetime.fromisoformat(str(setting.shared.get(name)))
+        except ValueError:
+            continue
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC), setting.file
+    return datetime.min.replace(tzinfo=UTC), setting.file

@@ -1,0 +1,135 @@
+"""The packages that the README names are enough for all three scripts, and one that is missing is named at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from conftest import REPOSITORY, SMALL_GRID, STUB, experiment_command
+
+# What `pip install vllm torch pandas matplotlib seaborn` brings and our programs use ..
+BROUGHT = "numpy tqdm psutil msgspec filelock huggingface_hub jinja2 markupsafe vllm torch pandas matplotlib seaborn"
+# .. and what these import in turn.
+IN_TURN = "mpl_toolkits dateutil six pytz tzdata PIL contourpy cycler fontTools kiwisolver packaging pyparsing pylab"
+BLOCKER = """
+import sys
+ALLOWED = sys.stdlib_module_names | set({allowed!r}.split()) - set({missing!r}.split())
+
+class Blocker:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        top = name.partition(".")[0]
+        # What the interpreter itself looks for has an underscore, or is in a .pth file of the environment.
+        if top not in ALLOWED and not top.startswith("_"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker)
+"""
+
+
+class Blocked:
+    """Programs in a Python that has only some packages."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, command: list[str], missing: str = "") -> CompletedProcess[str]:
+        ours = "batch_inference analyze_results batch_inference_experiment"
+        blocker = BLOCKER.format(allowed=f"{BROUGHT} {IN_TURN} {ours}", missing=missing)
+        (self.folder / "sitecustomize.py").write_text(blocker)
+        path = os.pathsep.join(map(str, (self.folder, STUB)))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=self.folder, env=environment, check=False, timeout=60
+        )
+
+
+@pytest.fixture
+def blocked(tmp_path: Path) -> Blocked:
+    return Blocked(tmp_path)
+
+
+def analysis(*flags: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "analyze_results.py"), "--input", *flags]
+
+
+@pytest.mark.parametrize("package", ["tabulate", "scipy", "pynvml", "pytest"])
+def test_the_blocker_blocks(blocked: Blocked, package: str) -> None:
+    done = blocked.run([sys.executable, "-c", f"import {package}"])
+    assert f"No module named '{package}'" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_the_readme_installs_is_enough(blocked: Blocked, tmp_path: Path) -> None:
+    """Measured with the stub to the end, and analysed with every plot."""
+    done = blocked.run(experiment_command(tmp_path, *SMALL_GRID))
+    assert done.returncode == 0, done.stderr
+    assert "verdict" in done.stdout
+    done = blocked.run(analysis(str(tmp_path / "tp_1_results.json")))
+    assert (done.returncode, done.stderr) == (0, "")
+    shutil.copytree(REPOSITORY / "tests" / "golden", tmp_path / "golden")
+    done = blocked.run(analysis(str(tmp_path / "golden")))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list((tmp_path / "golden" / "analysis").glob("throughput*.png"))
+
+
+MEASURING = "not installed: pip install vllm torch pandas matplotlib seaborn; without a GPU: ./setup_env.sh"
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("vllm", f"vllm is {MEASURING}"),
+        ("vllm torch tqdm", f"vllm, torch are {MEASURING}"),
+        ("tqdm", "tqdm is not installed: pip install tqdm"),
+        ("msgspec psutil", "msgspec, psutil are not installed: pip install msgspec psutil"),
+    ],
+)
+def test_what_measuring_lacks_is_said_before_anything_loads(
+    blocked: Blocked, tmp_path: Path, missing: str, told: str
+) -> None:
+    done = blocked.run(experiment_command(tmp_path, *SMALL_GRID), missing)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
+    assert list(tmp_path.glob("*_results*")) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("pandas", "pandas is not installed: pip install pandas matplotlib seaborn"),
+        ("pandas matplotlib", "pandas, matplotlib are not installed: pip install pandas matplotlib seaborn"),
+        ("msgspec", "msgspec is not installed: pip install pandas matplotlib seaborn msgspec"),
+    ],
+)
+def test_what_the_analysis_lacks_is_said_before_it_reads(blocked: Blocked, missing: str, told: str) -> None:
+    done = blocked.run(analysis(str(REPOSITORY / "docs" / "h100" / "study")), missing)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
+
+
+def test_without_plots_nothing_that_draws_is_needed(blocked: Blocked, tmp_path: Path) -> None:
+    flags = ("--no-plots", "--output-dir", str(tmp_path / "out"))
+    done = blocked.run(analysis(str(REPOSITORY / "tests" / "golden"), *flags), "matplotlib seaborn")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("preset", "missing", "told"),
+    [
+        ("tensor-parallel", "vllm", f"vllm is {MEASURING}"),
+        # It is analysed in the end.
+        ("quickstart", "seaborn", "seaborn is not installed: pip install pandas matplotlib seaborn"),
+    ],
+)
+def test_what_a_preset_lacks_is_said_before_its_first_setting(
+    blocked: Blocked, preset: str, missing: str, told: str
+) -> None:
+    done = blocked.run([str(REPOSITORY / "run_batch_experiments.sh"), preset], missing)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"error: {told}"
+    assert "[1/" not in done.stderr
