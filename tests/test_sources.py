@@ -163,7 +163,7 @@ def test_the_same_setting_found_twice_counts_once_and_a_line_says_so(analyze: Ru
 @pytest.mark.parametrize(
     "other",
     [
-        {"config": {"config_hash": "other"}},
+        {"config": {"seed": 1}},
         {"config": {"max_tokens": 64}},
         {"config": {"config_hash": None}},
         {"environment": {"devices": [{"name": "NVIDIA A100"}]}},
