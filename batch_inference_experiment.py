@@ -159,9 +159,7 @@ def sweep(
     try:
         with contextlib.ExitStack() as open_nodes:
             nodes = open_nodes.enter_context(meet(config)) if config.nnodes > 1 else None
-            experiment.run(build_replicas(config, here, devices, nodes))
-            if nodes:
-                nodes.dismiss(failed=result.status == "failed")
+            experiment.run(build_replicas(config, here, devices, nodes), nodes)
     except ResultFileError as error:
         print(f"error: {error}", file=sys.stderr)
         if measured := experiment.unsaved():

@@ -161,26 +161,8 @@ def test_torchrun_skips_what_cannot_be_shared_out_over_the_nodes(launcher: Launc
     nodes = ("--nnodes", "4", "--node-rank", "0", "--master-addr", "head")
     done = launcher("torchrun-tensor-parallel", *nodes, "--dry-run")
     assert [words[words.index("--nproc-per-node") + 1] for words in commands_of(done)] == ["1", "2"]
-    said = "torchrun_tp_2 cannot run: its 2 devices cannot be shared out evenly over 4 nodes"
+    said = "torchrun_tp_2_nodes_4 cannot run: its 2 devices cannot be shared out evenly over 4 nodes"
     assert said in " ".join(done.stdout.replace("#", "").split())
-
-
-def test_nodes_that_do_not_meet_start_no_torchrun(launcher: Launcher) -> None:
-    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "head")
-    done = launcher("torchrun-tensor-parallel", *nodes, MEETING="1")
-    assert done.returncode == 1
-    assert "failed: torchrun_tp_2 torchrun_tp_4 torchrun_tp_8" in done.stderr
-    assert launcher.names() == []
-    assert launcher("torchrun-tensor-parallel", *nodes).returncode == 0
-    assert launcher.names() == ["torchrun_tp_2", "torchrun_tp_4", "torchrun_tp_8"]
-
-
-def test_nodes_use_the_network_that_they_met_on(launcher: Launcher) -> None:
-    nodes = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "head")
-    python = Path(launcher.environment["PYTHON"])
-    python.write_text(python.read_text() + 'echo "$GLOO_SOCKET_IFNAME" >>networks\n')
-    assert launcher("torchrun-tensor-parallel", *nodes).returncode == 0
-    assert (launcher.folder / "networks").read_text().split() == ["eth7"] * 3
 
 
 def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(launcher: Launcher) -> None:
@@ -188,9 +170,8 @@ def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(l
     done = launcher("scaling-study", *nodes, "--dry-run")
     commands = {words[words.index("--name") + 1]: words for words in commands_of(done)}
     replicated = [name for name in ALL if "dp_" in name]
-    assert list(commands) == [name for name in ALL if name not in ("tp_1", *replicated)] + [
-        f"torchrun_{name}" for name in replicated
-    ]
+    names = [name for name in ALL if name not in ("tp_1", *replicated)] + [f"torchrun_{name}" for name in replicated]
+    assert list(commands) == [f"{name}_nodes_2" for name in names]
     for name, words in commands.items():
         config = config_of(words)
         if name.startswith("torchrun_"):
@@ -204,7 +185,7 @@ def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(l
     assert all(later - earlier >= 2 for earlier, later in itertools.pairwise(sorted(ports)))
     plan = " ".join(done.stdout.replace("#", "").split())
     assert "one replica by vLLM's own mp; more (DP) by torchrun" in plan
-    assert "tp_1 cannot run: its 1 device cannot be shared out evenly over 2 nodes" in plan
+    assert "tp_1_nodes_2 cannot run: its 1 device cannot be shared out evenly over 2 nodes" in plan
 
 
 def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launcher) -> None:
@@ -525,9 +506,11 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("quickstart", "--model", "--dry-run"), "--model: a value is needed"),
         (("torchrun-tensor-parallel", "--nnodes", "x"), "--nnodes: 'x' was given"),
         (("torchrun-tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed"),
-        (("torchrun-tensor-parallel", "--node-rank", "1"), "--node-rank: '1' was given without --nnodes"),
-        (("torchrun-tensor-parallel", "--master-addr", "h"), "--master-addr: 'h' was given without --nnodes"),
-        (("tensor-parallel", "--master-port", "1"), "--master-port: '1' was given without --nnodes"),
+        (("torchrun-tensor-parallel", "--node-rank", "1"), "--node-rank: '1' was given without --master-addr HOST"),
+        (("tensor-parallel", "--settle-s", "0"), "--settle-s: '0' was given, a number above 0 is needed"),
+        (("tensor-parallel", "--master-port", "1"), "--master-port: '1' was given without --master-addr HOST"),
+        (("quickstart", "--master-addr", "h"), "--master-addr: 'h' was given, quickstart is for one node"),
+        (("tensor-parallel", "--pack", "--master-addr", "h"), "one node, --master-addr 'h' was given"),
         (("torchrun-tensor-parallel", "--nnodes", "2", "--node-rank", "2"), "--node-rank: '2' was given"),
         (("tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed too"),
         (("quickstart", "--nnodes", "2"), "quickstart is for one node"),

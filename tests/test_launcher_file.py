@@ -174,8 +174,8 @@ def test_any_word_of_a_preset_reaches_the_script(launcher: Launcher) -> None:
 
 def test_more_nodes_than_a_setting_has_devices_skip_it(launcher: Launcher) -> None:
     done = launcher("tensor-parallel", "--nnodes", "4", "--master-addr", "h", "--dry-run")
-    assert [config_of(words).name for words in commands_of(done)] == ["tp_4", "tp_8"]
-    assert "tp_2 cannot run: its 2 devices cannot be shared out evenly over 4 nodes" in " ".join(
+    assert [config_of(words).name for words in commands_of(done)] == ["tp_4_nodes_4", "tp_8_nodes_4"]
+    assert "tp_2_nodes_4 cannot run: its 2 devices cannot be shared out evenly over 4 nodes" in " ".join(
         done.stdout.replace("#", "").split()
     )
 

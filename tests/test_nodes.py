@@ -52,8 +52,8 @@ def ends_of(*nodes: Node) -> list[tuple[int, str]]:
     return [(node.returncode, error) for node, error in zip(nodes, errors, strict=True)]
 
 
-def wait_for(path: Path, text: str) -> None:
-    deadline_s = time.monotonic() + 20
+def wait_for(path: Path, text: str, timeout_s: float = 20) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while not (path.exists() and text in path.read_text()):
         assert time.monotonic() < deadline_s, f"no {text!r} in {path}"
         time.sleep(0.05)

@@ -16,6 +16,7 @@ from test_launcher import LAUNCHER
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.packing import Packing, longest_first
+from batch_inference.launch.presets import Setting
 from batch_inference.launch.processes import Processes
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY, stub_environment
@@ -36,7 +37,7 @@ def job(folder: Path, name: str, tp: int = 1, dp: int = 1, code: int = 0) -> Job
     config = ExperimentConfig(
         tensor_parallel_size=tp, data_parallel_size=dp, name=name, output_file=f"{folder}/{name}_results.json"
     )
-    return Job(name, (sys.executable, "-c", PROGRAM, str(code)), config)
+    return Job(name, (sys.executable, "-c", PROGRAM, str(code)), config, Setting(tp, 1, dp))
 
 
 def seen_by(one: Job) -> dict[str, object]:

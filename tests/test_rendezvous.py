@@ -1,20 +1,33 @@
 from __future__ import annotations
 
+import contextlib
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec.json import Decoder
 from msgspec.structs import replace
 
-from batch_inference.measure.nodes import Introduction, Nodes, NodesError, attend, disagreement, gather
-from conftest import REPOSITORY, stub_environment
+from batch_inference.core.flags import parse_flags
+from batch_inference.measure.connection import Connection, Door
+from batch_inference.measure.nodes import (
+    Answer,
+    Dismissal,
+    Introduction,
+    Nodes,
+    NodesError,
+    attend,
+    disagreement,
+    gather,
+    other_arguments,
+)
 
-FIRST = Introduction(node=0, host="a", arguments="1234", vllm_version="0.32.0", devices=8, devices_needed=4)
+ARGUMENTS = {"--seed": "0", "--dtype": "auto", "--batch-sizes": "1,2"}
+FIRST = Introduction(node=0, host="a", arguments=ARGUMENTS, vllm_version="0.32.0", devices=8, devices_needed=4)
 SECOND = replace(FIRST, node=1, host="b")
 
 
@@ -22,7 +35,7 @@ def meet(*others: Introduction, nnodes: int, patience_s: float = 10.0) -> list[s
     """The verdict that each node hears, node 0 first."""
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         port, deadline_s = server.getsockname()[1], time.monotonic() + patience_s
-        calls = [pool.submit(verdict_of, gather, server, FIRST, nnodes, deadline_s)]
+        calls = [pool.submit(verdict_of, gather, Door(server), FIRST, nnodes, deadline_s)]
         calls += [pool.submit(verdict_of, attend, "127.0.0.1", port, other, deadline_s) for other in others]
         return [call.result(timeout=20) for call in calls]
 
@@ -41,7 +54,7 @@ def joined() -> Iterator[tuple[Nodes, Nodes]]:
     """Node 0 and node 1 of a setting that is being measured."""
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         port, deadline_s = server.getsockname()[1], time.monotonic() + 10
-        others = pool.submit(gather, server, FIRST, 2, deadline_s)
+        others = pool.submit(gather, Door(server), FIRST, 2, deadline_s)
         with attend("127.0.0.1", port, SECOND, deadline_s) as node_1, others.result(timeout=10) as node_0:
             yield node_0, node_1
 
@@ -93,7 +106,10 @@ def test_nodes_that_agree_all_go_on() -> None:
     ("change", "said"),
     [
         ({"vllm_version": "0.26.0"}, "node 1 (b) has vLLM 0.26.0, node 0 (a) 0.32.0"),
-        ({"arguments": "5678"}, "node 1 (b) has other arguments: their hash is 5678, node 0 (a) 1234"),
+        (
+            {"arguments": {**ARGUMENTS, "--seed": "1", "--dtype": "half"}},
+            "node 1 (b) has other arguments: --seed 1, --dtype half; node 0 (a): --seed 0, --dtype auto",
+        ),
         ({"devices": 2}, "node 1 (b) has 2 devices, 4 are needed on each"),
         ({"vllm_version": None}, "node 1 (b) has no vLLM; run ./setup_env.sh there"),
     ],
@@ -110,7 +126,7 @@ def test_a_node_that_does_not_come_is_named_to_those_that_did() -> None:
 def test_somebody_elses_call_is_no_node() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         port, deadline_s = server.getsockname()[1], time.monotonic() + 10
-        verdict = pool.submit(verdict_of, gather, server, FIRST, 2, deadline_s)
+        verdict = pool.submit(verdict_of, gather, Door(server), FIRST, 2, deadline_s)
         for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"node": 1}\n', b""):
             with socket.create_connection(("127.0.0.1", port)) as connection:
                 connection.sendall(noise)
@@ -126,36 +142,112 @@ def test_node_0_that_does_not_answer_is_said() -> None:
 
 
 def test_node_0_itself_may_lack_devices() -> None:
-    assert disagreement(replace(FIRST, devices=1), [SECOND]) == "node 0 (a) has 1 devices, 4 are needed on each"
+    assert disagreement(replace(FIRST, devices=1), [SECOND]) == "node 0 (a) has 1 device, 4 are needed on each"
 
 
-# As the launcher does before torchrun starts.
-PROGRAM = """
-import sys
-from batch_inference.core.flags import parse_flags
-from batch_inference.measure.nodes import NodesError, meet_before_torchrun
-node, port, *flags = sys.argv[1:]
-try:
-    print(meet_before_torchrun(parse_flags(flags)[0], 2, int(node), "127.0.0.1", int(port))["GLOO_SOCKET_IFNAME"])
-except NodesError as error:
-    sys.exit(str(error))
-"""
+def test_two_nodes_that_were_told_the_same_number_are_named() -> None:
+    verdicts = meet(SECOND, replace(SECOND, host="b"), nnodes=3, patience_s=1)
+    assert verdicts == ["b and b both are node 1; give each a --node-rank of its own"] * 3
 
 
-def test_two_processes_meet_before_torchrun_and_learn_their_network() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def test_a_stranger_that_says_nothing_delays_nobody() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        port, deadline_s = server.getsockname()[1], time.monotonic() + 10
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+        strangers[-1].sendall(b'{"type": "Introduction", "node": 1')
+        start_s = time.monotonic()
+        verdict = pool.submit(verdict_of, gather, Door(server), FIRST, 2, deadline_s)
+        assert verdict_of(attend, "127.0.0.1", port, SECOND, deadline_s) is None
+        assert verdict.result(timeout=10) is None
+        assert time.monotonic() - start_s < 2
+        for stranger in strangers:
+            stranger.close()
+
+
+@pytest.mark.parametrize("words", [b"SSH-2.0-OpenSSH_9.6\r\n", b""])
+def test_something_else_that_listens_on_the_port_is_said(words: bytes) -> None:
+    def answer(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with server.accept()[0] as connection:
+                    connection.sendall(words)
+
+    with ThreadPoolExecutor() as pool, socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+        pool.submit(answer, server)
+        problem = verdict_of(attend, "127.0.0.1", port, SECOND, time.monotonic() + 5)
+        server.shutdown(socket.SHUT_RDWR)
+    assert problem == (
+        f"--master-port {port}: something else listens there on 127.0.0.1, which is no node of ours; choose another on "
+        "every node"
+    )
 
-    def start(node: int, *flags: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", PROGRAM, str(node), str(port), "-tp", "2", *flags]
-        environment = {name: value for name, value in stub_environment().items() if name != "GLOO_SOCKET_IFNAME"}
-        return subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
 
-    for flags, code in (((), 0), (("--seed", "1"), 1)):
-        processes = [start(0, "--output-file", "0.json"), start(1, "--output-file", "1.json", *flags)]
-        said = [process.communicate(timeout=30) for process in processes]
-        assert [process.returncode for process in processes] == [code, code], said
-        assert all(("other arguments" in errors) == bool(code) for _, errors in said)
-        assert [output.strip() for output, _ in said] == ["" if code else "lo"] * 2
+def test_a_name_that_leads_nowhere_is_said_at_once() -> None:
+    def no_such_host(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "create_connection", no_such_host)
+        problem = verdict_of(attend, "no-such-node", 29500, SECOND, time.monotonic() + 60)
+    assert problem == "--master-addr no-such-node: nothing answers on port 29500 (Name or service not known)"
+
+
+def test_two_messages_that_arrive_at_once_are_both_heard() -> None:
+    messages = (Answer(None), Dismissal(failed=False))
+    for _ in range(100):
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
+            near.sendall(b"".join(msgspec.json.encode(message) + b"\n" for message in messages))
+            connection = Connection(server.accept()[0])
+            assert connection.receive(Decoder(Answer), 1) == Answer(None)
+            assert connection.has_spoken
+            assert connection.receive(Decoder(Dismissal), 1) == Dismissal(failed=False)
+            assert connection.receive(Decoder(Dismissal), 0) is None
+            connection.close()
+
+
+def test_a_dismissal_right_after_the_meeting_is_heard() -> None:
+    for _ in range(100):
+        with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+            port, deadline_s = server.getsockname()[1], time.monotonic() + 10
+
+            def node_0(door: Door, deadline_s: float) -> None:
+                with gather(door, FIRST, 2, deadline_s) as nodes:
+                    nodes.dismiss(failed=False)
+
+            done = pool.submit(node_0, Door(server), deadline_s)
+            with attend("127.0.0.1", port, SECOND, deadline_s) as node_1:
+                assert node_1.dismissed(5) is True
+            done.result(timeout=10)
+
+
+@pytest.mark.parametrize(
+    "noise", [b"x" * (1 << 18), b"\xff\n", b"[1, 2\n", b'{"type": "Answer", "problem": "\\u001b[2J"}\n']
+)
+def test_nonsense_is_no_message(noise: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        near = socket.create_connection(server.getsockname())
+        sending = pool.submit(near.sendall, noise)
+        connection = Connection(server.accept()[0])
+        with pytest.raises(ValueError, match=r"."):
+            connection.receive(Decoder(Answer), 5)
+        connection.close()
+        with contextlib.suppress(OSError):
+            sending.result()
+        near.close()
+
+
+def test_arguments_are_compared_by_the_names_of_their_flags() -> None:
+    ours = parse_flags(["--seed", "0", "--batch-sizes", "1,2", "--load-format", "dummy"])[0].arguments()
+    assert other_arguments(parse_flags(["--batch-sizes", "1,2", "--load-format", "dummy"])[0].arguments(), ours) is None
+    theirs = parse_flags(["--batch-sizes", "4", "--hf-token", "secret", "--output-dir", "x"])[0].arguments()
+    assert other_arguments(theirs, ours) == (
+        "--batch-sizes 4, vLLM's flags --hf-token ***",
+        "--batch-sizes 1,2, vLLM's flags --load-format dummy",
+    )
+
+
+def test_a_long_argument_is_compared_to_its_end() -> None:
+    long = [parse_flags(["--additional-config", "x" * 5000 + end])[0].arguments() for end in "ab"]
+    assert other_arguments(*long) is not None
+    assert max(map(len, long[0].values())) <= 200

@@ -164,7 +164,7 @@ class ExperimentConfig:
 
     @property
     def setting_name(self) -> str:
-        """`name`, or one made from the sizes above 1: tp_2, tp_2_pp_2_dp_2; tp_1 where all are 1."""
+        """`name`, or one made from the sizes above 1: tp_2, tp_2_pp_2_dp_2, tp_2_nodes_2; tp_1 where all are 1."""
         sizes = {
             "tp": self.tensor_parallel_size,
             "pp": self.pipeline_parallel_size,
@@ -172,7 +172,8 @@ class ExperimentConfig:
         }
         parts = [f"{key}_{size}" for key, size in sizes.items() if size > 1] or ["tp_1"]
         prefix = ["torchrun"] if self.distributed_executor_backend == "external_launcher" else []
-        return self.name or "_".join(prefix + parts)
+        nodes = [f"nodes_{self.nnodes}"] if self.nnodes > 1 else []
+        return self.name or "_".join(prefix + parts + nodes)
 
     @property
     def output_path(self) -> Path:
@@ -224,12 +225,27 @@ class ExperimentConfig:
     def settings_hash(self) -> str:
         return _hash_of(self.same_settings())
 
+    def arguments(self) -> dict[str, str]:
+        """Equal where two processes are about to measure the same: settings and grid, by flag."""
+        names = ("model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs")
+        # A model may lie elsewhere on another node, where it has the same name.
+        values = {**self.same_settings(), **{name: getattr(self, name) for name in names}}
+        told = {flag_of(name): _in_short(value) for name, value in values.items()}
+        told["vLLM's flags"] = told.pop("--engine-args")
+        return told
+
     def arguments_hash(self) -> str:
-        """Equal where two processes are about to measure the same: settings and grid."""
-        runs = (self.num_runs, self.target_ci, self.max_runs, self.warmup_runs)
-        return _hash_of(
-            {**self.same_settings(), "grid": (self.batch_sizes, self.seq_lens, self.max_tokens), "runs": runs}
-        )
+        return _hash_of(self.arguments())
+
+
+def _in_short(value: Any) -> str:
+    """As it is written after a flag; of a long one the beginning, and what tells it from others."""
+    if value is None or value == []:
+        return "not given"
+    if isinstance(value, (list, tuple)):
+        value = (" " if isinstance(value, list) else ",").join(map(str, value))
+    text = json.dumps(str(value))[1:-1]
+    return text if len(text) <= 200 else f"{text[:150]} ({_hash_of({'': text})})"
 
 
 def _resolved(model: str) -> str:

@@ -12,18 +12,20 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from batch_inference.launch.console import Outcomes, say, say_how_to_analyse, say_outcomes, show
-from batch_inference.launch.jobs import ANALYSIS, Here, check_together, folder_of, jobs_of
+from batch_inference.launch.jobs import ANALYSIS, Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
 from batch_inference.launch.options import Options, parse_options
 from batch_inference.launch.overview import PlannedJob, plan, plan_as_json, planned, uncompared
-from batch_inference.launch.presets import Preset, find_preset, read_table, settings_of
+from batch_inference.launch.presets import Preset, Setting, find_preset, read_table, settings_of
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import run_jobs
+from batch_inference.launch.spread import NodeDevices, alike
 from batch_inference.launch.stored import is_anything_measured, open_points
 from batch_inference.launch.usage import usage
 from batch_inference.measure.hub import fetch_models
@@ -45,17 +47,7 @@ def main(argv: Sequence[str]) -> int:
                 return 2
             preset = find_preset(presets, options.preset)
             check_together(preset, options)
-            devices = devices_elsewhere(options.devices) if options.devices else find_devices()
-            settings, left_out = settings_of(preset, options, len(devices))
-            jobs = [planned(job, options.nnodes, devices) for job in jobs_of(settings, preset, options, here)]
-            check_vllm_flags((word for one in jobs for word in one.config.engine_args), say)
-            if options.dry_run:
-                return show_plan(jobs, left_out, options, devices)
-            install_where_needed(jobs, here, argv, processes)
-            check_packages(jobs, preset)
-            say_notes([*left_out, *uncompared(jobs)])
-            fetch_models(to_be_fetched(jobs), say)
-            return close(run_jobs(jobs, options, devices, processes), preset, options, here, processes)
+            return work(preset, options, here, argv, processes)
         except ConfigError as error:
             say(f"error: {error}")
             return 2
@@ -64,10 +56,57 @@ def main(argv: Sequence[str]) -> int:
             return 1
 
 
+def work(preset: Preset, options: Options, here: Here, argv: Sequence[str], processes: Processes) -> int:
+    devices = devices_elsewhere(options.devices) if options.devices else find_devices()
+    nodes = alike(len(devices), options.nnodes if options.is_over_nodes else 1)
+    jobs, left_out = plan_jobs(preset, options, here, devices, nodes)
+    check_vllm_flags((word for one in jobs for word in one.config.engine_args), say)
+    if options.dry_run:
+        return show_plan(jobs, left_out, options, devices)
+    install_where_needed(jobs, here, argv, processes)
+    check_packages(jobs, preset)
+    # On every node, and before they meet: it may take long.
+    fetch_models(to_be_fetched(jobs), say)
+    if options.is_over_nodes:
+        return work_over_nodes(preset, options, here, devices, processes)
+    say_notes([*left_out, *uncompared(jobs)])
+    return close(run_jobs(jobs, options, devices, processes), preset, options, here, processes)
+
+
+def work_over_nodes(preset: Preset, options: Options, here: Here, devices: Devices, processes: Processes) -> int:
+    # They need installed packages, and the plan answers without them.
+    from batch_inference.launch.meeting import introduction, meet
+    from batch_inference.launch.together import Follower, Leader
+
+    def job(setting: Setting, port: int, rank: int) -> Job:
+        return job_of(setting, port, rank, preset, options, here)
+
+    met = meet(options, introduction(preset, options, devices))
+    if met.node > 0:
+        return Follower(met, job, processes).serve()
+    with Leader(met, len(devices), options.nnodes, processes) as leader:
+        jobs, left_out = plan_jobs(preset, options, here, devices, leader.devices)
+        say_notes([*left_out, *uncompared(jobs)])
+        code = close(run_jobs(jobs, options, devices, processes, leader), preset, options, here, processes)
+        leader.code = 1 if leader.problem else code
+        return leader.code
+
+
+def plan_jobs(
+    preset: Preset, options: Options, here: Here, devices: Devices, nodes: NodeDevices
+) -> tuple[list[PlannedJob], list[str]]:
+    """The settings, and a line for each that is left out. Raises ConfigError."""
+    settings, left_out = settings_of(preset, options, len(devices), nodes.spread)
+    jobs = [planned(job, job.setting.nodes, devices) for job in jobs_of(settings, preset, options, here)]
+    if options.is_over_nodes:
+        jobs = [replace(one, reason=nodes.obstacle(one.job.setting) or one.reason) for one in jobs]
+    return jobs, left_out
+
+
 def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Options, devices: Devices) -> int:
     """To read and to paste, or with --json for scripts; the exit code."""
     if not options.json:
-        return show("\n".join(plan(jobs, left_out, options.nnodes, devices)))
+        return show("\n".join(plan(jobs, left_out, nodes_in_words(options), devices)))
     say_notes(left_out)
     return show(plan_as_json(jobs, devices))
 
@@ -111,9 +150,7 @@ def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, proc
         say(f"error: no setting of {preset.name} can run on this machine")
         return 1
     folder = folder_of(preset, options)
-    if options.node_rank > 0:
-        say("the results are on node 0")
-    elif not preset.is_demo:
+    if not preset.is_demo:
         if outcomes.done or is_anything_measured(Path(folder)):
             say_how_to_analyse(here, folder)
     elif outcomes.done:

@@ -34,7 +34,8 @@ class Job:
     name: str  # in the preset
     words: tuple[str, ...]  # the command
     config: ExperimentConfig
-    meeting_port: int | None = None  # where the nodes meet before torchrun starts
+    setting: Setting
+    port: int = 0  # the first of its own on node 0, for several nodes
 
     @property
     def console_path(self) -> Path:
@@ -49,30 +50,48 @@ def folder_of(preset: Preset, options: Options) -> str:
 
 def check_together(preset: Preset, options: Options) -> None:
     """Raises ConfigError for options that the preset does not allow, or needs."""
-    if options.nnodes > 1 and preset.is_demo:
-        raise ConfigError(f"--nnodes: '{options.nnodes}' was given, {preset.name} is for one node")
-    if options.nnodes > 1 and options.master_addr is None:
-        raise ConfigError(f"--nnodes: '{options.nnodes}' was given, --master-addr HOST is needed too")
+    if options.nnodes in (None, 1) and not options.is_over_nodes:
+        return
+    given = f"--nnodes: '{options.nnodes}'" if options.nnodes else f"--master-addr: '{options.master_addr}'"
+    if preset.is_demo:
+        raise ConfigError(f"{given} was given, {preset.name} is for one node")
+    if options.master_addr is None:
+        raise ConfigError(f"{given} was given, --master-addr HOST is needed too")
+
+
+def nodes_in_words(options: Options) -> str:
+    """Where the devices of a plan are; nothing for one node."""
+    if not options.is_over_nodes:
+        return ""
+    if options.nnodes:
+        return f" on each of {options.nnodes} nodes"
+    return " on each node, if all are like this one; as many nodes as a setting needs"
 
 
 def jobs_of(settings: Sequence[Setting], preset: Preset, options: Options, here: Here) -> list[Job]:
     """Raises ConfigError for flags that are wrong."""
-    most = 65536 - 2 * len(settings)
-    if options.nnodes > 1 and options.master_port > most:
+    most = 65535 - 2 * len(settings)
+    if options.is_over_nodes and options.master_port > most:
         raise ConfigError(
-            f"--master-port: '{options.master_port}' was given, {preset.name} takes two ports for each setting: "
-            f"at most {most}"
+            f"--master-port: '{options.master_port}' was given, {preset.name} takes two ports for each setting after "
+            f"it: at most {most}"
         )
     # Ports of its own: no setting meets what the one before may still be closing on node 0.
-    ports = itertools.count(options.master_port, 2)
-    return [_job(setting, port, preset, options, here) for setting, port in zip(settings, ports, strict=False)]
+    ports = itertools.count(options.master_port + 1, 2)
+    rank = options.node_rank or 0
+    return [job_of(setting, port, rank, preset, options, here) for setting, port in zip(settings, ports, strict=False)]
 
 
-def _job(setting: Setting, port: int, preset: Preset, options: Options, here: Here) -> Job:
-    start, backend = [here.python], _by_vllm(setting, port, options)
+def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Options, here: Here) -> Job:  # noqa: PLR0913
+    """`rank`: the number that this node has among those of the setting. Raises ConfigError for flags that are wrong."""
+    nodes = _node_flags(setting, port, rank, options)
+    start, backend = [here.python], ["--distributed-executor-backend", "mp"] if setting.tp * setting.pp > 1 else []
     if setting.torchrun:
-        start = _torchrun(setting.num_devices // options.nnodes, port + 1, options, here)
+        start = _torchrun(setting.num_devices // setting.nodes, nodes, here)
         backend = ["--distributed-executor-backend", "external_launcher"]
+    # One that cannot be shared out evenly is skipped, and no error of the preset.
+    elif setting.num_devices % setting.nodes == 0:
+        backend += nodes
     flags = [
         "--name", setting.name, "--output-dir", folder_of(preset, options),
         "--tensor-parallel-size", str(setting.tp), "--pipeline-parallel-size", str(setting.pp),
@@ -86,9 +105,8 @@ def _job(setting: Setting, port: int, preset: Preset, options: Options, here: He
     if config.devices != options.devices:
         raise ConfigError("--devices: give it once and before --, because sizes of the preset may depend on it")
     flags += without_plan_flags(options.flags)
-    meeting_port = port if setting.torchrun and options.nnodes > 1 else None
     words = (*start, here.path(EXPERIMENT), *flags)
-    return Job(setting.name, words, config, meeting_port)
+    return Job(setting.name, words, config, setting, port)
 
 
 def _plan_flags(options: Options) -> list[str]:
@@ -100,27 +118,18 @@ def _plan_flags(options: Options) -> list[str]:
     return list(itertools.chain(["--dry-run"], *given))
 
 
-def _by_vllm(setting: Setting, port: int, options: Options) -> list[str]:
-    per_replica = setting.tp * setting.pp
-    if per_replica == 1:
-        return []
-    flags = ["--distributed-executor-backend", "mp"]
-    # One that cannot be shared out evenly is skipped, and no error of the preset.
-    if options.nnodes > 1 and per_replica % options.nnodes == 0:
-        flags += _node_flags(options, port)
-    return flags
-
-
-def _torchrun(processes: int, port: int, options: Options, here: Here) -> list[str]:
+def _torchrun(processes: int, nodes: list[str], here: Here) -> list[str]:
     # torchrun would set the same, with a banner.
     start = [] if os.environ.get("OMP_NUM_THREADS") else ["env", "OMP_NUM_THREADS=1"]
     start += [here.python, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return start + (_node_flags(options, port) if options.nnodes > 1 else ["--standalone"])
+    return start + (nodes or ["--standalone"])
 
 
-def _node_flags(options: Options, port: int) -> list[str]:
-    """The same for torchrun and for the experiment script."""
+def _node_flags(setting: Setting, port: int, rank: int, options: Options) -> list[str]:
+    """The same for torchrun and for the experiment script; none for one node."""
+    if setting.nodes == 1:
+        return []
     return [
-        "--nnodes", str(options.nnodes), "--node-rank", str(options.node_rank),
+        "--nnodes", str(setting.nodes), "--node-rank", str(rank),
         "--master-addr", options.master_addr or "", "--master-port", str(port),
     ]  # fmt: skip

@@ -13,9 +13,10 @@ from typing import Any
 from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.flags import devices_without_plan
 from batch_inference.core.text import wrapped
-from batch_inference.core.values import non_empty
+from batch_inference.core.values import non_empty, positive
 
 _FLAGS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
+_NEED_NODES = ("master_port", "node_rank", "wait_for_nodes_s", "settle_s")
 # In --help, before the help of an option.
 _COLUMN = 24
 
@@ -59,21 +60,34 @@ class Options:
     json: bool = _option(False, "with --dry-run: the plan as JSON, a list with an object for each setting")
     devices: int | None = _flag("devices", "N", is_passed_on=False)
     device_memory_gib: float | None = _flag("device_memory_gib", "X", is_passed_on=False)
-    nnodes: int = _flag(
-        "nnodes",
-        "N",
-        help_text="nodes that each setting is spread over; give the same command on each",
+    master_addr: str | None = _flag(
+        "master_addr",
+        "HOST",
+        help_text="for several nodes: the address of one of them, which is node 0; give the same line on each",
         is_passed_on=False,
     )
-    node_rank: int = _flag(
-        "node_rank", "N", help_text="number of this node, from 0 (default: SLURM_NODEID or 0)", is_passed_on=False
-    )
-    master_addr: str | None = _flag("master_addr", "HOST", is_passed_on=False)
     master_port: int = _flag(
         "master_port",
         "PORT",
-        help_text="two ports for each setting, from this one on, must be free there",
+        help_text="where they meet; the ports after it, two for each setting, must be free there too",
         is_passed_on=False,
+    )
+    nnodes: int | None = _option(
+        None,
+        "nodes that each setting is spread over, evenly (default: as few of those that come as hold it)",
+        "N",
+        _FLAGS["nnodes"].metadata["parse"],
+    )
+    node_rank: int | None = _option(
+        None,
+        "number of this node (default: SLURM_NODEID; else 0 where HOST is an address of this machine, and the others "
+        "as they come)",
+        "N",
+        _FLAGS["node_rank"].metadata["parse"],
+    )
+    wait_for_nodes_s: float = _option(600.0, "seconds to wait for other nodes", "S", positive)
+    settle_s: float = _option(
+        15.0, "without --nnodes: seconds after the last node that has come until node 0 begins", "S", positive
     )
     help: bool = _option(False, "this text")
 
@@ -81,6 +95,10 @@ class Options:
     words: tuple[str, ...] = ()  # after the preset's name
     passed_on: tuple[str, ...] = ()  # flags of the experiment script that the options above are, in the user's order
     flags: tuple[str, ...] = ()  # after --
+
+    @property
+    def is_over_nodes(self) -> bool:
+        return self.master_addr is not None and self.nnodes != 1
 
 
 _OPTIONS = {flag_of(field.name): field for field in dataclasses.fields(Options) if "help" in field.metadata}
@@ -148,19 +166,22 @@ def _check_plan(given: dict[str, Any]) -> None:
 
 
 def _check_nodes(given: dict[str, Any]) -> None:
-    """Fills in the number of this node. Raises ConfigError."""
-    nnodes = given.get("nnodes", 1)
-    # Without --nnodes each node would run the whole preset by itself.
-    for name in () if "nnodes" in given else ("master_port", "master_addr", "node_rank"):
+    """Fills in the number of this node where it is known. Raises ConfigError."""
+    nnodes = given.get("nnodes")
+    # Without them each node would run the whole preset by itself.
+    for name in () if {"master_addr", "nnodes"} & set(given) else _NEED_NODES:
         if name in given:
-            raise ConfigError(f"{flag_of(name)}: '{given[name]}' was given without --nnodes; add --nnodes N")
+            raise ConfigError(f"{flag_of(name)}: '{given[name]}' was given without --master-addr HOST; add it")
+    if nnodes == 1 or not {"master_addr", "nnodes"} & set(given):
+        return
     # Under Slurm each node can be given the same command.
-    number = os.environ.get("SLURM_NODEID") if nnodes > 1 else None
-    rank = given.setdefault("node_rank", _value_of("--node-rank", number or "0"))
-    if rank >= nnodes:
-        raise ConfigError(f"--node-rank: '{rank}' was given, --nnodes {nnodes} goes up to {nnodes - 1}")
-    if nnodes > 1 and given.get("pack"):
-        raise ConfigError(f"--pack: it shares out the devices of one node, --nnodes '{nnodes}' was given")
+    if "node_rank" not in given and (number := os.environ.get("SLURM_NODEID")):
+        given["node_rank"] = _value_of("--node-rank", number)
+    if nnodes and given.get("node_rank", 0) >= nnodes:
+        raise ConfigError(f"--node-rank: '{given['node_rank']}' was given, --nnodes {nnodes} goes up to {nnodes - 1}")
+    if given.get("pack"):
+        flag = "nnodes" if nnodes else "master_addr"
+        raise ConfigError(f"--pack: it shares out the devices of one node, {flag_of(flag)} '{given[flag]}' was given")
 
 
 def options_help() -> list[str]:
@@ -176,4 +197,4 @@ def _default_of(field: dataclasses.Field[Any]) -> str:
     if field.default in (None, False) or "default" in field.metadata["help"]:
         return ""
     shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    return f" (default: {shown})"
+    return f" (default: {shown:g})" if isinstance(shown, float) else f" (default: {shown})"

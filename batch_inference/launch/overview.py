@@ -64,13 +64,13 @@ def _infeasible(config: ExperimentConfig, facts: ModelFacts | None, nnodes: int,
     return infeasible(config, facts, devices, needed // nnodes)
 
 
-def table(jobs: Sequence[PlannedJob], nnodes: int, devices: Devices) -> list[str]:
+def table(jobs: Sequence[PlannedJob], devices: Devices) -> list[str]:
     """What the settings will need, a line each; without the memory where the model's sizes cannot be read from here."""
     here_gib = smallest_memory_gib(devices)
     needs = [_needs(one, devices, here_gib) for one in jobs]
     knows_sizes = any(need.source for need in needs)
     rows = [
-        [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, nnodes)]
+        [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, one.job.setting.nodes)]
         for one in jobs
     ]
     if knows_sizes:
@@ -157,10 +157,10 @@ def _global_batches(config: ExperimentConfig) -> set[int]:
     return {batch * config.data_parallel_size for batch in config.batch_sizes}
 
 
-def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nnodes: int, devices: Devices) -> list[str]:
-    """The table, what cannot run and why, and the commands for the rest."""
-    rows = table(jobs, nnodes, devices) if jobs else []
-    head = _head(jobs[0].config, nnodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
+def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, devices: Devices) -> list[str]:
+    """The table, what cannot run and why, and the commands for the rest. `nodes`: on which devices are."""
+    rows = table(jobs, devices) if jobs else []
+    head = _head(jobs[0].config, nodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
     obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
     can_run = [one.config for one in jobs if one.reason is None]
     left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
@@ -171,13 +171,12 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nnodes: int, devic
     return [f"# {line}".rstrip() for line in lines] + commands
 
 
-def _head(config: ExperimentConfig, nnodes: int, devices: Devices, *, knows_memory: bool) -> tuple[str, ...]:
-    nodes = f" on each of {nnodes} nodes" if nnodes > 1 else ""
+def _head(config: ExperimentConfig, nodes: str, devices: Devices, *, knows_memory: bool) -> tuple[str, ...]:
     return (
         f"{config.model} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
         f"{counted(len(list(config.points())), 'point')} each: batch sizes {listed(config.batch_sizes)} x lengths "
         f"{listed(config.seq_lens)}, {config.max_tokens} output tokens",
-        _WHY_TORCHRUN if nnodes > 1 else "",
+        _WHY_TORCHRUN if nodes else "",
         _PACKED if config.packed else "",
         "" if knows_memory else f"memory: {SIZES_UNKNOWN}",
     )

@@ -6,7 +6,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.text import counted, listed
@@ -28,6 +28,7 @@ class Setting:
     torchrun: bool = False
     suffix: str | None = None
     flags: tuple[str, ...] = ()  # of the experiment script
+    nodes: int = 1  # that it is spread over
 
     @property
     def num_devices(self) -> int:
@@ -39,7 +40,7 @@ class Setting:
         backend = "external_launcher" if self.torchrun else None
         sizes = ExperimentConfig(
             tensor_parallel_size=self.tp, pipeline_parallel_size=self.pp, data_parallel_size=self.dp,
-            distributed_executor_backend=backend,
+            distributed_executor_backend=backend, nnodes=self.nodes,
         )  # fmt: skip
         return f"{sizes.setting_name}_{self.suffix}" if self.suffix else sizes.setting_name
 
@@ -99,22 +100,21 @@ def find_preset(presets: dict[str, Preset], name: str) -> Preset:
     return presets[name]
 
 
-def settings_of(preset: Preset, options: Options, devices: int) -> tuple[list[Setting], list[str]]:
+def settings_of(
+    preset: Preset, options: Options, devices: int, spread: Callable[[Setting], Setting] = lambda setting: setting
+) -> tuple[list[Setting], list[str]]:
     """The settings, repeats dropped; and a line for each that is left out, because a size of it is none on a machine
-    with so many devices. Raises ConfigError."""
+    with so many devices. `spread`: over nodes. Raises ConfigError."""
     settings: dict[str, Setting] = {}
     left_out = []
     for line in preset.words_of_settings(options.words):
         try:
-            setting = _setting(line, devices)
+            setting = spread(_setting(line, devices))
         except _NoSizeError as error:
             left_out.append(f"{shlex.join(line)} is left out: {error}")
             continue
         except ValueError as error:
             raise ConfigError(f"preset {preset.name}: 'setting {shlex.join(line)}': {error}") from None
-        # vLLM's own executor spreads one replica over nodes; offline it knows no replicas, but under torchrun it does.
-        if options.nnodes > 1 and setting.dp > 1:
-            setting = replace(setting, torchrun=True)
         if settings.setdefault(setting.name, setting) != setting:
             raise ConfigError(f"preset {preset.name}: two settings are named {setting.name}; give one a suffix=WORD")
     return list(settings.values()), left_out

@@ -65,6 +65,14 @@ class Processes:
         self._tell()
         return process
 
+    def end(self, process: subprocess.Popen[bytes], patience_s: float) -> None:
+        """Ask it to end, and wait; then kill its group."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if process.poll() is None:
+                _send(process, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(patience_s)
+
     def ended(self, process: subprocess.Popen[bytes]) -> int:
         """It has: its exit code, as a shell tells it."""
         self._running.remove(process)

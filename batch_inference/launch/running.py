@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from batch_inference.core.failures import SAME_FOR_ALL
 from batch_inference.core.text import listed
@@ -15,9 +16,19 @@ from batch_inference.launch.processes import Processes
 from batch_inference.launch.stored import failure_since, time_left
 from batch_inference.plan.devices import Devices
 
+if TYPE_CHECKING:
+    from batch_inference.launch.together import Leader
 
-def run_jobs(jobs: Sequence[PlannedJob], options: Options, devices: Devices, processes: Processes) -> Outcomes:
-    """Raises SystemExit after a signal, and with 2 where what the user asked is wrong for every setting."""
+
+def run_jobs(
+    jobs: Sequence[PlannedJob],
+    options: Options,
+    devices: Devices,
+    processes: Processes,
+    leader: Leader | None = None,
+) -> Outcomes:
+    """`leader`: of the nodes, where there are several. Raises SystemExit after a signal, and with 2 where what the user
+    asked is wrong for every setting."""
     outcomes = Outcomes()
     packed = []
     for number, one in enumerate(jobs, start=1):
@@ -31,7 +42,7 @@ def run_jobs(jobs: Sequence[PlannedJob], options: Options, devices: Devices, pro
             say(f"{heading} -> {one.config.output_path}")
             say_time_left(jobs[number - 1 :], devices)
             since_s = time.time()
-            code = _run_alone(one.job, options, processes)
+            code = leader.run(one.job, heading) if leader else processes.run(one.job.words)
             # A flag or a model that is wrong for the first setting is wrong for all.
             if code == 2 and outcomes.none_ran:
                 raise SystemExit(2)
@@ -40,6 +51,10 @@ def run_jobs(jobs: Sequence[PlannedJob], options: Options, devices: Devices, pro
             if code and is_same_for_all(one.job, rest, since_s):
                 outcomes.skipped += rest
                 break
+        if leader and leader.problem:
+            not_begun = listed(later.job.name for later in jobs[number:] if later.reason is None)
+            say(f"error: {leader.problem}; the preset ends, not begun: {not_begun or 'none'}")
+            break
     if packed:
         _run_side_by_side(packed, outcomes, devices, processes)
     return outcomes
@@ -59,22 +74,6 @@ def is_same_for_all(failed: Job, rest: Sequence[Job], since_s: float) -> bool:
     if rest:
         say(f"{listed(job.name for job in rest)} skipped: {kind} would be the same for every setting")
     return True
-
-
-def _run_alone(job: Job, options: Options, processes: Processes) -> int:
-    """Its exit code."""
-    if job.meeting_port is None:
-        return processes.run(job.words)
-    from batch_inference.measure.nodes import NodesError, meet_before_torchrun
-
-    try:
-        network = meet_before_torchrun(
-            job.config, options.nnodes, options.node_rank, options.master_addr or "", job.meeting_port
-        )
-    except NodesError as error:
-        say(f"error: {error}")
-        return 1
-    return processes.run(job.words, network)
 
 
 def _run_side_by_side(jobs: Sequence[Job], outcomes: Outcomes, devices: Devices, processes: Processes) -> None:

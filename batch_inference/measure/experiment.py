@@ -28,6 +28,7 @@ from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.environment import now
 from batch_inference.measure.hardware import Monitor, Seen
 from batch_inference.measure.messages import Prepare
+from batch_inference.measure.nodes import Nodes
 from batch_inference.measure.peaks import datasheet_peaks
 from batch_inference.measure.replicas import Replicas, joined_readings
 from batch_inference.measure.resume import has_runs_enough, is_enough, set_aside_engine
@@ -56,8 +57,9 @@ class Experiment:
         self._done = {point.key for point in result.points if is_enough(point, config)}
         self.result = result
 
-    def run(self, replicas: Replicas) -> Result:
-        """Load, measure every point that is still open, save after each. The replicas are closed at the end."""
+    def run(self, replicas: Replicas, nodes: Nodes | None = None) -> Result:
+        """Load, measure every point that is still open, save after each. The replicas are closed at the end, and the
+        other `nodes` dismissed."""
         hurry = False
         try:
             if self.is_open:
@@ -79,6 +81,8 @@ class Experiment:
         finally:
             self._console.close()
             replicas.close(hurry=hurry or self._engine_is_lost)
+        if nodes:  # before the wait: they may hold memory of the same devices
+            nodes.dismiss(failed=self.result.status == "failed")
         # The next setting is to find the devices as this one did.
         held = self._wait_for_devices()
         if held:

@@ -7,82 +7,120 @@ open while the setting is measured, so that a node that is gone is seen at once,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import select
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TypeVar
+from typing import Annotated
 
-import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+from msgspec.json import Decoder
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.text import counted, listed, short_name
+from batch_inference.measure.connection import Connection, Door, Text, Word, Words
 from batch_inference.measure.environment import installed_vllm
 from batch_inference.plan.devices import find_devices
 
-M = TypeVar("M", bound=Struct)
 TIMEOUT_S = 60.0
-_LONGEST_MESSAGE = 1 << 16
+# Node 0 answers at once.
+_HEARD_WITHIN_S = 20.0
+# One that is just ending, or has too many callers, closes without a word.
+_MOST_CALLS = 3
+_MOST_SHOWN = 4
+Number = Annotated[int, Meta(ge=0, lt=100_000)]
 
 
 class NodesError(WorkFailedError):
     """The nodes do not fit together, or one is missing: one line, the same on every node."""
 
 
-class Introduction(Struct):
-    """What each node says of itself, and must fit together; `arguments` is a hash of settings and grid."""
+class Introduction(Struct, tag=True):
+    """What each node says of itself, and must fit together."""
 
-    node: int
-    host: str
-    arguments: str
-    vllm_version: str | None
-    devices: int
-    devices_needed: int
+    node: Number
+    host: Word
+    arguments: Words
+    vllm_version: Word | None
+    devices: Number
+    devices_needed: Number
 
     @property
     def problem(self) -> str | None:
-        if self.devices < self.devices_needed:
-            return (
-                f"node {self.node} ({self.host}) has {self.devices} devices, {self.devices_needed} are needed on each"
-            )
-        if self.vllm_version is None:
-            return f"node {self.node} ({self.host}) has no vLLM; run ./setup_env.sh there"
-        return None
+        if self.devices >= self.devices_needed:
+            return no_vllm(self.node, self.host) if self.vllm_version is None else None
+        there = counted(self.devices, "device")
+        return f"{named(self.node, self.host)} has {there}, {self.devices_needed} are needed on each"
 
 
-class Answer(Struct):
+class Heard(Struct, tag=True):
+    """Node 0 to whoever has said who it is, at once: by this it knows that node 0 listens, and nothing else."""
+
+
+class Answer(Struct, tag=True):
     """What node 0 tells all others once they are there; None: they fit together."""
 
-    problem: str | None
+    problem: Text | None
 
 
-class Dismissal(Struct):
+class Dismissal(Struct, tag=True):
     """Node 0's last word: the setting is over."""
 
     failed: bool
 
 
+_INTRODUCTION, _HEARD, _ANSWER, _DISMISSAL = Decoder(Introduction), Decoder(Heard), Decoder(Answer), Decoder(Dismissal)
+
+
+def named(node: int, host: str) -> str:
+    return f"node {node} ({host})"
+
+
+def no_vllm(node: int, host: str) -> str:
+    return f"{named(node, host)} has no vLLM; run ./setup_env.sh there"
+
+
+def other_arguments(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str] | None:
+    """What two nodes were told differently, in the words of each; None where there is nothing."""
+    names = [name for name in dict.fromkeys([*ours, *theirs]) if theirs.get(name) != ours.get(name)]
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    of_each = (
+        listed(f"{name} {short_name(told.get(name, 'not at all'), 80)}" for name in names[:_MOST_SHOWN])
+        for told in (theirs, ours)
+    )
+    theirs_said, ours_said = of_each
+    return (theirs_said + more, ours_said + more) if names else None
+
+
+def difference(
+    node: str, theirs: tuple[str | None, Mapping[str, str]], first: str, ours: tuple[str | None, Mapping[str, str]]
+) -> str | None:
+    """Of the vLLM and the arguments of a node, and of node 0: why the two cannot work together."""
+    if theirs[0] is not None and theirs[0] != ours[0]:
+        return f"{node} has vLLM {theirs[0]}, {first} {ours[0]}"
+    if told := other_arguments(theirs[1], ours[1]):
+        return f"{node} has other arguments: {told[0]}; {first}: {told[1]}"
+    return None
+
+
 def disagreement(first: Introduction, others: Iterable[Introduction]) -> str | None:
     """Why the nodes cannot work together; None where they can."""
+    ours = (first.vllm_version, first.arguments)
     for one in (first, *others):
-        for name, word in (("vllm_version", "vLLM"), ("arguments", "other arguments: their hash is")):
-            theirs, ours = getattr(one, name), getattr(first, name)
-            if theirs != ours and theirs is not None:
-                return f"node {one.node} ({one.host}) has {word} {theirs}, node 0 ({first.host}) {ours}"
-        if one.problem:
-            return one.problem
+        theirs, first_named = (one.vllm_version, one.arguments), named(first.node, first.host)
+        if problem := difference(named(one.node, one.host), theirs, first_named, ours) or one.problem:
+            return problem
     return None
 
 
 class Nodes:
     """The other nodes of a setting: for node 0 all of them, for the others node 0."""
 
-    def __init__(self, connections: dict[int, socket.socket]) -> None:
+    def __init__(self, connections: dict[int, Connection]) -> None:
         self._connections = connections
-        self.own_address: str = next(iter(connections.values())).getsockname()[0]
 
     def __enter__(self) -> Nodes:
         return self
@@ -94,139 +132,168 @@ class Nodes:
             connection.close()
 
     def environment(self) -> dict[str, str]:
-        """The variables that make vLLM, gloo and NCCL use the network that joins the nodes; the user's own stay."""
-        import psutil
-
-        found = {"VLLM_HOST_IP": self.own_address}
-        for name, addresses in psutil.net_if_addrs().items():
-            if any(address.address == self.own_address for address in addresses):
-                found |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
-        return {name: os.environ.get(name, value) for name, value in found.items()}
+        return network_of(self._connections.values())
 
     def lost(self) -> str | None:
         """Which node is gone, of those that node 0 waits for; None while all are there."""
-        for node, connection in self._connections.items():
-            if select.select([connection], [], [], 0)[0]:
-                return _gone(node)
-        return None
+        lost = (node for node, connection in self._connections.items() if connection.has_spoken)
+        return next((gone(f"node {node}") for node in lost), None)
 
     def dismiss(self, *, failed: bool) -> None:
         """Node 0: the setting is over."""
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                _send(connection, Dismissal(failed))
+                connection.send(Dismissal(failed))
 
     def dismissed(self, timeout_s: float) -> bool:
         """The other nodes: True where node 0 says that the setting is over; waits for `timeout_s`. Raises NodesError
         where the setting failed, or node 0 is gone."""
         ((node, connection),) = self._connections.items()
-        if not select.select([connection], [], [], timeout_s)[0]:
-            return False
         try:
-            failed = _receive(connection, Dismissal).failed
+            dismissal = connection.receive(_DISMISSAL, timeout_s)
         except (OSError, ValueError):
-            raise NodesError(_gone(node)) from None
-        if failed:
+            raise NodesError(gone(f"node {node}")) from None
+        if dismissal is not None and dismissal.failed:
             raise NodesError(f"the setting failed; what node {node} printed says why")
-        return True
+        return dismissal is not None
 
 
-def _gone(node: int) -> str:
-    return f"node {node} is gone; what it printed says why"
+def network_of(connections: Iterable[Connection]) -> dict[str, str]:
+    """The variables that make vLLM, gloo and NCCL use the network that joins the nodes; the user's own stay."""
+    import psutil
+
+    addresses = [connection.own_address for connection in connections]
+    # A node on this machine may have come by another way than those on others.
+    own = next((address for address in addresses if not address.startswith("127.")), addresses[0])
+    found = {"VLLM_HOST_IP": own}
+    for name, of_interface in psutil.net_if_addrs().items():
+        if any(address.address == own for address in of_interface):
+            found |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    return {name: os.environ.get(name, value) for name, value in found.items()}
+
+
+def gone(name: str) -> str:
+    return f"{name} is gone; what it printed says why"
 
 
 def meet(config: ExperimentConfig) -> Nodes:
     """Wait for the nodes of a setting, a minute at most. Raises NodesError in every node where they do not fit."""
-    own = _introduction(config, config.node_rank, config.devices_per_node)
-    return _meet(config.nnodes, config.master_addr or "", config.master_port, own)
-
-
-def meet_before_torchrun(
-    config: ExperimentConfig, nnodes: int, node_rank: int, master_addr: str, port: int
-) -> dict[str, str]:
-    """For torchrun, which would wait for ten minutes, and then say it in forty lines. Returns the variables of the
-    network that joins the nodes. Raises NodesError."""
-    own = _introduction(config, node_rank, config.num_devices // nnodes)
-    with _meet(nnodes, master_addr, port, own) as nodes:
-        return nodes.environment()
-
-
-def _introduction(config: ExperimentConfig, node: int, devices_needed: int) -> Introduction:
-    arguments = config.arguments_hash()
-    return Introduction(node, socket.gethostname(), arguments, installed_vllm(), len(find_devices()), devices_needed)
-
-
-def _meet(nnodes: int, address: str, port: int, own: Introduction) -> Nodes:
     deadline_s = time.monotonic() + TIMEOUT_S
+    own = Introduction(
+        config.node_rank, socket.gethostname(), config.arguments(), installed_vllm(), len(find_devices()),
+        config.devices_per_node,
+    )  # fmt: skip
     if own.node > 0:
-        return attend(address, port, own, deadline_s)
+        return attend(config.master_addr or "", config.master_port, own, deadline_s)
+    with contextlib.closing(open_door(config.master_port)) as door:
+        return gather(door, own, config.nnodes, deadline_s)
+
+
+def open_door(port: int, address: str = "") -> Door:
+    """Listens on all interfaces. Raises NodesError."""
     try:
-        server = socket.create_server(("", port))
+        return Door(listen(port, address))
     except OSError as error:
-        raise NodesError(f"--master-port {port}: cannot listen there: {error.strerror}; choose another") from error
-    with server:
-        return gather(server, own, nnodes, deadline_s)
+        raise NodesError(
+            f"--master-port {port}: cannot listen there: {os.strerror(error.errno or 0)}; choose another on every node"
+        ) from error
 
 
-def gather(server: socket.socket, first: Introduction, nnodes: int, deadline_s: float) -> Nodes:
+def listen(port: int, address: str = "") -> socket.socket:
+    """For both kinds of addresses where `address` is one of IPv6. Raises OSError."""
+    if ":" in address and socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def gather(door: Door, first: Introduction, nnodes: int, deadline_s: float) -> Nodes:
     """Node 0: hear every other node and tell them the verdict. Raises NodesError."""
-    calls: dict[int, tuple[Introduction, socket.socket]] = {}
-    while len(calls) < nnodes - 1 and (left_s := deadline_s - time.monotonic()) > 0:
-        server.settimeout(left_s)
-        try:
-            connection, _ = server.accept()
-            connection.settimeout(5)
-            caller = _receive(connection, Introduction)
-        except (OSError, ValueError):
-            continue  # a time-out, or somebody else's call
-        calls[caller.node] = (caller, connection)
-    missing = [str(node) for node in range(1, nnodes) if node not in calls]
-    problem = (
-        f"node {', '.join(missing)} of {nnodes} did not come within {TIMEOUT_S:.0f} s; start the same command there"
-        if missing
-        else disagreement(first, (calls[node][0] for node in sorted(calls)))
+    calls: list[tuple[Introduction, Connection]] = []
+    while len({caller.node for caller, _ in calls}) < nnodes - 1 and (left_s := deadline_s - time.monotonic()) > 0:
+        for caller, connection in door.heard(_INTRODUCTION, left_s):
+            with contextlib.suppress(OSError):
+                connection.send(Heard())
+                calls.append((caller, connection))
+    calls.sort(key=lambda call: call[0].node)
+    problem = _numbers_problem([caller for caller, _ in calls], nnodes) or disagreement(
+        first, (caller for caller, _ in calls)
     )
-    connections = {node: connection for node, (_, connection) in calls.items()}
-    for connection in connections.values():
+    for _, connection in calls:
         with contextlib.suppress(OSError):
-            _send(connection, Answer(problem))
+            connection.send(Answer(problem))
     if problem:
-        for connection in connections.values():
+        for _, connection in calls:
             connection.close()
         raise NodesError(problem)
-    return Nodes(connections)
+    return Nodes({caller.node: connection for caller, connection in calls})
+
+
+def _numbers_problem(callers: list[Introduction], nnodes: int) -> str | None:
+    for earlier, later in itertools.pairwise(callers):
+        if earlier.node == later.node:
+            return twice(earlier.host, later.host, later.node)
+    there = {caller.node for caller in callers}
+    missing = [node for node in range(1, nnodes) if node not in there]
+    return did_not_come(missing, nnodes, TIMEOUT_S) if missing else None
+
+
+def twice(host: str, other: str, node: int) -> str:
+    return f"{host} and {other} both are node {node}; give each a --node-rank of its own"
+
+
+def ended_early(address: str) -> str:
+    return f"--master-addr {address}: node 0 ended before all nodes had come"
+
+
+def did_not_come(missing: Iterable[int], nnodes: int, waited_s: float) -> str:
+    return f"node {listed(missing)} of {nnodes} did not come within {waited_s:g} s; start the same command there"
 
 
 def attend(address: str, port: int, own: Introduction, deadline_s: float) -> Nodes:
     """The other nodes: say who they are, and hear the verdict. Raises NodesError."""
-    while True:
-        try:
-            connection = socket.create_connection((address, port), timeout=5)
-            break
-        except OSError as error:
-            if time.monotonic() >= deadline_s:
-                raise NodesError(
-                    f"--master-addr {address}: nothing answers on port {port} ({error.strerror or error})"
-                ) from error
-            time.sleep(0.2)
+    connection = call(address, port, own, deadline_s)
     try:
-        _send(connection, own)
         # Node 0 may wait for another node until its own time is over.
-        connection.settimeout(TIMEOUT_S + 5)
-        problem = _receive(connection, Answer).problem
+        answer = connection.receive(_ANSWER, TIMEOUT_S + 5)
     except (OSError, ValueError):
-        problem = f"--master-addr {address}: node 0 ended before all nodes had come"
+        answer = None
+    problem = answer.problem if answer else ended_early(address)
     if problem:
         connection.close()
         raise NodesError(problem)
     return Nodes({0: connection})
 
 
-def _send(connection: socket.socket, message: Struct) -> None:
-    connection.sendall(msgspec.json.encode(message) + b"\n")
+def call(address: str, port: int, introduction: Struct, deadline_s: float, advice: str = "") -> Connection:
+    """The line to node 0, which has heard who this is. Waits until it listens. Raises NodesError."""
+    unheard = 0
+    while True:
+        try:
+            connection = Connection(socket.create_connection((address, port), timeout=5))
+        except OSError as error:
+            if time.monotonic() < deadline_s and not _is_no_host(error):
+                time.sleep(0.2)
+                continue
+            why = error.strerror or str(error)
+            raise NodesError(f"--master-addr {address}: nothing answers on port {port} ({why}){advice}") from error
+        try:
+            connection.send(introduction)
+            if connection.receive(_HEARD, _HEARD_WITHIN_S):
+                return connection
+            unheard = _MOST_CALLS
+        except ValueError:
+            unheard = _MOST_CALLS
+        except OSError:
+            unheard += 1
+            time.sleep(0.5)
+        connection.close()
+        if unheard >= _MOST_CALLS:
+            raise NodesError(
+                f"--master-port {port}: something else listens there on {address}, which is no node of ours; choose "
+                "another on every node"
+            )
 
 
-def _receive(connection: socket.socket, kind: type[M]) -> M:
-    """Raises OSError, or ValueError for what is no such message."""
-    with connection.makefile("rb") as lines:
-        return msgspec.json.decode(lines.readline(_LONGEST_MESSAGE), type=kind)
+def _is_no_host(error: OSError) -> bool:
+    """There is no such name; one that cannot be looked up just now may be found later."""
+    return isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN

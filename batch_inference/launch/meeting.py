@@ -1,0 +1,263 @@
+"""The nodes of a preset meet, once: who is node 0, who has come in which order, and whether they fit together."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import itertools
+import socket
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+from msgspec.json import Decoder
+
+from batch_inference.core.flags import parse_flags
+from batch_inference.core.text import counted, listed
+from batch_inference.launch.console import say
+from batch_inference.launch.options import Options
+from batch_inference.launch.presets import Preset
+from batch_inference.measure.connection import Connection, Door, Text, Word, Words
+from batch_inference.measure.environment import installed_vllm
+from batch_inference.measure.nodes import (
+    Heard,
+    NodesError,
+    Number,
+    call,
+    did_not_come,
+    difference,
+    ended_early,
+    listen,
+    named,
+    no_vllm,
+    open_door,
+    twice,
+)
+from batch_inference.plan.devices import Devices
+
+_MOST_NODES = 1000
+
+
+class Hello(Struct, tag=True):
+    """What each node says of itself. `rank`: where it was told one."""
+
+    rank: Annotated[int, Meta(ge=0, lt=_MOST_NODES)] | None
+    host: Word
+    kind: Literal["gpu", "cpu"]
+    devices: Number
+    vllm_version: Word | None
+    arguments: Words
+
+
+class Agreed(Struct, tag=True):
+    """Node 0 to each other node: all are there."""
+
+    node: Number
+    names: Annotated[list[Word], Meta(max_length=_MOST_NODES)]
+
+
+class Refused(Struct, tag=True):
+    """Node 0 to one that does not fit, or comes too late."""
+
+    problem: Text
+
+
+@dataclass
+class Member:
+    """A node that has come, seen from node 0."""
+
+    node: int
+    hello: Hello
+    connection: Connection
+
+    @property
+    def name(self) -> str:
+        return named(self.node, self.hello.host)
+
+
+@dataclass(frozen=True)
+class Met:
+    """Node 0: the others, and the door, where late ones still knock. The others: the line to node 0."""
+
+    node: int
+    names: Sequence[str]
+    others: Sequence[Member] = ()
+    door: Door | None = None
+    node_0: Connection | None = None
+
+
+HELLO, _VERDICT = Decoder(Hello), Decoder(Agreed | Refused)
+
+
+def introduction(preset: Preset, options: Options, devices: Devices) -> Hello:
+    """Raises ConfigError for flags that are wrong."""
+    told = {
+        "preset": " ".join([preset.name, *options.words]),
+        # Of another version of the launcher, where the preset has the same name.
+        "settings": "; ".join(" ".join(words) for words in preset.words_of_settings(options.words)),
+    }
+    arguments = parse_flags([*preset.flags, *options.passed_on, *options.flags])[0].arguments()
+    arguments["--nnodes"] = str(options.nnodes or "as they come")
+    return Hello(
+        options.node_rank, socket.gethostname(), devices.kind, len(devices), installed_vllm(),
+        {name: text[:250] for name, text in {**told, **arguments}.items()},
+    )  # fmt: skip
+
+
+def meet(options: Options, own: Hello) -> Met:
+    """Raises NodesError, on every node that has come."""
+    address, port = options.master_addr or "", options.master_port
+    owned = own.rank == 0 or (own.rank is None and owns(address, own_addresses(), own.host))
+    door = _door(address, port, is_told=own.rank == 0) if owned else None
+    if door is None:
+        return attend(options, own, is_owned=owned)
+    say(f"node 0 ({own.host}) waits for the others on port {port}; start the same command on each")
+    try:
+        return gather(door, own, options)
+    except BaseException:
+        door.close()
+        raise
+
+
+def _door(address: str, port: int, *, is_told: bool) -> Door | None:
+    """None where another node of this machine, or something else, listens already. Raises NodesError."""
+    if is_told:
+        return open_door(port, address)
+    try:
+        return Door(listen(port, address))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return None
+        return open_door(port, address)  # says what is wrong
+
+
+def own_addresses() -> set[str]:
+    import psutil
+
+    return {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
+
+
+def owns(address: str, own: Collection[str], host: str) -> bool:
+    """Whether `address`, a number or a name, is one of this machine, which has `own` addresses and is called `host`."""
+    # A machine's own name often leads to 127.0.1.1; it may be given with or without its domain.
+    if address.lower() in {host.lower(), host.lower().partition(".")[0], "localhost"}:
+        return True
+    try:
+        found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(address, None)}
+    except (OSError, UnicodeError):
+        return False
+    return any(one in own or ipaddress.ip_address(one).is_loopback for one in found)
+
+
+def gather(door: Door, own: Hello, options: Options) -> Met:
+    """Node 0: until all are there, or nobody more comes. Raises NodesError."""
+    calls = _callers(door, options)
+    others = numbered(calls)
+    problem = _misfit(own, others) or _missing(others, options)
+    names = [named(0, own.host), *(other.name for other in others)]
+    for other in others:
+        # One that is gone now is missed by the first setting that needs it.
+        with contextlib.suppress(OSError):
+            other.connection.send(Refused(problem) if problem else Agreed(other.node, names))
+    if problem:
+        raise NodesError(problem)
+    say(f"{counted(len(names), 'node')}: {listed(names)}")
+    return Met(0, names, others, door)
+
+
+def _callers(door: Door, options: Options) -> list[tuple[Hello, Connection]]:
+    """In the order in which they come."""
+    calls: list[tuple[Hello, Connection]] = []
+    first_s = last_s = time.monotonic()
+    while options.nnodes is None or len(calls) < options.nnodes - 1:
+        settling = calls and options.nnodes is None
+        left_s = (last_s + options.settle_s if settling else first_s + options.wait_for_nodes_s) - time.monotonic()
+        if left_s <= 0:
+            break
+        for hello, connection in door.heard(HELLO, min(left_s, 1.0)):
+            with contextlib.suppress(OSError):
+                connection.send(Heard())
+                calls.append((hello, connection))
+                last_s = time.monotonic()
+                say(f"{hello.host} has come, with {counted(hello.devices, 'device')}")
+        for one in [one for one in calls if one[1].has_spoken]:  # it has nothing to say yet
+            calls.remove(one)
+            one[1].close()
+            say(f"{one[0].host} has gone again")
+    return calls
+
+
+def numbered(calls: Sequence[tuple[Hello, Connection]]) -> list[Member]:
+    """Those that were told a number have it; the others get what is left, in the order in which they came."""
+    told = {hello.rank for hello, _ in calls}
+    free = iter([number for number in range(1, len(calls) + 1) if number not in told])
+    members = [
+        Member(next(free) if hello.rank is None else hello.rank, hello, connection) for hello, connection in calls
+    ]
+    return sorted(members, key=lambda member: member.node)
+
+
+def _misfit(own: Hello, others: Sequence[Member]) -> str | None:
+    """What does not fit together, of node 0 and the others that have come."""
+    first, ours = named(0, own.host), (own.vllm_version, own.arguments)
+    if own.vllm_version is None:
+        return no_vllm(0, own.host)
+    for one in others:
+        if problem := difference(one.name, (one.hello.vllm_version, one.hello.arguments), first, ours):
+            return problem
+        if one.hello.vllm_version is None:
+            return no_vllm(one.node, one.hello.host)
+        if one.hello.kind != own.kind:
+            return f"{one.name} has {one.hello.kind} devices, {first} {own.kind} devices"
+    return None
+
+
+def _missing(others: Sequence[Member], options: Options) -> str | None:
+    """Who did not come, or came twice."""
+    address, waited_s = options.master_addr, options.wait_for_nodes_s
+    if not others and options.nnodes is None:
+        return (
+            f"--master-addr {address}: no other node came to port {options.master_port} within {waited_s:g} s; start "
+            "the same command on the others, or drop --master-addr for this node alone"
+        )
+    for earlier, later in itertools.pairwise(others):
+        if earlier.node == later.node:
+            return twice(earlier.hello.host, later.hello.host, later.node)
+    there = {0, *(other.node for other in others)}
+    nnodes = options.nnodes or max(there) + 1
+    missing = [node for node in range(nnodes) if node not in there]
+    return did_not_come(missing, nnodes, waited_s) if missing else None
+
+
+def attend(options: Options, own: Hello, *, is_owned: bool) -> Met:
+    """The other nodes: say who this is, and hear the verdict. Raises NodesError."""
+    address, port = options.master_addr or "", options.master_port
+    is_stranger = own.rank is None and not is_owned
+    about = f"{address} is no address of this machine ({own.host}); if it leads here, give --node-rank 0 here"
+    say(f"waits for node 0 at {address}, port {port}" + (f": {about}" if is_stranger else ""))
+    advice = f"; start the same command there; {about}" if is_stranger else "; start the same command there"
+    connection = call(address, port, own, time.monotonic() + options.wait_for_nodes_s, advice)
+    try:
+        verdict = connection.receive(_VERDICT)
+    except (OSError, ValueError):
+        verdict = Refused(ended_early(address))
+    if isinstance(verdict, Agreed):
+        say(f"node {verdict.node} of {counted(len(verdict.names), 'node')}: {listed(verdict.names)}")
+        return Met(verdict.node, verdict.names, node_0=connection)
+    connection.close()
+    raise NodesError(verdict.problem if verdict else "")
+
+
+def refuse_late(met: Met, began_s: float) -> None:
+    """Tell those that knock now that the preset has begun without them."""
+    assert met.door is not None
+    for hello, connection in met.door.heard(HELLO, 0):
+        late = f"{hello.host} came too late: {listed(met.names)} began {time.monotonic() - began_s:.0f} s before"
+        say(f"note: {late}")
+        with contextlib.suppress(OSError):
+            connection.send(Heard())
+            connection.send(Refused(f"{late}; start the same command again when they are ready"))
+        connection.close()

@@ -1,0 +1,55 @@
+"""Which nodes a setting runs on: as few of those that have come as hold it, or all of --nnodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from batch_inference.core.text import counted, listed
+from batch_inference.launch.presets import Setting
+
+
+@dataclass(frozen=True)
+class NodeDevices:
+    """How many devices each node has, node 0 first. `nnodes`: what the user asks for each setting."""
+
+    counts: Sequence[int]
+    nnodes: int | None
+
+    def spread(self, setting: Setting) -> Setting:
+        """With the number of its nodes. vLLM's own executor spreads one replica over nodes; offline it knows no
+        replicas, but under torchrun it does."""
+        nodes = self.nnodes or self._fewest(setting.num_devices)
+        return replace(setting, nodes=nodes, torchrun=setting.torchrun or (nodes > 1 and setting.dp > 1))
+
+    def ranks(self, setting: Setting) -> list[int]:
+        """The nodes that it runs on: node 0, and the first of the others that have devices enough."""
+        share = setting.num_devices // setting.nodes
+        return [node for node, count in enumerate(self.counts) if count >= share][: setting.nodes]
+
+    def obstacle(self, setting: Setting) -> str | None:
+        """Why the nodes cannot hold it."""
+        share, rest = divmod(setting.num_devices, setting.nodes)
+        ranks = self.ranks(setting)
+        if rest or (len(ranks) == setting.nodes and ranks[0] == 0):
+            return None  # that it cannot be shared out evenly is said by the plan
+        there = listed(self.counts)
+        if self.nnodes:
+            return f"it needs {counted(share, 'device')} on each of {self.nnodes} nodes, they have {there}"
+        needed = counted(setting.num_devices, "device")
+        return f"it needs {needed}, in equal parts on some of the nodes; they have {there}"
+
+    def _fewest(self, num_devices: int) -> int:
+        for nodes in range(1, len(self.counts) + 1):
+            share, rest = divmod(num_devices, nodes)
+            if not rest and self.counts[0] >= share and sum(count >= share for count in self.counts) >= nodes:
+                return nodes
+        return 1
+
+
+def alike(devices: int, nnodes: int | None) -> NodeDevices:
+    """For a plan, before any has come: nodes like this one, as many as the largest setting can need."""
+    return NodeDevices([devices] * (nnodes or _MOST_PLANNED), nnodes)
+
+
+_MOST_PLANNED = 1024

@@ -1,0 +1,254 @@
+"""The settings of a preset over nodes that have met: node 0 says which comes next, and every node does its part."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from subprocess import Popen, TimeoutExpired
+from types import TracebackType
+
+from msgspec import Struct
+from msgspec.json import Decoder
+
+from batch_inference.core.config import ConfigError
+from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.text import listed
+from batch_inference.launch.console import say
+from batch_inference.launch.jobs import Job
+from batch_inference.launch.meeting import Member, Met, refuse_late
+from batch_inference.launch.presets import Setting
+from batch_inference.launch.processes import EXIT_CODES, Processes
+from batch_inference.launch.spread import NodeDevices
+from batch_inference.measure.connection import Connection, Text, Word
+from batch_inference.measure.nodes import NodesError, Number, gone, network_of
+
+LOOK_S = 0.1
+# A part that hears that the setting is over, or that another is gone, mostly ends by itself, and says why.
+GRACE_S = 15.0
+SEES_WITHIN_S = 3.0
+# Until a process that was asked to end is killed.
+PATIENCE_S = 20.0
+# All of that, and a machine that is busy.
+PART_TIMEOUT_S = 60.0
+
+
+class Next(Struct, tag=True):
+    """Node 0 to each other node: the next setting. `rank`: its number in it; None where it is not needed."""
+
+    heading: Word
+    setting: Setting
+    port: Number
+    rank: Number | None
+
+
+class SettingOver(Struct, tag=True):
+    """Node 0's part has ended."""
+
+
+class Ended(Struct, tag=True):
+    """The part of another node has ended."""
+
+    code: Number
+
+
+class Over(Struct, tag=True):
+    """Node 0's last word: the preset has ended. `reason`: where that came too early."""
+
+    code: Number
+    reason: Text | None
+
+
+_TO_NODE_0 = Decoder(Ended)
+_FROM_NODE_0 = Decoder(Next | SettingOver | Over)
+
+
+class Leader:
+    """Node 0, with the others."""
+
+    def __init__(self, met: Met, devices: int, nnodes: int | None, processes: Processes) -> None:
+        self.devices = NodeDevices([devices, *(other.hello.devices for other in met.others)], nnodes)
+        self.problem: str | None = None  # why nothing more can be started
+        self.code = 1  # of the preset
+        self._met = met
+        self._processes = processes
+        self._began_s = time.monotonic()
+        self._codes: dict[int, int] = {}  # of the parts of the present setting that have ended, by node
+        self._gone: set[int] = set()
+
+    def __enter__(self) -> Leader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The others hear how it ended."""
+        over = Over(self.code, None) if value is None else _too_early(value)
+        for other in self._met.others:
+            with contextlib.suppress(OSError):
+                other.connection.send(over)
+            other.connection.close()
+        if self._met.door:
+            self._met.door.close()
+
+    def run(self, job: Job, heading: str) -> int:
+        """The exit code of node 0's part. Ends this process after a signal."""
+        ranks = self.devices.ranks(job.setting)
+        members = [self._met.others[node - 1] for node in ranks if node > 0]
+        self._codes.clear()
+        for other in self._still_there():
+            rank = ranks.index(other.node) if other.node in ranks else None
+            self._send(other, Next(heading, job.setting, job.port, rank))
+        variables = network_of(other.connection for other in members) if members and job.setting.torchrun else {}
+        process = self._processes.start(job.words, variables)
+        reason = self._watch(process, members)
+        code = self._processes.ended(process)
+        self._processes.end_if_stopped()
+        self._wait_for(members)
+        # Where it was measured to its end all the same, it counts.
+        if not reason or not code:
+            return code
+        say(f"error: {job.name}: {reason}")
+        # What is wrong for the part of another node is wrong for the setting.
+        return 2 if 2 in self._codes.values() else 1
+
+    def _watch(self, process: Popen[bytes], members: Sequence[Member]) -> str | None:
+        """Until node 0's part has ended: why it had to, where the part of another node has failed."""
+        failed, failed_s = None, 0.0
+        while process.poll() is None:
+            self._look(LOOK_S)
+            failed = failed or self._failed(members)
+            if failed and not failed_s:
+                failed_s = time.monotonic()
+            if failed and time.monotonic() > failed_s + GRACE_S and not self._processes.are_stopped:
+                self._processes.end(process, PATIENCE_S)
+        # It may have seen that before this did.
+        if process.returncode and failed is None:
+            self._look(LOOK_S)
+            failed = self._failed(members)
+        return failed
+
+    def _failed(self, members: Sequence[Member]) -> str | None:
+        for other in members:
+            if other.node in self._gone:
+                return gone(other.name)
+            if code := self._codes.get(other.node):
+                return f"the part of {other.name} ended with exit code {code}; what it printed says why"
+        return None
+
+    def _wait_for(self, members: Sequence[Member]) -> None:
+        """Until the parts of the other nodes have ended too."""
+        for other in members:
+            if other.node not in self._codes:
+                self._send(other, SettingOver())
+        deadline_s = time.monotonic() + PART_TIMEOUT_S
+        while late := [other.name for other in members if other.node not in self._gone | self._codes.keys()]:
+            if time.monotonic() > deadline_s:
+                self.problem = f"{listed(late)} did not end a setting within {PART_TIMEOUT_S:.0f} s"
+                return
+            self._look(LOOK_S)
+
+    def _look(self, timeout_s: float) -> None:
+        """Hear what the others say, and who comes late."""
+        time.sleep(timeout_s)
+        for other in self._still_there():
+            try:
+                while ended := other.connection.receive(_TO_NODE_0, 0):
+                    self._codes[other.node] = ended.code
+            except (OSError, ValueError):
+                self._miss(other)
+        refuse_late(self._met, self._began_s)
+
+    def _send(self, other: Member, message: Struct) -> None:
+        try:
+            other.connection.send(message)
+        except OSError:
+            self._miss(other)
+
+    def _still_there(self) -> list[Member]:
+        return [other for other in self._met.others if other.node not in self._gone]
+
+    def _miss(self, other: Member) -> None:
+        """It is gone; without it the preset cannot go on."""
+        self._gone.add(other.node)
+        self.problem = self.problem or gone(other.name)
+
+
+def _too_early(value: BaseException) -> Over:
+    """What the others hear where node 0 ends like this."""
+    if isinstance(value, (ConfigError, WorkFailedError)):
+        return Over(2 if isinstance(value, ConfigError) else 1, str(value).partition("\n")[0])
+    if isinstance(value, SystemExit) and value.code == 2:
+        return Over(2, "nothing can be measured with these arguments; what it printed says why")
+    if isinstance(value, SystemExit) and value.code in EXIT_CODES.values():
+        return Over(1, "it was interrupted")
+    return Over(1, "it has failed; what it printed says why")
+
+
+class Follower:
+    """Any other node: it does its part of what node 0 says."""
+
+    def __init__(self, met: Met, job_of: Callable[[Setting, int, int], Job], processes: Processes) -> None:
+        assert met.node_0 is not None
+        self._name = met.names[0]
+        self._node_0: Connection = met.node_0
+        self._job_of = job_of
+        self._processes = processes
+
+    def serve(self) -> int:
+        """The exit code of the preset. Raises NodesError where node 0 is gone, ConfigError for flags that are wrong."""
+        try:
+            while not isinstance(message := self._hear(), Over):
+                if isinstance(message, Next):
+                    message = self._follow(message)
+                    if isinstance(message, Over):
+                        break
+        finally:
+            self._node_0.close()
+        if message.reason:
+            say(f"error: {self._name}: {message.reason}")
+        say("the results are on node 0")
+        return message.code
+
+    def _hear(self, timeout_s: float | None = None) -> Next | SettingOver | Over | None:
+        waits = {} if timeout_s is None else {"timeout_s": timeout_s}
+        try:
+            return self._node_0.receive(_FROM_NODE_0, **waits)
+        except (OSError, ValueError):
+            raise NodesError(gone(self._name)) from None
+
+    def _follow(self, task: Next) -> Over | None:
+        if task.rank is None:
+            say(f"{task.heading}: this node is not needed, and waits")
+            return None
+        say(f"{task.heading}: this is node {task.rank} of {task.setting.nodes}")
+        job = self._job_of(task.setting, task.port, task.rank)
+        variables = network_of([self._node_0]) if task.setting.torchrun else {}
+        process = self._processes.start(job.words, variables)
+        over = self._until_the_end(process)
+        code = self._processes.ended(process)
+        self._processes.end_if_stopped()
+        if over is None:
+            with contextlib.suppress(OSError):
+                self._node_0.send(Ended(code))
+        return over
+
+    def _until_the_end(self, process: Popen[bytes]) -> Over | None:
+        """Of this node's part: by itself, or some time after node 0 has ended its own."""
+        over, deadline_s = None, None
+        try:
+            while process.poll() is None:
+                message = self._hear(LOOK_S)
+                if isinstance(message, (SettingOver, Over)):
+                    over = message if isinstance(message, Over) else over
+                    deadline_s = time.monotonic() + GRACE_S
+                if deadline_s and time.monotonic() > deadline_s:
+                    self._processes.end(process, PATIENCE_S)
+                if over:
+                    break
+        finally:
+            # Node 0 is gone, or has ended the preset: mostly this part sees that itself.
+            with contextlib.suppress(TimeoutExpired):
+                process.wait(SEES_WITHIN_S)
+            self._processes.end(process, PATIENCE_S)
+        return over
