@@ -49,14 +49,13 @@ def nodes() -> Iterator[None]:
     remove_nodes()
 
 
-def start_node(rank: int, folder: Path, *flags: str, preset: str = "torchrun-tensor-parallel") -> subprocess.Popen[str]:
-    """The launcher on one node, which has a core, a network and a folder of its own."""
-    name = NODES[rank][0]
-    core = sorted(os.sched_getaffinity(0))[rank]
-    launcher = ["./run_batch_experiments.sh", *preset.split(), "--model", "models/tiny-llama"]
-    job = ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", NODES[0][2], "--master-port", "29710"]
+def start_node(node: int, folder: Path, *words: str) -> subprocess.Popen[str]:
+    """The launcher on one node, which has a core, a network and a folder of its own. Who is which node, it finds."""
+    core = sorted(os.sched_getaffinity(0))[node]
+    meeting = ["--master-addr", NODES[0][2], "--master-port", "29710", "--settle-s", "5"]
+    command = ["./run_batch_experiments.sh", "--model", "models/tiny-llama", *meeting, "--output-dir", str(folder)]
     return subprocess.Popen(
-        ["ip", "netns", "exec", name, "taskset", "-c", str(core), *launcher, *job, "--output-dir", str(folder), *flags],
+        ["ip", "netns", "exec", NODES[node][0], "taskset", "-c", str(core), *command, *words],
         cwd=REPOSITORY,
         # The network that joins the nodes is for the program to find.
         env={name: value for name, value in os.environ.items() if not name.endswith("SOCKET_IFNAME")},
@@ -68,23 +67,26 @@ def start_node(rank: int, folder: Path, *flags: str, preset: str = "torchrun-ten
 
 
 @pytest.mark.usefixtures("nodes")
+@pytest.mark.parametrize("nnodes", [(), ("--nnodes", "2")])
 @pytest.mark.parametrize(
     ("preset", "name", "log"),
     [
-        ("torchrun-tensor-parallel", "torchrun_tp_2", "torchrun_tp_2_results.rank_1.log"),
-        ("custom TP=2", "tp_2", "tp_2_results.node_1.log"),
+        ("torchrun-tensor-parallel", "torchrun_tp_2_nodes_2", "rank_1.log"),
+        ("custom TP=2", "tp_2_nodes_2", "node_1.log"),
     ],
 )
-def test_two_nodes_measure_one_setting_together(tmp_path: Path, preset: str, name: str, log: str) -> None:
+def test_two_nodes_measure_one_setting_together(
+    tmp_path: Path, preset: str, name: str, log: str, nnodes: tuple[str, ...]
+) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
-    grid = ("--batch-sizes", "1,3", "--seq-lens", "16")
-    processes = [start_node(rank, folders[rank], *grid, "--", *SMALL, preset=preset) for rank in range(2)]
+    line = (*preset.split(), *nnodes, "--batch-sizes", "1,3", "--seq-lens", "16", "--", *SMALL)
+    processes = [start_node(node, folders[node], *line) for node in range(2)]
     outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    # One result file, on node 0; the other node has its own log.
+    # One result file, on node 0, which is the one that owns the address; the other node has its own log.
     assert [path.name for path in folders[0].glob("*.json")] == [f"{name}_results.json"]
     assert list(folders[1].glob("*.json")) == []
-    assert (folders[1] / log).exists()
+    assert (folders[1] / f"{name}_results.{log}").exists()
     document = json.loads((folders[0] / f"{name}_results.json").read_text())
     assert document["status"] == "complete"
     assert len(document["engine"]["workers"]) == 2
@@ -99,19 +101,26 @@ def test_two_nodes_measure_one_setting_together(tmp_path: Path, preset: str, nam
 @pytest.mark.usefixtures("nodes")
 def test_nodes_that_were_told_different_things_end_with_a_line_that_says_so(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
-    processes = [
-        start_node(rank, folders[rank], "--batch-sizes", str(rank + 1), "--seq-lens", "16", "--", *SMALL)
-        for rank in range(2)
-    ]
+    processes = [start_node(node, folders[node], "custom", "TP=2", "--batch-sizes", str(node + 1)) for node in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode != 0 for process in processes)
-    assert all("node 1" in errors and "other arguments" in errors for _, errors in outputs), outputs
-    assert list(folders[0].glob("*.json")) == []
+    assert [process.returncode for process in processes] == [1, 1]
+    said = "has other arguments: --batch-sizes 2; node 0"
+    assert all(said in errors for _, errors in outputs), outputs
+    assert list(tmp_path.rglob("*.json")) == []
 
 
 @pytest.mark.usefixtures("nodes")
-def test_a_node_that_stays_alone_says_so_within_a_minute(tmp_path: Path) -> None:
-    process = start_node(0, tmp_path, "--batch-sizes", "1", "--seq-lens", "16", "--", *SMALL)
-    _, errors = process.communicate(timeout=90)
+def test_a_node_that_stays_alone_says_so(tmp_path: Path) -> None:
+    process = start_node(0, tmp_path, "custom", "TP=2", "--wait-for-nodes-s", "5")
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: node 1 of 2 did not come within 60 s" in errors
+    assert "error: --master-addr 10.77.31.1: no other node came to port 29710 within 5 s" in errors
+
+
+@pytest.mark.usefixtures("nodes")
+def test_a_node_whose_address_is_wrong_says_so(tmp_path: Path) -> None:
+    process = start_node(1, tmp_path, "custom", "TP=2", "--wait-for-nodes-s", "5")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: --master-addr 10.77.31.1: nothing answers on port 29710" in errors
+    assert "if it leads here, give --node-rank 0 here" in errors

@@ -6,6 +6,7 @@ The first INT, TERM or HUP is passed on to all of them, once; the second kills t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, NoReturn
 
+_PR_SET_PDEATHSIG = 1
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -49,14 +51,20 @@ class Processes:
         return code
 
     def start(
-        self, words: Sequence[str], variables: Mapping[str, str] | None = None, output: IO[bytes] | None = None
+        self,
+        words: Sequence[str],
+        variables: Mapping[str, str] | None = None,
+        output: IO[bytes] | None = None,
+        *,
+        ends_with_us: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """`output`: where all that it prints goes."""
+        """`output`: where all that it prints goes. `ends_with_us`: it gets SIGTERM where this process is killed."""
         self._is_starting = True
         try:
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0,
                 env={**os.environ, **(variables or {})},
+                preexec_fn=_end_with_parent if ends_with_us else None,
             )  # fmt: skip
             self._running.append(process)
         finally:
@@ -105,6 +113,11 @@ class Processes:
     def _kill(self) -> None:
         for process in self._running:
             _send(process, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """Of a new process, before it becomes another program."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

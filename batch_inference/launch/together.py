@@ -100,7 +100,7 @@ class Leader:
             rank = ranks.index(other.node) if other.node in ranks else None
             self._send(other, Next(heading, job.setting, job.port, rank))
         variables = network_of(other.connection for other in members) if members and job.setting.torchrun else {}
-        process = self._processes.start(job.words, variables)
+        process = self._processes.start(job.words, variables, ends_with_us=True)
         reason = self._watch(process, members)
         code = self._processes.ended(process)
         self._processes.end_if_stopped()
@@ -224,7 +224,7 @@ class Follower:
         say(f"{task.heading}: this is node {task.rank} of {task.setting.nodes}")
         job = self._job_of(task.setting, task.port, task.rank)
         variables = network_of([self._node_0]) if task.setting.torchrun else {}
-        process = self._processes.start(job.words, variables)
+        process = self._processes.start(job.words, variables, ends_with_us=True)
         over = self._until_the_end(process)
         code = self._processes.ended(process)
         self._processes.end_if_stopped()
