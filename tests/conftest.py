@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -74,3 +77,13 @@ def loaded_with(log_path: Path) -> dict[str, str]:
 def commands_of(plan: subprocess.CompletedProcess[str]) -> list[list[str]]:
     """The commands of a plan of the launcher, which stand among comments."""
     return [shlex.split(line) for line in plan.stdout.splitlines() if not line.startswith("#")]
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody has, below those that the kernel gives out itself."""
+    while True:
+        first = random.randrange(16_000, 32_000 - count)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as servers:
+            for port in range(first, first + count):
+                servers.enter_context(socket.create_server(("", port)))
+            return first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_launcher import Launcher, config_of
 
-from conftest import with_ctrl_c
+from conftest import free_ports, with_ctrl_c
 
 Start = Callable[..., "Node"]
 
@@ -44,8 +43,7 @@ class Node:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     nodes: list[Node] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
+    port = str(free_ports(40))
 
     def start_node(name: str, *words: str, **variables: str) -> Node:
         meeting = ("--master-addr", "127.0.0.1", "--master-port", port, "--wait-for-nodes-s", "20")
@@ -66,14 +64,16 @@ def test_the_same_line_on_each_measures_everything_that_the_nodes_hold(start: St
     first, second = start("a", *study, DEVICES="4"), start("b", *study, DEVICES="4")
     ends = [first.end(), second.end()]
     assert [code for code, _ in ends] == [0, 0], ends
-    alone = ["tp_1", "tp_2", "tp_4", "pp_2", "pp_4", "tp_2_pp_2", "dp_2", "dp_4"]
-    assert [name for name in first.launcher.names() if "nodes" not in name] == alone
-    assert second.launcher.names() == ["tp_8_nodes_2", "tp_4_pp_2_nodes_2", "tp_2_pp_4_nodes_2"]
-    assert "[1/11] tp_1: this node is not needed, and waits" in ends[1][1]
-    assert "[4/11] tp_8_nodes_2: this is node 1 of 2" in ends[1][1]
+    alone = ["tp_1", "tp_2", "tp_4", "pp_2", "pp_4", "tp_2_pp_2", "dp_2", "dp_4", "tp_2_dp_2"]
+    assert {name for name in first.launcher.names() if "nodes" not in name} == set(alone)
+    by_mp = ["tp_8_nodes_2", "tp_4_pp_2_nodes_2", "tp_2_pp_4_nodes_2"]
+    by_torchrun = ["torchrun_tp_4_dp_2_nodes_2", "torchrun_tp_2_dp_4_nodes_2"]
+    assert set(second.launcher.names()) == {*by_mp, *by_torchrun}
+    assert "[1/15] tp_1: this node is not needed, and waits" in ends[1][1]
+    assert "[4/15] tp_8_nodes_2: this is node 1 of 2" in ends[1][1]
     # Every node has its number, and they agree on the ports, none of which is that of the meeting.
     ports = set()
-    for name in second.launcher.names():
+    for name in by_mp:
         configs = [config_of(next(call for call in node.launcher.calls() if name in call)) for node in (first, second)]
         assert [config.node_rank for config in configs] == [0, 1]
         assert configs[0].master_port == configs[1].master_port

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, SMALL_GRID, stub_environment, with_ctrl_c
+from conftest import REPOSITORY, SMALL_GRID, free_ports, stub_environment, with_ctrl_c
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +23,7 @@ Node = subprocess.Popen[str]
 def start(tmp_path: Path) -> Iterator[Callable[..., Node]]:
     """Starts a node; all of them are ended after the test."""
     nodes: list[Node] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
+    port = str(free_ports(2))
 
     def start_node(rank: int, *flags: str, **variables: str) -> Node:
         command = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SMALL_GRID, "-tp", "2"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_nodes import processes_of, wait_for
 
-from conftest import REPOSITORY, stub_environment, with_ctrl_c
+from conftest import REPOSITORY, free_ports, stub_environment, with_ctrl_c
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +27,7 @@ GRID = ("--batch-sizes", "1", "--seq-lens", "8", "--", "--max-tokens", "4", "--n
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a launcher on a node, which has two devices and a folder of its own; all are ended after the test."""
     nodes: list[Node] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
+    port = str(free_ports(40))
 
     def start_node(name: str, *words: str, **variables: str) -> Node:
         meeting = ("--master-addr", "127.0.0.1", "--master-port", port, "--settle-s", "3", "--wait-for-nodes-s", "30")
@@ -83,13 +82,15 @@ def test_the_identical_line_measures_the_study_on_as_few_nodes_as_hold_each_sett
     nodes = [start(name, "scaling-study") for name in "abc"]
     assert codes_of(*nodes) == [0, 0, 0], [said_by(tmp_path / name) for name in "abc"]
     one_node = ["tp_1", "tp_2", "pp_2", "dp_2"]
-    two_nodes = ["tp_4_nodes_2", "pp_4_nodes_2", "tp_2_pp_2_nodes_2", "torchrun_dp_4_nodes_2"]
+    two_nodes = [
+        "tp_4_nodes_2", "pp_4_nodes_2", "tp_2_pp_2_nodes_2", "torchrun_dp_4_nodes_2", "torchrun_tp_2_dp_2_nodes_2",
+    ]  # fmt: skip
     assert results_of(tmp_path / "a") == dict.fromkeys(sorted(one_node + two_nodes), "complete")
     for name, log in (("b", "tp_4_nodes_2_results.node_1.log"), ("b", "torchrun_dp_4_nodes_2_results.rank_2.log")):
         assert (tmp_path / name / "experiment_results" / log).exists()
     assert results_of(tmp_path / "b") == results_of(tmp_path / "c") == {}
     assert not (tmp_path / "c" / "experiment_results").exists()
-    assert "[3/11] tp_4_nodes_2: this node is not needed, and waits" in said_by(tmp_path / "c")
+    assert "[3/15] tp_4_nodes_2: this node is not needed, and waits" in said_by(tmp_path / "c")
     assert "tp_8 skipped: it needs 8 devices, in equal parts on some of the nodes; they have 2, 2, 2" in said_by(
         tmp_path / "a"
     )

@@ -24,7 +24,7 @@ _SEND_TIMEOUT_S = 5.0
 _KNOCK_TIMEOUT_S = 10.0
 _MOST_KNOCKING = 64
 # A node that is switched off is noticed after about half a minute.
-_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 _MAPPED = "::ffff:"  # before an IPv4 address of a socket that takes both kinds
 
 
@@ -37,8 +37,9 @@ class Connection:
         self._unread = b""
         line.settimeout(_SEND_TIMEOUT_S)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEP_ALIVE.items():
-            line.setsockopt(socket.IPPROTO_TCP, option, value)
+        for name, value in _KEEP_ALIVE.items():
+            if hasattr(socket, name):  # not on every system
+                line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.own_address: str = line.getsockname()[0].removeprefix(_MAPPED)
 
     def fileno(self) -> int:
