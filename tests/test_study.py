@@ -21,7 +21,7 @@ from batch_inference.core.results import DeviceInfo, Environment, Result, Stored
 from batch_inference.measure import locks
 from batch_inference.measure.locks import LockedError, devices_in_use, holder_of, lock_of, locked
 from batch_inference.measure.study import choose, claimed
-from conftest import SMALL_GRID, experiment_command, stub_environment
+from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment
 
 HERE = Environment(started_at="2026-01-02", versions={"vllm": "0.32.0"}, devices=[DeviceInfo(0, "NVIDIA H100")])
 
@@ -243,3 +243,26 @@ def test_two_seeds_in_one_folder_keep_a_file_each(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "experiment_results").glob("*.json")) == [
         "tp_1_results.json", "tp_1_seed_7_results.json",
     ]  # fmt: skip
+
+
+def test_two_launchers_share_a_folder(tmp_path: Path) -> None:
+    """The second goes on to the next setting, and tries again at the end what the first is measuring."""
+    flags = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--batch-sizes", "1,2", "--seq-lens", "8")
+    command = [str(REPOSITORY / "run_batch_experiments.sh"), "tensor-parallel", *flags, "--", "--num-runs", "2"]
+    variables = {"PYTHON": sys.executable, "STUB_RUN_S": "0.2", "VLLM_CPU_OMP_THREADS_BIND": "0|0"}
+    first = subprocess.Popen(
+        command, cwd=tmp_path, env=stub_environment(**variables), stderr=subprocess.PIPE, text=True
+    )
+    lock = lock_of(tmp_path / "experiment_results" / "tp_1_results.json")
+    deadline_s = time.monotonic() + 20
+    while not lock.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    second = subprocess.run(
+        command, cwd=tmp_path, env=stub_environment(**variables), capture_output=True, text=True, timeout=120
+    )
+    assert first.wait(60) == 0
+    assert second.returncode == 0, second.stderr
+    assert re.search(r"\[1/4\] tp_1: process \d+ on .* is measuring it; it is tried again at the end", second.stderr)
+    assert "done: tp_2 tp_1" in second.stderr
+    assert "of 2 points are kept" in " ".join(second.stderr.split())
+    assert sorted(path.name for path in lock.parent.glob("*.json")) == ["tp_1_results.json", "tp_2_results.json"]

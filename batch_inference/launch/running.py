@@ -13,7 +13,7 @@ from batch_inference.launch.jobs import Job
 from batch_inference.launch.options import Options
 from batch_inference.launch.overview import PlannedJob
 from batch_inference.launch.processes import Processes
-from batch_inference.launch.stored import failure_since, time_left
+from batch_inference.launch.stored import failure_since, measured_by, time_left
 from batch_inference.plan.devices import Devices
 
 if TYPE_CHECKING:
@@ -30,34 +30,68 @@ def run_jobs(
     """`leader`: of the nodes, where there are several. Raises SystemExit after a signal, and with 2 where what the user
     asked is wrong for every setting."""
     outcomes = Outcomes()
-    packed = []
-    for number, one in enumerate(jobs, start=1):
-        heading = f"[{number}/{len(jobs)}] {one.job.name}"
-        if one.reason:
-            say(f"{heading} skipped: {one.reason}")
-            outcomes.skipped.append(one.job)
-        elif options.pack:
-            packed.append(one.job)
-        else:
-            say(f"{heading} -> {one.config.output_path}")
-            say_time_left(jobs[number - 1 :], devices)
-            since_s = time.time()
-            code = leader.run(one.job, heading) if leader else processes.run(one.job.words)
-            # A flag or a model that is wrong for the first setting is wrong for all.
-            if code == 2 and outcomes.none_ran:
-                raise SystemExit(2)
-            outcomes.keep(one.job, code)
-            rest = [other.job for other in jobs[number:]]
-            if code and is_same_for_all(one.job, rest, since_s):
-                outcomes.skipped += rest
-                break
-        if leader and leader.problem:
-            not_begun = listed(later.job.name for later in jobs[number:] if later.reason is None)
-            say(f"error: {leader.problem}; the preset ends, not begun: {not_begun or 'none'}")
-            break
-    if packed:
-        _run_side_by_side(packed, outcomes, devices, processes)
+    outcomes.skipped += [one.job for one in jobs if one.reason]
+    if options.pack:
+        for number, one in enumerate(jobs, start=1):
+            if one.reason:
+                say(f"[{number}/{len(jobs)}] {one.job.name} skipped: {one.reason}")
+        _run_side_by_side([one.job for one in jobs if not one.reason], outcomes, devices, processes)
+    else:
+        _OneByOne(jobs, outcomes, devices, processes, leader).run()
     return outcomes
+
+
+class _OneByOne:
+    """The settings in turn; one that another program is measuring is tried again at the end."""
+
+    def __init__(
+        self,
+        jobs: Sequence[PlannedJob],
+        outcomes: Outcomes,
+        devices: Devices,
+        processes: Processes,
+        leader: Leader | None,
+    ) -> None:
+        self._jobs, self._outcomes, self._devices = jobs, outcomes, devices
+        self._processes, self._leader = processes, leader
+
+    def run(self) -> None:
+        elsewhere = []
+        for place, one in enumerate(self._jobs):
+            if one.reason:
+                say(f"{self._heading(place)} skipped: {one.reason}")
+            elif holder := measured_by(one.config):
+                say(f"{self._heading(place)}: {holder} is measuring it; it is tried again at the end")
+                elsewhere.append(place)
+            elif self._ends_preset(place):
+                return
+        for place in elsewhere:
+            if self._ends_preset(place):
+                return
+
+    def _heading(self, place: int) -> str:
+        return f"[{place + 1}/{len(self._jobs)}] {self._jobs[place].job.name}"
+
+    def _ends_preset(self, place: int) -> bool:
+        """Measure a setting; whether those after it need not be tried."""
+        job, heading, rest = self._jobs[place].job, self._heading(place), self._jobs[place + 1 :]
+        say(f"{heading} -> {job.config.output_path}")
+        say_time_left(self._jobs[place:], self._devices)
+        since_s = time.time()
+        code = self._leader.run(job, heading) if self._leader else self._processes.run(job.words)
+        # A flag or a model that is wrong for the first setting is wrong for all.
+        if code == 2 and self._outcomes.none_ran:
+            raise SystemExit(2)
+        self._outcomes.keep(job, code)
+        later = [one.job for one in rest if not one.reason]
+        if code and is_same_for_all(job, later, since_s):
+            self._outcomes.skipped += later
+            return True
+        if self._leader and self._leader.problem:
+            not_begun = listed(one.name for one in later)
+            say(f"error: {self._leader.problem}; the preset ends, not begun: {not_begun or 'none'}")
+            return True
+        return False
 
 
 def say_time_left(jobs: Sequence[PlannedJob], devices: Devices) -> None:

@@ -100,6 +100,14 @@ def failure_since(config: ExperimentConfig, since_s: float) -> str | None:
     return None
 
 
+def measured_by(config: ExperimentConfig) -> str | None:
+    """Who is measuring this setting into this folder now; None where nobody does."""
+    from batch_inference.measure.locks import holders_in, purpose_of
+
+    purpose = purpose_of(config)
+    return next((holder for holder in holders_in(folder_of(config)) if purpose in holder), None)
+
+
 def is_anything_measured(folder: Path) -> bool:
     return any(one.measured for one in stored_in(folder))
 

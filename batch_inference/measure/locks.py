@@ -12,11 +12,15 @@ import hashlib
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.results import DeviceInfo
 
+# Of a lock that does not say.
+ANOTHER = "another process"
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -46,11 +50,11 @@ def _open_locked(path: Path) -> int | None:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             holder = os.read(file, 4096).decode(errors="replace").strip()
             os.close(file)
-            raise LockedError(holder or "another process") from None
+            raise LockedError(holder or ANOTHER) from None
         except OSError as error:
             os.close(file)
             if error.errno not in _CANNOT_LOCK:
@@ -64,20 +68,44 @@ def _open_locked(path: Path) -> int | None:
         os.close(file)
 
 
+def _lock(file: int) -> None:
+    """Raises BlockingIOError where somebody holds it, and is not just looking who does."""
+    for _ in range(4):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.05)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def lock_of(result: Path) -> Path:
     """The lock beside a result file."""
     return result.with_name(f".{result.name}.lock")
 
 
+def purpose_of(config: ExperimentConfig) -> str:
+    """What the lock of a setting says: its name, and what tells its settings from others."""
+    return f"{config.setting_name}, settings {config.settings_hash()}"
+
+
+def holders_in(folder: Path) -> Iterator[str]:
+    """Who measures into result files of a folder now."""
+    for path in sorted(folder.glob(".*.lock")):
+        if holder := holder_of(path.with_name(path.name.removeprefix(".").removesuffix(".lock"))):
+            yield holder
+
+
 def holder_of(result: Path) -> str | None:
     """Who measures into a result file now; None where nobody does."""
     try:
-        with locked(lock_of(result), "looking"):
-            return None
-    except LockedError as error:
-        return str(error)
+        with lock_of(result).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with contextlib.suppress(OSError):
+            return lock_of(result).read_text(errors="replace").strip() or ANOTHER
     except OSError:
-        return None
+        pass
+    return None
 
 
 @contextlib.contextmanager

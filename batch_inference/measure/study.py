@@ -17,7 +17,7 @@ from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.result_file import Heading, check_writable, read_heading
 from batch_inference.core.results import Environment
 from batch_inference.measure.engine_process import log_paths
-from batch_inference.measure.locks import LockedError, lock_of, locked
+from batch_inference.measure.locks import LockedError, lock_of, locked, purpose_of
 
 # In a file name.
 _NO_WORD = re.compile(r"[^A-Za-z0-9.]+")
@@ -40,7 +40,7 @@ def claimed(config: ExperimentConfig, here: Environment) -> Iterator[tuple[Exper
     where the file that the user named holds something else, cannot be written, or is being written by another."""
     notes: list[str] = []
     taken: set[Path] = set()  # by settings that are being measured, and have no file yet
-    purpose = f"{config.setting_name}, settings {config.settings_hash()}"
+    purpose = purpose_of(config)
     while True:
         path, about = choose(config, here, taken)
         chosen = dataclasses.replace(config, output_file=str(path))
