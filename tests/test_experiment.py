@@ -499,6 +499,23 @@ def test_devices_that_hold_memory_stop_the_sweep_and_name_the_holder(
     assert replicas.starts == 1
 
 
+def test_other_nodes_are_dismissed_before_their_memory_is_waited_for(config: ExperimentConfig) -> None:
+    happened: list[str] = []
+
+    class Nodes:
+        def dismiss(self, *, failed: bool) -> None:
+            happened.append(f"dismissed, failed: {failed}")
+
+    class Watch(FakeMonitor):
+        def held(self, _before: Any) -> str | None:
+            happened.append("waited")
+            return None
+
+    sweep = Experiment(config, starting_result(config, Environment()), Watch(), Console())  # type: ignore[arg-type]
+    sweep.run(FakeReplicas(), Nodes())  # type: ignore[arg-type]
+    assert happened == ["dismissed, failed: False", "waited"]
+
+
 def test_an_engine_that_does_not_start_leaves_a_failed_file(config: ExperimentConfig) -> None:
     class Broken(FakeReplicas):
         def start(self) -> list[EngineInfo]:
