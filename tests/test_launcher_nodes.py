@@ -109,11 +109,11 @@ def test_other_arguments_end_all_at_once_and_are_named(start: Start) -> None:
 def test_a_part_that_fails_fails_its_setting_and_the_next_is_begun(start: Start) -> None:
     study = ("torchrun-tensor-parallel", "--nnodes", "2")
     first = start("a", *study, WAIT_FOR="torchrun_tp_4_nodes_2")
-    second = start("b", *study, FAIL="torchrun_tp_4_nodes_2")
+    second = start("b", *study, FAIL="torchrun_tp_4_nodes_2", FAIL_WITH="2")
     (code, errors), (other, _) = first.end(), second.end()
     assert (code, other) == (1, 1)
     assert "error: torchrun_tp_4_nodes_2: the part of node 1 (" in errors
-    assert "ended with exit code 1; what it printed says why" in errors
+    assert "ended with exit code 2; what it printed says why" in errors
     assert "failed: torchrun_tp_4_nodes_2\n" in errors
     assert second.launcher.names()[-1] == "torchrun_tp_8_nodes_2"
 

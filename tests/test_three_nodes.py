@@ -149,3 +149,14 @@ def test_node_0_that_is_killed_ends_the_others(start: Start, tmp_path: Path) -> 
         assert "error: node 0 (" in said_by(tmp_path / other)
         assert "is gone; what it printed says why" in said_by(tmp_path / other)
     assert nothing_runs_in(*(tmp_path / one for one in "abc"))
+
+
+def test_an_engine_that_does_not_start_is_the_reason_and_not_the_part_that_followed(
+    start: Start, tmp_path: Path
+) -> None:
+    nodes = [start("a", "custom", "TP=4", STUB_FAIL="load"), start("b", "custom", "TP=4")]
+    assert codes_of(*nodes) == [1, 1]
+    said = said_by(tmp_path / "a")
+    assert "ValueError: the planted reason" in said
+    assert "the part of node 1" not in said
+    assert "error: the setting failed; what node 0 printed says why" in said_by(tmp_path / "b")

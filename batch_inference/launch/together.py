@@ -26,6 +26,8 @@ from batch_inference.measure.nodes import NodesError, Number, gone, network_of
 LOOK_S = 0.1
 # A part that hears that the setting is over, or that another is gone, mostly ends by itself, and says why.
 GRACE_S = 15.0
+# After exit code 1, which is that of a part too whose setting has failed on node 0: that waits for its devices then.
+FOLLOWED_GRACE_S = 90.0
 SEES_WITHIN_S = 3.0
 # Until a process that was asked to end is killed.
 PATIENCE_S = 20.0
@@ -114,27 +116,28 @@ class Leader:
 
     def _watch(self, process: Popen[bytes], members: Sequence[Member]) -> str | None:
         """Until node 0's part has ended: why it had to, where the part of another node has failed."""
-        failed, failed_s = None, 0.0
+        failed, give_up_s = None, 0.0
         while process.poll() is None:
             self._look(LOOK_S)
-            failed = failed or self._failed(members)
-            if failed and not failed_s:
-                failed_s = time.monotonic()
-            if failed and time.monotonic() > failed_s + GRACE_S and not self._processes.are_stopped:
+            failing = next(
+                (other for other in members if self._codes.get(other.node) or other.node in self._gone), None
+            )
+            if failing and not failed:
+                failed = self._failure_of(failing)
+                followed = self._codes.get(failing.node) == 1 and failing.node not in self._gone
+                give_up_s = time.monotonic() + (FOLLOWED_GRACE_S if followed else GRACE_S)
+            if failed and time.monotonic() > give_up_s and not self._processes.are_stopped:
                 self._processes.end(process, PATIENCE_S)
-        # It may have seen that before this did.
-        if process.returncode and failed is None:
-            self._look(LOOK_S)
-            failed = self._failed(members)
-        return failed
+                return failed
+        # Ended by itself, it has said why; unless another node is gone, or was used wrongly, that is the reason.
+        self._look(LOOK_S)
+        first = (other for other in members if other.node in self._gone or self._codes.get(other.node) == 2)
+        return next((self._failure_of(other) for other in first), None)
 
-    def _failed(self, members: Sequence[Member]) -> str | None:
-        for other in members:
-            if other.node in self._gone:
-                return gone(other.name)
-            if code := self._codes.get(other.node):
-                return f"the part of {other.name} ended with exit code {code}; what it printed says why"
-        return None
+    def _failure_of(self, other: Member) -> str:
+        if other.node in self._gone:
+            return gone(other.name)
+        return f"the part of {other.name} ended with exit code {self._codes[other.node]}; what it printed says why"
 
     def _wait_for(self, members: Sequence[Member]) -> None:
         """Until the parts of the other nodes have ended too."""
