@@ -56,8 +56,7 @@ def test_what_is_wrong_for_every_setting_ends_the_preset_at_the_first(
     done = launcher("tensor-parallel", *flags, **environment)
     assert done.returncode == 1
     assert launcher.names() == ["tp_1"]
-    rest = "tp_2" if flags else "tp_2, tp_4, tp_8"
-    assert f"{rest} skipped: {kind} would be the same for every setting" in done.stderr.splitlines()
+    assert f"tp_2 skipped: {kind} would be the same for every setting" in done.stderr.splitlines()
     assert "failed: tp_1" in done.stderr
     assert "analyse with" not in done.stderr
 

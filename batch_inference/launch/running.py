@@ -34,11 +34,18 @@ def run_jobs(
     if options.pack:
         for number, one in enumerate(jobs, start=1):
             if one.reason:
-                say(f"[{number}/{len(jobs)}] {one.job.name} skipped: {one.reason}")
+                say(_skipped(f"[{number}/{len(jobs)}] {one.job.name}", one.reason))
         _run_side_by_side([one.job for one in jobs if not one.reason], outcomes, devices, processes)
     else:
         _OneByOne(jobs, outcomes, devices, processes, leader).run()
     return outcomes
+
+
+def _skipped(heading: str, reason: str) -> str:
+    return f"{heading} skipped: {reason}"
+
+
+POLL_S = 1.0  # how often a setting that another program measures is asked after
 
 
 class _OneByOne:
@@ -59,15 +66,25 @@ class _OneByOne:
         elsewhere = []
         for place, one in enumerate(self._jobs):
             if one.reason:
-                say(f"{self._heading(place)} skipped: {one.reason}")
+                say(_skipped(self._heading(place), one.reason))
             elif holder := measured_by(one.config):
                 say(f"{self._heading(place)}: {holder} is measuring it; it is tried again at the end")
                 elsewhere.append(place)
             elif self._ends_preset(place):
                 return
         for place in elsewhere:
+            self._wait_for_others(place)
             if self._ends_preset(place):
                 return
+
+    def _wait_for_others(self, place: int) -> None:
+        config, said = self._jobs[place].config, False
+        while holder := measured_by(config):
+            if not said:
+                say(f"{self._heading(place)} waits: {holder} is measuring it")
+                said = True
+            time.sleep(POLL_S)
+            self._processes.end_if_stopped()
 
     def _heading(self, place: int) -> str:
         return f"[{place + 1}/{len(self._jobs)}] {self._jobs[place].job.name}"
