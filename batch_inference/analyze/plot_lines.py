@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from batch_inference.analyze.plot_style import (
     FACETS,
     NOTHING_MEASURED,
+    Look,
     NothingToShowError,
     axis_label,
     batch_axis,
@@ -93,7 +94,7 @@ def _draw_range(axes: Axes, points: pd.DataFrame, curve: Curve) -> None:
     axes.fill_between(batches, low, high, color="0.88", linewidth=0, zorder=0.5)
 
 
-def _draw_line(axes: Axes, points: pd.DataFrame, curve: Curve, look: dict[str, Any]) -> None:
+def _draw_line(axes: Axes, points: pd.DataFrame, curve: Curve, look: Look) -> None:
     if points.empty:
         return
     batches, values = points[curve.x].to_numpy(dtype=float), points[curve.y].to_numpy(dtype=float)
@@ -106,9 +107,9 @@ def _draw_line(axes: Axes, points: pd.DataFrame, curve: Curve, look: dict[str, A
     draw_marks(axes, points, curve.x, curve.y, look)
 
 
-def draw_marks(axes: Axes, points: pd.DataFrame, x: str, y: str, look: dict[str, Any]) -> None:
+def draw_marks(axes: Axes, points: pd.DataFrame, x: str, y: str, look: Look) -> None:
     """Hollow where a reader must not take it for a number to rely on."""
-    style = {**look, "linestyle": "", "markersize": 5, "zorder": 3}
+    style: dict[str, Any] = {**look, "linestyle": "", "markersize": 5, "zorder": 3}
     valid = points["verdict"] == "valid"
     for chosen, face in ((points[valid], look["color"]), (points[~valid], "white")):
         axes.plot(chosen[x].to_numpy(dtype=float), chosen[y].to_numpy(dtype=float), markerfacecolor=face, **style)

@@ -7,7 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import chain, cycle, zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -58,7 +58,15 @@ class NothingToShowError(Exception):
 # --- settings -----------------------------------------------------------------------------------------------------
 
 
-def looks(points: pd.DataFrame) -> dict[str, dict[str, Any]]:
+class Look(TypedDict):
+    """What a setting looks like, as matplotlib takes it."""
+
+    color: Any
+    marker: Any
+    linestyle: Any
+
+
+def looks(points: pd.DataFrame) -> dict[str, Look]:
     """Colour, marker and dash of every setting of the analysis: the same for every group."""
     names = list(points["setting"].cat.categories)
     return {

@@ -49,6 +49,17 @@ class _Request:
     files: tuple[str, ...] = ()  # what a look has found to be needed
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """Of that process: what a look has found, or why there is none."""
+
+    missing_bytes: int = 0
+    folder: str = ""  # that they go into
+    files: tuple[str, ...] = ()  # all that are needed
+    problem: str | None = None
+    is_here: bool = False  # where there is a problem: whether some version of the model lies on this machine
+
+
 def fetch_models(configs: Sequence[ExperimentConfig], say: Callable[[str], None]) -> None:
     """Fetches what is on the hub and not on this machine. Raises WorkFailedError for a model that cannot be had, and
     for a disk that is too small."""
@@ -70,14 +81,14 @@ def _request(config: ExperimentConfig) -> _Request | None:
 
 def _fetch(request: _Request, environment: dict[str, str], say: Callable[[str], None]) -> None:
     found = _ask("look", request, environment, LOOK_TIMEOUT_S)
-    if problem := found.get("problem"):
+    if problem := found.problem:
         kind = classify("load", problem)
-        if kind in SAME_FOR_ALL - {"network_offline"} and not found.get("is_here"):
+        if kind in SAME_FOR_ALL - {"network_offline"} and not found.is_here:
             raise WorkFailedError(f"--model {request.model}: {problem}; {kind}: {ADVICE[kind]}")
         # vLLM may find all that it needs on this machine.
         say(f"note: the hub could not be asked for {request.model} ({problem}); vLLM tries it itself")
         return
-    needed, folder = found["missing_bytes"], Path(found["folder"])
+    needed, folder = found.missing_bytes, Path(found.folder)
     if not needed:
         return
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
@@ -87,20 +98,19 @@ def _fetch(request: _Request, environment: dict[str, str], say: Callable[[str], 
             "free the disk, or choose another folder (HF_HOME, or vLLM's --download-dir)"
         )
     say(f"{request.model}: {_gib(needed)} are fetched into {folder}, once for all replicas and settings of this node")
-    request = dataclasses.replace(request, files=found["files"])
-    if problem := _ask("fetch", request, environment, FETCH_TIMEOUT_S).get("problem"):
+    request = dataclasses.replace(request, files=tuple(found.files))
+    if problem := _ask("fetch", request, environment, FETCH_TIMEOUT_S).problem:
         raise WorkFailedError(f"--model {request.model}: {problem}; {ADVICE[classify('load', problem)]}")
 
 
-def _ask(what: str, request: _Request, environment: dict[str, str], timeout_s: float) -> dict[str, Any]:
+def _ask(what: str, request: _Request, environment: dict[str, str], timeout_s: float) -> _Answer:
     from batch_inference.measure.child import ChildError, ask
 
     words = (what, json.dumps(dataclasses.asdict(request)))
     try:
-        answer: dict[str, Any] = ask("measure.hub", *words, timeout_s=timeout_s, environment=environment)
+        return _Answer(**ask("measure.hub", *words, timeout_s=timeout_s, environment=environment))
     except ChildError as error:
-        return {"problem": str(error)}
-    return answer
+        return _Answer(problem=str(error))
 
 
 def _gib(size_bytes: int) -> str:
@@ -110,19 +120,15 @@ def _gib(size_bytes: int) -> str:
 # --- in the process of its own --------------------------------------------------------------------------------------
 
 
-def _look(request: _Request) -> dict[str, Any]:
-    """How many bytes are missing, and into which folder they go."""
+def _look(request: _Request) -> _Answer:
     from huggingface_hub import constants
 
     folder = Path(request.folder or constants.HF_HUB_CACHE)
     blobs = folder / f"models--{request.model.replace('/', '--')}" / "blobs"
     files = _files(request)
     missing = [file for file in files if not (blobs / _blob_name(file)).exists()]
-    return {
-        "missing_bytes": sum(file.size or 0 for file in missing),
-        "folder": str(folder),
-        "files": [file.rfilename for file in files],
-    }
+    size_bytes = sum(file.size or 0 for file in missing)
+    return _Answer(size_bytes, str(folder), tuple(file.rfilename for file in files))
 
 
 def _files(request: _Request) -> list[Any]:
@@ -143,13 +149,13 @@ def _blob_name(file: Any) -> str:
     return str(file.lfs.sha256 if file.lfs else file.blob_id)
 
 
-def _download(request: _Request) -> dict[str, Any]:
+def _download(request: _Request) -> _Answer:
     import huggingface_hub
 
     huggingface_hub.snapshot_download(
         request.model, revision=request.revision, cache_dir=request.folder, allow_patterns=list(request.files)
     )
-    return {}
+    return _Answer()
 
 
 def _is_here(request: _Request) -> bool:
@@ -164,14 +170,14 @@ def _is_here(request: _Request) -> bool:
     return True
 
 
-def main(what: str, words: str) -> dict[str, Any]:
+def main(what: str, words: str) -> _Answer:
     request = _Request(**json.loads(words))
     try:
         return _look(request) if what == "look" else _download(request)
     except (OSError, ValueError) as error:  # the hub's own errors are both
         reason = (str(error).strip().splitlines() or [""])[0]
-        return {"problem": f"{type(error).__name__}: {reason}", "is_here": _is_here(request)}
+        return _Answer(problem=f"{type(error).__name__}: {reason}", is_here=_is_here(request))
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
+    print(json.dumps(dataclasses.asdict(main(*sys.argv[1:]))))
