@@ -118,7 +118,7 @@ def test_a_misspelt_vllm_flag_is_found_by_vllms_own_parser(tmp_path: Path) -> No
     )
     assert done.returncode == 2
     assert "--quantisation is no flag of this program or of vLLM; did you mean --quantization?" in done.stderr
-    assert "Initializing" not in (tmp_path / "x.log").read_text()
+    assert list(tmp_path.iterdir()) == []  # before an engine starts
 
 
 def test_the_stub_and_vllm_agree_on_every_name_we_use() -> None:
