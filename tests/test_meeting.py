@@ -167,7 +167,7 @@ def test_where_nobody_owns_the_address_each_is_told_of_node_rank_0(
 def test_node_rank_0_listens_though_it_does_not_own_the_address(port: int) -> None:
     with ThreadPoolExecutor() as pool:
         first = pool.submit(end_of, options(port, "192.0.2.1"), replace(OWN, rank=0))
-        other = end_of(options(port), OWN)
+        other = end_of(options(port), replace(OWN, rank=1))  # without a rank, the first of one machine is node 0
         assert isinstance(other, Met)
         assert other.node == 1
         met = first.result(timeout=10)
