@@ -19,6 +19,8 @@ from batch_inference.plan.devices import Devices
 if TYPE_CHECKING:
     from batch_inference.launch.together import Leader
 
+POLL_S = 1.0  # how often a setting that another program measures is asked after
+
 
 def run_jobs(
     jobs: Sequence[PlannedJob],
@@ -32,20 +34,21 @@ def run_jobs(
     outcomes = Outcomes()
     outcomes.skipped += [one.job for one in jobs if one.reason]
     if options.pack:
-        for number, one in enumerate(jobs, start=1):
+        for place, one in enumerate(jobs):
             if one.reason:
-                say(_skipped(f"[{number}/{len(jobs)}] {one.job.name}", one.reason))
+                _say_skipped(jobs, place)
         _run_side_by_side([one.job for one in jobs if not one.reason], outcomes, devices, processes)
     else:
         _OneByOne(jobs, outcomes, devices, processes, leader).run()
     return outcomes
 
 
-def _skipped(heading: str, reason: str) -> str:
-    return f"{heading} skipped: {reason}"
+def _heading(jobs: Sequence[PlannedJob], place: int) -> str:
+    return f"[{place + 1}/{len(jobs)}] {jobs[place].job.name}"
 
 
-POLL_S = 1.0  # how often a setting that another program measures is asked after
+def _say_skipped(jobs: Sequence[PlannedJob], place: int) -> None:
+    say(f"{_heading(jobs, place)} skipped: {jobs[place].reason}")
 
 
 class _OneByOne:
@@ -66,9 +69,9 @@ class _OneByOne:
         elsewhere = []
         for place, one in enumerate(self._jobs):
             if one.reason:
-                say(_skipped(self._heading(place), one.reason))
+                _say_skipped(self._jobs, place)
             elif holder := measured_by(one.config):
-                say(f"{self._heading(place)}: {holder} is measuring it; it is tried again at the end")
+                say(f"{_heading(self._jobs, place)}: {holder} is measuring it; it is tried again at the end")
                 elsewhere.append(place)
             elif self._ends_preset(place):
                 return
@@ -81,17 +84,14 @@ class _OneByOne:
         config, said = self._jobs[place].config, False
         while holder := measured_by(config):
             if not said:
-                say(f"{self._heading(place)} waits: {holder} is measuring it")
+                say(f"{_heading(self._jobs, place)} waits: {holder} is measuring it")
                 said = True
             time.sleep(POLL_S)
             self._processes.end_if_stopped()
 
-    def _heading(self, place: int) -> str:
-        return f"[{place + 1}/{len(self._jobs)}] {self._jobs[place].job.name}"
-
     def _ends_preset(self, place: int) -> bool:
         """Measure a setting; whether those after it need not be tried."""
-        job, heading, rest = self._jobs[place].job, self._heading(place), self._jobs[place + 1 :]
+        job, heading, rest = self._jobs[place].job, _heading(self._jobs, place), self._jobs[place + 1 :]
         say(f"{heading} -> {job.config.output_path}")
         say_time_left(self._jobs[place:], self._devices)
         since_s = time.time()
