@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from batch_inference.analyze.files import default_folder, find_files, make_folder, not_this_folder
 from batch_inference.analyze.flags import UsageError, parse
 from batch_inference.core.packages import missing_to_analyse
+from batch_inference.core.streams import print_kept, say, secure_streams
 
 # pandas and matplotlib are slow imports, and come with what needs them: --help must not pay for them.
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # A terminal that cannot show a character gets another one, and no traceback.
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    secure_streams()
     try:
         flags = parse(argv)
         check_packages(flags)
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return wrong_use(str(error))
     for problem in unreadable:
         complain(problem)
-    show(text)
+    print_kept(text, folder)
     measured = any(setting.points_ok for setting in settings)
     if not measured:
         complain(f"--input {flags.input}: no point was measured; the report says why")
@@ -114,15 +113,6 @@ def write(analysis: Analysis, unreadable: list[str], folder: Path, plots: Sequen
         raise not_this_folder(folder, f"cannot be written to: {error.strerror}") from error
 
 
-def show(text: str) -> None:
-    """Print; a reader that has seen enough, like `head`, is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def gate(analysis: Analysis, percent: float | None) -> int:
     """The exit code of --fail-on-regression: 3 for a regression, 2 where there was nothing to judge."""
     from batch_inference.analyze.compare import regressions
@@ -145,7 +135,7 @@ def wrong_use(message: str) -> int:
 
 
 def complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}")
 
 
 if __name__ == "__main__":

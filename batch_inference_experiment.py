@@ -7,15 +7,17 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
+from batch_inference.core.files import begin_log
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.packages import missing_to_measure
+from batch_inference.core.streams import print_kept, say, secure_streams, show
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
@@ -49,24 +51,25 @@ class Surroundings:
 
 
 def main() -> int:
+    secure_streams()
     place = find_place()
     try:
         config, notes = parse_flags(sys.argv[1:])
         here = look_around(config, place)
         work = choose(config, here)
         if place is None or place.leads:
-            print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+            say_notes(notes)
         return work(config, here)
     except ConfigError as error:
         # Every rank of a node finds the same; one says it.
         if place is None or place.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
         return 2
     except WorkFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
 
 
@@ -105,8 +108,9 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
     return measure if config.node_rank == 0 else serve_node_0
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def say_notes(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(f"note: {line}")
 
 
 def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
@@ -115,8 +119,8 @@ def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
 
 def show_plan(config: ExperimentConfig, here: Surroundings) -> int:
     memory_gib = config.device_memory_gib or smallest_memory_gib(here.devices)
-    print("\n".join(setting_plan(config, here.facts, here.devices, memory_gib)))
-    return 1 if infeasible(config, here.facts, here.devices) else 0
+    shown = show("\n".join(setting_plan(config, here.facts, here.devices, memory_gib)))
+    return 1 if infeasible(config, here.facts, here.devices) else shown
 
 
 def measure(config: ExperimentConfig, here: Surroundings) -> int:
@@ -133,7 +137,7 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
         claimed(config, environment) as (config, notes),
         devices_in_use(environment.devices, f"{config.setting_name}, {config.output_path}") as used,
     ):
-        print("".join(f"note: {line}\n" for line in [*notes, *used]), end="", file=sys.stderr)
+        say_notes([*notes, *used])
         return sweep(config, here, devices, watch, environment)
 
 
@@ -151,7 +155,7 @@ def sweep(
     result = starting_result(config, environment)
     if not result.points:  # a log of earlier points is gone on with
         for log in log_paths(config):
-            log.write_text("")
+            begin_log(log)
     experiment = Experiment(config, result, watch, Console())
     # Ranks of torchrun start their engines at the same time; vLLM itself has one of them fetch.
     if config.data_parallel_size > 1 and here.place is None and experiment.is_open:
@@ -161,9 +165,9 @@ def sweep(
             nodes = open_nodes.enter_context(meet(config)) if config.nnodes > 1 else None
             experiment.run(build_replicas(config, here, devices, nodes), nodes)
     except ResultFileError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         if measured := experiment.unsaved():
-            print(f"what was measured, as it would have been saved:\n{measured}", file=sys.stderr)
+            say(f"what was measured, as it would have been saved:\n{measured}")
         return 1
     return tell(config, result, is_whole=experiment.is_whole)
 
@@ -207,8 +211,7 @@ def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
         raise WorkFailedError(
             f"{config.setting_name}: {result.failure.reason}\n  {kind}: {ADVICE[kind]}\n  vLLM's log: {config.log_path}"
         )
-    print(closing_table(result))
-    print(f"\n{config.output_path}")
+    print_kept(f"{closing_table(result)}\n\n{config.output_path}", config.output_path)
     return 0 if is_whole else 1
 
 
@@ -222,7 +225,7 @@ def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     check_writable_paths(config)
     (log,) = log_paths(config)
-    log.write_text("")
+    begin_log(log)
     with meet(config) as nodes:
         print(f"{config.setting_name}: node {config.node_rank} works for node 0, which prints the results")
         print(f"  vLLM's log: {log}", flush=True)
@@ -244,7 +247,7 @@ def follow_rank_0(config: ExperimentConfig, here: Surroundings) -> int:
 
 
 def _end_on_sigterm(_signal_number: int, _frame: FrameType | None) -> None:
-    print("ended by SIGTERM", file=sys.stderr)
+    say("ended by SIGTERM")
     raise SystemExit(143)
 
 

@@ -343,17 +343,6 @@ def test_analysing_imports_neither_vllm_nor_torch(folder: Path) -> None:
     assert not {"vllm", "torch"} & words
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    program = "import analyze_results; analyze_results.show('line\\n' * 100_000)"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, text=True, **pipes) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait(60) == 0
-
-
 def test_a_terminal_that_knows_only_ascii_gets_the_summary_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))

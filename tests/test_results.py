@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from batch_inference.core.result_file import ResultFileError, check_writable, load_result, save_result
+from batch_inference.core.files import check_writable
+from batch_inference.core.result_file import ResultFileError, load_result, save_result
 from batch_inference.core.results import SCHEMA_VERSION, Point
 from builders import make_point, make_result, make_run
 

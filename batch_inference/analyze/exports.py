@@ -15,6 +15,7 @@ from batch_inference.analyze.answers import Analysis, Group
 from batch_inference.analyze.compare import PLACE, SetComparison, baseline_of
 from batch_inference.analyze.decide import Choice, Goal
 from batch_inference.analyze.tables import GROUP_BY, half_width, setting_labels
+from batch_inference.core.files import open_regular, write_whole
 
 # --- results.csv --------------------------------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ _FORMULA = re.compile(r"\s*[=+\-@]")
 def write_results_csv(table: pd.DataFrame, path: Path) -> None:
     """One header row, an empty cell for unknown, no cell that a spreadsheet would run as a formula."""
     cells = _typed(table)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with open_regular(path, "w", encoding="utf-8", newline="") as file:
         file.write(",".join(map(_csv_text, cells.columns)) + "\n")
         for start in range(0, len(cells), _CHUNK):
             columns = [_csv_cells(cells[name].iloc[start : start + _CHUNK]) for name in cells.columns]
@@ -71,7 +72,7 @@ _SCALING = [
 
 def write_summary_json(analysis: Analysis, unreadable: Sequence[str], path: Path) -> None:
     """Raises OSError where it cannot be written."""
-    path.write_bytes(msgspec.json.encode(_summary(analysis, unreadable)) + b"\n")
+    write_whole(path, [msgspec.json.encode(_summary(analysis, unreadable)).decode() + "\n"])
 
 
 def _summary(analysis: Analysis, unreadable: Sequence[str]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from batch_inference.analyze.plot_style import (
     subtitle_of,
     value_axis,
 )
+from batch_inference.core.files import check_regular
 from batch_inference.core.metrics import METRIC_BY_NAME
 from batch_inference.core.text import short, short_name
 
@@ -278,5 +279,7 @@ def write_plots(
 
 def _save(figure: Figure, path: Path) -> None:
     vector = path.with_suffix(".svg")
+    for file in (path, vector):
+        check_regular(file)
     figure.savefig(path, dpi=DPI, metadata={"Software": mark_of(path)})
     figure.savefig(vector, metadata={"Date": None, "Creator": mark_of(vector)})

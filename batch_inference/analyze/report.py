@@ -13,6 +13,7 @@ from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.page import as_html
 from batch_inference.analyze.sections import Section, best, compared, layouts, pareto, scaling
 from batch_inference.analyze.terminal import as_text, closing
+from batch_inference.core.files import write_whole
 
 
 def sections_of(analysis: Analysis) -> list[Section]:
@@ -47,8 +48,8 @@ def write_report(
     page, report, results, summary = (folder / name for name in ("report.html", "report.md", "results.csv", SUMMARY))
     write_results_csv(analysis.points, results)
     write_summary_json(analysis, unreadable, summary)
-    report.write_text(as_markdown(sections, drawn, missing), encoding="utf-8")
-    page.write_text(as_html(sections, analysis.points, drawn, missing), encoding="utf-8")
+    write_whole(report, [as_markdown(sections, drawn, missing)])
+    write_whole(page, [as_html(sections, analysis.points, drawn, missing)])
     _remove_parquet(folder)
     remove_plots(folder, [file for _, path in drawn for file in (path, path.with_suffix(".svg"))])
     files = [page, report, results, summary, *(path for _, path in drawn)]

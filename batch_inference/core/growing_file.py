@@ -15,6 +15,7 @@ from typing import IO
 
 import msgspec
 
+from batch_inference.core.files import open_regular
 from batch_inference.core.result_file import (
     FIRST_POINT,
     POINTS_END,
@@ -23,7 +24,7 @@ from batch_inference.core.result_file import (
     head_of,
     journal_of,
     point_line,
-    write_beside,
+    write_document,
 )  # fmt: skip
 from batch_inference.core.results import Point, PointKey, Result
 
@@ -74,7 +75,7 @@ class GrowingFile:
         return "".join(self._document([*self._lines(), *self._unsaved]))
 
     def _write(self, lines: Iterable[str], keys: set[PointKey]) -> None:
-        write_beside(self.path, self._document(lines))
+        write_document(self.path, self._document(lines))
         self.close()
         self._file, self._journal = self.path.open("rb"), None
         self._in_file, self._in_journal = keys, set()
@@ -93,7 +94,7 @@ class GrowingFile:
     def _append(self, line: str) -> None:
         try:
             if self._journal is None:
-                self._journal = journal_of(self.path).open("w+b")
+                self._journal = open_regular(journal_of(self.path), "w+b")
                 head = JournalHead(self._result.environment.started_at, len(self._in_file))
                 self._journal.write(msgspec.json.encode(head) + b"\n")
             self._journal.seek(0, os.SEEK_END)

@@ -5,11 +5,9 @@ python -m batch_inference.core.result_file >batch_inference/core/result.schema.j
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.files import read_regular, real, write_whole
 from batch_inference.core.results import SCHEMA_VERSION, Environment, Point, Result, StoredConfig
 from batch_inference.core.text import short_name
 
@@ -110,44 +109,20 @@ def _are_finite(values: list[Any]) -> bool:
 
 
 def save_result(result: Result, path: Path) -> None:
+    """Raises ResultFileError as `write_document` does."""
+    write_document(path, [to_json(result)])
+
+
+def write_document(path: Path, parts: Iterable[str]) -> None:
     """Raises ResultFileError when the disk or the folder does not allow it; the previous file is intact then."""
-    write_beside(path, [to_json(result)])
-
-
-def write_beside(path: Path, parts: Iterable[str]) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one, never half of one.
-
-    Raises ResultFileError when the disk or the folder does not allow it; the previous file is intact then.
-    """
-    beside = _beside(path)
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_whole(path, parts)
     except OSError as error:
         raise cannot_be_written(path, error) from error
-    finally:
-        # Gone where it was renamed; left where the disk is full, or somebody interrupted.
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def cannot_be_written(path: Path, error: OSError) -> ResultFileError:
     return ResultFileError(f"{path}: cannot be written: {error.strerror}; free the disk or choose another path")
-
-
-def check_writable(path: Path) -> None:
-    """Raises OSError unless a file can be made beside `path`; the file at `path` is not touched."""
-    beside = _beside(path)
-    beside.write_text("{}")
-    beside.unlink()
-
-
-def _beside(path: Path) -> Path:
-    # Per-process name: two writers of one file must not share a temporary one.
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -164,13 +139,15 @@ class JournalHead(Struct):
 
 
 def journal_of(path: Path) -> Path:
-    return path.with_name(path.name + ".journal")
+    """Beside the file itself, where `path` is a link to it."""
+    file = real(path)
+    return file.with_name(file.name + ".journal")
 
 
 def _with_journal(result: Result, path: Path) -> Result:
     """The file and its journal are one; a later point replaces an earlier one of the same key."""
     try:
-        first, *lines = journal_of(path).read_bytes().split(b"\n")[:-1]  # what has no end was cut short
+        first, *lines = read_regular(journal_of(path)).split(b"\n")[:-1]  # what has no end was cut short
     except (OSError, ValueError):
         return result
     if msgspec.json.decode(first, type=JournalHead) == JournalHead(result.environment.started_at, len(result.points)):
@@ -193,7 +170,7 @@ class Heading(Struct):
 def read_heading(path: Path) -> Heading | None:
     """None for what is no result of this program."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Heading)
+        return msgspec.json.decode(read_regular(path), type=Heading)
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -220,7 +197,7 @@ class _Needed(Struct):
 def load_result(path: Path) -> Result:
     """Read one result file. Raises ResultFileError naming the file, the field, its value and what would fit."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise ResultFileError(f"{path}: cannot be read: {error.strerror}") from error
     try:

@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
-import sys
 from dataclasses import dataclass, field
 
+from batch_inference.core.streams import say
 from batch_inference.launch.jobs import ANALYSIS, Here, Job
-
-
-def say(text: str = "") -> None:
-    """A line of progress. Where nobody can read it any more, the measuring goes on."""
-    with contextlib.suppress(OSError, ValueError):
-        if sys.stderr is not None:
-            # Names byte by byte as they were given, so that a line can be pasted.
-            sys.stderr.flush()
-            sys.stderr.buffer.write(os.fsencode(f"{text}\n"))
-            sys.stderr.buffer.flush()
-
-
-def show(text: str) -> int:
-    """What was asked for, on standard output: names byte by byte as they were given, whatever the terminal can show.
-    The exit code."""
-    try:
-        with open(1, "wb", closefd=False) as output:
-            output.write(os.fsencode(f"{text}\n"))
-    except BrokenPipeError:
-        return 0  # head has seen enough
-    except OSError as error:
-        say(f"error: standard output cannot be written: {error.strerror}")
-        return 1
-    return 0
 
 
 @dataclass

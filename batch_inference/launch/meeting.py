@@ -16,8 +16,8 @@ from msgspec import Meta, Struct
 from msgspec.json import Decoder
 
 from batch_inference.core.flags import parse_flags
+from batch_inference.core.streams import say
 from batch_inference.core.text import counted, listed
-from batch_inference.launch.console import say
 from batch_inference.launch.options import Options
 from batch_inference.launch.presets import Preset
 from batch_inference.measure.connection import Connection, Door, Text, Word, Words

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from subprocess import Popen
 
-from batch_inference.launch.console import say
+from batch_inference.core.files import begin_log, open_regular
+from batch_inference.core.streams import say
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.processes import Processes
 from batch_inference.measure.console import LogFollower
@@ -89,10 +90,10 @@ class Packing:
         """Raises OSError."""
         path = job.console_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        begin_log(path)
         follower = LogFollower(path, lambda line: say(f"{job.name}: {line}"))
         allowed = os.sched_getaffinity(0)
-        with path.open("ab") as console:
+        with open_regular(path, "ab") as console:
             # A child inherits the cores: the front end of an engine on CPUs is not to disturb the other engines.
             if devices.kind == "cpu":
                 os.sched_setaffinity(0, {core for cores in devices.ids for core in cores_of(cores)})

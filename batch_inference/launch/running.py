@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from batch_inference.core.failures import SAME_FOR_ALL
+from batch_inference.core.streams import say
 from batch_inference.core.text import listed
-from batch_inference.launch.console import Outcomes, say
+from batch_inference.launch.console import Outcomes
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.options import Options
 from batch_inference.launch.overview import PlannedJob
 from batch_inference.launch.processes import Processes
-from batch_inference.launch.stored import failure_since, measured_by, time_left
+from batch_inference.launch.stored import failure_since, measured_by, taken_since, time_left
 from batch_inference.plan.devices import Devices
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ def run_jobs(
     asked is wrong for every setting."""
     outcomes = Outcomes()
     outcomes.skipped += [one.job for one in jobs if one.reason]
+    in_turn = _OneByOne(jobs, outcomes, devices, processes, leader)
     if options.pack:
         for place, one in enumerate(jobs):
             if one.reason:
                 _say_skipped(jobs, place)
-        _run_side_by_side([one.job for one in jobs if not one.reason], outcomes, devices, processes)
+        taken = _run_side_by_side([one.job for one in jobs if not one.reason], outcomes, devices, processes)
+        in_turn.wait_for([place for place, one in enumerate(jobs) if one.job in taken])
     else:
-        _OneByOne(jobs, outcomes, devices, processes, leader).run()
+        in_turn.run()
     return outcomes
 
 
@@ -64,21 +67,30 @@ class _OneByOne:
     ) -> None:
         self._jobs, self._outcomes, self._devices = jobs, outcomes, devices
         self._processes, self._leader = processes, leader
+        self._elsewhere: list[int] = []  # places of those that other programs are measuring
 
     def run(self) -> None:
-        elsewhere = []
         for place, one in enumerate(self._jobs):
             if one.reason:
                 _say_skipped(self._jobs, place)
             elif holder := measured_by(one.config):
-                say(f"{_heading(self._jobs, place)}: {holder} is measuring it; it is tried again at the end")
-                elsewhere.append(place)
+                self._leave(place, holder)
             elif self._ends_preset(place):
                 return
-        for place in elsewhere:
+        self.wait_for([])
+
+    def wait_for(self, places: Sequence[int]) -> None:
+        """Those that other programs are measuring: theirs to the end, and then what is left to do."""
+        self._elsewhere += places
+        while self._elsewhere:
+            place = self._elsewhere.pop(0)
             self._wait_for_others(place)
             if self._ends_preset(place):
                 return
+
+    def _leave(self, place: int, holder: str) -> None:
+        say(f"{_heading(self._jobs, place)}: {holder} is measuring it; it is tried again at the end")
+        self._elsewhere.append(place)
 
     def _wait_for_others(self, place: int) -> None:
         config, said = self._jobs[place].config, False
@@ -96,6 +108,9 @@ class _OneByOne:
         say_time_left(self._jobs[place:], self._devices)
         since_s = time.time()
         code = self._leader.run(job, heading) if self._leader else self._processes.run(job.words)
+        if code == 2 and (holder := taken_since(job.config, since_s)):
+            self._leave(place, holder)
+            return False
         # A flag or a model that is wrong for the first setting is wrong for all.
         if code == 2 and self._outcomes.none_ran:
             raise SystemExit(2)
@@ -127,17 +142,22 @@ def is_same_for_all(failed: Job, rest: Sequence[Job], since_s: float) -> bool:
     return True
 
 
-def _run_side_by_side(jobs: Sequence[Job], outcomes: Outcomes, devices: Devices, processes: Processes) -> None:
+def _run_side_by_side(jobs: Sequence[Job], outcomes: Outcomes, devices: Devices, processes: Processes) -> list[Job]:
+    """Those that other programs are measuring are left, and returned."""
     from batch_inference.launch.packing import Packing
 
     packing, since_s = Packing(jobs, devices, processes), time.time()
-    ended = []
+    ended, taken = [], []
     for job, code in packing.run():
+        if code == 2 and taken_since(job.config, since_s):
+            taken.append(job)
+            continue
         ended.append((job, code))
         if code and is_same_for_all(job, packing.waiting, since_s):
             outcomes.skipped += packing.give_up()
     processes.end_if_stopped()
     for job, code in ended:
         outcomes.keep(job, code)
-    if all(code == 2 for _, code in ended):
+    if ended and not taken and all(code == 2 for _, code in ended):
         raise SystemExit(2)
+    return taken

@@ -21,6 +21,7 @@ from batch_inference.core.text import about_time, counted
 if TYPE_CHECKING:
     from batch_inference.core.results import Result
 
+_WHOLE_SECOND = 1.0  # some file systems keep no part of one
 Shape = tuple[int, int, int]  # batch size, prompt length, output tokens
 
 
@@ -94,8 +95,7 @@ def _seconds_per_point(result: Result, points: int) -> float | None:
 def failure_since(config: ExperimentConfig, since_s: float) -> str | None:
     """The class of why this setting has no engine, by a file that was written after `since_s` (time.time())."""
     for one in stored_in(folder_of(config)):
-        # Some file systems keep whole seconds.
-        if one.name == config.setting_name and one.failure and one.written_s > since_s - 1:
+        if one.name == config.setting_name and one.failure and one.written_s > since_s - _WHOLE_SECOND:
             return one.failure
     return None
 
@@ -106,6 +106,19 @@ def measured_by(config: ExperimentConfig) -> str | None:
 
     purpose = purpose_of(config)
     return next((holder for holder in holders_in(folder_of(config)) if purpose in holder), None)
+
+
+def taken_since(config: ExperimentConfig, since_s: float) -> str | None:
+    """Who has begun to measure this setting after `since_s` (time.time()), and may have ended; None where nobody."""
+    from batch_inference.measure.locks import ANOTHER
+
+    written = (
+        one.written_s
+        for one in stored_in(folder_of(config))
+        if one.name == config.setting_name and one.settings == config.same_settings()
+    )
+    ended = max(written, default=0.0) > since_s - _WHOLE_SECOND
+    return measured_by(config) or (ANOTHER if ended else None)
 
 
 def is_anything_measured(folder: Path) -> bool:

@@ -13,8 +13,8 @@ from msgspec.json import Decoder
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.streams import say
 from batch_inference.core.text import listed
-from batch_inference.launch.console import say
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.meeting import Member, Met, refuse_late
 from batch_inference.launch.presets import Setting

@@ -12,7 +12,9 @@ from typing import Any
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
+from batch_inference.core.files import open_regular
 from batch_inference.core.results import EngineInfo, Point, Result
+from batch_inference.core.streams import say
 from batch_inference.core.text import counted, short, table, wrapped
 
 # Two that agree are the rule; more make a point take longer than the bar thinks.
@@ -34,7 +36,7 @@ class Console:
     def note(self, text: str) -> None:
         """A line above the bar, where there is one."""
         if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
         else:
             self._bar.write(text, file=sys.stderr)
 
@@ -123,7 +125,7 @@ class LogFollower:
         self._show_new()
 
     def _show_new(self) -> None:
-        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as log:
+        with contextlib.suppress(OSError), open_regular(self._path, "rb") as log:
             log.seek(self._seen_bytes)
             *lines, _unfinished = log.read().split(b"\n")
             for line in lines:

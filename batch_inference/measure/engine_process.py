@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.files import open_regular
 from batch_inference.measure.environment import python_path
 from batch_inference.measure.leftovers import processes_of, remove, shared_memory_of
 from batch_inference.measure.messages import (
@@ -114,7 +115,7 @@ class EngineProcess:
         self._nodes = nodes
         commands_read, commands_write = os.pipe()
         replies_read, replies_write = os.pipe()
-        with log_path.open("ab") as log:
+        with open_regular(log_path, "ab") as log:
             self._process = subprocess.Popen(
                 # -P: a batch_inference or a queue.py in the user's folder is not meant.
                 [sys.executable, "-P", "-m", "batch_inference.measure.worker", str(commands_read), str(replies_write)],
@@ -274,7 +275,7 @@ class LogMark:
 
     def compilations(self) -> int:
         """Kernels that vLLM says to have compiled."""
-        with contextlib.suppress(OSError), self._log_path.open("rb") as log:
+        with contextlib.suppress(OSError), open_regular(self._log_path, "rb") as log:
             log.seek(self._start)
             return len(_COMPILED.findall(log.read().decode(errors="replace")))
         return 0
@@ -294,7 +295,7 @@ def _exit_words(code: int) -> str:
 
 def read_log_tail(path: Path, max_bytes: int = 200_000, start: int = 0) -> list[str]:
     """The last lines of a log, of those after byte `start`, without colour codes."""
-    with contextlib.suppress(OSError), path.open("rb") as log:
+    with contextlib.suppress(OSError), open_regular(path, "rb") as log:
         log.seek(max(start, path.stat().st_size - max_bytes))
         text = log.read().decode(errors="replace")
         return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()

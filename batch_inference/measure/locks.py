@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.files import check_regular, open_regular, read_regular, real
 from batch_inference.core.results import DeviceInfo
 
 # Of a lock that does not say.
@@ -37,7 +38,8 @@ def locked(path: Path, purpose: str) -> Iterator[bool]:
         yield False
         return
     os.ftruncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()} ({purpose})\n".encode())
+    # A name may hold bytes that are no characters here.
+    os.write(file, os.fsencode(f"process {os.getpid()} on {socket.gethostname()} ({purpose})\n"))
     try:
         yield True
     finally:
@@ -48,11 +50,12 @@ def locked(path: Path, purpose: str) -> Iterator[bool]:
 
 def _open_locked(path: Path) -> int | None:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        check_regular(path)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _lock(file)
         except BlockingIOError:
-            holder = os.read(file, 4096).decode(errors="replace").strip()
+            holder = os.fsdecode(os.read(file, 4096)).strip()
             os.close(file)
             raise LockedError(holder or ANOTHER) from None
         except OSError as error:
@@ -79,7 +82,8 @@ def _lock(file: int) -> None:
 
 
 def lock_of(result: Path) -> Path:
-    """The lock beside a result file."""
+    """The lock beside a result file; it has one, whatever links lead to it."""
+    result = real(result)
     return result.with_name(f".{result.name}.lock")
 
 
@@ -98,11 +102,11 @@ def holders_in(folder: Path) -> Iterator[str]:
 def holder_of(result: Path) -> str | None:
     """Who measures into a result file now; None where nobody does."""
     try:
-        with lock_of(result).open("rb") as file:
+        with open_regular(lock_of(result), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         with contextlib.suppress(OSError):
-            return lock_of(result).read_text(errors="replace").strip() or ANOTHER
+            return os.fsdecode(read_regular(lock_of(result))).strip() or ANOTHER
     except OSError:
         pass
     return None

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.result_file import Heading, check_writable, read_heading
+from batch_inference.core.files import check_writable, open_regular
+from batch_inference.core.result_file import Heading, read_heading
 from batch_inference.core.results import Environment
 from batch_inference.measure.engine_process import log_paths
 from batch_inference.measure.locks import LockedError, lock_of, locked, purpose_of
@@ -88,7 +88,7 @@ def choose(config: ExperimentConfig, here: Environment, taken: Collection[Path] 
 
 def _named_by_user(config: ExperimentConfig, here: Environment) -> Path:
     path = config.output_path
-    if not os.path.lexists(path) or path.is_dir():
+    if not os.path.lexists(path) or not path.is_file():  # whether it can be made is seen next
         return path
     heading = read_heading(path)
     if heading is None:
@@ -151,11 +151,9 @@ def check_writable_paths(config: ExperimentConfig) -> None:
     path = config.output_path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         check_writable(path)
         for log in filter(Path.exists, log_paths(config)):
-            with log.open("ab"):
+            with open_regular(log, "ab"):
                 pass
     except OSError as error:
         raise ConfigError(

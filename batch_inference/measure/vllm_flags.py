@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError
+from batch_inference.core.files import read_regular, write_whole
 from batch_inference.core.flags import unknown_flag_message
 
 # Importing vLLM takes 10 to 20 s; on a network disk, or where nothing is compiled yet, much longer.
@@ -70,7 +71,7 @@ def _version() -> str:
 def _kept(path: Path) -> list[str]:
     """Nothing where none are kept, or what is there is no list of flags."""
     try:
-        flags = json.loads(path.read_text(encoding="utf-8"))
+        flags = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return []
     usable = isinstance(flags, list) and all(isinstance(flag, str) and flag.startswith("--") for flag in flags)
@@ -92,12 +93,10 @@ def _asked(package: Path, say: Callable[[str], None]) -> list[str]:
 
 
 def _keep(flags: Sequence[str], path: Path) -> None:
-    """Written beside and renamed. Where it cannot be written, vLLM is asked again the next time."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where they cannot be written, vLLM is asked again the next time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(flags), encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, [json.dumps(flags)])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.files import begin_log, open_regular
+from batch_inference.core.streams import secure_streams
 from batch_inference.measure.engine import Engine, serve_node_0
 from batch_inference.measure.environment import installed_vllm
 from batch_inference.measure.hardware import Reading
@@ -184,7 +186,8 @@ def _printing_to(log_path: Path) -> Iterator[None]:
     """Standard output and error of this process and its children go to the log."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     streams = {sys.stdout: os.dup(1), sys.stderr: os.dup(2)}
-    with log_path.open("wb") as log:
+    begin_log(log_path)
+    with open_regular(log_path, "ab") as log:
         for stream in streams:
             os.dup2(log.fileno(), stream.fileno())
     try:
@@ -225,6 +228,7 @@ def _end_group() -> None:
 
 def main() -> None:
     started_s = time.monotonic()
+    secure_streams()  # its log may be on a full disk
     # Ctrl-C reaches the supervisor, which ends this group in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     command_fd, reply_fd = map(int, sys.argv[1:])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_inference.core.config import ConfigError
+from batch_inference.core.files import read_regular
 from batch_inference.plan.devices import GIB
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -88,7 +89,7 @@ def read_model_facts(model: str) -> ModelFacts | None:
         raise ConfigError(f"--model {model}: there is no such folder; give a model folder or a hub name (org/name)")
     path = folder / "config.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_regular(path))
         part = _text_part(document)
         is_quantized = "quantization_config" in {**document, **part}
         return _facts_from(part, is_quantized=is_quantized)

@@ -50,19 +50,35 @@ OUTCOMES: list[Outcome] = []
 class Sweep:
     """The experiment script at work; every process that it starts can be told by a variable of its own."""
 
-    def __init__(self, folder: Path, *flags: str, stub: bool = True, **variables: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        stub: bool = True,
+        launched: bool = False,
+        redirection: str = "",
+        **variables: str,
+    ) -> None:
+        """`launched`: by the launcher. `redirection`: of its streams, as in bash."""
         self.move_to(folder)
         self._shared_memory_before = all_shared_memory()
         self.moment_within_s, self.end_within_s = STUB_PATIENCE_S if stub else REAL_PATIENCE_S
         self._groups: set[int] = set()
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
-        command = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags]
-        command += ["--model", str(REPOSITORY / "models" / "tiny-llama"), "--output-file", str(self.file)]
+        model = ("--model", str(REPOSITORY / "models" / "tiny-llama"))
+        if launched:
+            words = ["custom", "TP=1", *model, "--output-dir", str(folder), *flags, "--", "--name", "x", *SWEEP]
+            command = [str(REPOSITORY / "run_batch_experiments.sh"), *words]
+        else:
+            command = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags, *model]
+            command += ["--output-file", str(self.file)]
+        variables = {"PYTHON": sys.executable, **variables}
         environment = stub_environment(**variables) if stub else {**os.environ, **variables}
         with self._errors.open("ab") as errors:
             self.process = subprocess.Popen(
-                command, cwd=folder, env={**environment, name: value}, preexec_fn=with_ctrl_c, start_new_session=True,
+                ["bash", "-c", f'exec "$@" {redirection}', "-", *command], cwd=folder,
+                env={**environment, name: value}, preexec_fn=with_ctrl_c, start_new_session=True,
                 stdout=subprocess.DEVNULL, stderr=errors,
             )  # fmt: skip
 

@@ -26,8 +26,9 @@ MOMENTS: dict[str, Callable[[Sweep], bool]] = {
 }
 
 
-def start(folder: Path, *flags: str, **variables: str) -> Sweep:
-    return Sweep(folder, *flags, **{"STUB_LOAD_S": "1", "STUB_RUN_S": "0.2", **variables})
+def start(folder: Path, *flags: str, launched: bool = False, redirection: str = "", **variables: str) -> Sweep:
+    variables = {"STUB_LOAD_S": "1", "STUB_RUN_S": "0.2", **variables}
+    return Sweep(folder, *flags, launched=launched, redirection=redirection, **variables)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -141,12 +142,72 @@ def test_a_folder_that_can_no_longer_be_written(tmp_path: Path, judged: Callable
     assert sweep.announced() <= points_of(told)
 
 
+@pytest.mark.parametrize("moment", ["at_once", "later"])
+@pytest.mark.parametrize("flags", [("", ""), ("--resume", "--overwrite"), ("--overwrite", "--overwrite")])
+def test_a_second_script_with_the_same_file(
+    tmp_path: Path, judged: Callable[..., Outcome], flags: tuple[str, str], moment: str
+) -> None:
+    first, second = at_once_or_later(tmp_path, flags, moment, launched=False)
+    if moment == "at_once" and first.process.wait(60) == 2:  # the second was faster
+        first, second = second, first
+    outcome = judged(first, resume=False)
+    assert (outcome.exit_code, outcome.lost_points, outcome.problems) == (0, 0, [])
+    assert second.process.wait(60) == 2
+    assert first.errors().count("is measuring into it; wait for its end") == 1
+    assert points_of(first.document()) == GRID
+
+
+@pytest.mark.parametrize("moment", ["at_once", "later"])
+@pytest.mark.parametrize("flags", [("", ""), ("--resume", "--overwrite"), ("--overwrite", "--pack")])
+def test_a_second_launcher_with_the_same_folder(
+    tmp_path: Path, judged: Callable[..., Outcome], flags: tuple[str, str], moment: str
+) -> None:
+    """It waits, and goes on where the first has left off."""
+    first, second = at_once_or_later(tmp_path, flags, moment, launched=True)
+    for sweep in (first, second):
+        outcome = judged(sweep, resume=False)
+        assert (outcome.exit_code, outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, 0, [])
+    assert points_of(first.document()) == GRID
+    assert [path.name for path in tmp_path.glob("*.json*")] == ["x_results.json"]
+
+
+def test_a_launcher_goes_on_after_a_script_that_is_killed(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    first = start(tmp_path, "--name", "x", STUB_RUN_S="0.5")
+    first.wait_for(lambda: MOMENTS["second_point"](first))
+    second = start(tmp_path, launched=True, STUB_RUN_S="0.002")
+    second.wait_for(lambda: "waits: process" in second.errors())
+    first.process.kill()
+    outcome = judged(second, resume=False)
+    assert (outcome.exit_code, outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, 0, [])
+    assert points_of(second.document()) == GRID
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["script", "launcher"])
+@pytest.mark.parametrize(
+    "redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "2> >(head -n 1)", "2> >(true)"]
+)
+def test_closed_descriptors(tmp_path: Path, judged: Callable[..., Outcome], redirection: str, launched: bool) -> None:
+    sweep = start(tmp_path, launched=launched, redirection=redirection, STUB_LOAD_S="0", STUB_RUN_S="0.002")
+    outcome = judged(sweep, resume=False)
+    assert (outcome.exit_code, outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, 0, [])
+    assert points_of(sweep.document()) == GRID
+
+
 def test_no_fault(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
     sweep = start(tmp_path, STUB_LOAD_S="0", STUB_RUN_S="0.002")
     outcome = judged(sweep, resume=False)
     assert outcome.exit_code == 0
     assert sweep.announced() == points_of(sweep.document()) == GRID
     assert outcome.orphans == 0
+
+
+def at_once_or_later(folder: Path, flags: tuple[str, str], moment: str, *, launched: bool) -> tuple[Sweep, Sweep]:
+    """Two programs that are told to measure the same into the same file."""
+    variables = {"STUB_LOAD_S": "0.2", "STUB_RUN_S": "0.02"}
+    first = start(folder, *flags[0].split(), launched=launched, **variables)
+    if moment == "later":
+        first.wait_for(lambda: MOMENTS["warming_up"](first))
+    return first, start(folder, *flags[1].split(), launched=launched, **variables)
 
 
 def command_of(pid: int) -> bytes:

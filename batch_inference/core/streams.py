@@ -1,0 +1,117 @@
+"""Standard input, output and error as a program may find them: closed, full, read by nobody, or short of characters.
+
+What is printed is never worth more than the work that it tells of.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import io
+import os
+import select
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# Signs of ours, where they cannot be shown.
+_PLAIN = str.maketrans({"±": "+-", "●": "#", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "…": "..."})
+_ERRORS = "batch_inference"
+
+
+def secure_streams() -> None:
+    """Before anything else: from now on, printing to standard output and error fails in no way.
+
+    Descriptors 0 to 2 that are closed are opened on /dev/null: the next pipe would be one of them otherwise, and a
+    child would take it for its own standard input or output.
+    """
+    for number in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        # The lowest free number is taken, and those below are open.
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    codecs.register_error(_ERRORS, _shown_otherwise)
+    sys.stdout = _secured(1, sys.stdout)
+    sys.stderr = _secured(2, sys.stderr)
+
+
+def say(text: str = "") -> None:
+    """A line of progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> int:
+    """What was asked for, on standard output; the exit code."""
+    print(text, flush=True)
+    if problem := _output_problem():
+        say(f"error: {problem}")
+        return 1
+    return 0
+
+
+def print_kept(text: str, where: Path) -> None:
+    """On standard output, what is in a file or folder too: work is not lost where this is."""
+    print(text, flush=True)
+    if problem := _output_problem():
+        say(f"note: {problem}; what it would have shown is in {where}")
+
+
+def _output_problem() -> str | None:
+    """Why something that was printed to standard output is not there. That nobody reads to the end, like `head`, is
+    none."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    problem = raw.problem if isinstance(raw, _Output) else None
+    return f"standard output cannot be written: {problem.strerror}" if problem else None
+
+
+class _Output(io.FileIO):
+    """Takes everything, and keeps in mind what went wrong."""
+
+    problem: OSError | None = None
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        while True:
+            try:
+                written = super().write(data)
+            except OSError as error:
+                if error.errno != errno.EPIPE:
+                    self.problem = error
+                return memoryview(data).nbytes
+            if written is not None:
+                return written
+            # Somebody who shares it has set it not to block.
+            select.select([], [self], [])
+
+
+def _secured(number: int, stream: TextIO | None) -> TextIO:
+    if stream is not None and not _is_at(number, stream):
+        # Somebody has put another in its place, and knows why.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
+        return stream
+    raw = _Output(number, "w", closefd=False)
+    encoding = stream.encoding if stream else "utf-8"
+    # Line by line wherever it goes: what is watched through a pipe or a file is seen at once.
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=_ERRORS, line_buffering=True)
+
+
+def _is_at(number: int, stream: TextIO) -> bool:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return stream.fileno() == number
+    return False
+
+
+def _shown_otherwise(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For what the encoding of a stream does not have: bytes of a file's name as they were, our own signs in ASCII,
+    others by their number."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    with contextlib.suppress(UnicodeEncodeError):
+        return text.encode("ascii", "surrogateescape"), error.end
+    return text.translate(_PLAIN).encode("ascii", "backslashreplace").decode(), error.end

@@ -1,0 +1,169 @@
+"""What is no regular file is neither written, nor replaced, nor waited for; a link is followed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import analyze_results
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.files import begin_log, check_writable, open_regular, read_regular, write_whole
+from batch_inference.core.growing_file import GrowingFile
+from batch_inference.core.result_file import (
+    ResultFileError,
+    journal_of,
+    load_result,
+    read_heading,
+    save_result,
+)
+from batch_inference.measure.engine_process import read_log_tail
+from batch_inference.measure.locks import holder_of, lock_of, locked
+from batch_inference.measure.study import check_writable_paths, claimed
+from batch_inference.plan.model import read_model_facts
+from builders import make_point, make_result, save_all
+
+
+@pytest.fixture(params=["fifo", "link to a fifo", "socket"])
+def special(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "special.json"
+    if request.param == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            yield path
+        return
+    if request.param == "fifo":
+        os.mkfifo(path)
+    else:
+        os.mkfifo(tmp_path / "fifo")
+        path.symlink_to("fifo")
+    yield path
+
+
+WAYS: dict[str, Callable[[Path], object]] = {
+    "read": read_regular,
+    "write": lambda path: write_whole(path, ["x"]),
+    "append": lambda path: open_regular(path, "ab"),
+    "check": check_writable,
+    "log": begin_log,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_no_regular_file_is_refused_and_stays(special: Path, way: str) -> None:
+    before = os.lstat(special)
+    with pytest.raises(OSError, match="it is no regular file"):
+        WAYS[way](special)
+    after = os.lstat(special)
+    assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+    assert len(list(special.parent.iterdir())) in (1, 2)
+
+
+def test_a_result_that_is_no_regular_file_is_named(special: Path) -> None:
+    assert read_heading(special) is None
+    with pytest.raises(ResultFileError, match=r"special\.json: cannot be read: it is no regular file"):
+        load_result(special)
+    with pytest.raises(ResultFileError, match=r"special\.json: cannot be written: it is no regular file"):
+        save_result(make_result(), special)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_file_that_is_no_regular_file_is_wrong_use(special: Path, overwrite: bool) -> None:
+    config = ExperimentConfig(output_file=str(special), overwrite=overwrite)
+    with (
+        pytest.raises(ConfigError, match=r"--output-file \S+special\.json: .*it is no regular file"),
+        claimed(config, make_result().environment),
+    ):
+        pass
+    assert not special.is_file()
+
+
+def test_a_log_that_is_no_regular_file_is_wrong_use(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.log")
+    with pytest.raises(ConfigError, match="its log cannot be written: it is no regular file"):
+        check_writable_paths(ExperimentConfig(output_file=str(tmp_path / "x.json")))
+    assert read_log_tail(tmp_path / "x.log") == []
+
+
+def test_a_lock_that_is_no_lock_is_not_touched(tmp_path: Path) -> None:
+    wanted = tmp_path / "wanted"
+    wanted.write_text("wanted")
+    lock = lock_of(tmp_path / "x.json")
+    lock.symlink_to(wanted)
+    with pytest.raises(OSError, match="Too many levels"), locked(lock, "x"):
+        pass
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(OSError, match="it is no regular file"), locked(lock, "x"):
+        pass
+    assert holder_of(tmp_path / "x.json") is None
+    assert wanted.read_text() == "wanted"
+
+
+def test_a_journal_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    save_result(make_result(points=[make_point()]), path)
+    os.mkfifo(journal_of(path))
+    assert len(load_result(path).points) == 1
+
+
+def test_a_model_config_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read .*it is no regular file"):
+        read_model_facts(str(tmp_path))
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "y.json", tmp_path / "x.json"
+    link.symlink_to(target)
+    check_writable(link)
+    for name in ("old", "new"):
+        save_result(make_result(name), link)
+        assert link.is_symlink()
+        assert load_result(target).name == name
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_two_names_of_one_file_share_its_lock_and_its_journal(tmp_path: Path) -> None:
+    target, link = tmp_path / "y.json", tmp_path / "x.json"
+    link.symlink_to(target)
+    assert lock_of(link) == lock_of(target)
+    file = GrowingFile(link, make_result())
+    file.begin()
+    file.add(make_point(1))
+    file.add(make_point(2))
+    file.add(make_point(4))
+    file.close()
+    assert len(load_result(target).points) == len(load_result(link).points) == 3
+
+
+def test_a_loop_of_links_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.symlink_to(path)
+    with pytest.raises(ResultFileError, match="Too many levels of symbolic links"):
+        save_result(make_result(), path)
+
+
+def test_a_log_is_made_empty_but_not_through_a_link(tmp_path: Path) -> None:
+    log, link = tmp_path / "x.log", tmp_path / "y.log"
+    log.write_text("of an earlier sweep")
+    link.symlink_to(log)
+    begin_log(link)
+    assert log.read_text() == "of an earlier sweep"
+    begin_log(log)
+    assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html", "results.csv", "summary.json"])
+def test_an_analysis_replaces_nothing_but_files(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_all([make_result(points=[make_point()])], tmp_path / "in")
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / name)
+    assert analyze_results.main(["--input", str(tmp_path / "in"), "--no-plots", "--output-dir", str(out)]) == 2
+    assert (out / name).is_fifo()
+    assert f"error: --output-dir {out}: cannot be written to: it is no regular file" in capsys.readouterr().err
