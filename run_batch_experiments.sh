@@ -104,7 +104,8 @@ table() {
 }
 
 die() {
-  printf 'error: %s\n' "$1" >&2
+  trap '' PIPE # the exit code is the same where nobody reads
+  printf 'error: %s\n' "$1" >&2 2>/dev/null || true
   exit 2
 }
 

@@ -12,7 +12,9 @@ set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
 
-say() { printf '%s\n' "$*" >&2; }
+# Where nobody reads it any more, the installation goes on.
+trap '' PIPE
+say() { printf '%s\n' "$*" >&2 2>/dev/null || true; }
 die() {
   say "error: $2"
   exit "$1"

@@ -539,6 +539,10 @@ def test_a_python_that_cannot_be_run_is_wrong_use(launcher: Launcher) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "PYTHON: '/no/such/python' cannot be run" in done.stderr
+    for redirection in ("2>&-", "2>/dev/full", "2>&1 | true"):
+        line = f"set -o pipefail; {LAUNCHER} quickstart {redirection}"
+        variables = {**launcher.environment, "PYTHON": "/no/such/python"}
+        assert subprocess.run(["bash", "-c", line], env=variables, check=False).returncode == 2
 
 
 def test_the_launcher_works_through_a_link_and_with_cdpath(launcher: Launcher) -> None:

@@ -42,10 +42,11 @@ class Setup:
         path.write_text(text)
         path.chmod(0o755)
 
-    def __call__(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *words: str, redirection: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "PYTHON"))}
         environment = {**kept, "PATH": f"{self.bin}:{kept['PATH']}", "CALLS": str(self.calls_file), **variables}
-        command = [str(self.folder / "setup_env.sh"), *words]
+        line = f'set -o pipefail; "$@" {redirection}'
+        command = ["bash", "-c", line, "-", str(self.folder / "setup_env.sh"), *words]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30)
 
     def installs(self) -> list[str]:
@@ -197,6 +198,13 @@ def test_an_old_python_is_refused(setup: Setup) -> None:
 
 def test_an_unknown_word_is_refused(setup: Setup) -> None:
     assert setup("--devel").returncode == 2
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&1 | true", "<&- >&- 2>&-"])
+def test_it_installs_where_nobody_reads_what_it_says(setup: Setup, redirection: str) -> None:
+    assert setup(redirection=redirection).returncode == 0
+    assert setup.installs()
+    assert setup("--devel", redirection=redirection).returncode == 2
 
 
 @pytest.mark.parametrize(
