@@ -205,7 +205,7 @@ def test_one_that_goes_again_is_not_waited_for(port: int) -> None:
     with ThreadPoolExecutor() as pool:
         first = pool.submit(end_of, options(port, wait_s=1.5), OWN)
         time.sleep(0.2)
-        gone = call("127.0.0.1", port, OWN, time.monotonic() + 5)
+        gone = call(("127.0.0.1", port), OWN, time.monotonic() + 5)
         gone.close()
         said = first.result(timeout=10)
     assert isinstance(said, str)

@@ -13,7 +13,8 @@ from msgspec.json import Decoder
 from msgspec.structs import replace
 
 from batch_inference.core.flags import parse_flags
-from batch_inference.measure.connection import Connection, Door
+from batch_inference.measure.connection import Connection
+from batch_inference.measure.door import Door
 from batch_inference.measure.nodes import (
     Answer,
     Dismissal,
