@@ -8,21 +8,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from strangers import Strangers
 from test_launcher import Launcher, config_of
 
+from batch_inference.core.config import MEETING_SECRET
 from conftest import free_ports, with_ctrl_c
 
 Start = Callable[..., "Node"]
+SECRET = "tell nobody"
 
 
 class Node:
     """A launcher that runs, in a folder of its own."""
 
-    def __init__(self, folder: Path, words: tuple[str, ...], variables: dict[str, str]) -> None:
+    def __init__(self, folder: Path, port: int, words: tuple[str, ...], variables: dict[str, str]) -> None:
         folder.mkdir()
+        self.port = port  # where they meet
+        words += ("--master-addr", "127.0.0.1", "--master-port", str(port), "--wait-for-nodes-s", "20")
         self.launcher = Launcher(folder)
         python = Path(self.launcher.environment["PYTHON"])
-        python.write_text(python.read_text() + 'echo "${GLOO_SOCKET_IFNAME-none}" >>networks\n')
+        knows = f'[[ ${{{MEETING_SECRET}-}} != "{SECRET}" ]] || echo >>knows\n'
+        python.write_text(python.read_text() + 'echo "${GLOO_SOCKET_IFNAME-none}" >>networks\n' + knows)
         environment = {**self.launcher.environment, **variables}
         environment.pop("GLOO_SOCKET_IFNAME", None)
         self.process = subprocess.Popen(
@@ -43,11 +49,10 @@ class Node:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     nodes: list[Node] = []
-    port = str(free_ports(40))
+    port = free_ports(40)
 
     def start_node(name: str, *words: str, **variables: str) -> Node:
-        meeting = ("--master-addr", "127.0.0.1", "--master-port", port, "--wait-for-nodes-s", "20")
-        nodes.append(Node(tmp_path / name, (*words, *meeting), variables))
+        nodes.append(Node(tmp_path / name, port, words, variables))
         if len(nodes) == 1:  # the first to listen is node 0
             assert nodes[0].process.stderr is not None
             assert "waits for the others" in nodes[0].process.stderr.readline()
@@ -103,6 +108,39 @@ def test_other_arguments_end_all_at_once_and_are_named(start: Start) -> None:
         assert "has other arguments: --model y, --batch-sizes 2; node 0 (" in errors
         assert errors.count("error: ") == 1
     assert first.launcher.calls() == second.launcher.calls() == []
+
+
+def test_nodes_that_know_a_secret_meet_without_one_that_does_not(start: Start, tmp_path: Path) -> None:
+    line = ("custom", "TP=4", "--nnodes", "2")
+    first = start("a", *line, DEVICES="2", **{MEETING_SECRET: SECRET})
+    for name, given in (("other", {MEETING_SECRET: "a guess"}), ("none", {})):
+        code, errors = start(name, *line, DEVICES="2", **given).end()
+        assert code == 1
+        assert "error: --master-addr 127.0.0.1: node 0 has another --meeting-secret, or one of the two has" in errors
+    second = start("b", *line, "--meeting-secret", SECRET, DEVICES="2")
+    ends = [first.end(), second.end()]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert ends[0][1].count("note: 127.0.0.1 called and was refused") == 1
+    # The nodes of the setting meet by it too; it is in no command, and nothing says it.
+    for node, (_, errors) in zip((first, second), ends, strict=True):
+        assert node.launcher.names() == ["tp_4_nodes_2"]
+        assert (node.launcher.folder / "knows").exists()
+        assert SECRET not in errors
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "python"]
+    assert not [path for path in written if SECRET in path.read_text()]
+
+
+def test_strangers_do_not_keep_the_nodes_of_a_preset_apart(start: Start) -> None:
+    """At the port of the meeting, before and after it, while settings are measured."""
+    line = ("torchrun-tensor-parallel", "--nnodes", "2")
+    first = start("a", *line, DEVICES="4")
+    with Strangers(first.port) as strangers:
+        second = start("b", *line, DEVICES="4")
+        ends = [first.end(), second.end()]
+        assert strangers.calls > 100
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "Traceback" not in "".join(errors for _, errors in ends)
+    assert first.launcher.names() == second.launcher.names() == [f"torchrun_tp_{size}_nodes_2" for size in (2, 4, 8)]
 
 
 @pytest.mark.slow

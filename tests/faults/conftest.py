@@ -25,6 +25,7 @@ from conftest import REPOSITORY, stub_environment, with_ctrl_c
 
 GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)}
 SWEEP = ("--batch-sizes", "1,2,3", "--seq-lens", "8,16", "--max-tokens", "4", "--num-runs", "2", "--warmup-runs", "2")
+MODEL = str(REPOSITORY / "models" / "tiny-llama")
 # What the supervisor may take to end everything, and the kernel to forget it.
 ORPHANS_WITHIN_S = 15.0
 # For a moment of a sweep, and for its end. A real engine needs a minute for its start alone, and longer on a machine
@@ -57,14 +58,16 @@ class Sweep:
         self._groups: set[int] = set()
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
-        command = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags]
-        command += ["--model", str(REPOSITORY / "models" / "tiny-llama"), "--output-file", str(self.file)]
         environment = stub_environment(**variables) if stub else {**os.environ, **variables}
         with self._errors.open("ab") as errors:
             self.process = subprocess.Popen(
-                command, cwd=folder, env={**environment, name: value}, preexec_fn=with_ctrl_c, start_new_session=True,
-                stdout=subprocess.DEVNULL, stderr=errors,
+                self.command(*flags), cwd=folder, env={**environment, name: value}, preexec_fn=with_ctrl_c,
+                start_new_session=True, stdout=subprocess.DEVNULL, stderr=errors,
             )  # fmt: skip
+
+    def command(self, *flags: str) -> list[str]:
+        words = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags]
+        return [*words, "--model", MODEL, "--output-file", str(self.file)]
 
     def move_to(self, folder: Path) -> None:
         """Where the sweep's files are to be found."""

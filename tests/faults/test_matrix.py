@@ -6,13 +6,16 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from strangers import Strangers
 
-from faults.conftest import GRID, Outcome, Sweep, points_of
+from conftest import REPOSITORY, free_ports
+from faults.conftest import GRID, MODEL, SWEEP, Outcome, Sweep, points_of
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +142,45 @@ def test_a_folder_that_can_no_longer_be_written(tmp_path: Path, judged: Callable
     told = json.loads(sweep.errors().partition("as it would have been saved:\n")[2])
     assert points_of(sweep.document()) < points_of(told)
     assert sweep.announced() <= points_of(told)
+
+
+class NodeOfTwo(Sweep):
+    """The launcher on one of two nodes, which measure the grid together."""
+
+    def command(self, *flags: str) -> list[str]:
+        preset = ("custom", "TP=4", "--nnodes", "2", "--master-addr", "127.0.0.1", "--wait-for-nodes-s", "60")
+        return [
+            str(REPOSITORY / "run_batch_experiments.sh"),
+            *preset,
+            "--model",
+            MODEL,
+            "--output-dir",
+            ".",
+            *flags,
+            "--",
+            *SWEEP,
+            "--name",
+            "x",
+        ]
+
+
+def test_strangers_where_two_nodes_meet(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    """At the port of the preset, which stays open, and at that of its setting."""
+    port = free_ports(3)
+    with Strangers(port, port + 1) as strangers:
+        nodes = []
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            variables = {"PYTHON": sys.executable, "VLLM_CPU_OMP_THREADS_BIND": "0|0"}
+            nodes.append(NodeOfTwo(tmp_path / name, "--master-port", str(port), **variables))
+            nodes[0].wait_for(lambda: "waits for the others" in nodes[0].errors())
+        orphans = judged(nodes[1], resume=False).orphans
+        outcome = judged(nodes[0], resume=False)
+        assert strangers.calls > 100
+    assert outcome.exit_code == 0, nodes[0].errors()
+    assert nodes[0].announced() == points_of(nodes[0].document()) == GRID
+    assert (outcome.lost_points, orphans + outcome.orphans, outcome.problems) == (0, 0, [])
+    assert not any("Traceback" in node.errors() for node in nodes)
 
 
 def test_no_fault(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
