@@ -63,10 +63,10 @@ class Door:
 
     def refuse(self, connection: Connection, answer: Struct, text: str) -> None:
         """One of those that were heard; all others may come as before."""
+        self._note(connection, text)
         with contextlib.suppress(OSError):
             connection.send(answer)
         connection.close()
-        self._note(connection, text)
 
     def _note(self, connection: Connection, text: str) -> None:
         """A line about a caller: one for an address, and not for many."""
