@@ -18,6 +18,7 @@ from strangers import GREETING, SENTENCES, STRANGERS, encoded
 
 from batch_inference.core.config import MEETING_SECRET, ConfigError
 from batch_inference.measure import door as door_module
+from batch_inference.measure import nodes
 from batch_inference.measure.connection import Connection, Text, Word
 from batch_inference.measure.door import Door
 from batch_inference.measure.greeting import Challenge, Greeting, Proof, Refusal, Welcome, secret_of_nodes
@@ -293,11 +294,12 @@ def test_who_does_not_know_the_secret_is_no_node_0(
                     introductions.append(words.readline())
 
     monkeypatch.setenv(MEETING_SECRET, SECRET.decode())
+    monkeypatch.setattr(nodes, "_CALL_AGAIN_S", 0.01)
     said: list[str] = []
     with ThreadPoolExecutor() as pool:
         pool.submit(pretend)
         with pytest.raises(NodesError, match=r"something else listens there on 127\.0\.0\.1, which is no node of ours"):
-            call(("127.0.0.1", port_of(server)), Hello("b"), time.monotonic() + 1, say=said.append)
+            call(("127.0.0.1", port_of(server)), Hello("b"), time.monotonic() + 0.5, say=said.append)
         server.shutdown(socket.SHUT_RDWR)
     # It is said while there is time to change something, once, and nothing was told.
     assert len(said) == 1
@@ -309,7 +311,8 @@ def test_who_does_not_know_the_secret_is_no_node_0(
 def test_a_node_that_reaches_something_else_calls_until_node_0_is_there(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batch_inference.measure.nodes._ANSWER_WITHIN_S", 0.1)
+    monkeypatch.setattr(nodes, "_ANSWER_WITHIN_S", 0.1)
+    monkeypatch.setattr(nodes, "_CALL_AGAIN_S", 0.01)
     monkeypatch.delenv(MEETING_SECRET, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as other, ThreadPoolExecutor() as pool:
         port = port_of(other)

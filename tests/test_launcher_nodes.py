@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from strangers import Strangers
 from test_launcher import Launcher, config_of
 
 from batch_inference.core.config import MEETING_SECRET
@@ -21,10 +20,8 @@ SECRET = "tell nobody"
 class Node:
     """A launcher that runs, in a folder of its own."""
 
-    def __init__(self, folder: Path, port: int, words: tuple[str, ...], variables: dict[str, str]) -> None:
+    def __init__(self, folder: Path, words: tuple[str, ...], variables: dict[str, str]) -> None:
         folder.mkdir()
-        self.port = port  # where they meet
-        words += ("--master-addr", "127.0.0.1", "--master-port", str(port), "--wait-for-nodes-s", "20")
         self.launcher = Launcher(folder)
         python = Path(self.launcher.environment["PYTHON"])
         knows = f'[[ ${{{MEETING_SECRET}-}} != "{SECRET}" ]] || echo >>knows\n'
@@ -49,10 +46,11 @@ class Node:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     nodes: list[Node] = []
-    port = free_ports(40)
+    port = str(free_ports(40))
 
     def start_node(name: str, *words: str, **variables: str) -> Node:
-        nodes.append(Node(tmp_path / name, port, words, variables))
+        meeting = ("--master-addr", "127.0.0.1", "--master-port", port, "--wait-for-nodes-s", "20")
+        nodes.append(Node(tmp_path / name, (*words, *meeting), variables))
         if len(nodes) == 1:  # the first to listen is node 0
             assert nodes[0].process.stderr is not None
             assert "waits for the others" in nodes[0].process.stderr.readline()
@@ -128,19 +126,6 @@ def test_nodes_that_know_a_secret_meet_without_one_that_does_not(start: Start, t
         assert SECRET not in errors
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "python"]
     assert not [path for path in written if SECRET in path.read_text()]
-
-
-def test_strangers_do_not_keep_the_nodes_of_a_preset_apart(start: Start) -> None:
-    """At the port of the meeting, before and after it, while settings are measured."""
-    line = ("torchrun-tensor-parallel", "--nnodes", "2")
-    first = start("a", *line, DEVICES="4")
-    with Strangers(first.port) as strangers:
-        second = start("b", *line, DEVICES="4")
-        ends = [first.end(), second.end()]
-        assert strangers.calls > 100
-    assert [code for code, _ in ends] == [0, 0], ends
-    assert "Traceback" not in "".join(errors for _, errors in ends)
-    assert first.launcher.names() == second.launcher.names() == [f"torchrun_tp_{size}_nodes_2" for size in (2, 4, 8)]
 
 
 @pytest.mark.slow
