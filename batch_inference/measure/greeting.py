@@ -139,7 +139,9 @@ def _check_protocol(theirs: Greeting | Challenge) -> None:
 
 
 def _another_secret() -> RefusedError:
-    return RefusedError("another --meeting-secret, or one of the two has none; give the same on every node")
+    return RefusedError(
+        f"another --meeting-secret ({MEETING_SECRET}), or one of the two has none; give the same on every node"
+    )
 
 
 def _proof_of(whose: str, secret: bytes, nonces: tuple[str, str]) -> str:
