@@ -162,7 +162,7 @@ def sweep(
         fetch_models([config], say)
     try:
         with contextlib.ExitStack() as open_nodes:
-            nodes = open_nodes.enter_context(meet(config)) if config.nnodes > 1 else None
+            nodes = open_nodes.enter_context(meet(config, say)) if config.nnodes > 1 else None
             experiment.run(build_replicas(config, here, devices, nodes), nodes)
     except ResultFileError as error:
         say(f"error: {error}")
@@ -226,7 +226,7 @@ def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     check_writable_paths(config)
     (log,) = log_paths(config)
     begin_log(log)
-    with meet(config) as nodes:
+    with meet(config, say) as nodes:
         print(f"{config.setting_name}: node {config.node_rank} works for node 0, which prints the results")
         print(f"  vLLM's log: {log}", flush=True)
         try:

@@ -9,7 +9,13 @@ import pytest
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.results import EngineInfo, WorkerInfo
 from batch_inference.measure import engine
-from batch_inference.measure.engine import MEASURING_SETTINGS, engine_settings, has_whole_estimate, parse_engine_flags
+from batch_inference.measure.engine import (
+    MEASURING_SETTINGS,
+    engine_settings,
+    has_whole_estimate,
+    node_settings,
+    parse_engine_flags,
+)
 from batch_inference.measure.vllm_objects import FullestMoment, compile_cache_of, count_outputs, with_workers
 from batch_inference.plan.devices import Devices
 from conftest import STUB
@@ -164,3 +170,15 @@ def test_an_estimate_of_a_part_of_the_work_is_none(quantization: str | None, rep
         parallel_config=SimpleNamespace(data_parallel_size=replicas),
     )
     assert has_whole_estimate(config) is is_whole
+
+
+def test_over_nodes_vllm_has_the_port_after_that_on_which_they_meet() -> None:
+    config = ExperimentConfig(nnodes=2, node_rank=1, master_addr="head", master_port=1234, tensor_parallel_size=2)
+    assert node_settings(config) == {
+        "distributed_executor_backend": "mp",
+        "nnodes": 2,
+        "node_rank": 1,
+        "master_addr": "head",
+        "master_port": 1235,
+    }
+    assert node_settings(ExperimentConfig()) == {}

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from test_launcher import Launcher, config_of
 
+from batch_inference.core.config import MEETING_SECRET
 from conftest import free_ports, with_ctrl_c
 
 Start = Callable[..., "Node"]
+SECRET = "tell nobody"
 
 
 class Node:
@@ -22,7 +24,8 @@ class Node:
         folder.mkdir()
         self.launcher = Launcher(folder)
         python = Path(self.launcher.environment["PYTHON"])
-        python.write_text(python.read_text() + 'echo "${GLOO_SOCKET_IFNAME-none}" >>networks\n')
+        knows = f'[[ ${{{MEETING_SECRET}-}} != "{SECRET}" ]] || echo >>knows\n'
+        python.write_text(python.read_text() + 'echo "${GLOO_SOCKET_IFNAME-none}" >>networks\n' + knows)
         environment = {**self.launcher.environment, **variables}
         environment.pop("GLOO_SOCKET_IFNAME", None)
         self.process = subprocess.Popen(
@@ -103,6 +106,26 @@ def test_other_arguments_end_all_at_once_and_are_named(start: Start) -> None:
         assert "has other arguments: --model y, --batch-sizes 2; node 0 (" in errors
         assert errors.count("error: ") == 1
     assert first.launcher.calls() == second.launcher.calls() == []
+
+
+def test_nodes_that_know_a_secret_meet_without_one_that_does_not(start: Start, tmp_path: Path) -> None:
+    line = ("custom", "TP=4", "--nnodes", "2")
+    first = start("a", *line, DEVICES="2", **{MEETING_SECRET: SECRET})
+    for name, given in (("other", {MEETING_SECRET: "a guess"}), ("none", {})):
+        code, errors = start(name, *line, DEVICES="2", **given).end()
+        assert code == 1
+        assert f"error: --master-addr 127.0.0.1: node 0 has another --meeting-secret ({MEETING_SECRET}), or" in errors
+    second = start("b", *line, "--meeting-secret", SECRET, DEVICES="2")
+    ends = [first.end(), second.end()]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert ends[0][1].count("note: 127.0.0.1 called and was refused") == 1
+    # The nodes of the setting meet by it too; it is in no command, and nothing says it.
+    for node, (_, errors) in zip((first, second), ends, strict=True):
+        assert node.launcher.names() == ["tp_4_nodes_2"]
+        assert (node.launcher.folder / "knows").exists()
+        assert SECRET not in errors
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "python"]
+    assert not [path for path in written if SECRET in path.read_text()]
 
 
 @pytest.mark.slow

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
-from batch_inference.core.config import ConfigError
+from batch_inference.core.config import MEETING_SECRET, ConfigError
 from batch_inference.launch import meeting
-from batch_inference.launch.meeting import Hello, Met, introduction, meet, owns, refuse_late
+from batch_inference.launch.meeting import HELLO, Hello, Met, introduction, meet, owns, refuse_late
 from batch_inference.launch.options import Options, parse_options
 from batch_inference.launch.presets import Preset
 from batch_inference.measure.nodes import NodesError, call
@@ -42,18 +46,60 @@ def end_of(asked: Options, own: Hello) -> Met | str:
         return str(error)
 
 
+@contextlib.contextmanager
+def arrivals() -> Iterator[Callable[..., None]]:
+    """Gives what waits until so many nodes are there, node 0 first, or one of `calls` has ended."""
+    said, say = list[str](), meeting.say
+
+    def keep(text: str = "") -> None:
+        said.append(text)
+        say(text)
+
+    def wait_for(count: int, *calls: Future[Any]) -> None:
+        deadline_s = time.monotonic() + 20
+        while sum(there in line for line in said for there in (" waits for the others ", " has come, with ")) < count:
+            if any(call.done() for call in calls):
+                return
+            assert time.monotonic() < deadline_s, said
+            time.sleep(0.005)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting, "say", keep)
+        yield wait_for
+
+
 def meeting_of(asked: Options, *nodes: Hello) -> list[Met | str]:
     """What each node learns, where they come one after the other."""
     calls: list[Future[Met | str]] = []
-    with ThreadPoolExecutor(len(nodes)) as pool:
+    with arrivals() as wait_for, ThreadPoolExecutor(len(nodes)) as pool:
         for node in nodes:
             calls.append(pool.submit(end_of, asked, node))
-            time.sleep(0.15)
+            wait_for(len(calls), *calls)
         ends = [call.result(timeout=20) for call in calls]
     for end in ends:
         if isinstance(end, Met) and end.door:
             end.door.close()
     return ends
+
+
+class Clock:
+    """Time that passes where somebody waits, and only there; also the door at which nodes come at given seconds."""
+
+    def __init__(self, *come_at_s: float, stay: bool = True) -> None:
+        self.now_s = 0.0
+        self._come_at_s = list(come_at_s)
+        self._stay = stay
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def heard(self, _decoder: object, timeout_s: float) -> list[tuple[Hello, Any]]:
+        assert timeout_s > 0
+        if self._come_at_s and self._come_at_s[0] <= self.now_s + timeout_s:
+            self.now_s = self._come_at_s.pop(0)
+            return [(OWN, SimpleNamespace(has_spoken=not self._stay, close=lambda: None))]
+        self.now_s += timeout_s
+        return []
 
 
 @pytest.mark.parametrize(
@@ -95,15 +141,49 @@ def test_numbers_that_were_given_decide_and_the_rest_are_filled_in(port: int) ->
     assert [end.node for end in ends if isinstance(end, Met)] == [0, 2, 1]
 
 
-def test_all_of_nnodes_begin_at_once_and_others_when_nobody_more_comes(port: int) -> None:
-    start_s = time.monotonic()
-    ends = meeting_of(options(port, nnodes=2, settle_s=60), OWN, OWN)
-    assert time.monotonic() - start_s < 2
-    assert all(isinstance(end, Met) for end in ends)
-    start_s = time.monotonic()
-    ends = meeting_of(options(port, settle_s=1), OWN, OWN)
-    assert 1 < time.monotonic() - start_s < 4
-    assert all(isinstance(end, Met) for end in ends)
+@pytest.mark.parametrize(
+    ("come_at_s", "nnodes", "ends_at_s", "count"),
+    [
+        ((), None, 600, 0),
+        ((10,), None, 25, 1),  # when nobody more comes
+        ((10, 20), None, 35, 2),
+        ((10, 20, 40), None, 35, 2),
+        ((595,), None, 600, 1),  # one time for all
+        (range(5, 1000, 10), None, 600, 60),
+        ((10,), 3, 600, 1),
+        ((10, 20), 3, 20, 2),  # at once
+        ((599.9,), 2, 599.9, 1),
+    ],
+)
+def test_node_0_waits_as_long_as_it_was_told_and_no_longer(
+    come_at_s: Sequence[float], nnodes: int | None, ends_at_s: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock: Any = Clock(*come_at_s)
+    monkeypatch.setattr(meeting, "time", clock)
+    assert len(meeting._callers(clock, Options(nnodes=nnodes, wait_for_nodes_s=600, settle_s=15))) == count
+    assert clock.now_s == pytest.approx(ends_at_s)
+
+
+def test_those_that_come_and_go_do_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock: Any = Clock(*range(1, 2000), stay=False)
+    monkeypatch.setattr(meeting, "time", clock)
+    assert meeting._callers(clock, Options(wait_for_nodes_s=600, settle_s=15)) == []
+    assert clock.now_s == 600
+
+
+def test_another_node_calls_for_as_long_and_then_waits_for_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options(1, "192.0.2.1", wait_s=600)
+    clock, told = Clock(), dict[str, Any]()
+
+    def answer(_at: object, _own: Hello, deadline_s: float, *_: object) -> Any:
+        told["calls until"] = deadline_s
+        return SimpleNamespace(receive=lambda _, timeout_s: told.update(waits_s=timeout_s), close=lambda: None)
+
+    monkeypatch.setattr(meeting, "time", clock)
+    monkeypatch.setattr(meeting, "call", answer)
+    with pytest.raises(NodesError, match=r"^--master-addr 192\.0\.2\.1: no word of node 0 within 610 s$"):
+        meeting.attend(asked, OWN, is_owned=False)
+    assert told == {"calls until": 600, "waits_s": 610}
 
 
 def test_a_node_that_stays_alone_says_so(port: int) -> None:
@@ -124,7 +204,7 @@ def test_a_node_that_does_not_come_is_named_to_those_that_did(port: int) -> None
 def test_two_nodes_of_one_number_are_named(port: int) -> None:
     said = "b and c both are node 1; give each a --node-rank of its own"
     told = replace(OWN, rank=1, host="b")
-    assert meeting_of(options(port), OWN, told, replace(told, host="c")) == [said] * 3
+    assert meeting_of(options(port, nnodes=3), OWN, told, replace(told, host="c")) == [said] * 3
 
 
 @pytest.mark.parametrize(
@@ -196,26 +276,55 @@ def test_something_else_that_listens_is_said(port: int) -> None:
                 connection.recv(1 << 16)
 
         threading.Thread(target=greet).start()
-        (said,) = meeting_of(options(port), OWN)
+        (said,) = meeting_of(options(port, wait_s=0.3), OWN)
     assert isinstance(said, str)
     assert said.startswith(f"--master-port {port}: something else listens there on 127.0.0.1")
 
 
 def test_one_that_goes_again_is_not_waited_for(port: int) -> None:
-    with ThreadPoolExecutor() as pool:
+    with arrivals() as wait_for, ThreadPoolExecutor() as pool:
         first = pool.submit(end_of, options(port, wait_s=1.5), OWN)
-        time.sleep(0.2)
-        gone = call("127.0.0.1", port, OWN, time.monotonic() + 5)
+        wait_for(1, first)
+        gone = call(("127.0.0.1", port), OWN, time.monotonic() + 5)
+        wait_for(2, first)
         gone.close()
         said = first.result(timeout=10)
     assert isinstance(said, str)
     assert "no other node came" in said
 
 
+def test_one_that_is_started_again_takes_its_own_place(port: int) -> None:
+    asked, told = options(port, nnodes=3), replace(OWN, rank=1, host="b")
+    with arrivals() as wait_for, ThreadPoolExecutor() as pool:
+        nodes = [pool.submit(end_of, asked, OWN)]
+        wait_for(1, *nodes)
+        killed = call(("127.0.0.1", port), told, time.monotonic() + 5)
+        wait_for(2, *nodes)
+        killed.close()
+        for own in (told, replace(OWN, host="c")):
+            nodes.append(pool.submit(end_of, asked, own))
+        ends = [node.result(timeout=20) for node in nodes]
+    assert [end.node for end in ends if isinstance(end, Met)] == [0, 1, 2], ends
+    assert isinstance(ends[0], Met)
+    assert ends[0].door is not None
+    ends[0].door.close()
+
+
+def test_a_number_beyond_nnodes_is_refused_and_the_others_meet(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    asked, wrong = options(port, nnodes=2), replace(OWN, rank=7, host="x")
+    first, refused, other = meeting_of(asked, OWN, wrong, replace(OWN, host="b"))
+    said = "node 7 (x) is none of 2, whose numbers go up to 1; see --nnodes and --node-rank"
+    assert refused == said
+    assert isinstance(first, Met)
+    assert isinstance(other, Met)
+    assert first.names == other.names == ["node 0 (a)", "node 1 (b)"]
+    assert f"note: {said}\n" in capsys.readouterr().err
+
+
 def test_who_comes_late_is_told_so_by_name(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with ThreadPoolExecutor() as pool:
+    with arrivals() as wait_for, ThreadPoolExecutor() as pool:
         first = pool.submit(end_of, options(port, nnodes=2), OWN)
-        time.sleep(0.2)
+        wait_for(1, first)
         assert isinstance(end_of(options(port, nnodes=2), replace(OWN, host="b")), Met)
         met = first.result(timeout=10)
         assert isinstance(met, Met)
@@ -226,26 +335,50 @@ def test_who_comes_late_is_told_so_by_name(port: int, capsys: pytest.CaptureFixt
             time.sleep(0.05)
         assert met.door is not None
         met.door.close()
-    said = "c came too late: node 0 (a), node 1 (b) began 0 s before"
-    assert late.result() == f"{said}; start the same command again when they are ready"
-    assert f"note: {said}\n" in capsys.readouterr().err
+    said = r"c came too late: node 0 \(a\), node 1 \(b\) began \d+ s before"
+    assert re.fullmatch(f"{said}; start the same command again when they are ready", str(late.result()))
+    assert re.search(f"note: {said}\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\n\r\n", b'{"type": "Hello", "rank": -1}\n', b"\x00" * 1000, b""])
-def test_a_stranger_neither_stops_nor_delays_the_meeting(port: int, noise: bytes) -> None:
-    strangers = []
-    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as open_lines:
+@pytest.mark.parametrize(
+    "noise",
+    [b"GET / HTTP/1.1\r\n\r\n", b'{"type": "Hello", "rank": -1}\n', b"\x00" * 1000, b"", b'{"x":' * 99_999 + b"\n"],
+    ids=["http", "older protocol", "zeros", "nothing", "deep"],
+)
+@pytest.mark.parametrize("secret", ["", "tell nobody"])
+def test_strangers_neither_stop_nor_delay_the_meeting(
+    port: int, noise: bytes, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MEETING_SECRET, secret) if secret else monkeypatch.delenv(MEETING_SECRET, raising=False)
+    with arrivals() as wait_for, ThreadPoolExecutor() as pool, contextlib.ExitStack() as open_lines:
         first = pool.submit(end_of, options(port, nnodes=2), OWN)
-        time.sleep(0.2)
-        for _ in range(3):
+        wait_for(1, first)
+        for _ in range(100):
             stranger = open_lines.enter_context(socket.create_connection(("127.0.0.1", port)))
-            stranger.sendall(noise)
-            strangers.append(stranger)
+            with contextlib.suppress(OSError):
+                stranger.sendall(noise)
         assert isinstance(end_of(options(port, nnodes=2), OWN), Met)
-        met = first.result(timeout=5)
+        met = first.result(timeout=20)
         assert isinstance(met, Met)
         assert met.door is not None
         met.door.close()
+
+
+def test_what_a_node_says_of_itself_is_cleaned_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "a\x1b[2J\u202eb\n")
+    long = "\x1b]0;x\x07" + "x" * 100_000
+    hellos = [
+        introduction(
+            Preset("mine", "", settings=[["TP=1", "--hf-overrides", text]]),
+            parse_options(["--master-addr", "a", "mine"]),
+            Devices("gpu", ("0",)),
+        )
+        for text in (long, long + "x")
+    ]
+    assert hellos[0].host == "a?[2J?b?"
+    # Another node takes it for one of ours; what differs at its end alone differs.
+    assert HELLO.decode(msgspec.json.encode(hellos[0])) == hellos[0]
+    assert hellos[0].arguments["settings"] != hellos[1].arguments["settings"]
 
 
 def test_what_is_compared_is_what_was_asked_whatever_the_words() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -12,8 +14,11 @@ import pytest
 from msgspec.json import Decoder
 from msgspec.structs import replace
 
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.flags import parse_flags
-from batch_inference.measure.connection import Connection, Door
+from batch_inference.measure import nodes
+from batch_inference.measure.connection import Connection
+from batch_inference.measure.door import Door
 from batch_inference.measure.nodes import (
     Answer,
     Dismissal,
@@ -21,6 +26,7 @@ from batch_inference.measure.nodes import (
     Nodes,
     NodesError,
     attend,
+    call,
     disagreement,
     gather,
     other_arguments,
@@ -134,6 +140,42 @@ def test_somebody_elses_call_is_no_node() -> None:
         assert verdict.result(timeout=10) is None
 
 
+def test_a_node_that_is_started_again_takes_its_own_place_and_one_beyond_nnodes_none() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        at, deadline_s, said = server.getsockname(), time.monotonic() + 20, list[str]()
+        nodes = [pool.submit(verdict_of, gather, Door(server, say=said.append), FIRST, 3, deadline_s)]
+        call(at, SECOND, deadline_s).close()
+        beyond = verdict_of(attend, *at, replace(SECOND, node=3, host="x"), deadline_s)
+        assert beyond == "node 3 (x) is none of 3, whose numbers go up to 2; see --nnodes and --node-rank"
+        assert said == [f"note: {beyond}"]
+        nodes += [pool.submit(verdict_of, attend, *at, replace(SECOND, node=node), deadline_s) for node in (1, 2)]
+        assert [node.result(timeout=20) for node in nodes] == [None, None, None]
+
+
+def test_the_nodes_of_a_setting_wait_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever calls meanwhile."""
+    now_s, config = 0.0, ExperimentConfig(nnodes=2, tensor_parallel_size=2, master_addr="a")
+
+    def pass_by(_decoder: object, timeout_s: float) -> list[tuple[Introduction, Connection]]:
+        nonlocal now_s
+        assert timeout_s > 0
+        now_s += min(timeout_s, 0.7)
+        return []
+
+    door = SimpleNamespace(heard=pass_by, close=lambda: None)
+    monkeypatch.setattr(nodes, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(nodes, "open_door", lambda *_: door)
+    with pytest.raises(NodesError, match=r"^node 1 of 2 did not come within 60 s; start the same command there$"):
+        nodes.meet(config, lambda _: None)
+    assert now_s == 60
+    told = dict[str, float]()
+    line = SimpleNamespace(receive=lambda _, timeout_s: told.update(waits_s=timeout_s), close=lambda: None)
+    monkeypatch.setattr(nodes, "call", lambda _at, _own, deadline_s: told.update(calls_until_s=deadline_s) or line)
+    with pytest.raises(NodesError, match="node 0 ended before all nodes had come"):
+        nodes.meet(dataclasses.replace(config, node_rank=1), lambda _: None)
+    assert told == {"calls_until_s": 120, "waits_s": 65}
+
+
 def test_node_0_that_does_not_answer_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -155,11 +197,9 @@ def test_a_stranger_that_says_nothing_delays_nobody() -> None:
         port, deadline_s = server.getsockname()[1], time.monotonic() + 10
         strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
         strangers[-1].sendall(b'{"type": "Introduction", "node": 1')
-        start_s = time.monotonic()
         verdict = pool.submit(verdict_of, gather, Door(server), FIRST, 2, deadline_s)
         assert verdict_of(attend, "127.0.0.1", port, SECOND, deadline_s) is None
         assert verdict.result(timeout=10) is None
-        assert time.monotonic() - start_s < 2
         for stranger in strangers:
             stranger.close()
 
@@ -175,7 +215,7 @@ def test_something_else_that_listens_on_the_port_is_said(words: bytes) -> None:
     with ThreadPoolExecutor() as pool, socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         pool.submit(answer, server)
-        problem = verdict_of(attend, "127.0.0.1", port, SECOND, time.monotonic() + 5)
+        problem = verdict_of(attend, "127.0.0.1", port, SECOND, time.monotonic() + 0.5)
         server.shutdown(socket.SHUT_RDWR)
     assert problem == (
         f"--master-port {port}: something else listens there on 127.0.0.1, which is no node of ours; choose another on "
@@ -222,13 +262,20 @@ def test_a_dismissal_right_after_the_meeting_is_heard() -> None:
 
 
 @pytest.mark.parametrize(
-    "noise", [b"x" * (1 << 18), b"\xff\n", b"[1, 2\n", b'{"type": "Answer", "problem": "\\u001b[2J"}\n']
-)
-def test_nonsense_is_no_message(noise: bytes) -> None:
+    "noise",
+    [
+        b"x" * (1 << 18), b"\xff\n", b"[1, 2\n", b'{"type": "Answer", "problem": "\\u001b[2J"}\n',
+        b'{"type": "Answer", "x": ' + b"[" * 50_000 + b"\n",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_nonsense_is_no_message(noise: bytes, *, is_trusted: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         near = socket.create_connection(server.getsockname())
         sending = pool.submit(near.sendall, noise)
         connection = Connection(server.accept()[0])
+        if is_trusted:
+            connection.trust()
         with pytest.raises(ValueError, match=r"."):
             connection.receive(Decoder(Answer), 5)
         connection.close()

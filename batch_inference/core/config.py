@@ -27,6 +27,8 @@ from batch_inference.core.values import (
 MIN_RUNS = 3
 
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
+# The variable with what nodes prove to each other that they know.
+MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
 
 _SECRET = re.compile(r"token$|key$|secret|password", re.IGNORECASE)
 
@@ -230,7 +232,7 @@ class ExperimentConfig:
         names = ("model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs")
         # A model may lie elsewhere on another node, where it has the same name.
         values = {**self.same_settings(), **{name: getattr(self, name) for name in names}}
-        told = {flag_of(name): _in_short(value) for name, value in values.items()}
+        told = {flag_of(name): in_short(value) for name, value in values.items()}
         told["vLLM's flags"] = told.pop("--engine-args")
         return told
 
@@ -238,7 +240,7 @@ class ExperimentConfig:
         return _hash_of(self.arguments())
 
 
-def _in_short(value: Any) -> str:
+def in_short(value: Any) -> str:
     """As it is written after a flag; of a long one the beginning, and what tells it from others."""
     if value is None or value == []:
         return "not given"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.config import MEETING_SECRET, ConfigError, ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from batch_inference.core.streams import say, secure_streams, show
@@ -67,6 +67,8 @@ def work(preset: Preset, options: Options, here: Here, argv: Sequence[str], proc
         return show_plan(jobs, left_out, options, devices)
     install_where_needed(jobs, here, argv, processes)
     check_packages(jobs, preset)
+    if options.is_over_nodes:
+        keep_secret(options)
     # On every node, and before they meet: it may take long.
     fetch_models(to_be_fetched(jobs), say)
     if options.is_over_nodes:
@@ -92,6 +94,15 @@ def work_over_nodes(preset: Preset, options: Options, here: Here, devices: Devic
         code = close(run_jobs(jobs, options, devices, processes, leader), preset, options, here, processes)
         leader.code = 1 if leader.problem else code
         return leader.code
+
+
+def keep_secret(options: Options) -> None:
+    """Where the meeting finds it, and those of the settings in processes of their own. Raises ConfigError."""
+    from batch_inference.measure.greeting import secret_of_nodes
+
+    if options.meeting_secret:
+        os.environ[MEETING_SECRET] = options.meeting_secret
+    secret_of_nodes()
 
 
 def plan_jobs(

@@ -15,17 +15,21 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 from msgspec.json import Decoder
 
+from batch_inference.core.config import in_short
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, listed
 from batch_inference.launch.options import Options
 from batch_inference.launch.presets import Preset
-from batch_inference.measure.connection import Connection, Door, Text, Word, Words
+from batch_inference.measure.connection import Connection, Text, Word, Words
+from batch_inference.measure.door import Door
 from batch_inference.measure.environment import installed_vllm
+from batch_inference.measure.greeting import secret_of_nodes
 from batch_inference.measure.nodes import (
-    Heard,
+    LOOK_S,
     NodesError,
     Number,
+    beyond,
     call,
     did_not_come,
     difference,
@@ -34,17 +38,20 @@ from batch_inference.measure.nodes import (
     named,
     no_vllm,
     open_door,
+    own_host,
     twice,
 )
 from batch_inference.plan.devices import Devices
 
 _MOST_NODES = 1000
+# Node 0 tells who has come as long after it is found as it waits at most, and on a busy machine a little later.
+_VERDICT_GRACE_S = 10.0
 
 
 class Hello(Struct, tag=True):
     """What each node says of itself. `rank`: where it was told one."""
 
-    rank: Annotated[int, Meta(ge=0, lt=_MOST_NODES)] | None
+    rank: Annotated[int, Meta(ge=1, lt=_MOST_NODES)] | None
     host: Word
     kind: Literal["gpu", "cpu"]
     devices: Number
@@ -102,8 +109,8 @@ def introduction(preset: Preset, options: Options, devices: Devices) -> Hello:
     arguments = parse_flags([*preset.flags, *options.passed_on, *options.flags])[0].arguments()
     arguments["--nnodes"] = str(options.nnodes or "as they come")
     return Hello(
-        options.node_rank, socket.gethostname(), devices.kind, len(devices), installed_vllm(),
-        {name: text[:250] for name, text in {**told, **arguments}.items()},
+        options.node_rank, own_host(), devices.kind, len(devices), installed_vllm(),
+        {**{name: in_short(text) for name, text in told.items()}, **arguments},
     )  # fmt: skip
 
 
@@ -125,13 +132,13 @@ def meet(options: Options, own: Hello) -> Met:
 def _door(address: str, port: int, *, is_told: bool) -> Door | None:
     """None where another node of this machine, or something else, listens already. Raises NodesError."""
     if is_told:
-        return open_door(port, address)
+        return open_door(port, say, address)
     try:
-        return Door(listen(port, address))
+        return Door(listen(port, address), secret_of_nodes(), say)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return None
-        return open_door(port, address)  # says what is wrong
+        return open_door(port, say, address)  # says what is wrong
 
 
 def own_addresses() -> set[str]:
@@ -169,20 +176,23 @@ def gather(door: Door, own: Hello, options: Options) -> Met:
 
 
 def _callers(door: Door, options: Options) -> list[tuple[Hello, Connection]]:
-    """In the order in which they come."""
+    """In the order in which they come, until one time for all."""
     calls: list[tuple[Hello, Connection]] = []
-    first_s = last_s = time.monotonic()
-    while options.nnodes is None or len(calls) < options.nnodes - 1:
+    deadline_s, last_s = time.monotonic() + options.wait_for_nodes_s, 0.0
+    most = _MOST_NODES - 1 if options.nnodes is None else options.nnodes - 1
+    while len(calls) < most:
         settling = calls and options.nnodes is None
-        left_s = (last_s + options.settle_s if settling else first_s + options.wait_for_nodes_s) - time.monotonic()
+        left_s = (min(last_s + options.settle_s, deadline_s) if settling else deadline_s) - time.monotonic()
         if left_s <= 0:
             break
-        for hello, connection in door.heard(HELLO, min(left_s, 1.0)):
-            with contextlib.suppress(OSError):
-                connection.send(Heard())
-                calls.append((hello, connection))
-                last_s = time.monotonic()
-                say(f"{hello.host} has come, with {counted(hello.devices, 'device')}")
+        for hello, connection in door.heard(HELLO, min(left_s, LOOK_S)):
+            if options.nnodes and (hello.rank or 0) >= options.nnodes:
+                problem = beyond(hello.rank or 0, hello.host, options.nnodes)
+                door.refuse(connection, Refused(problem), problem)
+                continue
+            calls.append((hello, connection))
+            last_s = time.monotonic()
+            say(f"{hello.host} has come, with {counted(hello.devices, 'device')}")
         for one in [one for one in calls if one[1].has_spoken]:  # it has nothing to say yet
             calls.remove(one)
             one[1].close()
@@ -239,16 +249,17 @@ def attend(options: Options, own: Hello, *, is_owned: bool) -> Met:
     about = f"{address} is no address of this machine ({own.host}); if it leads here, give --node-rank 0 here"
     say(f"waits for node 0 at {address}, port {port}" + (f": {about}" if is_stranger else ""))
     advice = f"; start the same command there; {about}" if is_stranger else "; start the same command there"
-    connection = call(address, port, own, time.monotonic() + options.wait_for_nodes_s, advice)
+    connection = call((address, port), own, time.monotonic() + options.wait_for_nodes_s, advice, say)
+    waits_s = options.wait_for_nodes_s + _VERDICT_GRACE_S
     try:
-        verdict = connection.receive(_VERDICT)
+        verdict = connection.receive(_VERDICT, waits_s)
     except (OSError, ValueError):
         verdict = Refused(ended_early(address))
     if isinstance(verdict, Agreed):
         say(f"node {verdict.node} of {counted(len(verdict.names), 'node')}: {listed(verdict.names)}")
         return Met(verdict.node, verdict.names, node_0=connection)
     connection.close()
-    raise NodesError(verdict.problem if verdict else "")
+    raise NodesError(verdict.problem if verdict else f"--master-addr {address}: no word of node 0 within {waits_s:g} s")
 
 
 def refuse_late(met: Met, began_s: float) -> None:
@@ -256,8 +267,4 @@ def refuse_late(met: Met, began_s: float) -> None:
     assert met.door is not None
     for hello, connection in met.door.heard(HELLO, 0):
         late = f"{hello.host} came too late: {listed(met.names)} began {time.monotonic() - began_s:.0f} s before"
-        say(f"note: {late}")
-        with contextlib.suppress(OSError):
-            connection.send(Heard())
-            connection.send(Refused(f"{late}; start the same command again when they are ready"))
-        connection.close()
+        met.door.refuse(connection, Refused(f"{late}; start the same command again when they are ready"), late)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.config import MEETING_SECRET, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.flags import devices_without_plan
 from batch_inference.core.text import wrapped
 from batch_inference.core.values import non_empty, positive
 
 _FLAGS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
-_NEED_NODES = ("master_port", "node_rank", "wait_for_nodes_s", "settle_s")
+_NEED_NODES = ("master_port", "node_rank", "wait_for_nodes_s", "settle_s", "meeting_secret")
 # In --help, before the help of an option.
 _COLUMN = 24
 
@@ -88,6 +88,12 @@ class Options:
     wait_for_nodes_s: float = _option(600.0, "seconds to wait for other nodes", "S", positive)
     settle_s: float = _option(
         15.0, "without --nnodes: seconds after the last node that has come until node 0 begins", "S", positive
+    )
+    meeting_secret: str | None = _option(
+        None,
+        f"what a node must know to take part; better in the variable {MEETING_SECRET}, which ps does not show",
+        "WORD",
+        non_empty,
     )
     help: bool = _option(False, "this text")
 
@@ -171,7 +177,8 @@ def _check_nodes(given: dict[str, Any]) -> None:
     # Without them each node would run the whole preset by itself.
     for name in () if {"master_addr", "nnodes"} & set(given) else _NEED_NODES:
         if name in given:
-            raise ConfigError(f"{flag_of(name)}: '{given[name]}' was given without --master-addr HOST; add it")
+            shown = "***" if name == "meeting_secret" else given[name]
+            raise ConfigError(f"{flag_of(name)}: '{shown}' was given without --master-addr HOST; add it")
     if nnodes == 1 or not {"master_addr", "nnodes"} & set(given):
         return
     # Under Slurm each node can be given the same command.

@@ -11,7 +11,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Annotated
 
@@ -21,17 +21,24 @@ from msgspec.json import Decoder
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.text import counted, listed, short_name
-from batch_inference.measure.connection import Connection, Door, Text, Word, Words
+from batch_inference.measure.connection import Connection, Text, Word, Words
+from batch_inference.measure.door import Door
 from batch_inference.measure.environment import installed_vllm
+from batch_inference.measure.greeting import RefusedError, greet, secret_of_nodes
 from batch_inference.plan.devices import find_devices
 
 TIMEOUT_S = 60.0
-# Node 0 answers at once.
-_HEARD_WITHIN_S = 20.0
-# One that is just ending, or has too many callers, closes without a word.
-_MOST_CALLS = 3
 _MOST_SHOWN = 4
+# How often whether nodes that have come are still there is asked.
+LOOK_S = 1.0
+# For each answer of node 0, which is there at once: another program that is silent is not waited for any longer.
+_ANSWER_WITHIN_S, _CALL_AGAIN_S = 5.0, 0.2
+# After so many calls in vain something else listens there: node 0 may be just ending, or have many callers.
+_MOST_CALLS = 3
+# Callers that wait for a connection: strangers may be many.
+_BACKLOG = 1024
 Number = Annotated[int, Meta(ge=0, lt=100_000)]
+Rank = Annotated[int, Meta(ge=1, lt=100_000)]  # of a node that calls node 0
 
 
 class NodesError(WorkFailedError):
@@ -41,7 +48,7 @@ class NodesError(WorkFailedError):
 class Introduction(Struct, tag=True):
     """What each node says of itself, and must fit together."""
 
-    node: Number
+    node: Rank
     host: Word
     arguments: Words
     vllm_version: Word | None
@@ -56,10 +63,6 @@ class Introduction(Struct, tag=True):
         return f"{named(self.node, self.host)} has {there}, {self.devices_needed} are needed on each"
 
 
-class Heard(Struct, tag=True):
-    """Node 0 to whoever has said who it is, at once: by this it knows that node 0 listens, and nothing else."""
-
-
 class Answer(Struct, tag=True):
     """What node 0 tells all others once they are there; None: they fit together."""
 
@@ -72,7 +75,7 @@ class Dismissal(Struct, tag=True):
     failed: bool
 
 
-_INTRODUCTION, _HEARD, _ANSWER, _DISMISSAL = Decoder(Introduction), Decoder(Heard), Decoder(Answer), Decoder(Dismissal)
+_INTRODUCTION, _ANSWER, _DISMISSAL = Decoder(Introduction), Decoder(Answer), Decoder(Dismissal)
 
 
 def named(node: int, host: str) -> str:
@@ -176,23 +179,28 @@ def gone(name: str) -> str:
     return f"{name} is gone; what it printed says why"
 
 
-def meet(config: ExperimentConfig) -> Nodes:
+def meet(config: ExperimentConfig, say: Callable[[str], None]) -> Nodes:
     """Wait for the nodes of a setting, a minute at most. Raises NodesError in every node where they do not fit."""
     deadline_s = time.monotonic() + TIMEOUT_S
     own = Introduction(
-        config.node_rank, socket.gethostname(), config.arguments(), installed_vllm(), len(find_devices()),
+        config.node_rank, own_host(), config.arguments(), installed_vllm(), len(find_devices()),
         config.devices_per_node,
     )  # fmt: skip
     if own.node > 0:
         return attend(config.master_addr or "", config.master_port, own, deadline_s)
-    with contextlib.closing(open_door(config.master_port)) as door:
+    with contextlib.closing(open_door(config.master_port, say)) as door:
         return gather(door, own, config.nnodes, deadline_s)
 
 
-def open_door(port: int, address: str = "") -> Door:
+def own_host() -> str:
+    """As it may be shown on other nodes."""
+    return "".join(one if "!" <= one <= "~" else "?" for one in socket.gethostname())
+
+
+def open_door(port: int, say: Callable[[str], None], address: str = "") -> Door:
     """Listens on all interfaces. Raises NodesError."""
     try:
-        return Door(listen(port, address))
+        return Door(listen(port, address), secret_of_nodes(), say)
     except OSError as error:
         raise NodesError(
             f"--master-port {port}: cannot listen there: {os.strerror(error.errno or 0)}; choose another on every node"
@@ -202,18 +210,24 @@ def open_door(port: int, address: str = "") -> Door:
 def listen(port: int, address: str = "") -> socket.socket:
     """For both kinds of addresses where `address` is one of IPv6. Raises OSError."""
     if ":" in address and socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
+    return socket.create_server(("", port), backlog=_BACKLOG)
 
 
 def gather(door: Door, first: Introduction, nnodes: int, deadline_s: float) -> Nodes:
     """Node 0: hear every other node and tell them the verdict. Raises NodesError."""
     calls: list[tuple[Introduction, Connection]] = []
     while len({caller.node for caller, _ in calls}) < nnodes - 1 and (left_s := deadline_s - time.monotonic()) > 0:
-        for caller, connection in door.heard(_INTRODUCTION, left_s):
-            with contextlib.suppress(OSError):
-                connection.send(Heard())
+        for caller, connection in door.heard(_INTRODUCTION, min(left_s, LOOK_S)):
+            if caller.node < nnodes:
                 calls.append((caller, connection))
+            else:
+                too_high = beyond(caller.node, caller.host, nnodes)
+                door.refuse(connection, Answer(too_high), too_high)
+        # One that comes again takes the place of the one that it was.
+        for call in [call for call in calls if call[1].has_spoken]:
+            calls.remove(call)
+            call[1].close()
     calls.sort(key=lambda call: call[0].node)
     problem = _numbers_problem([caller for caller, _ in calls], nnodes) or disagreement(
         first, (caller for caller, _ in calls)
@@ -237,6 +251,10 @@ def _numbers_problem(callers: list[Introduction], nnodes: int) -> str | None:
     return did_not_come(missing, nnodes, TIMEOUT_S) if missing else None
 
 
+def beyond(node: int, host: str, nnodes: int) -> str:
+    return f"{named(node, host)} is none of {nnodes}, whose numbers go up to {nnodes - 1}; see --nnodes and --node-rank"
+
+
 def twice(host: str, other: str, node: int) -> str:
     return f"{host} and {other} both are node {node}; give each a --node-rank of its own"
 
@@ -246,12 +264,13 @@ def ended_early(address: str) -> str:
 
 
 def did_not_come(missing: Iterable[int], nnodes: int, waited_s: float) -> str:
-    return f"node {listed(missing)} of {nnodes} did not come within {waited_s:g} s; start the same command there"
+    nodes = short_name(listed(missing), 80)
+    return f"node {nodes} of {nnodes} did not come within {waited_s:g} s; start the same command there"
 
 
 def attend(address: str, port: int, own: Introduction, deadline_s: float) -> Nodes:
     """The other nodes: say who they are, and hear the verdict. Raises NodesError."""
-    connection = call(address, port, own, deadline_s)
+    connection = call((address, port), own, deadline_s)
     try:
         # Node 0 may wait for another node until its own time is over.
         answer = connection.receive(_ANSWER, TIMEOUT_S + 5)
@@ -264,34 +283,55 @@ def attend(address: str, port: int, own: Introduction, deadline_s: float) -> Nod
     return Nodes({0: connection})
 
 
-def call(address: str, port: int, introduction: Struct, deadline_s: float, advice: str = "") -> Connection:
-    """The line to node 0, which has heard who this is. Waits until it listens. Raises NodesError."""
-    unheard = 0
+def call(
+    at: tuple[str, int],
+    introduction: Struct,
+    deadline_s: float,
+    advice: str = "",
+    say: Callable[[str], None] | None = None,
+) -> Connection:
+    """The line to node 0, which knows who this is. Calls until it is there: nobody may listen yet, or somebody else.
+    `say`: for a line about that. Raises NodesError."""
+    address, port = at
+    secret, in_vain = secret_of_nodes(), 0
     while True:
         try:
-            connection = Connection(socket.create_connection((address, port), timeout=5))
+            within_s = min(_ANSWER_WITHIN_S, max(0.1, deadline_s - time.monotonic()))
+            line = socket.create_connection(at, timeout=within_s)
         except OSError as error:
-            if time.monotonic() < deadline_s and not _is_no_host(error):
-                time.sleep(0.2)
-                continue
-            why = error.strerror or str(error)
-            raise NodesError(f"--master-addr {address}: nothing answers on port {port} ({why}){advice}") from error
-        try:
-            connection.send(introduction)
-            if connection.receive(_HEARD, _HEARD_WITHIN_S):
+            in_vain, why = 0, error.strerror or str(error)
+            problem = f"--master-addr {address}: nothing answers on port {port} ({why}){advice}"
+            if _is_no_host(error):
+                raise NodesError(problem) from error
+        else:
+            if connection := _greeted(line, secret, within_s, address):
+                with contextlib.suppress(OSError):  # one that is gone now is missed by who waits for its verdict
+                    connection.send(introduction)
                 return connection
-            unheard = _MOST_CALLS
-        except ValueError:
-            unheard = _MOST_CALLS
-        except OSError:
-            unheard += 1
-            time.sleep(0.5)
-        connection.close()
-        if unheard >= _MOST_CALLS:
-            raise NodesError(
+            in_vain += 1
+            problem = (
                 f"--master-port {port}: something else listens there on {address}, which is no node of ours; choose "
                 "another on every node"
             )
+            if say and in_vain == _MOST_CALLS:
+                say(f"note: {problem}; tries again")
+        if time.monotonic() >= deadline_s:
+            raise NodesError(problem)
+        time.sleep(_CALL_AGAIN_S)
+
+
+def _greeted(line: socket.socket, secret: bytes, within_s: float, address: str) -> Connection | None:
+    """None where somebody else has answered. Raises NodesError where it is this program, but no node 0 for this one."""
+    try:
+        connection = Connection(line)
+        greet(connection, secret, within_s)
+    except RefusedError as error:
+        line.close()
+        raise NodesError(f"--master-addr {address}: node 0 has {error}") from None
+    except (OSError, ValueError):
+        line.close()
+        return None
+    return connection
 
 
 def _is_no_host(error: OSError) -> bool:

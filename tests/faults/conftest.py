@@ -25,6 +25,7 @@ from conftest import REPOSITORY, stub_environment, with_ctrl_c
 
 GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)}
 SWEEP = ("--batch-sizes", "1,2,3", "--seq-lens", "8,16", "--max-tokens", "4", "--num-runs", "2", "--warmup-runs", "2")
+MODEL = str(REPOSITORY / "models" / "tiny-llama")
 # What the supervisor may take to end everything, and the kernel to forget it.
 ORPHANS_WITHIN_S = 15.0
 # For a moment of a sweep, and for its end. A real engine needs a minute for its start alone, and longer on a machine
@@ -50,37 +51,26 @@ OUTCOMES: list[Outcome] = []
 class Sweep:
     """The experiment script at work; every process that it starts can be told by a variable of its own."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *flags: str,
-        stub: bool = True,
-        launched: bool = False,
-        redirection: str = "",
-        **variables: str,
-    ) -> None:
-        """`launched`: by the launcher. `redirection`: of its streams, as in bash."""
+    def __init__(self, folder: Path, *flags: str, stub: bool = True, redirection: str = "", **variables: str) -> None:
+        """`redirection`: of its streams, as in bash."""
         self.move_to(folder)
         self._shared_memory_before = all_shared_memory()
         self.moment_within_s, self.end_within_s = STUB_PATIENCE_S if stub else REAL_PATIENCE_S
         self._groups: set[int] = set()
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
-        model = ("--model", str(REPOSITORY / "models" / "tiny-llama"))
-        if launched:
-            words = ["custom", "TP=1", *model, "--output-dir", str(folder), *flags, "--", "--name", "x", *SWEEP]
-            command = [str(REPOSITORY / "run_batch_experiments.sh"), *words]
-        else:
-            command = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags, *model]
-            command += ["--output-file", str(self.file)]
         variables = {"PYTHON": sys.executable, **variables}
         environment = stub_environment(**variables) if stub else {**os.environ, **variables}
         with self._errors.open("ab") as errors:
             self.process = subprocess.Popen(
-                ["bash", "-c", f'exec "$@" {redirection}', "-", *command], cwd=folder,
+                ["bash", "-c", f'exec "$@" {redirection}', "-", *self.command(*flags)], cwd=folder,
                 env={**environment, name: value}, preexec_fn=with_ctrl_c, start_new_session=True,
                 stdout=subprocess.DEVNULL, stderr=errors,
             )  # fmt: skip
+
+    def command(self, *flags: str) -> list[str]:
+        words = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags]
+        return [*words, "--model", MODEL, "--output-file", str(self.file)]
 
     def move_to(self, folder: Path) -> None:
         """Where the sweep's files are to be found."""

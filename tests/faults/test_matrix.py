@@ -11,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from strangers import Strangers
 
-from faults.conftest import GRID, Outcome, Sweep, points_of
+from conftest import REPOSITORY, free_ports
+from faults.conftest import GRID, MODEL, SWEEP, Outcome, Sweep, points_of
 
 pytestmark = pytest.mark.slow
+LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 # Moment -> what must be seen before the fault. Loading takes a second, a run a fifth.
@@ -26,9 +29,29 @@ MOMENTS: dict[str, Callable[[Sweep], bool]] = {
 }
 
 
-def start(folder: Path, *flags: str, launched: bool = False, redirection: str = "", **variables: str) -> Sweep:
+class Launched(Sweep):
+    """By the launcher."""
+
+    SIZES = "TP=1"
+
+    def command(self, *flags: str) -> list[str]:
+        words = ["custom", self.SIZES, "--model", MODEL, "--output-dir", ".", *flags, "--", *SWEEP, "--name", "x"]
+        return [LAUNCHER, *words]
+
+
+class NodeOfTwo(Launched):
+    """By the launcher on one of two nodes, which measure the grid together."""
+
+    SIZES = "TP=4"
+
+    def command(self, *flags: str) -> list[str]:
+        nodes = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--wait-for-nodes-s", "60")
+        return super().command(*nodes, *flags)
+
+
+def start(folder: Path, *flags: str, by: type[Sweep] = Sweep, redirection: str = "", **variables: str) -> Sweep:
     variables = {"STUB_LOAD_S": "1", "STUB_RUN_S": "0.2", **variables}
-    return Sweep(folder, *flags, launched=launched, redirection=redirection, **variables)
+    return by(folder, *flags, redirection=redirection, **variables)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -147,7 +170,7 @@ def test_a_folder_that_can_no_longer_be_written(tmp_path: Path, judged: Callable
 def test_a_second_script_with_the_same_file(
     tmp_path: Path, judged: Callable[..., Outcome], flags: tuple[str, str], moment: str
 ) -> None:
-    first, second = at_once_or_later(tmp_path, flags, moment, launched=False)
+    first, second = at_once_or_later(tmp_path, flags, moment, by=Sweep)
     if moment == "at_once" and first.process.wait(60) == 2:  # the second was faster
         first, second = second, first
     outcome = judged(first, resume=False)
@@ -163,7 +186,7 @@ def test_a_second_launcher_with_the_same_folder(
     tmp_path: Path, judged: Callable[..., Outcome], flags: tuple[str, str], moment: str
 ) -> None:
     """It waits, and goes on where the first has left off."""
-    first, second = at_once_or_later(tmp_path, flags, moment, launched=True)
+    first, second = at_once_or_later(tmp_path, flags, moment, by=Launched)
     for sweep in (first, second):
         outcome = judged(sweep, resume=False)
         assert (outcome.exit_code, outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, 0, [])
@@ -174,7 +197,7 @@ def test_a_second_launcher_with_the_same_folder(
 def test_a_launcher_goes_on_after_a_script_that_is_killed(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
     first = start(tmp_path, "--name", "x", STUB_RUN_S="0.5")
     first.wait_for(lambda: MOMENTS["second_point"](first))
-    second = start(tmp_path, launched=True, STUB_RUN_S="0.002")
+    second = start(tmp_path, by=Launched, STUB_RUN_S="0.002")
     second.wait_for(lambda: "waits: process" in second.errors())
     first.process.kill()
     outcome = judged(second, resume=False)
@@ -182,15 +205,33 @@ def test_a_launcher_goes_on_after_a_script_that_is_killed(tmp_path: Path, judged
     assert points_of(second.document()) == GRID
 
 
-@pytest.mark.parametrize("launched", [False, True], ids=["script", "launcher"])
+@pytest.mark.parametrize("by", [Sweep, Launched], ids=["script", "launcher"])
 @pytest.mark.parametrize(
     "redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "2> >(head -n 1)", "2> >(true)"]
 )
-def test_closed_descriptors(tmp_path: Path, judged: Callable[..., Outcome], redirection: str, launched: bool) -> None:
-    sweep = start(tmp_path, launched=launched, redirection=redirection, STUB_LOAD_S="0", STUB_RUN_S="0.002")
+def test_closed_descriptors(tmp_path: Path, judged: Callable[..., Outcome], redirection: str, by: type[Sweep]) -> None:
+    sweep = start(tmp_path, by=by, redirection=redirection, STUB_LOAD_S="0", STUB_RUN_S="0.002")
     outcome = judged(sweep, resume=False)
     assert (outcome.exit_code, outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, 0, [])
     assert points_of(sweep.document()) == GRID
+
+
+def test_strangers_where_two_nodes_meet(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
+    """At the port of the preset, which stays open, and at that of its setting."""
+    port = free_ports(3)
+    with Strangers(port, port + 1) as strangers:
+        nodes = []
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            nodes.append(NodeOfTwo(tmp_path / name, "--master-port", str(port), VLLM_CPU_OMP_THREADS_BIND="0|0"))
+            nodes[0].wait_for(lambda: "waits for the others" in nodes[0].errors())
+        orphans = judged(nodes[1], resume=False).orphans
+        outcome = judged(nodes[0], resume=False)
+        assert strangers.calls > 100
+    assert outcome.exit_code == 0, nodes[0].errors()
+    assert nodes[0].announced() == points_of(nodes[0].document()) == GRID
+    assert (outcome.lost_points, orphans + outcome.orphans, outcome.problems) == (0, 0, [])
+    assert not any("Traceback" in node.errors() for node in nodes)
 
 
 def test_no_fault(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
@@ -201,13 +242,13 @@ def test_no_fault(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
     assert outcome.orphans == 0
 
 
-def at_once_or_later(folder: Path, flags: tuple[str, str], moment: str, *, launched: bool) -> tuple[Sweep, Sweep]:
+def at_once_or_later(folder: Path, flags: tuple[str, str], moment: str, by: type[Sweep]) -> tuple[Sweep, Sweep]:
     """Two programs that are told to measure the same into the same file."""
     variables = {"STUB_LOAD_S": "0.2", "STUB_RUN_S": "0.02"}
-    first = start(folder, *flags[0].split(), launched=launched, **variables)
+    first = start(folder, *flags[0].split(), by=by, **variables)
     if moment == "later":
         first.wait_for(lambda: MOMENTS["warming_up"](first))
-    return first, start(folder, *flags[1].split(), launched=launched, **variables)
+    return first, start(folder, *flags[1].split(), by=by, **variables)
 
 
 def command_of(pid: int) -> bytes:
