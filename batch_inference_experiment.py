@@ -16,6 +16,7 @@ from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.packages import missing_to_measure
+from batch_inference.core.secrets import redact_text, remember
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
@@ -49,6 +50,7 @@ class Surroundings:
 
 
 def main() -> int:
+    remember(sys.argv[1:], os.environ)
     place = find_place()
     try:
         config, notes = parse_flags(sys.argv[1:])
@@ -106,7 +108,7 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(redact_text(text), file=sys.stderr, flush=True)
 
 
 def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
@@ -145,13 +147,14 @@ def sweep(
     from batch_inference.measure.engine_process import log_paths
     from batch_inference.measure.experiment import Experiment
     from batch_inference.measure.hub import fetch_models
+    from batch_inference.measure.logs import open_log
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.resume import starting_result
 
     result = starting_result(config, environment)
     if not result.points:  # a log of earlier points is gone on with
         for log in log_paths(config):
-            log.write_text("")
+            open_log(log, fresh=True).close()
     experiment = Experiment(config, result, watch, Console())
     # Ranks of torchrun start their engines at the same time; vLLM itself has one of them fetch.
     if config.data_parallel_size > 1 and here.place is None and experiment.is_open:
@@ -215,6 +218,7 @@ def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
 def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     """A node other than 0: its devices work for the engine there, until node 0 says that the setting is over."""
     from batch_inference.measure.engine_process import ReplicaError, log_paths
+    from batch_inference.measure.logs import open_log
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.replicas import hold_workers
     from batch_inference.measure.study import check_writable_paths
@@ -222,7 +226,7 @@ def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     check_writable_paths(config)
     (log,) = log_paths(config)
-    log.write_text("")
+    open_log(log, fresh=True).close()
     with meet(config) as nodes:
         print(f"{config.setting_name}: node {config.node_rank} works for node 0, which prints the results")
         print(f"  vLLM's log: {log}", flush=True)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, redact
+from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.flags import build_parser, parse_flags
 from batch_inference.core.results import StoredConfig
 

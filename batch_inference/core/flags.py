@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.secrets import dashed_secret, left_placeholder
 
 DESCRIPTION = """\
 Measure one TP/PP/DP setting of a model on vLLM: every batch size at every
@@ -97,6 +98,8 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 
 def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
     """Flags -> configuration and notes for the user. Raises ConfigError for anything wrong in the flags alone."""
+    if left := left_placeholder(argv):
+        raise ConfigError(f"{left} stands for a value that was not written; put the value in its place")
     namespace, rest = build_parser().parse_known_args(_long_flags(argv))
     _check_engine_args(rest)
     values = vars(namespace)
@@ -136,6 +139,8 @@ def _check_engine_args(words: Sequence[str]) -> None:
     ours = [flag_of(field.name) for field in dataclasses.fields(ExperimentConfig) if "help" in field.metadata]
     if words and not words[0].startswith("-"):
         raise ConfigError(f"{words[0]!r} is no flag; lists are written with commas, like --batch-sizes 1,4,8")
+    if flag := dashed_secret(words):
+        raise value_with_dash(flag)
     for word in words:
         if not word.startswith("--"):
             continue
@@ -147,6 +152,10 @@ def _check_engine_args(words: Sequence[str]) -> None:
         longer = [name for name in ours if name.startswith(flag)]
         if longer:
             raise ConfigError(f"{flag} is an abbreviation; write {' or '.join(longer)}")
+
+
+def value_with_dash(flag: str) -> ConfigError:
+    return ConfigError(f"{flag}: its value begins with -; write {flag}=VALUE, in one word")
 
 
 def owned_by_us(flag: str) -> ConfigError:

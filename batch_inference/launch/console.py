@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 
+from batch_inference.core.secrets import redact_text
 from batch_inference.launch.jobs import ANALYSIS, Here, Job
 
 
@@ -17,7 +18,7 @@ def say(text: str = "") -> None:
         if sys.stderr is not None:
             # Names byte by byte as they were given, so that a line can be pasted.
             sys.stderr.flush()
-            sys.stderr.buffer.write(os.fsencode(f"{text}\n"))
+            sys.stderr.buffer.write(os.fsencode(f"{redact_text(text)}\n"))
             sys.stderr.buffer.flush()
 
 
@@ -26,7 +27,7 @@ def show(text: str) -> int:
     The exit code."""
     try:
         with open(1, "wb", closefd=False) as output:
-            output.write(os.fsencode(f"{text}\n"))
+            output.write(os.fsencode(f"{redact_text(text)}\n"))
     except BrokenPipeError:
         return 0  # head has seen enough
     except OSError as error:
