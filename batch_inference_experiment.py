@@ -147,14 +147,14 @@ def sweep(
     from batch_inference.measure.engine_process import log_paths
     from batch_inference.measure.experiment import Experiment
     from batch_inference.measure.hub import fetch_models
-    from batch_inference.measure.logs import open_log
+    from batch_inference.measure.logs import empty_log
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.resume import starting_result
 
     result = starting_result(config, environment)
     if not result.points:  # a log of earlier points is gone on with
         for log in log_paths(config):
-            open_log(log, fresh=True).close()
+            empty_log(log)
     experiment = Experiment(config, result, watch, Console())
     # Ranks of torchrun start their engines at the same time; vLLM itself has one of them fetch.
     if config.data_parallel_size > 1 and here.place is None and experiment.is_open:
@@ -218,7 +218,7 @@ def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
 def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     """A node other than 0: its devices work for the engine there, until node 0 says that the setting is over."""
     from batch_inference.measure.engine_process import ReplicaError, log_paths
-    from batch_inference.measure.logs import open_log
+    from batch_inference.measure.logs import empty_log
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.replicas import hold_workers
     from batch_inference.measure.study import check_writable_paths
@@ -226,7 +226,7 @@ def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     check_writable_paths(config)
     (log,) = log_paths(config)
-    open_log(log, fresh=True).close()
+    empty_log(log)
     with meet(config) as nodes:
         print(f"{config.setting_name}: node {config.node_rank} works for node 0, which prints the results")
         print(f"  vLLM's log: {log}", flush=True)

@@ -17,8 +17,8 @@ import pandas as pd
 from batch_inference.core.metrics import METRICS, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import EngineInfo, Point, Result
-from batch_inference.core.statistics import percentile
 from batch_inference.core.secrets import redact, redact_text, redact_value
+from batch_inference.core.statistics import percentile
 from batch_inference.core.text import NO_REASON, plain
 
 Row = dict[str, Any]

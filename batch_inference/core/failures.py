@@ -13,8 +13,8 @@ Phase = Literal["load", "run"]
 
 
 class WorkFailedError(Exception):
-    """Work that failed, with nothing wrong in how the program was used: the message is what the user reads, and holds no
-    secret."""
+    """Work that failed, with nothing wrong in how the program was used: the message is what the user reads, and holds
+    no secret."""
 
     def __str__(self) -> str:
         return redact_text(super().__str__())

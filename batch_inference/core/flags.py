@@ -155,7 +155,7 @@ def _check_engine_args(words: Sequence[str]) -> None:
 
 
 def value_with_dash(flag: str) -> ConfigError:
-    return ConfigError(f"{flag}: its value begins with -; write {flag}=VALUE, in one word")
+    return ConfigError(f"{flag}: its value begins with -; join the two with =")
 
 
 def owned_by_us(flag: str) -> ConfigError:

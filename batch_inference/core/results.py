@@ -274,8 +274,8 @@ class StoredConfig(ExperimentConfig):
 
     @classmethod
     def of(cls, config: ExperimentConfig) -> StoredConfig:
-        given = {item.name: getattr(config, item.name) for item in dataclasses.fields(ExperimentConfig)}
-        values = {name: redact_value(value) if isinstance(value, str) else value for name, value in given.items()}
+        values = {item.name: getattr(config, item.name) for item in dataclasses.fields(ExperimentConfig)}
+        values |= {name: redact_value(value) for name, value in values.items() if isinstance(value, str)}
         values["engine_args"] = tuple(redact(config.engine_args))
         return cls(**values, config_hash=config.settings_hash())
 

@@ -1,12 +1,13 @@
 """What is a secret, and what is written in its place: the one owner of that question. Python's own library alone.
 
-A secret is a value whose name says so, wherever it stands: after a flag, in JSON, in a variable, in a URL. In all that is
-written it is replaced by its name, like <hf_token>; the engine alone gets the value. What is replaced once stays as it
-is when it is replaced again.
+A secret is a value whose name says so, wherever it stands: after a flag, in JSON, in a variable, in a URL. In all that
+is written it is replaced by its name, like <hf_token>; the engine alone gets the value. What is replaced once stays as
+it is when it is replaced again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ Swap = Callable[[str, str], str]
 
 # AWSAccessKeyId -> AWS Access Key Id
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_SHOWN_WORD = re.compile(r"[A-Z0-9]+(?![a-z])|[A-Z]?[a-z0-9]+")
 # In a name whose words are joined by _, wherever they stand.
 _SECRET_WORDS = re.compile(
     r"secret|passw(?:or)?d|passphrase|passcode|credential|authori[sz]ation|bearer"
@@ -31,18 +33,17 @@ _SECRET_WORDS = re.compile(
 )
 _SECRET_LAST = frozenset({"auth", "cookie", "cookies", "cred", "creds", "jwt", "pwd", "sig", "signature"})
 # Last words that mean a secret, unless one of these stands before: the parts of a text or a cache have them too.
-_PLAIN_BEFORE = {
-    "token": frozenset(
-        "action assistant audio begin blank bonus bos boi boa class cls decode decoder draft each end eoi eom eos eot "
-        "eod extra fake first image img input language last mask max message middle min new newline next num output "
-        "pad patch per placeholder prefix prefill prev prompt reasoning register row sample sep sos special speech "
-        "start stop suffix task text think thinking timestamp tool total unk video vision".split()
-    ),
-    "key": frozenset(
-        "attention cache column config dataset dict foreign group hash head index json kv layer map metric model param "
-        "parameter partition primary query rope routing row sort state weight".split()
-    ),
-}
+_TEXT_TOKENS = """
+    action assistant audio begin blank boa boi bonus bos class cls decode decoder draft each end eod eoi eom eos eot
+    extra fake first image img input language last mask max message middle min new newline next num output pad patch per
+    placeholder prefix prefill prev prompt reasoning register row sample sep sos special speech start stop suffix task
+    text think thinking timestamp tool total unk video vision
+"""
+_PLAIN_KEYS = """
+    attention cache column config dataset dict foreign group hash head index json kv layer map metric model param
+    parameter partition primary query rope routing row sort state weight
+"""
+_PLAIN_BEFORE = {"token": frozenset(_TEXT_TOKENS.split()), "key": frozenset(_PLAIN_KEYS.split())}
 # Before the word pass, which an optimiser makes too.
 _PASS_OF = frozenset({"admin", "basic", "database", "db", "http", "login", "proxy", "redis", "root", "smtp", "user"})
 # NoCredentialsError is no secret.
@@ -58,7 +59,7 @@ def is_secret_name(name: str) -> bool:
 
 def placeholder(name: str) -> str:
     """--hf-token -> <hf_token>"""
-    return f"<{'_'.join(_words_of(name.rpartition('.')[2]))[:40] or 'secret'}>"
+    return f"<{'_'.join(_SHOWN_WORD.findall(name.rpartition('.')[2])).lower()[:60] or 'secret'}>"
 
 
 def _words_of(name: str) -> list[str]:
@@ -180,7 +181,7 @@ _FLAG = re.compile(
 
 def dashed_secret(words: Sequence[str]) -> str | None:
     """A flag whose value begins with a dash and is a word of its own, which no parser takes for a value."""
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in itertools.pairwise(words):
         if _opens_secret(flag) and value.startswith("-") and not _FLAG.fullmatch(value):
             return flag
     return None
@@ -197,8 +198,11 @@ def follows_secret(words: Sequence[str], place: int) -> str | None:
 
 def _swapped_words(words: Sequence[str], swap: Swap) -> Iterator[str]:
     name: str | None = None  # of the secret whose values come now
+    before = ""
     for word in words:
-        if name is not None and not _FLAG.fullmatch(word):
+        may_be_dashed = word.startswith("-") and _opens_secret(before) and not _FLAG.fullmatch(word)
+        before = word
+        if name is not None and (may_be_dashed or not word.startswith("-")):
             yield _secret(name, word, swap)
         elif word.startswith("-"):
             flag, equals, value = word.partition("=")

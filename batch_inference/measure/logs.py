@@ -1,8 +1,8 @@
 """The log of an engine: who may read it, and what is hidden in it.
 
-vLLM writes into the file itself, and no pipe of ours is between: an engine would wait for a reader that has no time, and
-its last words would be lost where the script is killed. What Python prints in the process that holds the engine is
-hidden before it is written; vLLM's other processes and its C code are not reached, so that nobody else may read the file.
+vLLM writes into the file itself, and no pipe of ours is between: an engine would wait for a reader that has no time,
+and its last words would be lost where the script is killed. What Python prints in the process that holds the engine is
+hidden before it is written. vLLM's other processes and its C code are not reached, so nobody else may read the file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -22,17 +23,33 @@ from batch_inference.core.secrets import redact_text, remember
 _OWNER_ALONE = 0o600
 
 
-def open_log(path: Path, *, fresh: bool = False) -> IO[bytes]:
+@contextlib.contextmanager
+def open_log(path: Path, *, fresh: bool = False) -> Iterator[IO[bytes]]:
     """To go on with it, or empty; to be read by this user alone, where its file system can tell people apart."""
-    log = open(path, "wb" if fresh else "ab", opener=partial(os.open, mode=_OWNER_ALONE))
-    # One that is there already may be readable by all, or be another's.
-    with contextlib.suppress(OSError):
-        if stat.S_ISREG(os.fstat(log.fileno()).st_mode):
-            os.fchmod(log.fileno(), _OWNER_ALONE)
-    return log
+    with open(path, "wb" if fresh else "ab", opener=partial(os.open, mode=_OWNER_ALONE)) as log:
+        # One that is there already may be readable by all, or be another's.
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.fstat(log.fileno()).st_mode):
+                os.fchmod(log.fileno(), _OWNER_ALONE)
+        yield log
+
+
+def empty_log(path: Path) -> None:
+    with open_log(path, fresh=True):
+        pass
 
 
 class _Hiding(io.TextIOWrapper):
+    """Unbuffered, as PYTHONUNBUFFERED has it."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(
+            io.FileIO(descriptor, "w", closefd=False),
+            encoding="utf-8",
+            errors="backslashreplace",
+            write_through=True,
+        )
+
     def write(self, text: str) -> int:
         super().write(redact_text(text))
         return len(text)
@@ -40,10 +57,7 @@ class _Hiding(io.TextIOWrapper):
 
 def hide_secrets_in_output() -> None:
     """Of this process, from now on; a child that is forked does the same."""
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        # Unbuffered, as PYTHONUNBUFFERED has it.
-        raw = open(descriptor, "wb", buffering=0, closefd=False)
-        setattr(sys, name, _Hiding(raw, encoding="utf-8", errors="backslashreplace", write_through=True))  # type: ignore[type-var]
+    sys.stdout, sys.stderr = _Hiding(1), _Hiding(2)
 
 
 def hide_secrets_of(config: ExperimentConfig) -> None:
