@@ -93,10 +93,10 @@ PLAIN: tuple[str, ...] = (
     "--master-addr 10.0.0.1 --rope-theta 1e6 --seed 7 --name output_tok_per_s",
 )  # fmt: skip
 PLAIN_NAMES = (
-    "max_tokens", "output_tok_per_s", "eos_token_id", "tokenizer", "tokens", "num_tokens", "bos_token", "passes", "authors",
-    "TOKENIZERS_PARALLELISM", "num_key_value_heads", "keys", "monkey", "turkey", "cache_key", "key_dim", "compass", "signal",
+    "max_tokens", "output_tok_per_s", "eos_token_id", "tokenizer", "tokens", "num_tokens", "bos_token", "passes",
+    "TOKENIZERS_PARALLELISM", "num_key_value_heads", "keys", "monkey", "turkey", "cache_key", "key_dim", "compass",
     "forward_pass", "NoCredentialsError", "VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD", "ssl_keyfile", "assign", "author",
-    "parser", "tool_call_parser", "num_experts_per_token", "per_tok", "design",
+    "parser", "tool_call_parser", "num_experts_per_token", "per_tok", "design", "authors", "signal",
 )  # fmt: skip
 LINES = (
     "401 Client Error: Unauthorized for url: https://user:{}@host/api/models",
@@ -179,6 +179,8 @@ def test_what_stands_for_a_secret_says_which() -> None:
     assert redact(["https://u:p@h/m?token=z", "--hf-token", "x", "--a.apiKey=y"]) == [
         "https://<login>@h/m?token=<token>", "--hf-token", "<hf_token>", "--a.apiKey=<api_key>",
     ]  # fmt: skip
+    assert redact(["--s3-secretKey", "-x"]) == ["--s3-secretKey", "<s3_secret_key>"]
+    assert redact(["--hf-token=x", "--Other", "y"]) == ["--hf-token=<hf_token>", "--Other", "y"]
     assert redact_value('{"a": {"token": "x", "n": 1}}') == '{"a": {"token": "<token>", "n": 1}}'
     assert json.loads(redact_value('{"password": 12345678, "on": true, "token": null}')) == {
         "password": "<password>", "on": True, "token": None,

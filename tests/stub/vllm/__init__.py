@@ -1,7 +1,8 @@
 """A stand-in for vLLM with the same names and strict keywords: `PYTHONPATH=tests/stub` puts it in vLLM's place.
 
-Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FLAGS are more flags that it knows, and STUB_SAYS is said
-in the log and in the reason of a start that fails. STUB_EXPECTS are arguments that it must get, as JSON. STUB_FAIL makes it misbehave:
+Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FLAGS are more flags that it knows, STUB_EXPECTS are
+arguments that it must get, as JSON, and STUB_SAYS is said in the log and in the reason of a start that fails. STUB_FAIL
+makes it misbehave:
   load          the engine does not start; the cause stands only in the log, as with vLLM
   run:N         batches of N requests fail with an out-of-memory error
   die:N         batches of N requests kill the process
