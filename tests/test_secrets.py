@@ -117,6 +117,7 @@ SENTENCES = (
     "  [1/6] 1 x 64: 150.7 tok/s ±5.7%, 0.212 s, TTFT 0.012 s, 2.31 GiB, suspect",
     "ValueError: tokens must be above 0: 5; eos_token='</s>', pad_token=0, num_key_value_heads: 8",
     "see https://host:8080/a@b and https://host/x?page=2&lang=en",
+    "PYTHONPATH=/home/me/secrets:/home/me/api-key:/opt",
     "{'hf_token': None, 'token': '', 'use_auth_token': False}",
 )
 
@@ -225,7 +226,7 @@ def test_an_error_says_no_secret() -> None:
 # --- flags, the hash, the file ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["-abc", "--hUsh1", "-9f", "--a1b2c3"])
+@pytest.mark.parametrize("value", ["-abc", "--hUsh1", "-9f", "--a1b2c3", "-hush", "-tpx", "-"])
 def test_a_value_that_begins_with_a_dash_is_written_with_an_equals_sign(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_flags(["--hf-token", value])
@@ -407,6 +408,7 @@ def test_what_an_engine_says_when_it_fails_is_kept_without_secrets(tmp_path: Pat
     [
         ("--hf-token", "-hUsh-1"),
         ("--hf-token", "--hush-hush"),
+        ("--hf-token", "-hush-hush"),
         ("--hf-token", "hUsh-hush-1", "--hf-overides", "x"),
         ("hUsh-hush-1",),
         ("--load-format", "dummy", "--passwd", "hUsh-hush-1"),

@@ -98,6 +98,9 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 
 def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
     """Flags -> configuration and notes for the user. Raises ConfigError for anything wrong in the flags alone."""
+    # Before anything is parsed: argparse would take a part of -hush for -h.
+    if flag := dashed_secret(argv):
+        raise value_with_dash(flag)
     if left := left_placeholder(argv):
         raise ConfigError(f"{left} stands for a value that was not written; put the value in its place")
     namespace, rest = build_parser().parse_known_args(_long_flags(argv))
@@ -139,8 +142,6 @@ def _check_engine_args(words: Sequence[str]) -> None:
     ours = [flag_of(field.name) for field in dataclasses.fields(ExperimentConfig) if "help" in field.metadata]
     if words and not words[0].startswith("-"):
         raise ConfigError(f"{words[0]!r} is no flag; lists are written with commas, like --batch-sizes 1,4,8")
-    if flag := dashed_secret(words):
-        raise value_with_dash(flag)
     for word in words:
         if not word.startswith("--"):
             continue

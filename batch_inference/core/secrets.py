@@ -174,7 +174,7 @@ def _is_path(value: str) -> bool:
 _PART = r"[a-z]+\d{0,2}[a-z]*"
 _FLAG = re.compile(
     rf"--{_PART}(?:[-_]{_PART})*(?:\.[\w.+-]+)?\+?(?:=.*)?"
-    r"|-(?:tp|pp|dp[a-z]?|dcp|pcp|[acds]c|ep|[nqr])(?:[=.].*)?",
+    r"|-(?:tp|pp|dp[a-z]?|dcp|pcp|[acds]c|ep|[hnqr])(?:[=.].*)?",
     re.DOTALL,
 )
 
@@ -257,9 +257,9 @@ _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|xox[abprs]-[\w-]{10,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+)"
 )
-# A name and what stands between it and its value; a flag may have a space there.
+# A name, which is no folder of a path, and what stands between it and its value; a flag may have a space there.
 _NAMED = re.compile(
-    r"""(?<![\w.-])(?P<quote>\\*["']?)(?P<name>-{0,2}[A-Za-z][\w.-]{0,80})\+?(?P=quote)"""
+    r"""(?<![\w./-])(?P<quote>\\*["']?)(?P<name>-{0,2}[A-Za-z][\w.-]{0,80})\+?(?P=quote)"""
     r"""(?:\s*(?P<sign>=|:(?!//))\s*|(?<=[\w+])\s+)"""
 )
 _VALUE = re.compile(
