@@ -18,7 +18,7 @@ from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import StoredConfig
-from batch_inference.core.secrets import is_secret_name, placeholder, redact, redact_text, redact_value, remember
+from batch_inference.core.secrets import is_secret_name, redact, redact_text, redact_value, remember
 from batch_inference.measure.logs import open_log
 from batch_inference.measure.variables import HARMLESS, SET, variables_kept
 from conftest import REPOSITORY, SMALL_GRID, commands_of, experiment_command, stub_environment
@@ -391,14 +391,28 @@ def test_no_spelling_reaches_a_file_or_the_terminal(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fail", ["load", "run:2", "die:1"])
 def test_what_an_engine_says_when_it_fails_is_kept_without_secrets(tmp_path: Path, fail: str) -> None:
-    model = f"user:{hush(1)}@host/name"
-    flags = ("--model", model, "--hf-token", hush(2), "--name", "x")
+    flags = ("--model", f"user:{hush(1)}@host/name", "--hf-token", hush(2))
     done = run(tmp_path, *flags, variables={**VARIABLES, "STUB_FAIL": fail})
     assert done.returncode == 1, done.stderr
     result = load_result(tmp_path / "tp_1_results.json")
     assert result.config.model == "<login>@host/name"
-    told = " ".join(result.failure.log_tail if result.failure else result.points[-1].log_tail or [])
-    assert f"HF_TOKEN is {placeholder('HF_TOKEN')}" in told or fail != "load"
+    assert not leaks(tmp_path, done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fail", ["load", "die:1"])
+def test_what_another_process_writes_stays_in_a_log_that_nobody_else_may_read(tmp_path: Path, fail: str) -> None:
+    said = f"(EngineCore) ValueError: {hush(1)} is refused by https://user:{hush(2)}@host\n"
+    variables = {"HF_TOKEN": hush(1), "STUB_FAIL": fail, "STUB_WRITES": said * 2}
+    done = run(tmp_path, "--verbose", variables=variables)
+    assert done.returncode == 1, done.stderr
+    log = tmp_path / "tp_1_results.log"
+    assert (said in log.read_text(), stat.S_IMODE(log.stat().st_mode)) == (True, 0o600)
+    log.unlink()
+    result = load_result(tmp_path / "tp_1_results.json")
+    failed = result.failure or result.points[0]
+    assert "(EngineCore) ValueError: <hf_token> is refused by https://<login>@host" in (failed.log_tail or [])
+    assert "<hf_token> is refused by" in done.stderr
     assert not leaks(tmp_path, done)
 
 
@@ -449,9 +463,14 @@ def test_a_plan_to_be_pasted_has_placeholders_and_says_so(tmp_path: Path) -> Non
     ]
     environment = stub_environment(XDG_CACHE_HOME=str(tmp_path / "cache"), **VARIABLES)
 
-    def launch(*options: str) -> subprocess.CompletedProcess[str]:
+    def launch(*options: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*launcher, *options, *secret], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=90
+            [*launcher, *options, *secret, *flags],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=90,
         )
 
     plan = launch("--dry-run")
@@ -459,10 +478,13 @@ def test_a_plan_to_be_pasted_has_placeholders_and_says_so(tmp_path: Path) -> Non
     assert "# put in what is not written here: <hf_token>, <login>" in plan.stdout
     (command,) = commands_of(plan)
     assert command[-4:] == ["--hf-token", "<hf_token>", "--tokenizer", "https://<login>@h"]
+    assert "--hf-token '<hf_token>' --tokenizer 'https://<login>@h'" in plan.stdout
     pasted = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=90)
     assert (pasted.returncode, pasted.stderr) == (
         2, "error: <hf_token> stands for a value that was not written; put the value in its place\n",
     )  # fmt: skip
+    wrong = launch(flags=("--batch-sizes", hush(1)))
+    assert wrong.stderr.startswith("error: --batch-sizes: '<hf_token>' was given"), wrong.stderr
     done = launch()
     assert done.returncode == 0, done.stderr
-    assert not leaks(tmp_path, plan, pasted, done, launch("--dry-run"), launch("--pack", "--overwrite"))
+    assert not leaks(tmp_path, plan, pasted, wrong, done, launch("--dry-run"), launch("--pack", "--overwrite"))

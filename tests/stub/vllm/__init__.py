@@ -1,8 +1,8 @@
 """A stand-in for vLLM with the same names and strict keywords: `PYTHONPATH=tests/stub` puts it in vLLM's place.
 
 Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FLAGS are more flags that it knows, STUB_EXPECTS are
-arguments that it must get, as JSON, and STUB_SAYS is said in the log and in the reason of a start that fails. STUB_FAIL
-makes it misbehave:
+arguments that it must get, as JSON, STUB_SAYS is said in the log and in the reason of a start that fails, and
+STUB_WRITES is written past Python, as another process does. STUB_FAIL makes it misbehave:
   load          the engine does not start; the cause stands only in the log, as with vLLM
   run:N         batches of N requests fail with an out-of-memory error
   die:N         batches of N requests kill the process
@@ -72,6 +72,7 @@ class LLM:
         # As vLLM does; later versions leave out the token alone.
         print("non-default args:", {name: value for name, value in vars(args).items() if value}, flush=True)
         print(SAYS, file=sys.stderr)
+        os.write(2, os.environ.get("STUB_WRITES", "").encode())
         if any(vars(args)[name] != value for name, value in EXPECTED.items()):
             raise RuntimeError("other arguments came than STUB_EXPECTS has")
         _fork_engine_core()
