@@ -413,6 +413,7 @@ def test_what_another_process_writes_stays_in_a_log_that_nobody_else_may_read(tm
     failed = result.failure or result.points[0]
     assert "(EngineCore) ValueError: <hf_token> is refused by https://<login>@host" in (failed.log_tail or [])
     assert "<hf_token> is refused by" in done.stderr
+    assert result.failure is None or result.failure.reason.startswith("ValueError: <hf_token> is refused by")
     assert not leaks(tmp_path, done)
 
 

@@ -34,6 +34,7 @@ FAIL = os.environ.get("STUB_FAIL", "")
 HF_CONFIG = SimpleNamespace(to_dict=lambda: {"bos_token_id": 1, "eos_token_id": [2], "vocab_size": 100})
 EXPECTED = json.loads(os.environ.get("STUB_EXPECTS", "{}"))
 SAYS = os.environ.get("STUB_SAYS", "")
+WRITES = os.environ.get("STUB_WRITES", "").encode()
 RUN_S = float(os.environ.get("STUB_RUN_S", "0.002"))
 
 
@@ -72,14 +73,15 @@ class LLM:
         # As vLLM does; later versions leave out the token alone.
         print("non-default args:", {name: value for name, value in vars(args).items() if value}, flush=True)
         print(SAYS, file=sys.stderr)
-        os.write(2, os.environ.get("STUB_WRITES", "").encode())
         if any(vars(args)[name] != value for name, value in EXPECTED.items()):
             raise RuntimeError("other arguments came than STUB_EXPECTS has")
         _fork_engine_core()
         time.sleep(float(os.environ.get("STUB_LOAD_S", "0")))
         if FAIL == "load":
             print(f"(EngineCore pid=1) ERROR 01-01 [core.py:1] ValueError: the planted reason{SAYS}", file=sys.stderr)
+            os.write(2, WRITES)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
+        os.write(2, WRITES)
         self.args = args
         # vLLM's engine is a process of its own, and lives on when the one that started it is killed.
         in_process = args.distributed_executor_backend == "external_launcher"
