@@ -13,14 +13,24 @@ from pathlib import Path
 
 import pytest
 
+from batch_inference.analyze.flags import UsageError
+from batch_inference.analyze.tables import load_setting
 from batch_inference.core import secrets
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.result_file import load_result
-from batch_inference.core.results import StoredConfig
+from batch_inference.core.results import Failure, StoredConfig
 from batch_inference.core.secrets import is_secret_name, redact, redact_text, redact_value, remember
+from batch_inference.launch.meeting import introduction
+from batch_inference.launch.options import parse_options
+from batch_inference.launch.presets import Preset
+from batch_inference.launch.stored import time_left
 from batch_inference.measure.logs import open_log
 from batch_inference.measure.variables import HARMLESS, SET, variables_kept
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.printed import setting_plan
+from builders import make_point, make_result, save_all
 from conftest import REPOSITORY, SMALL_GRID, commands_of, experiment_command, stub_environment
 
 # {} is the secret. Every line is one spelling that vLLM's parser, or a user in a hurry, may come with.
@@ -219,8 +229,9 @@ def test_the_longer_of_two_secrets_is_hidden_first() -> None:
 
 def test_an_error_says_no_secret() -> None:
     remember(["--hf-token", hush()])
-    assert str(ConfigError(f"{hush()} is wrong")) == "<hf_token> is wrong"
-    assert f"{ConfigError('https://u:p@h')}" == "https://<login>@h"
+    for kind in (ConfigError, WorkFailedError, UsageError):
+        assert str(kind(f"{hush()} is wrong")) == "<hf_token> is wrong"
+        assert f"{kind('https://u:p@h')}" == "https://<login>@h"
 
 
 # --- flags, the hash, the file ----------------------------------------------------------------------------------------
@@ -301,6 +312,48 @@ def test_what_is_no_file_keeps_its_rights(tmp_path: Path) -> None:
     with open_log(pipe):
         assert stat.S_IMODE(pipe.stat().st_mode) == 0o644
     os.close(reader)
+
+
+# --- what is printed, sent and analysed -------------------------------------------------------------------------------
+
+
+def test_the_plan_of_a_setting_shows_no_secret() -> None:
+    config = ExperimentConfig(model="https://u:short@h/m", engine_args=("--hf-token", "short"))
+    told = "\n".join(setting_plan(config, None, Devices("cpu", ("0",))))
+    assert ("short" in told, "<hf_token>" in told, "https://<login>@h/m" in told) == (False, True, True)
+
+
+def test_nodes_are_told_no_secret_of_a_preset() -> None:
+    preset = Preset("mine", "", settings=[["TP=1", "--hf-token", "short"]], flags=["--hf-overrides.token", "short"])
+    hello = introduction(preset, parse_options(["mine", "--", "--api-key", "short"]), Devices("cpu", ("0",)))
+    assert "short" not in str(hello)
+
+
+def test_files_of_earlier_versions_are_analysed_without_their_secrets(tmp_path: Path) -> None:
+    old = {"model": f"https://u:{hush()}@h/m", "engine_args": ["--credentials", hush(), "--max-num-seqs", "4"]}
+    failed = make_point(2, latencies_s=[], status="error", reason=f"no {{'token': '{hush()}'}}")
+    lost = make_result("lost", [failed], status="failed", config=old, failure=Failure("unknown", f"https://{hush()}@h"))
+    for path in save_all([make_result("tp_1", [make_point(), failed], config=old), lost], tmp_path):
+        assert hush() in path.read_text()
+        assert hush() not in str(load_setting(path))
+
+
+def test_how_long_it_takes_is_known_for_a_model_with_a_password(tmp_path: Path) -> None:
+    config = ExperimentConfig(model="https://u:p@h/m", output_dir=str(tmp_path), batch_sizes=(1,), seq_lens=(8,))
+    stored = make_result("tp_2", [make_point()], config={"model": StoredConfig.of(config).model})
+    save_all([stored], tmp_path)
+    assert time_left([config], "gpu")
+
+
+def test_a_rank_hides_what_it_prints_into_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "rank.log"
+    program = (
+        "import sys; from pathlib import Path; from batch_inference.measure.worker import _printing_to as to\n"
+        f"with to(Path({str(log)!r})): print({{'hf_token': 'short'}}); print('HF_TOKEN=short', file=sys.stderr)\n"
+        "print('token=shown')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert (log.read_text(), done.stdout) == ("{'hf_token': '<hf_token>'}\nHF_TOKEN=<hf_token>\n", "token=shown\n")
 
 
 # --- the real programs ------------------------------------------------------------------------------------------------
