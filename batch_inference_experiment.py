@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
-from batch_inference.core.files import begin_log
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.packages import missing_to_measure
+from batch_inference.core.secrets import remember
 from batch_inference.core.streams import print_kept, say, secure_streams, show
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
@@ -52,6 +52,7 @@ class Surroundings:
 
 def main() -> int:
     secure_streams()
+    remember(sys.argv[1:], os.environ)
     place = find_place()
     try:
         config, notes = parse_flags(sys.argv[1:])
@@ -149,13 +150,14 @@ def sweep(
     from batch_inference.measure.engine_process import log_paths
     from batch_inference.measure.experiment import Experiment
     from batch_inference.measure.hub import fetch_models
+    from batch_inference.measure.logs import empty_log
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.resume import starting_result
 
     result = starting_result(config, environment)
     if not result.points:  # a log of earlier points is gone on with
         for log in log_paths(config):
-            begin_log(log)
+            empty_log(log)
     experiment = Experiment(config, result, watch, Console())
     # Ranks of torchrun start their engines at the same time; vLLM itself has one of them fetch.
     if config.data_parallel_size > 1 and here.place is None and experiment.is_open:
@@ -218,6 +220,7 @@ def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
 def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     """A node other than 0: its devices work for the engine there, until node 0 says that the setting is over."""
     from batch_inference.measure.engine_process import ReplicaError, log_paths
+    from batch_inference.measure.logs import empty_log
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.replicas import hold_workers
     from batch_inference.measure.study import check_writable_paths
@@ -225,7 +228,7 @@ def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     check_writable_paths(config)
     (log,) = log_paths(config)
-    begin_log(log)
+    empty_log(log)
     with meet(config, say) as nodes:
         print(f"{config.setting_name}: node {config.node_rank} works for node 0, which prints the results")
         print(f"  vLLM's log: {log}", flush=True)

@@ -11,7 +11,7 @@ import pytest
 
 import analyze_results
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.files import begin_log, check_writable, open_regular, read_regular, write_whole
+from batch_inference.core.files import check_writable, open_regular, read_regular, write_whole
 from batch_inference.core.growing_file import GrowingFile
 from batch_inference.core.result_file import (
     ResultFileError,
@@ -22,6 +22,7 @@ from batch_inference.core.result_file import (
 )
 from batch_inference.measure.engine_process import read_log_tail
 from batch_inference.measure.locks import holder_of, lock_of, locked
+from batch_inference.measure.logs import empty_log
 from batch_inference.measure.study import check_writable_paths, claimed
 from batch_inference.plan.model import read_model_facts
 from builders import make_point, make_result, save_all
@@ -48,7 +49,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "write": lambda path: write_whole(path, ["x"]),
     "append": lambda path: open_regular(path, "ab"),
     "check": check_writable,
-    "log": begin_log,
+    "log": empty_log,
 }
 
 
@@ -152,9 +153,9 @@ def test_a_log_is_made_empty_but_not_through_a_link(tmp_path: Path) -> None:
     log, link = tmp_path / "x.log", tmp_path / "y.log"
     log.write_text("of an earlier sweep")
     link.symlink_to(log)
-    begin_log(link)
+    empty_log(link)
     assert log.read_text() == "of an earlier sweep"
-    begin_log(log)
+    empty_log(log)
     assert log.read_text() == ""
 
 

@@ -289,7 +289,7 @@ def test_arguments_are_compared_by_the_names_of_their_flags() -> None:
     assert other_arguments(parse_flags(["--batch-sizes", "1,2", "--load-format", "dummy"])[0].arguments(), ours) is None
     theirs = parse_flags(["--batch-sizes", "4", "--hf-token", "secret", "--output-dir", "x"])[0].arguments()
     assert other_arguments(theirs, ours) == (
-        "--batch-sizes 4, vLLM's flags --hf-token ***",
+        "--batch-sizes 4, vLLM's flags --hf-token <hf_token>",
         "--batch-sizes 1,2, vLLM's flags --load-format dummy",
     )
 

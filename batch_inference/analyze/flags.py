@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from batch_inference.core.secrets import redact_text
+
 DESCRIPTION = """\
 Turn the result files of batch_inference_experiment.py into a decision: the
 best setting and batch size per prompt length, TP against PP against DP,
@@ -26,7 +28,10 @@ exit codes:
 
 
 class UsageError(Exception):
-    """A mistake the user can fix: the message names the flag, the value found, and what to do."""
+    """A mistake the user can fix: the message names the flag, the value found, and what to do; no secret."""
+
+    def __str__(self) -> str:
+        return redact_text(super().__str__())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -17,6 +17,7 @@ import pandas as pd
 from batch_inference.core.metrics import METRICS, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import EngineInfo, Point, Result
+from batch_inference.core.secrets import redact, redact_text, redact_value
 from batch_inference.core.statistics import percentile
 from batch_inference.core.text import NO_REASON, plain
 
@@ -86,7 +87,7 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         points_ok=sum(point.status == "ok" for point in result.points),
         grid=list(itertools.product(result.config.batch_sizes, result.config.seq_lens)),
         load_s=load_s,
-        failure=plain(failure) if result.status == "failed" else None,
+        failure=plain(redact_text(failure)) if result.status == "failed" else None,
         shared=shared,
         # Lists of numbers go from process to process much faster than a dict for each point.
         columns={**_identity(file, result), **_numbers(result, percent), **_of_earlier_engines(result, shared)},
@@ -107,7 +108,7 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
         "global_batch_size": [point.batch_size * result.data_parallel_size for point in points],
         "num_devices": [result.num_devices] * count,
         "status": [point.status for point in points],
-        "reason": [_text(point.reason) for point in points],
+        "reason": [_text(point.reason and redact_text(point.reason)) for point in points],
         "verdict": [point.verdict for point in points],
         "verdict_reasons": [_text("; ".join(point.verdict_reasons) or None) for point in points],
         "timed_runs": [len(point.runs) for point in points],
@@ -168,7 +169,9 @@ def _settings(result: Result, engine: EngineInfo | None) -> Row:
         **{f"load_{name}": value for name, value in phases.items()},
         # Of today's kind: files of earlier versions have another hash of the same settings.
         "config_hash": config.settings_hash() if config.config_hash else None,
-        "engine_args": shlex.join(config.engine_args) or None,
+        # Files of earlier versions hide fewer secrets.
+        "model": redact_value(config.model),
+        "engine_args": shlex.join(redact(config.engine_args)) or None,
         # Under torchrun vLLM runs another model runner and pipeline stages do not overlap.
         "executor_class": "torchrun" if "external_launcher" in executors else "local",
         "cluster": "ray" if "ray" in executors else None,

@@ -5,11 +5,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from batch_inference.core.secrets import redact, redact_text, redact_value
 from batch_inference.core.values import (
     fraction,
     interval,
@@ -30,11 +30,12 @@ BACKENDS = ("mp", "ray", "external_launcher", "uni")
 # The variable with what nodes prove to each other that they know.
 MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
 
-_SECRET = re.compile(r"token$|key$|secret|password", re.IGNORECASE)
-
 
 class ConfigError(Exception):
-    """A mistake the user can fix: the message names the flag, the value found, and what to do."""
+    """A mistake the user can fix: the message names the flag, the value found, and what to do; no secret."""
+
+    def __str__(self) -> str:
+        return redact_text(super().__str__())
 
 
 def _flag(
@@ -186,6 +187,11 @@ class ExperimentConfig:
         path = self.output_path
         return path.with_suffix(".log") if path.suffix == ".json" else path.with_name(path.name + ".log")
 
+    @property
+    def model_shown(self) -> str:
+        """As it may be read by everybody: a URL may hold a password."""
+        return redact_value(self.model)
+
     def engine_word(self, flag: str) -> str | None:
         """The value of one of vLLM's own flags; None where it isn't given."""
         words: list[str] = []
@@ -205,7 +211,8 @@ class ExperimentConfig:
 
     def same_settings(self) -> dict[str, Any]:
         """Equal where two configurations measure the same, however they were written: what the engine gets once
-        defaults are filled in and paths resolved. The grid and how often it is run are no settings."""
+        defaults are filled in and paths resolved. The grid and how often it is run are no settings, and no secret is
+        one: nothing can be guessed from what is kept of them."""
         values = {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(ExperimentConfig)
@@ -213,7 +220,7 @@ class ExperimentConfig:
         }
         return {
             **values,
-            "model": _resolved(self.model),
+            "model": redact_value(_resolved(self.model)),
             "distributed_executor_backend": self.distributed_executor_backend or self.own_backend,
             "dtype": {"half": "float16", "float": "float32"}.get(self.dtype, self.dtype),
             "engine_args": sorted(_flags_with_values(redact(self.engine_args))),
@@ -231,7 +238,7 @@ class ExperimentConfig:
         """Equal where two processes are about to measure the same: settings and grid, by flag."""
         names = ("model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs")
         # A model may lie elsewhere on another node, where it has the same name.
-        values = {**self.same_settings(), **{name: getattr(self, name) for name in names}}
+        values = {**self.same_settings(), **{name: getattr(self, name) for name in names}, "model": self.model_shown}
         told = {flag_of(name): in_short(value) for name, value in values.items()}
         told["vLLM's flags"] = told.pop("--engine-args")
         return told
@@ -273,21 +280,6 @@ def _flags_with_values(words: Sequence[str]) -> Iterator[str]:
 
 def _hash_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def redact(argv: Sequence[str]) -> list[str]:
-    """The same words, with the values of flags such as --hf-token replaced by ***."""
-    words: list[str] = []
-    hide_next = False
-    for word in argv:
-        flag, equals, _ = word.partition("=")
-        secret = flag.startswith("-") and bool(_SECRET.search(flag))
-        if hide_next and not word.startswith("-"):
-            words.append("***")
-        else:
-            words.append(f"{flag}=***" if secret and equals else word)
-        hide_next = secret and not equals
-    return words
 
 
 def flag_of(field_name: str) -> str:

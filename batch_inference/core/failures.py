@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from batch_inference.core.secrets import redact_text
+
 Phase = Literal["load", "run"]
 
 
 class WorkFailedError(Exception):
-    """Work that failed, with nothing wrong in how the program was used: the message is what the user reads."""
+    """Work that failed, with nothing wrong in how the program was used: the message is what the user reads, and holds
+    no secret."""
+
+    def __str__(self) -> str:
+        return redact_text(super().__str__())
 
 
 @dataclass(frozen=True)

@@ -72,13 +72,6 @@ def check_writable(path: Path) -> None:
     beside.unlink()
 
 
-def begin_log(path: Path) -> None:
-    """Make it empty; one behind a link is gone on with, because the link may lead to something that is wanted. Raises
-    OSError."""
-    with open_regular(path, "ab" if path.is_symlink() else "wb"):
-        pass
-
-
 def _beside(path: Path) -> Path:
     # Per-process name: two writers of one file must not share a temporary one.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.secrets import dashed_secret, left_placeholder
 
 DESCRIPTION = """\
 Measure one TP/PP/DP setting of a model on vLLM: every batch size at every
@@ -97,6 +98,11 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 
 def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
     """Flags -> configuration and notes for the user. Raises ConfigError for anything wrong in the flags alone."""
+    # Before anything is parsed: argparse would take a part of -hush for -h.
+    if flag := dashed_secret(argv):
+        raise value_with_dash(flag)
+    if left := left_placeholder(argv):
+        raise ConfigError(f"{left} stands for a value that was not written; put the value in its place")
     namespace, rest = build_parser().parse_known_args(_long_flags(argv))
     _check_engine_args(rest)
     values = vars(namespace)
@@ -147,6 +153,10 @@ def _check_engine_args(words: Sequence[str]) -> None:
         longer = [name for name in ours if name.startswith(flag)]
         if longer:
             raise ConfigError(f"{flag} is an abbreviation; write {' or '.join(longer)}")
+
+
+def value_with_dash(flag: str) -> ConfigError:
+    return ConfigError(f"{flag}: its value begins with -; join the two with =")
 
 
 def owned_by_us(flag: str) -> ConfigError:

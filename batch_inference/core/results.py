@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from batch_inference.core.config import ExperimentConfig, redact
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.secrets import redact, redact_value
 
 # History
 #   1  first version
@@ -254,7 +255,8 @@ class EngineInfo(Struct):
 
 @dataclass(frozen=True)
 class StoredConfig(ExperimentConfig):
-    """What was asked, as a file holds it: secrets are blotted out, and the hash of what changes a measurement is kept.
+    """What was asked, as a file holds it: with a placeholder like <hf_token> for each secret, and with the hash of what
+    changes a measurement, in which no secret is.
 
     A field that an older file does not have yet reads as its default.
     """
@@ -273,6 +275,7 @@ class StoredConfig(ExperimentConfig):
     @classmethod
     def of(cls, config: ExperimentConfig) -> StoredConfig:
         values = {item.name: getattr(config, item.name) for item in dataclasses.fields(ExperimentConfig)}
+        values |= {name: redact_value(value) for name, value in values.items() if isinstance(value, str)}
         values["engine_args"] = tuple(redact(config.engine_args))
         return cls(**values, config_hash=config.settings_hash())
 
@@ -304,7 +307,7 @@ class Environment(Struct):
     topology: str | None = None
     git_commit: str | None = None
     git_dirty: bool | None = None
-    variables: dict[str, str] = {}
+    variables: dict[str, str] = {}  # of those that may hold a secret, only that they are set
     peaks: Peaks | None = None
     resumed_from: list[str | None] = []  # when the earlier sweeps of this file began
 

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from batch_inference.core.secrets import redact_text
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
@@ -42,12 +44,12 @@ def secure_streams() -> None:
 
 def say(text: str = "") -> None:
     """A line of progress, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(redact_text(text), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> int:
     """What was asked for, on standard output; the exit code."""
-    print(text, flush=True)
+    print(redact_text(text), flush=True)
     if problem := _output_problem():
         say(f"error: {problem}")
         return 1
@@ -56,7 +58,7 @@ def show(text: str) -> int:
 
 def print_kept(text: str, where: Path) -> None:
     """On standard output, what is in a file or folder too: work is not lost where this is."""
-    print(text, flush=True)
+    print(redact_text(text), flush=True)
     if problem := _output_problem():
         say(f"note: {problem}; what it would have shown is in {where}")
 
@@ -65,11 +67,11 @@ def _output_problem() -> str | None:
     """Why something that was printed to standard output is not there. That nobody reads to the end, like `head`, is
     none."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    problem = raw.problem if isinstance(raw, _Output) else None
+    problem = raw.problem if isinstance(raw, Output) else None
     return f"standard output cannot be written: {problem.strerror}" if problem else None
 
 
-class _Output(io.FileIO):
+class Output(io.FileIO):
     """Takes everything, and keeps in mind what went wrong."""
 
     problem: OSError | None = None
@@ -94,7 +96,7 @@ def _secured(number: int, stream: TextIO | None) -> TextIO:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ERRORS)
         return stream
-    raw = _Output(number, "w", closefd=False)
+    raw = Output(number, "w", closefd=False)
     encoding = stream.encoding if stream else "utf-8"
     # Line by line wherever it goes: what is watched through a pipe or a file is seen at once.
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=_ERRORS, line_buffering=True)

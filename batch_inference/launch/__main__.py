@@ -18,6 +18,7 @@ from pathlib import Path
 from batch_inference.core.config import MEETING_SECRET, ConfigError, ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.packages import missing_to_analyse, missing_to_measure
+from batch_inference.core.secrets import remember
 from batch_inference.core.streams import say, secure_streams, show
 from batch_inference.launch.console import Outcomes, say_how_to_analyse, say_outcomes
 from batch_inference.launch.jobs import ANALYSIS, Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     secure_streams()
     table, python, prefix, *words = argv
     here = Here(python, prefix)
+    remember(words, os.environ)
     with Processes() as processes:
         try:
             presets = read_table(table)

@@ -17,6 +17,7 @@ from msgspec.json import Decoder
 
 from batch_inference.core.config import in_short
 from batch_inference.core.flags import parse_flags
+from batch_inference.core.secrets import redact
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, listed
 from batch_inference.launch.options import Options
@@ -104,7 +105,7 @@ def introduction(preset: Preset, options: Options, devices: Devices) -> Hello:
     told = {
         "preset": " ".join([preset.name, *options.words]),
         # Of another version of the launcher, where the preset has the same name.
-        "settings": "; ".join(" ".join(words) for words in preset.words_of_settings(options.words)),
+        "settings": "; ".join(" ".join(redact(words)) for words in preset.words_of_settings(options.words)),
     }
     arguments = parse_flags([*preset.flags, *options.passed_on, *options.flags])[0].arguments()
     arguments["--nnodes"] = str(options.nnodes or "as they come")

@@ -177,8 +177,7 @@ def _check_nodes(given: dict[str, Any]) -> None:
     # Without them each node would run the whole preset by itself.
     for name in () if {"master_addr", "nnodes"} & set(given) else _NEED_NODES:
         if name in given:
-            shown = "***" if name == "meeting_secret" else given[name]
-            raise ConfigError(f"{flag_of(name)}: '{shown}' was given without --master-addr HOST; add it")
+            raise ConfigError(f"{flag_of(name)}: '{given[name]}' was given without --master-addr HOST; add it")
     if nnodes == 1 or not {"master_addr", "nnodes"} & set(given):
         return
     # Under Slurm each node can be given the same command.

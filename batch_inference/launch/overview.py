@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.secrets import placeholders, redact
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.stored import time_left
@@ -164,16 +165,23 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, device
     obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
     can_run = [one.config for one in jobs if one.reason is None]
     left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
-    remarks = [*left_out, *obstacles, *uncompared(jobs), *([left] if left else [])]
+    hidden = _hidden(jobs)
+    remarks = [*left_out, *obstacles, *uncompared(jobs), *([left] if left else []), *([hidden] if hidden else [])]
     parts = [_wrapped(head), rows, _wrapped(remarks)]
     lines = [line for part in parts if part for line in ("", *part)][1:]
-    commands = [shlex.join(one.job.words) for one in jobs if one.reason is None]
+    commands = [shlex.join(redact(one.job.words)) for one in jobs if one.reason is None]
     return [f"# {line}".rstrip() for line in lines] + commands
+
+
+def _hidden(jobs: Iterable[PlannedJob]) -> str | None:
+    """What the commands do not say, if anything."""
+    names = dict.fromkeys(name for one in jobs if one.reason is None for name in placeholders(one.job.words))
+    return f"put in what is not written here: {listed(names)}" if names else None
 
 
 def _head(config: ExperimentConfig, nodes: str, devices: Devices, *, knows_memory: bool) -> tuple[str, ...]:
     return (
-        f"{config.model} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
+        f"{config.model_shown} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
         f"{counted(len(list(config.points())), 'point')} each: batch sizes {listed(config.batch_sizes)} x lengths "
         f"{listed(config.seq_lens)}, {config.max_tokens} output tokens",
         _WHY_TORCHRUN if nodes else "",

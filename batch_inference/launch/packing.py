@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from subprocess import Popen
 
-from batch_inference.core.files import begin_log, open_regular
 from batch_inference.core.streams import say
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.processes import Processes
 from batch_inference.measure.console import LogFollower
+from batch_inference.measure.logs import empty_log, open_log
 from batch_inference.plan.devices import Devices, cores_of
 
 LOOK_S = 0.1
@@ -90,10 +90,10 @@ class Packing:
         """Raises OSError."""
         path = job.console_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        begin_log(path)
+        empty_log(path)
         follower = LogFollower(path, lambda line: say(f"{job.name}: {line}"))
         allowed = os.sched_getaffinity(0)
-        with open_regular(path, "ab") as console:
+        with open_log(path) as console:
             # A child inherits the cores: the front end of an engine on CPUs is not to disturb the other engines.
             if devices.kind == "cpu":
                 os.sched_setaffinity(0, {core for cores in devices.ids for core in cores_of(cores)})

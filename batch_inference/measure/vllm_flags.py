@@ -17,7 +17,8 @@ from pathlib import Path
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.files import read_regular, write_whole
-from batch_inference.core.flags import unknown_flag_message
+from batch_inference.core.flags import unknown_flag_message, value_with_dash
+from batch_inference.core.secrets import follows_secret
 
 # Importing vLLM takes 10 to 20 s; on a network disk, or where nothing is compiled yet, much longer.
 ASK_TIMEOUT_S = 300.0
@@ -26,14 +27,17 @@ ASK_TIMEOUT_S = 300.0
 def check_vllm_flags(words: Iterable[str], say: Callable[[str], None]) -> None:
     """Raises ConfigError for a flag that vLLM does not know; where vLLM is not installed, nothing is known. `words`:
     what is to be passed on to vLLM."""
-    flags = [flag for word in words if (flag := _flag_of(word))]
+    words = list(words)
+    flags = [(place, flag) for place, word in enumerate(words) if (flag := _flag_of(word))]
     package = _vllm_package() if flags else None
     if package is None:
         return
     known = _kept(cache_file(package)) or _asked(package, say)
-    for flag in flags:
+    for place, flag in flags:
         if known and flag not in known:
-            raise ConfigError(unknown_flag_message(flag, known))
+            # What follows a flag that takes a secret may be that secret.
+            before = follows_secret(words, place)
+            raise value_with_dash(before) if before else ConfigError(unknown_flag_message(flag, known))
 
 
 def _flag_of(word: str) -> str | None:

@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.files import begin_log, open_regular
-from batch_inference.core.streams import secure_streams
 from batch_inference.measure.engine import Engine, serve_node_0
 from batch_inference.measure.environment import installed_vllm
 from batch_inference.measure.hardware import Reading
 from batch_inference.measure.leftovers import remove, shared_memory_of
+from batch_inference.measure.logs import hide_secrets_in_output, hide_secrets_of, open_log
 from batch_inference.measure.messages import (
     AnyCommand,
     Close,
@@ -107,6 +106,8 @@ class Worker:
             return Failed(f"{type(error).__name__}: {error}", usage=False)
 
     def _do(self, command: AnyCommand) -> Reply:
+        if isinstance(command, (Join, Load, Serve)):
+            hide_secrets_of(command.config)
         match command:
             case Join():
                 self._join(command.config)
@@ -183,16 +184,18 @@ def follow(config: ExperimentConfig, place: Place, log_path: Path) -> int:
 
 @contextlib.contextmanager
 def _printing_to(log_path: Path) -> Iterator[None]:
-    """Standard output and error of this process and its children go to the log."""
+    """Standard output and error of this process and its children go to the log, without secrets."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    before = sys.stdout, sys.stderr
     streams = {sys.stdout: os.dup(1), sys.stderr: os.dup(2)}
-    begin_log(log_path)
-    with open_regular(log_path, "ab") as log:
+    with open_log(log_path, fresh=True) as log:
         for stream in streams:
             os.dup2(log.fileno(), stream.fileno())
+    hide_secrets_in_output()
     try:
         yield
     finally:
+        sys.stdout, sys.stderr = before
         for stream, kept in streams.items():
             stream.flush()
             os.dup2(kept, stream.fileno())
@@ -228,9 +231,9 @@ def _end_group() -> None:
 
 def main() -> None:
     started_s = time.monotonic()
-    secure_streams()  # its log may be on a full disk
     # Ctrl-C reaches the supervisor, which ends this group in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hide_secrets_in_output()
     command_fd, reply_fd = map(int, sys.argv[1:])
     commands: Commands = queue.Queue()
     threading.Thread(target=_read_commands, args=(command_fd, commands), daemon=True).start()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from batch_inference.core.config import ExperimentConfig, redact
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.secrets import redact
 from batch_inference.core.text import listed, wrapped
 from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.memory import SIZES_UNKNOWN, MemoryPlan, memory_plan
@@ -20,7 +21,7 @@ def setting_plan(
     words = {
         "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
         f"{devices.kind} devices",
-        "model": config.model,
+        "model": config.model_shown,
         "grid": f"batch sizes {listed(config.batch_sizes)} x lengths {listed(config.seq_lens)}, "
         f"{config.max_tokens} output tokens: {len(points)} points, {config.runs_in_words} timed runs each",
         "file": str(config.output_path),

@@ -1,6 +1,8 @@
 """A stand-in for vLLM with the same names and strict keywords: `PYTHONPATH=tests/stub` puts it in vLLM's place.
 
-Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FAIL makes it misbehave:
+Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FLAGS are more flags that it knows, STUB_EXPECTS are
+arguments that it must get, as JSON, STUB_SAYS is said in the log and in the reason of a start that fails, and
+STUB_WRITES is written past Python, as another process does. STUB_FAIL makes it misbehave:
   load          the engine does not start; the cause stands only in the log, as with vLLM
   run:N         batches of N requests fail with an out-of-memory error
   die:N         batches of N requests kill the process
@@ -10,6 +12,7 @@ Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FAIL makes it misb
   hang          the first run never ends
 """
 
+import json
 import multiprocessing
 import os
 import shlex
@@ -29,6 +32,9 @@ DEVICE_VARIABLES = ("CUDA_VISIBLE", "VLLM_CPU", "OMP_PLACES", "VLLM_PORT", "VLLM
 __version__ = "0.32.0"
 FAIL = os.environ.get("STUB_FAIL", "")
 HF_CONFIG = SimpleNamespace(to_dict=lambda: {"bos_token_id": 1, "eos_token_id": [2], "vocab_size": 100})
+EXPECTED = json.loads(os.environ.get("STUB_EXPECTS", "{}"))
+SAYS = os.environ.get("STUB_SAYS", "")
+WRITES = os.environ.get("STUB_WRITES", "").encode()
 RUN_S = float(os.environ.get("STUB_RUN_S", "0.002"))
 
 
@@ -64,11 +70,18 @@ class LLM:
             shlex.quote(f"{name}={value}") for name, value in os.environ.items() if name.startswith(DEVICE_VARIABLES)
         )
         print("stub vLLM is loading", *seen, flush=True)
+        # As vLLM does; later versions leave out the token alone.
+        print("non-default args:", {name: value for name, value in vars(args).items() if value}, flush=True)
+        print(SAYS, file=sys.stderr)
+        if any(vars(args)[name] != value for name, value in EXPECTED.items()):
+            raise RuntimeError("other arguments came than STUB_EXPECTS has")
         _fork_engine_core()
         time.sleep(float(os.environ.get("STUB_LOAD_S", "0")))
         if FAIL == "load":
-            print("(EngineCore pid=1) ERROR 01-01 [core.py:1] ValueError: the planted reason", file=sys.stderr)
+            print(f"(EngineCore pid=1) ERROR 01-01 [core.py:1] ValueError: the planted reason{SAYS}", file=sys.stderr)
+            os.write(2, WRITES)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
+        os.write(2, WRITES)
         self.args = args
         # vLLM's engine is a process of its own, and lives on when the one that started it is killed.
         in_process = args.distributed_executor_backend == "external_launcher"

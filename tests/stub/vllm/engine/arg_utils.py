@@ -1,3 +1,5 @@
+import json
+import os
 from dataclasses import dataclass, fields
 
 
@@ -25,6 +27,9 @@ class EngineArgs:
     quantization: str | None = None
     load_format: str = "auto"
     hf_token: str | None = None
+    hf_overrides: dict | None = None
+    model_loader_extra_config: dict | None = None
+    tokenizer: str | None = None
     nnodes: int = 1
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
@@ -41,7 +46,9 @@ class EngineArgs:
     @staticmethod
     def add_cli_args(parser):
         for item in fields(EngineArgs):
-            kind = {int | None: int, int: int, float: float}.get(item.type, str)
+            kind = {int | None: int, int: int, float: float, dict | None: json.loads}.get(item.type, str)
             short = {"nnodes": ["-n"], "tensor_parallel_size": ["-tp"]}.get(item.name, [])
             parser.add_argument("--" + item.name.replace("_", "-"), *short, type=kind, default=item.default)
+        for flag in os.environ.get("STUB_FLAGS", "").split():
+            parser.add_argument(flag, nargs="+")
         return parser
