@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +23,12 @@ from batch_inference.measure.engine_process import (
     root_cause,
 )
 from batch_inference.measure.hardware import Reading
-from batch_inference.measure.messages import Outcome, Prepare
-from batch_inference.measure.replicas import LocalReplicas
+from batch_inference.measure.messages import Done, Outcome, Prepare, Start
+from batch_inference.measure.replicas import LocalReplicas, TorchrunReplicas
 from batch_inference.measure.vllm_objects import count_outputs
 from batch_inference.measure.worker import Worker
 from batch_inference.plan.devices import Devices
+from batch_inference.plan.place import Place
 from conftest import REPOSITORY, STUB, loaded_with, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
@@ -48,13 +50,67 @@ def test_a_replica_loads_runs_and_leaves_no_process(replicas: LocalReplicas) -> 
     assert engine.weights_gib == 1.0
     (pid,) = replicas.pids()
     replicas.prepare(Prepare(2, 8, 4, [0, "run", 0]))
+    began_s = time.monotonic()
     (outcome,) = replicas.run()
+    passed_s = time.monotonic() - began_s
     assert (outcome.prompt_tokens, outcome.output_tokens) == (16, 8)
     assert outcome.start_s == 0.0
-    assert outcome.end_s >= 0.002
+    assert 0.002 <= outcome.end_s <= passed_s
     replicas.close()
     with pytest.raises(ProcessLookupError):
         os.killpg(pid, 0)
+
+
+# Raw times of four ranks or replicas, by clocks whose zeros are no business of ours, and what is made of them.
+BEGAN_S, TOOK_S = (100.0, 5000.0, 7.0, 2048.0), (0.001, 0.003, 0.002, 0.0015)
+
+
+def timed(start_s: float, took_s: float, used_gib: float | None = None) -> Done:
+    outcome = count_outputs([], start_s, start_s + took_s)
+    if used_gib is not None:
+        before, after = (Reading("device", used_gib=[used_gib], energy_j=[used_gib * at]) for at in (1.0, 3.0))
+        outcome.readings = (before, after)
+    return Done(outcome)
+
+
+def test_a_run_takes_no_longer_than_has_passed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headline latency, bounded from above by a clock of the test's own; no process runs."""
+    replicas = LocalReplicas(ExperimentConfig(data_parallel_size=4, output_file=f"{tmp_path}/x.json"), ONE_CORE)
+    replicas._processes = [SimpleNamespace(log_since=SimpleNamespace(compilations=lambda: 0))] * 4  # type: ignore[list-item]
+
+    def answers(commands: list[Start], *_: Any) -> list[Done]:
+        # One replica begins a little after the others, and the common start is that of the first.
+        at_s = commands[0].at_s or 0.0
+        while time.monotonic() < at_s + 0.005:
+            time.sleep(0.001)
+        return [timed(at_s + 0.001 * number, took_s) for number, took_s in enumerate(TOOK_S)]
+
+    monkeypatch.setattr(replicas, "_all", answers)
+    began_s = time.monotonic()
+    outcomes = replicas.run()
+    passed_s = time.monotonic() - began_s
+    assert [one.start_s for one in outcomes] == pytest.approx([0.0, 0.001, 0.002, 0.003])
+    assert [one.end_s for one in outcomes] == pytest.approx([0.001, 0.004, 0.004, 0.0045])
+    assert all(0.0 < one.end_s <= (one.passed_s or 0.0) <= passed_s for one in outcomes)
+
+
+def test_ranks_count_from_their_own_start_and_a_replica_is_as_slow_as_its_slowest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"tensor_parallel_size": 2, "data_parallel_size": 2, "output_file": f"{tmp_path}/x.json"}
+    replicas = TorchrunReplicas(ExperimentConfig(**shape), {}, Place(0, 4, 0, 4))
+    used_gib = (1.0, 2.0, 4.0, 8.0)
+    ranks = [timed(*numbers) for numbers in zip(BEGAN_S, TOOK_S, used_gib, strict=True)]
+    monkeypatch.setattr(replicas, "_all", lambda *_: ranks)
+    began_s = time.monotonic()
+    outcomes = replicas.run()
+    passed_s = time.monotonic() - began_s
+    assert [(one.start_s, one.end_s) for one in outcomes] == [(0.0, pytest.approx(0.003)), (0.0, pytest.approx(0.002))]
+    assert outcomes[0].passed_s is not None
+    assert outcomes[0].passed_s <= passed_s
+    read = [one.readings for one in outcomes if one.readings]
+    assert [[reading.used_gib for reading in pair] for pair in read] == [[[1.0, 2.0]] * 2, [[4.0, 8.0]] * 2]
+    assert [pair[1].energy_j for pair in read] == [[3.0, 6.0], [12.0, 24.0]]
 
 
 def test_a_replica_leads_a_process_group_of_its_own(replicas: LocalReplicas) -> None:

@@ -46,6 +46,11 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
         "invalid",
         "16 prompt tokens came from the prefix cache",
     ),
+    "_longer_than_passed": (
+        measured(passed_s=0.98),
+        "invalid",
+        "a run of 0.999 s is said to have been over in 0.98 s",
+    ),
     "_preempted": (measured(counters=COUNTERS | {"preemptions": 2}), "suspect", "2 requests were preempted"),
     "_never_steady": (
         make_point(warmups=[{"latency_s": 1.0}, {"latency_s": 1.1}]),
@@ -85,6 +90,17 @@ def test_each_fault_is_the_one_reason_against_its_point(fault: str) -> None:
     assert found == expected
     assert len(reasons) == 1
     assert said in reasons[0]
+
+
+def test_a_run_may_be_a_part_of_what_passed_and_no_more() -> None:
+    """But for clocks that go at slightly different rates, and older files, which do not say what passed."""
+    for passed_s in (5.0, 1.0, 0.995, None):
+        assert judged(measured(passed_s=passed_s)) == ([], "valid")
+    # The headline of a run that was never counted from its start is the time since the machine was started.
+    point = make_point(latencies_s=[2048.0] * 3, warmups=[{"latency_s": 2048.0}] * 2)
+    for run in point.runs:
+        run.passed_s = 1.5
+    assert judged(point)[1] == "invalid"
 
 
 def test_every_rule_has_its_fault() -> None:
