@@ -5,13 +5,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.results import EngineInfo, WorkerInfo
+from batch_inference.core.results import EngineInfo, LoadTimes, WorkerInfo
 from batch_inference.measure import engine
-from batch_inference.measure.engine import MEASURING_SETTINGS, engine_settings, has_whole_estimate, parse_engine_flags
-from batch_inference.measure.vllm_objects import FullestMoment, compile_cache_of, count_outputs, with_workers
-from batch_inference.plan.devices import Devices
+from batch_inference.measure.engine import (
+    MEASURING_SETTINGS,
+    Engine,
+    engine_settings,
+    has_whole_estimate,
+    parse_engine_flags,
+)
+from batch_inference.measure.vllm_objects import (
+    FullestMoment,
+    compile_cache_of,
+    count_outputs,
+    kv_bytes_of,
+    special_ids,
+    weights_bytes_of,
+    with_workers,
+)
+from batch_inference.plan.devices import GIB, Devices
 from conftest import STUB
 
 
@@ -164,3 +179,124 @@ def test_an_estimate_of_a_part_of_the_work_is_none(quantization: str | None, rep
         parallel_config=SimpleNamespace(data_parallel_size=replicas),
     )
     assert has_whole_estimate(config) is is_whole
+
+
+@pytest.mark.usefixtures("stub_vllm")
+def test_what_would_spoil_a_measurement_is_off_and_what_it_needs_is_on() -> None:
+    """Word by word, and not by the table itself: a cached prefix is not computed."""
+    settings = engine_settings(ExperimentConfig(seed=7, trust_remote_code=True, enforce_eager=True))
+    expected = {
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "enable_mfu_metrics": True,
+        "jit_monitor_verbose": True,
+        "seed": 7,
+        "trust_remote_code": True,
+        "enforce_eager": True,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert "data_parallel_size" not in settings
+    torchrun = ExperimentConfig(data_parallel_size=2, distributed_executor_backend="external_launcher")
+    assert engine_settings(torchrun)["data_parallel_size"] == 2
+
+
+class FakeLLM:
+    """Takes what it is handed; its counters grow with every look."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def get_metrics(self) -> list[Any]:
+        self.looks += 1
+        values = {
+            "vllm:num_preemptions": 3,
+            "vllm:estimated_flops_per_gpu": 100,
+            "vllm:estimated_read_bytes_per_gpu": 20,
+            "vllm:estimated_write_bytes_per_gpu": 5,
+            "vllm:something_else": 1000,
+        }
+        return [SimpleNamespace(name=name, value=value * self.looks) for name, value in values.items()]
+
+    def generate(self, prompts: list[Any], params: Any, *, use_tqdm: bool) -> list[Any]:
+        self.params, self.use_tqdm = params, use_tqdm
+        return [output(prompt=4, tokens=2, ttft_s=0.1, decode_s=0.1) for _ in prompts]
+
+
+def test_a_run_asks_for_exact_lengths_and_is_timed_from_when_the_wait_is_over() -> None:
+    made: Any = object.__new__(Engine)
+    made._llm, made._sampling_params = FakeLLM(), SimpleNamespace
+    made._config = ExperimentConfig(temperature=0.5, top_p=0.9)
+    made._counted = {**engine._COUNTERS, **engine._ESTIMATES}
+    made._fullest = FullestMoment(SimpleNamespace(record=None))
+    made._fullest._running, made._fullest._kv_use = 9, 0.9  # of the run before
+    waited_s: list[float] = []
+
+    def wait() -> None:
+        waited_s.append(time.monotonic())
+
+    outcome = made.run([{"prompt_token_ids": [1, 2, 3, 4]}] * 3, 2, wait)
+    passed_s = time.monotonic() - waited_s[0]
+    # Without ignore_eos a model ends when it likes.
+    assert vars(made._llm.params) == {
+        "temperature": 0.5, "top_p": 0.9, "max_tokens": 2, "ignore_eos": True, "detokenize": False,
+    }  # fmt: skip
+    assert made._llm.use_tqdm is False
+    assert outcome.start_s >= waited_s[0]
+    assert 0 <= outcome.end_s - outcome.start_s <= passed_s
+    assert (outcome.prompt_tokens, outcome.output_tokens) == (12, 6)
+    # What the counters grew by; bytes read and written are moved alike.
+    assert (outcome.preemptions, outcome.flops_per_device, outcome.memory_bytes_per_device) == (3, 100, 25)
+    assert (outcome.peak_running, outcome.peak_kv_use) == (None, None)
+
+
+def test_an_engine_is_as_full_and_as_slow_as_its_fullest_and_slowest_worker() -> None:
+    workers = [
+        WorkerInfo(weights_bytes=2 * GIB, kv_bytes=GIB, activation_bytes=GIB, compile_s=3.0, runner="a"),
+        WorkerInfo(weights_bytes=GIB, kv_bytes=3 * GIB, activation_bytes=4 * GIB, compile_s=5.0, runner="b"),
+    ]
+    whole = with_workers(EngineInfo("0.32.0", load_s=LoadTimes(total_s=9.0)), workers)
+    assert (whole.weights_gib, whole.kv_pool_gib, whole.activations_gib, whole.runner) == (2, 3, 4, "a")
+    assert (whole.load_s.compile_s, whole.load_s.total_s) == (5.0, 9.0)
+    # Of some workers alone it is not known which is the fullest.
+    one_silent = [workers[0], replace(workers[1], activation_bytes=None, compile_s=None)]
+    some = with_workers(EngineInfo("0.32.0"), one_silent)
+    assert (some.activations_gib, some.load_s.compile_s) == (None, 3.0)
+
+
+class Tensor:
+    """So much of torch's as is looked at."""
+
+    def __init__(self, items: int, item_size: int = 2, storage: int = 0) -> None:
+        self.items, self.item_size, self.storage = items, item_size, storage
+
+    def numel(self) -> int:
+        return self.items
+
+    def element_size(self) -> int:
+        return self.item_size
+
+    def untyped_storage(self) -> Any:
+        return SimpleNamespace(data_ptr=lambda: self.storage, nbytes=lambda: self.items * self.item_size)
+
+
+def test_weights_that_were_packed_away_are_counted_by_the_sizes_of_their_layer() -> None:
+    sizes = {"input_size_per_partition": 10, "output_size_per_partition": 3}
+    modules = [
+        SimpleNamespace(**sizes, weight=Tensor(0)),  # packed
+        SimpleNamespace(**sizes, weight=Tensor(30)),  # as it was, and among the parameters
+        SimpleNamespace(**sizes, weight=None),
+        SimpleNamespace(weight=Tensor(0)),
+    ]
+    model = SimpleNamespace(parameters=lambda: [Tensor(30), Tensor(5, 4)], modules=lambda: modules)
+    assert weights_bytes_of(model, packed_item_size=2) == 60 + 20 + 60
+
+
+def test_a_storage_that_layers_share_is_counted_once() -> None:
+    caches = [Tensor(8, storage=1), [Tensor(8, storage=1), (Tensor(4, storage=2),)]]
+    assert kv_bytes_of(caches) == 16 + 8
+
+
+def test_special_tokens_are_no_prompt() -> None:
+    names = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None, "vocab_size": 100}
+    assert special_ids(SimpleNamespace(to_dict=lambda: names)) == {1, 2, 3}
