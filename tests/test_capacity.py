@@ -116,7 +116,7 @@ def test_a_point_of_an_earlier_sweep_is_seen_with_its_own_engine() -> None:
 @pytest.mark.parametrize(
     ("kv_cache_tokens", "fitting"),
     [
-        # 512 blocks are 40960 tokens of requests of 80, give or take one for vLLM's rounding, and then one is held back.
+        # 512 blocks are 40960 tokens of requests of 80, give or take one for vLLM's rounding; one is held back.
         (40959, 511),
         (40961, 511),
         (40962, 40962 // 80),
