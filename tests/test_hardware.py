@@ -275,7 +275,8 @@ def _refuse(*_: Any) -> Any:
 def test_a_gpu_is_found_by_its_number_or_the_beginning_of_its_identifier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_nvml, "nvmlDeviceGetCount", lambda: 3, raising=False)
     monkeypatch.setattr(fake_nvml, "nvmlDeviceGetHandleByUUID", _refuse, raising=False)
-    assert [plan_devices.nvml_handle(fake_nvml, name) for name in ("1", "GPU-2", "GPU-0")] == [1, 2, 0]
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-{handle}a3f-e201")
+    assert [plan_devices.nvml_handle(fake_nvml, name) for name in ("1", "GPU-2a", "GPU-0a3f-e201")] == [1, 2, 0]
     with pytest.raises(fake_nvml.NVMLError):
         plan_devices.nvml_handle(fake_nvml, "GPU-7")
 

@@ -107,24 +107,19 @@ class FakeTorch:
 
 @pytest.mark.parametrize(
     ("has_gpu", "cores", "size", "count"),
-    [(True, None, 8192, 2**30), (False, None, 2048, 2**27), (False, "0,2", 2048, 2**27), (True, "0,2", 2048, 2**27)],
+    [(True, [], 8192, 2**30), (False, [], 2048, 2**27), (False, ["0,2"], 2048, 2**27), (True, ["0,2"], 2048, 2**27)],
 )
 def test_a_product_and_a_copy_are_counted_twice_and_the_first_of_each_not(
-    has_gpu: bool,
-    cores: str | None,
-    size: int,
-    count: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    has_gpu: bool, cores: list[str], size: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch, bound = FakeTorch(has_gpu=has_gpu), []
+    torch, bound, printed = FakeTorch(has_gpu=has_gpu), [], []
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(peaks, "time", SimpleNamespace(perf_counter=lambda: torch.now_s))
     monkeypatch.setattr(os, "sched_setaffinity", lambda *words: bound.append(words))
-    peaks.main("bfloat16", *filter(None, [cores]))
-    found = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("builtins.print", printed.append)
+    peaks.main("bfloat16", *cores)
     # A product is a multiplication and an addition of each; a copy reads and writes each byte.
-    assert found == {
+    assert json.loads(printed[0]) == {
         "flops_per_s": pytest.approx(2 * size**3 / 0.125),
         "bytes_per_s": pytest.approx(2 * count / 0.0625),
     }
@@ -160,7 +155,7 @@ def test_a_device_that_cannot_be_measured_is_the_users_to_leave_out(monkeypatch:
         raise ChildError("it ended with exit code 1")
 
     monkeypatch.setattr(peaks, "ask", ask)
-    with pytest.raises(ConfigError, match="^--measure-peaks: it ended with exit code 1; leave it out$"):
+    with pytest.raises(ConfigError, match=r"^--measure-peaks: it ended with exit code 1; leave it out$"):
         measure_peaks(Devices("gpu", ("0",)), "bfloat16")
 
 
