@@ -477,9 +477,12 @@ def test_the_best_layout_is_the_fastest_and_all_that_overlap_its_interval(table:
     results = [
         make_result(name, [make_point(4 // dp, latencies_s=[s, s * 1.01], replicas=dp)], (tp, pp, dp))
         for name, (tp, pp, dp), s in (
-            ("tp_4", (4, 1, 1), 2.0), ("pp_4", (1, 4, 1), 2.05), ("dp_4", (1, 1, 4), 1.0), ("tp_2_pp_2", (2, 2, 1), 1.05),
+            ("tp_4", (4, 1, 1), 2.0),
+            ("pp_4", (1, 4, 1), 2.05),
+            ("dp_4", (1, 1, 4), 1.0),
+            ("tp_2_pp_2", (2, 2, 1), 1.05),
         )
-    ]  # fmt: skip
+    ]
     rows = side_by_side(table(results))
     assert rows["layout"].tolist() == ["TP=4", "PP=4", "DP=4", "TP=2 PP=2"]
     assert rows["is_best"].tolist() == [False, False, True, True]

@@ -106,9 +106,9 @@ def test_limits_restrict_the_choice(table: Any, limits: Limits, throughput: tupl
 def test_the_percentile_of_the_limits_is_the_users(tmp_path: Path) -> None:
     result = make_result(points=[make_point(latencies_s=[1.0, 1.0, 1.0, 1.0, 9.0])])
     (path,) = save_all([result], tmp_path)
-    for percent, keeps in ((50, True), (75, True), (99, False)):
+    for percent, is_kept in ((50, True), (75, True), (99, False)):
         found = winners(point_table([load_setting(path, percent)]), Limits(latency_s=2, percent=percent))
-        assert bool(found) == keeps
+        assert bool(found) == is_kept
 
 
 def test_where_nothing_keeps_the_limits_the_nearest_is_named(table: Any) -> None:
