@@ -258,3 +258,37 @@ def test_the_backend_that_nobody_names_is_one_process_for_one_device() -> None:
     assert [ExperimentConfig(tensor_parallel_size=tp).own_backend for tp in (1, 2)] == ["uni", "mp"]
     assert ExperimentConfig(pipeline_parallel_size=2).own_backend == "mp"
     assert ExperimentConfig(data_parallel_size=2).own_backend == "uni"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"tensor_parallel_size": 4, "nnodes": 2}, "tp_4_nodes_2"),
+        ({"distributed_executor_backend": "external_launcher"}, "torchrun_tp_1"),
+        ({"distributed_executor_backend": "external_launcher", "data_parallel_size": 4, "nnodes": 2},
+         "torchrun_dp_4_nodes_2"),
+        ({"tensor_parallel_size": 4, "nnodes": 2, "name": "mine"}, "mine"),
+    ],
+)  # fmt: skip
+def test_the_name_says_what_runs_it_and_on_how_many_nodes(changes: dict[str, Any], name: str) -> None:
+    assert ExperimentConfig(**changes).setting_name == name
+
+
+def test_a_word_of_vllms_is_found_however_it_is_written() -> None:
+    config = ExperimentConfig(
+        engine_args=("--block_size=16", "--kv-cache-dtype", "fp8_e4m3", "--name", "a_b", "-q", "x")
+    )
+    words = [config.engine_word(flag) for flag in ("--block-size", "--kv-cache-dtype", "--name", "-q", "--other")]
+    assert words == ["16", "fp8_e4m3", "a_b", "x", None]
+    assert (config.engine_number("--block-size"), config.engine_number("--name")) == (16, None)
+
+
+def test_what_nodes_disagree_on_is_told_in_short() -> None:
+    told = ExperimentConfig(engine_args=("--block-size", "16"), batch_sizes=(1, 4)).arguments()
+    assert (told["--batch-sizes"], told["--max-model-len"], told["--max-tokens"]) == ("1,4", "not given", "128")
+    assert told["vLLM's flags"] == "--block-size 16"
+    assert ExperimentConfig().arguments()["vLLM's flags"] == "not given"
+    long = [ExperimentConfig(model="m" * count).arguments()["--model"] for count in (200, 201, 202)]
+    assert long[0] == "m" * 200
+    assert long[1].startswith("m" * 150 + " (")
+    assert long[1] != long[2]

@@ -21,6 +21,7 @@ from batch_inference.measure.vllm_objects import (
     FullestMoment,
     compile_cache_of,
     count_outputs,
+    effective_settings,
     kv_bytes_of,
     special_ids,
     weights_bytes_of,
@@ -300,3 +301,63 @@ def test_a_storage_that_layers_share_is_counted_once() -> None:
 def test_special_tokens_are_no_prompt() -> None:
     names = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None, "vocab_size": 100}
     assert special_ids(SimpleNamespace(to_dict=lambda: names)) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("stages", "executor", "overlap", "said"),
+    [
+        (1, "mp", None, "mp"),
+        (2, "mp", True, "mp"),
+        (2, "external_launcher", False, "external_launcher"),
+        (2, SimpleNamespace, True, "SimpleNamespace"),
+    ],
+)
+def test_stages_overlap_but_for_torchrun(stages: int, executor: Any, overlap: bool | None, said: str) -> None:
+    config = vllm_config(pipeline_parallel_size=stages, distributed_executor_backend=executor)
+    found = effective_settings("0.32.0", config)
+    assert (found.pipeline_stages_overlap, found.executor, found.pipeline_parallel_size) == (overlap, said, stages)
+
+
+def test_what_vllm_really_runs_with_is_read_back_field_by_field() -> None:
+    found = effective_settings("0.32.0", vllm_config(pipeline_parallel_size=1, distributed_executor_backend="uni"))
+    assert found == EngineInfo(
+        vllm_version="0.32.0", executor="uni", tensor_parallel_size=2, pipeline_parallel_size=1,
+        pipeline_stages_overlap=None, dtype="bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False,
+        max_num_seqs=16, max_num_batched_tokens=2048, chunked_prefill=True, async_scheduling=False,
+        gpu_memory_utilization=0.8, kv_cache_dtype="auto", block_size=32, num_gpu_blocks=1000,
+        enable_prefix_caching=False, load_format="dummy", compilation_mode="VLLM_COMPILE", cudagraph_mode="FULL",
+        cudagraph_capture_sizes=[1, 2, 4], kv_cache_tokens=32000,
+    )  # fmt: skip
+
+
+def vllm_config(**parallel: Any) -> SimpleNamespace:
+    """A VllmConfig with a number of its own in every place."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            dtype="torch.bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2, data_parallel_size=1, **parallel),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=16, max_num_batched_tokens=2048, enable_chunked_prefill=True, async_scheduling=False
+        ),
+        cache_config=SimpleNamespace(
+            gpu_memory_utilization=0.8, cache_dtype="auto", block_size=32, num_gpu_blocks=1000,
+            enable_prefix_caching=False, kv_cache_size_tokens=32000,
+        ),
+        load_config=SimpleNamespace(load_format=SimpleNamespace(value="dummy")),
+        compilation_config=SimpleNamespace(
+            mode=SimpleNamespace(name="VLLM_COMPILE"), cudagraph_mode=SimpleNamespace(name="FULL"),
+            cudagraph_capture_sizes=(1, 2, 4),
+        ),
+    )  # fmt: skip
+
+
+def test_hits_of_the_prefix_cache_are_those_of_all_requests() -> None:
+    outputs = [output(prompt=32, tokens=1, ttft_s=0.1, decode_s=0.0, cached=cached) for cached in (16, 16, None)]
+    assert count_outputs(outputs, 0.0, 1.0).prefix_cache_hit_tokens == 32
+
+
+def test_a_wait_in_the_queue_is_never_below_nothing() -> None:
+    late = output(prompt=1, tokens=1, ttft_s=0.1, decode_s=0.0)
+    late.metrics.scheduled_ts = late.metrics.first_token_ts - 0.1000002
+    assert count_outputs([late], 0.0, 1.0).requests.queue_s == [0.0]
