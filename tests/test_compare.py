@@ -488,3 +488,11 @@ def test_the_best_layout_is_the_fastest_and_all_that_overlap_its_interval(table:
     assert rows["is_best"].tolist() == [False, False, True, True]
     assert rows["is_first"].tolist() == [True, False, False, False]
     assert rows["ratio"].tolist() == pytest.approx([1.0, 2.0 / 2.05, 2.0, 2.0 / 1.05])
+
+
+def test_what_is_slower_within_the_noise_is_no_regression(table: Any) -> None:
+    old = table([make_result(points=[make_point(latencies_s=[1.0, 1.5, 0.6])])], "old")
+    found = compare_sets(table([make_result(points=[make_point(latencies_s=[1.3, 1.8, 0.9])])]), old)
+    assert found.points["ratio"].iloc[0] < 0.8
+    assert found.points["change"].tolist() == ["no difference"]
+    assert regressions(found, 3).empty

@@ -180,7 +180,7 @@ def test_all_limits_must_be_kept_and_an_unknown_number_keeps_none(table: Any) ->
 def test_the_nearest_is_the_one_whose_worst_excess_is_the_least(table: Any) -> None:
     """Of latency and of time to first token, as shares of their limits."""
     # 2 x and 10 x; 4 x and 5 x; and one of which a number is not known.
-    points = [times(1, 1.0, 0.1), times(2, 2.0, 0.05), make_point(4, latencies_s=[0.6], max_tokens=1)]
+    points = [times(1, 1.0, 0.1), times(2, 2.0, 0.05), make_point(4, latencies_s=[0.4], max_tokens=1)]
     limits = Limits(latency_s=0.5, ttft_s=0.01, tpot_s=1.0)
     (choice,) = choices(table([make_result(points=points)]), limits)
     assert choice.nearest is not None
@@ -213,11 +213,11 @@ def test_intervals_that_just_touch_overlap() -> None:
 
 
 def test_a_goal_has_the_direction_of_its_metric() -> None:
-    assert {goal.name: (goal.unit, goal.better) for goal in GOALS} == {
-        "throughput": ("tok/s", "higher"),
-        "per device": ("tok/s/device", "higher"),
-        "latency": ("s", "lower"),
-        "cost": ("per M tokens", "lower"),
+    assert {goal.name: (goal.column, goal.unit, goal.better) for goal in GOALS} == {
+        "throughput": ("output_tok_per_s", "tok/s", "higher"),
+        "per device": ("output_tok_per_s_per_device", "tok/s/device", "higher"),
+        "latency": ("latency_mean_s", "s", "lower"),
+        "cost": (COST, "per M tokens", "lower"),
     }
 
 
@@ -228,6 +228,7 @@ def test_a_goal_has_the_direction_of_its_metric() -> None:
         ((1.0, 2.0, 4.0), (1, 4, 6), [True, True, False]),
         # As good per device and slower; as fast and worse per device.
         ((1.0, 2.0, 2.0), (1, 2, 4), [True, False, True]),
+        ((1.0, 2.0), (1, 2), [True, False]),
         ((1.0, 1.0), (1, 2), [False, True]),
     ],
 )
@@ -239,7 +240,7 @@ def test_the_front_needs_more_per_device_for_more_latency(
 
 
 def test_a_percentile_of_a_limit_has_a_column_of_its_name(table: Any) -> None:
-    assert Limits(1.0, 2.0, 3.0, percent=90).columns() == {"latency_p90_s": 1.0, "ttft_p90_s": 2.0, "tpot_p90_s": 3.0}
+    assert Limits(1.0, 2.0, 3.0, percent=75).columns() == {"latency_p75_s": 1.0, "ttft_p75_s": 2.0, "tpot_p75_s": 3.0}
     assert str(Limits(1.5, None, 0.25)) == "latency p99 ≤ 1.5 s, TPOT p99 ≤ 0.25 s"
     row = table([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0, 4.0, 5.0])])]).iloc[0]
     assert (row["latency_p50_s"], row["latency_p90_s"], row["latency_p99_s"]) == (3.0, 4.6, pytest.approx(4.96))
