@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.results import EngineInfo
+from batch_inference.measure import engine_process
+from batch_inference.measure import replicas as replicas_module
+from batch_inference.measure import worker as worker_module
 from batch_inference.measure.engine_process import (
+    EngineProcess,
+    LogMark,
+    Patience,
     ReplicaError,
     quiet_environment,
     read_log_tail,
@@ -23,8 +30,8 @@ from batch_inference.measure.engine_process import (
     root_cause,
 )
 from batch_inference.measure.hardware import Reading
-from batch_inference.measure.messages import Done, Outcome, Prepare, Start
-from batch_inference.measure.replicas import LocalReplicas, TorchrunReplicas
+from batch_inference.measure.messages import Done, Load, Outcome, Prepare, Start
+from batch_inference.measure.replicas import LocalReplicas, TorchrunReplicas, coupling_of, ports_of
 from batch_inference.measure.vllm_objects import count_outputs
 from batch_inference.measure.worker import Worker
 from batch_inference.plan.devices import Devices
@@ -388,3 +395,167 @@ def test_kernels_compiled_during_a_run_are_counted_by_the_log(
         counted += [outcome.jit_compilations for outcome in replicas.run()]
     # The stub compiles in every third run.
     assert counted == [0, 0, 1, 0]
+
+
+# --- what each replica and rank gets, without any process ----------------------------------------------------------
+
+
+def test_every_replica_has_a_hundred_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PORT", raising=False)
+    monkeypatch.setattr(os, "getpid", lambda: 15 * 100 + 7)
+    ports = [int(ports_of(replica)["VLLM_PORT"]) for replica in range(4)]
+    assert ports == [22_100, 22_200, 22_300, 22_400]
+    # Coupled replicas meet below these, and all in one place.
+    found = [coupling_of(replica, 4) for replica in range(4)]
+    assert {one["VLLM_DP_MASTER_PORT"] for one in found} == {"22000"}
+    assert [(one["VLLM_DP_RANK"], one["VLLM_DP_SIZE"], one["VLLM_DP_RANK_LOCAL"]) for one in found] == [
+        (str(replica), "4", "0") for replica in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "address", "devices"),
+    [
+        ((2, 1, 2), None, ["0,3", "5,7"]),
+        ((1, 2, 2), None, ["0,3", "5,7"]),
+        ((1, 1, 4), None, ["0", "3", "5", "7"]),
+        ((4, 1, 1), None, ["0,3,5,7"]),
+        ((2, 1, 2), "local", ["0,3", "5,7"]),
+        ((2, 1, 2), "10.0.0.1:6379", [None, None]),
+    ],
+)
+def test_a_replica_sees_its_slice_of_the_devices(
+    sizes: tuple[int, int, int], address: str | None, devices: list[str | None]
+) -> None:
+    tp, pp, dp = sizes
+    config = ExperimentConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp)
+    made = LocalReplicas(config, Devices("gpu", ("0", "3", "5", "7")), ray_address=address)
+    found = [made._environment(replica) for replica in range(dp)]
+    assert [one.get("CUDA_VISIBLE_DEVICES") for one in found] == devices
+    # Only replicas that start together must not look for ports in the same place.
+    assert ["VLLM_PORT" in one for one in found] == [dp > 1] * dp
+    assert not any("VLLM_DP_RANK" in one for one in found)
+
+
+@pytest.mark.parametrize(("changes", "lead_s"), [({}, 0.02), ({"nnodes": 2, "tensor_parallel_size": 2}, 0.3)])
+def test_the_common_start_leaves_time_for_every_replica_to_wait(
+    changes: dict[str, Any], lead_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = LocalReplicas(ExperimentConfig(output_file=f"{tmp_path}/x.json", **changes), ONE_CORE)
+    made._processes = [SimpleNamespace(log_since=SimpleNamespace(compilations=lambda: 2))]  # type: ignore[list-item]
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    at_s: list[float | None] = []
+
+    def answers(commands: list[Start], *_: Any) -> list[Done]:
+        at_s.extend(command.at_s for command in commands)
+        return [timed(100.5, 1.0)]
+
+    monkeypatch.setattr(made, "_all", answers)
+    (outcome,) = made.run()
+    assert at_s == [pytest.approx(100.0 + lead_s)]
+    assert (outcome.start_s, outcome.end_s, outcome.jit_compilations) == (0.0, 1.0, 2)
+
+
+@pytest.mark.parametrize(("rank", "replica"), [(0, 0), (3, 0), (4, 1), (7, 1)])
+def test_ranks_belong_to_replicas_as_vllm_counts_them(rank: int, replica: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "Engine", lambda *_: SimpleNamespace(info=EngineInfo("0.32.0")))
+    made = Worker(0.0, Place(rank, 8, rank, 8))
+    shape = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "data_parallel_size": 2}
+    made._do(Load(ExperimentConfig(distributed_executor_backend="external_launcher", **shape), 0))
+    assert made._replica == replica
+    assert made._reads_devices
+    local = Worker(0.0)
+    local._do(Load(ExperimentConfig(**shape), 1))
+    assert (local._replica, local._reads_devices) == (1, False)
+
+
+def test_replicas_of_one_stream_have_prompts_of_their_own() -> None:
+    asked: list[Any] = []
+    made = Worker(0.0)
+    made._engine = SimpleNamespace(make_prompts=lambda *words: asked.append(words))  # type: ignore[assignment]
+    for made._replica in (0, 1):
+        made._do(Prepare(2, 8, 4, [0, "run", 3]))
+    assert asked == [(2, 8, [0, "run", 3, 0]), (2, 8, [0, "run", 3, 1])]
+    assert made._max_tokens == 4
+
+
+def test_a_start_is_waited_for_and_never_for_less_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: 100.0, sleep=slept.append))
+    worker_module._sleep_until(100.5)
+    worker_module._sleep_until(100.5, lead_s=0.25)
+    worker_module._sleep_until(99.0)
+    worker_module._sleep_until(None)
+    assert slept == [0.5, 0.25, 0.0]
+
+
+# --- what is made of an engine that says nothing, or the wrong thing -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("waiting_for", "kind", "said"),
+    [
+        ("startup_timeout", "timeout_startup", "no answer within --startup-timeout 20 s"),
+        ("point_timeout", "timeout_point", "no answer within --point-timeout 30 s"),
+    ],
+)
+def test_patience_ends_when_its_own_flag_says(
+    waiting_for: str, kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now_s, now_s=100.0)
+    monkeypatch.setattr(engine_process, "time", clock)
+    patience = Patience(ExperimentConfig(startup_timeout=20.0, point_timeout=30.0), waiting_for)
+    limit_s = {"startup_timeout": 20.0, "point_timeout": 30.0}[waiting_for]
+    for passed_s, is_over in ((0.0, False), (limit_s, False), (limit_s + 0.5, True)):
+        clock.now_s = 100.0 + passed_s
+        assert patience.is_over is is_over
+    process: Any = object.__new__(EngineProcess)
+    process.log_path = tmp_path / "absent.log"
+    late = process.late(patience)
+    assert (late.kind, late.reason) == (kind, said)
+
+
+def test_a_part_that_is_gone_is_the_reason_once_vllm_had_time_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now_s, now_s=100.0)
+    monkeypatch.setattr(engine_process, "time", clock)
+    process: Any = object.__new__(EngineProcess)
+    process._parts, process._dead_since_s = {os.getpid(): "VLLM::EngineCore"}, None
+    assert process._dead_part() is None
+    process._parts[2**22 + 7] = "VLLM::Worker_TP1"
+    found = []
+    for clock.now_s in (100.0, 103.0, 103.5):
+        found.append(process._dead_part())
+    assert found == [None, None, "VLLM::Worker_TP1"]
+
+
+def test_the_end_of_a_log_is_its_last_lines_and_bytes(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text("".join(f"line {number}\n" for number in range(100)))
+    process: Any = object.__new__(EngineProcess)
+    process.log_path = log
+    assert process._log_end() == [f"line {number}" for number in range(60, 100)]
+    assert read_log_tail(log, max_bytes=16) == ["line 98", "line 99"]
+    mark = LogMark(log)
+    with log.open("a") as more:
+        more.write("line 100\nERROR ValueError: of after the mark\n")
+    assert mark.lines() == ["line 100", "ERROR ValueError: of after the mark"]
+    assert LogMark(tmp_path / "absent.log").compilations() == 0
+
+
+def test_of_several_errors_the_last_one_is_the_cause() -> None:
+    log = ["ERROR ValueError: the first", "INFO all is well", "(Worker) ERROR [x.py:1] OSError: the last", "INFO end"]
+    assert root_cause(log) == "OSError: the last"
+
+
+@pytest.mark.parametrize(
+    ("changes", "logs"),
+    [
+        ({}, ["x.log"]),
+        ({"data_parallel_size": 2}, ["x.log", "x.replica_1.log"]),
+        ({"data_parallel_size": 2, "distributed_executor_backend": "external_launcher"}, ["x.log"]),
+        ({"nnodes": 2, "tensor_parallel_size": 2, "node_rank": 1}, ["x.node_1.log"]),
+    ],
+)
+def test_the_logs_that_will_be_written_are_known_before(changes: dict[str, Any], logs: list[str]) -> None:
+    config = ExperimentConfig(output_file="x.json", **changes)
+    assert [path.name for path in engine_process.log_paths(config)] == logs
