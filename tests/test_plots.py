@@ -272,6 +272,20 @@ def test_activations_and_the_peak_are_drawn_where_they_are_known(table: Any) -> 
     assert float(axes.lines[0].get_xdata()[0]) == 60.0
 
 
+def test_the_mark_is_at_the_highest_use_of_all_points_of_a_setting(table: Any) -> None:
+    points = [make_point(b, runs=[make_run(1.0, requests=b, memory={"used_gib": [gib]})]) for b, gib in
+              ((1, 50.0), (2, 70.0), (4, 60.0))]  # fmt: skip
+    (axes,) = plots.memory(table([make_result(points=points)])).axes
+    assert float(axes.lines[0].get_xdata()[0]) == 70.0
+
+
+def test_the_map_of_many_settings_holds_the_highest_number_of_each_place(table: Any) -> None:
+    results = [make_result(f"s{number}", [make_point(1, 8, [1.0 + number])]) for number in range(8)]
+    figure = plots.heatmap(table(results))
+    assert figure.axes[0].images[0].get_array().tolist() == [[32.0]]
+    assert "s0" in {text.get_text().split("\n")[-1] for text in figure.axes[0].texts}
+
+
 def test_unknown_memory_is_not_drawn(table: Any) -> None:
     result = make_result(points=[make_point()])
     result.engine = EngineInfo("0.32.0")
