@@ -12,7 +12,7 @@ from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.memory import MemoryPlan, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
 from batch_inference.plan.obstacles import infeasible, is_coupled
-from batch_inference.plan.printed import setting_plan
+from batch_inference.plan.printed import _memory_words, setting_plan
 
 EIGHT_GPUS = Devices("gpu", tuple("01234567"))
 # Llama-2-7B: https://arxiv.org/abs/2307.09288, and its config.json
@@ -468,3 +468,33 @@ def test_what_the_formulas_do_not_know_has_no_plan(
 ) -> None:
     config = ExperimentConfig(engine_args=engine_args)
     assert memory_plan(config, facts(tmp_path, **changes), EIGHT_GPUS, 80.0) is None
+
+
+# --- the printed plan ---------------------------------------------------------------------------------------------
+
+
+def test_the_cache_of_the_largest_point_is_that_of_its_batch_and_its_longest_request(tmp_path: Path) -> None:
+    config = ExperimentConfig(batch_sizes=(4, 16, 1), seq_lens=(2048, 512), max_tokens=128)
+    # 16 requests of 2176 tokens, at 512 KiB each
+    assert "17 GiB KV cache per device for the largest point in one wave" in plan(config, facts(tmp_path))
+
+
+def test_weights_that_fill_the_share_exactly_leave_nothing() -> None:
+    found = MemoryPlan(weights_gib=8.0, kv_bytes_per_token=1.0, pool_gib=0.0, block_size=16)
+    assert "the weights do not fit: 8 GiB are there for vLLM" in _memory_words(ExperimentConfig(), found)
+
+
+def test_flags_of_vllms_own_have_a_line_of_the_plan(tmp_path: Path) -> None:
+    read = facts(tmp_path)
+    line = "vLLM --quantization fp8 (vLLM checks these when it starts)"
+    assert line in plan(ExperimentConfig(engine_args=("--quantization", "fp8")), read)
+    assert "vLLM checks these" not in plan(ExperimentConfig(), read)
+
+
+def test_the_plan_counts_devices_and_points(tmp_path: Path) -> None:
+    config = ExperimentConfig(
+        tensor_parallel_size=2, data_parallel_size=3, batch_sizes=(1, 4), seq_lens=(8, 16, 32), num_runs=5
+    )
+    words = plan(config, facts(tmp_path))
+    assert "tp_2_dp_3: TP 2 x PP 1 x DP 3 = 6 of 8 gpu devices" in words
+    assert "batch sizes 1, 4 x lengths 8, 16, 32, 128 output tokens: 6 points, 5 timed runs each" in words
