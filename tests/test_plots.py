@@ -175,6 +175,13 @@ def test_weak_scaling_is_drawn_at_equal_batch_per_replica(table: Any) -> None:
         plots.scaling_weak(table(make_sweep(SETTINGS[:2])))
 
 
+def test_strong_and_weak_scaling_are_drawn_each_with_its_own_efficiency(table: Any) -> None:
+    one = make_result("tp_1", [make_point(b, 8, [1.0]) for b in (2, 4)])
+    points = table([one, make_result("dp_2", [make_point(2, 8, [0.8], replicas=2)], (1, 1, 2))])
+    assert lines(plots.scaling(points).axes[0]) == [[(4, pytest.approx(0.625))]]
+    assert lines(plots.scaling_weak(points).axes[0]) == [[(2, pytest.approx(1.25))]]
+
+
 def test_efficiency_has_the_interval_of_the_ratio(table: Any) -> None:
     points = table(make_sweep(SETTINGS[:2], batch_sizes=(4,)))
     (axes,) = plots.scaling(points).axes

@@ -117,6 +117,7 @@ def test_the_place_of_a_rank_is_torchruns_word() -> None:
     assert place == Place(5, 8, 1, 4)
     assert not place.leads
     assert Place(0, 8, 0, 4).leads
+    assert not Place(4, 8, 0, 4).leads  # the first of its own node alone
     for missing in names:
         assert find_place({name: value for name, value in names.items() if name != missing}) is None
 
