@@ -253,6 +253,10 @@ def test_with_as_many_runs_as_asked_an_interval_over_10_percent_is_too_wide() ->
         assert judged(measured(latencies_s=[1.0, 1.0 + spread, 1.0 - spread]), {"num_runs": 3})[0] == reasons
 
 
+def test_a_single_run_has_no_interval_to_judge() -> None:
+    assert judged(measured(latencies_s=[1.0]))[0] == ["a single run has no interval; raise --num-runs"]
+
+
 def test_what_several_runs_show_is_added_up() -> None:
     point = measured()
     for run in point.runs:
