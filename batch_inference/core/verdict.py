@@ -75,7 +75,9 @@ def _longer_than_passed(_: Result, point: Point) -> list[str]:
     if not wrong:
         return []
     took_s, passed_s = max(wrong)
-    return [f"a run of {took_s:.3g} s is said to have been over in {passed_s:.3g} s; see to the clocks of the nodes"]
+    return [
+        f"a run of {took_s:.3g} s is said to have been over in {passed_s:.3g} s; see to the nodes' clocks, or report it"
+    ]
 
 
 def _preempted(_: Result, point: Point) -> list[str]:
