@@ -370,3 +370,10 @@ def test_the_cpu_is_named_as_the_kernel_names_it(tmp_path: Path, monkeypatch: py
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A CPU: v2 @ 3 GHz\nmodel name\t: another\n")
     monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "cpuinfo")
     assert hardware.cpu_name() == "A CPU: v2 @ 3 GHz"
+
+
+def test_gpus_are_watched_by_nvml_and_cores_by_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    assert isinstance(hardware.monitor(Devices("gpu", ("0",))), GpuMonitor)
+    assert isinstance(hardware.monitor(Devices("cpu", ("0",))), CpuMonitor)
+    assert CpuMonitor(Devices("cpu", ("0",))).read([2**22 + 1]).used_gib == [0]

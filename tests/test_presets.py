@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.launch.jobs import Here, Job, check_together, folder_of, job_of, jobs_of
+from batch_inference.launch import overview
+from batch_inference.launch.jobs import Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
 from batch_inference.launch.options import parse_options
 from batch_inference.launch.overview import PlannedJob, planned, uncompared
-from batch_inference.launch.presets import Preset, Setting, settings_of
+from batch_inference.launch.presets import Preset, Setting, read_table, settings_of
 from batch_inference.launch.stored import time_left
 from batch_inference.plan.devices import Devices
+from batch_inference.plan.model import read_model_facts
 from conftest import REPOSITORY
 
 HERE = Here("python3", "")
@@ -184,3 +188,81 @@ def test_replicas_whose_batches_meet_no_others_are_named_with_the_remedy() -> No
 def test_nothing_measured_has_no_time_left(tmp_path: Any) -> None:
     assert time_left([ExperimentConfig(output_dir=str(tmp_path))], "gpu") is None
     assert time_left([], "gpu") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["TP=2", "PP=2"], None),
+        (["XP=2"], "'XP=2' was given, TP=N, PP=N or DP=N is needed"),
+        (["TP"], "'TP' was given"),
+        (["TP=2", "TP=4"], "custom: TP is given twice"),
+        (["TP=0"], "custom TP: '0' was given, a whole number of at least 1 is needed"),
+        (["TP=N"], "custom TP: 'N' was given"),
+        (["TP=9999999999"], "no machine has so many devices"),
+        ([], "at least one of TP=N, PP=N, DP=N is needed"),
+    ],
+)
+def test_a_setting_of_the_users_own_is_checked_word_by_word(words: list[str], said: str | None) -> None:
+    custom = Preset("custom", "", made_by="custom")
+    if said is None:
+        assert custom.words_of_settings(words) == [words]
+        return
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        custom.words_of_settings(words)
+
+
+def test_the_table_of_presets_is_read_line_by_line() -> None:
+    lines = [
+        ["preset", "study", "a comment"], ["setting", "TP=1"], ["setting", "TP=2", "--x"], ["flags", "--y", "1"],
+        ["preset", "quick", ""], ["demo"], ["preset", "custom", "own"], ["made_by", "custom"],
+    ]  # fmt: skip
+    study, quick, custom = read_table("\x1e".join("".join(f"{word}\x1f" for word in line) for line in lines)).values()
+    assert (study.name, study.comment, study.settings, study.flags) == (
+        "study", "a comment", [["TP=1"], ["TP=2", "--x"]], ["--y", "1"],
+    )  # fmt: skip
+    assert (quick.is_demo, quick.folder, study.folder) == (True, "quick_results", None)
+    assert custom.made_by == "custom"
+    for wrong in ("preset\x1fa\x1fb\x1f\x1enothing\x1fx\x1f", "preset\x1fa\x1fb\x1f\x1emade_by\x1fx\x1f"):
+        with pytest.raises(ConfigError, match=r"^preset a: "):
+            read_table(wrong)
+
+
+def test_where_the_devices_of_a_plan_are_is_said() -> None:
+    assert nodes_in_words(parse_options(["study"])) == ""
+    assert nodes_in_words(parse_options(["study", "--nnodes", "2", "--master-addr", "a"])) == " on each of 2 nodes"
+    assert "on each node, if all are like this one" in nodes_in_words(parse_options(["study", "--master-addr", "a"]))
+
+
+def test_a_plan_for_other_devices_is_no_part_of_the_commands() -> None:
+    plain = job(Setting(1, 1, 1))
+    assert not plain.config.dry_run
+    dry = job(Setting(1, 1, 1), "--dry-run", "--devices", "4", "--device-memory-gib", "80")
+    assert (dry.config.dry_run, dry.config.devices, dry.config.device_memory_gib) == (True, 4, 80.0)
+    assert dry.words == plain.words
+
+
+def test_the_plan_of_a_preset_counts_with_the_memory_that_is_given_or_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens(*words: str, here_gib: float | None) -> Any:
+        monkeypatch.setattr(overview, "smallest_memory_gib", lambda _: here_gib)
+        one = PlannedJob(job(Setting(1, 1, 1), "--seq-lens", "64", *words), read_model_facts(TINY), None)
+        (found,) = json.loads(overview.plan_as_json([one], FOUR))
+        return found["kv_cache_tokens"]
+
+    here, given = tokens(here_gib=40.0), tokens("--dry-run", "--device-memory-gib", "80", here_gib=40.0)
+    assert given == pytest.approx(2 * here, rel=0.01)
+    assert tokens("--dry-run", "--device-memory-gib", "80", here_gib=None) == given
+    assert tokens(here_gib=None) is None
+
+
+def test_the_plan_says_who_starts_the_workers() -> None:
+    def by(setting: Setting, nnodes: int = 1, reason: str | None = None) -> str:
+        return overview._by(PlannedJob(job(setting), None, reason), nnodes)
+
+    assert [by(Setting(1, 1, 1)), by(Setting(2, 1, 1)), by(Setting(2, 1, 1, torchrun=True))] == [
+        "uni",
+        "mp",
+        "torchrun",
+    ]
+    assert by(Setting(2, 1, 1), nnodes=2) == "mp, 2 nodes"
+    assert by(Setting(2, 1, 1), reason="no") == "-"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -30,7 +30,17 @@ from batch_inference.measure.engine_process import (
     root_cause,
 )
 from batch_inference.measure.hardware import Reading
-from batch_inference.measure.messages import Done, Load, Outcome, Prepare, Start
+from batch_inference.measure.messages import (
+    Done,
+    Join,
+    Joined,
+    Load,
+    Loaded,
+    Outcome,
+    Prepare,
+    Ready,
+    Start,
+)
 from batch_inference.measure.replicas import LocalReplicas, TorchrunReplicas, coupling_of, ports_of
 from batch_inference.measure.vllm_objects import count_outputs
 from batch_inference.measure.worker import Worker
@@ -559,3 +569,133 @@ def test_of_several_errors_the_last_one_is_the_cause() -> None:
 def test_the_logs_that_will_be_written_are_known_before(changes: dict[str, Any], logs: list[str]) -> None:
     config = ExperimentConfig(output_file="x.json", **changes)
     assert [path.name for path in engine_process.log_paths(config)] == logs
+
+
+# --- starting, waiting and ending, with processes that are none ----------------------------------------------------
+
+
+class FakeProcess:
+    """Answers what it is told to, on a pipe of its own; notes what is asked of it."""
+
+    made: ClassVar[list[FakeProcess]] = []
+
+    def __init__(self, environment: dict[str, str], log_path: Path, nodes: Any = None) -> None:
+        self.environment, self.log_path, self.nodes = environment, log_path, nodes
+        self.sent: list[Any] = []
+        self.answers: list[list[Any]] = []
+        self.ended_at_s: float | None = None
+        self.is_asked_to_close = self.has_parts = False
+        self.pid = 4000 + len(FakeProcess.made)
+        self._reads, writes = os.pipe()
+        os.close(writes)  # what has ended can always be read
+        FakeProcess.made.append(self)
+
+    def fileno(self) -> int:
+        return self._reads
+
+    def send(self, command: Any) -> None:
+        self.sent.append(command)
+        answers = {Load: Loaded(EngineInfo("0.32.0")), Prepare: Ready()}
+        self.answers.append([answers[type(command)]] if type(command) in answers else [])
+
+    def replies(self) -> list[Any]:
+        return self.answers.pop(0) if self.answers else []
+
+    def late(self, patience: Patience) -> ReplicaError:
+        return ReplicaError(f"{self.log_path.name} is late, {patience.waiting_for}", [])
+
+    def remember_parts(self) -> None:
+        self.has_parts = True
+
+    def ask_to_close(self) -> None:
+        self.is_asked_to_close = True
+
+    def end(self, deadline_s: float) -> None:
+        self.ended_at_s = deadline_s
+        os.close(self._reads)
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
+    monkeypatch.setattr(FakeProcess, "made", [])
+    monkeypatch.setattr(replicas_module, "EngineProcess", FakeProcess)
+    return FakeProcess.made
+
+
+@pytest.mark.parametrize(("coupled", "ranks"), [(False, [None, None]), (True, ["0", "1"])])
+def test_a_process_for_each_replica_is_loaded_with_its_number(
+    coupled: bool, ranks: list[str | None], no_process: list[FakeProcess], tmp_path: Path
+) -> None:
+    config = ExperimentConfig(data_parallel_size=2, output_file=f"{tmp_path}/x.json")
+    made = LocalReplicas(config, Devices("gpu", ("4", "5")), coupled=coupled)
+    assert len(made.start()) == 2
+    assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in no_process] == ["4", "5"]
+    assert [one.environment.get("VLLM_DP_RANK") for one in no_process] == ranks
+    assert [one.log_path.name for one in no_process] == ["x.log", "x.replica_1.log"]
+    assert [[command.replica for command in one.sent] for one in no_process] == [[0], [1]]
+    assert all(one.has_parts for one in no_process)
+    assert made.pids() == [4000, 4001]
+    made.prepare(Prepare(2, 8, 4, [0]))
+    assert [len(one.sent) for one in no_process] == [2, 2]
+    made.close()
+
+
+@pytest.mark.parametrize(("hurry", "patience_s"), [(False, 15.0), (True, 0.5)])
+def test_all_replicas_are_asked_to_close_before_one_is_waited_for(
+    hurry: bool, patience_s: float, no_process: list[FakeProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = LocalReplicas(
+        ExperimentConfig(data_parallel_size=2, output_file=f"{tmp_path}/x.json"), Devices("cpu", ("0", "1"))
+    )
+    made.start()
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    asked: list[bool] = []
+    end = FakeProcess.end
+    monkeypatch.setattr(
+        FakeProcess,
+        "end",
+        lambda self, at_s: (asked.extend(one.is_asked_to_close for one in no_process), end(self, at_s)),
+    )
+    made.close(hurry=hurry)
+    assert asked == [True] * 4
+    assert [one.ended_at_s for one in no_process] == [100.0 + patience_s] * 2
+    made.close()  # of nothing
+    assert made.pids() == []
+
+
+def test_who_does_not_answer_in_time_is_late_and_who_did_is_not(no_process: list[FakeProcess], tmp_path: Path) -> None:
+    config = ExperimentConfig(point_timeout=0.001)
+    quick, slow = (FakeProcess({}, tmp_path / f"{name}.log") for name in ("quick", "slow"))
+    quick.answers = [[Ready()]]
+    with pytest.raises(ReplicaError, match=r"slow\.log is late, point_timeout"):
+        engine_process.receive([quick, slow], Patience(config, "point_timeout"))  # type: ignore[list-item]
+    # An answer that is there counts, however late it is looked at.
+    quick.answers, slow.answers = [[Ready()]], [[Joined()]]
+    patience = Patience(config, "point_timeout")
+    patience._end_s = 0.0
+    assert engine_process.receive([quick, slow], patience) == [[Ready()], [Joined()]]  # type: ignore[list-item]
+    for one in no_process:
+        one.end(0.0)
+
+
+def test_an_answer_to_something_else_is_none(no_process: list[FakeProcess], tmp_path: Path) -> None:
+    made = LocalReplicas(ExperimentConfig(output_file=f"{tmp_path}/x.json"), ONE_CORE)
+    made.start()
+    no_process[0].answers = [[Ready()]]
+    with pytest.raises(TypeError, match="Ready was answered, Loaded is the answer"):
+        made._all([Prepare(1, 8, 4, [0])], Loaded)
+    made.close()
+
+
+@pytest.mark.parametrize(("hurry", "joins"), [(False, True), (True, False)])
+def test_ranks_that_had_nothing_to_do_are_told_that_it_is_over(
+    hurry: bool, joins: bool, no_process: list[FakeProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    shape = {"tensor_parallel_size": 2, "output_file": f"{tmp_path}/x.json", "point_timeout": 0.001}
+    made = TorchrunReplicas(ExperimentConfig(startup_timeout=0.001, **shape), {"A": "1"}, Place(0, 2, 0, 2))
+    made.close(hurry=hurry)
+    made.close(hurry=hurry)  # once
+    assert [[type(command) for command in one.sent] for one in no_process] == ([[Join]] if joins else [])
+    assert [one.ended_at_s for one in no_process] == ([115.0] if joins else [])
+    assert not made.can_restart
