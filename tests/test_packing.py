@@ -19,7 +19,7 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.launch import packing
 from batch_inference.launch.console import Outcomes
 from batch_inference.launch.jobs import Job
-from batch_inference.launch.packing import Packing, longest_first
+from batch_inference.launch.packing import Packing, longest_first, on
 from batch_inference.launch.presets import Setting
 from batch_inference.launch.processes import Processes
 from batch_inference.plan.devices import Devices
@@ -148,18 +148,26 @@ def test_the_launcher_packs_real_sweeps_and_their_points_say_so(tmp_path: Path) 
 
 
 class FakeProcesses:
-    """Starts nothing: what is asked for, and on which devices. A process has ended when it is looked at again."""
+    """Starts nothing: what is asked for, and on which devices. A process has ended when it is looked at twice, and
+    until then nobody else may have its devices."""
 
     are_stopped = False
 
     def __init__(self) -> None:
         self.started: list[dict[str, str]] = []
+        self.in_use: set[str] = set()
 
     def start(self, _words: Any, variables: dict[str, str], _output: Any) -> Any:
+        devices = set(variables["CUDA_VISIBLE_DEVICES"].split(","))
+        assert not self.in_use & devices
+        self.in_use |= devices
         self.started.append(variables)
-        return SimpleNamespace(poll=lambda: 0)
+        looks = iter((None, 0))
+        return SimpleNamespace(poll=lambda: next(looks), devices=devices, looks=looks)
 
-    def ended(self, _process: Any) -> int:
+    def ended(self, process: Any) -> int:
+        assert next(process.looks, "over") == "over"
+        self.in_use -= process.devices
         return 0
 
 
@@ -216,3 +224,41 @@ def test_an_interrupted_setting_interrupts_its_preset(tmp_path: Path) -> None:
     outcomes.keep(one, 0)
     outcomes.keep(one, 1)
     assert (outcomes.done, outcomes.failed, outcomes.none_ran) == ([one], [one], False)
+
+
+def test_those_that_wait_can_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "time", SimpleNamespace(sleep=lambda _: None))
+    jobs = [job(tmp_path, f"tp_4_{number}", tp=4) for number in range(3)]
+    packed = Packing(jobs, FOUR, FakeProcesses())  # type: ignore[arg-type]
+    running = packed.run()
+    assert next(running) == (jobs[0], 0)
+    assert packed.waiting == packed.give_up() == jobs[1:]
+    assert list(running) == []
+
+
+def test_devices_are_named_one_or_many() -> None:
+    assert [on(Devices("gpu", ids)) for ids in (("3",), ("3", "5"))] == ["device 3", "devices 3,5"]
+    assert [on(Devices("cpu", ids)) for ids in (("0,1",), ("0,1", "2,3"))] == ["cores 0,1", "cores 0,1,2,3"]
+
+
+def test_what_starts_while_a_signal_comes_gets_it_too() -> None:
+    processes = Processes()
+    processes._is_starting = True
+    processes.stop(signal.SIGTERM)  # does not end this process: somebody has to wait for the other
+    assert processes.start(["sleep", "60"]).wait() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("words", "number"), [("exec sleep 60", signal.SIGTERM), ("trap '' TERM; echo; exec sleep 60", signal.SIGKILL)]
+)
+def test_who_does_not_end_when_asked_to_is_killed(words: str, number: int) -> None:
+    reads, writes = os.pipe()
+    processes = Processes()
+    with os.fdopen(writes, "wb") as output:
+        process = processes.start(["sh", "-c", words], output=output)
+    if "echo" in words:
+        assert os.read(reads, 1) == b"\n"  # it has heard what it is to ignore
+    processes.end(process, 0.05 if number == signal.SIGKILL else 60.0)
+    assert process.wait() == -number
+    processes.end(process, 60.0)  # it has ended
+    os.close(reads)
