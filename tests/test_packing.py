@@ -245,11 +245,11 @@ def test_what_starts_while_a_signal_comes_gets_it_too() -> None:
     processes = Processes()
     processes._is_starting = True
     processes.stop(signal.SIGTERM)  # does not end this process: somebody has to wait for the other
-    assert processes.start(["sleep", "60"]).wait() == -signal.SIGTERM
+    assert processes.start(["sleep", "10"]).wait() == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
-    ("words", "number"), [("exec sleep 60", signal.SIGTERM), ("trap '' TERM; echo; exec sleep 60", signal.SIGKILL)]
+    ("words", "number"), [("exec sleep 10", signal.SIGTERM), ("trap '' TERM; echo; exec sleep 10", signal.SIGKILL)]
 )
 def test_who_does_not_end_when_asked_to_is_killed(words: str, number: int) -> None:
     reads, writes = os.pipe()
