@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from batch_inference.core.capacity import padded_batch_size, requests_in_kv_cache, running_requests, waves
+from batch_inference.core.kv_blocks import capacity_in_tokens, requests_that_fit
 from batch_inference.core.results import EngineInfo, Point, Result
 from builders import make_point, make_result, make_run
 
@@ -110,3 +111,39 @@ def test_a_point_of_an_earlier_sweep_is_seen_with_its_own_engine() -> None:
     result.earlier_engines = [EngineInfo("0.32.0", max_num_seqs=4)]
     point.engine = 0
     assert waves(point, running_requests(result, point)) == 2
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_tokens", "fitting"),
+    [
+        # 512 blocks are 40960 tokens of requests of 80, give or take one for vLLM's rounding; one is held back.
+        (40959, 511),
+        (40961, 511),
+        (40962, 40962 // 80),
+        (40958, 40958 // 80),
+        (512 * 128, 511),  # or all their tokens, as some versions count
+    ],
+)
+def test_blocks_count_where_they_explain_the_capacity_to_a_token(kv_cache_tokens: int, fitting: int) -> None:
+    assert requests_in_kv_cache(*measured(4, {**BLOCKS, "kv_cache_tokens": kv_cache_tokens})) == fitting
+
+
+def test_a_request_takes_whole_blocks_and_one_block_is_held_back() -> None:
+    assert [requests_that_fit(blocks, 16, 16) for blocks in (0, 1, 2, 9)] == [0, 0, 1, 8]
+    assert [requests_that_fit(9, 16, tokens) for tokens in (15, 17, 32, 33)] == [8, 4, 4, 2]
+
+
+def test_the_capacity_is_how_many_of_the_longest_requests_fit() -> None:
+    # A request of 24 takes 2 blocks of 16: 50 of them.
+    assert capacity_in_tokens(100, 16, 24) == 50 * 24
+    assert capacity_in_tokens(101, 16, 24) == int(50.5 * 24)
+
+
+@pytest.mark.parametrize("missing", ["num_gpu_blocks", "block_size", "max_model_len"])
+def test_without_all_its_numbers_a_pool_of_blocks_is_none(missing: str) -> None:
+    assert requests_in_kv_cache(*measured(4, {**BLOCKS, missing: None})) == 40960 // 80
+
+
+def test_requests_of_unlike_lengths_are_not_counted_by_their_length() -> None:
+    result, point = measured(4, BLOCKS)
+    assert requests_in_kv_cache(result, msgspec.structs.replace(point, seq_len=None, max_tokens=None)) is None

@@ -13,11 +13,14 @@ import pytest
 from scipy import stats
 
 from batch_inference.analyze.compare import (
+    SetComparison,
     asked_points,
+    baseline_of,
     compare_sets,
     halves,
     holm,
     layout,
+    layout_order,
     ratios,
     regressions,
     side_by_side,
@@ -346,3 +349,150 @@ def test_settings_that_may_differ_are_named_too(table: Any) -> None:
     new = table(make_sweep([(1, 1, 1)], config={"seed": 7}))
     found = compare_sets(new, table(make_sweep([(1, 1, 1)]), "old"))
     assert "seed" in found.unlike
+
+
+# --- at the bounds, and what is easily mistaken -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0, 50.0])
+def test_the_interval_of_a_ratio_does_not_depend_on_the_unit_of_time(table: Any, factor: float) -> None:
+    found = pair(table, [s * factor for s in ONE], [s * factor for s in TWO])
+    same = pair(table, ONE, TWO)
+    assert found["ratio"] == pytest.approx(same["ratio"])
+    assert found["ratio_ci95"] == pytest.approx(same["ratio_ci95"], rel=1e-6)
+    assert found["p_value"] == pytest.approx(same["p_value"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("shift", "change"), [(0.014, "worse"), (0.0105, "no difference"), (-0.014, "better")])
+def test_five_percent_and_not_ten_is_what_counts_as_a_difference(table: Any, shift: float, change: str) -> None:
+    before, now = [1.0, 1.008, 0.992, 1.004], [s + shift for s in (1.0, 1.008, 0.992, 1.004)]
+    p_value = float(stats.ttest_ind(now, before, equal_var=False).pvalue)
+    assert (p_value < 0.05) is (change != "no difference")
+    assert p_value < 0.1
+    old = table([make_result(points=[make_point(latencies_s=before)])], "old")
+    found = compare_sets(table([make_result(points=[make_point(latencies_s=now)])]), old)
+    assert found.points["change"].tolist() == [change]
+    assert found.points["p_holm"].tolist() == pytest.approx([p_value], rel=1e-2)
+
+
+def test_what_failed_or_was_invalid_before_is_no_measure_of_what_is_now(table: Any) -> None:
+    before = [
+        *points_of({1: 1}),
+        *points_of({2: 0.01}, verdict="invalid"),
+        Point(4, 64, 32, "oom", reason="x"),
+        # A failed point may have some runs.
+        *points_of({8: 0.01}, status="error", verdict=None),
+        *points_of({16: 1}, verdict="suspect"),
+    ]
+    old = table([make_result(points=before)], "old")
+    found = compare_sets(table([make_result(points=points_of(dict.fromkeys((1, 2, 4, 8, 16), 1)))]), old)
+    assert found.points["batch_size"].tolist() == [1, 16]
+    assert set(found.points["change"]) == {"no difference"}
+    assert (found.only_new, found.only_old) == (3, 0)
+    # Nor are they lost where they are not there any more.
+    assert regressions(compare_sets(table([make_result(points=points_of({1: 1, 16: 1}))]), old), 1).empty
+
+
+def test_a_regression_is_more_than_the_percent_that_is_allowed(table: Any) -> None:
+    old = table([make_result(points=points_of({1: 0.75, 2: 0.75, 4: 1}))], "old")
+    new = table([make_result(points=points_of({1: 1, 2: 1.01, 4: 0.5}))])
+    # Exactly 25 % lower, 25.7 % lower, and twice as high.
+    found = compare_sets(new, old)
+    points = found.points.assign(ratio=[0.75, found.points["ratio"].iloc[1], found.points["ratio"].iloc[2]])
+    exact = SetComparison(points)
+    assert found.points["change"].tolist() == ["worse", "worse", "better"]
+    assert regressions(exact, 25)["batch_size"].tolist() == [2]
+    assert regressions(exact, 24)["batch_size"].tolist() == [1, 2]
+    assert regressions(exact, 26).empty
+
+
+def test_a_lost_point_has_no_numbers_of_now(table: Any, tmp_path: Path) -> None:
+    old = table([make_result(points=points_of({1: 1, 2: 1}))], "old")
+    new = [make_result(points=points_of({1: 0.5}, verdict="invalid"), config={"batch_sizes": [1, 2]})]
+    asked = asked_points([load_setting(path) for path in save_all(new, tmp_path)])
+    found = compare_sets(table(new), old, asked).points
+    assert found["change"].tolist() == ["lost", "lost"]
+    assert found[["ratio", "ratio_ci95", "p_value", "p_holm"]].isna().all(axis=None)
+    assert found["old_output_tok_per_s"].tolist() == pytest.approx([32 / np.mean(STEADY), 64 / np.mean(STEADY)])
+    assert found["status"].tolist() == ["ok", "failed"]
+
+
+def test_the_set_that_holds_a_point_twice_decides_what_tells_it_apart(table: Any) -> None:
+    def of(model: str, name: str, factor: float) -> Result:
+        return make_result(name, points_of({1: factor}), config={"model": model, "name": "x"})
+
+    def named(results: list[Result], folder: str) -> pd.DataFrame:
+        return table(results, folder).assign(name="x")
+
+    newer = {"environment": {"versions": {"vllm": "0.33.0", "torch": "2.13.0"}}}
+    both = [of("a", "one", 1), of("b", "two", 2)]
+    for result in both:
+        result.environment.versions = newer["environment"]["versions"]
+    for new, old, alone in (
+        (named(both, "new"), named([of("b", "two", 1)], "old"), (1, 0)),
+        (named([of("b", "two", 2)], "new"), named([of("a", "one", 1), of("b", "two", 1)], "old"), (0, 1)),
+    ):
+        found = compare_sets(new, old)
+        assert found.points[["model", "change"]].to_numpy().tolist() == [["b", "worse"]]
+        assert ((found.only_new, found.only_old), found.repeated) == (alone, 0)
+        assert "model" not in found.unlike
+
+
+def test_the_baseline_is_the_smallest_setting_with_most_points(table: Any) -> None:
+    few = make_result("few", [make_point(1, latencies_s=[1.0, 1.0])])
+    many = make_result("many", [make_point(b, latencies_s=[2.0, 2.0]) for b in (1, 2)])
+    bad = make_result("bad", [make_point(b, latencies_s=[2.0], verdict="invalid") for b in (1, 2, 4)])
+    large = make_result("large", [make_point(b, latencies_s=[1.0, 1.0]) for b in (1, 2, 4)], (2, 1, 1))
+    points = with_scaling(table([bad, few, large, many]))
+    assert set(points["scaling_baseline"]) == {"many"}
+    assert baseline_of(points) == "many"
+    assert numbers(points, "few", "speedup") == pytest.approx([2.0])
+    assert numbers(points, "large", "scaling_efficiency") == pytest.approx([1.0, 1.0, math.nan], nan_ok=True)
+
+
+def test_a_baseline_of_another_group_is_none_here(table: Any) -> None:
+    other = make_result("other", [make_point()], engine={"dtype": "float16"})
+    points = with_scaling(table([make_result("tp_1", [make_point()]), other]), baseline="tp_1")
+    here, there = points[points["setting"] == "tp_1"], points[points["setting"] == "other"]
+    assert (baseline_of(here), baseline_of(there)) == ("tp_1", None)
+    assert there["speedup"].isna().all()
+
+
+def test_of_points_that_a_baseline_holds_twice_the_first_is_meant(table: Any) -> None:
+    twice = [make_point(1, latencies_s=[1.0, 1.0]), make_point(1, latencies_s=[4.0, 4.0])]
+    two = make_result("tp_2", [make_point(1, latencies_s=[0.5, 0.5])], (2, 1, 1))
+    points = with_scaling(table([make_result("tp_1", twice), two]))
+    assert numbers(points, "tp_2", "speedup") == [2.0]
+
+
+def test_layouts_of_one_kind_come_first_and_tp_before_pp_before_dp() -> None:
+    sizes = [(1, 1, 4), (2, 2, 1), (1, 4, 1), (2, 1, 2), (4, 1, 1), (1, 2, 2), (1, 1, 1), (2, 2, 2), (8, 1, 1)]
+    assert [layout(*row) for row in sorted(sizes, key=lambda row: layout_order(*row))] == [
+        "TP=1", "TP=8", "TP=4", "PP=4", "DP=4", "TP=2 PP=2", "TP=2 DP=2", "PP=2 DP=2", "TP=2 PP=2 DP=2",
+    ]  # fmt: skip
+
+
+def test_the_best_layout_is_the_fastest_and_all_that_overlap_its_interval(table: Any) -> None:
+    """Not those that overlap the first, or the slowest."""
+    results = [
+        make_result(name, [make_point(4 // dp, latencies_s=[s, s * 1.01], replicas=dp)], (tp, pp, dp))
+        for name, (tp, pp, dp), s in (
+            ("tp_4", (4, 1, 1), 2.0),
+            ("pp_4", (1, 4, 1), 2.05),
+            ("dp_4", (1, 1, 4), 1.0),
+            ("tp_2_pp_2", (2, 2, 1), 1.05),
+        )
+    ]
+    rows = side_by_side(table(results))
+    assert rows["layout"].tolist() == ["TP=4", "PP=4", "DP=4", "TP=2 PP=2"]
+    assert rows["is_best"].tolist() == [False, False, True, True]
+    assert rows["is_first"].tolist() == [True, False, False, False]
+    assert rows["ratio"].tolist() == pytest.approx([1.0, 2.0 / 2.05, 2.0, 2.0 / 1.05])
+
+
+def test_what_is_slower_within_the_noise_is_no_regression(table: Any) -> None:
+    old = table([make_result(points=[make_point(latencies_s=[1.0, 1.5, 0.6])])], "old")
+    found = compare_sets(table([make_result(points=[make_point(latencies_s=[1.3, 1.8, 0.9])])]), old)
+    assert found.points["ratio"].iloc[0] < 0.8
+    assert found.points["change"].tolist() == ["no difference"]
+    assert regressions(found, 3).empty

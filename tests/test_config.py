@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.flags import build_parser, parse_flags
+from batch_inference.core.values import (
+    fraction,
+    interval,
+    natural_int,
+    port,
+    positive,
+    positive_int,
+    temperature,
+    token_length,
+)
 
 
 def test_defaults_are_those_of_the_readme() -> None:
@@ -138,3 +149,138 @@ def test_every_flag_has_a_help_text_and_a_field() -> None:
 def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert max(map(len, build_parser().format_help().splitlines())) <= 80
+
+
+# What changes a measurement, and so makes another setting of it.
+MEASURED = {
+    "model": "other", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "data_parallel_size": 2, "nnodes": 2,
+    "distributed_executor_backend": "ray", "max_model_len": 4096, "dtype": "float16", "max_num_seqs": 7,
+    "max_num_batched_tokens": 512, "gpu_memory_utilization": 0.5, "temperature": 0.1, "top_p": 0.5, "seed": 1,
+    "enforce_eager": True, "trust_remote_code": True, "engine_args": ("--block-size", "32"),
+}  # fmt: skip
+# What is asked of a setting: the points, and how often each is run.
+ASKED = {
+    "batch_sizes": (2,), "seq_lens": (8,), "max_tokens": 9, "num_runs": 5, "target_ci": 0.1, "max_runs": 20,
+    "warmup_runs": 2,
+}  # fmt: skip
+OTHERS = {
+    "node_rank": 1, "master_addr": "a", "master_port": 1, "output_dir": "x", "output_file": "x.json", "name": "x",
+    "overwrite": True, "resume": True, "startup_timeout": 1.0, "point_timeout": 1.0, "packed": True, "verbose": True,
+    "measure_peaks": True, "dry_run": True, "devices": 1, "device_memory_gib": 1.0,
+}  # fmt: skip
+
+
+def test_every_field_is_a_setting_or_asked_of_it_or_neither() -> None:
+    assert {field.name for field in dataclasses.fields(ExperimentConfig)} == {*MEASURED, *ASKED, *OTHERS}
+
+
+@pytest.mark.parametrize("name", [*MEASURED, *ASKED, *OTHERS])
+def test_what_two_processes_must_agree_on_is_in_their_hashes(name: str) -> None:
+    base, change = ExperimentConfig(), {**MEASURED, **ASKED, **OTHERS}[name]
+    other = dataclasses.replace(base, **{name: change})
+    assert (other.settings_hash() != base.settings_hash()) is (name in MEASURED)
+    assert (other.arguments_hash() != base.arguments_hash()) is (name in {**MEASURED, **ASKED})
+
+
+def test_equal_settings_have_one_hash_however_they_are_written() -> None:
+    one = ExperimentConfig(dtype="half", engine_args=("--block_size=16", "--quantization", "fp8"))
+    two = ExperimentConfig(dtype="float16", engine_args=("--quantization", "fp8", "--block-size", "16"))
+    assert one.settings_hash() == two.settings_hash()
+    assert ExperimentConfig(distributed_executor_backend="uni").settings_hash() == ExperimentConfig().settings_hash()
+    many = ExperimentConfig(tensor_parallel_size=2)
+    assert dataclasses.replace(many, distributed_executor_backend="mp").settings_hash() == many.settings_hash()
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1k", 1000), ("1K", 1024), (" 8 ", 8)],
+)
+def test_a_length_may_be_in_thousands_or_in_units_of_1024(text: str, tokens: int) -> None:
+    assert token_length(text) == tokens
+    assert parse_flags(["--seq-lens", "1", "--max-tokens", "1", "--max-model-len", text])[0].max_model_len == tokens
+
+
+@pytest.mark.parametrize(
+    ("parse", "good", "bad"),
+    [
+        (positive_int, ["1", "7"], ["0", "-1", "1.0", "x", ""]),
+        (natural_int, ["0", "7"], ["-1", "x"]),
+        (port, ["1", "65534"], ["0", "65535", "-1", "x"]),
+        (token_length, ["1"], ["0", "0k", "1M", "-1", "1.5k"]),
+        (positive, ["1e-9", "1e300"], ["0", "-1", "inf", "nan", "x"]),
+        (fraction, ["1", "0.001"], ["0", "1.001", "nan"]),
+        (interval, ["1", "0.001"], ["0", "1.001", "nan"]),
+        (temperature, ["0", "100"], ["-0.001", "100.1", "nan", "inf"]),
+    ],
+)
+def test_bounds_of_a_flag_are_allowed_or_not_as_it_says(parse: Any, good: list[str], bad: list[str]) -> None:
+    for text in good:
+        assert parse(text) == float(text.rstrip("kK"))
+    for text in bad:
+        with pytest.raises(ValueError, match=r"is needed"):
+            parse(text)
+
+
+def test_sizes_are_multiplied_and_shared_out() -> None:
+    config = ExperimentConfig(tensor_parallel_size=4, pipeline_parallel_size=2, data_parallel_size=3)
+    assert (config.num_devices, config.devices_per_replica, config.devices_per_node) == (24, 8, 24)
+    nodes = dataclasses.replace(config, data_parallel_size=1, nnodes=2)
+    assert (nodes.num_devices, nodes.devices_per_node) == (8, 4)
+    assert config.longest_request == 2048 + 128
+    assert list(dataclasses.replace(config, batch_sizes=(1, 4), seq_lens=(8, 16)).points()) == [
+        (1, 8), (4, 8), (1, 16), (4, 16),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "elsewhere"),
+    [
+        ({}, False),
+        ({"distributed_executor_backend": "mp"}, False),
+        ({"distributed_executor_backend": "ray"}, True),
+        ({"distributed_executor_backend": "external_launcher"}, True),
+        ({"nnodes": 2}, True),
+    ],
+)
+def test_devices_of_others_are_read_by_those_who_hold_them(changes: dict[str, Any], elsewhere: bool) -> None:
+    assert ExperimentConfig(**changes).devices_elsewhere is elsewhere
+
+
+def test_the_backend_that_nobody_names_is_one_process_for_one_device() -> None:
+    assert [ExperimentConfig(tensor_parallel_size=tp).own_backend for tp in (1, 2)] == ["uni", "mp"]
+    assert ExperimentConfig(pipeline_parallel_size=2).own_backend == "mp"
+    assert ExperimentConfig(data_parallel_size=2).own_backend == "uni"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"tensor_parallel_size": 4, "nnodes": 2}, "tp_4_nodes_2"),
+        ({"distributed_executor_backend": "external_launcher"}, "torchrun_tp_1"),
+        ({"distributed_executor_backend": "external_launcher", "data_parallel_size": 4, "nnodes": 2},
+         "torchrun_dp_4_nodes_2"),
+        ({"tensor_parallel_size": 4, "nnodes": 2, "name": "mine"}, "mine"),
+    ],
+)  # fmt: skip
+def test_the_name_says_what_runs_it_and_on_how_many_nodes(changes: dict[str, Any], name: str) -> None:
+    assert ExperimentConfig(**changes).setting_name == name
+
+
+def test_a_word_of_vllms_is_found_however_it_is_written() -> None:
+    config = ExperimentConfig(
+        engine_args=("--block_size=16", "--kv-cache-dtype", "fp8_e4m3", "--name", "a_b", "-q", "x")
+    )
+    words = [config.engine_word(flag) for flag in ("--block-size", "--kv-cache-dtype", "--name", "-q", "--other")]
+    assert words == ["16", "fp8_e4m3", "a_b", "x", None]
+    assert (config.engine_number("--block-size"), config.engine_number("--name")) == (16, None)
+
+
+def test_what_nodes_disagree_on_is_told_in_short() -> None:
+    told = ExperimentConfig(engine_args=("--block-size", "16"), batch_sizes=(1, 4)).arguments()
+    assert (told["--batch-sizes"], told["--max-model-len"], told["--max-tokens"]) == ("1,4", "not given", "128")
+    assert told["vLLM's flags"] == "--block-size 16"
+    assert ExperimentConfig().arguments()["vLLM's flags"] == "not given"
+    long = [ExperimentConfig(model="m" * count).arguments()["--model"] for count in (200, 201, 202)]
+    assert long[0] == "m" * 200
+    assert long[1].startswith("m" * 150 + " (")
+    assert long[1] != long[2]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.core.results import Point
-from batch_inference.measure.console import Console, point_words
+from batch_inference.core.results import EngineInfo, Point, Requests
+from batch_inference.measure.console import Console, closing_table, point_words
 from builders import make_point, make_result, make_run
 
 
@@ -122,3 +122,66 @@ def test_the_log_is_shown_while_it_grows_and_may_appear_later(tmp_path: Path, mo
         assert arrived.wait(5)
     console.close()
     assert shown_lines[2:] == ["line one", "line two"]
+
+
+def test_the_interval_is_a_share_of_the_latency() -> None:
+    # 12.706 x 0.2828 / sqrt(2) = 2.541 s, of 4 s
+    assert shown(make_point(latencies_s=[4.2, 3.8])).startswith("8.000 tok/s ±63.5%, 4.00 s, ")
+
+
+def test_what_is_kept_and_what_is_doubtful_of_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ExperimentConfig(output_file="x.json", num_runs=3)
+    kept = [make_point(1), make_point(2, verdict="suspect"), make_point(4, verdict="suspect")]
+    console = Console()
+    console.start(config, 5, kept)
+    console.close()
+    assert "3 of 5 points are kept from x.json, 2 of them suspect" in " ".join(capsys.readouterr().err.split())
+    console.all_there(config, kept[:2])
+    said = "tp_1: 2 of 2 points are kept from x.json, 1 of them suspect: nothing is left to measure"
+    assert " ".join(capsys.readouterr().err.split()) == said
+
+
+def test_points_are_numbered_after_those_that_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    console, point = Console(), make_point(2)
+    make_result(points=[point])
+    console.start(ExperimentConfig(num_runs=3), 3, [make_point(1)])
+    console.point_done(point)
+    console.close()
+    assert "  [2/3] 2 x 64: 64.00 tok/s" in capsys.readouterr().err
+
+
+def test_a_lost_point_is_shown_with_its_class_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    console, point = Console(), Point(4, 64, 32, "oom", reason="CUDA out of memory", failure="oom_run")
+    console.start(ExperimentConfig(num_runs=3), 1, [])
+    console.point_done(point)
+    console.restarting(point)
+    console.close()
+    printed = capsys.readouterr().err
+    assert "[1/1] 4 x 64: oom: CUDA out of memory" in printed
+    assert "oom_run: smaller --batch-sizes" in printed
+    assert "4 x 64: the engine is started again" in printed
+
+
+@pytest.mark.parametrize(
+    ("gib", "text"), [(None, "unknown"), (0.25, "256 MiB"), (1.0, "1.00 GiB"), (12.555, "12.55 GiB")]
+)
+def test_an_engine_that_is_ready_is_described(gib: float | None, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.loading(ExperimentConfig(output_file="x.json", tensor_parallel_size=2, model="m"))
+    console.loaded(EngineInfo("0.32.0", dtype="bfloat16", weights_gib=gib, kv_cache_tokens=16000))
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[:2] == ["tp_2: loading m on 2 devices", "  vLLM's log: x.log"]
+    # It has taken no time worth a second.
+    assert printed[2] == f"  ready after 0 s: vLLM 0.32.0, bfloat16, weights {text}, KV cache 16000 tokens"
+
+
+def test_every_column_of_the_closing_table_shows_what_its_heading_says() -> None:
+    latency_s = [2.0, 2.0]
+    times = Requests([0.5, 0.25], latency_s, [0.0, 0.0], [32, 32])
+    runs = [make_run(run_s, requests=2, times=times, memory={"used_gib": [61.5, 60.0]}) for run_s in (2.0, 3.0, 4.0)]
+    result = make_result(points=[make_point(2, runs=runs), Point(4, 64, 32, "oom", reason="x")])
+    head, _, first, second = closing_table(result).splitlines()
+    # 192 tokens in 9 s; 4.303 x 1 / sqrt(3); (0.5 + 0.25) / 2; (1.5 + 1.75) / 2 / 31
+    assert " ".join(head.split()) == "batch length tok/s latency s ± s TTFT s TPOT s GiB runs verdict"
+    assert first.split() == ["2", "64", "21.33", "3.000", "2.484", "0.3750", "0.0524", "61.50", "3", "valid"]
+    assert second.split() == ["4", "64", "oom"]

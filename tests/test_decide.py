@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from batch_inference.analyze.decide import COST, Choice, Limits, choices, with_cost, with_pareto
+from batch_inference.analyze.compare import overlapping
+from batch_inference.analyze.decide import COST, GOALS, Choice, Limits, choices, keeps, with_cost, with_pareto
 from batch_inference.analyze.tables import believable, load_setting, point_table
-from batch_inference.core.results import Point, Result
-from builders import make_point, make_result, save_all
+from batch_inference.core.results import Point, Requests, Result
+from builders import make_point, make_result, make_run, save_all
 
 
 @pytest.fixture
@@ -105,9 +106,9 @@ def test_limits_restrict_the_choice(table: Any, limits: Limits, throughput: tupl
 def test_the_percentile_of_the_limits_is_the_users(tmp_path: Path) -> None:
     result = make_result(points=[make_point(latencies_s=[1.0, 1.0, 1.0, 1.0, 9.0])])
     (path,) = save_all([result], tmp_path)
-    for percent, keeps in ((50, True), (75, True), (99, False)):
+    for percent, is_kept in ((50, True), (75, True), (99, False)):
         found = winners(point_table([load_setting(path, percent)]), Limits(latency_s=2, percent=percent))
-        assert bool(found) == keeps
+        assert bool(found) == is_kept
 
 
 def test_where_nothing_keeps_the_limits_the_nearest_is_named(table: Any) -> None:
@@ -147,3 +148,99 @@ def test_the_front_holds_the_points_that_nothing_beats_in_both(table: Any) -> No
 def test_invalid_points_are_on_no_front_and_lengths_have_their_own(table: Any) -> None:
     points = [make_point(1, 8, [1.0]), make_point(1, 16, [5.0]), make_point(1, 32, [0.1], verdict="invalid")]
     assert with_pareto(table([make_result(points=points)]))["pareto"].tolist() == [True, True, False]
+
+
+# --- at the bounds ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        (Limits(latency_s=2.0), [True, True, True]),
+        (Limits(latency_s=1.0), [True, False, True]),
+        (Limits(latency_s=0.5), [False, False, True]),
+        (Limits(latency_s=0.499), [False, False, False]),
+        (Limits(), [True, True, True]),
+    ],
+    ids=str,
+)
+def test_a_limit_is_the_most_that_is_allowed(table: Any, limits: Limits, kept: list[bool]) -> None:
+    points = table(
+        [make_result(points=[make_point(b, latencies_s=[s] * 2) for b, s in ((1, 1.0), (2, 2.0), (4, 0.5))])]
+    )
+    assert keeps(points, limits).tolist() == kept
+
+
+def test_all_limits_must_be_kept_and_an_unknown_number_keeps_none(table: Any) -> None:
+    points = table([make_result(points=[make_point(1), make_point(2, max_tokens=1)])])
+    assert keeps(points, Limits(latency_s=2.0, tpot_s=1.0)).tolist() == [True, False]
+    assert keeps(points, Limits(latency_s=0.5, tpot_s=1.0)).tolist() == [False, False]
+
+
+def test_the_nearest_is_the_one_whose_worst_excess_is_the_least(table: Any) -> None:
+    """Of latency and of time to first token, as shares of their limits."""
+    # 2 x and 10 x; 4 x and 5 x; and one of which a number is not known.
+    points = [times(1, 1.0, 0.1), times(2, 2.0, 0.05), make_point(4, latencies_s=[0.4], max_tokens=1)]
+    limits = Limits(latency_s=0.5, ttft_s=0.01, tpot_s=1.0)
+    (choice,) = choices(table([make_result(points=points)]), limits)
+    assert choice.nearest is not None
+    assert choice.nearest["batch_size"] == 2
+
+
+def times(batch_size: int, latency_s: float, ttft_s: float) -> Point:
+    requests = Requests([ttft_s] * batch_size, [latency_s] * batch_size, [0.0] * batch_size, [32] * batch_size)
+    return make_point(batch_size, runs=[make_run(latency_s, requests=batch_size, times=requests)])
+
+
+def test_a_length_that_keeps_no_limit_takes_nothing_from_the_next(table: Any) -> None:
+    points = [make_point(1, 8, [5.0, 5.0]), make_point(1, 16, [1.0, 1.0])]
+    found = list(choices(table([make_result(points=points)]), Limits(latency_s=2.0)))
+    assert [(choice.seq_len, choice.best is not None) for choice in found] == [(8, False)] + [(16, True)] * 3
+
+
+def test_the_interval_of_the_winner_itself_makes_ties_too(table: Any) -> None:
+    """Runs without any spread have none, and lie within that of the winner."""
+    wide = make_result("wide", [make_point(latencies_s=[1.0, 1.1, 0.9])])
+    points = table([wide, make_result("exact", [make_point(latencies_s=[1.02, 1.02, 1.02])])])
+    assert winners(points)["throughput"] == ("wide", 1)
+    assert ties(points, "throughput") == ties(points, "latency") == [("exact", 1)]
+
+
+def test_intervals_that_just_touch_overlap() -> None:
+    values, halves = pd.Series([10.0, 8.0, 7.5, 12.0]), pd.Series([1.0, 1.0, 1.0, float("nan")])
+    assert overlapping(values, halves, 10.0, 1.0).tolist() == [True, True, False, False]
+    assert overlapping(values, halves, 10.0, 2.0).tolist() == [True, True, True, True]
+
+
+def test_a_goal_has_the_direction_of_its_metric() -> None:
+    assert {goal.name: (goal.column, goal.unit, goal.better) for goal in GOALS} == {
+        "throughput": ("output_tok_per_s", "tok/s", "higher"),
+        "per device": ("output_tok_per_s_per_device", "tok/s/device", "higher"),
+        "latency": ("latency_mean_s", "s", "lower"),
+        "cost": (COST, "per M tokens", "lower"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("latencies_s", "batches", "front"),
+    [
+        # Throughput per device goes with batch / latency: 1, 2 and 1.5; the third is slower and worse than the second.
+        ((1.0, 2.0, 4.0), (1, 4, 6), [True, True, False]),
+        # As good per device and slower; as fast and worse per device.
+        ((1.0, 2.0, 2.0), (1, 2, 4), [True, False, True]),
+        ((1.0, 2.0), (1, 2), [True, False]),
+        ((1.0, 1.0), (1, 2), [False, True]),
+    ],
+)
+def test_the_front_needs_more_per_device_for_more_latency(
+    table: Any, latencies_s: tuple[float, ...], batches: tuple[int, ...], front: list[bool]
+) -> None:
+    points = [make_point(b, latencies_s=[s, s]) for b, s in zip(batches, latencies_s, strict=True)]
+    assert with_pareto(table([make_result(points=points)]))["pareto"].tolist() == front
+
+
+def test_a_percentile_of_a_limit_has_a_column_of_its_name(table: Any) -> None:
+    assert Limits(1.0, 2.0, 3.0, percent=75).columns() == {"latency_p75_s": 1.0, "ttft_p75_s": 2.0, "tpot_p75_s": 3.0}
+    assert str(Limits(1.5, None, 0.25)) == "latency p99 ≤ 1.5 s, TPOT p99 ≤ 0.25 s"
+    row = table([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0, 4.0, 5.0])])]).iloc[0]
+    assert (row["latency_p50_s"], row["latency_p90_s"], row["latency_p99_s"]) == (3.0, 4.6, pytest.approx(4.96))

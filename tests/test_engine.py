@@ -5,19 +5,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.results import EngineInfo, WorkerInfo
+from batch_inference.core.results import EngineInfo, LoadTimes, WorkerInfo
 from batch_inference.measure import engine
 from batch_inference.measure.engine import (
     MEASURING_SETTINGS,
+    Engine,
     engine_settings,
     has_whole_estimate,
     node_settings,
     parse_engine_flags,
 )
-from batch_inference.measure.vllm_objects import FullestMoment, compile_cache_of, count_outputs, with_workers
-from batch_inference.plan.devices import Devices
+from batch_inference.measure.vllm_objects import (
+    FullestMoment,
+    compile_cache_of,
+    count_outputs,
+    effective_settings,
+    kv_bytes_of,
+    special_ids,
+    weights_bytes_of,
+    with_workers,
+)
+from batch_inference.plan.devices import GIB, Devices
 from conftest import STUB
 
 
@@ -182,3 +193,184 @@ def test_over_nodes_vllm_has_the_port_after_that_on_which_they_meet() -> None:
         "master_port": 1235,
     }
     assert node_settings(ExperimentConfig()) == {}
+
+
+@pytest.mark.usefixtures("stub_vllm")
+def test_what_would_spoil_a_measurement_is_off_and_what_it_needs_is_on() -> None:
+    """Word by word, and not by the table itself: a cached prefix is not computed."""
+    settings = engine_settings(ExperimentConfig(seed=7, trust_remote_code=True, enforce_eager=True))
+    expected = {
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "enable_mfu_metrics": True,
+        "jit_monitor_verbose": True,
+        "seed": 7,
+        "trust_remote_code": True,
+        "enforce_eager": True,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert "data_parallel_size" not in settings
+    torchrun = ExperimentConfig(data_parallel_size=2, distributed_executor_backend="external_launcher")
+    assert engine_settings(torchrun)["data_parallel_size"] == 2
+
+
+class FakeLLM:
+    """Takes what it is handed; its counters grow with every look."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def get_metrics(self) -> list[Any]:
+        self.looks += 1
+        values = {
+            "vllm:num_preemptions": 3,
+            "vllm:estimated_flops_per_gpu": 100,
+            "vllm:estimated_read_bytes_per_gpu": 20,
+            "vllm:estimated_write_bytes_per_gpu": 5,
+            "vllm:something_else": 1000,
+        }
+        return [SimpleNamespace(name=name, value=value * self.looks) for name, value in values.items()]
+
+    def generate(self, prompts: list[Any], params: Any, *, use_tqdm: bool) -> list[Any]:
+        self.params, self.use_tqdm = params, use_tqdm
+        return [output(prompt=4, tokens=2, ttft_s=0.1, decode_s=0.1) for _ in prompts]
+
+
+def test_a_run_asks_for_exact_lengths_and_is_timed_from_when_the_wait_is_over() -> None:
+    made: Any = object.__new__(Engine)
+    made._llm, made._sampling_params = FakeLLM(), SimpleNamespace
+    made._config = ExperimentConfig(temperature=0.5, top_p=0.9)
+    made._counted = {**engine._COUNTERS, **engine._ESTIMATES}
+    made._fullest = FullestMoment(SimpleNamespace(record=None))
+    made._fullest._running, made._fullest._kv_use = 9, 0.9  # of the run before
+    waited_s: list[float] = []
+
+    def wait() -> None:
+        waited_s.append(time.monotonic())
+
+    outcome = made.run([{"prompt_token_ids": [1, 2, 3, 4]}] * 3, 2, wait)
+    passed_s = time.monotonic() - waited_s[0]
+    # Without ignore_eos a model ends when it likes.
+    assert vars(made._llm.params) == {
+        "temperature": 0.5, "top_p": 0.9, "max_tokens": 2, "ignore_eos": True, "detokenize": False,
+    }  # fmt: skip
+    assert made._llm.use_tqdm is False
+    assert outcome.start_s >= waited_s[0]
+    assert 0 <= outcome.end_s - outcome.start_s <= passed_s
+    assert (outcome.prompt_tokens, outcome.output_tokens) == (12, 6)
+    # What the counters grew by; bytes read and written are moved alike.
+    assert (outcome.preemptions, outcome.flops_per_device, outcome.memory_bytes_per_device) == (3, 100, 25)
+    assert (outcome.peak_running, outcome.peak_kv_use) == (None, None)
+
+
+def test_an_engine_is_as_full_and_as_slow_as_its_fullest_and_slowest_worker() -> None:
+    workers = [
+        WorkerInfo(weights_bytes=2 * GIB, kv_bytes=GIB, activation_bytes=GIB, compile_s=3.0, runner="a"),
+        WorkerInfo(weights_bytes=GIB, kv_bytes=3 * GIB, activation_bytes=4 * GIB, compile_s=5.0, runner="b"),
+    ]
+    whole = with_workers(EngineInfo("0.32.0", load_s=LoadTimes(total_s=9.0)), workers)
+    assert (whole.weights_gib, whole.kv_pool_gib, whole.activations_gib, whole.runner) == (2, 3, 4, "a")
+    assert (whole.load_s.compile_s, whole.load_s.total_s) == (5.0, 9.0)
+    # Of some workers alone it is not known which is the fullest.
+    one_silent = [workers[0], replace(workers[1], activation_bytes=None, compile_s=None)]
+    some = with_workers(EngineInfo("0.32.0"), one_silent)
+    assert (some.activations_gib, some.load_s.compile_s) == (None, 3.0)
+
+
+class Tensor:
+    """So much of torch's as is looked at."""
+
+    def __init__(self, items: int, item_size: int = 2, storage: int = 0) -> None:
+        self.items, self.item_size, self.storage = items, item_size, storage
+
+    def numel(self) -> int:
+        return self.items
+
+    def element_size(self) -> int:
+        return self.item_size
+
+    def untyped_storage(self) -> Any:
+        return SimpleNamespace(data_ptr=lambda: self.storage, nbytes=lambda: self.items * self.item_size)
+
+
+def test_weights_that_were_packed_away_are_counted_by_the_sizes_of_their_layer() -> None:
+    sizes = {"input_size_per_partition": 10, "output_size_per_partition": 3}
+    modules = [
+        SimpleNamespace(**sizes, weight=Tensor(0)),  # packed
+        SimpleNamespace(**sizes, weight=Tensor(30)),  # as it was, and among the parameters
+        SimpleNamespace(**sizes, weight=None),
+        SimpleNamespace(weight=Tensor(0)),
+    ]
+    model = SimpleNamespace(parameters=lambda: [Tensor(30), Tensor(5, 4)], modules=lambda: modules)
+    assert weights_bytes_of(model, packed_item_size=2) == 60 + 20 + 60
+
+
+def test_a_storage_that_layers_share_is_counted_once() -> None:
+    caches = [Tensor(8, storage=1), [Tensor(8, storage=1), (Tensor(4, storage=2),)]]
+    assert kv_bytes_of(caches) == 16 + 8
+
+
+def test_special_tokens_are_no_prompt() -> None:
+    names = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None, "vocab_size": 100}
+    assert special_ids(SimpleNamespace(to_dict=lambda: names)) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("stages", "executor", "overlap", "said"),
+    [
+        (1, "mp", None, "mp"),
+        (2, "mp", True, "mp"),
+        (2, "external_launcher", False, "external_launcher"),
+        (2, SimpleNamespace, True, "SimpleNamespace"),
+    ],
+)
+def test_stages_overlap_but_for_torchrun(stages: int, executor: Any, overlap: bool | None, said: str) -> None:
+    config = vllm_config(pipeline_parallel_size=stages, distributed_executor_backend=executor)
+    found = effective_settings("0.32.0", config)
+    assert (found.pipeline_stages_overlap, found.executor, found.pipeline_parallel_size) == (overlap, said, stages)
+
+
+def test_what_vllm_really_runs_with_is_read_back_field_by_field() -> None:
+    found = effective_settings("0.32.0", vllm_config(pipeline_parallel_size=1, distributed_executor_backend="uni"))
+    assert found == EngineInfo(
+        vllm_version="0.32.0", executor="uni", tensor_parallel_size=2, pipeline_parallel_size=1,
+        pipeline_stages_overlap=None, dtype="bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False,
+        max_num_seqs=16, max_num_batched_tokens=2048, chunked_prefill=True, async_scheduling=False,
+        gpu_memory_utilization=0.8, kv_cache_dtype="auto", block_size=32, num_gpu_blocks=1000,
+        enable_prefix_caching=False, load_format="dummy", compilation_mode="VLLM_COMPILE", cudagraph_mode="FULL",
+        cudagraph_capture_sizes=[1, 2, 4], kv_cache_tokens=32000,
+    )  # fmt: skip
+
+
+def vllm_config(**parallel: Any) -> SimpleNamespace:
+    """A VllmConfig with a number of its own in every place."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            dtype="torch.bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2, data_parallel_size=1, **parallel),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=16, max_num_batched_tokens=2048, enable_chunked_prefill=True, async_scheduling=False
+        ),
+        cache_config=SimpleNamespace(
+            gpu_memory_utilization=0.8, cache_dtype="auto", block_size=32, num_gpu_blocks=1000,
+            enable_prefix_caching=False, kv_cache_size_tokens=32000,
+        ),
+        load_config=SimpleNamespace(load_format=SimpleNamespace(value="dummy")),
+        compilation_config=SimpleNamespace(
+            mode=SimpleNamespace(name="VLLM_COMPILE"), cudagraph_mode=SimpleNamespace(name="FULL"),
+            cudagraph_capture_sizes=(1, 2, 4),
+        ),
+    )  # fmt: skip
+
+
+def test_hits_of_the_prefix_cache_are_those_of_all_requests() -> None:
+    outputs = [output(prompt=32, tokens=1, ttft_s=0.1, decode_s=0.0, cached=cached) for cached in (16, 16, None)]
+    assert count_outputs(outputs, 0.0, 1.0).prefix_cache_hit_tokens == 32
+
+
+def test_a_wait_in_the_queue_is_never_below_nothing() -> None:
+    late = output(prompt=1, tokens=1, ttft_s=0.1, decode_s=0.0)
+    late.metrics.scheduled_ts = late.metrics.first_token_ts - 0.1000002
+    assert count_outputs([late], 0.0, 1.0).requests.queue_s == [0.0]

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.growing_file import GrowingFile
 from batch_inference.core.metrics import summarise
-from batch_inference.core.result_file import load_result
+from batch_inference.core.result_file import load_result, save_result
 from batch_inference.core.results import (
     Clocks,
     Counters,
@@ -26,10 +27,12 @@ from batch_inference.core.results import (
     Failure,
     LoadTimes,
     Memory,
+    Peaks,
     Point,
     Requests,
     Result,
     Warmup,
+    WorkerInfo,
 )
 from batch_inference.core.text import short
 from batch_inference.measure import experiment
@@ -39,7 +42,8 @@ from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.experiment import Experiment
 from batch_inference.measure.hardware import Reading, Seen
 from batch_inference.measure.messages import Outcome, Prepare
-from batch_inference.measure.resume import starting_result
+from batch_inference.measure.resume import is_enough, set_aside_engine, starting_result
+from builders import make_point, make_result
 
 ENGINE = EngineInfo(
     vllm_version="0.32.0",
@@ -721,3 +725,201 @@ def test_the_file_is_valid_json_without_nan(config: ExperimentConfig) -> None:
     run(config, FakeReplicas())
     text = config.output_path.read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the file"))
+
+
+# --- what is enough, what is kept, and what is said of it ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "enough"),
+    [
+        ({}, True),
+        ({"warmup_runs": 2}, True),
+        ({"warmup_runs": 3}, False),
+        ({"num_runs": 3}, True),
+        ({"num_runs": 4}, False),
+        ({"num_runs": 1}, True),
+        ({"target_ci": 0.001}, False),
+        ({"target_ci": 0.001, "max_runs": 3}, True),
+    ],
+)
+def test_a_point_is_enough_where_it_has_all_that_is_asked_now(
+    config: ExperimentConfig, changes: dict[str, Any], enough: bool
+) -> None:
+    point = make_point(latencies_s=[1.0, 1.001, 0.999], warmups=[{"latency_s": 1.0}] * 2)
+    asked = dataclasses.replace(config, **changes)
+    assert is_enough(point, asked) is enough
+    packed = replace(point, verdict_reasons=["packed: other settings ran beside it"])
+    assert not is_enough(packed, asked)
+    assert is_enough(packed, dataclasses.replace(asked, packed=True)) is enough
+
+
+def test_only_what_was_measured_and_is_believed_is_gone_on_with(config: ExperimentConfig) -> None:
+    points = [
+        make_point(1, 8),
+        make_point(2, 8, verdict="suspect"),
+        make_point(4, 8, verdict="invalid"),
+        make_point(8, 8, status="error", verdict=None),
+    ]
+    save_result(make_result(points=points, environment={"started_at": "then"}), config.output_path)
+    environment = Environment(started_at="now")
+    assert [point.batch_size for point in starting_result(config, environment).points] == [1, 2]
+    assert environment.resumed_from == ["then"]
+    assert starting_result(dataclasses.replace(config, overwrite=True), Environment()).points == []
+
+
+def test_a_file_without_a_good_point_is_no_beginning(config: ExperimentConfig) -> None:
+    save_result(make_result(points=[make_point(1, 8, verdict="invalid")]), config.output_path)
+    environment = Environment(started_at="now")
+    assert starting_result(config, environment).points == []
+    assert environment.resumed_from == []
+
+
+def test_an_engine_is_set_aside_for_the_points_that_it_measured() -> None:
+    result = make_result(points=[make_point(1), make_point(2)])
+    result.earlier_engines, result.points[0].engine = [EngineInfo("0.26.0")], 0
+    set_aside_engine(result)
+    assert [point.engine for point in result.points] == [0, 1]
+    assert [engine.vllm_version for engine in result.earlier_engines] == ["0.26.0", "0.32.0"]
+    # Nothing is left that it has measured.
+    set_aside_engine(result)
+    assert len(result.earlier_engines) == 2
+    none = make_result()
+    none.engine = None
+    set_aside_engine(none)
+    assert none.earlier_engines == []
+
+
+def swept(config: ExperimentConfig, replicas: FakeReplicas, monitor: Any = None, **environment: Any) -> Experiment:
+    result = starting_result(config, Environment(**environment))
+    sweep = Experiment(config, result, monitor or FakeMonitor(), Console())
+    sweep.run(replicas)
+    return sweep
+
+
+def test_a_sweep_is_whole_where_every_point_is_measured_and_none_failed_on_the_way(config: ExperimentConfig) -> None:
+    assert swept(config, FakeReplicas()).is_whole
+    # A point that fails in place of a good one takes nothing from it, and yet the sweep is not whole.
+    more = dataclasses.replace(config, num_runs=5)
+    again = swept(more, FakeReplicas(fail_at=(4, "warmup", 0)))
+    assert all(point.status == "ok" for point in again.result.points)
+    assert not again.is_whole
+    lost = swept(dataclasses.replace(config, overwrite=True), FakeReplicas(fail_at=(4, "warmup", 0)))
+    assert not lost.is_whole
+
+
+def test_a_lost_engine_is_not_waited_for(config: ExperimentConfig) -> None:
+    good, lost = FakeReplicas(), FakeReplicas(fail_at=(4, "warmup", 0))
+    swept(config, good)
+    swept(dataclasses.replace(config, overwrite=True), lost)
+    assert (good.hurried, lost.hurried) == (False, True)
+
+    # One that came back ends in order.
+    class Closing(FakeReplicas):
+        def close(self, *, hurry: bool = False) -> None:
+            super().close(hurry=hurry)
+            closings.append(hurry)
+
+    closings: list[bool] = []
+    grid = dataclasses.replace(config, overwrite=True, batch_sizes=(4, 1))
+    swept(grid, Closing(fail_at=(4, "warmup", 0)))
+    assert closings == [True, False]
+
+
+def test_memory_that_does_not_come_back_in_the_end_is_a_warning(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert swept(config, FakeReplicas()).is_whole
+    assert "warning" not in capsys.readouterr().err
+    clock = SimpleNamespace(now_s=0.0)
+
+    def sleep(seconds: float) -> None:
+        clock.now_s += seconds
+
+    monkeypatch.setattr(experiment, "time", SimpleNamespace(monotonic=lambda: clock.now_s, sleep=sleep))
+
+    class Holding(FakeMonitor):
+        until_s = 1e9
+
+        def held(self, _before: Any) -> str | None:
+            return "GPU 0 holds 12.5 GiB more than before, for process 7" if clock.now_s < self.until_s else None
+
+    again = dataclasses.replace(config, overwrite=True)
+    assert swept(again, FakeReplicas(), Holding()).is_whole
+    assert 60.0 <= clock.now_s < 61.0
+    said = "warning: device memory did not come back within 60 s: GPU 0 holds 12.5 GiB more than before, for process 7"
+    assert said in capsys.readouterr().err
+    # What takes its time is waited for.
+    clock.now_s, Holding.until_s = 0.0, 30.0
+    swept(again, FakeReplicas(), Holding())
+    assert 30.0 <= clock.now_s < 31.0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "made"), [(1, 5), (3, 5), (5, 5), (6, 6), (9, 9)])
+def test_warmups_that_never_agree_end_at_five_or_at_as_many_as_asked(
+    config: ExperimentConfig, asked: int, made: int
+) -> None:
+    never = FakeReplicas(lambda _, phase, index: 1.0 + index % 2 if phase == "warmup" else 1.0)
+    point = run(dataclasses.replace(config, warmup_runs=asked), never).points[0]
+    assert len(point.warmups) == made
+    assert f"not steady after {made} warm-ups" in point.verdict_reasons[0]
+
+
+def test_as_many_warmups_as_asked_are_made_though_they_agree_earlier(config: ExperimentConfig) -> None:
+    for asked, made in ((1, 2), (2, 2), (4, 4), (6, 6)):
+        point = run(dataclasses.replace(config, warmup_runs=asked, overwrite=True), FakeReplicas()).points[0]
+        assert len(point.warmups) == made
+
+
+def test_each_replica_is_kept_where_there_are_several(config: ExperimentConfig) -> None:
+    one = run(config, FakeReplicas()).engine
+    assert one is not None
+    assert one.replicas == []
+    two = run(dataclasses.replace(config, data_parallel_size=2, overwrite=True), FakeReplicas(replicas=2)).engine
+    assert two is not None
+    assert [replica.kv_cache_tokens for replica in two.replicas] == [1000, 1000]
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "names"),
+    [("mp", "gpu", ["here"]), ("ray", "gpu", ["there", "there too"]), ("external_launcher", "cpu", ["here"])],
+)
+def test_devices_that_are_elsewhere_are_those_that_the_workers_name(
+    config: ExperimentConfig, backend: str, kind: Any, names: list[str]
+) -> None:
+    workers = [
+        WorkerInfo(1, 1, device=DeviceInfo(0, "there")),
+        WorkerInfo(1, 1),
+        WorkerInfo(1, 1, device=DeviceInfo(0, "there too")),
+    ]
+
+    class WithWorkers(FakeReplicas):
+        def start(self) -> list[EngineInfo]:
+            super().start()
+            return [replace(ENGINE, workers=workers)]
+
+    asked = dataclasses.replace(config, distributed_executor_backend=backend)
+    found = swept(asked, WithWorkers(), device_kind=kind, devices=[DeviceInfo(0, "here")]).result
+    assert [device.name for device in found.environment.devices] == names
+
+
+def test_a_peak_that_was_measured_is_not_replaced_by_a_datasheets(config: ExperimentConfig) -> None:
+    measured = Peaks(1e12, 1e11, "measured")
+    h100 = [DeviceInfo(0, "NVIDIA H100 80GB HBM3")]
+    assert swept(config, FakeReplicas(), devices=h100, peaks=measured).result.environment.peaks == measured
+
+
+def test_sums_of_replicas_and_their_extremes() -> None:
+    first = outcome(2, 8, 4, 1.0, preemptions=1, prefix_cache_hit_tokens=16, memory_bytes_per_device=5, passed_s=1.25)
+    second = outcome(2, 8, 4, 1.5, preemptions=2, prefix_cache_hit_tokens=32, memory_bytes_per_device=7, passed_s=1.75)
+    energy = [Reading("device", [1.0, 2.0], [joules, 2 * joules]) for joules in (10.0, 25.0)]
+    seen = Seen(sm_mhz=[1980.0], peak_gib=[3.0], throttle_reasons=["gpu_idle"])
+    combined = combine([first, second], *energy, seen)
+    assert (combined.counters.preemptions, combined.counters.prefix_cache_hit_tokens) == (3, 48)
+    assert combined.counters.memory_bytes_per_device == 7
+    assert (combined.latency_s, combined.passed_s) == (1.5, 1.75)
+    assert (combined.energy_j, combined.unknown) == (45.0, {})
+    assert (combined.memory.used_gib, combined.memory.peak_gib) == ([1.0, 2.0], [3.0])
+    assert combined.requests.ttft_s == [0.1] * 4
+    assert combined.requests.output_tokens == [4] * 4

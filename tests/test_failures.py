@@ -53,3 +53,34 @@ def test_what_the_reason_does_not_say_the_errors_of_the_log_do_the_last_first() 
     assert classify("load", "RuntimeError: Engine core initialization failed", log) == "kv_too_small"
     # A warning is of what was survived.
     assert classify("load", "RuntimeError: Engine core initialization failed", log[:1]) == "unknown"
+
+
+OOM, PORT = (
+    "(Worker) ERROR torch.OutOfMemoryError: CUDA out of memory",
+    "(EngineCore) ERROR OSError: Address already in use",
+)
+
+
+@pytest.mark.parametrize(("log", "kind"), [([OOM, PORT], "port_in_use"), ([PORT, OOM], "oom_load")])
+def test_of_the_errors_in_a_log_the_last_that_is_known_counts(log: list[str], kind: str) -> None:
+    handed_on = "RuntimeError: Engine core initialization failed"
+    assert classify("load", handed_on, [*log, "(Worker) ERROR something else", "INFO done"]) == kind
+    # What the reason itself says stands before all of the log.
+    assert classify("load", "ValueError: No available memory for the cache blocks.", log) == "kv_too_small"
+
+
+@pytest.mark.parametrize(
+    ("phase", "said", "expected"),
+    [
+        # Of a cause and its consequence in one line the cause counts.
+        ("load", "LocalEntryNotFoundError after GatedRepoError: 401 Client Error", "model_gated"),
+        ("load", "RepositoryNotFoundError: 404 Client Error after Max retries exceeded", "network_offline"),
+        ("run", "CUDA out of memory; then EngineDeadError", "oom_run"),
+        ("run", "Address already in use; the engine process ended", "port_in_use"),
+        ("run", "Worker died unexpectedly (exit code: -9)", "worker_killed"),
+        # Only a start looks for free memory.
+        ("run", "ValueError: Free memory on device cuda:0", "unknown"),
+    ],
+)
+def test_the_cause_stands_before_what_follows_from_it(phase: object, said: str, expected: str) -> None:
+    assert classify(phase, said) == expected  # type: ignore[arg-type]

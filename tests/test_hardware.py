@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fake_nvml
 import msgspec
@@ -16,7 +17,7 @@ import pytest
 from batch_inference.core.config import ConfigError
 from batch_inference.core.results import Clocks
 from batch_inference.measure import hardware
-from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, Reading, Seen, clocks_of
+from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, Reading, Seen, clocks_of, drawn_j
 from batch_inference.plan import devices as plan_devices
 from batch_inference.plan.devices import Devices, find_devices, find_nvml, smallest_memory_gib
 
@@ -215,3 +216,164 @@ def test_a_device_that_holds_more_than_before_names_its_holders(
     assert gpus.held(before) == "GPU 1 holds 1.5 GiB more than before, for a process not seen here"
     monkeypatch.setattr(fake_nvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: [SimpleNamespace(pid=7)])
     assert gpus.held(before) == "GPU 1 holds 1.5 GiB more than before, for process 7"
+
+
+# --- which devices, and how much of each ---------------------------------------------------------------------------
+
+
+def test_a_rank_of_torchrun_has_a_thread_for_each_of_its_cores() -> None:
+    devices = Devices("cpu", ("0,1,2", "7"))
+    assert devices.rank_environment(0) == {
+        "OMP_NUM_THREADS": "3", "OMP_PLACES": "{0,1,2}", "OMP_PROC_BIND": "true",
+    }  # fmt: skip
+    assert devices.rank_environment(1)["OMP_NUM_THREADS"] == "1"
+    assert devices.rank_environment(1)["OMP_PLACES"] == "{7}"
+
+
+def test_a_binding_that_is_a_word_for_one_rank_is_vllms_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1|nobind")
+    assert plan_devices._bound_cores() == ()
+    assert Devices("cpu", ("0", "1")).environment() == {}
+
+
+def test_gpus_are_counted_by_the_drivers_own_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "nvidia1-caps"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(plan_devices, "Path", lambda _: tmp_path)
+    assert plan_devices._gpu_ids() == ("0", "1", "2")
+
+
+def test_where_the_driver_has_no_list_its_tool_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_devices, "Path", lambda _: tmp_path)
+    listing = "GPU 0: NVIDIA H100 (UUID: a)\n  MIG 1g.10gb Device 0: (UUID: b)\nGPU 1: NVIDIA H100 (UUID: c)\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listing))
+    assert plan_devices._gpu_ids() == ("0", "1")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="No devices found\n"))
+    assert plan_devices._gpu_ids() == ()
+
+
+def test_the_plan_counts_with_the_memory_of_the_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    sizes = {0: 80, 1: 40, 2: 141}
+    monkeypatch.setattr(
+        fake_nvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=sizes[handle] * plan_devices.GIB)
+    )
+    assert smallest_memory_gib(Devices("gpu", ("0", "1", "2"))) == 40
+    assert smallest_memory_gib(Devices("gpu", ("0", "2"))) == 80
+    # Nothing here is asked about GPUs that are elsewhere, hidden, or none.
+    assert smallest_memory_gib(plan_devices.devices_elsewhere(2)) is None
+    assert smallest_memory_gib(Devices("gpu", ())) is None
+    assert smallest_memory_gib(Devices("cpu", ("0",))) is None
+    monkeypatch.setattr(fake_nvml, "nvmlInit", _refuse)
+    assert smallest_memory_gib(Devices("gpu", ("0",))) is None
+
+
+def _refuse(*_: Any) -> Any:
+    raise fake_nvml.NVMLError
+
+
+def test_a_gpu_is_found_by_its_number_or_the_beginning_of_its_identifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetCount", lambda: 3, raising=False)
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetHandleByUUID", _refuse, raising=False)
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-{handle}a3f-e201")
+    assert [plan_devices.nvml_handle(fake_nvml, name) for name in ("1", "GPU-2a", "GPU-0a3f-e201")] == [1, 2, 0]
+    with pytest.raises(fake_nvml.NVMLError):
+        plan_devices.nvml_handle(fake_nvml, "GPU-7")
+
+
+def test_a_gpu_that_nvml_does_not_know_is_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetHandleByIndex", _refuse)
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES: '0,1': NVML says"):
+        GpuMonitor(Devices("gpu", ("0", "1")))
+
+
+# --- what is read, bound by bound ----------------------------------------------------------------------------------
+
+
+def test_half_a_gib_more_than_before_is_what_comes_and_goes(gpus: GpuMonitor) -> None:
+    before = gpus.read()
+    before.used_gib[1] -= 0.5
+    assert gpus.held(before) is None
+    before.used_gib[1] -= 0.25
+    assert gpus.held(before) == "GPU 1 holds 0.8 GiB more than before, for a process not seen here"
+
+
+def test_neighbours_that_nvml_does_not_tell_of_are_unknown_and_not_none(
+    gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetComputeRunningProcesses", _refuse)
+    assert gpus.read([os.getpid()]).other_processes == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("counted", "together"), [([1, 2], 3), ([None, 2], 2), ([0, 0], 0), ([None], None), ([], None)]
+)
+def test_neighbours_of_all_devices_are_added_up(counted: list[int | None], together: int | None) -> None:
+    assert clocks_of(Reading("device", [1.0], [None], counted), Seen()).other_processes == together
+
+
+@pytest.mark.parametrize(
+    ("before_j", "after_j", "drawn"),
+    [
+        ([1.0, 20.0], [4.5, 26.0], 9.5),
+        ([None, 20.0], [4.5, 26.0], None),
+        ([1.0, 20.0], [4.5, None], None),
+        ([None, None], [None, None], None),
+    ],
+)
+def test_energy_is_what_all_devices_drew_or_unknown(
+    before_j: list[float | None], after_j: list[float | None], drawn: float | None
+) -> None:
+    assert drawn_j(Reading("device", [1.0, 1.0], before_j), Reading("device", [1.0, 1.0], after_j)) == drawn
+
+
+def test_a_clock_is_the_mean_and_memory_the_peak_of_what_was_seen(
+    gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "SAMPLE_S", 0.001)
+    made: dict[int, list[Any]] = {0: [], 1: []}
+
+    def sample(handle: int) -> Any:
+        number = len(made[handle])
+        clock = None if handle else 1000.0 + 100 * (number % 3)
+        made[handle].append(hardware._Sample(5.0 - number % 4, clock, ()))
+        return made[handle][-1]
+
+    monkeypatch.setattr(gpus, "_sample", sample)
+    with gpus.watch() as seen:
+        while len(made[1]) < 5:
+            time.sleep(0.001)
+    clocks = [one.sm_mhz for one in made[0]]
+    assert seen.sm_mhz == [pytest.approx(sum(clocks) / len(clocks)), None]
+    assert seen.peak_gib == [5.0, 5.0]
+
+
+def test_a_gpu_that_does_not_say_why_it_is_slow_has_no_reason(
+    gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", _refuse)
+    assert gpus._sample(0).reasons == ()
+    assert gpus._sample(0).used_gib == 1
+
+
+def test_devices_of_a_cpu_share_its_memory_equally(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * plan_devices.GIB))
+    devices = Devices("cpu", ("0,1", "2,3", "4,5", "6,7"))
+    found = hardware.monitor(devices).identify()
+    assert [(one.index, one.cores, one.memory_gib) for one in found] == [
+        (0, "0,1", 16), (1, "2,3", 16), (2, "4,5", 16), (3, "6,7", 16),
+    ]  # fmt: skip
+
+
+def test_the_cpu_is_named_as_the_kernel_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A CPU: v2 @ 3 GHz\nmodel name\t: another\n")
+    monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "cpuinfo")
+    assert hardware.cpu_name() == "A CPU: v2 @ 3 GHz"
+
+
+def test_gpus_are_watched_by_nvml_and_cores_by_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    assert isinstance(hardware.monitor(Devices("gpu", ("0",))), GpuMonitor)
+    assert isinstance(hardware.monitor(Devices("cpu", ("0",))), CpuMonitor)
+    assert CpuMonitor(Devices("cpu", ("0",))).read([2**22 + 1]).used_gib == [0]

@@ -219,3 +219,33 @@ def test_the_table_for_the_readme_has_a_line_for_every_metric() -> None:
     lines = markdown_table().splitlines()
     assert len(lines) == len(METRICS) + 2
     assert all(f"`{metric.name}`" in line for metric, line in zip(METRICS, lines[2:], strict=True))
+
+
+def test_a_failed_point_has_no_numbers_though_some_of_its_runs_are_there() -> None:
+    assert set(summarise(RESULT, make_point(status="error", verdict=None)).values()) == {None}
+
+
+def test_two_output_tokens_have_one_time_between_them() -> None:
+    # 1 s, of which a tenth until the first token.
+    assert summarise(RESULT, make_point(latencies_s=[1.0], max_tokens=2))["tpot_p90_s"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("watts", "together"), [([70.0, 71.0], 141.0), ([70.0, None], None), ([None, None], None), ([], None)]
+)
+def test_the_idle_power_is_that_of_all_devices_or_unknown(watts: list[float | None], together: float | None) -> None:
+    devices = [{"name": "a GPU", "idle_power_w": value} for value in watts]
+    result = make_result(points=[], environment={"devices": devices})
+    assert summarise(result, make_point())["idle_power_w"] == together
+
+
+def test_a_workload_of_unlike_requests_has_no_share_of_the_cache_that_a_batch_needs() -> None:
+    point = replace(make_point(), seq_len=None, max_tokens=None)
+    assert summarise(RESULT, point)["kv_use"] is None
+
+
+def test_the_table_says_which_direction_is_better() -> None:
+    lines = markdown_table().splitlines()
+    assert any(line.startswith("| `output_tok_per_s` | tok/s | higher | ") for line in lines)
+    assert any(line.startswith("| `latency_p99_s` | s | lower | percentile 99 ") for line in lines)
+    assert any(line.startswith("| `latency_ci95_s` | s |  | ") for line in lines)

@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_launcher import LAUNCHER
 
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.launch import packing
+from batch_inference.launch.console import Outcomes
 from batch_inference.launch.jobs import Job
-from batch_inference.launch.packing import Packing, longest_first
+from batch_inference.launch.packing import Packing, longest_first, on
 from batch_inference.launch.presets import Setting
 from batch_inference.launch.processes import Processes
 from batch_inference.plan.devices import Devices
@@ -141,3 +145,120 @@ def test_the_launcher_packs_real_sweeps_and_their_points_say_so(tmp_path: Path) 
     again = packed_study(tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("nothing is left to measure") == 3
+
+
+class FakeProcesses:
+    """Starts nothing: what is asked for, and on which devices. A process has ended when it is looked at twice, and
+    until then nobody else may have its devices."""
+
+    are_stopped = False
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, str]] = []
+        self.in_use: set[str] = set()
+
+    def start(self, _words: Any, variables: dict[str, str], _output: Any) -> Any:
+        devices = set(variables["CUDA_VISIBLE_DEVICES"].split(","))
+        assert not self.in_use & devices
+        self.in_use |= devices
+        self.started.append(variables)
+        looks = iter((None, 0))
+        return SimpleNamespace(poll=lambda: next(looks), devices=devices, looks=looks)
+
+    def ended(self, process: Any) -> int:
+        assert next(process.looks, "over") == "over"
+        self.in_use -= process.devices
+        return 0
+
+
+def test_a_setting_of_replicas_has_the_devices_of_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = iter(range(20))  # one that never fits would be waited for without end
+    monkeypatch.setattr(packing, "time", SimpleNamespace(sleep=lambda _: next(looks)))
+    processes = FakeProcesses()
+    jobs = [job(tmp_path, "tp_2", tp=2), job(tmp_path, "tp_2_dp_2", tp=2, dp=2)]
+    jobs += [job(tmp_path, "dp_3", dp=3), job(tmp_path, "dp_3_ep", dp=3)]
+    list(Packing(jobs, FOUR, processes).run())  # type: ignore[arg-type]
+    # The longest first; only one of them fits at a time, and freed devices are taken in their own order.
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in processes.started] == ["0,1,2", "0,1,2", "0,1,2,3", "0,1"]
+    said = [line.partition(" -> ")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert said == [
+        "[1/4] dp_3 on devices 0,1,2",
+        "[2/4] dp_3_ep on devices 0,1,2",
+        "[3/4] tp_2_dp_2 on devices 0,1,2,3",
+        "[4/4] tp_2 on devices 0,1",
+    ]
+
+
+@pytest.mark.parametrize(("words", "code"), [("exit 3", 3), ("exit 0", 0), ("kill -9 $$", 137), ("kill -15 $$", 143)])
+def test_an_exit_code_is_as_a_shell_tells_it(words: str, code: int) -> None:
+    assert Processes().run(["sh", "-c", words]) == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_decides_the_exit_code_the_first_and_the_second_time(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes, codes, kills = Processes(), [], []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(os, "killpg", lambda group, sent: kills.append((group, sent)))
+    processes._running.append(SimpleNamespace(pid=2**22 + 7))  # type: ignore[arg-type]
+    processes.stop(number)
+    assert kills == [(2**22 + 7, number)]
+    with pytest.raises(SystemExit) as caught:
+        processes.end_if_stopped()
+    assert caught.value.code == code
+    # The first one says why; the second means at once.
+    processes.stop(signal.SIGTERM)
+    assert codes == [code]
+    assert kills[1] == (2**22 + 7, signal.SIGKILL)
+
+
+def test_an_interrupted_setting_interrupts_its_preset(tmp_path: Path) -> None:
+    outcomes, one = Outcomes(), job(tmp_path, "one")
+    for code in (130, 143):
+        with pytest.raises(SystemExit) as caught:
+            outcomes.keep(one, code)
+        assert caught.value.code == code
+    outcomes.keep(one, 0)
+    outcomes.keep(one, 1)
+    assert (outcomes.done, outcomes.failed, outcomes.none_ran) == ([one], [one], False)
+
+
+def test_those_that_wait_can_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "time", SimpleNamespace(sleep=lambda _: None))
+    jobs = [job(tmp_path, f"tp_4_{number}", tp=4) for number in range(3)]
+    packed = Packing(jobs, FOUR, FakeProcesses())  # type: ignore[arg-type]
+    running = packed.run()
+    assert next(running) == (jobs[0], 0)
+    assert packed.waiting == packed.give_up() == jobs[1:]
+    assert list(running) == []
+
+
+def test_devices_are_named_one_or_many() -> None:
+    assert [on(Devices("gpu", ids)) for ids in (("3",), ("3", "5"))] == ["device 3", "devices 3,5"]
+    assert [on(Devices("cpu", ids)) for ids in (("0,1",), ("0,1", "2,3"))] == ["cores 0,1", "cores 0,1,2,3"]
+
+
+def test_what_starts_while_a_signal_comes_gets_it_too() -> None:
+    processes = Processes()
+    processes._is_starting = True
+    processes.stop(signal.SIGTERM)  # does not end this process: somebody has to wait for the other
+    assert processes.start(["sleep", "10"]).wait() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("words", "number"), [("exec sleep 10", signal.SIGTERM), ("trap '' TERM; echo; exec sleep 10", signal.SIGKILL)]
+)
+def test_who_does_not_end_when_asked_to_is_killed(words: str, number: int) -> None:
+    reads, writes = os.pipe()
+    processes = Processes()
+    with os.fdopen(writes, "wb") as output:
+        process = processes.start(["sh", "-c", words], output=output)
+    if "echo" in words:
+        assert os.read(reads, 1) == b"\n"  # it has heard what it is to ignore
+    processes.end(process, 0.05 if number == signal.SIGKILL else 60.0)
+    assert process.wait() == -number
+    processes.end(process, 60.0)  # it has ended
+    os.close(reads)

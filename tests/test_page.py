@@ -18,7 +18,9 @@ from batch_inference.analyze.plots import write_plots
 from batch_inference.analyze.report import sections_of
 from batch_inference.analyze.sections import ROW_LIMIT
 from batch_inference.analyze.tables import load_setting
-from builders import make_point, make_result, make_sweep, save_all
+from batch_inference.core.results import Requests
+from batch_inference.core.text import short
+from builders import make_point, make_result, make_run, make_sweep, save_all
 from conftest import REPOSITORY
 
 # Kept for people to look at; git ignores it.
@@ -84,6 +86,67 @@ def test_no_name_from_a_file_becomes_a_tag(page: Any) -> None:
 def test_many_points_are_cut_and_that_is_said(page: Any) -> None:
     text = page([make_result(points=[make_point(b, latencies_s=[1.0]) for b in range(1, ROW_LIMIT + 4)])])
     assert "… and 3 more rows: results.csv and summary.json have all." in text
+
+
+def test_the_page_forbids_itself_every_network_and_frame(page: Any) -> None:
+    found = [attributes for tag, attributes in Tags(page(make_sweep([(1, 1, 1)]))).tags if tag == "meta"]
+    (policy,) = [one["content"] for one in found if one.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "script-src": "'unsafe-inline'",
+    }
+
+
+class Cells(HTMLParser):
+    """The cells of the last table, row by row."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.is_in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, _attrs: Any) -> None:
+        if tag == "table":
+            self.rows = []
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+        self.is_in_cell = tag in ("th", "td", "button")
+
+    def handle_data(self, data: str) -> None:
+        if self.is_in_cell:
+            self.rows[-1][-1] += data
+            self.is_in_cell = False
+
+
+def test_every_column_of_all_points_shows_what_its_heading_says(page: Any) -> None:
+    """With numbers of which no two are alike: percentiles, per device, strong and weak."""
+    count = 101
+    # 1 to 101 s until the first token; then 31 tokens in 31 times 0.1 to 10.1 s.
+    ttft_s = [float(number + 1) for number in range(count)]
+    tpot_s = [(number + 1) / 10 for number in range(count)]
+    latency_s = [first + 31 * each for first, each in zip(ttft_s, tpot_s, strict=True)]
+    times = Requests(ttft_s, latency_s, [0.0] * count, [32] * count)
+    runs = [make_run(run_s, requests=count, times=times) for run_s in (500.0, 504.0)]
+    wide = make_result("dp_2", [make_point(count, runs=runs, replicas=2)], (1, 1, 2))
+    # At an equal batch of each replica, and at an equal global batch.
+    base = [make_point(b, latencies_s=[s, s]) for b, s in ((count, 400.0), (2 * count, 1000.0))]
+    header, *rows = Cells(page([make_result("tp_1", base), wide])).rows
+    (cells,) = [dict(zip(header, row, strict=True)) for row in rows if row[header.index("setting")] == "dp_2"]
+    tok_per_s = count * 32 / 502
+    efficiency = tok_per_s / (2 * count * 32 / 1000) / 2
+    assert cells == {
+        "group": "1", "setting": "dp_2", "devices": "2", "length": "64", "batch": "101", "global batch": "202",
+        "output tok/s": short(tok_per_s), "per device": short(tok_per_s / 2),
+        "latency s": "502.0", "± s": "25.41",  # 12.706 x 2.828 / 1.414
+        "TTFT p50 s": "51.00", "TTFT p99 s": "100.0", "TPOT p50 s": "5.100", "TPOT p99 s": "10.00",
+        "efficiency": short(efficiency), "status": "ok", "verdict": "valid",
+    }  # fmt: skip
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------

@@ -175,6 +175,13 @@ def test_weak_scaling_is_drawn_at_equal_batch_per_replica(table: Any) -> None:
         plots.scaling_weak(table(make_sweep(SETTINGS[:2])))
 
 
+def test_strong_and_weak_scaling_are_drawn_each_with_its_own_efficiency(table: Any) -> None:
+    one = make_result("tp_1", [make_point(b, 8, [1.0]) for b in (2, 4)])
+    points = table([one, make_result("dp_2", [make_point(2, 8, [0.8], replicas=2)], (1, 1, 2))])
+    assert lines(plots.scaling(points).axes[0]) == [[(4, pytest.approx(0.625))]]
+    assert lines(plots.scaling_weak(points).axes[0]) == [[(2, pytest.approx(1.25))]]
+
+
 def test_efficiency_has_the_interval_of_the_ratio(table: Any) -> None:
     points = table(make_sweep(SETTINGS[:2], batch_sizes=(4,)))
     (axes,) = plots.scaling(points).axes
@@ -270,6 +277,20 @@ def test_activations_and_the_peak_are_drawn_where_they_are_known(table: Any) -> 
     (axes,) = plots.memory(points.assign(activations_gib=math.nan, memory_peak_gib=math.nan)).axes
     assert len(axes.patches) == 2
     assert float(axes.lines[0].get_xdata()[0]) == 60.0
+
+
+def test_the_mark_is_at_the_highest_use_of_all_points_of_a_setting(table: Any) -> None:
+    points = [make_point(b, runs=[make_run(1.0, requests=b, memory={"used_gib": [gib]})]) for b, gib in
+              ((1, 50.0), (2, 70.0), (4, 60.0))]  # fmt: skip
+    (axes,) = plots.memory(table([make_result(points=points)])).axes
+    assert float(axes.lines[0].get_xdata()[0]) == 70.0
+
+
+def test_the_map_of_many_settings_holds_the_highest_number_of_each_place(table: Any) -> None:
+    results = [make_result(f"s{number}", [make_point(1, 8, [1.0 + number])]) for number in range(8)]
+    figure = plots.heatmap(table(results))
+    assert figure.axes[0].images[0].get_array().tolist() == [[32.0]]
+    assert "s0" in {text.get_text().split("\n")[-1] for text in figure.axes[0].texts}
 
 
 def test_unknown_memory_is_not_drawn(table: Any) -> None:

@@ -9,12 +9,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.results import EngineInfo
+from batch_inference.measure import engine_process
+from batch_inference.measure import replicas as replicas_module
+from batch_inference.measure import worker as worker_module
 from batch_inference.measure.engine_process import (
+    EngineProcess,
+    LogMark,
+    Patience,
     ReplicaError,
     quiet_environment,
     read_log_tail,
@@ -22,11 +30,22 @@ from batch_inference.measure.engine_process import (
     root_cause,
 )
 from batch_inference.measure.hardware import Reading
-from batch_inference.measure.messages import Outcome, Prepare
-from batch_inference.measure.replicas import LocalReplicas
+from batch_inference.measure.messages import (
+    Done,
+    Join,
+    Joined,
+    Load,
+    Loaded,
+    Outcome,
+    Prepare,
+    Ready,
+    Start,
+)
+from batch_inference.measure.replicas import LocalReplicas, TorchrunReplicas, coupling_of, ports_of
 from batch_inference.measure.vllm_objects import count_outputs
 from batch_inference.measure.worker import Worker
 from batch_inference.plan.devices import Devices
+from batch_inference.plan.place import Place
 from conftest import REPOSITORY, STUB, loaded_with, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
@@ -48,13 +67,67 @@ def test_a_replica_loads_runs_and_leaves_no_process(replicas: LocalReplicas) -> 
     assert engine.weights_gib == 1.0
     (pid,) = replicas.pids()
     replicas.prepare(Prepare(2, 8, 4, [0, "run", 0]))
+    began_s = time.monotonic()
     (outcome,) = replicas.run()
+    passed_s = time.monotonic() - began_s
     assert (outcome.prompt_tokens, outcome.output_tokens) == (16, 8)
     assert outcome.start_s == 0.0
-    assert outcome.end_s >= 0.002
+    assert 0.002 <= outcome.end_s <= passed_s
     replicas.close()
     with pytest.raises(ProcessLookupError):
         os.killpg(pid, 0)
+
+
+# Raw times of four ranks or replicas, by clocks whose zeros are no business of ours, and what is made of them.
+BEGAN_S, TOOK_S = (100.0, 5000.0, 7.0, 2048.0), (0.001, 0.003, 0.002, 0.0015)
+
+
+def timed(start_s: float, took_s: float, used_gib: float | None = None) -> Done:
+    outcome = count_outputs([], start_s, start_s + took_s)
+    if used_gib is not None:
+        before, after = (Reading("device", used_gib=[used_gib], energy_j=[used_gib * at]) for at in (1.0, 3.0))
+        outcome.readings = (before, after)
+    return Done(outcome)
+
+
+def test_a_run_takes_no_longer_than_has_passed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headline latency, bounded from above by a clock of the test's own; no process runs."""
+    replicas = LocalReplicas(ExperimentConfig(data_parallel_size=4, output_file=f"{tmp_path}/x.json"), ONE_CORE)
+    replicas._processes = [SimpleNamespace(log_since=SimpleNamespace(compilations=lambda: 0))] * 4  # type: ignore[list-item]
+
+    def answers(commands: list[Start], *_: Any) -> list[Done]:
+        # One replica begins a little after the others, and the common start is that of the first.
+        at_s = commands[0].at_s or 0.0
+        while time.monotonic() < at_s + 0.005:
+            time.sleep(0.001)
+        return [timed(at_s + 0.001 * number, took_s) for number, took_s in enumerate(TOOK_S)]
+
+    monkeypatch.setattr(replicas, "_all", answers)
+    began_s = time.monotonic()
+    outcomes = replicas.run()
+    passed_s = time.monotonic() - began_s
+    assert [one.start_s for one in outcomes] == pytest.approx([0.0, 0.001, 0.002, 0.003])
+    assert [one.end_s for one in outcomes] == pytest.approx([0.001, 0.004, 0.004, 0.0045])
+    assert all(0.0 < one.end_s <= (one.passed_s or 0.0) <= passed_s for one in outcomes)
+
+
+def test_ranks_count_from_their_own_start_and_a_replica_is_as_slow_as_its_slowest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"tensor_parallel_size": 2, "data_parallel_size": 2, "output_file": f"{tmp_path}/x.json"}
+    replicas = TorchrunReplicas(ExperimentConfig(**shape), {}, Place(0, 4, 0, 4))
+    used_gib = (1.0, 2.0, 4.0, 8.0)
+    ranks = [timed(*numbers) for numbers in zip(BEGAN_S, TOOK_S, used_gib, strict=True)]
+    monkeypatch.setattr(replicas, "_all", lambda *_: ranks)
+    began_s = time.monotonic()
+    outcomes = replicas.run()
+    passed_s = time.monotonic() - began_s
+    assert [(one.start_s, one.end_s) for one in outcomes] == [(0.0, pytest.approx(0.003)), (0.0, pytest.approx(0.002))]
+    assert outcomes[0].passed_s is not None
+    assert outcomes[0].passed_s <= passed_s
+    read = [one.readings for one in outcomes if one.readings]
+    assert [[reading.used_gib for reading in pair] for pair in read] == [[[1.0, 2.0]] * 2, [[4.0, 8.0]] * 2]
+    assert [pair[1].energy_j for pair in read] == [[3.0, 6.0], [12.0, 24.0]]
 
 
 def test_a_replica_leads_a_process_group_of_its_own(replicas: LocalReplicas) -> None:
@@ -332,3 +405,297 @@ def test_kernels_compiled_during_a_run_are_counted_by_the_log(
         counted += [outcome.jit_compilations for outcome in replicas.run()]
     # The stub compiles in every third run.
     assert counted == [0, 0, 1, 0]
+
+
+# --- what each replica and rank gets, without any process ----------------------------------------------------------
+
+
+def test_every_replica_has_a_hundred_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PORT", raising=False)
+    monkeypatch.setattr(os, "getpid", lambda: 15 * 100 + 7)
+    ports = [int(ports_of(replica)["VLLM_PORT"]) for replica in range(4)]
+    assert ports == [22_100, 22_200, 22_300, 22_400]
+    # Coupled replicas meet below these, and all in one place.
+    found = [coupling_of(replica, 4) for replica in range(4)]
+    assert {one["VLLM_DP_MASTER_PORT"] for one in found} == {"22000"}
+    assert [(one["VLLM_DP_RANK"], one["VLLM_DP_SIZE"], one["VLLM_DP_RANK_LOCAL"]) for one in found] == [
+        (str(replica), "4", "0") for replica in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "address", "devices"),
+    [
+        ((2, 1, 2), None, ["0,3", "5,7"]),
+        ((1, 2, 2), None, ["0,3", "5,7"]),
+        ((1, 1, 4), None, ["0", "3", "5", "7"]),
+        ((4, 1, 1), None, ["0,3,5,7"]),
+        ((2, 1, 2), "local", ["0,3", "5,7"]),
+        ((2, 1, 2), "10.0.0.1:6379", [None, None]),
+    ],
+)
+def test_a_replica_sees_its_slice_of_the_devices(
+    sizes: tuple[int, int, int], address: str | None, devices: list[str | None]
+) -> None:
+    tp, pp, dp = sizes
+    config = ExperimentConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp)
+    made = LocalReplicas(config, Devices("gpu", ("0", "3", "5", "7")), ray_address=address)
+    found = [made._environment(replica) for replica in range(dp)]
+    assert [one.get("CUDA_VISIBLE_DEVICES") for one in found] == devices
+    # Only replicas that start together must not look for ports in the same place.
+    assert ["VLLM_PORT" in one for one in found] == [dp > 1] * dp
+    assert not any("VLLM_DP_RANK" in one for one in found)
+
+
+@pytest.mark.parametrize(("changes", "lead_s"), [({}, 0.02), ({"nnodes": 2, "tensor_parallel_size": 2}, 0.3)])
+def test_the_common_start_leaves_time_for_every_replica_to_wait(
+    changes: dict[str, Any], lead_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = LocalReplicas(ExperimentConfig(output_file=f"{tmp_path}/x.json", **changes), ONE_CORE)
+    made._processes = [SimpleNamespace(log_since=SimpleNamespace(compilations=lambda: 2))]  # type: ignore[list-item]
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    at_s: list[float | None] = []
+
+    def answers(commands: list[Start], *_: Any) -> list[Done]:
+        at_s.extend(command.at_s for command in commands)
+        return [timed(100.5, 1.0)]
+
+    monkeypatch.setattr(made, "_all", answers)
+    (outcome,) = made.run()
+    assert at_s == [pytest.approx(100.0 + lead_s)]
+    assert (outcome.start_s, outcome.end_s, outcome.jit_compilations) == (0.0, 1.0, 2)
+
+
+@pytest.mark.parametrize(("rank", "replica"), [(0, 0), (3, 0), (4, 1), (7, 1)])
+def test_ranks_belong_to_replicas_as_vllm_counts_them(rank: int, replica: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "Engine", lambda *_: SimpleNamespace(info=EngineInfo("0.32.0")))
+    made = Worker(0.0, Place(rank, 8, rank, 8))
+    shape = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "data_parallel_size": 2}
+    made._do(Load(ExperimentConfig(distributed_executor_backend="external_launcher", **shape), 0))
+    assert made._replica == replica
+    assert made._reads_devices
+    local = Worker(0.0)
+    local._do(Load(ExperimentConfig(**shape), 1))
+    assert (local._replica, local._reads_devices) == (1, False)
+
+
+def test_replicas_of_one_stream_have_prompts_of_their_own() -> None:
+    asked: list[Any] = []
+    made = Worker(0.0)
+    made._engine = SimpleNamespace(make_prompts=lambda *words: asked.append(words))  # type: ignore[assignment]
+    for made._replica in (0, 1):
+        made._do(Prepare(2, 8, 4, [0, "run", 3]))
+    assert asked == [(2, 8, [0, "run", 3, 0]), (2, 8, [0, "run", 3, 1])]
+    assert made._max_tokens == 4
+
+
+def test_a_start_is_waited_for_and_never_for_less_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: 100.0, sleep=slept.append))
+    worker_module._sleep_until(100.5)
+    worker_module._sleep_until(100.5, lead_s=0.25)
+    worker_module._sleep_until(99.0)
+    worker_module._sleep_until(None)
+    assert slept == [0.5, 0.25, 0.0]
+
+
+# --- what is made of an engine that says nothing, or the wrong thing -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("waiting_for", "kind", "said"),
+    [
+        ("startup_timeout", "timeout_startup", "no answer within --startup-timeout 20 s"),
+        ("point_timeout", "timeout_point", "no answer within --point-timeout 30 s"),
+    ],
+)
+def test_patience_ends_when_its_own_flag_says(
+    waiting_for: str, kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now_s, now_s=100.0)
+    monkeypatch.setattr(engine_process, "time", clock)
+    patience = Patience(ExperimentConfig(startup_timeout=20.0, point_timeout=30.0), waiting_for)
+    limit_s = {"startup_timeout": 20.0, "point_timeout": 30.0}[waiting_for]
+    for passed_s, is_over in ((0.0, False), (limit_s, False), (limit_s + 0.5, True)):
+        clock.now_s = 100.0 + passed_s
+        assert patience.is_over is is_over
+    process: Any = object.__new__(EngineProcess)
+    process.log_path = tmp_path / "absent.log"
+    late = process.late(patience)
+    assert (late.kind, late.reason) == (kind, said)
+
+
+def test_a_part_that_is_gone_is_the_reason_once_vllm_had_time_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now_s, now_s=100.0)
+    monkeypatch.setattr(engine_process, "time", clock)
+    process: Any = object.__new__(EngineProcess)
+    process._parts, process._dead_since_s = {os.getpid(): "VLLM::EngineCore"}, None
+    assert process._dead_part() is None
+    process._parts[2**22 + 7] = "VLLM::Worker_TP1"
+    found = []
+    for clock.now_s in (100.0, 103.0, 103.5):
+        found.append(process._dead_part())
+    assert found == [None, None, "VLLM::Worker_TP1"]
+
+
+def test_the_end_of_a_log_is_its_last_lines_and_bytes(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text("".join(f"line {number}\n" for number in range(100)))
+    process: Any = object.__new__(EngineProcess)
+    process.log_path = log
+    assert process._log_end() == [f"line {number}" for number in range(60, 100)]
+    assert read_log_tail(log, max_bytes=16) == ["line 98", "line 99"]
+    mark = LogMark(log)
+    with log.open("a") as more:
+        more.write("line 100\nERROR ValueError: of after the mark\n")
+    assert mark.lines() == ["line 100", "ERROR ValueError: of after the mark"]
+    assert LogMark(tmp_path / "absent.log").compilations() == 0
+
+
+def test_of_several_errors_the_last_one_is_the_cause() -> None:
+    log = ["ERROR ValueError: the first", "INFO all is well", "(Worker) ERROR [x.py:1] OSError: the last", "INFO end"]
+    assert root_cause(log) == "OSError: the last"
+
+
+@pytest.mark.parametrize(
+    ("changes", "logs"),
+    [
+        ({}, ["x.log"]),
+        ({"data_parallel_size": 2}, ["x.log", "x.replica_1.log"]),
+        ({"data_parallel_size": 2, "distributed_executor_backend": "external_launcher"}, ["x.log"]),
+        ({"nnodes": 2, "tensor_parallel_size": 2, "node_rank": 1}, ["x.node_1.log"]),
+    ],
+)
+def test_the_logs_that_will_be_written_are_known_before(changes: dict[str, Any], logs: list[str]) -> None:
+    config = ExperimentConfig(output_file="x.json", **changes)
+    assert [path.name for path in engine_process.log_paths(config)] == logs
+
+
+# --- starting, waiting and ending, with processes that are none ----------------------------------------------------
+
+
+class FakeProcess:
+    """Answers what it is told to, on a pipe of its own; notes what is asked of it."""
+
+    made: ClassVar[list[FakeProcess]] = []
+
+    def __init__(self, environment: dict[str, str], log_path: Path, nodes: Any = None) -> None:
+        self.environment, self.log_path, self.nodes = environment, log_path, nodes
+        self.sent: list[Any] = []
+        self.answers: list[list[Any]] = []
+        self.ended_at_s: float | None = None
+        self.is_asked_to_close = self.has_parts = False
+        self.pid = 4000 + len(FakeProcess.made)
+        self._reads, writes = os.pipe()
+        os.close(writes)  # what has ended can always be read
+        FakeProcess.made.append(self)
+
+    def fileno(self) -> int:
+        return self._reads
+
+    def send(self, command: Any) -> None:
+        self.sent.append(command)
+        answers = {Load: Loaded(EngineInfo("0.32.0")), Prepare: Ready()}
+        self.answers.append([answers[type(command)]] if type(command) in answers else [])
+
+    def replies(self) -> list[Any]:
+        return self.answers.pop(0) if self.answers else []
+
+    def late(self, patience: Patience) -> ReplicaError:
+        return ReplicaError(f"{self.log_path.name} is late, {patience.waiting_for}", [])
+
+    def remember_parts(self) -> None:
+        self.has_parts = True
+
+    def ask_to_close(self) -> None:
+        self.is_asked_to_close = True
+
+    def end(self, deadline_s: float) -> None:
+        self.ended_at_s = deadline_s
+        os.close(self._reads)
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
+    monkeypatch.setattr(FakeProcess, "made", [])
+    monkeypatch.setattr(replicas_module, "EngineProcess", FakeProcess)
+    return FakeProcess.made
+
+
+@pytest.mark.parametrize(("coupled", "ranks"), [(False, [None, None]), (True, ["0", "1"])])
+def test_a_process_for_each_replica_is_loaded_with_its_number(
+    coupled: bool, ranks: list[str | None], no_process: list[FakeProcess], tmp_path: Path
+) -> None:
+    config = ExperimentConfig(data_parallel_size=2, output_file=f"{tmp_path}/x.json")
+    made = LocalReplicas(config, Devices("gpu", ("4", "5")), coupled=coupled)
+    assert len(made.start()) == 2
+    assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in no_process] == ["4", "5"]
+    assert [one.environment.get("VLLM_DP_RANK") for one in no_process] == ranks
+    assert [one.log_path.name for one in no_process] == ["x.log", "x.replica_1.log"]
+    assert [[command.replica for command in one.sent] for one in no_process] == [[0], [1]]
+    assert all(one.has_parts for one in no_process)
+    assert made.pids() == [4000, 4001]
+    made.prepare(Prepare(2, 8, 4, [0]))
+    assert [len(one.sent) for one in no_process] == [2, 2]
+    made.close()
+
+
+@pytest.mark.parametrize(("hurry", "patience_s"), [(False, 15.0), (True, 0.5)])
+def test_all_replicas_are_asked_to_close_before_one_is_waited_for(
+    hurry: bool, patience_s: float, no_process: list[FakeProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = LocalReplicas(
+        ExperimentConfig(data_parallel_size=2, output_file=f"{tmp_path}/x.json"), Devices("cpu", ("0", "1"))
+    )
+    made.start()
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    asked: list[bool] = []
+    end = FakeProcess.end
+    monkeypatch.setattr(
+        FakeProcess,
+        "end",
+        lambda self, at_s: (asked.extend(one.is_asked_to_close for one in no_process), end(self, at_s)),
+    )
+    made.close(hurry=hurry)
+    assert asked == [True] * 4
+    assert [one.ended_at_s for one in no_process] == [100.0 + patience_s] * 2
+    made.close()  # of nothing
+    assert made.pids() == []
+
+
+def test_who_does_not_answer_in_time_is_late_and_who_did_is_not(no_process: list[FakeProcess], tmp_path: Path) -> None:
+    config = ExperimentConfig(point_timeout=0.001)
+    quick, slow = (FakeProcess({}, tmp_path / f"{name}.log") for name in ("quick", "slow"))
+    quick.answers = [[Ready()]]
+    with pytest.raises(ReplicaError, match=r"slow\.log is late, point_timeout"):
+        engine_process.receive([quick, slow], Patience(config, "point_timeout"))  # type: ignore[list-item]
+    # An answer that is there counts, however late it is looked at.
+    quick.answers, slow.answers = [[Ready()]], [[Joined()]]
+    patience = Patience(config, "point_timeout")
+    patience._end_s = 0.0
+    assert engine_process.receive([quick, slow], patience) == [[Ready()], [Joined()]]  # type: ignore[list-item]
+    for one in no_process:
+        one.end(0.0)
+
+
+def test_an_answer_to_something_else_is_none(no_process: list[FakeProcess], tmp_path: Path) -> None:
+    made = LocalReplicas(ExperimentConfig(output_file=f"{tmp_path}/x.json"), ONE_CORE)
+    made.start()
+    no_process[0].answers = [[Ready()]]
+    with pytest.raises(TypeError, match="Ready was answered, Loaded is the answer"):
+        made._all([Prepare(1, 8, 4, [0])], Loaded)
+    made.close()
+
+
+@pytest.mark.parametrize(("hurry", "joins"), [(False, True), (True, False)])
+def test_ranks_that_had_nothing_to_do_are_told_that_it_is_over(
+    hurry: bool, joins: bool, no_process: list[FakeProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    shape = {"tensor_parallel_size": 2, "output_file": f"{tmp_path}/x.json", "point_timeout": 0.001}
+    made = TorchrunReplicas(ExperimentConfig(startup_timeout=0.001, **shape), {"A": "1"}, Place(0, 2, 0, 2))
+    made.close(hurry=hurry)
+    made.close(hurry=hurry)  # once
+    assert [[type(command) for command in one.sent] for one in no_process] == ([[Join]] if joins else [])
+    assert [one.ended_at_s for one in no_process] == ([115.0] if joins else [])
+    assert not made.can_restart

@@ -408,3 +408,58 @@ def test_more_points_than_a_report_can_hold_are_counted(report: Any) -> None:
     assert (len(part.rows), part.more) == (ROW_LIMIT, 3)
     part = section(report(results, old=results), "Compared")
     assert (len(part.rows), part.more) == (ROW_LIMIT, ROW_LIMIT + 6)
+
+
+# --- which number stands where ------------------------------------------------------------------------------------
+
+
+def test_ratios_are_averaged_as_ratios_are(report: Any) -> None:
+    """Twice as fast and half as fast is as fast; their plain mean would be 1.25."""
+
+    def points(first_s: float, second_s: float) -> list[Point]:
+        return [make_point(b, latencies_s=[s, s]) for b, s in ((1, first_s), (2, second_s))]
+
+    part = report([make_result(points=points(0.5, 2.0))], old=[make_result(points=points(1.0, 1.0))])[0]
+    assert part.pairs[1] == ("throughput, new / old", "1.0000 on geometric average, 0.5000 to 2.0000")
+    assert [row[2:] for row in part.rows] == [
+        ["2", "64.00", "32.00", "0.5000", "worse"], ["1", "32.00", "64.00", "2.000", "better"],
+    ]  # fmt: skip
+
+
+def test_changes_are_counted_and_ordered_by_how_bad_they_are(report: Any) -> None:
+    now_s = {1: [1.0, 1.0], 2: [0.5, 0.5], 4: [1.0], 8: [2.0, 2.0], 32: [4.0, 4.0], 64: [1.0]}
+    new = [make_point(b, latencies_s=runs_s) for b, runs_s in now_s.items()]
+    new.insert(4, make_point(16, verdict="invalid"))
+    old = [make_point(b, latencies_s=[1.0, 1.0]) for b in (1, 2, 4, 8, 16, 32, 128)]
+    part = report([make_result(points=new)], old=[make_result(points=old)])[0]
+    assert part.pairs[0] == ("points compared", "6: 1 better, 2 worse, 1 lost, 1 no difference, 1 unknown")
+    assert [(row[2], row[6]) for row in part.rows] == [
+        ("16", "lost"), ("32", "worse"), ("8", "worse"), ("2", "better"), ("4", "unknown"), ("1", "no difference"),
+    ]  # fmt: skip
+    # 64 is new, and nobody asks for 128 any more.
+    assert [line.split(" (")[0] for line in part.lines if " only in the " in line] == [
+        "1 points are only in the new results", "1 points are only in the earlier results",
+    ]  # fmt: skip
+
+
+def test_the_largest_batch_that_both_have_stands_for_the_scaling(report: Any) -> None:
+    seconds = {1: 1.0, 2: 1.0, 4: 1.0}
+    one = make_result("tp_1", [make_point(b, latencies_s=[s, s]) for b, s in seconds.items()])
+    # Strong: 1 of 2 replicas is 2, 2 is 4, and 4 is 8, which the baseline has not; weak: 1, 2 and 4.
+    faster = {1: 0.8, 2: 0.625, 4: 0.5}
+    two = make_result("dp_2", [make_point(b, latencies_s=[s, s], replicas=2) for b, s in faster.items()], (1, 1, 2))
+    part = section(report([one, two]), "Scaling against tp_1")
+    assert part.rows == [
+        ["dp_2", "2", "64", "strong", "4", "1.600", "0.8000"],
+        ["dp_2", "2", "64", "weak", "4", "4.000", "2.000"],
+    ]
+
+
+def test_the_front_and_the_best_are_told_with_their_own_numbers(report: Any) -> None:
+    parts = report([make_result("tp_2", [make_point(4, latencies_s=[2.0, 2.0])], (2, 1, 1))])
+    assert section(parts, "Pareto front").rows == [["64", "tp_2", "4", "2.000 s", "32.00"]]
+    assert [row[1:] for row in section(parts, "Best").rows] == [
+        ["throughput", "tp_2", "2", "4", "64.00 tok/s"],
+        ["per device", "tp_2", "2", "4", "32.00 tok/s/device"],
+        ["latency", "tp_2", "2", "4", "2.000 s"],
+    ]

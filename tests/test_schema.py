@@ -51,7 +51,7 @@ def test_everything_that_a_run_may_hold_is_in_the_schema(tmp_path: Path) -> None
     clocks = {"sm_mhz": [1980.0, None], "throttle_reasons": ["sw_power_cap"], "other_processes": 0}
     counters = {"jit_compilations": 1, "peak_running": 1}
     memory = {"scope": "device", "used_gib": [1.0], "peak_kv_use": 0.5}
-    run = make_run(1.0, memory=memory, counters=counters, clocks=clocks)
+    run = make_run(1.0, memory=memory, counters=counters, clocks=clocks, passed_s=1.1)
     point = make_point(runs=[run], warmups=[{"latency_s": 3.0, "jit_compilations": 1, "reason": "compiled"}])
     path = tmp_path / "tp_1_results.json"
     save_result(make_result(points=[point]), path)

@@ -58,3 +58,29 @@ def test_replicas_over_nodes_need_torchrun_and_the_name_says_how_many_nodes() ->
 def test_a_plan_takes_all_nodes_for_this_one() -> None:
     assert alike(2, None).spread(Setting(8, 1, 1)).nodes == 4
     assert alike(8, 1).spread(Setting(1, 1, 16)) == Setting(1, 1, 16)
+
+
+def test_every_node_that_takes_part_has_its_share() -> None:
+    # Two nodes of four would do, and only one has four; four of two do.
+    devices = NodeDevices([4, 2, 2, 2], None)
+    setting = devices.spread(Setting(8, 1, 1))
+    assert (setting.nodes, devices.ranks(setting)) == (4, [0, 1, 2, 3])
+    none = NodeDevices([8, 2], None)
+    assert none.spread(Setting(16, 1, 1)).nodes == 1
+    assert none.obstacle(none.spread(Setting(16, 1, 1))) == (
+        "it needs 16 devices, in equal parts on some of the nodes; they have 8, 2"
+    )
+
+
+def test_a_setting_of_torchrun_stays_one_on_a_single_node() -> None:
+    devices = NodeDevices([8, 8], None)
+    assert devices.spread(Setting(2, 1, 1, torchrun=True)).torchrun
+    assert not devices.spread(Setting(2, 1, 1)).torchrun
+    assert not devices.spread(Setting(16, 1, 1)).torchrun  # one replica over nodes is vLLM's own
+    assert devices.spread(Setting(8, 1, 2)).torchrun
+
+
+def test_what_does_not_divide_by_the_nodes_is_left_for_the_plan_to_say() -> None:
+    devices = NodeDevices([4, 4], 2)
+    assert devices.obstacle(devices.spread(Setting(3, 1, 1))) is None
+    assert alike(4, 3).counts == [4, 4, 4]

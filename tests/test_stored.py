@@ -11,7 +11,7 @@ from test_launcher import Launcher
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import FAILURES, SAME_FOR_ALL
-from batch_inference.core.results import Failure, Result, StoredConfig
+from batch_inference.core.results import Failure, Point, Result, StoredConfig
 from batch_inference.core.text import about_time
 from batch_inference.launch.stored import failure_since, is_anything_measured, open_points, stored_in, time_left
 from builders import make_point, make_result, save_all
@@ -159,3 +159,46 @@ def test_plan_and_preset_say_the_time_left_once_something_is_measured(launcher: 
 )
 def test_times_are_said_in_the_unit_that_fits(seconds: float, words: str) -> None:
     assert about_time(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("started", "ended", "points", "seconds"),
+    [
+        ("2026-01-02T03:04:05+00:00", "2026-01-02T03:14:05+00:00", 4, 150.0),
+        ("2026-01-02T03:04:05+00:00", "2026-01-02T05:14:05+02:00", 1, 600.0),
+        ("2026-01-02T03:04:05+00:00", "2026-01-02T03:04:00+00:00", 1, 0.0),  # a clock that was set back
+        ("2026-01-02T03:04:05+00:00", "2026-01-02T03:14:05+00:00", 0, None),
+    ],
+)
+def test_a_point_takes_its_share_of_the_time_of_the_sweep(
+    started: str, ended: str, points: int, seconds: float | None, tmp_path: Path
+) -> None:
+    times = {"started_at": started, "ended_at": ended}
+    result = measured(in_folder(tmp_path), *range(1, points + 1), environment=times)
+    save_all([result], tmp_path)
+    assert [one.seconds_per_point for one in stored_in(tmp_path)] == [seconds]
+
+
+def test_the_time_left_is_that_of_all_open_points_of_all_settings(tmp_path: Path) -> None:
+    # 300 s a point here, 600 s there: 450 s on average, for two points of one setting and one of the other.
+    first, second = in_folder(tmp_path), in_folder(tmp_path, tensor_parallel_size=2)
+    save_all([measured(first, 8, 16), measured(second, 1)], tmp_path)
+    assert time_left([first, second], "gpu") == "about 22 min left, from 2 settings measured"
+    assert open_points(first) + open_points(second) == 3
+
+
+def test_only_points_that_are_measured_are_not_open(tmp_path: Path) -> None:
+    config = in_folder(tmp_path)
+    result = measured(config, 1)
+    result.points.append(Point(4, 64, 32, "oom", reason="x"))
+    save_all([result], tmp_path)
+    assert open_points(config) == 1
+    assert open_points(dataclasses.replace(config, max_tokens=16)) == 2
+    assert open_points(dataclasses.replace(config, data_parallel_size=2)) == 2
+
+
+def test_a_failure_of_the_same_second_is_one_of_this_run(tmp_path: Path) -> None:
+    (path,) = save_all([failed("model_gated")], tmp_path)
+    config, written_s = in_folder(tmp_path), path.stat().st_mtime
+    assert failure_since(config, written_s + 0.9) == "model_gated"
+    assert failure_since(config, written_s + 1.1) is None

@@ -24,7 +24,7 @@ from batch_inference.analyze.tables import (
 )
 from batch_inference.core.metrics import METRICS
 from batch_inference.core.result_file import ResultFileError
-from batch_inference.core.results import EngineInfo, Environment, Point, Result
+from batch_inference.core.results import EngineInfo, Environment, Failure, Point, Result
 from builders import make_point, make_result, make_sweep, save_all
 
 
@@ -250,6 +250,55 @@ def test_groups_follow_the_columns_that_the_user_names(tmp_path: Path) -> None:
     assert point_table(settings, [])["group"].tolist() == [1, 1]
     with pytest.raises(KeyError, match="colour"):
         point_table(settings, ["colour"])
+
+
+# --- what a setting says of itself ---------------------------------------------------------------------------------
+
+
+def test_a_setting_counts_what_was_measured_and_names_what_was_not(tmp_path: Path) -> None:
+    points = [make_point(1), make_point(2, verdict="invalid"), Point(4, 64, 32, "oom", reason="x")]
+    setting = load_setting(save_all([make_result("tp_2", points, (2, 1, 1))], tmp_path)[0])
+    assert (setting.points_ok, setting.num_points, setting.points_asked) == (2, 3, 3)
+    assert (setting.name, setting.num_devices, setting.load_s, setting.failure) == ("tp_2", 2, 40.0, None)
+    assert setting.columns["timed_runs"] == [3, 3, 0]
+    assert setting.columns["memory_scope"] == ["device", "device", None]
+    assert setting.columns["reason"] == [None, None, "x"]
+    failed = make_result("tp_8", status="failed", failure=Failure("oom_load", "no room"))
+    failed.engine = None
+    setting = load_setting(save_all([failed], tmp_path)[0])
+    assert (setting.failure, setting.load_s, setting.points_ok) == ("no room", None, 0)
+
+
+def test_a_failed_point_has_no_percentile_though_it_has_runs(tmp_path: Path) -> None:
+    points = [make_point(1, latencies_s=[1.0, 2.0]), make_point(2, status="error", verdict=None)]
+    columns = load_setting(save_all([make_result(points=points)], tmp_path)[0], percent=75).columns
+    assert columns["latency_p75_s"] == [1.75, None]
+    assert columns["latency_p99_s"] == [pytest.approx(1.99), None]
+
+
+def test_each_point_has_the_columns_of_the_engine_that_measured_it(table: Any) -> None:
+    result = make_result(points=[make_point(1), make_point(2), make_point(4)], engine={"max_num_seqs": 64})
+    result.earlier_engines = [
+        EngineInfo("0.32.0", max_num_seqs=16, block_size=32), EngineInfo("0.32.0", max_num_seqs=32),
+    ]  # fmt: skip
+    result.points[0].engine, result.points[1].engine = 0, 1
+    points = table([result])
+    assert points["max_num_seqs"].tolist() == [16, 32, 64]
+    assert points["block_size"].dropna().tolist() == [32]
+    # What all have alike is that of the file.
+    assert set(points["model"]) == {"meta-llama/Llama-2-7b-chat-hf"}
+
+
+def test_a_setting_is_limited_by_its_smallest_device(table: Any) -> None:
+    devices = [{"name": "A", "memory_gib": 80, "power_limit_w": 350}, {"name": "A", "memory_gib": 40}]
+    row = table([make_result(points=[make_point()], environment={"devices": devices})]).iloc[0]
+    assert (row["device_memory_gib"], row["power_limit_w"]) == (40, 350)
+
+
+def test_the_global_batch_is_that_of_all_replicas_and_devices_are_tp_times_pp_times_dp(table: Any) -> None:
+    points = table([make_result("x", [make_point(3, replicas=4)], (2, 3, 4))])
+    row = points.iloc[0]
+    assert (row["batch_size"], row["global_batch_size"], row["num_devices"]) == (3, 12, 24)
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from batch_inference.core.text import table, table_in_markdown
+import pytest
+
+from batch_inference.core.text import about_time, counted, short, short_name, table, table_in_markdown, wrapped
 
 HEADER, SIDES = ("setting", "n", "note"), ("left", "right", "left")
 ROWS = [["tp_1", "1", "valid"], ["a longer name", "1024", ""], ["tp_2", "", " x "]]
@@ -30,3 +32,42 @@ def test_a_table_for_markdown() -> None:
         "| a longer name | 1024 |        |",
         "| tp_2          |      | x      |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("width", "short"), [(11, "abcdefghijk"), (10, "abcde…hijk"), (9, "abcd…hijk"), (5, "ab…jk"), (3, "a…k")]
+)
+def test_a_long_name_keeps_its_beginning_and_its_end(width: int, short: str) -> None:
+    assert short_name("abcdefghijk", width) == short
+    assert len(short) <= width
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (0.99994, 4, "0.9999"), (1.0, 4, "1.000"), (-1.5, 4, "-1.500"), (9999.6, 4, "10000"), (12345.6, 4, "12346"),
+        (2.0, 3, "2.00"), (0.1234, 3, "0.123"), (1234.5, 3, "1234"),
+    ],
+)  # fmt: skip
+def test_a_number_has_so_many_digits(value: float, digits: int, text: str) -> None:
+    assert short(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "about 1 s"), (89.4, "about 89 s"), (90, "about 2 min"), (5399, "about 90 min"), (5400, "about 1.5 h")],
+)
+def test_a_time_is_said_in_the_unit_that_fits(seconds: float, words: str) -> None:
+    assert about_time(seconds) == words
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "point") for number in (0, 1, 2)] == ["0 points", "1 point", "2 points"]
+
+
+def test_lines_are_as_long_as_they_may_be_and_no_longer() -> None:
+    assert wrapped("ab cd ef", width=5) == ["ab cd", "ef"]
+    assert wrapped("ab cd ef", 2, width=5) == ["ab cd", "  ef"]
+    # A path or a flag can be copied.
+    assert wrapped("a /very/long/path-name b", width=6) == ["a", "/very/long/path-name", "b"]
+    assert wrapped("abcdefgh", width=4, break_long_words=True) == ["abcd", "efgh"]

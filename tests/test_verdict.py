@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from batch_inference.core import verdict
-from batch_inference.core.results import Point, Verdict
-from batch_inference.core.statistics import trend
-from batch_inference.core.verdict import judge
+from batch_inference.core.results import Point, Verdict, Warmup
+from batch_inference.core.statistics import relative_ci95, trend
+from batch_inference.core.verdict import is_settled, judge, was_packed
 from builders import make_point, make_result, make_run
 
 STEADY = [{"latency_s": 1.0}, {"latency_s": 1.0}]
@@ -45,6 +46,11 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
         measured(counters=COUNTERS | {"prefix_cache_hit_tokens": 16}),
         "invalid",
         "16 prompt tokens came from the prefix cache",
+    ),
+    "_longer_than_passed": (
+        measured(passed_s=0.98),
+        "invalid",
+        "a run of 0.999 s is said to have been over in 0.98 s",
     ),
     "_preempted": (measured(counters=COUNTERS | {"preemptions": 2}), "suspect", "2 requests were preempted"),
     "_never_steady": (
@@ -85,6 +91,17 @@ def test_each_fault_is_the_one_reason_against_its_point(fault: str) -> None:
     assert found == expected
     assert len(reasons) == 1
     assert said in reasons[0]
+
+
+def test_a_run_may_be_a_part_of_what_passed_and_no_more() -> None:
+    """But for clocks that go at slightly different rates, and older files, which do not say what passed."""
+    for passed_s in (5.0, 1.0, 0.995, None):
+        assert judged(measured(passed_s=passed_s)) == ([], "valid")
+    # The headline of a run that was never counted from its start is the time since the machine was started.
+    point = make_point(latencies_s=[2048.0] * 3, warmups=[{"latency_s": 2048.0}] * 2)
+    for run in point.runs:
+        run.passed_s = 1.5
+    assert judged(point)[1] == "invalid"
 
 
 def test_every_rule_has_its_fault() -> None:
@@ -152,3 +169,138 @@ def test_runs_that_only_scatter_seldom_drift(runs: int, spread: float) -> None:
     points: list[list[float]] = np.random.default_rng(0).normal(1.0, spread, (2000, runs)).tolist()
     found = sum(abs(change) > max(width, 0.03) for change, width in filter(None, map(trend, points)))
     assert found / len(points) <= 0.06
+
+
+# --- at the bounds themselves -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("warmups", "settled"),
+    [
+        ([(1.0, None), (1.0, None)], True),
+        ([(9.0, 3), (1.0, 3), (1.0, None)], True),  # what compiled before the last is over
+        ([(1.0, None), (1.0, 1)], False),
+        ([(1.0, None), (1.0, 0)], True),
+        ([(1.0, None), (1.06, None)], False),
+        ([(1.0, None)], False),
+        ([], False),
+    ],
+)
+def test_settled_warmups_agree_and_the_last_compiled_nothing(
+    warmups: list[tuple[float, int | None]], settled: bool
+) -> None:
+    assert is_settled([Warmup(*warmup) for warmup in warmups]) is settled
+
+
+@pytest.mark.parametrize(
+    ("warmups", "said"),
+    [
+        ([(1.0, 2), (1.2, None)], "not steady after 2 warm-ups: the last two differ by more than 5%"),
+        ([(1.0, None), (1.0, 2)], "not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"),
+    ],
+)
+def test_why_warmups_are_not_steady_is_said_of_the_last(warmups: list[tuple[float, int | None]], said: str) -> None:
+    point = make_point(latencies_s=[1.2] * 3)
+    point.warmups = [Warmup(*warmup) for warmup in warmups]
+    # Warm-ups that do not agree are not compared with the runs: one reason is enough.
+    assert judged(point)[0] == [said]
+
+
+@pytest.mark.parametrize(
+    ("warmups_s", "latency_s", "is_unlike"),
+    [
+        ([9.0, 1.0, 1.0], 1.0, False),  # the last of them
+        ([1.0, 1.0], 0.86, False),  # 15 % of the longer one
+        ([1.0, 1.0], 0.84, True),
+        ([1.0, 1.0], 1.16, False),
+        ([1.0, 1.0], 1.19, True),
+        ([0.1, 0.1], 0.08, True),  # a share, and no seconds
+        ([20.0, 20.0], 18.0, False),
+    ],
+)
+def test_runs_may_differ_from_the_last_warmup_by_a_share_of_the_longer(
+    warmups_s: list[float], latency_s: float, is_unlike: bool
+) -> None:
+    point = make_point(latencies_s=[latency_s] * 3, warmups=[{"latency_s": value} for value in warmups_s])
+    assert any("the last warm-up took" in reason for reason in judged(point)[0]) is is_unlike
+
+
+@pytest.mark.parametrize(("latency_s", "drifts"), [(0.25, "faster"), (4.0, "slower"), (4.0, None)])
+def test_drift_is_a_share_of_the_latency_and_has_a_direction(latency_s: float, drifts: str | None) -> None:
+    step = {"faster": -0.04, "slower": 0.04, None: 0.01}[drifts]
+    reasons, _ = judged(measured(latencies_s=[latency_s * (1 + step * run) for run in range(3)]), {"target_ci": 1.0})
+    found = [reason.split()[3].rstrip(",") for reason in reasons if reason.startswith("drift: runs become")]
+    assert found == ([drifts] if drifts else [])
+
+
+def test_what_is_just_within_a_bound_is_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that a double holds exactly, and latencies that meet them."""
+    monkeypatch.setattr(verdict, "DRIFT_OVER", 0.0625)
+    assert judged(measured(latencies_s=[0.96875, 1.0, 1.03125]), {"target_ci": 1.0}) == ([], "valid")
+    monkeypatch.setattr(verdict, "UNLIKE_WARMUPS", 0.25)
+    assert judged(measured(latencies_s=[0.75] * 3)) == ([], "valid")
+    latencies_s = [1.0, 1.01, 0.99]
+    width = relative_ci95(latencies_s)
+    assert judged(measured(latencies_s=latencies_s), {"target_ci": width}) == ([], "valid")
+    monkeypatch.setattr(verdict, "WIDEST_INTERVAL", width)
+    assert judged(measured(latencies_s=latencies_s), {"num_runs": 3}) == ([], "valid")
+    monkeypatch.setattr(verdict, "SHORTEST_RUN_S", 1.0)
+    assert judged(measured(latencies_s=[1.0] * 3)) == ([], "valid")
+
+
+def test_with_as_many_runs_as_asked_an_interval_over_10_percent_is_too_wide() -> None:
+    for spread, reasons in ((0.04, []), (0.045, ["runs differ: the 95 % interval is over ±10%; raise --num-runs"])):
+        assert judged(measured(latencies_s=[1.0, 1.0 + spread, 1.0 - spread]), {"num_runs": 3})[0] == reasons
+
+
+def test_a_single_run_has_no_interval_to_judge() -> None:
+    assert judged(measured(latencies_s=[1.0]))[0] == ["a single run has no interval; raise --num-runs"]
+
+
+def test_what_several_runs_show_is_added_up() -> None:
+    point = measured()
+    for run in point.runs:
+        run.counters.prefix_cache_hit_tokens, run.counters.preemptions = 16, 2
+    reasons, found = judged(point)
+    assert reasons[:2] == ["48 prompt tokens came from the prefix cache", reasons[1]]
+    assert "6 requests were preempted" in reasons[1]
+    assert found == "invalid"
+
+
+def test_a_workload_has_token_counts_of_its_own_and_is_not_held_against_a_shape() -> None:
+    point = replace(measured(), seq_len=None, max_tokens=None)
+    assert judged(point, {"seq_lens": [64]}) == ([], "valid")
+
+
+@pytest.mark.parametrize(
+    ("engine", "peak_running", "said"),
+    [
+        # Slots for all, and no room.
+        ({"max_num_seqs": 8, "kv_cache_tokens": 400}, None, "ran in waves: the KV cache holds 4 of 8 requests"),
+        # Room and slots for all, and yet.
+        ({"max_num_seqs": 8, "kv_cache_tokens": 8 * 96}, 5, "ran in waves: at most 5 of 8 requests ran at once"),
+        ({"max_num_seqs": 7, "kv_cache_tokens": 400}, None, "ran in waves: batch_size 8 is over max_num_seqs 7"),
+        ({"max_num_seqs": None, "kv_cache_tokens": None}, None, None),
+        # 8 prompts of 64 tokens in steps of so many, and 32 output tokens of each: 16 steps, and 15.
+        ({"max_num_batched_tokens": 33}, 5, None),
+        ({"max_num_batched_tokens": 35}, 5, "ran in waves: at most 5 of 8 requests ran at once"),
+    ],
+)
+def test_the_limit_that_makes_waves_is_the_one_that_is_named(
+    engine: dict[str, Any], peak_running: int | None, said: str | None
+) -> None:
+    point = measured(8)
+    for run in point.runs:
+        run.counters.peak_running = peak_running
+    assert judged(point, **engine)[0] == ([said] if said else [])
+    if peak_running:
+        # A point's own budget stands before that of the engine.
+        point.max_num_batched_tokens = engine.get("max_num_batched_tokens")
+        assert judged(point, **(engine | {"max_num_batched_tokens": 2048}))[0] == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("reasons", "packed"), [([], False), (["drift: x", "packed: other settings"], True), (["drift: packed"], False)]
+)
+def test_a_packed_point_is_known_by_its_reason(reasons: list[str], packed: bool) -> None:
+    assert was_packed(make_point(verdict_reasons=reasons)) is packed

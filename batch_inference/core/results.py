@@ -104,6 +104,8 @@ class Run(Struct):
     memory: Memory
     counters: Counters
     energy_j: Joules | None = None
+    # What passed meanwhile by the clock of the program that asked for the run: `latency_s` is a part of it.
+    passed_s: Seconds | None = None
     clocks: Clocks = field(default_factory=Clocks)
     unknown: dict[str, str] = {}  # name of a number that is None -> why
 

@@ -21,6 +21,8 @@ DRIFT_OVER = 0.03
 UNLIKE_WARMUPS = 0.15
 # A process is woken some 0.1 ms late where the machine is quiet, and milliseconds where it is not.
 SHORTEST_RUN_S = 0.01
+# Clocks of different machines differ by far less.
+LONGER_THAN_PASSED = 0.01
 # What its reason begins with.
 _PACKED = "packed"
 # Reasons of NVML for a clock below the highest that are no fault: it is set so, or nothing is to be done. A GPU at its
@@ -64,6 +66,18 @@ def _token_counts(result: Result, point: Point) -> list[str]:
 def _prefix_hits(_: Result, point: Point) -> list[str]:
     hits = sum(run.counters.prefix_cache_hit_tokens for run in point.runs)
     return [f"{hits} prompt tokens came from the prefix cache"] if hits else []
+
+
+def _longer_than_passed(_: Result, point: Point) -> list[str]:
+    """A run is timed where the engine is; the program that asked for it waited at least as long."""
+    timed = [(run.latency_s, run.passed_s) for run in point.runs if run.passed_s is not None]
+    wrong = [(took_s, passed_s) for took_s, passed_s in timed if took_s > passed_s * (1 + LONGER_THAN_PASSED)]
+    if not wrong:
+        return []
+    took_s, passed_s = max(wrong)
+    return [
+        f"a run of {took_s:.3g} s is said to have been over in {passed_s:.3g} s; see to the nodes' clocks, or report it"
+    ]
 
 
 def _preempted(_: Result, point: Point) -> list[str]:
@@ -175,7 +189,7 @@ def _packed(result: Result, _: Point) -> list[str]:
 
 
 _Check = Callable[[Result, Point], list[str]]
-_INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits)
+_INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits, _longer_than_passed)
 _SUSPECT: tuple[_Check, ...] = (
     _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _unlike_warmups, _too_short, _throttled,
     _not_alone, _packed,

@@ -37,6 +37,7 @@ def combine(outcomes: list[Outcome], before: Reading, after: Reading, seen: Seen
         ],
         requests=_all_requests([outcome.requests for outcome in outcomes]),
         energy_j=energy_j,
+        passed_s=max(_known(outcome.passed_s for outcome in outcomes), default=None),
         memory=Memory(
             scope=after.scope,
             used_gib=after.used_gib,

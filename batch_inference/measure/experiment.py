@@ -244,8 +244,7 @@ class Experiment:
     def _warm_up(self, point: Point, replicas: Replicas) -> None:
         """Until steady; a run that compiled a kernel is the first of a new series."""
         made = 1 if point.warmups else 0
-        most = max(MAX_WARMUPS, self._config.warmup_runs)
-        while made < self._config.warmup_runs or not (is_settled(point.warmups) or made >= most):
+        while made < self._config.warmup_runs or not (is_settled(point.warmups) or made >= MAX_WARMUPS):
             run = self._run(point, replicas, "warmup", len(point.warmups))
             point.warmups.append(as_warmup(run))
             made += 1

@@ -41,7 +41,9 @@ class Outcome(Struct):
     peak_kv_use: float | None = None
     flops_per_device: Work | None = None
     memory_bytes_per_device: Work | None = None
-    jit_compilations: Count | None = None  # read from the log, by the supervisor
+    # By the supervisor: read from the log; and from the start to the answer, by its own clock.
+    jit_compilations: Count | None = None
+    passed_s: float | None = None
     # Before and after the run, where only the replica itself can see its devices.
     readings: tuple[Reading, Reading] | None = None
 

@@ -121,8 +121,9 @@ class LocalReplicas:
     def run(self) -> list[Outcome]:
         at_s = time.monotonic() + (LONG_START_LEAD_S if self._config.devices_elsewhere else START_LEAD_S)
         outcomes = [reply.outcome for reply in self._all([Start(at_s)] * len(self._processes), Done)]
+        passed_s = time.monotonic() - at_s
         for outcome, process in zip(outcomes, self._processes, strict=True):
-            outcome.jit_compilations = process.log_since.compilations()
+            outcome.jit_compilations, outcome.passed_s = process.log_since.compilations(), passed_s
         first_s = min(outcome.start_s for outcome in outcomes)
         return [_counted_from(first_s, outcome) for outcome in outcomes]
 
@@ -185,11 +186,12 @@ class TorchrunReplicas:
         self._all(prompts, Ready)
 
     def run(self) -> list[Outcome]:
-        since = [LogMark(log) for log in self._logs]
+        since, began_s = [LogMark(log) for log in self._logs], time.monotonic()
         outcomes = [reply.outcome for reply in self._all(Start(), Done)]
         # Clocks of different machines have different zeros, so each rank counts from its own release.
         outcomes = [_counted_from(outcome.start_s, outcome) for outcome in outcomes]
         slowest = [_slowest(ranks) for ranks in self._by_replica(outcomes)]
+        slowest[0].passed_s = time.monotonic() - began_s
         slowest[0].jit_compilations = sum(mark.compilations() for mark in since)
         return slowest
 

@@ -96,7 +96,8 @@ def _gpu_ids() -> tuple[str, ...]:
         return tuple(str(index) for index in range(len(nodes)))
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
-        return tuple(str(index) for index, line in enumerate(listing.splitlines()) if line.startswith("GPU "))
+        # Below a GPU that is divided its parts are listed.
+        return tuple(map(str, range(sum(line.startswith("GPU ") for line in listing.splitlines()))))
     return ()
 
 
