@@ -76,7 +76,7 @@ def _longer_than_passed(_: Result, point: Point) -> list[str]:
         return []
     took_s, passed_s = max(wrong)
     return [
-        f"a run of {took_s:.3g} s is said to have been over in {passed_s:.3g} s; see to the nodes' clocks, or report it"
+        f"a run is said to have taken {took_s:.3g} s, and {passed_s:.3g} s passed meanwhile; see to the nodes' clocks"
     ]
 
 
