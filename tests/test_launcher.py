@@ -507,7 +507,10 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("torchrun-tensor-parallel", "--nnodes", "x"), "--nnodes: 'x' was given"),
         (("torchrun-tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed"),
         (("torchrun-tensor-parallel", "--node-rank", "1"), "--node-rank: '1' was given without --master-addr HOST"),
-        (("tensor-parallel", "--settle-s", "0"), "--settle-s: '0' was given, a number above 0 is needed"),
+        (
+            ("tensor-parallel", "--settle-s", "0"),
+            "--settle-s: '0' was given, a number above 0 and up to 1000000 is needed",
+        ),
         (("tensor-parallel", "--master-port", "1"), "--master-port: '1' was given without --master-addr HOST"),
         (("quickstart", "--master-addr", "h"), "--master-addr: 'h' was given, quickstart is for one node"),
         (("tensor-parallel", "--pack", "--master-addr", "h"), "one node, --master-addr 'h' was given"),

@@ -148,10 +148,10 @@ def test_a_preset_that_is_not_found_is_said(launcher: Launcher) -> None:
 
 
 def test_words_of_a_preset_may_hold_anything(launcher: Launcher) -> None:
-    with_preset(launcher, "setting TP=2 --name $'a \\u2028 \\x0c \"c\"'")
+    with_preset(launcher, 'setting TP=2 --hf-overrides $\'{"a": \\t"\\u3000 c"}\'')
     assert launcher("mine").returncode == 0
     (call,) = launcher.calls_file.read_text().rstrip("\n").split("\n")
-    assert config_of(call.split("\x1f")[:-1]).name == 'a \u2028 \x0c "c"'
+    assert config_of(call.split("\x1f")[:-1]).engine_args == ("--hf-overrides", '{"a": \t"\u3000 c"}')
 
 
 def test_a_demo_replaces_only_what_is_in_its_own_folder_and_is_for_one_node(launcher: Launcher) -> None:

@@ -1,6 +1,6 @@
 """What everybody speaks: the flags, the result file and its types, metrics, statistics, verdicts, classes of failure.
 
-Imports nothing else of this package, and everybody may import it. `config`, `text`, `packages`, `kv_blocks`,
-`failures` and `statistics` need Python's own library alone, because --help and a plan answer before anything is
-installed.
+Imports nothing else of this package, and everybody may import it. `config`, `text`, `values`, `packages`,
+`kv_blocks`, `failures`, `signals` and `statistics` need Python's own library alone, because --help and a plan answer
+before anything is installed.
 """

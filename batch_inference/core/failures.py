@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from batch_inference.core.text import escaped
+
 Phase = Literal["load", "run"]
 
 
 class WorkFailedError(Exception):
     """Work that failed, with nothing wrong in how the program was used: the message is what the user reads."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(escaped, message.split("\n"))))
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,10 @@ def cannot_be_written(path: Path, error: OSError) -> ResultFileError:
 def check_writable(path: Path) -> None:
     """Raises OSError unless a file can be made beside `path`; the file at `path` is not touched."""
     beside = _beside(path)
-    beside.write_text("{}")
-    beside.unlink()
+    try:
+        beside.write_text("{}")
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

@@ -94,10 +94,15 @@ def _asked(package: Path, say: Callable[[str], None]) -> list[str]:
 def _keep(flags: Sequence[str], path: Path) -> None:
     """Written beside and renamed. Where it cannot be written, vLLM is asked again the next time."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(flags), encoding="utf-8")
-        beside.replace(path)
+    try:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(flags), encoding="utf-8")
+            beside.replace(path)
+    finally:
+        # Left where the disk is full, or somebody interrupted.
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
