@@ -431,7 +431,7 @@ def test_any_path_and_name_reaches_the_script_as_it_was_given(launcher: Launcher
         assert flags == ("--dry-run",) or "done: tp_1 " in done.stderr
 
 
-@pytest.mark.parametrize("code", ["130", "143"])
+@pytest.mark.parametrize("code", ["129", "130", "143"])
 def test_an_interrupted_setting_stops_all(launcher: Launcher, code: str) -> None:
     done = launcher("tensor-parallel", FAIL="tp_2", FAIL_WITH=code)
     assert done.returncode == int(code)
