@@ -17,6 +17,7 @@ from batch_inference.core.values import (
     fraction,
     gib,
     interval,
+    name_text,
     node_number,
     path_text,
     plain_text,
@@ -120,7 +121,7 @@ class ExperimentConfig:
     output_file: str | None = _flag(
         None, "result file; default: NAME_results.json in --output-dir; the log is beside it", path_text, measured=False
     )
-    name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", path_text, measured=False)
+    name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", name_text, measured=False)
     overwrite: bool = _flag(False, "measure anew what was measured with the same settings", measured=False)
     resume: bool = _flag(False, "go on with what was measured with the same settings; the default", measured=False)
     startup_timeout: float = _flag(1800, "seconds that an engine may take to start", seconds, measured=False)

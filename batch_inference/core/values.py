@@ -120,22 +120,35 @@ def non_empty(text: str) -> str:
     return text
 
 
-def plain_text(text: str) -> str:
+def _no_control(text: str) -> str:
     non_empty(text)
     if has_control(text):
         raise ValueError("it holds characters that steer a terminal, like a line break; leave them out")
     return text
 
 
+def plain_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds bytes that are no text; write it in UTF-8") from None
+    return _no_control(text)
+
+
 def path_text(text: str) -> str:
-    """Of a file or folder, or a hub name, which is written like one."""
-    plain_text(text)
+    """Of a file or folder, which may hold bytes that are no text; or a hub name, which is written like one."""
+    _no_control(text)
     longest = max(len(os.fsencode(name)) for name in text.split("/"))
     if longest > LONGEST_NAME_BYTES or len(os.fsencode(text)) > _LONGEST_PATH_BYTES:
         raise ValueError(
             f"a path takes {_LONGEST_PATH_BYTES} bytes, and each name in it {LONGEST_NAME_BYTES}; shorten it"
         )
     return text
+
+
+def name_text(text: str) -> str:
+    """Of what is written into files, and names one."""
+    return path_text(plain_text(text))
 
 
 def one_of(words: Sequence[str]) -> Callable[[str], str]:

@@ -21,6 +21,7 @@ from batch_inference.core.results import DeviceInfo
 
 # Of a lock that does not say.
 ANOTHER = "another process"
+_LONGEST_HOLDER_BYTES = 4096
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -37,7 +38,8 @@ def locked(path: Path, purpose: str) -> Iterator[bool]:
         yield False
         return
     os.ftruncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()} ({purpose})\n".encode())
+    # A name may hold bytes that are no text.
+    os.write(file, os.fsencode(f"process {os.getpid()} on {socket.gethostname()} ({purpose})\n"))
     try:
         yield True
     finally:
@@ -52,7 +54,7 @@ def _open_locked(path: Path) -> int | None:
         try:
             _lock(file)
         except BlockingIOError:
-            holder = os.read(file, 4096).decode(errors="replace").strip()
+            holder = os.fsdecode(os.read(file, _LONGEST_HOLDER_BYTES)).strip()
             os.close(file)
             raise LockedError(holder or ANOTHER) from None
         except OSError as error:
@@ -102,7 +104,7 @@ def holder_of(result: Path) -> str | None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         with contextlib.suppress(OSError):
-            return lock_of(result).read_text(errors="replace").strip() or ANOTHER
+            return os.fsdecode(lock_of(result).read_bytes()[:_LONGEST_HOLDER_BYTES]).strip() or ANOTHER
     except OSError:
         pass
     return None
