@@ -26,7 +26,8 @@ examples:
 
 exit codes:
   0 everything was read   1 some files were not (they are named), or no point was
-  measured   2 wrong use   3 a regression, with --fail-on-regression"""
+  measured   2 wrong use   3 a regression, with --fail-on-regression
+  129, 130, 143 interrupted"""
 
 
 # More than any number of seconds, money or percent that is meant: results are computed from it without overflow.

@@ -29,7 +29,7 @@ example:
 exit codes:
   0 every point ok   1 some work failed (the file says which), or the plan of
   --dry-run cannot run
-  2 wrong use        130, 143 interrupted; finished points are kept"""
+  2 wrong use        129, 130, 143 interrupted; finished points are kept"""
 
 # What only a plan is told: of a machine that one does not sit at.
 PLAN_FLAGS = ("--devices", "--device-memory-gib")

@@ -113,14 +113,40 @@ def _add_key(document: Any, holder: Any, key: Any, rng: random.Random) -> None:
             one[rng.choice(KEYS)] = _anything(rng)
 
 
-def _everywhere(document: Any, _holder: Any, key: Any, rng: random.Random) -> None:
-    """The same in all points and runs."""
-    value, waiting = _anything(rng), [document]
+def _somewhere(document: Any, _holder: Any, _key: Any, rng: random.Random) -> None:
+    """By the name of a key, so that what stands once is as likely as what each run has; of the kind that it was."""
+    key, places = _places_of_a_key(document, rng)
+    place = rng.choice(places)
+    place[key] = _of_the_kind_of(place[key], rng)
+
+
+def _everywhere(document: Any, _holder: Any, _key: Any, rng: random.Random) -> None:
+    """The same in all points or runs."""
+    key, places = _places_of_a_key(document, rng)
+    value = _of_the_kind_of(places[0][key], rng)
+    for place in places:
+        place[key] = copy.deepcopy(value)
+
+
+def _places_of_a_key(document: Any, rng: random.Random) -> tuple[str, list[Any]]:
+    """A key, and all that have it. Texts are as likely as numbers, of which there are more."""
+    kinds, waiting = dict[type, dict[str, list[Any]]](), [document]
     while waiting:
         here = waiting.pop()
-        if isinstance(here, dict) and key in here:
-            here[key] = copy.deepcopy(value)
+        for key, value in here.items() if isinstance(here, dict) else ():
+            kinds.setdefault(type(value), {}).setdefault(key, []).append(here)
         waiting += [one for one in (here.values() if isinstance(here, dict) else here) if isinstance(one, (dict, list))]
+    places = kinds[rng.choice([kind for kind in (str, str, int, float, list) if kind in kinds])]
+    key = rng.choice(list(places))
+    return key, places[key]
+
+
+def _of_the_kind_of(value: Any, rng: random.Random) -> Any:
+    if isinstance(value, str):
+        return rng.choice(TEXTS)
+    if isinstance(value, list):
+        return value[: rng.randrange(len(value))] if value else [rng.choice(TEXTS)]
+    return rng.choice(NUMBERS) if isinstance(value, (int, float)) else _anything(rng)
 
 
 def _anything(rng: random.Random) -> Any:
@@ -128,7 +154,8 @@ def _anything(rng: random.Random) -> Any:
 
 
 _CHANGES: list[Callable[[Any, Any, Any, random.Random], None]] = [
-    _delete, _replace, _replace, _replace, _raw, _as_text, _scale, _repeat, _cut, _wrap, _swap, _add_key, _everywhere,
+    _delete, _replace, _replace, _raw, _as_text, _scale, _repeat, _cut, _wrap, _swap, _add_key,
+    *[_somewhere] * 4, *[_everywhere] * 3,
 ]  # fmt: skip
 
 
