@@ -16,7 +16,7 @@ from faults.conftest import GRID, Outcome, Sweep, points_of
 
 pytestmark = pytest.mark.slow
 
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
 # Moment -> what must be seen before the fault. Loading takes a second, a run a fifth.
 MOMENTS: dict[str, Callable[[Sweep], bool]] = {
     "loading": lambda sweep: sweep.log.exists() and "stub vLLM is loading" in sweep.log.read_text(),
