@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from batch_inference.analyze.files import default_folder, find_files, make_folder, not_this_folder
 from batch_inference.analyze.flags import UsageError, parse
 from batch_inference.core.packages import missing_to_analyse
+from batch_inference.core.signals import EXIT_CODES, end_in_order
 from batch_inference.core.streams import print_kept, say, secure_streams
+from batch_inference.core.text import escaped, in_short, plain
 
 # pandas and matplotlib are slow imports, and come with what needs them: --help must not pay for them.
 if TYPE_CHECKING:
@@ -68,8 +70,8 @@ def read_settings(
             settings.append(one)
         else:
             unreadable.append(str(one))
-    # A file name may hold a line break; an error is one line.
-    unreadable = [" ".join(line.split()) for line in unreadable]
+    # A file name may hold a line break, or bytes that are no text; an error is one line.
+    unreadable = [plain(" ".join(line.split())) for line in unreadable]
     if not settings:
         raise UsageError(f"{flag} {few(unreadable, 3, '; and {} more files that cannot be read', '; ')}")
     asked_for, left_out = chosen(settings, flags.model, flags.setting, f"{flag} {path}")
@@ -85,7 +87,7 @@ def check_plots(names: Sequence[str] | None) -> None:
 
     known = [name for name, _, _ in PLOTS]
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"--plots {','.join(unknown)}: no such plot; choose of {', '.join(known)}")
+        raise UsageError(f"--plots {in_short(','.join(unknown))}: no such plot; choose of {', '.join(known)}")
 
 
 def ask(
@@ -135,8 +137,9 @@ def wrong_use(message: str) -> int:
 
 
 def complain(message: str) -> None:
-    say(f"error: {message}")
+    say(f"error: {escaped(message)}")
 
 
 if __name__ == "__main__":
+    end_in_order(EXIT_CODES)
     sys.exit(main())

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
@@ -17,6 +15,7 @@ from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.packages import missing_to_measure
 from batch_inference.core.secrets import remember
+from batch_inference.core.signals import end_in_order
 from batch_inference.core.streams import print_kept, say, secure_streams, show
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
@@ -54,6 +53,9 @@ def main() -> int:
     secure_streams()
     remember(sys.argv[1:], os.environ)
     place = find_place()
+    # torchrun ends the other ranks by SIGTERM, at once: they have nothing to save.
+    if place is None or place.leads:
+        end_in_order()
     try:
         config, notes = parse_flags(sys.argv[1:])
         here = look_around(config, place)
@@ -106,7 +108,8 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
         check_vllm_flags(config.engine_args, say)
     if follows:
         return follow_rank_0
-    return measure if config.node_rank == 0 else serve_node_0
+    # torchrun has numbers of its own, whatever --node-rank says.
+    return measure if here.place or config.node_rank == 0 else serve_node_0
 
 
 def say_notes(lines: Iterable[str]) -> None:
@@ -129,7 +132,6 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
     from batch_inference.measure.locks import devices_in_use
     from batch_inference.measure.study import claimed
 
-    signal.signal(signal.SIGTERM, _end_on_sigterm)
     # Of a job over several nodes, the devices of this one.
     devices = here.devices.slice_for(0, here.processes or config.devices_per_node)
     watch = monitor(devices)
@@ -225,7 +227,6 @@ def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
     from batch_inference.measure.replicas import hold_workers
     from batch_inference.measure.study import check_writable_paths
 
-    signal.signal(signal.SIGTERM, _end_on_sigterm)
     check_writable_paths(config)
     (log,) = log_paths(config)
     empty_log(log)
@@ -247,11 +248,6 @@ def follow_rank_0(config: ExperimentConfig, here: Surroundings) -> int:
     assert here.place is not None
     os.environ.update(quiet_environment() | here.devices.rank_environment(here.place.local_rank))
     return follow(config, here.place, rank_log(config.log_path, here.place.rank))
-
-
-def _end_on_sigterm(_signal_number: int, _frame: FrameType | None) -> None:
-    say("ended by SIGTERM")
-    raise SystemExit(143)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from ways import (
 )
 
 from batch_inference.core.statistics import ci95_half_width
-from batch_inference.core.values import positive_ints
+from batch_inference.core.values import batch_sizes, prompt_lengths
 
 # Parts of the engine's start, in vLLM's own words, 0.26 to 0.33: seconds in the last group.
 ENGINE_PARTS = {
@@ -97,8 +97,8 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, output_dir="results/against_vllm_bench", max_tokens=128, num_runs=5)
-    parser.add_argument("--batch-sizes", type=positive_ints, required=True)
-    parser.add_argument("--seq-lens", type=positive_ints, required=True)
+    parser.add_argument("--batch-sizes", type=batch_sizes, required=True)
+    parser.add_argument("--seq-lens", type=prompt_lengths, required=True)
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument("--cold", action="store_true", help="an empty compile cache for each of the two")
     cache.add_argument("--warm", action="store_true", help="an earlier sweep warmed the compile cache: start at once")

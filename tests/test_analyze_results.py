@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +19,9 @@ import pandas as pd
 import pytest
 
 import analyze_results
+from batch_inference.analyze import files
 from batch_inference.core.results import Failure, Point
+from batch_inference.core.text import has_control
 from builders import make_point, make_result, make_sweep, save_all
 from conftest import REPOSITORY
 
@@ -236,6 +240,60 @@ def test_a_loop_of_links_and_foreign_files_do_no_harm(analyze: Run, folder: Path
     assert "tp_2" in done.stdout
 
 
+@pytest.mark.parametrize("base", ["v1_cpu_tp_2", "v1_early_cpu_tp_2", "v2_cpu_tp_2"])
+def test_foreign_keys_named_like_columns_of_ours_do_no_harm(analyze: Run, folder: Path, base: str) -> None:
+    document = json.loads((REPOSITORY / "tests" / "golden" / f"{base}.json").read_text())
+    environment = document["environment"]
+    for part in (document, document["config"], document["engine"], environment, environment["versions"]):
+        part.update(dict.fromkeys(("group", "setting", "file", "pareto", "index", "batch_size"), "foreign"))
+    (folder / "foreign_results.json").write_text(json.dumps(document))
+    done = analyze("--input", folder, "--no-plots")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = (folder / "analysis" / "results.csv").read_text().splitlines()
+    assert len(rows[0].split(",")) == len(set(rows[0].split(",")))
+    assert rows[0].startswith("setting,group,")
+    assert not [row for row in rows if row.startswith("foreign")]
+
+
+@pytest.mark.parametrize(("part", "name"), [("config", "pipeline_parallel_size"), ("engine", "tensor_parallel_size")])
+def test_a_size_that_is_text_costs_its_own_file_alone(analyze: Run, folder: Path, part: str, name: str) -> None:
+    document = json.loads((folder / "tp_2_results.json").read_text())
+    document[part][name] = "2"
+    (folder / "bad_results.json").write_text(json.dumps(document))
+    done = analyze("--input", folder, "--no-plots")
+    (line,) = done.stderr.splitlines()
+    assert f"bad_results.json: not a result of this program: {part}" in line
+    assert f"{name} is '2', expected `int" in line
+    assert done.returncode == 1
+    assert "tp_2" in done.stdout
+
+
+def test_names_of_files_reach_no_terminal_raw(analyze: Run, folder: Path) -> None:
+    strange = folder / "a\x1b[31m\nb"
+    strange.mkdir()
+    for name in ("tp_1_results.json", "tp_2_results.json"):
+        (folder / name).rename(strange / name)
+    (strange / os.fsdecode(b"bad\xff\x9b.json")).write_text("{")
+    done = analyze("--input", strange, "--no-plots")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert r"a\x1b[31m b/bad??.json" in line
+    assert not has_control(line)
+    assert not has_control(done.stdout, allowed="\n")
+    assert r"a\x1b[31m\nb/analysis/results.csv" in done.stdout
+    json.loads((strange / "analysis" / "summary.json").read_text())
+
+
+def test_somebodys_whole_disk_is_not_read(analyze: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_FOLDERS", 3)
+    for number in range(2):
+        (folder / str(number)).mkdir()
+    assert analyze("--input", folder, "--no-plots").returncode == 0
+    for number in range(2, 4):
+        (folder / str(number)).mkdir()
+    check_refused(analyze("--input", folder, "--no-plots"), f"--input {folder}: more than 3 folders lie below it")
+
+
 # --- wrong use ----------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +359,22 @@ def test_an_output_file_that_cannot_be_written_is_refused(analyze: Run, folder: 
         (("--compare", "nowhere"), "--compare nowhere: does not exist"),
         (("--fail-on-regression", "5"), "--fail-on-regression 5: compares with nothing; add --compare DIR"),
         (("--fail-on-regression", "-1"), "--fail-on-regression: -1 is below 0"),
+        (("--device-hour-price", "1e308"), "--device-hour-price: '1e308' is over 1000000000"),
+        (("--max-latency-s", "1" * 300), "…"),
+        (("--max-latency-s=--",), "--max-latency-s --: the dashes are no value; give one"),
+        (("--compare", ""), "--compare: '' was given, a value is needed"),
+        (("--compare", "no\nwhere"), "--compare no\\nwhere: does not exist"),
+        (("--compare", "x" * 300), "cannot be read: File name too long"),
+        (("--group-by", "a\x1b[31m"), "--group-by: 'a\\x1b[31m' was given, it holds characters"),
+        (("--group-by", "x" * 300), "--group-by " + "x" * 40 + "…"),
+        (("--baseline", "a\nb"), "--baseline: 'a\\nb' was given, it holds characters"),
+        (("--baseline", "x" * 300), "--baseline " + "x" * 40 + "…"),
+        (("--model", "x" * 300), "--model " + "x" * 40 + "…"),
+        (("--setting", "x" * 300), "--setting " + "x" * 40 + "…"),
+        (("--plots", "x" * 300), "--plots " + "x" * 40 + "…"),
+        (("--output-dir", "a\nb"), "--output-dir: 'a\\nb' was given, it holds characters"),
+        (("--output-dir", "x" * 300), "shorten it"),
+        (("--stray\x1b",), "unrecognized arguments: --stray\\x1b"),
     ],
 )
 def test_each_mistake_is_named_and_nothing_is_written(analyze: Run, folder: Path, flags: Any, words: str) -> None:

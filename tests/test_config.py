@@ -7,6 +7,7 @@ import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.flags import build_parser, parse_flags
+from batch_inference.core.text import has_control
 from batch_inference.core.values import (
     fraction,
     interval,
@@ -85,13 +86,65 @@ def test_the_number_of_runs_is_exact_or_has_bounds(argv: list[str], fewest: int,
         (["--nnodes", "2", "-tp", "2", "--distributed-executor-backend", "ray"], "mp, ray was given"),
         (["--master-port", "65535"], "--master-port: '65535' was given, a port from 1 to 65534"),
         (["--distributed-executor-backend", "uni", "-tp", "2"], "uni runs one device, TP x PP is 2"),
+        (["--node-rank", "1"], "--node-rank 1: without --nnodes there is one node; give --nnodes N too"),
+        (["--master-addr", "head"], "--master-addr head: without --nnodes"),
+        (["--max-runs=--"], "--max-runs: '--' was given"),
+        (["-dp=--"], "--data-parallel-size: '--' was given"),
+        (["--load-format=--"], "--load-format: '--' was given"),
+        (["--", "--max-tokens", "4"], "-- ends no flags here"),
+        (["--warmup-runs", "2147483648"], "--warmup-runs: '2147483648' was given, at most 10000 is possible"),
+        (["--num-runs", "10001"], "at most 10000"),
+        (["--max-runs", "9" * 5000], "99999' was given, at most 10000"),
+        (["-tp", "1048577"], "--tensor-parallel-size: '1048577' was given, at most 1048576"),
+        (["--batch-sizes", "1,1048577"], "--batch-sizes: '1,1048577' was given, at most 1048576"),
+        (["--seq-lens", "134217729"], "at most 134217728"),
+        (["--max-model-len", "134218k"], "--max-model-len: '134218k' was given, at most 134217728"),
+        (["--max-model-len", "9" * 5000], "at most 134217728"),
+        (["--seed", "4294967296"], "--seed: '4294967296' was given, at most 4294967295"),
+        (["--point-timeout", "1e308"], "--point-timeout: '1e308' was given, a number above 0 and up to 1000000"),
+        (["--device-memory-gib", "1e308"], "--device-memory-gib: '1e308'"),
+        (["--temperature", "101"], "a number from 0 to 100"),
+        (["--name", "a\nb"], "--name: 'a\\nb' was given, it holds characters that steer a terminal"),
+        (["--name", "\x1b[31mred"], "--name: '\\x1b[31mred'"),
+        (["--name", "x" * 300], "xxxx' was given, a path takes 4095 bytes, and each name in it 255; shorten it"),
+        (["--name", "\u00e9" * 110], "which makes a file name of 233 bytes; 220 are possible"),
+        (["--name", "a\udcff"], "--name: 'a\udcff' was given, it holds bytes that are no text"),
+        (["--output-dir", "a/\x9b31m"], "--output-dir: 'a/\\x9b31m'"),
+        (["--output-dir", "x/" * 3000], "--output-dir: 'x/x/"),
+        (["--output-file", "x" * 250], "--output-file: 'xxx"),
+        (["--model", "a\u202eb"], "--model: 'a\\u202eb'"),
+        (["--model", "m/" + "x" * 300], "--model: 'm/xxx"),
+        (["--dtype", "\x1b"], "--dtype: '\\x1b' was given, one of auto, half"),
+        (["\x1b[31m"], "'\\x1b[31m' is no flag"),
+        (["--load-format", "\x1b[31m"], "'\\x1b[31m' holds characters that steer a terminal"),
+        (["--hf-overrides", '{"a":\r1}'], "holds characters that steer a terminal"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_flag_and_the_value(argv: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_flags(argv)
     assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert not has_control(str(caught.value))
+    assert len(str(caught.value)) < 500
+
+
+def test_the_largest_and_the_longest_that_are_possible() -> None:
+    config, _ = parse_flags(
+        ["-tp", "1048576", "--max-runs", "10000", "--seed", "4294967295", "--seq-lens", "1", "--max-tokens", "1",
+         "--max-model-len", "131072K", "--point-timeout", "1e6", "--name", "x" * 207]
+    )  # fmt: skip
+    assert (config.max_model_len, config.seed) == (2**27, 2**32 - 1)
+    assert len(config.output_path.name) == 220
+
+
+def test_vllm_takes_json_of_several_lines() -> None:
+    words = ("--hf-overrides", '{\n\t"a": 1}')
+    assert parse_flags(words)[0].engine_args == words
+
+
+def test_torchrun_knows_its_nodes_itself() -> None:
+    flags = ["--distributed-executor-backend", "external_launcher", "--node-rank", "1", "--master-addr", "head"]
+    assert parse_flags(flags)[0].node_rank == 1
 
 
 def test_repeated_sizes_are_dropped_with_a_note() -> None:

@@ -80,6 +80,8 @@ def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
     ("flags", "said"),
     [
         (("--batch-sizes", "0"), "--batch-sizes"),
+        (("--node-rank", "1"), "--node-rank 1: without --nnodes there is one node"),
+        (("--name", "a\x1b[31m\nb"), "--name: 'a\\x1b[31m\\nb' was given"),
         (("--devices", "8"), "--devices 8: it is for a plan; add --dry-run"),
         (("--quantisation", "fp8"), "did you mean --quantization?"),
         (("--model", "./absent"), "--model ./absent: there is no such folder"),
@@ -89,7 +91,7 @@ def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
         (("-tp", "2", "--distributed-executor-backend", "external_launcher"), "torchrun --nproc-per-node 2"),
         (("--output-file", "/proc/nowhere/x.json"), "--output-file /proc/nowhere/x.json"),
         (("--output-file", "/proc/x.json"), "--output-file /proc/x.json"),
-        (("--output-file", "x" * 300), "File name too long"),
+        (("--output-file", "x" * 300), "shorten it"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_2_with_nothing_loaded(
@@ -171,7 +173,7 @@ def test_a_run_that_did_not_do_what_was_asked_is_invalid(experiment: Run, tmp_pa
     assert said in point["verdict_reasons"][0]
 
 
-@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_script_keeps_its_file_and_leaves_no_process(
     tmp_path: Path, signal_number: signal.Signals, code: int
 ) -> None:
@@ -182,12 +184,41 @@ def test_an_interrupted_script_keeps_its_file_and_leaves_no_process(
     assert "Traceback" not in errors
     assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "partial"
     assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+    assert names_in(tmp_path) == ["tp_1_results.json", "tp_1_results.log"]
 
 
-def hanging_script(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_terminal_that_is_closed_hangs_up_twice(tmp_path: Path) -> None:
+    process, engines = hanging_script(tmp_path)
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr is not None
+    while "ended by SIGHUP" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr.read() == "\nending the engine; finished points are kept\n"
+    assert process.wait(timeout=30) == 129
+    assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "partial"
+    assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    process, _ = hanging_script(tmp_path, "nohup")
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "SIGHUP" not in errors
+
+
+def hanging_script(folder: Path, *before: str) -> tuple[subprocess.Popen[str], list[int]]:
     """The script in the middle of a run that never ends, and the pids of its engine processes."""
     process = subprocess.Popen(
-        experiment_command(folder, *SMALL_GRID),
+        [*before, *experiment_command(folder, *SMALL_GRID)],
         env=stub_environment(STUB_FAIL="hang"),
         stderr=subprocess.PIPE,
         text=True,

@@ -431,7 +431,7 @@ def test_any_path_and_name_reaches_the_script_as_it_was_given(launcher: Launcher
         assert flags == ("--dry-run",) or "done: tp_1 " in done.stderr
 
 
-@pytest.mark.parametrize("code", ["130", "143"])
+@pytest.mark.parametrize("code", ["129", "130", "143"])
 def test_an_interrupted_setting_stops_all(launcher: Launcher, code: str) -> None:
     done = launcher("tensor-parallel", FAIL="tp_2", FAIL_WITH=code)
     assert done.returncode == int(code)
@@ -507,7 +507,10 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("torchrun-tensor-parallel", "--nnodes", "x"), "--nnodes: 'x' was given"),
         (("torchrun-tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed"),
         (("torchrun-tensor-parallel", "--node-rank", "1"), "--node-rank: '1' was given without --master-addr HOST"),
-        (("tensor-parallel", "--settle-s", "0"), "--settle-s: '0' was given, a number above 0 is needed"),
+        (
+            ("tensor-parallel", "--settle-s", "0"),
+            "--settle-s: '0' was given, a number above 0 and up to 1000000 is needed",
+        ),
         (("tensor-parallel", "--master-port", "1"), "--master-port: '1' was given without --master-addr HOST"),
         (
             ("tensor-parallel", "--meeting-secret", "s3"),

@@ -17,7 +17,7 @@ from test_launcher import LAUNCHER, Launcher, config_of
 
 from conftest import REPOSITORY, commands_of, with_ctrl_c
 
-WAITING = 'trap "" INT TERM; sleep 30 & wait; wait'
+WAITING = 'trap "" INT TERM HUP; sleep 30 & wait; wait'
 
 
 @pytest.fixture
@@ -148,10 +148,10 @@ def test_a_preset_that_is_not_found_is_said(launcher: Launcher) -> None:
 
 
 def test_words_of_a_preset_may_hold_anything(launcher: Launcher) -> None:
-    with_preset(launcher, "setting TP=2 --name $'a \\u2028 \\x0c \"c\"'")
+    with_preset(launcher, 'setting TP=2 --quantization $\'{"a": \\t"\\u3000 c"}\'')
     assert launcher("mine").returncode == 0
     (call,) = launcher.calls_file.read_text().rstrip("\n").split("\n")
-    assert config_of(call.split("\x1f")[:-1]).name == 'a \u2028 \x0c "c"'
+    assert config_of(call.split("\x1f")[:-1]).engine_args == ("--quantization", '{"a": \t"\u3000 c"}')
 
 
 def test_a_demo_replaces_only_what_is_in_its_own_folder_and_is_for_one_node(launcher: Launcher) -> None:
@@ -305,6 +305,19 @@ def test_a_second_signal_kills_what_does_not_end(launcher: Launcher) -> None:
     while Path(f"/proc/{setting}").exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
+
+
+def test_a_terminal_that_is_closed_hangs_up_twice_and_kills_nothing(launcher: Launcher) -> None:
+    process = start(launcher, python=WAITING)
+    time.sleep(0.3)  # the setting has to be deaf by now
+    (setting,) = children_of(process)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.3)
+    assert Path(f"/proc/{setting}").exists()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 129
 
 
 def test_what_nohup_ignores_stays_ignored(launcher: Launcher) -> None:

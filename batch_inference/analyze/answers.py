@@ -10,7 +10,7 @@ import pandas as pd
 from batch_inference.analyze.compare import SetComparison, asked_points, compare_sets, side_by_side, with_scaling
 from batch_inference.analyze.decide import Choice, Limits, choices, with_cost, with_pareto
 from batch_inference.analyze.tables import GROUP_BY, MeasuredSetting, differing, groups, point_table
-from batch_inference.core.text import plain
+from batch_inference.core.text import in_short, plain
 
 
 class QuestionError(Exception):
@@ -72,7 +72,8 @@ def analyse(
     try:
         points = point_table(settings, group_by)
     except KeyError as error:
-        raise QuestionError(f"--group-by {error.args[0]}: no such column; results.csv has their names") from error
+        name = in_short(error.args[0])
+        raise QuestionError(f"--group-by {name}: no such column; results.csv has their names") from error
     _check_mixed(points, question)
     _check_baseline(points, question)
     points = with_pareto(with_cost(with_scaling(points, question.baseline), question.price))
@@ -104,7 +105,8 @@ def _check_mixed(points: pd.DataFrame, question: Question) -> None:
 def _check_baseline(points: pd.DataFrame, question: Question) -> None:
     names = list(map(str, points["setting"].cat.categories))
     if question.baseline is not None and question.baseline not in names:
-        raise QuestionError(f"--baseline {question.baseline}: no such setting; choose one of {', '.join(names[:10])}")
+        asked, there = in_short(question.baseline), ", ".join(names[:10])
+        raise QuestionError(f"--baseline {asked}: no such setting; choose one of {there}")
 
 
 def _group(number: int, points: pd.DataFrame, unlike: Sequence[str], limits: Limits) -> Group:

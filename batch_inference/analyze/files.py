@@ -13,6 +13,8 @@ from batch_inference.analyze.flags import UsageError
 SUMMARY = "summary.json"
 # What the folder of an analysis is called, or begins with; such folders hold no results.
 ANALYSIS = "analysis"
+# Somebody's whole disk has more, and reading every JSON file of it takes hours.
+MOST_FOLDERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,11 @@ def find_files(flag: str, path: Path, others: Iterable[Path | None] = ()) -> Fou
 def _found_below(flag: str, top: Path, others: Iterable[Path | None]) -> Found:
     """Raises OSError where `top` cannot be read."""
     found = Found()
-    for folder, files in _folders(top, others):
+    for number, (folder, files) in enumerate(_folders(top, others)):
+        if number == MOST_FOLDERS:
+            raise UsageError(
+                f"{flag} {top}: more than {MOST_FOLDERS} folders lie below it; give the folder that the results are in"
+            )
         if not isinstance(files, OSError):
             found.paths.extend(files)
         elif folder == top:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from batch_inference.core.secrets import redact_text
+from batch_inference.core.text import escaped, quoted
+from batch_inference.core.values import non_empty, path_text, plain_text, without_value
 
 DESCRIPTION = """\
 Turn the result files of batch_inference_experiment.py into a decision: the
@@ -24,11 +27,20 @@ examples:
 
 exit codes:
   0 everything was read   1 some files were not (they are named), or no point was
-  measured   2 wrong use   3 a regression, with --fail-on-regression"""
+  measured   2 wrong use   3 a regression, with --fail-on-regression
+  129, 130, 143 interrupted"""
+
+
+# More than any number of seconds, money or percent that is meant: results are computed from it without overflow.
+MOST = 1e9
 
 
 class UsageError(Exception):
-    """A mistake the user can fix: the message names the flag, the value found, and what to do; no secret."""
+    """A mistake the user can fix: the message, in one line, names the flag, the value found, and what to do; no
+    secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))
 
     def __str__(self) -> str:
         return redact_text(super().__str__())
@@ -41,7 +53,10 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Raises UsageError naming the flag."""
-    flags = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if flag := without_value(words):
+        raise UsageError(f"{flag} --: the dashes are no value; give one")
+    flags = build_parser().parse_args(words)
     if flags.fail_on_regression is not None and flags.compare is None:
         raise UsageError(f"--fail-on-regression {flags.fail_on_regression:g}: compares with nothing; add --compare DIR")
     if flags.no_plots:
@@ -59,15 +74,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "--input", type=Path, required=True, metavar="PATH", help="a result file, or a folder of them, with those below"
+        "--input",
+        type=old_path,
+        required=True,
+        metavar="PATH",
+        help="a result file, or a folder of them, with those below",
     )
     add(
         "--output-dir",
-        type=Path,
+        type=new_path,
         metavar="DIR",
         help="where to write; default: `analysis` in the folder, or `analysis_tp_2` beside tp_2_results.json",
     )
-    add("--model", metavar="NAME", help="only results of this model: the whole name, or its last part")
+    add("--model", type=name, metavar="NAME", help="only results of this model: the whole name, or its last part")
     add("--setting", type=names_of("setting"), metavar="NAMES", help="only these settings, like `tp_2,dp_2`")
     _add_decision_flags(parser.add_argument_group("the decision"))
     _add_comparison_flags(parser.add_argument_group("what is compared"))
@@ -100,8 +119,18 @@ def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--baseline", metavar="NAME", help="scaling is against this setting; default: that of the fewest devices")
-    add("--compare", type=Path, metavar="PATH", help="earlier results: point by point better, worse or no difference")
+    add(
+        "--baseline",
+        type=name,
+        metavar="NAME",
+        help="scaling is against this setting; default: that of the fewest devices",
+    )
+    add(
+        "--compare",
+        type=old_path,
+        metavar="PATH",
+        help="earlier results: point by point better, worse or no difference",
+    )
     add("--fail-on-regression", type=not_negative, metavar="PCT", help="exit 3 where a point is lost, or worse by more")
     add("--group-by", type=names_of("column"), metavar="COLUMNS", help="rank together what is alike in these columns")
     add("--allow-mixed", action="store_true", help="rank unlike things together; every title says so")
@@ -113,7 +142,9 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number")
+    if abs(value) > MOST:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is over {MOST:.0f}")
     return value
 
 
@@ -138,11 +169,31 @@ def percentage(text: str) -> float:
     return value
 
 
+def name(text: str) -> str:
+    return _checked(plain_text, text)
+
+
+def new_path(text: str) -> Path:
+    return Path(_checked(path_text, text))
+
+
+def old_path(text: str) -> Path:
+    """What is only read may be called as it likes."""
+    return Path(_checked(non_empty, text))
+
+
+def _checked(check: Callable[[str], str], text: str) -> str:
+    try:
+        return check(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} was given, {error}") from None
+
+
 def names_of(what: str) -> Callable[[str], tuple[str, ...]]:
     def names(text: str) -> tuple[str, ...]:
-        found = tuple(name.strip() for name in text.split(",") if name.strip())
+        found = tuple(one.strip() for one in name(text).split(",") if one.strip())
         if not found:
-            raise argparse.ArgumentTypeError(f"{text!r} names no {what}")
+            raise argparse.ArgumentTypeError(f"{quoted(text)} names no {what}")
         return found
 
     return names

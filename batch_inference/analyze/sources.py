@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +18,7 @@ from batch_inference.analyze.flags import UsageError
 from batch_inference.analyze.tables import MeasuredSetting, load_setting
 from batch_inference.analyze.wording import few
 from batch_inference.core.result_file import ResultFileError
-from batch_inference.core.text import counted
+from batch_inference.core.text import counted, in_short
 
 
 def load_settings(
@@ -29,12 +30,18 @@ def load_settings(
         return list(map(load, paths))
     workers = min(8, os.cpu_count() or 1, len(paths) // _FILES_OF_A_CORE)
     # Fresh processes: a fork would copy the threads of whatever is imported here.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=gc.disable) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_reading) as pool:
         return list(pool.map(load, paths, chunksize=8))
 
 
 # Fewer are read before another process has started.
 _FILES_OF_A_CORE = 100
+
+
+def _begin_reading() -> None:
+    """In a process of its own, which its parent ends."""
+    gc.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _setting_or_error(path: Path, percent: float, top: Path | None) -> MeasuredSetting | ResultFileError:
@@ -56,13 +63,13 @@ def chosen(
     if model is not None:
         of_model = [setting for setting in kept if model in _names_of_model(setting)]
         if not of_model:
-            raise _unknown(f"--model {model}", where, (str(setting.shared["model"]) for setting in kept))
+            raise _unknown("--model", model, where, (str(setting.shared["model"]) for setting in kept))
         notes += _left_out(f"--model {model}", len(kept) - len(of_model))
         kept = of_model
     if names is not None:
         there = {setting.name for setting in kept}
         if missing := [name for name in names if name not in there]:
-            raise _unknown(f"--setting {','.join(missing)}", where, there)
+            raise _unknown("--setting", ",".join(missing), where, there)
         of_names = [setting for setting in kept if setting.name in names]
         notes += _left_out(f"--setting {','.join(names)}", len(kept) - len(of_names))
         kept = of_names
@@ -75,8 +82,8 @@ def _names_of_model(setting: MeasuredSetting) -> tuple[str, str]:
     return model, Path(model).name
 
 
-def _unknown(flag: str, where: str, there: Iterable[str]) -> UsageError:
-    return UsageError(f"{flag}: is not in {where}; there is {few(sorted(set(there)), 10)}")
+def _unknown(flag: str, value: str, where: str, there: Iterable[str]) -> UsageError:
+    return UsageError(f"{flag} {in_short(value)}: is not in {where}; there is {few(sorted(set(there)), 10)}")
 
 
 def _left_out(flag: str, files: int) -> list[str]:

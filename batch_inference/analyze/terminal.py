@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from batch_inference.analyze.sections import Section
-from batch_inference.core.text import WIDTH, short_name, table, wrapped
+from batch_inference.core.text import WIDTH, escaped, short_name, table, wrapped
 
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
 LIST_LIMIT, LINE_LIMIT = 12, 400
@@ -20,7 +20,8 @@ def as_text(sections: Sequence[Section]) -> str:
 
 def closing(missing: Sequence[str], files: Sequence[Path]) -> list[str]:
     """The lines after the sections: why plots were not drawn, and the files that were written."""
-    return [line for reason in missing for line in wrapped(f"not drawn: {reason}", indent=2)] + list(map(str, files))
+    reasons = [line for reason in missing for line in wrapped(f"not drawn: {reason}", indent=2)]
+    return [*reasons, *(escaped(str(file)) for file in files)]
 
 
 def _body(section: Section) -> Iterator[str]:

@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from batch_inference.core.secrets import redact, redact_text, redact_value
+from batch_inference.core.text import escaped
 from batch_inference.core.values import (
+    batch_sizes,
+    device_count,
     fraction,
+    gib,
     interval,
-    natural_int,
-    non_empty,
+    name_text,
+    node_number,
+    path_text,
+    plain_text,
     port,
-    positive,
-    positive_int,
-    positive_ints,
+    prompt_lengths,
+    request_count,
+    run_count,
+    seconds,
+    seed,
     temperature,
+    token_count,
     token_length,
+    tokens_per_step,
 )
 
 # Fewer runs have an interval too, but one that is wide by chance alone.
@@ -32,7 +42,11 @@ MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
 
 
 class ConfigError(Exception):
-    """A mistake the user can fix: the message names the flag, the value found, and what to do; no secret."""
+    """A mistake the user can fix: the message, in one line, names the flag, the value found, and what to do; no
+    secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))
 
     def __str__(self) -> str:
         return redact_text(super().__str__())
@@ -56,30 +70,30 @@ def _flag(
 class ExperimentConfig:
     """What was asked: one field per flag, in the order of --help. None means: vLLM or the grid decides."""
 
-    model: str = _flag("meta-llama/Llama-2-7b-chat-hf", "model folder or hub name", non_empty)
-    tensor_parallel_size: int = _flag(1, "TP: devices that share each layer", positive_int, short="-tp")
-    pipeline_parallel_size: int = _flag(1, "PP: stages that the layers are split into", positive_int, short="-pp")
-    data_parallel_size: int = _flag(1, "DP: replicas of the model, each with its own batch", positive_int, short="-dp")
+    model: str = _flag("meta-llama/Llama-2-7b-chat-hf", "model folder or hub name", path_text)
+    tensor_parallel_size: int = _flag(1, "TP: devices that share each layer", device_count, short="-tp")
+    pipeline_parallel_size: int = _flag(1, "PP: stages that the layers are split into", device_count, short="-pp")
+    data_parallel_size: int = _flag(1, "DP: replicas of the model, each with its own batch", device_count, short="-dp")
     distributed_executor_backend: str | None = _flag(
         None, "how vLLM runs its workers; default: uni for one device, mp for more", choices=BACKENDS
     )
-    nnodes: int = _flag(1, "nodes that TP x PP is spread over; run the same command on each", positive_int)
-    node_rank: int = _flag(0, "number of this node; node 0 writes the file", natural_int, measured=False)
-    master_addr: str | None = _flag(None, "address of node 0, for --nnodes", non_empty, measured=False)
+    nnodes: int = _flag(1, "nodes that TP x PP is spread over; run the same command on each", device_count)
+    node_rank: int = _flag(0, "number of this node; node 0 writes the file", node_number, measured=False)
+    master_addr: str | None = _flag(None, "address of node 0, for --nnodes", plain_text, measured=False)
     master_port: int = _flag(29500, "port of node 0; the next one must be free too", port, measured=False)
     batch_sizes: tuple[int, ...] = _flag(
-        (1, 4, 8, 16), "requests handed to each replica at once", positive_ints, measured=False
+        (1, 4, 8, 16), "requests handed to each replica at once", batch_sizes, measured=False
     )
-    seq_lens: tuple[int, ...] = _flag((512, 1024, 2048), "prompt lengths in tokens", positive_ints, measured=False)
-    max_tokens: int = _flag(128, "output tokens of each request, exact", positive_int, measured=False)
+    seq_lens: tuple[int, ...] = _flag((512, 1024, 2048), "prompt lengths in tokens", prompt_lengths, measured=False)
+    max_tokens: int = _flag(128, "output tokens of each request, exact", token_count, measured=False)
     max_model_len: int | None = _flag(None, "longest prompt plus output; default: what the grid needs", token_length)
     dtype: str = _flag(
         "auto", "weights and activations", choices=("auto", "half", "float16", "bfloat16", "float", "float32")
     )
     max_num_seqs: int | None = _flag(
-        None, "requests that vLLM runs at once; default: the largest batch size", positive_int
+        None, "requests that vLLM runs at once; default: the largest batch size", request_count
     )
-    max_num_batched_tokens: int | None = _flag(None, "tokens per engine step; default: vLLM's", positive_int)
+    max_num_batched_tokens: int | None = _flag(None, "tokens per engine step; default: vLLM's", tokens_per_step)
     gpu_memory_utilization: float = _flag(
         0.8, "share of each device's memory for vLLM (on the CPU: of the main memory, for all)", fraction
     )
@@ -88,7 +102,7 @@ class ExperimentConfig:
     num_runs: int | None = _flag(
         None,
         f"timed runs per point, exactly; default: {MIN_RUNS} or more, as --target-ci and --max-runs say",
-        positive_int,
+        run_count,
         measured=False,
     )
     target_ci: float = _flag(
@@ -97,26 +111,26 @@ class ExperimentConfig:
         interval,
         measured=False,
     )
-    max_runs: int = _flag(10, "most timed runs per point", positive_int, measured=False)
+    max_runs: int = _flag(10, "most timed runs per point", run_count, measured=False)
     warmup_runs: int = _flag(
         1,
         "fewest warm-ups per point; they go on, up to 5, until two in a row agree within 5 %%",
-        positive_int,
+        run_count,
         measured=False,
     )
-    seed: int = _flag(0, "seed of prompts, weights and sampling", natural_int)
+    seed: int = _flag(0, "seed of prompts, weights and sampling", seed)
     enforce_eager: bool = _flag(False, "no compilation and no CUDA graphs")
     trust_remote_code: bool = _flag(False, "allow code that comes with the model")
-    output_dir: str = _flag("experiment_results", "folder of the result files", non_empty, measured=False)
+    output_dir: str = _flag("experiment_results", "folder of the result files", path_text, measured=False)
     output_file: str | None = _flag(
-        None, "result file; default: NAME_results.json in --output-dir; the log is beside it", non_empty, measured=False
+        None, "result file; default: NAME_results.json in --output-dir; the log is beside it", path_text, measured=False
     )
-    name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", non_empty, measured=False)
+    name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", name_text, measured=False)
     overwrite: bool = _flag(False, "measure anew what was measured with the same settings", measured=False)
     resume: bool = _flag(False, "go on with what was measured with the same settings; the default", measured=False)
-    startup_timeout: float = _flag(1800, "seconds that an engine may take to start", positive, measured=False)
+    startup_timeout: float = _flag(1800, "seconds that an engine may take to start", seconds, measured=False)
     point_timeout: float = _flag(
-        900, "seconds without a finished run after which a point is given up", positive, measured=False
+        900, "seconds without a finished run after which a point is given up", seconds, measured=False
     )
     packed: bool = _flag(
         False, "say of every point that other settings run beside this one (the launcher's --pack)", measured=False
@@ -127,10 +141,10 @@ class ExperimentConfig:
     verbose: bool = _flag(False, "show vLLM's log (of the first replica) on stderr too", measured=False)
     dry_run: bool = _flag(False, "print the plan and stop", measured=False)
     devices: int | None = _flag(
-        None, "for --dry-run: plan for so many GPUs instead of this machine's devices", positive_int, measured=False
+        None, "for --dry-run: plan for so many GPUs instead of this machine's devices", device_count, measured=False
     )
     device_memory_gib: float | None = _flag(
-        None, "for --dry-run: the memory of one GPU, where it is another machine's", positive, measured=False
+        None, "for --dry-run: the memory of one GPU, where it is another machine's", gib, measured=False
     )
     engine_args: tuple[str, ...] = ()  # vLLM's own flags, as given
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from batch_inference.core.secrets import redact_text
+from batch_inference.core.text import escaped
 
 Phase = Literal["load", "run"]
 
@@ -15,6 +16,9 @@ Phase = Literal["load", "run"]
 class WorkFailedError(Exception):
     """Work that failed, with nothing wrong in how the program was used: the message is what the user reads, and holds
     no secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(escaped, message.split("\n"))))
 
     def __str__(self) -> str:
         return redact_text(super().__str__())

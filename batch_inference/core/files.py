@@ -68,8 +68,10 @@ def check_writable(path: Path) -> None:
     """Raises OSError unless `write_whole` would write it; the file at `path` is not touched."""
     check_regular(path)
     beside = _beside(real(path))
-    beside.write_text("{}")
-    beside.unlink()
+    try:
+        beside.write_text("{}")
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

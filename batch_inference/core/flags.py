@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.secrets import dashed_secret, left_placeholder
+from batch_inference.core.text import has_control, quoted
+from batch_inference.core.values import LONGEST_NAME_BYTES, one_of, without_value
+
+# Beside a result file lie its lock, its journal, its logs and what is not whole yet, named after it.
+_LONGEST_FILE_NAME_BYTES = LONGEST_NAME_BYTES - 35
 
 DESCRIPTION = """\
 Measure one TP/PP/DP setting of a model on vLLM: every batch size at every
@@ -24,7 +30,7 @@ example:
 exit codes:
   0 every point ok   1 some work failed (the file says which), or the plan of
   --dry-run cannot run
-  2 wrong use        130, 143 interrupted; finished points are kept"""
+  2 wrong use        129, 130, 143 interrupted; finished points are kept"""
 
 # What only a plan is told: of a machine that one does not sit at.
 PLAN_FLAGS = ("--devices", "--device-memory-gib")
@@ -52,13 +58,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _argparse_type(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
-    parse = field.metadata["parse"]
+    choices = field.metadata["options"].get("choices")
+    parse = one_of(choices) if choices else field.metadata["parse"]
 
     def convert(text: str) -> Any:
         try:
             return parse(text)
         except ValueError as error:
-            raise ConfigError(f"{flag_of(field.name)}: {text!r} was given, {error}") from None
+            raise ConfigError(f"{flag_of(field.name)}: {quoted(text)} was given, {error}") from None
 
     return convert
 
@@ -83,7 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
         suffix = "" if field.default is None else f" (default: {shown})"
         suffix = f", or {field.metadata['short']}{suffix}" if field.metadata["short"] else suffix
         if "choices" not in options:
-            options |= {"metavar": _metavar(field), "type": _argparse_type(field)}
+            options["metavar"] = _metavar(field)
+        options["type"] = _argparse_type(field)
         parser.add_argument(name, default=field.default, help=field.metadata["help"] + suffix, **options)
     return parser
 
@@ -103,7 +111,10 @@ def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
         raise value_with_dash(flag)
     if left := left_placeholder(argv):
         raise ConfigError(f"{left} stands for a value that was not written; put the value in its place")
-    namespace, rest = build_parser().parse_known_args(_long_flags(argv))
+    words = _long_flags(argv)
+    if flag := without_value(words):
+        raise ConfigError(f"{flag}: '--' was given, which is no value; give one")
+    namespace, rest = build_parser().parse_known_args(words)
     _check_engine_args(rest)
     values = vars(namespace)
     notes = []
@@ -141,8 +152,9 @@ def _check_engine_args(words: Sequence[str]) -> None:
     """Find mistakes in the words left for vLLM that need no vLLM to see."""
     ours = [flag_of(field.name) for field in dataclasses.fields(ExperimentConfig) if "help" in field.metadata]
     if words and not words[0].startswith("-"):
-        raise ConfigError(f"{words[0]!r} is no flag; lists are written with commas, like --batch-sizes 1,4,8")
+        raise ConfigError(f"{quoted(words[0])} is no flag; lists are written with commas, like --batch-sizes 1,4,8")
     for word in words:
+        _check_engine_word(word)
         if not word.startswith("--"):
             continue
         flag = word.partition("=")[0].replace("_", "-")
@@ -157,6 +169,14 @@ def _check_engine_args(words: Sequence[str]) -> None:
 
 def value_with_dash(flag: str) -> ConfigError:
     return ConfigError(f"{flag}: its value begins with -; join the two with =")
+
+
+def _check_engine_word(word: str) -> None:
+    # JSON may be written over several lines.
+    if has_control(word, allowed="\n\t"):
+        raise ConfigError(f"{quoted(word)} holds characters that steer a terminal; leave them out")
+    if word == "--":
+        raise ConfigError("-- ends no flags here: those of vLLM stand beside those of this program; leave it out")
 
 
 def owned_by_us(flag: str) -> ConfigError:
@@ -181,6 +201,7 @@ def _check_together(config: ExperimentConfig) -> None:
         )
     if config.devices is not None and not config.dry_run:
         raise devices_without_plan(config.devices)
+    _check_names(config)
     _check_runs(config)
     _check_backend(config)
     _check_nodes(config)
@@ -191,6 +212,17 @@ def devices_without_plan(devices: int) -> ConfigError:
         f"--devices {devices}: it is for a plan; add --dry-run, or drop it: what measures uses the devices that are "
         "there (CUDA_VISIBLE_DEVICES chooses among them)"
     )
+
+
+def _check_names(config: ExperimentConfig) -> None:
+    """The parts of a path were looked at one by one; the file is named from them."""
+    path = config.output_path
+    if len(os.fsencode(path.name)) > _LONGEST_FILE_NAME_BYTES:
+        flag, text = ("--output-file", path.name) if config.output_file else ("--name", config.setting_name)
+        raise ConfigError(
+            f"{flag}: {quoted(text)} was given, which makes a file name of {len(os.fsencode(path.name))} bytes; "
+            f"{_LONGEST_FILE_NAME_BYTES} are possible, because what is written beside it has longer names; shorten it"
+        )
 
 
 def _check_runs(config: ExperimentConfig) -> None:
@@ -222,9 +254,21 @@ def _check_backend(config: ExperimentConfig) -> None:
         )
 
 
+def _check_one_node(config: ExperimentConfig) -> None:
+    """Under torchrun, which has numbers of its own, what is said of nodes does no harm."""
+    if config.distributed_executor_backend == "external_launcher":
+        return
+    for name in ("node_rank", "master_addr"):
+        if value := getattr(config, name):
+            raise ConfigError(
+                f"{flag_of(name)} {value}: without --nnodes there is one node; give --nnodes N too, or drop it"
+            )
+
+
 def _check_nodes(config: ExperimentConfig) -> None:
     backend, size = config.distributed_executor_backend, config.devices_per_replica
     if config.nnodes == 1:
+        _check_one_node(config)
         return
     if backend not in (None, "mp"):
         raise ConfigError(

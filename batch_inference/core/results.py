@@ -15,6 +15,7 @@ from msgspec import Meta, Struct, field
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.secrets import redact, redact_value
+from batch_inference.core.values import MOST_DEVICES
 
 # History
 #   1  first version
@@ -267,7 +268,7 @@ class StoredConfig(ExperimentConfig):
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-            if not 1 <= getattr(self, name) <= 2**20:
+            if not 1 <= getattr(self, name) <= MOST_DEVICES:
                 raise ValueError(f"{name} is {getattr(self, name)}")
         for name in ("batch_sizes", "seq_lens"):
             for size in getattr(self, name):

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Sequence
 # Of a terminal that nobody has widened.
 WIDTH = 80
 NO_REASON = "no reason is given"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# What moves a cursor, ends a line, or turns the direction of the text around it.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Of a value in a message.
+_LONGEST_VALUE = 80
 
 
 def short(value: float | None, digits: int = 4) -> str:
@@ -71,6 +74,25 @@ def _columns(
 def plain(value: object) -> str:
     """Text from a file without what would move a cursor or cannot be encoded."""
     return _CONTROL.sub(" ", str(value)).encode("utf-8", "replace").decode()
+
+
+def has_control(text: str, allowed: str = "") -> bool:
+    """Whether there is a character in it that `plain` would replace, but those `allowed`."""
+    return any(found not in allowed for found in _CONTROL.findall(text))
+
+
+def escaped(text: str) -> str:
+    """One line that can go to any terminal, and tells what was there: a line break is \\n."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def in_short(text: str) -> str:
+    """A value that somebody gave, for a message."""
+    return escaped(short_name(text, _LONGEST_VALUE))
+
+
+def quoted(text: str) -> str:
+    return f"'{in_short(text)}'"
 
 
 def wrapped(text: str, indent: int = 0, *, width: int = WIDTH, break_long_words: bool = False) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 
+from batch_inference.core.signals import EXIT_CODES
 from batch_inference.core.streams import say
 from batch_inference.launch.jobs import ANALYSIS, Here, Job
 
@@ -19,7 +20,7 @@ class Outcomes:
 
     def keep(self, job: Job, code: int) -> None:
         """Raises SystemExit where somebody has interrupted the setting."""
-        if code in (130, 143):
+        if code in EXIT_CODES.values():
             raise SystemExit(code)
         (self.failed if code else self.done).append(job)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from batch_inference.core.config import MEETING_SECRET, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.flags import devices_without_plan
-from batch_inference.core.text import wrapped
-from batch_inference.core.values import non_empty, positive
+from batch_inference.core.text import quoted, wrapped
+from batch_inference.core.values import non_empty, path_text, seconds
 
 _FLAGS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
 _NEED_NODES = ("master_port", "node_rank", "wait_for_nodes_s", "settle_s", "meeting_secret")
@@ -49,7 +49,7 @@ class Options:
     batch_sizes: tuple[int, ...] = _flag("batch_sizes", "N,N,..")
     seq_lens: tuple[int, ...] = _flag("seq_lens", "N,N,..")
     output_dir: str | None = _option(
-        None, f"folder of the result files (default: {_FLAGS['output_dir'].default})", "DIR", non_empty
+        None, f"folder of the result files (default: {_FLAGS['output_dir'].default})", "DIR", path_text
     )
     resume: bool = _flag("resume")
     overwrite: bool = _flag("overwrite")
@@ -85,9 +85,9 @@ class Options:
         "N",
         _FLAGS["node_rank"].metadata["parse"],
     )
-    wait_for_nodes_s: float = _option(600.0, "seconds to wait for other nodes", "S", positive)
+    wait_for_nodes_s: float = _option(600.0, "seconds to wait for other nodes", "S", seconds)
     settle_s: float = _option(
-        15.0, "without --nnodes: seconds after the last node that has come until node 0 begins", "S", positive
+        15.0, "without --nnodes: seconds after the last node that has come until node 0 begins", "S", seconds
     )
     meeting_secret: str | None = _option(
         None,
@@ -145,7 +145,7 @@ def _with_value(word: str, rest: Iterator[str]) -> tuple[str, str | None]:
         raise ConfigError(f"{flag}: unknown option; see --help, flags for the experiment script go after --")
     if _OPTIONS[flag].metadata["metavar"] is None:
         if equals:
-            raise ConfigError(f"{flag}: '{text}' was given, it takes no value")
+            raise ConfigError(f"{flag}: {quoted(text)} was given, it takes no value")
         return flag, None
     if not equals:
         text = next(rest, "")
@@ -158,7 +158,7 @@ def _value_of(flag: str, text: str) -> Any:
     try:
         return _OPTIONS[flag].metadata["parse"](text)
     except ValueError as error:
-        raise ConfigError(f"{flag}: '{text}' was given, {error}") from None
+        raise ConfigError(f"{flag}: {quoted(text)} was given, {error}") from None
 
 
 def _check_plan(given: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.text import counted, listed
-from batch_inference.core.values import positive_int
+from batch_inference.core.text import counted, listed, quoted
+from batch_inference.core.values import device_count
 from batch_inference.launch.options import Options
 
 _KEYS = ("TP", "PP", "DP")
@@ -66,7 +66,7 @@ class Preset:
         if self.made_by:
             return MADE_BY[self.made_by](words)
         if words:
-            raise ConfigError(f"'{words[0]}' is one word too many after the preset {self.name}")
+            raise ConfigError(f"{quoted(words[0])} is one word too many after the preset {self.name}")
         return self.settings
 
 
@@ -96,7 +96,7 @@ def read_table(text: str) -> dict[str, Preset]:
 def find_preset(presets: dict[str, Preset], name: str) -> Preset:
     """Raises ConfigError."""
     if name not in presets:
-        raise ConfigError(f"'{name}' is no preset; choose one of: {' '.join(presets)}")
+        raise ConfigError(f"{quoted(name)} is no preset; choose one of: {' '.join(presets)}")
     return presets[name]
 
 
@@ -131,7 +131,7 @@ def _setting(words: Sequence[str], devices: int) -> Setting:
     for word in head:
         match = _WORD.fullmatch(word)
         if not match:
-            raise ValueError(f"'{word}' is none of TP=N, PP=N, DP=N, torchrun, suffix=WORD, and no flag")
+            raise ValueError(f"{quoted(word)} is none of TP=N, PP=N, DP=N, torchrun, suffix=WORD, and no flag")
         name, _, value = word.partition("=")
         if name in found:
             raise ValueError(f"{name} is given twice")
@@ -153,23 +153,20 @@ def _size(key: str, text: str, devices: int) -> int:
 
 def _custom(words: Sequence[str]) -> list[list[str]]:
     """One setting, of the user's own sizes."""
-    seen = set()
+    sizes: dict[str, int] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or key not in _KEYS:
-            raise ConfigError(f"custom: '{word}' was given, TP=N, PP=N or DP=N is needed")
-        if key in seen:
+            raise ConfigError(f"custom: {quoted(word)} was given, TP=N, PP=N or DP=N is needed")
+        if key in sizes:
             raise ConfigError(f"custom: {key} is given twice")
-        seen.add(key)
         try:
-            positive_int(text)
+            sizes[key] = device_count(text)
         except ValueError as error:
-            raise ConfigError(f"custom {key}: '{text}' was given, {error}") from None
-        if not _WORD.fullmatch(word):
-            raise ConfigError(f"custom {key}: '{text}' was given, no machine has so many devices")
+            raise ConfigError(f"custom {key}: {quoted(text)} was given, {error}") from None
     if not words:
         raise ConfigError("custom: at least one of TP=N, PP=N, DP=N is needed")
-    return [list(words)]
+    return [[f"{key}={size}" for key, size in sizes.items()]]
 
 
 # For `made_by` in the table: the user's words after the preset's name -> the words of each setting.

@@ -1,6 +1,7 @@
 """The processes that run now, each in a process group of its own, and what signals do to them.
 
-The first INT, TERM or HUP is passed on to all of them, once; the second kills their groups, and this process ends.
+The first INT, TERM or HUP is passed on to all of them, once; a second INT or TERM kills their groups, and this process
+ends.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, NoReturn
 
+from batch_inference.core.signals import EXIT_CODES
+
 _PR_SET_PDEATHSIG = 1
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 class Processes:
@@ -94,6 +96,9 @@ class Processes:
     def stop(self, number: int, _frame: FrameType | None = None) -> None:
         """The handler of the signals."""
         if self._stopped_by is not None:
+            # A closed terminal sends it twice, by its shell and by the kernel, and systemd sends it after SIGTERM.
+            if number == signal.SIGHUP:
+                return
             self._kill_and_end(self._stopped_by)
         self._stopped_by = signal.Signals(number)
         if not self._running and not self._is_starting:

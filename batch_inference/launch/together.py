@@ -13,12 +13,13 @@ from msgspec.json import Decoder
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.signals import EXIT_CODES
 from batch_inference.core.streams import say
 from batch_inference.core.text import listed
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.meeting import Member, Met, refuse_late
 from batch_inference.launch.presets import Setting
-from batch_inference.launch.processes import EXIT_CODES, Processes
+from batch_inference.launch.processes import Processes
 from batch_inference.launch.spread import NodeDevices
 from batch_inference.measure.connection import Connection, Text, Word
 from batch_inference.measure.nodes import NodesError, Number, gone, network_of

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from batch_inference.core.text import NO_REASON
+from batch_inference.core.text import NO_REASON, plain
 from batch_inference.measure.environment import python_path
 
 
@@ -34,5 +34,5 @@ def ask(module: str, *words: str, timeout_s: float, environment: Mapping[str, st
     except subprocess.TimeoutExpired:
         raise ChildError(f"no answer within {timeout_s:.0f} s") from None
     except subprocess.CalledProcessError as error:
-        raise ChildError((error.stderr.strip().splitlines() or [NO_REASON])[-1]) from error
+        raise ChildError(plain((error.stderr.strip().splitlines() or [NO_REASON])[-1])) from error
     return json.loads(done.stdout.splitlines()[-1])

@@ -16,7 +16,7 @@ from batch_inference.core.files import open_regular
 from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.secrets import redact_text
 from batch_inference.core.streams import say
-from batch_inference.core.text import counted, short, table, wrapped
+from batch_inference.core.text import counted, plain, short, table, wrapped
 
 # Two that agree are the rule; more make a point take longer than the bar thinks.
 EXPECTED_WARMUPS = 2
@@ -132,7 +132,7 @@ class LogFollower:
             *lines, _unfinished = log.read().split(b"\n")
             for line in lines:
                 self._seen_bytes += len(line) + 1
-                self._show(line.decode(errors="replace"))
+                self._show(plain(line.decode(errors="replace")))
 
     def stop(self) -> None:
         self._ended.set()

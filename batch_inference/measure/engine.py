@@ -104,7 +104,7 @@ def _engine_parser() -> Any:
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
-            raise ConfigError(message)
+            raise ConfigError(" ".join(message.split()))  # pydantic's take several lines
 
     return EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS))
 

@@ -21,6 +21,7 @@ import msgspec
 from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.files import open_regular
 from batch_inference.core.secrets import redact_text
+from batch_inference.core.text import plain
 from batch_inference.measure.environment import python_path
 from batch_inference.measure.leftovers import processes_of, remove, shared_memory_of
 from batch_inference.measure.logs import open_log
@@ -49,6 +50,7 @@ _HANDED_ON = re.compile(
 _DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
 # vLLM's words for a kernel that its own warm-up did not cover.
 _COMPILED = re.compile(r" during inference: |Triton autotuning for function")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR = re.compile(r"(?:^|[\s\].])([A-Z]\w*(?:Error|Exception)): (.+)")
 
 
@@ -75,7 +77,7 @@ def rank_log(log_path: Path, rank: int) -> Path:
 
 def log_paths(config: ExperimentConfig) -> list[Path]:
     """The logs that a process which is about to measure will write; those of ranks other than 0 are their own."""
-    if config.node_rank > 0:
+    if config.nnodes > 1 and config.node_rank > 0:
         return [node_log(config.log_path, config.node_rank)]
     replicas = 1 if config.distributed_executor_backend == "external_launcher" else config.data_parallel_size
     return [replica_log(config.log_path, replica) for replica in range(replicas)]
@@ -209,7 +211,7 @@ class EngineProcess:
 
     def _failure(self, reason: str) -> ReplicaError:
         # vLLM hands on a bare "Engine core initialization failed": the cause stands only in the log.
-        return ReplicaError(root_cause(self.log_since.lines()) or reason.partition("\n")[0], self._log_end())
+        return ReplicaError(root_cause(self.log_since.lines()) or plain(reason.partition("\n")[0]), self._log_end())
 
     def _log_end(self) -> list[str]:
         return read_log_tail(self.log_path)[-LOG_TAIL_LINES:]
@@ -301,7 +303,7 @@ def read_log_tail(path: Path, max_bytes: int = 200_000, start: int = 0) -> list[
     with contextlib.suppress(OSError), open_regular(path, "rb") as log:
         log.seek(max(start, path.stat().st_size - max_bytes))
         text = log.read().decode(errors="replace")
-        return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+        return [plain(line) for line in _COLOUR.sub("", text).splitlines()]
     return []
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE, SAME_FOR_ALL, WorkFailedError, classify
+from batch_inference.core.text import plain
 from batch_inference.plan.devices import GIB
 from batch_inference.plan.model import is_local
 
@@ -176,7 +177,7 @@ def main(what: str, words: str) -> _Answer:
         return _look(request) if what == "look" else _download(request)
     except (OSError, ValueError) as error:  # the hub's own errors are both
         reason = (str(error).strip().splitlines() or [""])[0]
-        return _Answer(problem=f"{type(error).__name__}: {reason}", is_here=_is_here(request))
+        return _Answer(problem=plain(f"{type(error).__name__}: {reason}"), is_here=_is_here(request))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from batch_inference.core.results import DeviceInfo
 
 # Of a lock that does not say.
 ANOTHER = "another process"
+_LONGEST_HOLDER_BYTES = 4096
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -38,7 +39,7 @@ def locked(path: Path, purpose: str) -> Iterator[bool]:
         yield False
         return
     os.ftruncate(file, 0)
-    # A name may hold bytes that are no characters here.
+    # A name may hold bytes that are no text.
     os.write(file, os.fsencode(f"process {os.getpid()} on {socket.gethostname()} ({purpose})\n"))
     try:
         yield True
@@ -55,7 +56,7 @@ def _open_locked(path: Path) -> int | None:
         try:
             _lock(file)
         except BlockingIOError:
-            holder = os.fsdecode(os.read(file, 4096)).strip()
+            holder = os.fsdecode(os.read(file, _LONGEST_HOLDER_BYTES)).strip()
             os.close(file)
             raise LockedError(holder or ANOTHER) from None
         except OSError as error:
@@ -106,7 +107,7 @@ def holder_of(result: Path) -> str | None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         with contextlib.suppress(OSError):
-            return os.fsdecode(read_regular(lock_of(result))).strip() or ANOTHER
+            return os.fsdecode(read_regular(lock_of(result))[:_LONGEST_HOLDER_BYTES]).strip() or ANOTHER
     except OSError:
         pass
     return None

@@ -152,6 +152,8 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outcome]]:
         except subprocess.TimeoutExpired:
             pytest.fail(f"the sweep has not ended within {sweep.end_within_s:g} s\n{sweep.what_is_known()}")
         left = [*map(str, sweep.orphans()), *map(str, sweep.shared_memory_left())]
+        # What is killed cannot take away what it has half written.
+        left += [] if outcome.exit_code == -signal.SIGKILL else map(str, sweep.folder.glob(".*.tmp"))
         outcome.orphans = len(left)
         outcome.problems += [f"left behind: {one}" for one in left]
         document = sweep.document()

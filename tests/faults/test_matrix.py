@@ -19,7 +19,7 @@ from faults.conftest import GRID, MODEL, SWEEP, Outcome, Sweep, points_of
 pytestmark = pytest.mark.slow
 LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
 
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
 # Moment -> what must be seen before the fault. Loading takes a second, a run a fifth.
 MOMENTS: dict[str, Callable[[Sweep], bool]] = {
     "loading": lambda sweep: sweep.log.exists() and "stub vLLM is loading" in sweep.log.read_text(),

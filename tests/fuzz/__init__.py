@@ -1,0 +1,1 @@
+"""Random result files and random argument lists: what nobody thought of."""

@@ -1,0 +1,63 @@
+"""Signals that end a program in order."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from batch_inference.core.signals import EXIT_CODES
+from conftest import REPOSITORY, with_ctrl_c
+
+PROGRAM = """
+import signal, sys
+from batch_inference.core.signals import EXIT_CODES, end_in_order
+end_in_order(EXIT_CODES)
+try:
+    print("ready", flush=True)
+    signal.pause()
+finally:
+    print("closing", flush=True)
+    sys.stdin.readline()
+    print("closed")
+"""
+
+
+def started(*before: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [*before, sys.executable, "-c", PROGRAM],
+        cwd=REPOSITORY, text=True, preexec_fn=with_ctrl_c,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_each_has_its_exit_code_and_what_is_open_is_closed(number: signal.Signals) -> None:
+    process = started()
+    process.send_signal(number)
+    assert process.communicate("\n", timeout=30) == ("closing\nclosed\n", f"ended by {number.name}\n")
+    assert process.returncode == 128 + number
+
+
+def test_a_hangup_after_another_signal_disturbs_nothing() -> None:
+    process = started()
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "closing\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate("\n", timeout=30) == ("closed\n", "ended by SIGTERM\n")
+    assert process.returncode == 143
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    process = started("nohup")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate("\n", timeout=30)
+    assert "SIGHUP" not in errors
+    assert process.returncode == 143
