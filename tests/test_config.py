@@ -11,10 +11,10 @@ from batch_inference.core.text import has_control
 from batch_inference.core.values import (
     fraction,
     interval,
-    natural_int,
     port,
-    positive,
-    positive_int,
+    run_count,
+    seconds,
+    seed,
     temperature,
     token_length,
 )
@@ -256,11 +256,11 @@ def test_a_length_may_be_in_thousands_or_in_units_of_1024(text: str, tokens: int
 @pytest.mark.parametrize(
     ("parse", "good", "bad"),
     [
-        (positive_int, ["1", "7"], ["0", "-1", "1.0", "x", ""]),
-        (natural_int, ["0", "7"], ["-1", "x"]),
+        (run_count, ["1", "7"], ["0", "-1", "1.0", "x", ""]),
+        (seed, ["0", "7"], ["-1", "x"]),
         (port, ["1", "65534"], ["0", "65535", "-1", "x"]),
         (token_length, ["1"], ["0", "0k", "1M", "-1", "1.5k"]),
-        (positive, ["1e-9", "1e300"], ["0", "-1", "inf", "nan", "x"]),
+        (seconds, ["1e-9", "1e6"], ["0", "-1", "inf", "nan", "x"]),
         (fraction, ["1", "0.001"], ["0", "1.001", "nan"]),
         (interval, ["1", "0.001"], ["0", "1.001", "nan"]),
         (temperature, ["0", "100"], ["-0.001", "100.1", "nan", "inf"]),

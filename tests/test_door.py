@@ -90,7 +90,9 @@ def test_who_knows_another_secret_or_none_is_refused_and_told_so(
     server: socket.socket, monkeypatch: pytest.MonkeyPatch, theirs: bytes, ours: bytes
 ) -> None:
     said: list[str] = []
-    about = f"another --meeting-secret ({MEETING_SECRET}), or one of the two has none; give the same on every node"
+    about = (
+        f"another secret (--meeting-secret, {MEETING_SECRET}), or one of the two has none; give the same on every node"
+    )
     with contextlib.closing(Door(server, ours, said.append)) as door, ThreadPoolExecutor() as pool:
         for _ in range(3):
             node = pool.submit(call_node_0, server, Hello("b"), monkeypatch, theirs)

@@ -114,7 +114,10 @@ def test_nodes_that_know_a_secret_meet_without_one_that_does_not(start: Start, t
     for name, given in (("other", {MEETING_SECRET: "a guess"}), ("none", {})):
         code, errors = start(name, *line, DEVICES="2", **given).end()
         assert code == 1
-        assert f"error: --master-addr 127.0.0.1: node 0 has another --meeting-secret ({MEETING_SECRET}), or" in errors
+        assert (
+            f"error: --master-addr 127.0.0.1: node 0 has another secret (--meeting-secret, {MEETING_SECRET}), or"
+            in errors
+        )
     second = start("b", *line, "--meeting-secret", SECRET, DEVICES="2")
     ends = [first.end(), second.end()]
     assert [code for code, _ in ends] == [0, 0], ends

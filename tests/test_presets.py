@@ -199,7 +199,7 @@ def test_nothing_measured_has_no_time_left(tmp_path: Any) -> None:
         (["TP=2", "TP=4"], "custom: TP is given twice"),
         (["TP=0"], "custom TP: '0' was given, a whole number of at least 1 is needed"),
         (["TP=N"], "custom TP: 'N' was given"),
-        (["TP=9999999999"], "no machine has so many devices"),
+        (["TP=9999999999"], "at most 1048576 is possible"),
         ([], "at least one of TP=N, PP=N, DP=N is needed"),
     ],
 )

@@ -140,7 +140,7 @@ def _check_protocol(theirs: Greeting | Challenge) -> None:
 
 def _another_secret() -> RefusedError:
     return RefusedError(
-        f"another --meeting-secret ({MEETING_SECRET}), or one of the two has none; give the same on every node"
+        f"another secret (--meeting-secret, {MEETING_SECRET}), or one of the two has none; give the same on every node"
     )
 
 
