@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from batch_inference.analyze.compare import (
     asked_points,
@@ -46,8 +46,10 @@ ONE, TWO = (1.0, 1.02, 0.97, 1.01), (1.1, 1.12, 1.06)
 
 
 def test_the_p_value_is_welchs_of_the_runs(table: Any) -> None:
-    expected = stats.ttest_ind(ONE, TWO, equal_var=False)
-    assert pair(table, ONE, TWO)["p_value"] == pytest.approx(expected.pvalue, rel=1e-3)
+    one, two = (np.var(runs, ddof=1) / len(runs) for runs in (ONE, TWO))
+    degrees = (one + two) ** 2 / (one**2 / 3 + two**2 / 2)
+    t = abs(np.mean(ONE) - np.mean(TWO)) / math.sqrt(one + two)
+    assert pair(table, ONE, TWO)["p_value"] == pytest.approx(2 * stdtr(degrees, -t), rel=1e-3)
 
 
 def test_the_interval_of_a_ratio_is_propagated(table: Any) -> None:
@@ -55,7 +57,7 @@ def test_the_interval_of_a_ratio_is_propagated(table: Any) -> None:
     assert found["ratio"] == pytest.approx(np.mean(TWO) / np.mean(ONE))
     one, two = (np.std(runs, ddof=1) / math.sqrt(len(runs)) / np.mean(runs) for runs in (ONE, TWO))
     degrees = (one**2 + two**2) ** 2 / (one**4 / 3 + two**4 / 2)
-    half = stats.t.ppf(0.975, degrees) * math.hypot(one, two) * found["ratio"]
+    half = stdtrit(degrees, 0.975) * math.hypot(one, two) * found["ratio"]
     assert found["ratio_ci95"] == pytest.approx(half, rel=1e-3)
 
 
