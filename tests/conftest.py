@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -13,10 +15,21 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
+import batch_inference_experiment
+from in_process import called
+
+# Images switch bytecode off to stay small: each of the hundreds of processes would then compile our modules again, and
+# pytest every test.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A limit for each test, longer than that of the fast ones in pyproject.toml.
+LIMITS_S = {"slow": 300, "vllm": 1200}
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUB = REPOSITORY / "tests" / "stub"
@@ -26,24 +39,33 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 SMALL_GRID = ("--batch-sizes", "1,2", "--seq-lens", "8", "--max-tokens", "4", "--num-runs", "2")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, limit_s in LIMITS_S.items():
+            if item.get_closest_marker(name) and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(limit_s))
+
+
 @pytest.fixture
 def repository() -> Path:
     return REPOSITORY
 
 
 @pytest.fixture
+def coarse_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer dots, where only what is drawn matters."""
+    from batch_inference.analyze import plots
+
+    monkeypatch.setattr(plots, "DPI", 40)
+
+
+@pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run batch_inference_experiment.py on the stub vLLM, the tiny model and a small grid."""
+    """batch_inference_experiment.py on the stub vLLM, the tiny model and a small grid; its engines are processes."""
 
     def run(*flags: str, grid: tuple[str, ...] = SMALL_GRID, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            experiment_command(tmp_path, *grid, *flags),
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=stub_environment(**variables),
-            timeout=60,
-        )
+        command = experiment_command(tmp_path, *grid, *flags)
+        return called(batch_inference_experiment.main, command[1:], tmp_path, stub_environment(**variables))
 
     return run
 
@@ -66,6 +88,48 @@ def stub_environment(**variables: str) -> dict[str, str]:
     """The stub vLLM, as if the machine had no network."""
     ours = {"PYTHONPATH": str(STUB), "XDG_CACHE_HOME": str(CACHE), "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **ours, **variables}
+
+
+def imports_of(command: Sequence[str | Path], folder: Path, environment: dict[str, str]) -> list[list[str]]:
+    """What each Python imports that a command starts; a program that imports little answers at once, whatever else the
+    machine does. Modules with an underscore are the interpreter's, or those of a .pth file."""
+    # Without what measures the coverage of subprocesses: it imports itself.
+    environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
+    done = subprocess.run(
+        command, cwd=folder, env={**environment, "PYTHONPROFILEIMPORTTIME": "1"}, capture_output=True, text=True,
+        timeout=60, check=True,
+    )  # fmt: skip
+    _, *pythons = done.stderr.split("imported package\n")
+    return [re.findall(r"^import time: .*\| +([A-Za-z]\S*)$", lines, re.MULTILINE) for lines in pythons]
+
+
+def assert_answers_at_once(command: Sequence[str | Path], folder: Path, environment: dict[str, str]) -> None:
+    """One Python, nothing but its own library and our modules, and few of them."""
+    ((bare,), (imported,)) = (imports_of(words, folder, environment) for words in ((sys.executable, "-c", ""), command))
+    packages = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    # What Python's own library tries to import and does not find counts for nothing.
+    assert set(filter(importlib.util.find_spec, packages)) == {"batch_inference"}
+    assert len(imported) < 12 * len(bare)
+
+
+def is_running(pid: int) -> bool:
+    """A zombie, which its parent has not looked at yet, is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def running_in(group: int) -> list[int]:
+    """The processes of a group."""
+    pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if is_running(pid) and _group_of(pid) == group]
+
+
+def _group_of(pid: int) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return None
 
 
 def loaded_with(log_path: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All tests: the fast ones (seconds), then the slow ones and those on a real vLLM engine (minutes).
+# All tests: the fast ones (half a minute), with their coverage, then the slow ones and those on a real vLLM engine.
 #
-#   ./tests/run.sh [--fast] [pytest arguments]      --fast: the first part alone
+#   ./tests/run.sh [--fast] [pytest arguments]      --fast: the first part alone, without its coverage
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +17,7 @@ fi
 # Arguments may choose tests of one part alone; pytest's 5 says that the other has none.
 run_part() {
   local rc=0
-  .venv/bin/python -m pytest -q "$@" || rc=$?
+  .venv/bin/python -m "$@" || rc=$?
   if ((rc == 0)); then
     ran=true
   elif ((rc != 5 || chosen == 0)); then
@@ -25,8 +25,31 @@ run_part() {
   fi
 }
 
+# One line: each room's, and the whole, which pyproject.toml has a floor for.
+say_coverage() {
+  local room
+  .venv/bin/python -m coverage combine -q
+  printf 'coverage of the fast tests in %%:'
+  for room in core plan measure launch analyze; do
+    printf ' %s %s,' "$room" "$(coverage_of --include "*/batch_inference/$room/*" --fail-under 0)"
+  done
+  printf ' all '
+  coverage_of
+}
+
+coverage_of() {
+  .venv/bin/python -m coverage report --format total "$@"
+}
+
 ran=false
 chosen=$#
-run_part -m "not vllm and not slow" -n auto --maxprocesses 8 --durations=3 "$@"
-$fast || run_part -m "vllm or slow" --durations=0 "$@"
+fast_part=(pytest -q -m "not vllm and not slow" -n auto --maxprocesses 8 --durations=3 "$@")
+if $fast || ((chosen)); then
+  run_part "${fast_part[@]}"
+else
+  .venv/bin/python -m coverage erase
+  run_part coverage run -m "${fast_part[@]}"
+  say_coverage
+fi
+$fast || run_part pytest -q -m "vllm or slow" --durations=0 "$@"
 $ran || exit 5

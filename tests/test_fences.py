@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
 def imported_names(path: Path) -> set[str]:
     """Every module that a file imports, anywhere in it."""
     names: set[str] = set()
@@ -63,7 +65,8 @@ def test_heavy_packages_have_their_places() -> None:
     ("loaded", "forbidden"),
     [
         (("measure.experiment", "measure.replicas", "measure.engine"), ANALYSIS | {"vllm", "torch"}),
-        (("analyze.plots", "analyze.report"), {"vllm", "torch"}),
+        # No room that analyses may import one that may import these: the fast tests above see that.
+        pytest.param(("analyze.plots", "analyze.report"), {"vllm", "torch"}, marks=pytest.mark.slow),
     ],
 )
 def test_measuring_and_analysing_stay_apart(loaded: tuple[str, ...], forbidden: set[str]) -> None:

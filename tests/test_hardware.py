@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,7 @@ def test_without_any_nvml_a_plan_knows_no_memory_and_nothing_is_measured() -> No
 
 def test_the_copy_in_vllm_has_all_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the vLLM that is installed here, where one is."""
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)  # another test's stub
     monkeypatch.setitem(sys.modules, "pynvml", None)
     nvml = find_nvml()
     if nvml is None:
@@ -185,8 +187,16 @@ def test_processes_of_other_groups_are_neighbours(
 
 def test_clocks_are_watched_while_a_run_is_on(gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "SAMPLE_S", 0.01)
+    clock_of, is_last_asked = fake_nvml.nvmlDeviceGetClockInfo, threading.Event()
+
+    def asked(handle: int, clock: int) -> int:
+        if handle == 1:
+            is_last_asked.set()
+        return clock_of(handle, clock)
+
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetClockInfo", asked)
     with gpus.watch() as seen:
-        time.sleep(0.1)
+        assert is_last_asked.wait(20)
     assert seen == Seen(
         sm_mhz=[1980, 1979],
         peak_gib=[1, 2],

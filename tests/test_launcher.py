@@ -11,14 +11,20 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.flags import parse_flags
-from conftest import REPOSITORY, commands_of, stub_environment, with_ctrl_c
+from batch_inference.launch.__main__ import main as launch
+from batch_inference.plan import devices
+from conftest import REPOSITORY, assert_answers_at_once, commands_of, running_in, stub_environment, with_ctrl_c
+from in_process import called
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
 # Runs the launcher's own Python for as many GPUs as it is told; notes the arguments of everything else, and fails or
@@ -44,6 +50,22 @@ ALL = [
 ]  # fmt: skip
 
 
+# Prints the table of presets that the launcher hands on.
+PRINT_TABLE = '#!/bin/sh\nprintf %s "$4"\n'
+
+
+@cache
+def table_of(launcher_text: str) -> subprocess.CompletedProcess[str]:
+    """What bash makes of the presets in a launcher's file; its errors."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, python = Path(folder, "launcher.sh"), Path(folder, "python")
+        for path, text in ((file, launcher_text), (python, PRINT_TABLE)):
+            path.write_text(text)
+            path.chmod(0o755)
+        environment = {**os.environ, "PYTHON": str(python), "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+        return subprocess.run([file], capture_output=True, text=True, cwd=folder, env=environment, timeout=30)
+
+
 class Launcher:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,6 +77,18 @@ class Launcher:
         self.environment = stub_environment(PYTHON=str(python), CALLS=str(self.calls_file))
 
     def __call__(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Its Python in this process, for as many GPUs as it is told; what it starts are processes."""
+        table = table_of(self.file.read_text())
+        if table.returncode:
+            return table
+        environment = {**self.environment, **variables}
+        gpus = tuple(map(str, range(int(environment.get("DEVICES", "8")))))
+        command = [table.stdout, environment["PYTHON"], f"{REPOSITORY}/", *words]
+        with mock.patch.object(devices, "_gpu_ids", return_value=gpus):
+            return called(lambda: launch(command), [str(self.file), *words], self.folder, environment)
+
+    def as_program(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """The file itself, as a user starts it."""
         return subprocess.run(
             [str(self.file), *words],
             capture_output=True,
@@ -423,7 +457,9 @@ def test_a_setting_refused_later_is_a_failure_like_others(launcher: Launcher) ->
 def test_any_path_and_name_reaches_the_script_as_it_was_given(launcher: Launcher, locale: str) -> None:
     folder = """rés  it's $(x) & \\ "y\""""
     for flags in (("--dry-run",), (), ("--pack",)):
-        done = launcher("custom", "TP=1", *flags, "--output-dir", folder, "--", "--name", "my run", LC_ALL=locale)
+        done = launcher.as_program(
+            "custom", "TP=1", *flags, "--output-dir", folder, "--", "--name", "my run", LC_ALL=locale
+        )
         assert done.returncode == 0, done.stderr
         for words in [*commands_of(done), *launcher.calls()]:
             assert words[words.index("--output-dir") + 1] == folder
@@ -436,14 +472,6 @@ def test_an_interrupted_setting_stops_all(launcher: Launcher, code: str) -> None
     done = launcher("tensor-parallel", FAIL="tp_2", FAIL_WITH=code)
     assert done.returncode == int(code)
     assert launcher.names() == ["tp_1", "tp_2"]
-
-
-def group_exists(process_group: int) -> bool:
-    try:
-        os.killpg(process_group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("flags", [(), ("--pack",)], ids=["in_turn", "packed"])
@@ -478,7 +506,7 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
     send(process.pid, signal_number)
     assert process.wait(timeout=10) == code
     assert sorted(launcher.names()) == ["tp_1", "tp_2"]
-    while any(map(group_exists, groups)):
+    while any(map(running_in, groups)):
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
 
@@ -542,7 +570,7 @@ def test_wrong_use_is_one_line_and_exit_2(launcher: Launcher, words: tuple[str, 
 
 
 def test_a_python_that_cannot_be_run_is_wrong_use(launcher: Launcher) -> None:
-    done = launcher("quickstart", PYTHON="/no/such/python")
+    done = launcher.as_program("quickstart", PYTHON="/no/such/python")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "PYTHON: '/no/such/python' cannot be run" in done.stderr
@@ -586,19 +614,12 @@ def test_help_names_every_preset_with_its_comment_and_fits_80_columns(launcher: 
 
 
 def test_the_plan_of_a_study_answers_at_once_and_needs_no_environment(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
-
-    def dry_run() -> tuple[float, subprocess.CompletedProcess[str]]:
-        start_s = time.perf_counter()
-        done = subprocess.run(
-            [str(LAUNCHER), "--dry-run", "scaling-study"],
-            capture_output=True, text=True, cwd=tmp_path, env=environment, check=True,
-        )  # fmt: skip
-        return time.perf_counter() - start_s, done
-
-    results = [dry_run() for _ in range(3)]
-    assert min(taken_s for taken_s, _ in results) < 0.3
-    for words in commands_of(results[0][1]):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [LAUNCHER, "--dry-run", "scaling-study"]
+    assert_answers_at_once(command, tmp_path, environment)
+    del environment["PYTHON"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    for words in commands_of(done):
         assert words[1] == str(REPOSITORY / "batch_inference_experiment.py")
     assert list(tmp_path.iterdir()) == []
 

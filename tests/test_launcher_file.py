@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from test_launcher import LAUNCHER, Launcher, config_of
 
-from conftest import REPOSITORY, commands_of, with_ctrl_c
+from conftest import REPOSITORY, commands_of, is_running, with_ctrl_c
 
-WAITING = 'trap "" INT TERM HUP; sleep 30 & wait; wait'
+WAITING = 'trap "" INT TERM HUP; touch deaf; sleep 30 & wait; wait'
 
 
 @pytest.fixture
@@ -251,12 +251,12 @@ def bare(launcher: Launcher) -> Launcher:
 
 def test_what_measures_nothing_installs_nothing(bare: Launcher) -> None:
     for words in (("--help",), ("nope",), ("custom", "TP=1", "--dry-run"), ("custom", "TP=512")):
-        bare(*words)
+        bare.as_program(*words)
     assert bare.calls() == []
 
 
 def test_a_missing_vllm_is_installed_and_the_preset_goes_on(bare: Launcher) -> None:
-    done = bare("custom", "TP=1", "--output-dir", "x y")
+    done = bare.as_program("custom", "TP=1", "--output-dir", "x y")
     assert done.returncode == 0, done.stderr
     assert bare.calls_file.read_text().splitlines()[0] == "setup"
     assert bare.names() == ["tp_1"]
@@ -267,7 +267,7 @@ def test_a_missing_vllm_is_installed_and_the_preset_goes_on(bare: Launcher) -> N
 
 
 def test_a_failed_installation_ends_the_launcher(bare: Launcher) -> None:
-    assert bare("custom", "TP=1", SETUP_FAILS="1").returncode == 1
+    assert bare.as_program("custom", "TP=1", SETUP_FAILS="1").returncode == 1
     assert bare.names() == []
 
 
@@ -294,7 +294,10 @@ def children_of(process: subprocess.Popen[str]) -> list[int]:
 
 def test_a_second_signal_kills_what_does_not_end(launcher: Launcher) -> None:
     process = start(launcher, python=WAITING)
-    time.sleep(0.3)  # the setting has to be deaf by now
+    deadline_s = time.monotonic() + 10
+    while not (launcher.folder / "deaf").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
     (setting,) = children_of(process)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -302,7 +305,7 @@ def test_a_second_signal_kills_what_does_not_end(launcher: Launcher) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 130
     deadline_s = time.monotonic() + 5
-    while Path(f"/proc/{setting}").exists():
+    while is_running(setting):
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
 

@@ -63,7 +63,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def test_the_same_line_on_each_measures_everything_that_the_nodes_hold(start: Start) -> None:
-    study = ("scaling-study", "--settle-s", "1")
+    study = ("scaling-study", "--settle-s", "0.3")
     first, second = start("a", *study, DEVICES="4"), start("b", *study, DEVICES="4")
     ends = [first.end(), second.end()]
     assert [code for code, _ in ends] == [0, 0], ends

@@ -29,7 +29,7 @@ from conftest import REPOSITORY, stub_environment
 PROGRAM = """
 import json, os, sys, time
 began_s = time.monotonic()
-time.sleep(0.4)
+time.sleep(0.2)
 seen = {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "cores": sorted(os.sched_getaffinity(0))}
 print(json.dumps({**seen, "time": [began_s, time.monotonic()]}))
 sys.exit(int(sys.argv[1]))
@@ -131,6 +131,7 @@ def packed_study(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_launcher_packs_real_sweeps_and_their_points_say_so(tmp_path: Path) -> None:
     done = packed_study(tmp_path)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from conftest import REPOSITORY
 ARTIFACTS = REPOSITORY / "artifacts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>alert(1)</script> \"'&<img src=x onerror=alert(2)>"
+pytestmark = pytest.mark.usefixtures("coarse_plots")
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ document.body.innerHTML = "<pre id=probe>" + JSON.stringify({up, down, wide, ima
 
 
 def browse(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
+    assert CHROMIUM is not None, "REQUIRE_CHROMIUM is set, and there is none"
     always = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
               "--virtual-time-budget=3000", f"--user-data-dir={path.parent / 'profile'}")  # fmt: skip
     command = [CHROMIUM, *always, *flags, path.as_uri()]
@@ -173,7 +175,9 @@ def browse(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+@pytest.mark.skipif(
+    CHROMIUM is None and "REQUIRE_CHROMIUM" not in os.environ, reason="no Chromium here: apt-get install chromium"
+)
 def test_a_browser_opens_the_page_and_sorts_its_tables(page: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(

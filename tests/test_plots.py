@@ -25,6 +25,7 @@ from builders import make_point, make_result, make_run, make_sweep, save_all
 
 SETTINGS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 2, 1), (2, 4, 1),
             (1, 1, 2), (1, 1, 4), (2, 2, 2)]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("coarse_plots")
 
 
 @pytest.fixture

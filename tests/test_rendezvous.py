@@ -137,7 +137,7 @@ def test_somebody_elses_call_is_no_node() -> None:
             with socket.create_connection(("127.0.0.1", port)) as connection:
                 connection.sendall(noise)
         assert verdict_of(attend, "127.0.0.1", port, SECOND, deadline_s) is None
-        assert verdict.result(timeout=10) is None
+        assert verdict.result(timeout=40) is None
 
 
 def test_a_node_that_is_started_again_takes_its_own_place_and_one_beyond_nnodes_none() -> None:
@@ -194,12 +194,14 @@ def test_two_nodes_that_were_told_the_same_number_are_named() -> None:
 
 def test_a_stranger_that_says_nothing_delays_nobody() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
-        port, deadline_s = server.getsockname()[1], time.monotonic() + 10
+        port, deadline_s = server.getsockname()[1], time.monotonic() + 40
         strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
         strangers[-1].sendall(b'{"type": "Introduction", "node": 1')
         verdict = pool.submit(verdict_of, gather, Door(server), FIRST, 2, deadline_s)
         assert verdict_of(attend, "127.0.0.1", port, SECOND, deadline_s) is None
-        assert verdict.result(timeout=10) is None
+        assert verdict.result(timeout=40) is None
+        # It did not wait for their words, which it would until the end.
+        assert deadline_s - time.monotonic() > 20
         for stranger in strangers:
             stranger.close()
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from batch_inference.analyze import sections
 from batch_inference.analyze.answers import Analysis, Question, QuestionError, analyse
 from batch_inference.analyze.decide import Limits
 from batch_inference.analyze.markdown import as_markdown, escaped
 from batch_inference.analyze.report import sections_of
-from batch_inference.analyze.sections import ROW_LIMIT, Section
+from batch_inference.analyze.sections import Section
 from batch_inference.analyze.tables import load_setting
 from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_text
 from batch_inference.analyze.wording import with_interval
@@ -400,14 +401,16 @@ def test_a_long_table_is_cut_in_the_terminal_and_in_the_report() -> None:
     assert "… and 7 more rows: results.csv and summary.json have all." in as_markdown([part], [], [])
 
 
-def test_more_points_than_a_report_can_hold_are_counted(report: Any) -> None:
-    batches = range(1, ROW_LIMIT + 4)
+def test_more_points_than_a_report_can_hold_are_counted(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 20
+    monkeypatch.setattr(sections, "ROW_LIMIT", limit)
+    batches = range(1, limit + 4)
     results = [make_result(name, [make_point(b, latencies_s=[1.0]) for b in batches], size) for name, size in
                (("tp_2", (2, 1, 1)), ("pp_2", (1, 2, 1)))]  # fmt: skip
     part = section(report(results, old=results), "TP, PP or DP?")
-    assert (len(part.rows), part.more) == (ROW_LIMIT, 3)
+    assert (len(part.rows), part.more) == (limit, 3)
     part = section(report(results, old=results), "Compared")
-    assert (len(part.rows), part.more) == (ROW_LIMIT, ROW_LIMIT + 6)
+    assert (len(part.rows), part.more) == (limit, limit + 6)
 
 
 # --- which number stands where ------------------------------------------------------------------------------------

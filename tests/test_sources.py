@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -21,9 +19,9 @@ from batch_inference.analyze.flags import UsageError
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import Result
 from builders import make_point, make_result
-from conftest import REPOSITORY
 
 Run = Callable[..., CompletedProcess[str]]
+pytestmark = pytest.mark.usefixtures("coarse_plots")
 LLAMA, QWEN = "meta-llama/Llama-2-7b-chat-hf", "Qwen/Qwen3-0.6B"
 
 
@@ -103,14 +101,13 @@ def test_a_linked_folder_is_read_once(tmp_path: Path) -> None:
     assert names(elsewhere)[0] == "linked/tp_1_results.json"
 
 
-def test_only_regular_files_are_read(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(analyze: Run, tmp_path: Path) -> None:
     """A pipe without a writer would never end."""
     save(tmp_path / "tp_1_results.json")
     os.mkfifo(tmp_path / "x.json")
-    command = [sys.executable, str(REPOSITORY / "analyze_results.py"), "--no-plots", "--input"]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=30)
+    done = analyze("--input", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    done = subprocess.run([*command, str(tmp_path / "x.json")], capture_output=True, text=True, timeout=30)
+    done = analyze("--input", tmp_path / "x.json")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: --input {tmp_path}/x.json: is no regular file and no folder")
 

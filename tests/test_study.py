@@ -14,14 +14,18 @@ from typing import Any
 
 import msgspec
 import pytest
+from test_launcher import Launcher
 
+import batch_inference_experiment
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.result_file import load_result, save_result
 from batch_inference.core.results import DeviceInfo, Environment, Result, StoredConfig
+from batch_inference.launch import running
 from batch_inference.measure import locks
 from batch_inference.measure.locks import LockedError, devices_in_use, holder_of, lock_of, locked
 from batch_inference.measure.study import choose, claimed
 from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment
+from in_process import called
 
 HERE = Environment(started_at="2026-01-02", versions={"vllm": "0.32.0"}, devices=[DeviceInfo(0, "NVIDIA H100")])
 
@@ -218,12 +222,13 @@ def test_devices_that_another_sweep_uses_are_said(tmp_path: Path, monkeypatch: p
 
 def test_two_scripts_at_once_never_write_one_file(tmp_path: Path) -> None:
     command = experiment_command(tmp_path, *SMALL_GRID)
-    environment = stub_environment(STUB_RUN_S="0.3")
-    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, cwd=tmp_path, env=stub_environment(), stderr=subprocess.PIPE, text=True)
     deadline_s = time.monotonic() + 20
     while not lock_of(tmp_path / "tp_1_results.json").exists() and time.monotonic() < deadline_s:
-        time.sleep(0.05)
-    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it measures for as long as the second looks
+    second = called(batch_inference_experiment.main, command[1:], tmp_path, stub_environment())
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert re.search(rf"error: --output-file .*: process {first.pid} on .* is measuring into it", second.stderr)
     assert first.wait(60) == 0
@@ -235,9 +240,8 @@ def test_two_seeds_in_one_folder_keep_a_file_each(tmp_path: Path) -> None:
     output = command.index("--output-file")
     del command[output : output + 2]
     for seed in ("0", "7", "0"):
-        done = subprocess.run(
-            [*command, "--seed", seed], cwd=tmp_path, env=stub_environment(), capture_output=True, text=True, timeout=60
-        )
+        words = [*command[1:], "--seed", seed]
+        done = called(batch_inference_experiment.main, words, tmp_path, stub_environment())
         assert done.returncode == 0, done.stderr
     assert "2 of 2 points are kept from experiment_results/tp_1_results.json" in " ".join(done.stderr.split())
     assert sorted(path.name for path in (tmp_path / "experiment_results").glob("*.json")) == [
@@ -245,6 +249,24 @@ def test_two_seeds_in_one_folder_keep_a_file_each(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_setting_that_another_program_measures_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holders = {"tp_1": ["process 7 on node-b"] * 3}  # one for each time that it is asked for
+    monkeypatch.setattr(running, "measured_by", lambda config: holders.get(config.name) and holders[config.name].pop())
+    monkeypatch.setattr(running, "POLL_S", 0.01)
+    launcher = Launcher(tmp_path)
+    done = launcher("tensor-parallel", DEVICES="2")
+    assert done.returncode == 0, done.stderr
+    assert launcher.names() == ["tp_2", "tp_1"]
+    assert done.stderr.splitlines()[:4] == [
+        "[1/4] tp_1: process 7 on node-b is measuring it; it is tried again at the end",
+        "[2/4] tp_2 -> experiment_results/tp_2_results.json",
+        "[3/4] tp_4 skipped: it needs 4 devices, there are 2 (gpu)",
+        "[4/4] tp_8 skipped: it needs 8 devices, there are 2 (gpu)",
+    ]
+    assert done.stderr.count("[1/4] tp_1 waits: process 7 on node-b is measuring it") == 1
+
+
+@pytest.mark.slow
 def test_two_launchers_share_a_folder(tmp_path: Path) -> None:
     """The second goes on to the next setting, and tries again at the end what the first is measuring."""
     flags = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--batch-sizes", "1,2", "--seq-lens", "8")

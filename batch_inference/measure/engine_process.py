@@ -238,10 +238,9 @@ class EngineProcess:
     def _group_is_empty(self, patience_s: float) -> bool:
         deadline_s = time.monotonic() + patience_s
         while True:
-            self._process.poll()  # reaps the leader, which otherwise stays in the group as a zombie
-            try:
-                os.killpg(self.pid, 0)
-            except ProcessLookupError:
+            self._process.poll()  # reaps the leader
+            # An orphan stays a zombie for long where the first process of a container reaps late, or never.
+            if not any(_is_alive(int(process.name)) for process in processes_of(self.pid)):
                 return True
             if time.monotonic() >= deadline_s:
                 return False

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from batch_inference.core.result_file import load_result
-from batch_inference.measure.leftovers import all_shared_memory
+from batch_inference.measure.leftovers import all_shared_memory, shared_memory_of
 from conftest import REPOSITORY, stub_environment, with_ctrl_c
 
 GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)}
@@ -57,6 +58,7 @@ class Sweep:
         self._shared_memory_before = all_shared_memory()
         self.moment_within_s, self.end_within_s = STUB_PATIENCE_S if stub else REAL_PATIENCE_S
         self._groups: set[int] = set()
+        self._is_stub = stub
         self._mark = f"FAULT_TEST={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
         variables = {"PYTHON": sys.executable, **variables}
@@ -118,7 +120,17 @@ class Sweep:
         return left
 
     def shared_memory_left(self) -> set[Path]:
-        return all_shared_memory() - self._shared_memory_before
+        """Of this sweep alone: others make such files too. Those of the stub have its mark in their names; of the real
+        vLLM's, those that no process of anybody else has mapped."""
+        new = all_shared_memory() - self._shared_memory_before
+        if self._is_stub:
+            return {file for file in new if self._mark.partition("=")[2] in file.name}
+        of_others: set[Path] = set()
+        for pid in psutil.pids():
+            with contextlib.suppress(ProcessLookupError):
+                if (group := os.getpgid(pid)) not in self._groups:
+                    of_others |= shared_memory_of(group)
+        return {file for file in new - of_others if file.exists()}
 
     def document(self) -> dict[str, Any] | None:
         if not self.file.exists():

@@ -87,7 +87,8 @@ class LLM:
         in_process = args.distributed_executor_backend == "external_launcher"
         self.core = None if in_process else subprocess.Popen(["VLLM::EngineCore", "3600"], executable="/bin/sleep")
         # Its processes talk through shared memory, whose owner removes it at an orderly end.
-        self.queue = SharedMemory(create=True, size=16)
+        mark = os.environ.get("FAULT_TEST")  # of the test whose sweep this is
+        self.queue = SharedMemory(f"psm_{mark}_{os.getpid()}" if mark else None, create=True, size=16)
         self.calls = 0
         self.llm_engine = SimpleNamespace(
             model_config=_ModelConfig(hf_text_config=HF_CONFIG),
