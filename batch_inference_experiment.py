@@ -52,11 +52,12 @@ class Surroundings:
 def main() -> int:
     secure_streams()
     remember(sys.argv[1:], os.environ)
-    place = find_place()
-    # torchrun ends the other ranks by SIGTERM, at once: they have nothing to save.
-    if place is None or place.leads:
-        end_in_order()
+    place = None
     try:
+        place = find_place()
+        # torchrun ends the other ranks by SIGTERM, at once: they have nothing to save.
+        if place is None or place.leads:
+            end_in_order()
         config, notes = parse_flags(sys.argv[1:])
         here = look_around(config, place)
         work = choose(config, here)

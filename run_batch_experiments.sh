@@ -125,7 +125,7 @@ find_checkout() {
 find_python() {
   python=${prefix}.venv/bin/python
   if [[ -n ${PYTHON:-} ]]; then
-    command -v "$PYTHON" >/dev/null || die "PYTHON: '$PYTHON' cannot be run; give the path of a Python that has vLLM"
+    command -v "$PYTHON" >/dev/null || die "PYTHON: ${PYTHON@Q} cannot be run; give the path of a Python that has vLLM"
     python=$PYTHON
   elif ! compgen -G "$checkout/.venv/.installed-*" >/dev/null; then
     if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

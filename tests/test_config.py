@@ -142,6 +142,12 @@ def test_vllm_takes_json_of_several_lines() -> None:
     assert parse_flags(words)[0].engine_args == words
 
 
+def test_a_number_of_vllm_that_cannot_be_meant_is_for_vllm_to_judge() -> None:
+    config, _ = parse_flags(["--block-size", "16", "--kv-cache-memory-bytes", "9" * 5000])
+    assert config.engine_number("--block-size") == 16
+    assert config.engine_number("--kv-cache-memory-bytes") is None
+
+
 def test_torchrun_knows_its_nodes_itself() -> None:
     flags = ["--distributed-executor-backend", "external_launcher", "--node-rank", "1", "--master-addr", "head"]
     assert parse_flags(flags)[0].node_rank == 1

@@ -212,6 +212,12 @@ def test_a_terminal_that_is_closed_hangs_up_twice(tmp_path: Path) -> None:
     assert not list(filter(is_running, engines))
 
 
+def test_variables_that_torchrun_did_not_set_are_named(experiment: Run) -> None:
+    done = experiment(RANK="x\x1b", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    assert done.stderr == "error: RANK: 'x\\x1b' is no number; torchrun sets it, unset it elsewhere\n"
+    assert done.returncode == 2
+
+
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     process, _ = hanging_script(tmp_path, "nohup")
     process.send_signal(signal.SIGHUP)

@@ -110,6 +110,14 @@ def test_the_user_may_insist_on_a_longer_model(tmp_path: Path, monkeypatch: pyte
     assert infeasible(ExperimentConfig(max_model_len=5000), facts(tmp_path), EIGHT_GPUS) is None
 
 
+@pytest.mark.parametrize("size", [0, -1, True, 10**300, "32", 1.5])
+def test_what_is_no_size_is_not_known(tmp_path: Path, size: object) -> None:
+    read = facts(tmp_path, num_hidden_layers=size)
+    assert read.num_layers is None
+    assert read.weights_gib(1, 1, "auto") is None
+    assert facts(tmp_path, num_attention_heads=2**30, head_dim=None).head_dim is None
+
+
 def test_a_hub_name_is_no_error_and_its_memory_is_unknown() -> None:
     assert read_model_facts("meta-llama/Llama-2-7b-chat-hf") is None
     lines = setting_plan(ExperimentConfig(), None, EIGHT_GPUS)

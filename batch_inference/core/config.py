@@ -35,6 +35,8 @@ from batch_inference.core.values import (
 
 # Fewer runs have an interval too, but one that is wide by chance alone.
 MIN_RUNS = 3
+# Of a number of vLLM's: bytes of any memory have fewer.
+_MOST_DIGITS = 18
 
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
 # The variable with what nodes prove to each other that they know.
@@ -215,9 +217,9 @@ class ExperimentConfig:
         return dict(itertools.pairwise(words)).get(flag)
 
     def engine_number(self, flag: str) -> int | None:
-        """The same, where it is a plain number."""
+        """The same, where it is a plain number that can be meant."""
         word = self.engine_word(flag)
-        return int(word) if word and word.isdecimal() else None
+        return int(word) if word and word.isdecimal() and len(word) <= _MOST_DIGITS else None
 
     def points(self) -> Iterator[tuple[int, int]]:
         """(batch_size, seq_len) of the grid, lengths outermost."""

@@ -15,6 +15,7 @@ from batch_inference.plan.devices import GIB
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Of vLLM's --kv-cache-dtype, beside the above, those that begin so take a byte; of others the size is not known.
 KV_BYTE = ("fp8", "int8")
+_LARGEST_SIZE = 2**40
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 
 
@@ -107,12 +108,17 @@ def _text_part(document: Any) -> dict[str, Any]:
     return part
 
 
+def _is_size(value: object) -> bool:
+    """Others, like 0 experts of a dense model or -1 for no limit, say that there is none."""
+    return type(value) is int and 1 <= value <= _LARGEST_SIZE
+
+
 def _facts_from(document: dict[str, Any], *, is_quantized: bool) -> ModelFacts:
     def number(*keys: str) -> int | None:
-        return next((document[key] for key in keys if isinstance(document.get(key), int)), None)
+        return next((document[key] for key in keys if _is_size(document.get(key))), None)
 
     heads, hidden = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
-    head_dim = number("head_dim") or (hidden // heads if hidden and heads else None)
+    head_dim = number("head_dim") or (hidden // heads or None if hidden and heads else None)
     return ModelFacts(
         num_layers=number("num_hidden_layers", "n_layer"),
         num_attention_heads=heads,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.text import quoted
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,13 @@ class Place:
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """None outside torchrun."""
+    """None outside torchrun. Raises ConfigError for variables that torchrun does not set so."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if any(name not in environment for name in names):
         return None
+    for name in names:
+        if not environment[name].isdecimal():
+            raise ConfigError(f"{name}: {quoted(environment[name])} is no number; torchrun sets it, unset it elsewhere")
     return Place(*(int(environment[name]) for name in names))
 
 

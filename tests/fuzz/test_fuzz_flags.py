@@ -58,6 +58,7 @@ TEXTS = [
 STRAY = [
     "stray", "--", "-", "-x", "-tp2", "-n 2", "--tensor_parallel_size 2", "--batch-size 1", "--batch-sizes 1 2 4",
     "--config x", "--enable-prefix-caching", "--load-format dummy", "--load-format=\x1b[31m", "--quantization",
+    "--block-size 0", f"--kv-cache-memory-bytes {'9' * 5000}", f"--block-size={'9' * 400}",
     "--hf-overrides {\n}", "--bogus\x07 1", "",
 ]  # fmt: skip
 
