@@ -578,7 +578,7 @@ def test_a_python_that_cannot_be_run_is_wrong_use(launcher: Launcher) -> None:
         line = f"set -o pipefail; {LAUNCHER} quickstart {redirection}"
         variables = {**launcher.environment, "PYTHON": "/no/such/python"}
         assert subprocess.run(["bash", "-c", line], env=variables, check=False).returncode == 2
-    done = launcher("quickstart", PYTHON="/no\x1b[31m\n")
+    done = launcher.as_program("quickstart", PYTHON="/no\x1b[31m\n")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert r"PYTHON: $'/no\E[31m\n' cannot be run" in done.stderr
 

@@ -36,6 +36,7 @@ GOOD = good_documents()
 (WHOLE,) = make_sweep([(4, 1, 1)], batch_sizes=(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS)
 def test_each_file_is_analysed_or_named(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = random.Random(number)
