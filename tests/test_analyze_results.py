@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import os
@@ -265,6 +266,18 @@ def test_foreign_keys_named_like_columns_of_ours_do_no_harm(analyze: Run, folder
     assert len(rows[0].split(",")) == len(set(rows[0].split(",")))
     assert rows[0].startswith("setting,group,")
     assert not [row for row in rows if row.startswith("foreign")]
+
+
+def test_a_text_of_any_length_leaves_a_table_that_can_be_read(analyze: Run, folder: Path) -> None:
+    document = json.loads((folder / "tp_2_results.json").read_text())
+    document["name"] = document["environment"]["host"] = "x" * 1_000_000
+    document["environment"]["versions"]["y" * 1_000_000] = "z" * 1_000_000
+    (folder / "long_results.json").write_text(json.dumps(document))
+    done = analyze("--input", folder, "--no-plots")
+    assert (done.returncode, done.stderr) == (0, "")
+    with (folder / "analysis" / "results.csv").open(newline="") as file:
+        assert {len(row["name"]) for row in csv.DictReader(file)} == {4, 32_000}
+    check_refused(analyze("--input", folder, "--no-plots", "--baseline", "tp_9"), "choose one of tp_1, tp_2, xxx")
 
 
 @pytest.mark.parametrize(("part", "name"), [("config", "pipeline_parallel_size"), ("engine", "tensor_parallel_size")])

@@ -477,22 +477,26 @@ def test_a_replica_sees_its_slice_of_the_devices(
     assert not any("VLLM_DP_RANK" in one for one in found)
 
 
-@pytest.mark.parametrize(("changes", "lead_s"), [({}, 0.02), ({"nnodes": 2, "tensor_parallel_size": 2}, 0.3)])
+@pytest.mark.parametrize(
+    ("changes", "lead_s"),
+    [({}, 0.0), ({"data_parallel_size": 2}, 0.02), ({"nnodes": 2, "tensor_parallel_size": 2}, 0.3)],
+)
 def test_the_common_start_leaves_time_for_every_replica_to_wait(
     changes: dict[str, Any], lead_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = LocalReplicas(ExperimentConfig(output_file=f"{tmp_path}/x.json", **changes), ONE_CORE)
-    made._processes = [SimpleNamespace(log_since=SimpleNamespace(compilations=lambda: 2))]  # type: ignore[list-item]
+    count = made._config.data_parallel_size
+    made._processes = [SimpleNamespace(log_since=SimpleNamespace(compilations=lambda: 2))] * count  # type: ignore[list-item]
     monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
     at_s: list[float | None] = []
 
     def answers(commands: list[Start], *_: Any) -> list[Done]:
         at_s.extend(command.at_s for command in commands)
-        return [timed(100.5, 1.0)]
+        return [timed(100.5, 1.0)] * len(commands)
 
     monkeypatch.setattr(made, "_all", answers)
-    (outcome,) = made.run()
-    assert at_s == [pytest.approx(100.0 + lead_s)]
+    outcome = made.run()[0]
+    assert at_s == [pytest.approx(100.0 + lead_s)] * count
     assert (outcome.start_s, outcome.end_s, outcome.jit_compilations) == (0.0, 1.0, 2)
 
 

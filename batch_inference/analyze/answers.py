@@ -105,7 +105,7 @@ def _check_mixed(points: pd.DataFrame, question: Question) -> None:
 def _check_baseline(points: pd.DataFrame, question: Question) -> None:
     names = list(map(str, points["setting"].cat.categories))
     if question.baseline is not None and question.baseline not in names:
-        asked, there = in_short(question.baseline), ", ".join(names[:10])
+        asked, there = in_short(question.baseline), ", ".join(map(in_short, names[:10]))
         raise QuestionError(f"--baseline {asked}: no such setting; choose one of {there}")
 
 

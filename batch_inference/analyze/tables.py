@@ -19,7 +19,7 @@ from batch_inference.core.result_file import load_result
 from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.secrets import redact, redact_text, redact_value
 from batch_inference.core.statistics import percentile
-from batch_inference.core.text import NO_REASON, plain
+from batch_inference.core.text import NO_REASON, plain, short_name
 
 Row = dict[str, Any]
 
@@ -36,6 +36,8 @@ TO_MENTION = (
 )  # fmt: skip
 # The durations that a limit can be set on.
 DURATIONS: dict[str, Callable[[Point], list[float]]] = {"latency": run_latencies_s, "ttft": ttfts_s, "tpot": tpots_s}
+# Characters; Excel takes 32,767.
+_LONGEST_CELL = 32_000
 # How a file is written is no setting, and a point has its own batch_size and seq_len.
 _NOT_IN_ROWS = {
     "output_dir", "output_file", "overwrite", "resume", "verbose", "dry_run", "devices", "batch_sizes", "seq_lens",
@@ -80,14 +82,14 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
     shared = _shared(result, result.engine)
     return MeasuredSetting(
         path=path,
-        file=(file := plain(path.relative_to(top) if top else path.name)),
-        name=plain(result.name),
+        file=(file := _cell(path.relative_to(top) if top else path.name)),
+        name=_cell(result.name),
         num_devices=result.num_devices,
         status=result.status,
         points_ok=sum(point.status == "ok" for point in result.points),
         grid=list(itertools.product(result.config.batch_sizes, result.config.seq_lens)),
         load_s=load_s,
-        failure=plain(redact_text(failure)) if result.status == "failed" else None,
+        failure=_cell(redact_text(failure)) if result.status == "failed" else None,
         shared=shared,
         # Lists of numbers go from process to process much faster than a dict for each point.
         columns={**_identity(file, result), **_numbers(result, percent), **_of_earlier_engines(result, shared)},
@@ -101,7 +103,7 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
     points, count = result.points, len(result.points)
     return {
         "file": [file] * count,
-        "name": [plain(result.name)] * count,
+        "name": [_cell(result.name)] * count,
         "batch_size": [point.batch_size for point in points],
         "seq_len": [point.seq_len for point in points],
         "max_tokens": [point.max_tokens for point in points],
@@ -141,7 +143,7 @@ def _of_earlier_engines(result: Result, shared: Row) -> dict[str, list[Any]]:
 def _shared(result: Result, engine: EngineInfo | None) -> Row:
     """What is alike for all points of an engine: settings and environment."""
     row = {**_settings(result, engine), **_environment(result)}
-    return {name: plain(value) if isinstance(value, str) else value for name, value in row.items()}
+    return {name: _cell(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def _settings(result: Result, engine: EngineInfo | None) -> Row:
@@ -192,7 +194,7 @@ def _environment(result: Result) -> Row:
         "device_memory_gib": _least(device.memory_gib for device in devices),
         "power_limit_w": _least(device.power_limit_w for device in devices),
         "vllm_version": vllm_version,
-        **{plain(f"{package}_version"): version for package, version in versions.items()},
+        **{_cell(f"{package}_version"): version for package, version in versions.items()},
     }
 
 
@@ -202,7 +204,12 @@ def percentile_column(prefix: str, percent: float) -> str:
 
 
 def _text(value: str | None) -> str | None:
-    return None if value is None else plain(value)
+    return None if value is None else _cell(value)
+
+
+def _cell(text: object) -> str:
+    """What a table can hold of it: readers of CSV give up at some length."""
+    return short_name(plain(text), _LONGEST_CELL)
 
 
 def _is_cell(value: object) -> bool:

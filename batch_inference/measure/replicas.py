@@ -48,7 +48,7 @@ from batch_inference.plan.place import Place
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Reply)
-# Long enough for every replica to be waiting when the common start comes.
+# Long enough for every replica to be waiting when the common start comes; one alone waits for nobody.
 START_LEAD_S = 0.02
 # Where workers read their own devices before they wait.
 LONG_START_LEAD_S = 0.3
@@ -119,13 +119,19 @@ class LocalReplicas:
         self._all([prompts] * len(self._processes), Ready)
 
     def run(self) -> list[Outcome]:
-        at_s = time.monotonic() + (LONG_START_LEAD_S if self._config.devices_elsewhere else START_LEAD_S)
+        at_s = time.monotonic() + self._lead_s()
         outcomes = [reply.outcome for reply in self._all([Start(at_s)] * len(self._processes), Done)]
         passed_s = time.monotonic() - at_s
         for outcome, process in zip(outcomes, self._processes, strict=True):
             outcome.jit_compilations, outcome.passed_s = process.log_since.compilations(), passed_s
         first_s = min(outcome.start_s for outcome in outcomes)
         return [_counted_from(first_s, outcome) for outcome in outcomes]
+
+    def _lead_s(self) -> float:
+        """How long before they start the replicas are told."""
+        if self._config.devices_elsewhere:
+            return LONG_START_LEAD_S
+        return START_LEAD_S if len(self._processes) > 1 else 0.0
 
     @property
     def can_restart(self) -> bool:
