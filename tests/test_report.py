@@ -441,7 +441,7 @@ def test_changes_are_counted_and_ordered_by_how_bad_they_are(report: Any) -> Non
     ]  # fmt: skip
     # 64 is new, and nobody asks for 128 any more.
     assert [line.split(" (")[0] for line in part.lines if " only in the " in line] == [
-        "1 points are only in the new results", "1 points are only in the earlier results",
+        "1 point is only in the new results", "1 point is only in the earlier results",
     ]  # fmt: skip
 
 

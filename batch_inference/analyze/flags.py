@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from batch_inference.core.secrets import redact_text
-from batch_inference.core.text import escaped, quoted
+from batch_inference.core.errors import CleanError
+from batch_inference.core.text import quoted
 from batch_inference.core.values import non_empty, path_text, plain_text, without_value
 
 DESCRIPTION = """\
@@ -35,15 +35,8 @@ exit codes:
 MOST = 1e9
 
 
-class UsageError(Exception):
-    """A mistake the user can fix: the message, in one line, names the flag, the value found, and what to do; no
-    secret."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(escaped(message))
-
-    def __str__(self) -> str:
-        return redact_text(super().__str__())
+class UsageError(CleanError):
+    """A mistake the user can fix: the message names the flag, the value found, and what to do."""
 
 
 class _Parser(argparse.ArgumentParser):

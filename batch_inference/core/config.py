@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from batch_inference.core.secrets import redact, redact_text, redact_value
-from batch_inference.core.text import escaped
+from batch_inference.core.errors import CleanError
+from batch_inference.core.secrets import redact, redact_value
 from batch_inference.core.values import (
     batch_sizes,
     device_count,
@@ -43,15 +43,8 @@ BACKENDS = ("mp", "ray", "external_launcher", "uni")
 MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
 
 
-class ConfigError(Exception):
-    """A mistake the user can fix: the message, in one line, names the flag, the value found, and what to do; no
-    secret."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(escaped(message))
-
-    def __str__(self) -> str:
-        return redact_text(super().__str__())
+class ConfigError(CleanError):
+    """A mistake the user can fix: the message names the flag, the value found, and what to do."""
 
 
 def _flag(

@@ -7,21 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from batch_inference.core.secrets import redact_text
-from batch_inference.core.text import escaped
+from batch_inference.core.errors import CleanError
 
 Phase = Literal["load", "run"]
 
 
-class WorkFailedError(Exception):
-    """Work that failed, with nothing wrong in how the program was used: the message is what the user reads, and holds
-    no secret."""
+class WorkFailedError(CleanError):
+    """Work that failed, with nothing wrong in how the program was used: the message is what the user reads."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__("\n".join(map(escaped, message.split("\n"))))
-
-    def __str__(self) -> str:
-        return redact_text(super().__str__())
+    HAS_LINES = True
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ class LogFollower:
 def _kept_words(config: ExperimentConfig, kept: Sequence[Point], total: int) -> str:
     suspect = sum(point.verdict == "suspect" for point in kept)
     doubt = f", {suspect} of them suspect" if suspect else ""
-    return f"{len(kept)} of {counted(total, 'point')} are kept from {config.output_path}{doubt}"
+    verb = "is" if len(kept) == 1 else "are"
+    return f"{len(kept)} of {counted(total, 'point')} {verb} kept from {config.output_path}{doubt}"
 
 
 def _shape(point: Point) -> str:
