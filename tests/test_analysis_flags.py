@@ -12,7 +12,12 @@ import pytest
 
 import analyze_results
 from batch_inference.analyze.compare import SetComparison
-from batch_inference.analyze.flags import names_of, not_negative, number, percentage, positive
+from batch_inference.analyze.flags import build_parser, names_of, not_negative, number, percentage, positive
+
+
+def test_the_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, build_parser().format_help().splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ report.md, results.csv, summary.json and plots."""
 EPILOG = """\
 examples:
   python analyze_results.py --input experiment_results
-  python analyze_results.py --input experiment_results --max-ttft-s 0.5 --device-hour-price 2.5
-  python analyze_results.py --input new_results --compare old_results --fail-on-regression 3
+  python analyze_results.py --input experiment_results --max-ttft-s 0.5
+  python analyze_results.py --input new --compare old --fail-on-regression 3
 
 exit codes:
-  0 everything was read   1 some files were not (they are named), or no point was
-  measured   2 wrong use   3 a regression, with --fail-on-regression
+  0 everything was read
+  1 some files were not (they are named), or no point was measured
+  2 wrong use   3 a regression, with --fail-on-regression
   129, 130, 143 interrupted"""
 
 
