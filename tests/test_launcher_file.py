@@ -332,6 +332,7 @@ def test_what_nohup_ignores_stays_ignored(launcher: Launcher) -> None:
     assert process.wait(timeout=5) == 143
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", "| head -n 1", "2>&1 | head -n 1"])
 def test_a_closed_terminal_or_pipe_costs_no_setting_and_no_traceback(launcher: Launcher, redirection: str) -> None:
     for words in ("--help", "custom TP=1 --dry-run", "custom TP=1", "custom TP=1 --pack"):
