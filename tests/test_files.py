@@ -131,6 +131,15 @@ def test_a_journal_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> 
     assert len(load_result(path).points) == 1
 
 
+@pytest.mark.parametrize("line", ["no JSON", "{}", "[" * 5000, "\x00"])
+def test_a_journal_that_is_none_is_named_and_not_the_file(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "x.json"
+    save_result(make_result(points=[make_point()]), path)
+    journal_of(path).write_text(f"{line}\n")
+    with pytest.raises(ResultFileError, match=r"x\.json\.journal: holds no points of x\.json .*; move it away$"):
+        load_result(path)
+
+
 def test_a_model_config_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ConfigError, match=r"config\.json cannot be read .*it is no regular file"):
