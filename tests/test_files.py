@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,9 +85,28 @@ def test_an_output_file_that_is_no_regular_file_is_wrong_use(special: Path, over
 
 def test_a_log_that_is_no_regular_file_is_wrong_use(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.log")
-    with pytest.raises(ConfigError, match="its log cannot be written: it is no regular file"):
+    with pytest.raises(ConfigError, match=r"x\.log cannot be written: it is no regular file"):
         check_writable_paths(ExperimentConfig(output_file=str(tmp_path / "x.json")))
     assert read_log_tail(tmp_path / "x.log") == []
+
+
+@pytest.mark.parametrize("name", ["x.log", "x.replica_1.log", "x.json.journal", ".x.json.lock"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself", "link into nowhere"])
+def test_what_stands_beside_a_result_and_cannot_be_written_is_named(tmp_path: Path, name: str, kind: str) -> None:
+    beside = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(beside)
+    elif kind == "folder":
+        beside.mkdir()
+    else:
+        beside.symlink_to(name if kind == "link to itself" else "no_folder/x")
+    config = ExperimentConfig(output_file=str(tmp_path / "x.json"), data_parallel_size=2)
+    before = os.lstat(beside)
+    wrong = rf"--output-file \S+: {re.escape(name)} cannot be written: "
+    with pytest.raises(ConfigError, match=wrong), claimed(config, make_result().environment):
+        pass
+    assert os.path.samestat(before, os.lstat(beside))
+    assert list(tmp_path.iterdir()) == [beside]
 
 
 def test_a_lock_that_is_no_lock_is_not_touched(tmp_path: Path) -> None:
@@ -94,7 +114,7 @@ def test_a_lock_that_is_no_lock_is_not_touched(tmp_path: Path) -> None:
     wanted.write_text("wanted")
     lock = lock_of(tmp_path / "x.json")
     lock.symlink_to(wanted)
-    with pytest.raises(OSError, match="Too many levels"), locked(lock, "x"):
+    with pytest.raises(OSError, match="it is a link"), locked(lock, "x"):
         pass
     lock.unlink()
     os.mkfifo(lock)
@@ -109,6 +129,15 @@ def test_a_journal_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> 
     save_result(make_result(points=[make_point()]), path)
     os.mkfifo(journal_of(path))
     assert len(load_result(path).points) == 1
+
+
+@pytest.mark.parametrize("line", ["no JSON", "{}", "[" * 5000, "\x00"])
+def test_a_journal_that_is_none_is_named_and_not_the_file(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "x.json"
+    save_result(make_result(points=[make_point()]), path)
+    journal_of(path).write_text(f"{line}\n")
+    with pytest.raises(ResultFileError, match=r"x\.json\.journal: holds no points of x\.json .*; move it away$"):
+        load_result(path)
 
 
 def test_a_model_config_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -157,6 +186,14 @@ def test_a_log_is_made_empty_but_not_through_a_link(tmp_path: Path) -> None:
     assert log.read_text() == "of an earlier sweep"
     empty_log(log)
     assert log.read_text() == ""
+
+
+def test_a_log_that_has_another_name_too_is_left_to_that(tmp_path: Path) -> None:
+    log, backup = tmp_path / "x.log", tmp_path / "backup.log"
+    log.write_text("of an earlier sweep")
+    backup.hardlink_to(log)
+    empty_log(log)
+    assert (log.read_text(), backup.read_text()) == ("", "of an earlier sweep")
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.html", "results.csv", "summary.json"])

@@ -22,6 +22,7 @@ from batch_inference.launch.jobs import Job
 from batch_inference.launch.packing import Packing, longest_first, on
 from batch_inference.launch.presets import Setting
 from batch_inference.launch.processes import Processes
+from batch_inference.measure.locks import lock_of, locked
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY, stub_environment
 
@@ -115,6 +116,18 @@ def test_one_whose_output_has_no_place_has_failed_and_the_others_go_on(
     jobs = [job(tmp_path / "taken", "bad"), job(tmp_path, "good", tp=4)]
     assert {one.name: code for one, code in Packing(jobs, FOUR, Processes()).run()} == {"bad": 1, "good": 0}
     assert f"error: {tmp_path}/taken/bad_results.txt: what bad prints cannot be written" in capsys.readouterr().err
+
+
+def test_two_launchers_print_into_files_of_their_own(tmp_path: Path) -> None:
+    one = job(tmp_path, "one")
+    with locked(lock_of(one.console_path), "the other launcher's"):
+        one.console_path.write_text("what the other prints")
+        assert list(Packing([one], FOUR, Processes()).run()) == [(one, 0)]
+    assert one.console_path.read_text() == "what the other prints"
+    assert "time" in json.loads((tmp_path / "one_results_2.txt").read_text())
+    assert list(Packing([one], FOUR, Processes()).run()) == [(one, 0)]
+    assert "time" in seen_by(one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one_results.txt", "one_results_2.txt"]
 
 
 def packed_study(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -117,6 +117,7 @@ LINES = (
     "download https://host/f?X-Amz-Credential={}&X-Amz-Signature={} failed",
     "export HF_TOKEN={}; vllm serve --api-key {} --port 1",
     "Password: {}",
+    "--compare https:/user:{}@host/x: does not exist",
     'config = {\\"token\\": \\"{}\\"}',
 )
 SENTENCES = (

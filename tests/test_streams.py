@@ -44,21 +44,31 @@ def shell(folder: Path, redirection: str, what: str = 'print_kept("x\\n" * 20_00
 
 @pytest.mark.parametrize(
     "redirection",
-    ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2>&1 | true", "2>&1 | head -n 1", "2>&1 >&- | true"],
+    ["<&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2>&1 | true", "2>&1 | head -n 1", "2>&1 >&- | true"],
 )
 def test_a_program_goes_on_to_its_end(tmp_path: Path, redirection: str) -> None:
     assert shell(tmp_path, redirection) == ""
 
 
-def test_what_is_not_shown_is_said_to_be_in_a_file(tmp_path: Path) -> None:
-    assert "note: standard output cannot be written: No space left on device; what it would have shown is in there" in (
-        shell(tmp_path, ">/dev/full").splitlines()
+NOWHERE = pytest.mark.parametrize(
+    ("redirection", "reason"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
+)
+
+
+@NOWHERE
+def test_what_is_not_shown_is_said_to_be_in_a_file(tmp_path: Path, redirection: str, reason: str) -> None:
+    assert f"note: standard output cannot be written: {reason}; what it would have shown is in there" in (
+        shell(tmp_path, redirection).splitlines()
     )
 
 
-def test_what_was_asked_for_and_cannot_be_shown_is_an_error(tmp_path: Path) -> None:
-    said = shell(tmp_path, ">/dev/full", 'assert show("x") == 1')
-    assert "error: standard output cannot be written: No space left on device" in said.splitlines()
+@NOWHERE
+def test_what_was_asked_for_and_cannot_be_shown_is_an_error(tmp_path: Path, redirection: str, reason: str) -> None:
+    said = shell(tmp_path, redirection, 'assert show("x") == 1')
+    assert f"error: standard output cannot be written: {reason}" in said.splitlines()
+
+
+def test_that_nobody_reads_to_the_end_is_no_error(tmp_path: Path) -> None:
     assert shell(tmp_path, "| true", 'assert show("x\\n" * 20_000) == 0') == ""
 
 

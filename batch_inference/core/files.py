@@ -39,6 +39,13 @@ def check_regular(path: Path) -> None:
             raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
 
 
+def check_no_link(path: Path) -> None:
+    """Likewise for what is ours alone: nobody has it lead elsewhere."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(path))
+    check_regular(path)
+
+
 def real(path: Path) -> Path:
     """Where links lead to: two names of one file are one file."""
     return Path(os.path.realpath(path))

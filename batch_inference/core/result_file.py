@@ -145,14 +145,21 @@ def journal_of(path: Path) -> Path:
 
 
 def _with_journal(result: Result, path: Path) -> Result:
-    """The file and its journal are one; a later point replaces an earlier one of the same key."""
+    """The file and its journal are one; a later point replaces an earlier one of the same key. Raises
+    ResultFileError."""
     try:
         first, *lines = read_regular(journal_of(path)).split(b"\n")[:-1]  # what has no end was cut short
     except (OSError, ValueError):
         return result
-    if msgspec.json.decode(first, type=JournalHead) == JournalHead(result.environment.started_at, len(result.points)):
-        new = {(point := msgspec.json.decode(line, type=Point)).key: point for line in lines}
-        result.points = [point for point in result.points if point.key not in new] + list(new.values())
+    try:
+        if msgspec.json.decode(first, type=JournalHead) == JournalHead(
+            result.environment.started_at, len(result.points)
+        ):
+            new = {(point := msgspec.json.decode(line, type=Point)).key: point for line in lines}
+            result.points = [point for point in result.points if point.key not in new] + list(new.values())
+    except (ValueError, RecursionError) as error:
+        # The file itself is whole, and not what is to be moved away.
+        raise ResultFileError(f"{journal_of(path)}: holds no points of {path.name} ({error}); move it away") from error
     return result
 
 

@@ -247,8 +247,10 @@ def _swapped_json(value: Any, swap: Swap, name: str | None = None) -> Any:
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
-# Between :// and @. A password may hold a slash; what looks like host:port does not begin one.
-_LOGIN = re.compile(r'(?<=://)(?:[^\s/?#"]+(?=@)|[^\s/?#@:\["]+:(?!\d{1,5}(?:[/?#]|$))[^\s"@]+(?=@))')
+# Between :// and @. A password may hold a slash; what looks like host:port does not begin one. A path has lost a slash.
+_LOGIN = re.compile(
+    r'(?<=://)(?:[^\s/?#"]+(?=@)|[^\s/?#@:\["]+:(?!\d{1,5}(?:[/?#]|$))[^\s"@]+(?=@))|(?<=:/)[^\s/?#@:"]+:[^\s/@"]+(?=@)'
+)
 _LOGIN_ALONE = re.compile(r"""(?<![\w/.:@<-])[\w.+-]+:[^\s:@/"',]+(?=@[\w\[])""")
 _IN_QUERY = re.compile(r"""([?&#;])([\w.~%-]+)=([^\s&#"']+)""")
 _BEARER = re.compile(r"""(?i)\b(bearer|basic)(\s+)([\w.~+/=-]{8,})""")

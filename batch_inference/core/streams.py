@@ -31,15 +31,17 @@ def secure_streams() -> None:
     Descriptors 0 to 2 that are closed are opened on /dev/null: the next pipe would be one of them otherwise, and a
     child would take it for its own standard input or output.
     """
+    closed = set()
     for number in range(3):
         with contextlib.suppress(OSError):
             os.fstat(number)
             continue
+        closed.add(number)
         # The lowest free number is taken, and those below are open.
         os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     codecs.register_error(_ERRORS, _shown_otherwise)
-    sys.stdout = _secured(1, sys.stdout)
-    sys.stderr = _secured(2, sys.stderr)
+    sys.stdout = _secured(1, sys.stdout, 1 in closed)
+    sys.stderr = _secured(2, sys.stderr, 2 in closed)
 
 
 def say(text: str = "") -> None:
@@ -90,13 +92,15 @@ class Output(io.FileIO):
             select.select([], [self], [])
 
 
-def _secured(number: int, stream: TextIO | None) -> TextIO:
+def _secured(number: int, stream: TextIO | None, is_closed: bool) -> TextIO:
     if stream is not None and not _is_at(number, stream):
         # Somebody has put another in its place, and knows why.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ERRORS)
         return stream
     raw = Output(number, "w", closefd=False)
+    if is_closed:
+        raw.problem = OSError(errno.EBADF, "it is closed")
     encoding = stream.encoding if stream else "utf-8"
     # Line by line wherever it goes: what is watched through a pipe or a file is seen at once.
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=_ERRORS, line_buffering=True)

@@ -1,21 +1,25 @@
 """Settings of a preset side by side, each on devices of its own: the launcher's --pack.
 
 The longest first, each as soon as enough devices are free. What a setting prints goes to NAME_results.txt beside its
-result file, and to standard error behind its name.
+result file (NAME_results_2.txt where another launcher uses that), and to standard error behind its name.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from subprocess import Popen
 
 from batch_inference.core.streams import say
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.processes import Processes
 from batch_inference.measure.console import LogFollower
+from batch_inference.measure.locks import LockedError, lock_of, locked
 from batch_inference.measure.logs import empty_log, open_log
 from batch_inference.plan.devices import Devices, cores_of
 
@@ -36,6 +40,11 @@ class _Running:
     devices: Devices
     process: Popen[bytes]
     follower: LogFollower
+    console: ExitStack  # holds the lock of what it prints into
+
+    def close(self) -> None:
+        self.follower.stop()
+        self.console.close()
 
 
 class Packing:
@@ -65,7 +74,7 @@ class Packing:
             yield from self._start_what_fits()
             time.sleep(LOOK_S)
             for one in [one for one in self._running if one.process.poll() is not None]:
-                one.follower.stop()
+                one.close()
                 self._running.remove(one)
                 self._free = sorted([*self._free, *one.devices.ids], key=self._devices.ids.index)
                 yield one.job, self._processes.ended(one.process)
@@ -88,20 +97,36 @@ class Packing:
 
     def _start(self, job: Job, devices: Devices) -> _Running:
         """Raises OSError."""
-        path = job.console_path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        empty_log(path)
-        follower = LogFollower(path, lambda line: say(f"{job.name}: {line}"))
+        with ExitStack() as held:
+            path = _own_console(job, held)
+            empty_log(path)
+            follower = LogFollower(path, lambda line: say(f"{job.name}: {line}"))
+            return _Running(job, devices, self._process_of(job, devices, path), follower, held.pop_all())
+
+    def _process_of(self, job: Job, devices: Devices, path: Path) -> Popen[bytes]:
+        """`path`: what it prints goes there."""
         allowed = os.sched_getaffinity(0)
         with open_log(path) as console:
             # A child inherits the cores: the front end of an engine on CPUs is not to disturb the other engines.
             if devices.kind == "cpu":
                 os.sched_setaffinity(0, {core for cores in devices.ids for core in cores_of(cores)})
             try:
-                process = self._processes.start(job.words, devices.environment(), console)
+                return self._processes.start(job.words, devices.environment(), console)
             finally:
                 os.sched_setaffinity(0, allowed)
-        return _Running(job, devices, process, follower)
+
+
+def _own_console(job: Job, held: ExitStack) -> Path:
+    """A file that no other launcher prints into while `held` is open. Raises OSError."""
+    path = job.console_path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(2):
+        try:
+            held.enter_context(locked(lock_of(path), f"{job.name}, what it prints"))
+            break
+        except LockedError:
+            path = job.console_path.with_stem(f"{job.console_path.stem}_{number}")
+    return path
 
 
 def on(devices: Devices) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.core.files import check_regular, open_regular, read_regular, real
+from batch_inference.core.files import check_no_link, open_regular, read_regular, real
 from batch_inference.core.results import DeviceInfo
 
 # Of a lock that does not say.
@@ -45,13 +45,15 @@ def locked(path: Path, purpose: str) -> Iterator[bool]:
         yield True
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()
+            # Of a folder that was replaced meanwhile, the lock there is another's.
+            if _is_at(path, file):
+                path.unlink()
         os.close(file)
 
 
 def _open_locked(path: Path) -> int | None:
     while True:
-        check_regular(path)
+        check_no_link(path)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _lock(file)
@@ -67,9 +69,14 @@ def _open_locked(path: Path) -> int | None:
             return None
         # Its last holder may have removed the file between the two calls.
         with contextlib.suppress(OSError):
-            if os.fstat(file).st_ino == path.stat().st_ino:
+            if _is_at(path, file):
                 return file
         os.close(file)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Raises OSError where nothing is there."""
+    return os.path.samestat(os.fstat(file), path.stat())
 
 
 def _lock(file: int) -> None:

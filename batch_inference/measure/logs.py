@@ -27,9 +27,14 @@ _OWNER_ALONE = 0o600
 @contextlib.contextmanager
 def open_log(path: Path, *, fresh: bool = False) -> Iterator[IO[bytes]]:
     """To go on with it, or empty; for this user alone to read, where its file system can tell people apart. One behind
-    a link is gone on with: it may lead to something that is wanted. Raises OSError for what is no regular file."""
+    a link is gone on with: it may lead to something that is wanted. One that has another name too, as in a backup by
+    hard links, is left to that, and begun anew. Raises OSError for what is no regular file."""
     check_regular(path)
-    mode = "wb" if fresh and not path.is_symlink() else "ab"
+    fresh = fresh and not path.is_symlink()
+    with contextlib.suppress(FileNotFoundError):
+        if fresh and path.stat().st_nlink > 1:
+            path.unlink()
+    mode = "wb" if fresh else "ab"
     with open(path, mode, opener=partial(os.open, mode=_OWNER_ALONE)) as log:
         # One that is there already may be readable by all, or be another's.
         with contextlib.suppress(OSError):

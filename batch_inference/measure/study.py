@@ -9,12 +9,12 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.files import check_writable, open_regular
-from batch_inference.core.result_file import Heading, read_heading
+from batch_inference.core.files import check_no_link, check_writable, open_regular
+from batch_inference.core.result_file import Heading, journal_of, read_heading
 from batch_inference.core.results import Environment
 from batch_inference.measure.engine_process import log_paths
 from batch_inference.measure.locks import LockedError, lock_of, locked, purpose_of
@@ -147,16 +147,29 @@ def _results_in(folder: Path) -> list[Path]:
 
 
 def check_writable_paths(config: ExperimentConfig) -> None:
-    """Try whether result and log can be written, and leave both as they are. Raises ConfigError."""
-    path = config.output_path
+    """Try whether result, log, journal and lock can be written, and leave all as they are. Raises ConfigError."""
+    path = checked = config.output_path
+    checks: list[tuple[Path, Callable[[Path], None]]] = [
+        (path, check_writable),
+        *((log, _check_log) for log in log_paths(config)),
+        (journal_of(path), check_no_link),
+        (lock_of(path), check_no_link),
+    ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(path)
-        for log in filter(Path.exists, log_paths(config)):
-            with open_regular(log, "ab"):
-                pass
+        for checked, check in checks:
+            check(checked)
     except OSError as error:
+        what = "it" if checked == path else checked.name
         raise ConfigError(
-            f"--output-file {path}: it or its log cannot be written: {error.strerror}; "
+            f"--output-file {path}: {what} cannot be written: {error.strerror}; "
             "give a file in a folder you may write to"
         ) from error
+
+
+def _check_log(path: Path) -> None:
+    if path.exists():
+        with open_regular(path, "ab"):
+            pass
+    else:  # a link may lead to where nothing can be made
+        check_writable(path)
