@@ -343,3 +343,8 @@ def test_what_nodes_disagree_on_is_told_in_short() -> None:
     assert long[0] == "m" * 200
     assert long[1].startswith("m" * 150 + " (")
     assert long[1] != long[2]
+
+
+def test_an_address_may_be_in_brackets() -> None:
+    words = ["--nnodes", "2", "-tp", "2", "--master-addr"]
+    assert [parse_flags([*words, text])[0].master_addr for text in ("[::1]", "::1", "head")] == ["::1", "::1", "head"]

@@ -158,6 +158,13 @@ def test_the_analysis_writes_its_files_as_if_somebody_read_it(
     assert (tmp_path / "in" / "analysis" / "report.html").is_file()
 
 
+@pytest.mark.parametrize("script", ["batch_inference_experiment.py", "analyze_results.py"])
+def test_help_that_cannot_be_shown_is_an_error(script: str) -> None:
+    line = f"{sys.executable} {REPOSITORY / script} --help >/dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
+
+
 @pytest.mark.slow
 def test_a_closing_table_in_ascii(in_shell: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     command = experiment_command(tmp_path, "--batch-sizes", "1", "--seq-lens", "16", "--max-tokens", "4")

@@ -7,9 +7,9 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from batch_inference.core.errors import CleanError
+from batch_inference.core.parser import Parser
 from batch_inference.core.text import quoted
 from batch_inference.core.values import non_empty, path_text, plain_text, without_value
 
@@ -40,11 +40,6 @@ class UsageError(CleanError):
     """A mistake the user can fix: the message names the flag, the value found, and what to do."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Raises UsageError naming the flag."""
     words = sys.argv[1:] if argv is None else argv
@@ -59,13 +54,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        usage="python analyze_results.py --input PATH [options]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "python analyze_results.py --input PATH [options]"
+    parser = Parser(UsageError, usage=usage, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add(
         "--input",

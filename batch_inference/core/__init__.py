@@ -2,6 +2,6 @@
 and what is a secret.
 
 Imports nothing else of this package, and everybody may import it. `config`, `errors`, `failures`,
-`files`, `kv_blocks`, `packages`, `secrets`, `signals`, `statistics`, `streams`, `text` and `values` need Python's own
-library alone, because --help and a plan answer before anything is installed.
+`files`, `kv_blocks`, `packages`, `parser`, `secrets`, `signals`, `statistics`, `streams`, `text` and `values` need
+Python's own library alone, because --help and a plan answer before anything is installed.
 """

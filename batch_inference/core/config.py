@@ -16,11 +16,11 @@ from batch_inference.core.values import (
     device_count,
     fraction,
     gib,
+    host,
     interval,
     name_text,
     node_number,
     path_text,
-    plain_text,
     port,
     prompt_lengths,
     request_count,
@@ -74,7 +74,7 @@ class ExperimentConfig:
     )
     nnodes: int = _flag(1, "nodes that TP x PP is spread over; run the same command on each", device_count)
     node_rank: int = _flag(0, "number of this node; node 0 writes the file", node_number, measured=False)
-    master_addr: str | None = _flag(None, "address of node 0, for --nnodes", plain_text, measured=False)
+    master_addr: str | None = _flag(None, "address of node 0, for --nnodes", host, measured=False)
     master_port: int = _flag(29500, "port of node 0; the next one must be free too", port, measured=False)
     batch_sizes: tuple[int, ...] = _flag(
         (1, 4, 8, 16), "requests handed to each replica at once", batch_sizes, measured=False

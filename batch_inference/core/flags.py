@@ -7,9 +7,10 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.parser import Parser
 from batch_inference.core.secrets import dashed_secret, left_placeholder
 from batch_inference.core.text import has_control, quoted
 from batch_inference.core.values import LONGEST_NAME_BYTES, one_of, without_value
@@ -52,11 +53,6 @@ OWNED_BY_US = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _argparse_type(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
     choices = field.metadata["options"].get("choices")
     parse = one_of(choices) if choices else field.metadata["parse"]
@@ -71,13 +67,8 @@ def _argparse_type(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        usage="python batch_inference_experiment.py [flags] [vLLM engine flags]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "python batch_inference_experiment.py [flags] [vLLM engine flags]"
+    parser = Parser(ConfigError, usage=usage, description=DESCRIPTION, epilog=EPILOG)
     for field in dataclasses.fields(ExperimentConfig):
         if "help" not in field.metadata:
             continue

@@ -135,6 +135,12 @@ def plain_text(text: str) -> str:
     return _no_control(text)
 
 
+def host(text: str) -> str:
+    """A name or an address; one of IPv6 may be in brackets, as in a URL."""
+    plain_text(text)
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
 def path_text(text: str) -> str:
     """Of a file or folder, which may hold bytes that are no text; or a hub name, which is written like one."""
     _no_control(text)
