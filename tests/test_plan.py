@@ -102,12 +102,17 @@ def test_stretched_positions_are_left_to_vllm(tmp_path: Path) -> None:
     assert facts(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4}).max_model_len is None
     assert facts(tmp_path, rope_parameters={"rope_type": "yarn", "factor": 4}).max_model_len is None
     assert facts(tmp_path, rope_scaling="dynamic").max_model_len is None
+    # Older files have another key for the same.
+    assert facts(tmp_path, rope_scaling={"type": "linear", "factor": 4}).max_model_len is None
     assert facts(tmp_path, rope_scaling={"rope_type": "llama3", "factor": 8}).max_model_len == 4096
 
 
-def test_the_user_may_insist_on_a_longer_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    assert infeasible(ExperimentConfig(max_model_len=5000), facts(tmp_path), EIGHT_GPUS) is None
+@pytest.mark.parametrize(("word", "may"), [("1", True), ("True", True), ("0", False), ("", False)])
+def test_the_user_may_insist_on_a_longer_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, may: bool
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", word)
+    assert (infeasible(ExperimentConfig(max_model_len=5000), facts(tmp_path), EIGHT_GPUS) is None) is may
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 10**300, "32", 1.5])
