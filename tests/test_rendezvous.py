@@ -286,6 +286,18 @@ def test_nonsense_is_no_message(noise: bytes, *, is_trusted: bool) -> None:
         near.close()
 
 
+def test_who_has_not_proved_to_be_one_of_us_may_not_say_much() -> None:
+    long = Answer("x" * 3000)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
+        connection = Connection(server.accept()[0])
+        near.sendall(msgspec.json.encode(long) + b"\n")
+        with pytest.raises(ValueError, match="too long"):
+            connection.receive(Decoder(Answer), 5)
+        connection.trust()
+        assert connection.receive(Decoder(Answer), 5) == long
+        connection.close()
+
+
 def test_arguments_are_compared_by_the_names_of_their_flags() -> None:
     ours = parse_flags(["--seed", "0", "--batch-sizes", "1,2", "--load-format", "dummy"])[0].arguments()
     assert other_arguments(parse_flags(["--batch-sizes", "1,2", "--load-format", "dummy"])[0].arguments(), ours) is None
