@@ -218,6 +218,16 @@ def test_variables_that_torchrun_did_not_set_are_named(experiment: Run) -> None:
     assert done.returncode == 2
 
 
+def test_one_rank_of_each_node_says_what_is_wrong(experiment: Run) -> None:
+    def told(rank: int, local_rank: int) -> str:
+        place = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": "2"}
+        done = experiment("--num-runs", "0", **place)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert [bool(told(*ranks)) for ranks in ((0, 0), (1, 1), (2, 0), (3, 1))] == [True, False, True, False]
+
+
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     process, _ = hanging_script(tmp_path, "nohup")
     process.send_signal(signal.SIGHUP)

@@ -82,6 +82,13 @@ def test_exit_codes_are_kept_and_what_is_printed_is_shown_behind_the_name(
     assert any(line.startswith('bad: {"gpus": "1"') for line in lines)
 
 
+def test_what_a_setting_printed_before_is_gone(tmp_path: Path) -> None:
+    again = job(tmp_path, "again")
+    again.console_path.write_text("of an earlier preset\n")
+    assert list(Packing([again], FOUR, Processes()).run()) == [(again, 0)]
+    assert again.console_path.read_text().startswith('{"gpus": ')
+
+
 def test_on_cpus_a_setting_has_cores_of_its_own_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
     allowed = os.sched_getaffinity(0)
     core = min(allowed)

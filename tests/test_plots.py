@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from batch_inference.analyze import plot_style, plots
 from batch_inference.analyze.answers import Group, Question, analyse
+from batch_inference.analyze.decide import GOALS
 from batch_inference.analyze.plot_style import NothingToShowError, looks, named, named_first
 from batch_inference.analyze.plots import PLOTS, write_plots
 from batch_inference.analyze.tables import load_setting
@@ -196,6 +197,8 @@ def test_the_front_is_a_line_through_the_points_that_nothing_beats(table: Any) -
     one = make_result("tp_1", [make_point(1, 8, [1.0]), make_point(4, 8, [2.0])])
     figure = plots.pareto(table([one, make_result("tp_2", [make_point(2, 8, [2.0])], (2, 1, 1))]))
     assert lines(figure.axes[0]) == [[(1.0, 32.0), (2.0, 64.0)]]
+    # Up to the latency of the next point nothing more is had than at this one.
+    assert "steps-post" in [line.get_drawstyle() for line in figure.axes[0].lines]
     marks = {(float(x), float(y)) for line in figure.axes[0].lines for x, y in line.get_xydata()}
     assert (2.0, 16.0) in marks
 
@@ -358,6 +361,10 @@ def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any)
     names = named(points)
     assert len(names) == plot_style.NAMED
     assert "tp_8_pp_4_dp_4" in names
+    # Of three goals at one length, the best of each.
+    for goal in GOALS[:3]:
+        ranked = points.sort_values(goal.column, ascending=goal.better == "lower", kind="stable")
+        assert ranked["setting"].iloc[0] in names
     look = looks(points)
     assert len({to_hex(look[name]["color"]) for name in names}) == plot_style.NAMED
     for draw in (plots.throughput, plots.latency, plots.pareto):

@@ -234,6 +234,13 @@ def test_where_the_devices_of_a_plan_are_is_said() -> None:
     assert "on each node, if all are like this one" in nodes_in_words(parse_options(["study", "--master-addr", "a"]))
 
 
+@pytest.mark.parametrize("given", [None, "4"])
+def test_torchrun_has_as_many_threads_as_the_user_says(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = job(Setting(2, 1, 1, torchrun=True)).words
+    assert words[:2] == (("env", "OMP_NUM_THREADS=1") if given is None else ("python3", "-m"))
+
+
 def test_a_plan_for_other_devices_is_no_part_of_the_commands() -> None:
     plain = job(Setting(1, 1, 1))
     assert not plain.config.dry_run
@@ -253,6 +260,8 @@ def test_the_plan_of_a_preset_counts_with_the_memory_that_is_given_or_here(monke
     assert given == pytest.approx(2 * here, rel=0.01)
     assert tokens("--dry-run", "--device-memory-gib", "80", here_gib=None) == given
     assert tokens(here_gib=None) is None
+    # vLLM counts in whole requests of the longest kind, and those in whole blocks.
+    assert tokens("--", "--max-model-len", "193", here_gib=40.0) < here
 
 
 def test_the_plan_says_who_starts_the_workers() -> None:

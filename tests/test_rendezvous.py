@@ -29,6 +29,7 @@ from batch_inference.measure.nodes import (
     call,
     disagreement,
     gather,
+    network_of,
     other_arguments,
 )
 
@@ -233,6 +234,40 @@ def test_a_name_that_leads_nowhere_is_said_at_once() -> None:
         patch.setattr(socket, "create_connection", no_such_host)
         problem = verdict_of(attend, "no-such-node", 29500, SECOND, time.monotonic() + 60)
     assert problem == "--master-addr no-such-node: nothing answers on port 29500 (Name or service not known)"
+
+
+def test_a_name_that_cannot_be_looked_up_just_now_is_looked_up_again() -> None:
+    errors = [socket.gaierror(socket.EAI_AGAIN, "not now"), socket.gaierror(socket.EAI_NONAME, "no such name")]
+
+    def no_such_host(*_: object, **__: object) -> None:
+        raise errors.pop(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "create_connection", no_such_host)
+        patch.setattr(nodes, "_CALL_AGAIN_S", 0.0)
+        problem = verdict_of(attend, "a", 29500, SECOND, time.monotonic() + 60)
+    assert problem == "--master-addr a: nothing answers on port 29500 (no such name)"
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        (("127.0.0.1", "10.0.0.1"), {"VLLM_HOST_IP": "10.0.0.1", "GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "eth7"}),
+        (("127.0.0.1",), {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "lo"}),
+        (("10.9.9.9",), {"VLLM_HOST_IP": "10.9.9.9"}),
+    ],
+)
+def test_the_network_is_the_one_that_other_machines_came_by(
+    own: tuple[str, ...], found: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interfaces = {"lo": ["127.0.0.1"], "eth7": ["fe80::1", "10.0.0.1"]}
+    there = {name: [SimpleNamespace(address=one) for one in addresses] for name, addresses in interfaces.items()}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: there)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    for name in ("VLLM_HOST_IP", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    connections: Any = [SimpleNamespace(own_address=address) for address in own]
+    assert network_of(connections) == found
 
 
 def test_two_messages_that_arrive_at_once_are_both_heard() -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import analyze_results
-from batch_inference.analyze.files import find_files
+from batch_inference.analyze.files import find_files, mark_of
 from batch_inference.analyze.flags import UsageError
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import Result
@@ -265,8 +265,10 @@ def test_plots_that_are_not_drawn_again_go_and_those_of_others_stay(tmp_path: Pa
     (analysis / "ttft.png").write_bytes(b"\x89PNG of another program")
     (analysis / "latency.svg").symlink_to(analysis / "throughput.svg")
     os.mkfifo(analysis / "energy.png")
+    (tmp_path / "tpot.png").write_text(mark_of(tmp_path / "tpot.png"))
+    (analysis / "tpot.png").symlink_to(tmp_path / "tpot.png")
     assert analyze_results.main(["--input", str(tmp_path), "--plots", "throughput"]) == 0
-    foreign = ["energy.png", "latency.svg", "mine.png", "ttft.png"]
+    foreign = ["energy.png", "latency.svg", "mine.png", "tpot.png", "ttft.png"]
     there = sorted(path.name for path in analysis.iterdir() if path.suffix in (".png", ".svg"))
     assert there == sorted([*foreign, "throughput.png", "throughput.svg"])
     assert analyze_results.main(["--input", str(tmp_path), "--no-plots"]) == 0

@@ -15,7 +15,7 @@ from batch_inference.analyze.compare import MEASURED, SIZES, SetComparison, base
 from batch_inference.analyze.decide import Choice
 from batch_inference.analyze.tables import GROUP_BY, believable, half_width
 from batch_inference.analyze.wording import SUSPECT_LINE, few, known, metric_text, suspect_mark, with_interval
-from batch_inference.core.text import short
+from batch_inference.core.text import counted, short
 
 # A table has as many rows at most; results.csv and summary.json have them all.
 ROW_LIMIT = 500
@@ -164,7 +164,7 @@ def _fastest_layouts(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """Which layout is the fastest how often: the answer in one line."""
     winners = Counter(_fastest(rows).values())
     shown = ", ".join(f"{name} at {count}" for name, count in winners.most_common(5))
-    return [("fastest", f"of {winners.total()} points: {shown}")]
+    return [("fastest", f"of {counted(winners.total(), 'point')}: {shown}")]
 
 
 def _layout_cell(row: Mapping[Hashable, Any]) -> str:
@@ -278,7 +278,8 @@ def _compare_notes(comparison: SetComparison) -> Iterator[str]:
         (comparison.repeated, "more than once in one of the sets, and left out"),
     ):
         if count:
-            yield f"{count} points are {what} (a point: name, sizes, batch and lengths)."
+            verb = "is" if count == 1 else "are"
+            yield f"{counted(count, 'point')} {verb} {what} (a point: name, sizes, batch and lengths)."
 
 
 def _change_row(row: Mapping[Hashable, Any]) -> list[str]:
