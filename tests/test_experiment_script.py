@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import batch_inference_experiment
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.model import read_model_facts
+from batch_inference_experiment import Surroundings, show_plan
 from conftest import (
     REPOSITORY,
     SMALL_GRID,
@@ -216,6 +221,22 @@ def test_variables_that_torchrun_did_not_set_are_named(experiment: Run) -> None:
     done = experiment(RANK="x\x1b", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     assert done.stderr == "error: RANK: 'x\\x1b' is no number; torchrun sets it, unset it elsewhere\n"
     assert done.returncode == 2
+
+
+def test_a_plan_counts_with_the_memory_that_is_given_before_that_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pool(given_gib: float | None) -> float:
+        model = str(REPOSITORY / "models" / "tiny-llama")
+        config = ExperimentConfig(model=model, seq_lens=(512,), device_memory_gib=given_gib)
+        here = Surroundings(read_model_facts(config.model), Devices("gpu", ("0",)), None, None)
+        assert show_plan(config, here) == 0
+        found = re.search(r"([0-9.]+) GiB are there for it", " ".join(capsys.readouterr().out.split()))
+        assert found
+        return float(found[1])
+
+    monkeypatch.setattr(batch_inference_experiment, "smallest_memory_gib", lambda _: 40.0)
+    assert (pool(None), pool(80.0)) == pytest.approx((32.0, 64.0), rel=0.01)
 
 
 def test_one_rank_of_each_node_says_what_is_wrong(experiment: Run) -> None:

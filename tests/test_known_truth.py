@@ -192,3 +192,12 @@ def test_a_point_that_the_baseline_has_at_one_of_both_batches_is_in_the_summary(
     analyze("--input", tmp_path)
     scaled = [row for row in summary(tmp_path)["groups"][0]["scaling"] if row["setting"] == "dp_2"]
     assert [(row["weak_speedup"], row["speedup"]) for row in scaled] == [(None, pytest.approx(1.0))]
+
+
+def test_every_value_of_the_summary_has_its_own_interval(analyze: Any, tmp_path: Path) -> None:
+    save_all([make_result("tp_1", [make_point(4, 512)])], tmp_path)
+    analyze("--input", tmp_path)
+    chosen = [choice["best"] for choice in summary(tmp_path)["groups"][0]["best"]]
+    assert len(chosen) == 3
+    # All go with the latency of the same runs: 1 s, give or take 2.5 %.
+    assert [one["ci95"] / one["value"] for one in chosen] == pytest.approx([0.02484] * 3, rel=0.01)

@@ -252,7 +252,10 @@ def test_a_name_that_cannot_be_looked_up_just_now_is_looked_up_again() -> None:
 @pytest.mark.parametrize(
     ("own", "found"),
     [
-        (("127.0.0.1", "10.0.0.1"), {"VLLM_HOST_IP": "10.0.0.1", "GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "eth7"}),
+        (
+            ("127.0.0.1", "10.0.0.1"),
+            {"VLLM_HOST_IP": "10.0.0.1", "GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "eth7"},
+        ),
         (("127.0.0.1",), {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "lo"}),
         (("10.9.9.9",), {"VLLM_HOST_IP": "10.9.9.9"}),
     ],

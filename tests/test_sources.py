@@ -257,6 +257,13 @@ def test_the_report_of_a_single_file_does_not_replace_that_of_its_folder(analyze
     assert len(find_files("--input", folder).paths) == 3
 
 
+def test_what_lies_where_the_analysis_goes_is_none_of_it(analyze: Run, tmp_path: Path) -> None:
+    save(tmp_path / "tp_1_results.json")
+    save(tmp_path / "out" / "tp_8_results.json")
+    assert "tp_8" in analyze("--input", tmp_path).stdout
+    assert "tp_8" not in analyze("--input", tmp_path, "--output-dir", tmp_path / "out").stdout
+
+
 def test_plots_that_are_not_drawn_again_go_and_those_of_others_stay(tmp_path: Path) -> None:
     save(tmp_path / "tp_1_results.json")
     analysis = tmp_path / "analysis"

@@ -9,11 +9,15 @@ import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
-from batch_inference.launch import together
-from batch_inference.launch.jobs import Job
+from batch_inference.launch import __main__ as launch
+from batch_inference.launch import meeting, together
+from batch_inference.launch.jobs import Here, Job
 from batch_inference.launch.meeting import Hello, Member, Met
+from batch_inference.launch.options import Options
 from batch_inference.launch.presets import Setting
+from batch_inference.launch.processes import Processes
 from batch_inference.launch.together import FOLLOWED_GRACE_S, GRACE_S, Ended, Leader, Next, Over, SettingOver
+from batch_inference.plan.devices import Devices
 
 SETTING = Setting(2, 1, 1, nodes=2)
 JOB = Job("tp_2", ("measure",), ExperimentConfig(tensor_parallel_size=2), SETTING)
@@ -139,3 +143,23 @@ def test_the_others_hear_how_node_0_ended(end: BaseException | None, said: Over)
     node_0.code = 0
     node_0.__exit__(type(end) if end else None, end, None)
     assert line.heard == [said]
+
+
+@pytest.mark.parametrize("problem", [None, "node 1 (b) is gone"])
+def test_a_preset_that_could_not_go_on_has_failed_on_every_node(
+    problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, none = Line(), SimpleNamespace()
+    node_0 = leader(Part(0), line)
+    node_0.problem = problem
+    monkeypatch.setattr(meeting, "introduction", lambda *_: None)
+    monkeypatch.setattr(meeting, "meet", lambda *_: SimpleNamespace(node=0))
+    monkeypatch.setattr(together, "Leader", lambda *_: node_0)
+    monkeypatch.setattr(launch, "plan_jobs", lambda *_: ([], []))
+    monkeypatch.setattr(launch, "run_jobs", lambda *_: None)
+    monkeypatch.setattr(launch, "close", lambda *_: 0)
+    preset: Any = none
+    options, here = Options(master_addr="a"), Here("python3", "")
+    code = launch.work_over_nodes(preset, options, here, Devices("gpu", ("0",)), Processes())
+    assert code == (1 if problem else 0)
+    assert line.heard == [Over(code, None)]
