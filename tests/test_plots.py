@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 from batch_inference.analyze import plot_style, plots
 from batch_inference.analyze.answers import Group, Question, analyse
-from batch_inference.analyze.decide import GOALS
 from batch_inference.analyze.plot_style import NothingToShowError, looks, named, named_first
 from batch_inference.analyze.plots import PLOTS, write_plots
 from batch_inference.analyze.tables import load_setting
@@ -361,10 +360,6 @@ def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any)
     names = named(points)
     assert len(names) == plot_style.NAMED
     assert "tp_8_pp_4_dp_4" in names
-    # Of three goals at one length, the best of each.
-    for goal in GOALS[:3]:
-        ranked = points.sort_values(goal.column, ascending=goal.better == "lower", kind="stable")
-        assert ranked["setting"].iloc[0] in names
     look = looks(points)
     assert len({to_hex(look[name]["color"]) for name in names}) == plot_style.NAMED
     for draw in (plots.throughput, plots.latency, plots.pareto):
@@ -377,6 +372,11 @@ def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any)
     low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
     others = points[~points["setting"].isin(names)]["latency_p50_s"]
     assert (low, high) == pytest.approx((others.min(), others.max()))
+
+
+def test_the_best_of_many_are_those_that_are_faster(table: Any) -> None:
+    points = table([make_result(f"s{latency_s:02}", [make_point(1, 8, [latency_s])]) for latency_s in range(1, 15)])
+    assert named(points) == [f"s{latency_s:02}" for latency_s in range(1, plot_style.NAMED + 1)]
 
 
 def test_of_many_lengths_some_are_drawn_and_that_is_said(table: Any) -> None:
