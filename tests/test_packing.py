@@ -270,3 +270,19 @@ def test_who_does_not_end_when_asked_to_is_killed(words: str, number: int) -> No
     assert process.wait() == -number
     processes.end(process, 60.0)  # it has ended
     os.close(reads)
+
+
+def test_a_setting_reads_nothing_of_what_the_user_types(tmp_path: Path) -> None:
+    kept, (reading, writing) = os.dup(0), os.pipe()
+    processes = Processes()
+    try:
+        os.dup2(reading, 0)
+        with (tmp_path / "seen").open("wb") as output:
+            process = processes.start(["readlink", "/proc/self/fd/0"], None, output)
+    finally:
+        os.dup2(kept, 0)
+        for descriptor in (kept, reading, writing):
+            os.close(descriptor)
+    process.wait(10)
+    assert processes.ended(process) == 0
+    assert (tmp_path / "seen").read_text() == "/dev/null\n"

@@ -458,3 +458,10 @@ def test_names_from_files_are_text_and_no_formula(tmp_path: Path, recwarn: pytes
     assert len(written) == 7
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message) or "legend" in str(warning.message)]
     assert mpl.rcParams["text.parse_math"] is True
+
+
+@pytest.mark.parametrize(("highest", "scale"), [(30.0, "linear"), (31.0, "log")])
+def test_values_far_apart_have_a_logarithmic_axis(highest: float, scale: str) -> None:
+    axes = Figure().add_subplot()
+    plot_style.value_axis(axes, 1.0, highest)
+    assert axes.get_yscale() == scale

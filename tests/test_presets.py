@@ -215,17 +215,23 @@ def test_a_setting_of_the_users_own_is_checked_word_by_word(words: list[str], sa
 def test_the_table_of_presets_is_read_line_by_line() -> None:
     lines = [
         ["preset", "study", "a comment"], ["setting", "TP=1"], ["setting", "TP=2", "--x"], ["flags", "--y", "1"],
-        ["preset", "quick", ""], ["demo"], ["preset", "custom", "own"], ["made_by", "custom"],
+        ["flags", "--z"], ["preset", "quick", ""], ["demo"], ["preset", "custom", "own"], ["made_by", "custom"],
     ]  # fmt: skip
     study, quick, custom = read_table("\x1e".join("".join(f"{word}\x1f" for word in line) for line in lines)).values()
     assert (study.name, study.comment, study.settings, study.flags) == (
-        "study", "a comment", [["TP=1"], ["TP=2", "--x"]], ["--y", "1"],
+        "study", "a comment", [["TP=1"], ["TP=2", "--x"]], ["--y", "1", "--z"],
     )  # fmt: skip
     assert (quick.is_demo, quick.folder, study.folder) == (True, "quick_results", None)
     assert custom.made_by == "custom"
     for wrong in ("preset\x1fa\x1fb\x1f\x1enothing\x1fx\x1f", "preset\x1fa\x1fb\x1f\x1emade_by\x1fx\x1f"):
         with pytest.raises(ConfigError, match=r"^preset a: "):
             read_table(wrong)
+
+
+def test_a_value_that_begins_with_a_dash_is_joined_with_its_option() -> None:
+    assert parse_options(["study", "--output-dir=-x"]).output_dir == "-x"
+    with pytest.raises(ConfigError, match="--output-dir: a value is needed"):
+        parse_options(["study", "--output-dir", "-x"])
 
 
 def test_where_the_devices_of_a_plan_are_is_said() -> None:

@@ -543,3 +543,7 @@ def test_a_plan_to_be_pasted_has_placeholders_and_says_so(tmp_path: Path) -> Non
     done = launch()
     assert done.returncode == 0, done.stderr
     assert not leaks(tmp_path, plan, pasted, wrong, done, launch("--dry-run"), launch("--pack", "--overwrite"))
+
+
+def test_what_torchrun_sets_for_its_own_is_not_told() -> None:
+    assert variables_kept({"TORCHELASTIC_RUN_ID": "x", "TORCH_OF_TOMORROW": "y"}) == {"TORCH_OF_TOMORROW": SET}
