@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -237,6 +239,27 @@ def test_a_plan_counts_with_the_memory_that_is_given_before_that_of_this_machine
 
     monkeypatch.setattr(batch_inference_experiment, "smallest_memory_gib", lambda _: 40.0)
     assert (pool(None), pool(80.0)) == pytest.approx((32.0, 64.0), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "model", "measured"),
+    [
+        ("float32", "tiny-llama", "float32"),
+        ("half", "tiny-llama", "float16"),
+        ("auto", "tiny-llama", "bfloat16"),
+        # Of a model that cannot be read from here it is not known.
+        ("auto", None, "bfloat16"),
+    ],
+)
+def test_peaks_are_measured_in_what_the_model_computes_in(
+    dtype: str, model: str | None, measured: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = read_model_facts(str(REPOSITORY / "models" / model)) if model else None
+    here = Surroundings(facts, Devices("cpu", ("0",)), None, None)
+    peaks: Any = SimpleNamespace()
+    monkeypatch.setattr("batch_inference.measure.peaks.measure_peaks", lambda devices, told: (peaks, devices, told))
+    config = ExperimentConfig(dtype=dtype)
+    assert batch_inference_experiment.measured_peaks(config, here) == (peaks, here.devices, measured)
 
 
 def test_one_rank_of_each_node_says_what_is_wrong(experiment: Run) -> None:

@@ -212,6 +212,10 @@ def test_names_cannot_inject_html_links_or_cells() -> None:
     assert text.endswith("tp_2")
 
 
+def test_markdown_shows_what_was_written() -> None:
+    assert escaped("a < b & c > d | e_f _g_") == "a &lt; b &amp; c &gt; d \\| e_f \\_g\\_"
+
+
 # --- the decision -------------------------------------------------------------------------------------------------
 
 NEAR = {"tp_2": [1.0, 1.02, 0.98], "pp_2": [1.03, 1.05, 1.01], "dp_2": [3.0, 3.02, 2.98]}
