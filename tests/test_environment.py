@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from batch_inference.measure import environment
-from batch_inference.measure.environment import collect_environment, installed_vllm
+from batch_inference.measure.environment import collect_environment, installed_vllm, python_path
 from batch_inference.plan.devices import Devices
+from conftest import REPOSITORY
 
 
 def test_how_gpus_are_linked_is_kept_as_plain_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +59,11 @@ def test_code_is_changed_where_a_file_of_the_checkout_is(tmp_path: Path, monkeyp
     assert (len(commit or ""), is_dirty) == (40, False)
     code.write_text("x = 2\n")
     assert environment._git_state() == (commit, True)
+
+
+@pytest.mark.parametrize(("theirs", "after_ours"), [(None, []), ("", []), ("/theirs:/more", ["/theirs", "/more"])])
+def test_our_processes_find_this_package_first_and_then_what_the_user_has(
+    theirs: str | None, after_ours: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", False) if theirs is None else monkeypatch.setenv("PYTHONPATH", theirs)
+    assert python_path().split(":") == [str(REPOSITORY), *after_ours]
