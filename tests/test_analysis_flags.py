@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import analyze_results
+from batch_inference.analyze import flags
 from batch_inference.analyze.compare import SetComparison
 from batch_inference.analyze.flags import build_parser, names_of, not_negative, number, percentage, positive
 
@@ -36,6 +37,11 @@ def test_bounds_are_allowed_or_not_as_they_say(
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
+
+
+def test_limits_are_at_percentile_99_unless_told_otherwise() -> None:
+    assert flags.parse(["--input", "x"]).slo_percentile == 99
+    assert flags.parse(["--input", "x", "--slo-percentile", "50"]).slo_percentile == 50
 
 
 def test_names_are_separated_by_commas() -> None:

@@ -248,6 +248,10 @@ def test_equal_settings_have_one_hash_however_they_are_written() -> None:
     assert ExperimentConfig(distributed_executor_backend="uni").settings_hash() == ExperimentConfig().settings_hash()
     many = ExperimentConfig(tensor_parallel_size=2)
     assert dataclasses.replace(many, distributed_executor_backend="mp").settings_hash() == many.settings_hash()
+    # A value may hold the sign that joins it with its flag.
+    words = "--hf-overrides", '{"rope_type": "a=b"}'
+    joined, apart = ExperimentConfig(engine_args=("=".join(words),)), ExperimentConfig(engine_args=words)
+    assert joined.settings_hash() == apart.settings_hash()
 
 
 @pytest.mark.parametrize(

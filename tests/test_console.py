@@ -185,3 +185,14 @@ def test_every_column_of_the_closing_table_shows_what_its_heading_says() -> None
     assert " ".join(head.split()) == "batch length tok/s latency s ± s TTFT s TPOT s GiB runs verdict"
     assert first.split() == ["2", "64", "21.33", "3.000", "2.484", "0.3750", "0.0524", "61.50", "3", "valid"]
     assert second.split() == ["4", "64", "oom"]
+
+
+def test_a_line_above_the_bar_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console()
+    console.start(ExperimentConfig(), 1, [])
+    console.note("vLLM says: --hf-token=hush-hush is wrong")
+    console.close()
+    assert "--hf-token=<hf_token> is wrong" in terminal.getvalue()
+    assert "hush-hush" not in terminal.getvalue()

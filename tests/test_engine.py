@@ -196,6 +196,13 @@ def test_over_nodes_vllm_has_the_port_after_that_on_which_they_meet() -> None:
 
 
 @pytest.mark.usefixtures("stub_vllm")
+def test_vllm_gets_a_model_of_the_home_folder_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for model, told in (("~/m", "/home/me/m"), ("org/name", "org/name"), ("./m", "./m")):
+        assert engine_settings(ExperimentConfig(model=model))["model"] == told
+
+
+@pytest.mark.usefixtures("stub_vllm")
 def test_what_would_spoil_a_measurement_is_off_and_what_it_needs_is_on() -> None:
     """Word by word, and not by the table itself: a cached prefix is not computed."""
     settings = engine_settings(ExperimentConfig(seed=7, trust_remote_code=True, enforce_eager=True))

@@ -761,10 +761,11 @@ def test_only_what_was_measured_and_is_believed_is_gone_on_with(config: Experime
         make_point(4, 8, verdict="invalid"),
         make_point(8, 8, status="error", verdict=None),
     ]
-    save_result(make_result(points=points, environment={"started_at": "then"}), config.output_path)
+    before = {"started_at": "then", "resumed_from": ["long ago"]}
+    save_result(make_result(points=points, environment=before), config.output_path)
     environment = Environment(started_at="now")
     assert [point.batch_size for point in starting_result(config, environment).points] == [1, 2]
-    assert environment.resumed_from == ["then"]
+    assert environment.resumed_from == ["long ago", "then"]
     assert starting_result(dataclasses.replace(config, overwrite=True), Environment()).points == []
 
 

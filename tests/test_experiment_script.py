@@ -11,9 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import batch_inference_experiment
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.model import read_model_facts
+from batch_inference_experiment import Surroundings, show_plan
 from conftest import (
     REPOSITORY,
     SMALL_GRID,
@@ -216,6 +223,53 @@ def test_variables_that_torchrun_did_not_set_are_named(experiment: Run) -> None:
     done = experiment(RANK="x\x1b", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     assert done.stderr == "error: RANK: 'x\\x1b' is no number; torchrun sets it, unset it elsewhere\n"
     assert done.returncode == 2
+
+
+def test_a_plan_counts_with_the_memory_that_is_given_before_that_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pool(given_gib: float | None) -> float:
+        model = str(REPOSITORY / "models" / "tiny-llama")
+        config = ExperimentConfig(model=model, seq_lens=(512,), device_memory_gib=given_gib)
+        here = Surroundings(read_model_facts(config.model), Devices("gpu", ("0",)), None, None)
+        assert show_plan(config, here) == 0
+        found = re.search(r"([0-9.]+) GiB are there for it", " ".join(capsys.readouterr().out.split()))
+        assert found
+        return float(found[1])
+
+    monkeypatch.setattr(batch_inference_experiment, "smallest_memory_gib", lambda _: 40.0)
+    assert (pool(None), pool(80.0)) == pytest.approx((32.0, 64.0), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "model", "measured"),
+    [
+        ("float32", "tiny-llama", "float32"),
+        ("half", "tiny-llama", "float16"),
+        ("auto", "tiny-llama", "bfloat16"),
+        # Of a model that cannot be read from here it is not known.
+        ("auto", None, "bfloat16"),
+    ],
+)
+def test_peaks_are_measured_in_what_the_model_computes_in(
+    dtype: str, model: str | None, measured: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = read_model_facts(str(REPOSITORY / "models" / model)) if model else None
+    here = Surroundings(facts, Devices("cpu", ("0",)), None, None)
+    peaks: Any = SimpleNamespace()
+    monkeypatch.setattr("batch_inference.measure.peaks.measure_peaks", lambda devices, told: (peaks, devices, told))
+    config = ExperimentConfig(dtype=dtype)
+    assert batch_inference_experiment.measured_peaks(config, here) == (peaks, here.devices, measured)
+
+
+def test_one_rank_of_each_node_says_what_is_wrong(experiment: Run) -> None:
+    def told(rank: int, local_rank: int) -> str:
+        place = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": "2"}
+        done = experiment("--num-runs", "0", **place)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert [bool(told(*ranks)) for ranks in ((0, 0), (1, 1), (2, 0), (3, 1))] == [True, False, True, False]
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from batch_inference.core.config import ConfigError
 from batch_inference.core.results import Clocks
 from batch_inference.measure import hardware
-from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, Reading, Seen, clocks_of, drawn_j
+from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, Reading, Seen, clocks_of, drawn_j, joined
 from batch_inference.plan import devices as plan_devices
 from batch_inference.plan.devices import Devices, find_devices, find_nvml, smallest_memory_gib
 
@@ -321,6 +321,11 @@ def test_neighbours_that_nvml_does_not_tell_of_are_unknown_and_not_none(
 )
 def test_neighbours_of_all_devices_are_added_up(counted: list[int | None], together: int | None) -> None:
     assert clocks_of(Reading("device", [1.0], [None], counted), Seen()).other_processes == together
+
+
+def test_readings_of_several_workers_are_one() -> None:
+    one, two = Reading("device", [1.0], [10.0], [0]), Reading("device", [2.0, 3.0], [None, 20.0], [2, None])
+    assert joined([one, two]) == Reading("device", [1.0, 2.0, 3.0], [10.0, None, 20.0], [0, 2, None])
 
 
 @pytest.mark.parametrize(

@@ -184,3 +184,20 @@ def test_the_summary_for_scripts_is_strict_json_without_numbers_that_are_none(an
     assert [setting["status"] for setting in found["settings"]] == ["failed", "complete"]
     assert len(found["unreadable"]) == 1
     assert found["groups"][0]["best"][0]["best"]["ci95"] is None
+
+
+def test_a_point_that_the_baseline_has_at_one_of_both_batches_is_in_the_summary(analyze: Any, tmp_path: Path) -> None:
+    two = make_result("dp_2", [make_point(2, 512, replicas=2)], (1, 1, 2))
+    save_all([make_result("tp_1", [make_point(4, 512)]), two], tmp_path)
+    analyze("--input", tmp_path)
+    scaled = [row for row in summary(tmp_path)["groups"][0]["scaling"] if row["setting"] == "dp_2"]
+    assert [(row["weak_speedup"], row["speedup"]) for row in scaled] == [(None, pytest.approx(1.0))]
+
+
+def test_every_value_of_the_summary_has_its_own_interval(analyze: Any, tmp_path: Path) -> None:
+    save_all([make_result("tp_1", [make_point(4, 512)])], tmp_path)
+    analyze("--input", tmp_path)
+    chosen = [choice["best"] for choice in summary(tmp_path)["groups"][0]["best"]]
+    assert len(chosen) == 3
+    # All go with the latency of the same runs: 1 s, give or take 2.5 %.
+    assert [one["ci95"] / one["value"] for one in chosen] == pytest.approx([0.02484] * 3, rel=0.01)

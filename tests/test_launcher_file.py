@@ -219,6 +219,13 @@ def test_help_plan_and_wrong_use_need_pythons_own_library_alone(launcher: Launch
     assert done.returncode == (2 if words == ("--nope",) else 0), done.stderr
 
 
+def test_what_the_user_has_python_find_stays_found(launcher: Launcher) -> None:
+    python = Path(launcher.environment["PYTHON"])
+    python.write_text('#!/bin/sh\nprintf %s "$PYTHONPATH"\n')
+    for theirs, whole in (("/theirs:/more", f"{REPOSITORY}:/theirs:/more"), ("", str(REPOSITORY))):
+        assert launcher.as_program("--help", PYTHONPATH=theirs).stdout == whole
+
+
 SETUP = """\
 #!/usr/bin/env bash
 echo "setup" >>"$CALLS"

@@ -395,6 +395,15 @@ def test_what_is_compared_is_what_was_asked_whatever_the_words() -> None:
         assert told(*words) != base
 
 
+def test_this_machine_needs_no_look_up_of_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such_name(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "x")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
+    assert owns("localhost", set(), "a")
+    assert owns("LOCALHOST", set(), "a")
+
+
 @pytest.mark.parametrize("asked", ["SLURM_NODEID", "--node-rank"])
 def test_a_number_that_is_given_is_taken(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["mine", "--master-addr", "a"]
@@ -407,3 +416,8 @@ def test_a_number_that_is_given_is_taken(asked: str, monkeypatch: pytest.MonkeyP
     assert parse_options(words).node_rank == 3
     with pytest.raises(ConfigError, match="--nnodes 2 goes up to 1"):
         parse_options([*words, "--nnodes", "2"])
+
+
+def test_a_number_that_is_given_is_worth_more_than_that_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NODEID", "3")
+    assert parse_options(["mine", "--master-addr", "a", "--node-rank", "1"]).node_rank == 1

@@ -83,6 +83,13 @@ def test_exit_codes_are_kept_and_what_is_printed_is_shown_behind_the_name(
     assert any(line.startswith('bad: {"gpus": "1"') for line in lines)
 
 
+def test_what_a_setting_printed_before_is_gone(tmp_path: Path) -> None:
+    again = job(tmp_path, "again")
+    again.console_path.write_text("of an earlier preset\n")
+    assert list(Packing([again], FOUR, Processes()).run()) == [(again, 0)]
+    assert again.console_path.read_text().startswith('{"gpus": ')
+
+
 def test_on_cpus_a_setting_has_cores_of_its_own_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
     allowed = os.sched_getaffinity(0)
     core = min(allowed)
@@ -276,3 +283,19 @@ def test_who_does_not_end_when_asked_to_is_killed(words: str, number: int) -> No
     assert process.wait() == -number
     processes.end(process, 60.0)  # it has ended
     os.close(reads)
+
+
+def test_a_setting_reads_nothing_of_what_the_user_types(tmp_path: Path) -> None:
+    kept, (reading, writing) = os.dup(0), os.pipe()
+    processes = Processes()
+    try:
+        os.dup2(reading, 0)
+        with (tmp_path / "seen").open("wb") as output:
+            process = processes.start(["readlink", "/proc/self/fd/0"], None, output)
+    finally:
+        os.dup2(kept, 0)
+        for descriptor in (kept, reading, writing):
+            os.close(descriptor)
+    process.wait(10)
+    assert processes.ended(process) == 0
+    assert (tmp_path / "seen").read_text() == "/dev/null\n"

@@ -102,12 +102,17 @@ def test_stretched_positions_are_left_to_vllm(tmp_path: Path) -> None:
     assert facts(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4}).max_model_len is None
     assert facts(tmp_path, rope_parameters={"rope_type": "yarn", "factor": 4}).max_model_len is None
     assert facts(tmp_path, rope_scaling="dynamic").max_model_len is None
+    # Older files have another key for the same.
+    assert facts(tmp_path, rope_scaling={"type": "linear", "factor": 4}).max_model_len is None
     assert facts(tmp_path, rope_scaling={"rope_type": "llama3", "factor": 8}).max_model_len == 4096
 
 
-def test_the_user_may_insist_on_a_longer_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    assert infeasible(ExperimentConfig(max_model_len=5000), facts(tmp_path), EIGHT_GPUS) is None
+@pytest.mark.parametrize(("word", "may"), [("1", True), ("True", True), ("0", False), ("", False)])
+def test_the_user_may_insist_on_a_longer_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, may: bool
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", word)
+    assert (infeasible(ExperimentConfig(max_model_len=5000), facts(tmp_path), EIGHT_GPUS) is None) is may
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 10**300, "32", 1.5])
@@ -173,6 +178,17 @@ def plan(config: ExperimentConfig, read: ModelFacts | None, memory_gib: float | 
     return " ".join(" ".join(setting_plan(config, read, EIGHT_GPUS, memory_gib)).split())
 
 
+def test_the_plan_divides_the_weights_as_vllm_does(tmp_path: Path) -> None:
+    """By PP a stage has a whole embedding, by TP a part of it."""
+    read = facts(tmp_path)
+    by = [
+        memory_plan(ExperimentConfig(**{size: 4}), read, EIGHT_GPUS, None)
+        for size in ("tensor_parallel_size", "pipeline_parallel_size")
+    ]
+    assert [one and one.weights_gib for one in by] == [read.weights_gib(4, 1, "auto"), read.weights_gib(1, 4, "auto")]
+    assert by[0] != by[1]
+
+
 def test_the_plan_says_how_many_requests_fit_in_one_wave(tmp_path: Path) -> None:
     config = ExperimentConfig(seq_lens=(512, 2048))
     # 80 GiB x 0.8 - 12.55 GiB of weights, at 512 KiB per token
@@ -197,7 +213,11 @@ def test_the_plan_counts_a_byte_for_each_key_and_value_of_an_fp8_cache(tmp_path:
 
 def test_the_memory_of_a_quantized_model_is_unknown(tmp_path: Path) -> None:
     quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
-    for read in (facts(tmp_path, **quantized), facts(tmp_path, text_config={**LLAMA_2_7B, **quantized})):
+    for read in (
+        facts(tmp_path, **quantized),
+        facts(tmp_path, text_config={**LLAMA_2_7B, **quantized}),
+        facts(tmp_path, text_config=LLAMA_2_7B, **quantized),
+    ):
         assert "memory unknown for a quantized model" in plan(ExperimentConfig(), read, 80.0)
     for words in (("--quantization", "fp8"), ("-q", "fp8"), ("--quantization=fp8",), ("--kv-cache-dtype", "nvfp4")):
         assert "memory unknown for" in plan(ExperimentConfig(engine_args=words), facts(tmp_path), 80.0)

@@ -196,6 +196,8 @@ def test_the_front_is_a_line_through_the_points_that_nothing_beats(table: Any) -
     one = make_result("tp_1", [make_point(1, 8, [1.0]), make_point(4, 8, [2.0])])
     figure = plots.pareto(table([one, make_result("tp_2", [make_point(2, 8, [2.0])], (2, 1, 1))]))
     assert lines(figure.axes[0]) == [[(1.0, 32.0), (2.0, 64.0)]]
+    # Up to the latency of the next point nothing more is had than at this one.
+    assert "steps-post" in [line.get_drawstyle() for line in figure.axes[0].lines]
     marks = {(float(x), float(y)) for line in figure.axes[0].lines for x, y in line.get_xydata()}
     assert (2.0, 16.0) in marks
 
@@ -372,6 +374,11 @@ def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any)
     assert (low, high) == pytest.approx((others.min(), others.max()))
 
 
+def test_the_best_of_many_are_those_that_are_faster(table: Any) -> None:
+    points = table([make_result(f"s{latency_s:02}", [make_point(1, 8, [latency_s])]) for latency_s in range(1, 15)])
+    assert named(points) == [f"s{latency_s:02}" for latency_s in range(1, plot_style.NAMED + 1)]
+
+
 def test_of_many_lengths_some_are_drawn_and_that_is_said(table: Any) -> None:
     figure = plots.throughput(table(make_sweep(SETTINGS[:1], batch_sizes=(1, 2), seq_lens=range(8, 48))))
     assert len(figure.axes) == plot_style.FACETS
@@ -451,3 +458,10 @@ def test_names_from_files_are_text_and_no_formula(tmp_path: Path, recwarn: pytes
     assert len(written) == 7
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message) or "legend" in str(warning.message)]
     assert mpl.rcParams["text.parse_math"] is True
+
+
+@pytest.mark.parametrize(("highest", "scale"), [(30.0, "linear"), (31.0, "log")])
+def test_values_far_apart_have_a_logarithmic_axis(highest: float, scale: str) -> None:
+    axes = Figure().add_subplot()
+    plot_style.value_axis(axes, 1.0, highest)
+    assert axes.get_yscale() == scale

@@ -215,11 +215,11 @@ def test_a_setting_of_the_users_own_is_checked_word_by_word(words: list[str], sa
 def test_the_table_of_presets_is_read_line_by_line() -> None:
     lines = [
         ["preset", "study", "a comment"], ["setting", "TP=1"], ["setting", "TP=2", "--x"], ["flags", "--y", "1"],
-        ["preset", "quick", ""], ["demo"], ["preset", "custom", "own"], ["made_by", "custom"],
+        ["flags", "--z"], ["preset", "quick", ""], ["demo"], ["preset", "custom", "own"], ["made_by", "custom"],
     ]  # fmt: skip
     study, quick, custom = read_table("\x1e".join("".join(f"{word}\x1f" for word in line) for line in lines)).values()
     assert (study.name, study.comment, study.settings, study.flags) == (
-        "study", "a comment", [["TP=1"], ["TP=2", "--x"]], ["--y", "1"],
+        "study", "a comment", [["TP=1"], ["TP=2", "--x"]], ["--y", "1", "--z"],
     )  # fmt: skip
     assert (quick.is_demo, quick.folder, study.folder) == (True, "quick_results", None)
     assert custom.made_by == "custom"
@@ -228,10 +228,23 @@ def test_the_table_of_presets_is_read_line_by_line() -> None:
             read_table(wrong)
 
 
+def test_a_value_that_begins_with_a_dash_is_joined_with_its_option() -> None:
+    assert parse_options(["study", "--output-dir=-x"]).output_dir == "-x"
+    with pytest.raises(ConfigError, match="--output-dir: a value is needed"):
+        parse_options(["study", "--output-dir", "-x"])
+
+
 def test_where_the_devices_of_a_plan_are_is_said() -> None:
     assert nodes_in_words(parse_options(["study"])) == ""
     assert nodes_in_words(parse_options(["study", "--nnodes", "2", "--master-addr", "a"])) == " on each of 2 nodes"
     assert "on each node, if all are like this one" in nodes_in_words(parse_options(["study", "--master-addr", "a"]))
+
+
+@pytest.mark.parametrize("given", [None, "4"])
+def test_torchrun_has_as_many_threads_as_the_user_says(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = job(Setting(2, 1, 1, torchrun=True)).words
+    assert words[:2] == (("env", "OMP_NUM_THREADS=1") if given is None else ("python3", "-m"))
 
 
 def test_a_plan_for_other_devices_is_no_part_of_the_commands() -> None:
@@ -253,6 +266,8 @@ def test_the_plan_of_a_preset_counts_with_the_memory_that_is_given_or_here(monke
     assert given == pytest.approx(2 * here, rel=0.01)
     assert tokens("--dry-run", "--device-memory-gib", "80", here_gib=None) == given
     assert tokens(here_gib=None) is None
+    # vLLM counts in whole requests of the longest kind, and those in whole blocks.
+    assert tokens("--", "--max-model-len", "193", here_gib=40.0) < here
 
 
 def test_the_plan_says_who_starts_the_workers() -> None:

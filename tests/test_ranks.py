@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -139,3 +140,6 @@ def test_torchrun_and_its_backend_belong_together(backend: str, place: Place | N
         return
     with pytest.raises(ConfigError, match=said):
         check_place(config, place)
+    # A plan for torchrun needs none.
+    if place is None:
+        check_place(dataclasses.replace(config, dry_run=True), None)

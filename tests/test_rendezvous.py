@@ -29,6 +29,7 @@ from batch_inference.measure.nodes import (
     call,
     disagreement,
     gather,
+    network_of,
     other_arguments,
 )
 
@@ -235,6 +236,43 @@ def test_a_name_that_leads_nowhere_is_said_at_once() -> None:
     assert problem == "--master-addr no-such-node: nothing answers on port 29500 (Name or service not known)"
 
 
+def test_a_name_that_cannot_be_looked_up_just_now_is_looked_up_again() -> None:
+    errors = [socket.gaierror(socket.EAI_AGAIN, "not now"), socket.gaierror(socket.EAI_NONAME, "no such name")]
+
+    def no_such_host(*_: object, **__: object) -> None:
+        raise errors.pop(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "create_connection", no_such_host)
+        patch.setattr(nodes, "_CALL_AGAIN_S", 0.0)
+        problem = verdict_of(attend, "a", 29500, SECOND, time.monotonic() + 60)
+    assert problem == "--master-addr a: nothing answers on port 29500 (no such name)"
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        (
+            ("127.0.0.1", "10.0.0.1"),
+            {"VLLM_HOST_IP": "10.0.0.1", "GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "eth7"},
+        ),
+        (("127.0.0.1",), {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "lo"}),
+        (("10.9.9.9",), {"VLLM_HOST_IP": "10.9.9.9"}),
+    ],
+)
+def test_the_network_is_the_one_that_other_machines_came_by(
+    own: tuple[str, ...], found: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interfaces = {"lo": ["127.0.0.1"], "eth7": ["fe80::1", "10.0.0.1"]}
+    there = {name: [SimpleNamespace(address=one) for one in addresses] for name, addresses in interfaces.items()}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: there)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    for name in ("VLLM_HOST_IP", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    connections: Any = [SimpleNamespace(own_address=address) for address in own]
+    assert network_of(connections) == found
+
+
 def test_two_messages_that_arrive_at_once_are_both_heard() -> None:
     messages = (Answer(None), Dismissal(failed=False))
     for _ in range(100):
@@ -284,6 +322,18 @@ def test_nonsense_is_no_message(noise: bytes, *, is_trusted: bool) -> None:
         with contextlib.suppress(OSError):
             sending.result()
         near.close()
+
+
+def test_who_has_not_proved_to_be_one_of_us_may_not_say_much() -> None:
+    long = Answer("x" * 3000)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
+        connection = Connection(server.accept()[0])
+        near.sendall(msgspec.json.encode(long) + b"\n")
+        with pytest.raises(ValueError, match="too long"):
+            connection.receive(Decoder(Answer), 5)
+        connection.trust()
+        assert connection.receive(Decoder(Answer), 5) == long
+        connection.close()
 
 
 def test_arguments_are_compared_by_the_names_of_their_flags() -> None:

@@ -733,3 +733,11 @@ def test_ranks_that_had_nothing_to_do_are_told_that_it_is_over(
     assert [[type(command) for command in one.sent] for one in no_process] == ([[Join]] if joins else [])
     assert [one.ended_at_s for one in no_process] == ([115.0] if joins else [])
     assert not made.can_restart
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_nothing_is_told_of_how_vllm_is_used_unless_the_user_wants_it(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", given) if given else monkeypatch.delenv("VLLM_NO_USAGE_STATS", False)
+    assert quiet_environment()["VLLM_NO_USAGE_STATS"] == (given or "1")

@@ -115,9 +115,14 @@ def test_a_failure_without_words_is_still_a_failure(report: Any) -> None:
 
 
 def test_doubtful_points_are_listed_and_a_suspect_winner_is_marked(report: Any) -> None:
-    points = [make_point(1), make_point(4, verdict="suspect", verdict_reasons=["2 requests were preempted"])]
+    points = [
+        make_point(1),
+        make_point(4, verdict="suspect", verdict_reasons=["2 requests were preempted"]),
+        make_point(8, verdict="invalid", verdict_reasons=["9 prompt tokens came from the prefix cache"]),
+    ]
     text = as_text(report([make_result(points=points)]))
     assert "tp_1: suspect, batch 4 x length 64: 2 requests were preempted" in text
+    assert "tp_1: invalid, batch 8 x length 64: 9 prompt tokens came from the prefix cache" in text
     (winner,) = [line for line in text.splitlines() if line.startswith("      64  throughput")]
     assert winner.endswith("tok/s*")
     assert "* suspect" in text
@@ -207,6 +212,10 @@ def test_names_cannot_inject_html_links_or_cells() -> None:
     assert text.endswith("tp_2")
 
 
+def test_markdown_shows_what_was_written() -> None:
+    assert escaped("a < b & c > d | e_f _g_") == "a &lt; b &amp; c &gt; d \\| e_f \\_g\\_"
+
+
 # --- the decision -------------------------------------------------------------------------------------------------
 
 NEAR = {"tp_2": [1.0, 1.02, 0.98], "pp_2": [1.03, 1.05, 1.01], "dp_2": [3.0, 3.02, 2.98]}
@@ -274,7 +283,16 @@ def test_tp_pp_and_dp_stand_side_by_side_with_ratios(report: Any) -> None:
     assert row[3].endswith(" ●")
     assert row[4].startswith("0.333 ±")
     assert not row[4].endswith("●")
-    assert part.pairs == [("fastest", "of 1 points: TP=2 ≈ PP=2 at 1")]
+    assert part.pairs == [("fastest", "of 1 point: TP=2 ≈ PP=2 at 1")]
+
+
+def test_how_often_a_layout_is_the_fastest_is_told_of_all_points(report: Any) -> None:
+    batches = (1, 2, 4)
+    results = [
+        make_result("tp_2", [make_point(batch, latencies_s=[1.0] * 2) for batch in batches], (2, 1, 1)),
+        make_result("pp_2", [make_point(batch, latencies_s=[2.0] * 2) for batch in batches], (1, 2, 1)),
+    ]
+    assert section(report(results), "TP, PP or DP?").pairs == [("fastest", "of 3 points: TP=2 at 3")]
 
 
 def test_many_layouts_are_several_tables_that_fit(report: Any) -> None:
@@ -351,6 +369,9 @@ def test_columns_of_ones_own_make_the_groups(report: Any) -> None:
     assert [part.title for part in parts if part.title.startswith("Best")] == [
         "Best of group 1: engine_args --x", "Best of group 2: engine_args --y",
     ]  # fmt: skip
+    # Also where they do not tell everything apart.
+    mixed = report(unlike(), Question(group_by=("name",), allow_mixed=True))
+    assert len([part for part in mixed if part.title.startswith("Best of group")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,7 @@ def test_unknown_sections_of_the_same_version_are_left_alone(path: Path) -> None
         (("status",), "done", r"status is 'done', which is none of the words that it may be"),
         (("config", "tensor_parallel_size"), "2", r"config: tensor_parallel_size is '2', expected `int`"),
         (("config", "batch_sizes"), [0], r"batch_sizes holds 0, which is no size"),
+        (("config", "seq_lens"), [8, 0], r"seq_lens holds 0, which is no size"),
         (("schema_version",), 0, r"schema_version is below 1"),
     ],
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.core.results import StoredConfig
+from batch_inference.core.results import Failure, StoredConfig
 from batch_inference.launch import running
+from batch_inference.launch.__main__ import to_be_fetched
+from batch_inference.launch.console import Outcomes, say_outcomes
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.options import Options
 from batch_inference.launch.overview import PlannedJob
@@ -87,3 +90,48 @@ def test_wrong_use_is_not_tried_again(tmp_path: Path) -> None:
         run_jobs([planned(tmp_path, 1), planned(tmp_path, 2)], Options(), DEVICES, processes)
     assert ended.value.code == 2
     assert processes.names == ["tp_1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tried"),
+    [("network_offline", 1), ("model_gated", 1), ("model_not_found", 1), ("oom_load", 2)],
+)
+def test_what_keeps_every_setting_from_an_engine_ends_the_preset(tmp_path: Path, kind: str, tried: int) -> None:
+    jobs = [planned(tmp_path, 1), planned(tmp_path, 2)]
+
+    def fails() -> int:
+        result = make_result("tp_1", status="failed")
+        result.failure = Failure(kind, "vLLM's own words")
+        save_all([result], tmp_path)
+        return 1
+
+    processes = Planned(fails, lambda: 0)
+    outcomes = run_jobs(jobs, Options(), DEVICES, processes)
+    assert len(processes.names) == tried
+    assert [job.name for job in outcomes.failed] == ["tp_1"]
+    assert [job.name for job in outcomes.skipped] == ["tp_2"][: 2 - tried]
+
+
+def test_a_model_is_fetched_for_what_is_still_to_be_measured(tmp_path: Path) -> None:
+    grid = {"batch_sizes": (1,), "seq_lens": (64,), "max_tokens": 32}
+    jobs = [
+        replace(one, job=replace(one.job, config=replace(one.config, **grid)))
+        for one in (planned(tmp_path, 1), planned(tmp_path, 2))
+    ]
+    assert to_be_fetched(jobs) == [one.config for one in jobs]
+    measured(jobs[0].config)
+    # One engine fetches for itself.
+    assert to_be_fetched(jobs) == []
+    measured(jobs[1].config)
+    assert to_be_fetched(jobs) == []
+
+
+def test_of_a_setting_that_failed_the_log_is_named_where_it_has_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = [planned(tmp_path, tp).job for tp in (1, 2)]
+    failed[1].config.log_path.write_text("")
+    say_outcomes(Outcomes(failed=failed))
+    assert capsys.readouterr().err.splitlines() == [
+        "", "done: none   skipped: none   failed: tp_1 tp_2", f"  tp_2: see {failed[1].config.log_path}",
+    ]  # fmt: skip

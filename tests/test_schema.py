@@ -47,6 +47,21 @@ def test_recorded_files_still_load_with_the_same_numbers(path: Path, tmp_path: P
     assert load_result(tmp_path / path.name) == result
 
 
+def test_points_of_version_1_keep_the_engine_that_measured_them(tmp_path: Path) -> None:
+    document = json.loads((REPOSITORY / "tests" / "golden" / "v1_cpu_tp_2.json").read_text())
+    point = document["points"][0]
+    sizes = (2, 4, 2)
+    document["points"] = [
+        {**point, "batch_size": batch, "engine": {"max_num_seqs": size}} for batch, size in enumerate(sizes, start=1)
+    ]
+    path = tmp_path / "tp_1_results.json"
+    path.write_text(json.dumps(document))
+    result = load_result(path)
+    engines = [result.engine_of(one) for one in result.points]
+    assert [engine and engine.max_num_seqs for engine in engines] == list(sizes)
+    assert len(result.earlier_engines) == 2
+
+
 def test_everything_that_a_run_may_hold_is_in_the_schema(tmp_path: Path) -> None:
     clocks = {"sm_mhz": [1980.0, None], "throttle_reasons": ["sw_power_cap"], "other_processes": 0}
     counters = {"jit_compilations": 1, "peak_running": 1}

@@ -212,13 +212,15 @@ def test_json_that_is_none_or_has_no_end_is_read_as_text(value: str) -> None:
 def test_a_secret_that_is_known_is_hidden_where_no_name_stands_before_it() -> None:
     remember(["--hf-token", "first-secret", "--x", '{"password": "a\\"quoted-one"}', "https://me:p%40ssword@h/"], {
         "HF_TOKEN": "second-secret", "PROXY": "http://u:third-secret@h", "SHORT_TOKEN": "abc", "PATH": "/bin",
-        "PWD": "/nowhere/at/all", "AWS_TOKEN_FILE": str(REPOSITORY),
+        "PWD": "/nowhere/at/all", "AWS_TOKEN_FILE": str(REPOSITORY), "ODD_TOKEN": "/no-such-path",
             "LANG": "C.UTF-8",
     })  # fmt: skip
-    told = 'first-secret|second-secret|third-secret|a"quoted-one|a\\"quoted-one|p%40ssword|p@ssword|abc|/bin'
+    told = (
+        'first-secret|second-secret|third-secret|a"quoted-one|a\\"quoted-one|p%40ssword|p@ssword|abc|/bin|/no-such-path'
+    )
     shown = redact_text(f"{told}|/nowhere/at/all|{REPOSITORY}|C.UTF-8")
     assert shown == (
-        "<hf_token>|<hf_token>|<login>|<password>|<password>|<login>|<login>|abc|/bin"
+        "<hf_token>|<hf_token>|<login>|<password>|<password>|<login>|<login>|abc|/bin|<odd_token>"
         f"|/nowhere/at/all|{REPOSITORY}|C.UTF-8"
     )
 
@@ -542,3 +544,7 @@ def test_a_plan_to_be_pasted_has_placeholders_and_says_so(tmp_path: Path) -> Non
     done = launch()
     assert done.returncode == 0, done.stderr
     assert not leaks(tmp_path, plan, pasted, wrong, done, launch("--dry-run"), launch("--pack", "--overwrite"))
+
+
+def test_what_torchrun_sets_for_its_own_is_not_told() -> None:
+    assert variables_kept({"TORCHELASTIC_RUN_ID": "x", "TORCH_OF_TOMORROW": "y"}) == {"TORCH_OF_TOMORROW": SET}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from batch_inference.core import signals
 from batch_inference.core.signals import EXIT_CODES
 from conftest import REPOSITORY, with_ctrl_c
+from in_process import called
 
 PROGRAM = """
 import signal, sys
@@ -23,6 +28,20 @@ finally:
     sys.stdin.readline()
     print("closed")
 """
+
+
+def test_the_analysis_ends_in_order_by_each_of_them(tmp_path: Path) -> None:
+    handlers: list[object] = []
+
+    def main() -> int:
+        try:
+            runpy.run_path(str(REPOSITORY / "analyze_results.py"), run_name="__main__")
+        finally:
+            handlers.extend(map(signal.getsignal, EXIT_CODES))
+        return 0
+
+    assert called(main, ["analyze_results.py", "--help"], tmp_path, os.environ).returncode == 0
+    assert set(handlers) == {signals._end}
 
 
 def started(*before: str) -> subprocess.Popen[str]:

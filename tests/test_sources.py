@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import analyze_results
-from batch_inference.analyze.files import find_files
+from batch_inference.analyze.files import find_files, mark_of
 from batch_inference.analyze.flags import UsageError
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import Result
@@ -257,6 +257,13 @@ def test_the_report_of_a_single_file_does_not_replace_that_of_its_folder(analyze
     assert len(find_files("--input", folder).paths) == 3
 
 
+def test_what_lies_where_the_analysis_goes_is_none_of_it(analyze: Run, tmp_path: Path) -> None:
+    save(tmp_path / "tp_1_results.json")
+    save(tmp_path / "out" / "tp_8_results.json")
+    assert "tp_8" in analyze("--input", tmp_path).stdout
+    assert "tp_8" not in analyze("--input", tmp_path, "--output-dir", tmp_path / "out").stdout
+
+
 def test_plots_that_are_not_drawn_again_go_and_those_of_others_stay(tmp_path: Path) -> None:
     save(tmp_path / "tp_1_results.json")
     analysis = tmp_path / "analysis"
@@ -265,8 +272,10 @@ def test_plots_that_are_not_drawn_again_go_and_those_of_others_stay(tmp_path: Pa
     (analysis / "ttft.png").write_bytes(b"\x89PNG of another program")
     (analysis / "latency.svg").symlink_to(analysis / "throughput.svg")
     os.mkfifo(analysis / "energy.png")
+    (tmp_path / "tpot.png").write_text(mark_of(tmp_path / "tpot.png"))
+    (analysis / "tpot.png").symlink_to(tmp_path / "tpot.png")
     assert analyze_results.main(["--input", str(tmp_path), "--plots", "throughput"]) == 0
-    foreign = ["energy.png", "latency.svg", "mine.png", "ttft.png"]
+    foreign = ["energy.png", "latency.svg", "mine.png", "tpot.png", "ttft.png"]
     there = sorted(path.name for path in analysis.iterdir() if path.suffix in (".png", ".svg"))
     assert there == sorted([*foreign, "throughput.png", "throughput.svg"])
     assert analyze_results.main(["--input", str(tmp_path), "--no-plots"]) == 0

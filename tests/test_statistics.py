@@ -149,6 +149,7 @@ def test_every_percentile_of_one_value_is_that_value() -> None:
         ([7.0, 1.0, 1.04], True),
         ([1.0, 1.04, 7.0], False),
         ([100.0, 95.0], True),  # exactly 5 % of the longer one
+        ([95.0, 100.0], True),
         ([1.0, 0.94], False),
     ],
 )

@@ -202,3 +202,10 @@ def test_a_failure_of_the_same_second_is_one_of_this_run(tmp_path: Path) -> None
     config, written_s = in_folder(tmp_path), path.stat().st_mtime
     assert failure_since(config, written_s + 0.9) == "model_gated"
     assert failure_since(config, written_s + 1.1) is None
+
+
+def test_what_is_hidden_is_no_result(tmp_path: Path) -> None:
+    """macOS leaves such files on foreign disks, and a write that was cut short leaves one too."""
+    (path,) = save_all([make_result(points=[make_point()])], tmp_path)
+    path.rename(tmp_path / "._tp_1_results.json")
+    assert stored_in(tmp_path) == []

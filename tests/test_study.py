@@ -23,7 +23,7 @@ from batch_inference.core.results import DeviceInfo, Environment, Result, Stored
 from batch_inference.launch import running
 from batch_inference.measure import locks
 from batch_inference.measure.locks import LockedError, devices_in_use, holder_of, lock_of, locked
-from batch_inference.measure.study import choose, claimed
+from batch_inference.measure.study import check_writable_paths, choose, claimed
 from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment
 from in_process import called
 
@@ -87,7 +87,8 @@ def test_a_model_folder_is_the_same_by_any_path(
     (tmp_path / "link").symlink_to(tmp_path / "models" / "m")
     save(config.output_path, dataclasses.replace(config, model=str(tmp_path / "models" / "m")))
     monkeypatch.chdir(tmp_path)
-    for model in ("models/m", "./models/m/", "link"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for model in ("models/m", "./models/m/", "link", "~/models/m"):
         assert choose(dataclasses.replace(config, model=model), HERE) == (config.output_path, [])
 
 
@@ -132,6 +133,19 @@ def test_which_devices_and_how_many_of_a_kind_make_no_difference(config: Experim
     four = msgspec.structs.replace(HERE, devices=[DeviceInfo(index, "NVIDIA H100") for index in range(4)])
     save(config.output_path, config, four)
     assert choose(config, HERE) == (config.output_path, [])
+
+
+def test_a_setting_of_another_name_has_a_file_of_its_own(config: ExperimentConfig) -> None:
+    other = dataclasses.replace(config, name="mine")
+    save(other.output_path, other)
+    assert choose(config, HERE) == (config.output_path, [])
+
+
+def test_the_log_is_as_it_was_where_it_can_be_written(config: ExperimentConfig) -> None:
+    config.log_path.parent.mkdir(parents=True)
+    config.log_path.write_text("what vLLM said\n")
+    check_writable_paths(config)
+    assert config.log_path.read_text() == "what vLLM said\n"
 
 
 def test_names_that_are_taken_get_a_number(config: ExperimentConfig) -> None:

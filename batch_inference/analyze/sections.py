@@ -164,7 +164,7 @@ def _fastest_layouts(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """Which layout is the fastest how often: the answer in one line."""
     winners = Counter(_fastest(rows).values())
     shown = ", ".join(f"{name} at {count}" for name, count in winners.most_common(5))
-    return [("fastest", f"of {winners.total()} points: {shown}")]
+    return [("fastest", f"of {counted(winners.total(), 'point')}: {shown}")]
 
 
 def _layout_cell(row: Mapping[Hashable, Any]) -> str:

@@ -76,8 +76,9 @@ def _model_against_setting(config: ExperimentConfig, facts: ModelFacts) -> str |
 
 
 def _length_against_model(config: ExperimentConfig, limit: int | None) -> str | None:
-    # vLLM's own way to say: I know that the model was not trained for this.
-    if limit is None or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") == "1":
+    # vLLM's own way to say: I know that the model was not trained for this. As vLLM reads it.
+    insists = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true")
+    if limit is None or insists:
         return None
     if config.max_model_len and config.max_model_len > limit:
         return f"--max-model-len {config.max_model_len} is over the model's {limit}; lower it"

@@ -1,0 +1,49 @@
+"""A module of ours in a process of its own: which of its words is the answer, and what is said where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from batch_inference.measure import child
+from batch_inference.measure.child import ChildError, ask
+
+
+def answer_of(end: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Any]:
+    """The command, and what `ask` makes of its end."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> Any:
+        commands.append(command)
+        if isinstance(end, Exception):
+            raise end
+        return subprocess.CompletedProcess(command, 0, end, "")
+
+    monkeypatch.setattr(child.subprocess, "run", run)
+    answer = ask("measure.hub", "look", "{}", timeout_s=60.0)
+    return commands[0], answer
+
+
+def test_the_last_line_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    command, answer = answer_of('INFO: a library greets\n{"gpus": 8}\n', monkeypatch)
+    assert answer == {"gpus": 8}
+    assert command == [sys.executable, "-P", "-m", "batch_inference.measure.hub", "look", "{}"]
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (subprocess.TimeoutExpired("x", 60), "no answer within 60 s"),
+        (subprocess.CalledProcessError(1, "x", "", "Traceback:\n  in x\nOSError: \x1b[2Jgone\n"), "OSError:  [2Jgone"),
+        (subprocess.CalledProcessError(1, "x", "", ""), "no reason is given"),
+    ],
+)
+def test_without_an_answer_the_last_line_is_the_reason(
+    end: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ChildError) as caught:
+        answer_of(end, monkeypatch)
+    assert str(caught.value) == said
