@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.flags import build_parser, parse_flags
+from batch_inference.core.flags import (
+    build_parser,
+    owned_by_us,
+    parse_flags,
+    unknown_flag_message,
+    without_plan_flags,
+)
 from batch_inference.core.text import has_control
 from batch_inference.core.values import (
     fraction,
@@ -18,6 +26,9 @@ from batch_inference.core.values import (
     temperature,
     token_length,
 )
+from conftest import REPOSITORY
+
+GOLDEN = REPOSITORY / "tests" / "golden"
 
 
 def test_defaults_are_those_of_the_readme() -> None:
@@ -352,3 +363,133 @@ def test_what_nodes_disagree_on_is_told_in_short() -> None:
 def test_an_address_may_be_in_brackets() -> None:
     words = ["--nnodes", "2", "-tp", "2", "--master-addr"]
     assert [parse_flags([*words, text])[0].master_addr for text in ("[::1]", "::1", "head")] == ["::1", "::1", "head"]
+
+
+def test_the_help_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every flag with its default, to the letter: whoever changes one writes the file anew, and reads it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert build_parser().format_help() == (GOLDEN / "experiment_help.txt").read_text()
+
+
+def test_every_mistake_in_the_flags_is_said_in_its_own_words() -> None:
+    """To the letter: which flag, which number and which way out a message names."""
+    lines = (GOLDEN / "flag_errors.txt").read_text().split("\n")
+    expected = dict(zip(lines[:-1:2], lines[1::2], strict=True))
+    said = {}
+    for words in expected:
+        with pytest.raises(ConfigError) as caught:
+            parse_flags(shlex.split(words))
+        said[words] = f"    {caught.value}"
+    assert said == expected
+
+
+def test_a_flag_that_nobody_knows_is_held_against_ours_and_vllms() -> None:
+    def advice(flag: str) -> str:
+        return unknown_flag_message(flag, ["--quantization", "--max-log-len"]).removeprefix(f"{flag} is no flag of ")
+
+    assert [advice(flag) for flag in ("--max-token=4", "--quantisation", "--zzzz")] == [
+        "this program or of vLLM; did you mean --max-tokens?",
+        "this program or of vLLM; did you mean --quantization?",
+        "this program or of vLLM; see --help, and vLLM's own engine flags",
+    ]
+    assert str(owned_by_us("--data-parallel-rank")).startswith("--data-parallel-rank cannot be passed on to vLLM: ")
+
+
+def test_notes_of_repeats_name_what_is_left_in_its_order() -> None:
+    _, notes = parse_flags(["--batch-sizes", "4,1,4", "--seq-lens", "8,8"])
+    assert notes == [
+        "--batch-sizes: repeats dropped, 4,1 is measured",
+        "--seq-lens: repeats dropped, 8 is measured",
+    ]
+    assert parse_flags(["--batch-sizes", "4,1", "--seq-lens", "8"])[1] == []
+
+
+def test_what_only_a_plan_is_told_is_left_out_with_its_value() -> None:
+    words = (
+        "--devices 8 -tp 2 --devices=4 --device-memory-gib 80 --load-format dummy --device-memory-gib=1 --x --devices"
+    )
+    assert without_plan_flags(words.split()) == ["-tp", "2", "--load-format", "dummy", "--x"]
+
+
+def test_what_is_at_a_bound_of_two_flags_is_allowed() -> None:
+    for words in (
+        "--max-model-len 640 --seq-lens 512,16",
+        "--max-runs 3",
+        "--num-runs 5 --max-runs 10 --target-ci 0.02",
+        "--devices 8 --dry-run",
+        "--nnodes 3 -tp 3 --node-rank 2 --master-addr head",
+        "--nnodes 2 -pp 2 --master-addr head --distributed-executor-backend mp",
+        "--distributed-executor-backend uni -dp 2",
+        "--packed --distributed-executor-backend mp",
+        f"--name {'n' * 207}",
+        f"--output-file {'f' * 220}",
+        f"--output-dir {'d' * 255}",
+        f"--model {'/'.join(['x' * 254] * 16)}/{'x' * 15}",
+    ):
+        parse_flags(words.split())
+
+
+def test_every_flag_reaches_its_own_field() -> None:
+    """With no two values alike, so that none can stand for another."""
+    words = (
+        "--model m --tensor-parallel-size 2 --pipeline-parallel-size 3 --data-parallel-size 4"
+        " --distributed-executor-backend mp --nnodes 1 --master-port 5 --batch-sizes 6,7 --seq-lens 8,9 --max-tokens 10"
+        " --max-model-len 110 --dtype half --max-num-seqs 12 --max-num-batched-tokens 13 --gpu-memory-utilization 0.14"
+        " --temperature 0.15 --top-p 0.16 --max-runs 18 --target-ci 0.17 --warmup-runs 19 --seed 20 --output-dir d"
+        " --output-file f --name n --startup-timeout 21 --point-timeout 22 --devices 23 --device-memory-gib 24"
+        " --load-format dummy"
+    )
+    switches = "enforce_eager", "trust_remote_code", "resume", "packed", "verbose", "measure_peaks", "dry_run"
+    config, notes = parse_flags([*words.split(), *("--" + name.replace("_", "-") for name in switches)])
+    assert notes == []
+    assert config == ExperimentConfig(
+        model="m", tensor_parallel_size=2, pipeline_parallel_size=3, data_parallel_size=4,
+        distributed_executor_backend="mp", nnodes=1, master_port=5, batch_sizes=(6, 7), seq_lens=(8, 9), max_tokens=10,
+        max_model_len=110, dtype="half", max_num_seqs=12, max_num_batched_tokens=13, gpu_memory_utilization=0.14,
+        temperature=0.15, top_p=0.16, max_runs=18, target_ci=0.17, warmup_runs=19, seed=20, output_dir="d",
+        output_file="f", name="n", startup_timeout=21.0, point_timeout=22.0, devices=23, device_memory_gib=24.0,
+        engine_args=("--load-format", "dummy"), **dict.fromkeys(switches, True),
+    )  # fmt: skip
+    # A file that is named stands before the folder, and a name before the sizes.
+    assert (str(config.output_path), config.setting_name) == ("f", "n")
+
+
+def test_the_defaults_are_these() -> None:
+    told = {name: value for name, value in dataclasses.asdict(ExperimentConfig()).items() if value not in (None, False)}
+    assert told == {
+        "model": "meta-llama/Llama-2-7b-chat-hf", "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+        "data_parallel_size": 1, "nnodes": 1, "master_port": 29500, "batch_sizes": (1, 4, 8, 16),
+        "seq_lens": (512, 1024, 2048), "max_tokens": 128, "dtype": "auto", "gpu_memory_utilization": 0.8,
+        "temperature": 0.8, "top_p": 0.95, "target_ci": 0.02, "max_runs": 10, "warmup_runs": 1,
+        "output_dir": "experiment_results", "startup_timeout": 1800, "point_timeout": 900, "engine_args": (),
+    }  # fmt: skip
+
+
+def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    config = ExperimentConfig(
+        model="m", tensor_parallel_size=2, nnodes=2, dtype="half", num_runs=4, engine_args=("-q", "b", "--a_b=c_d")
+    )
+    assert config.arguments() == {
+        "--model": "m", "--tensor-parallel-size": "2", "--pipeline-parallel-size": "1", "--data-parallel-size": "1",
+        "--distributed-executor-backend": "mp", "--nnodes": "2", "--batch-sizes": "1,4,8,16",
+        "--seq-lens": "512,1024,2048", "--max-tokens": "128", "--max-model-len": "not given", "--dtype": "float16",
+        "--max-num-seqs": "not given", "--max-num-batched-tokens": "not given", "--gpu-memory-utilization": "0.8",
+        "--temperature": "0.8", "--top-p": "0.95", "--num-runs": "4", "--target-ci": "0.02", "--max-runs": "10",
+        "--warmup-runs": "1", "--seed": "0", "--enforce-eager": "False", "--trust-remote-code": "False",
+        "vLLM's flags": "--a-b c_d -q b",
+    }  # fmt: skip
+    # A folder is the same one by any name; a hub name is no folder.
+    assert config.same_settings()["model"] == str(tmp_path / "m")
+    (tmp_path / "link").symlink_to("m")
+    assert ExperimentConfig(model="link/../m").same_settings()["model"] == str(tmp_path / "m")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ExperimentConfig(model="~/m").same_settings()["model"] == str(tmp_path / "m")
+    assert ExperimentConfig(model="org/~m").same_settings()["model"] == "org/~m"
+    assert ExperimentConfig(dtype="float").same_settings()["dtype"] == "float32"
+
+
+def test_the_last_of_several_equal_words_counts() -> None:
+    config = ExperimentConfig(engine_args=("--block-size", "8", "--block_size=16", "--x", "9" * 18, "--y", "9" * 19))
+    assert [config.engine_number(flag) for flag in ("--block-size", "--x", "--y")] == [16, 10**18 - 1, None]
