@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.config import ConfigError, ExperimentConfig, in_short
 from batch_inference.core.flags import (
     build_parser,
     owned_by_us,
@@ -493,3 +493,22 @@ def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pyte
 def test_the_last_of_several_equal_words_counts() -> None:
     config = ExperimentConfig(engine_args=("--block-size", "8", "--block_size=16", "--x", "9" * 18, "--y", "9" * 19))
     assert [config.engine_number(flag) for flag in ("--block-size", "--x", "--y")] == [16, 10**18 - 1, None]
+
+
+def test_no_secret_is_in_what_is_compared_or_shown() -> None:
+    secret = ExperimentConfig(model="https://me:hush@host/m", engine_args=("--hf-token", "hush", "--hf-token=hush"))
+    assert secret.model_shown == "https://<login>@host/m"
+    for told in (secret.arguments(), secret.same_settings()):
+        assert "hush" not in str(told)
+
+
+def test_a_hash_does_not_depend_on_an_order_and_stays_what_it_was() -> None:
+    config = ExperimentConfig(engine_args=("--a", "1"))
+    # It is in files: with another one every point would be measured again.
+    assert (config.settings_hash(), len(config.arguments_hash())) == ("fc9042a32f313f37", 16)
+
+
+def test_a_long_value_is_its_beginning_and_a_hash_of_all_of_it() -> None:
+    assert in_short([]) == in_short(None) == "not given"
+    assert (in_short(["a", "b"]), in_short((1, 2)), in_short('a"\n')) == ("a b", "1,2", r"a\"\n")
+    assert (in_short("x" * 200), in_short("x" * 201)) == ("x" * 200, f"{'x' * 150} (541ec0f2d7818160)")
