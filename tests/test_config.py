@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 from pathlib import Path
 from typing import Any
@@ -371,16 +372,16 @@ def test_the_help_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_parser().format_help() == (GOLDEN / "experiment_help.txt").read_text()
 
 
-def test_every_mistake_in_the_flags_is_said_in_its_own_words() -> None:
-    """To the letter: which flag, which number and which way out a message names."""
-    lines = (GOLDEN / "flag_errors.txt").read_text().split("\n")
-    expected = dict(zip(lines[:-1:2], lines[1::2], strict=True))
-    said = {}
-    for words in expected:
-        with pytest.raises(ConfigError) as caught:
-            parse_flags(shlex.split(words))
-        said[words] = f"    {caught.value}"
-    assert said == expected
+# Words of a command line, and under them what is said of them.
+_LINES = (GOLDEN / "flag_errors.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("words", "said"), zip(_LINES[::2], _LINES[1::2], strict=True), ids=itertools.count())
+def test_a_mistake_in_the_flags_is_said_to_the_letter(words: str, said: str) -> None:
+    """Which flag, which number and which way out a message names."""
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(shlex.split(words))
+    assert f"    {caught.value}" == said
 
 
 def test_a_flag_that_nobody_knows_is_held_against_ours_and_vllms() -> None:
