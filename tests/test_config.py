@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 from pathlib import Path
 from typing import Any
@@ -376,7 +375,9 @@ def test_the_help_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 _LINES = (GOLDEN / "flag_errors.txt").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("words", "said"), zip(_LINES[::2], _LINES[1::2], strict=True), ids=itertools.count())
+@pytest.mark.parametrize(
+    ("words", "said"), zip(_LINES[::2], _LINES[1::2], strict=True), ids=map(str, range(len(_LINES) // 2))
+)
 def test_a_mistake_in_the_flags_is_said_to_the_letter(words: str, said: str) -> None:
     """Which flag, which number and which way out a message names."""
     with pytest.raises(ConfigError) as caught:

@@ -360,7 +360,7 @@ class SweepOf:
         self.fails: str | None = None
         self.told: str | None = "the document"
         room = "batch_inference.measure"
-        monkeypatch.setattr(f"{room}.resume.starting_result", lambda *_: self.result)
+        monkeypatch.setattr(f"{room}.resume.starting_result", self.begin)
         monkeypatch.setattr(f"{room}.logs.empty_log", lambda log: self.called.append(("empty", str(log))))
         monkeypatch.setattr(f"{room}.console.Console", lambda: "console")
         monkeypatch.setattr(f"{room}.experiment.Experiment", self.experiment)
@@ -368,6 +368,10 @@ class SweepOf:
         monkeypatch.setattr(f"{room}.nodes.meet", self.meet)
         monkeypatch.setattr(script, "build_replicas", lambda *given: given)
         monkeypatch.setattr(script, "tell", lambda config, result, is_whole: (config, result, is_whole))
+
+    def begin(self, config: Any, environment: Any) -> Any:
+        assert (type(config), environment) == (ExperimentConfig, "environment")
+        return self.result
 
     def experiment(self, *given: Any) -> Any:
         self.given = given
