@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core import result_file
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.files import check_writable
 from batch_inference.core.result_file import (
@@ -409,3 +410,42 @@ def test_the_requests_of_a_run_have_as_many_of_each(name: str) -> None:
     for other in ([], [1, 1]):
         with pytest.raises(ValueError, match=r"^its lists are not equally long$"):
             Requests(**(lists | {name: other}))
+
+
+def test_a_file_of_version_1_has_the_engine_of_each_point_in_a_list() -> None:
+    engine = {"vllm_version": "1", "dtype": "a", "workers": [1], "failure": {"class": "x"}, "restarts": 2}
+    points = [{"n": 0}, {"n": 1, "engine": {"dtype": "b"}}, {"n": 2, "engine": {}}, {"n": 3, "engine": {"dtype": "c"}},
+              {"n": 4, "engine": {"dtype": "b"}}, 5]  # fmt: skip
+    document = {"schema_version": 1, "name": "x", "engine": engine, "points": points}
+    whole = {**engine, "workers": [], "replicas": []}
+    assert result_file._from_version_1(document) == {
+        "schema_version": 2,
+        "name": "x",
+        "engine": engine,
+        "failure": {"class": "x"},
+        "restarts": 2,
+        "earlier_engines": [whole | {"dtype": "b"}, whole | {"dtype": "c"}],
+        "points": [
+            {"n": 0}, {"n": 1, "engine": 0}, {"n": 2, "engine": None}, {"n": 3, "engine": 1}, {"n": 4, "engine": 0}, 5,
+        ],
+    }  # fmt: skip
+    # One that failed before it had an engine.
+    failed = {"schema_version": 1, "engine": {"failure": {}}, "points": "none"}
+    assert result_file._from_version_1(failed) == {
+        "schema_version": 2, "engine": None, "failure": {}, "points": "none", "earlier_engines": [],
+    }  # fmt: skip
+    for other in ([], {"engine": None, "points": []}, {"engine": [], "points": []}, {"points": []}):
+        assert result_file._from_version_1(other) is other
+
+
+def test_a_file_with_characters_that_are_no_utf_8_is_checked_like_others(path: Path) -> None:
+    good = json.loads(to_json(make_result("tp_\udcff".encode("utf-8", "replace").decode(), [make_point()])))
+    for version, said in (
+        (3, "schema_version is 3, this program reads up to 2; update this program"),
+        (0, "not a result of this program: schema_version is below 1"),
+    ):
+        text = json.dumps(good | {"schema_version": version, "name": "\udcff"})
+        assert said_of(path, text) == said
+    assert said_of(path, json.dumps(good | {"name": "\udcff", "config": {}})) == (
+        "not a result of this program: config: object missing required field `model`"
+    )

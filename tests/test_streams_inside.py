@@ -20,19 +20,19 @@ from batch_inference.core.signals import EXIT_CODES, end_in_order
 from batch_inference.core.streams import Output, print_kept, say, show
 
 
-@pytest.fixture
-def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Output:
-    """What standard output writes to."""
-    capsys.readouterr()  # what pytest puts in its place comes first
-    made = Output(os.open(tmp_path / "out", os.O_CREAT | os.O_RDWR), "w")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(made), line_buffering=True))
+def output_to(path: Path, monkeypatch: pytest.MonkeyPatch) -> Output:
+    """What standard output writes to from now on: set in the test itself, as pytest sets its own before it."""
+    made = Output(os.open(path, os.O_CREAT | os.O_RDWR), "w")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(made)))
     return made
 
 
 def test_what_is_printed_is_there_at_once_and_without_secrets(
-    output: Output, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    output = output_to(tmp_path / "out", monkeypatch)
     assert show("a https://me:hush@h/") == 0
+    assert (tmp_path / "out").read_text() == "a https://<login>@h/\n"
     print_kept("b https://me:hush@h/", Path("there"))
     assert (tmp_path / "out").read_text() == "a https://<login>@h/\nb https://<login>@h/\n"
     say("c https://me:hush@h/")
@@ -41,8 +41,10 @@ def test_what_is_printed_is_there_at_once_and_without_secrets(
     assert output.problem is None
 
 
-def test_what_could_not_be_printed_is_said_with_the_reason(output: Output, capsys: pytest.CaptureFixture[str]) -> None:
-    output.problem = OSError(errno.ENOSPC, "No space left on device")
+def test_what_could_not_be_printed_is_said_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output_to(tmp_path / "out", monkeypatch).problem = OSError(errno.ENOSPC, "No space left on device")
     assert show("a") == 1
     print_kept("b", Path("some/where"))
     assert capsys.readouterr().err == (

@@ -385,3 +385,13 @@ def test_bounds_are_these() -> None:
     bounds = (verdict.STEADY_WITHIN, verdict.WIDEST_INTERVAL, verdict.DRIFT_OVER, verdict.UNLIKE_WARMUPS)
     assert bounds == (0.05, 0.1, 0.03, 0.15)
     assert (verdict.SHORTEST_RUN_S, verdict.LONGER_THAN_PASSED) == (0.01, 0.01)
+
+
+@pytest.mark.parametrize("unknown", ["seq_len", "max_tokens"])
+def test_of_a_workload_no_steps_of_prompts_are_counted(unknown: str) -> None:
+    point = replace(measured(8), **{unknown: None})
+    for run in point.runs:
+        run.counters.peak_running = 5
+    assert judged(point, {"seq_lens": [64]}, max_num_batched_tokens=16)[0] == [
+        "ran in waves: at most 5 of 8 requests ran at once"
+    ]
