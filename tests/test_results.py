@@ -449,3 +449,10 @@ def test_a_file_with_characters_that_are_no_utf_8_is_checked_like_others(path: P
     assert said_of(path, json.dumps(good | {"name": "\udcff", "config": {}})) == (
         "not a result of this program: config: object missing required field `model`"
     )
+
+
+def test_the_schema_is_a_json_schema_with_its_name() -> None:
+    schema = result_file.json_schema()
+    assert list(schema)[:2] == ["$schema", "title"]
+    assert (schema["$schema"], schema["title"]) == ("https://json-schema.org/draft/2020-12/schema", "Result")
+    assert schema["$ref"] == "#/$defs/Result"
