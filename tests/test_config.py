@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core import values
 from batch_inference.core.config import ConfigError, ExperimentConfig, in_short
 from batch_inference.core.flags import (
     build_parser,
@@ -416,6 +417,9 @@ def test_what_only_a_plan_is_told_is_left_out_with_its_value() -> None:
 def test_what_is_at_a_bound_of_two_flags_is_allowed() -> None:
     for words in (
         "--max-model-len 640 --seq-lens 512,16",
+        "--overwrite",
+        "--resume",
+        "--x - -q 5 -5",
         "--max-runs 3",
         "--num-runs 5 --max-runs 10 --target-ci 0.02",
         "--devices 8 --dry-run",
@@ -514,3 +518,40 @@ def test_a_long_value_is_its_beginning_and_a_hash_of_all_of_it() -> None:
     assert in_short([]) == in_short(None) == "not given"
     assert (in_short(["a", "b"]), in_short((1, 2)), in_short('a"\n')) == ("a b", "1,2", r"a\"\n")
     assert (in_short("x" * 200), in_short("x" * 201)) == ("x" * 200, f"{'x' * 150} (541ec0f2d7818160)")
+
+
+@pytest.mark.parametrize(
+    ("parse", "low", "high"),
+    [
+        ("device_count", 1, 2**20), ("node_number", 0, 2**20), ("request_count", 1, 2**20), ("token_count", 1, 2**27),
+        ("tokens_per_step", 1, 2**31 - 1), ("run_count", 1, 10_000), ("seed", 0, 2**32 - 1), ("port", 1, 65534),
+        ("seconds", 1e-9, 1e6), ("gib", 1e-9, 1e6), ("fraction", 1e-9, 1), ("interval", 1e-9, 1),
+        ("temperature", 0, 100),
+    ],
+)  # fmt: skip
+def test_each_number_has_its_lowest_and_its_highest(parse: str, low: float, high: float) -> None:
+    read = getattr(values, parse)
+    assert (read(str(low)), read(f" {high} ")) == (low, high)
+    for beyond in (low - 1, high + 1):
+        with pytest.raises(ValueError, match=r"is needed|^at most \d+ is possible$"):
+            read(str(beyond))
+
+
+def test_a_number_may_have_40_digits_and_no_more() -> None:
+    assert run_count("0" * 39 + "7") == 7
+    for text in ("7" * 41, "1" + "0" * 40):
+        with pytest.raises(ValueError, match=r"^at most 10000 is possible$"):
+            run_count(text)
+
+
+def test_words_are_one_of_those_and_lists_keep_their_order() -> None:
+    assert [values.one_of(("a", "b"))(word) for word in ("a", "b")] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"^one of a, b is needed$"):
+        values.one_of(("a", "b"))("a, b")
+    assert values.batch_sizes("4, 1,4") == (4, 1, 4)
+    assert values.host("[a") == "[a"
+    assert values.host("a]") == "a]"
+    assert values.plain_text(" a ") == values.non_empty(" a ") == " a "
+    assert [values.without_value(words) for words in (["--a=--", "--b=--"], ["a=--", "-b=--"], ["--a=--x"], [])] == [
+        "--a", "-b", None, None,
+    ]  # fmt: skip
