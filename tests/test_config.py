@@ -377,7 +377,7 @@ _LINES = (GOLDEN / "flag_errors.txt").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), zip(_LINES[::2], _LINES[1::2], strict=True), ids=map(str, range(len(_LINES) // 2))
+    ("words", "said"), list(zip(_LINES[::2], _LINES[1::2], strict=True)), ids=map(str, range(len(_LINES) // 2))
 )
 def test_a_mistake_in_the_flags_is_said_to_the_letter(words: str, said: str) -> None:
     """Which flag, which number and which way out a message names."""

@@ -160,7 +160,7 @@ def test_steady_means_that_the_last_two_agree(latencies_s: list[float], steady: 
 
 def test_all_of_the_printed_table_is_students_t() -> None:
     """Against the distribution itself, integrated by Simpson's rule: two-sided, 2.5 % at each end."""
-    for degrees in range(1, 31):
+    for degrees in range(1, 61):
         edge = t_quantile_95(degrees)
         grid = np.linspace(0, edge, 2001)
         density = (1 + grid**2 / degrees) ** (-(degrees + 1) / 2)
@@ -168,7 +168,7 @@ def test_all_of_the_printed_table_is_students_t() -> None:
         weights[1:-1:2], weights[2:-1:2] = 4, 2
         scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
         within = scale * float(weights @ density) * (edge / 2000) / 3
-        assert within == pytest.approx(0.475, abs=3e-5), degrees
+        assert within == pytest.approx(0.475, abs=3e-5 if degrees <= 30 else 8e-6), degrees
 
 
 def test_few_values_have_what_few_values_have() -> None:
@@ -185,3 +185,5 @@ def test_few_values_have_what_few_values_have() -> None:
     assert [is_steady(values, 0.5) for values in ([9.0, 1.0, 2.0], [9.0, 2.0, 1.0], [1.0, 2.01], [1.0])] == [
         True, True, False, False,
     ]  # fmt: skip
+    width = relative_ci95([1.0, 1.01]) or 0.0
+    assert [is_narrow([1.0, 1.01], target) for target in (width, width * 0.999)] == [True, False]
