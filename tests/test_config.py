@@ -555,3 +555,8 @@ def test_words_are_one_of_those_and_lists_keep_their_order() -> None:
     assert [values.without_value(words) for words in (["--a=--", "--b=--"], ["a=--", "-b=--"], ["--a=--x"], [])] == [
         "--a", "-b", None, None,
     ]  # fmt: skip
+
+
+def test_a_value_may_hold_the_sign_that_joins_it_with_its_flag() -> None:
+    config = ExperimentConfig(engine_args=("--x", "a=b_c", "--y=d=e_f"))
+    assert [config.engine_word(flag) for flag in ("--x", "--y")] == ["a=b_c", "d=e_f"]
