@@ -8,7 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from batch_inference.core.capacity import padded_batch_size, requests_in_kv_cache, running_requests, waves
+from batch_inference.core.capacity import (
+    padded_batch_size,
+    request_slots,
+    requests_in_kv_cache,
+    running_requests,
+    waves,
+)
 from batch_inference.core.kv_blocks import capacity_in_tokens, requests_that_fit
 from batch_inference.core.results import EngineInfo, Point, Result
 from builders import make_point, make_result, make_run
@@ -147,3 +153,29 @@ def test_without_all_its_numbers_a_pool_of_blocks_is_none(missing: str) -> None:
 def test_requests_of_unlike_lengths_are_not_counted_by_their_length() -> None:
     result, point = measured(4, BLOCKS)
     assert requests_in_kv_cache(result, msgspec.structs.replace(point, seq_len=None, max_tokens=None)) is None
+
+
+def test_of_a_point_without_an_engine_or_with_requests_that_differ_little_is_known() -> None:
+    result, point = measured(4, {**BLOCKS, "max_num_seqs": 3})
+    for name in ("seq_len", "max_tokens"):
+        other = msgspec.structs.replace(point, **{name: None})
+        assert (requests_in_kv_cache(result, other), running_requests(result, other)) == (None, 3)
+    point.runs = []
+    assert running_requests(result, point) == 3
+    result.engine = None
+    assert [find(result, point) for find in (request_slots, requests_in_kv_cache, running_requests)] == [None] * 3
+    assert padded_batch_size(result, point, 4) is None
+    assert waves(point, None) is None
+
+
+@pytest.mark.parametrize("missing", ["num_gpu_blocks", "block_size", "max_model_len"])
+def test_blocks_count_where_all_of_them_is_known(missing: str) -> None:
+    assert requests_in_kv_cache(*measured(4, {**BLOCKS, missing: None})) == 40960 // 80
+    assert requests_in_kv_cache(*measured(4, {**BLOCKS, missing: 0})) == 40960 // 80
+
+
+def test_no_graph_is_padded_to_where_none_is_known_to_be_used() -> None:
+    sizes = {"cudagraph_capture_sizes": [1, 2, 4], "max_num_seqs": 8}
+    assert padded_of(*measured(3, {**sizes, "cudagraph_mode": None})) is None
+    assert padded_of(*measured(4, {**sizes, "cudagraph_mode": "FULL"})) == 4
+    assert padded_of(*measured(3, {"cudagraph_capture_sizes": [4], "cudagraph_mode": "FULL"})) is None

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.flags import build_parser, parse_flags
+from batch_inference.core import values
+from batch_inference.core.config import ConfigError, ExperimentConfig, in_short
+from batch_inference.core.flags import (
+    build_parser,
+    owned_by_us,
+    parse_flags,
+    unknown_flag_message,
+    without_plan_flags,
+)
 from batch_inference.core.text import has_control
 from batch_inference.core.values import (
     fraction,
@@ -18,6 +27,9 @@ from batch_inference.core.values import (
     temperature,
     token_length,
 )
+from conftest import REPOSITORY
+
+GOLDEN = REPOSITORY / "tests" / "golden"
 
 
 def test_defaults_are_those_of_the_readme() -> None:
@@ -352,3 +364,199 @@ def test_what_nodes_disagree_on_is_told_in_short() -> None:
 def test_an_address_may_be_in_brackets() -> None:
     words = ["--nnodes", "2", "-tp", "2", "--master-addr"]
     assert [parse_flags([*words, text])[0].master_addr for text in ("[::1]", "::1", "head")] == ["::1", "::1", "head"]
+
+
+def test_the_help_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every flag with its default, to the letter: whoever changes one writes the file anew, and reads it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert build_parser().format_help() == (GOLDEN / "experiment_help.txt").read_text()
+
+
+# Words of a command line, and under them what is said of them.
+_LINES = (GOLDEN / "flag_errors.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), list(zip(_LINES[::2], _LINES[1::2], strict=True)), ids=map(str, range(len(_LINES) // 2))
+)
+def test_a_mistake_in_the_flags_is_said_to_the_letter(words: str, said: str) -> None:
+    """Which flag, which number and which way out a message names."""
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(shlex.split(words))
+    assert f"    {caught.value}" == said
+
+
+def test_a_flag_that_nobody_knows_is_held_against_ours_and_vllms() -> None:
+    def advice(flag: str) -> str:
+        return unknown_flag_message(flag, ["--quantization", "--max-log-len"]).removeprefix(f"{flag} is no flag of ")
+
+    assert [advice(flag) for flag in ("--max-token=4", "--quantisation", "--zzzz")] == [
+        "this program or of vLLM; did you mean --max-tokens?",
+        "this program or of vLLM; did you mean --quantization?",
+        "this program or of vLLM; see --help, and vLLM's own engine flags",
+    ]
+    assert str(owned_by_us("--data-parallel-rank")).startswith("--data-parallel-rank cannot be passed on to vLLM: ")
+
+
+def test_notes_of_repeats_name_what_is_left_in_its_order() -> None:
+    _, notes = parse_flags(["--batch-sizes", "4,1,4", "--seq-lens", "8,8"])
+    assert notes == [
+        "--batch-sizes: repeats dropped, 4,1 is measured",
+        "--seq-lens: repeats dropped, 8 is measured",
+    ]
+    assert parse_flags(["--batch-sizes", "4,1", "--seq-lens", "8"])[1] == []
+
+
+def test_what_only_a_plan_is_told_is_left_out_with_its_value() -> None:
+    words = (
+        "--devices 8 -tp 2 --devices=4 --device-memory-gib 80 --load-format dummy --device-memory-gib=1 --x --devices"
+    )
+    assert without_plan_flags(words.split()) == ["-tp", "2", "--load-format", "dummy", "--x"]
+
+
+def test_what_is_at_a_bound_of_two_flags_is_allowed() -> None:
+    for words in (
+        "--max-model-len 640 --seq-lens 512,16",
+        "--overwrite",
+        "--resume",
+        "--x - -q 5 -5",
+        "--max-runs 3",
+        "--num-runs 5 --max-runs 10 --target-ci 0.02",
+        "--devices 8 --dry-run",
+        "--nnodes 3 -tp 3 --node-rank 2 --master-addr head",
+        "--nnodes 2 -pp 2 --master-addr head --distributed-executor-backend mp",
+        "--distributed-executor-backend uni -dp 2",
+        "--packed --distributed-executor-backend mp",
+        f"--name {'n' * 207}",
+        f"--output-file {'f' * 220}",
+        f"--output-dir {'d' * 255}",
+        f"--model {'/'.join(['x' * 254] * 16)}/{'x' * 15}",
+    ):
+        parse_flags(words.split())
+
+
+def test_every_flag_reaches_its_own_field() -> None:
+    """With no two values alike, so that none can stand for another."""
+    words = (
+        "--model m --tensor-parallel-size 2 --pipeline-parallel-size 3 --data-parallel-size 4"
+        " --distributed-executor-backend mp --nnodes 1 --master-port 5 --batch-sizes 6,7 --seq-lens 8,9 --max-tokens 10"
+        " --max-model-len 110 --dtype half --max-num-seqs 12 --max-num-batched-tokens 13 --gpu-memory-utilization 0.14"
+        " --temperature 0.15 --top-p 0.16 --max-runs 18 --target-ci 0.17 --warmup-runs 19 --seed 20 --output-dir d"
+        " --output-file f --name n --startup-timeout 21 --point-timeout 22 --devices 23 --device-memory-gib 24"
+        " --load-format dummy"
+    )
+    switches = "enforce_eager", "trust_remote_code", "resume", "packed", "verbose", "measure_peaks", "dry_run"
+    config, notes = parse_flags([*words.split(), *("--" + name.replace("_", "-") for name in switches)])
+    assert notes == []
+    assert config == ExperimentConfig(
+        model="m", tensor_parallel_size=2, pipeline_parallel_size=3, data_parallel_size=4,
+        distributed_executor_backend="mp", nnodes=1, master_port=5, batch_sizes=(6, 7), seq_lens=(8, 9), max_tokens=10,
+        max_model_len=110, dtype="half", max_num_seqs=12, max_num_batched_tokens=13, gpu_memory_utilization=0.14,
+        temperature=0.15, top_p=0.16, max_runs=18, target_ci=0.17, warmup_runs=19, seed=20, output_dir="d",
+        output_file="f", name="n", startup_timeout=21.0, point_timeout=22.0, devices=23, device_memory_gib=24.0,
+        engine_args=("--load-format", "dummy"), **dict.fromkeys(switches, True),
+    )  # fmt: skip
+    # A file that is named stands before the folder, and a name before the sizes.
+    assert (str(config.output_path), config.setting_name) == ("f", "n")
+
+
+def test_the_defaults_are_these() -> None:
+    told = {name: value for name, value in dataclasses.asdict(ExperimentConfig()).items() if value not in (None, False)}
+    assert told == {
+        "model": "meta-llama/Llama-2-7b-chat-hf", "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+        "data_parallel_size": 1, "nnodes": 1, "master_port": 29500, "batch_sizes": (1, 4, 8, 16),
+        "seq_lens": (512, 1024, 2048), "max_tokens": 128, "dtype": "auto", "gpu_memory_utilization": 0.8,
+        "temperature": 0.8, "top_p": 0.95, "target_ci": 0.02, "max_runs": 10, "warmup_runs": 1,
+        "output_dir": "experiment_results", "startup_timeout": 1800, "point_timeout": 900, "engine_args": (),
+    }  # fmt: skip
+
+
+def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    config = ExperimentConfig(
+        model="m", tensor_parallel_size=2, nnodes=2, dtype="half", num_runs=4, engine_args=("-q", "b", "--a_b=c_d")
+    )
+    assert config.arguments() == {
+        "--model": "m", "--tensor-parallel-size": "2", "--pipeline-parallel-size": "1", "--data-parallel-size": "1",
+        "--distributed-executor-backend": "mp", "--nnodes": "2", "--batch-sizes": "1,4,8,16",
+        "--seq-lens": "512,1024,2048", "--max-tokens": "128", "--max-model-len": "not given", "--dtype": "float16",
+        "--max-num-seqs": "not given", "--max-num-batched-tokens": "not given", "--gpu-memory-utilization": "0.8",
+        "--temperature": "0.8", "--top-p": "0.95", "--num-runs": "4", "--target-ci": "0.02", "--max-runs": "10",
+        "--warmup-runs": "1", "--seed": "0", "--enforce-eager": "False", "--trust-remote-code": "False",
+        "vLLM's flags": "--a-b c_d -q b",
+    }  # fmt: skip
+    # A folder is the same one by any name; a hub name is no folder.
+    assert config.same_settings()["model"] == str(tmp_path / "m")
+    (tmp_path / "link").symlink_to("m")
+    assert ExperimentConfig(model="link/../m").same_settings()["model"] == str(tmp_path / "m")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ExperimentConfig(model="~/m").same_settings()["model"] == str(tmp_path / "m")
+    assert ExperimentConfig(model="org/~m").same_settings()["model"] == "org/~m"
+    assert ExperimentConfig(dtype="float").same_settings()["dtype"] == "float32"
+
+
+def test_the_last_of_several_equal_words_counts() -> None:
+    config = ExperimentConfig(engine_args=("--block-size", "8", "--block_size=16", "--x", "9" * 18, "--y", "9" * 19))
+    assert [config.engine_number(flag) for flag in ("--block-size", "--x", "--y")] == [16, 10**18 - 1, None]
+
+
+def test_no_secret_is_in_what_is_compared_or_shown() -> None:
+    secret = ExperimentConfig(model="https://me:hush@host/m", engine_args=("--hf-token", "hush", "--hf-token=hush"))
+    assert secret.model_shown == "https://<login>@host/m"
+    for told in (secret.arguments(), secret.same_settings()):
+        assert "hush" not in str(told)
+
+
+def test_a_hash_does_not_depend_on_an_order_and_stays_what_it_was() -> None:
+    config = ExperimentConfig(engine_args=("--a", "1"))
+    # It is in files: with another one every point would be measured again.
+    assert (config.settings_hash(), len(config.arguments_hash())) == ("fc9042a32f313f37", 16)
+
+
+def test_a_long_value_is_its_beginning_and_a_hash_of_all_of_it() -> None:
+    assert in_short([]) == in_short(None) == "not given"
+    assert (in_short(["a", "b"]), in_short((1, 2)), in_short('a"\n')) == ("a b", "1,2", r"a\"\n")
+    assert (in_short("x" * 200), in_short("x" * 201)) == ("x" * 200, f"{'x' * 150} (541ec0f2d7818160)")
+
+
+@pytest.mark.parametrize(
+    ("parse", "low", "high"),
+    [
+        ("device_count", 1, 2**20), ("node_number", 0, 2**20), ("request_count", 1, 2**20), ("token_count", 1, 2**27),
+        ("tokens_per_step", 1, 2**31 - 1), ("run_count", 1, 10_000), ("seed", 0, 2**32 - 1), ("port", 1, 65534),
+        ("seconds", 1e-9, 1e6), ("gib", 1e-9, 1e6), ("fraction", 1e-9, 1), ("interval", 1e-9, 1),
+        ("temperature", 0, 100),
+    ],
+)  # fmt: skip
+def test_each_number_has_its_lowest_and_its_highest(parse: str, low: float, high: float) -> None:
+    read = getattr(values, parse)
+    assert (read(str(low)), read(f" {high} ")) == (low, high)
+    for beyond in (low - 1, high + 1):
+        with pytest.raises(ValueError, match=r"is needed|^at most \d+ is possible$"):
+            read(str(beyond))
+
+
+def test_a_number_may_have_40_digits_and_no_more() -> None:
+    assert run_count("0" * 39 + "7") == 7
+    for text in ("7" * 41, "1" + "0" * 40):
+        with pytest.raises(ValueError, match=r"^at most 10000 is possible$"):
+            run_count(text)
+
+
+def test_words_are_one_of_those_and_lists_keep_their_order() -> None:
+    assert [values.one_of(("a", "b"))(word) for word in ("a", "b")] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"^one of a, b is needed$"):
+        values.one_of(("a", "b"))("a, b")
+    assert values.batch_sizes("4, 1,4") == (4, 1, 4)
+    assert values.host("[a") == "[a"
+    assert values.host("a]") == "a]"
+    assert values.plain_text(" a ") == values.non_empty(" a ") == " a "
+    assert [values.without_value(words) for words in (["--a=--", "--b=--"], ["a=--", "-b=--"], ["--a=--x"], [])] == [
+        "--a", "-b", None, None,
+    ]  # fmt: skip
+
+
+def test_a_value_may_hold_the_sign_that_joins_it_with_its_flag() -> None:
+    config = ExperimentConfig(engine_args=("--x", "a=b_c", "--y=d=e_f"))
+    assert [config.engine_word(flag) for flag in ("--x", "--y")] == ["a=b_c", "d=e_f"]

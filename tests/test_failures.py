@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batch_inference.core.failures import ADVICE, FAILURES, classify
+from batch_inference.core.failures import ADVICE, FAILURES, SAME_FOR_ALL, classify, markdown_table
 
 SAID = [
     ("load", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "oom_load"),
@@ -84,3 +84,69 @@ def test_of_the_errors_in_a_log_the_last_that_is_known_counts(log: list[str], ki
 )
 def test_the_cause_stands_before_what_follows_from_it(phase: object, said: str, expected: str) -> None:
     assert classify(phase, said) == expected  # type: ignore[arg-type]
+
+
+# Every phrase by which a class is known, alone.
+PHRASES = {
+    "model_gated": "GatedRepoError|gated repo|401 Client Error|403 Client Error|is restricted",
+    "network_offline": "OfflineModeIsEnabled|LocalEntryNotFoundError|couldn't connect to|Max retries|name resolution"
+    "|Name or service not known|Network is unreachable|outgoing traffic has been disabled",
+    "model_not_found": "RepositoryNotFoundError|not a valid model identifier|404 Client Error"
+    "|Invalid repository ID or local directory|Repo id must|does not appear to have a file named config.json",
+    "tp_not_dividing": "must be divisible by tensor parallel size|is not divisible by 3|not divisible by tensor",
+    "too_few_devices": "larger than the number of available GPUs|exceeds the total number of available"
+    "|invalid device ordinal|No CUDA GPUs are available",
+    "max_model_len": "greater than the derived max_model_len|longer than the maximum model length"
+    "|exceeds max_model_len|exceed the max_model_len|exceeds the max_model_len",
+    "kv_too_small": "No available memory for the cache blocks|larger than the available KV cache",
+    "oom_load": "out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory|Free memory on device",
+    "oom_run": "out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory",
+    "port_in_use": "Address already in use|EADDRINUSE",
+    "worker_killed": "exit code: -9|signal SIGKILL",
+    "engine_crash": "EngineDeadError|died unexpectedly|ended without a word|the engine process ended|node 12 is gone"
+    "|Segmentation fault",
+    "unknown": "exit code: -90|is not divisible by x|anything else",
+}
+
+
+@pytest.mark.parametrize("kind", PHRASES)
+def test_each_phrase_alone_is_enough(kind: str) -> None:
+    phases = {"oom_load": ["load"], "oom_run": ["run"]}.get(kind, ["load", "run"])
+    for phrase in PHRASES[kind].split("|"):
+        for phase in phases:
+            assert classify(phase, f"it was: {phrase}") == kind, phrase  # type: ignore[arg-type]
+            log = [f"Error: {phrase}", "INFO Address already in use"]
+            assert classify(phase, "", log) == kind, phrase  # type: ignore[arg-type]
+
+
+def test_lines_of_a_log_count_that_are_errors() -> None:
+    for line, counts in (
+        ("ERROR x EADDRINUSE", True), ("OSError: EADDRINUSE", True), ("Exception: EADDRINUSE", True),
+        ("Errors: EADDRINUSE", False), ("INFO EADDRINUSE", False), ("WARNING EADDRINUSE", False),
+    ):  # fmt: skip
+        assert classify("run", "x", [line]) == ("port_in_use" if counts else "unknown")
+    assert classify("run", "x") == "unknown"
+
+
+def test_what_is_advised_is_this() -> None:
+    assert ADVICE == {
+        "timeout_startup": "raise --startup-timeout, or see in the log where the start hangs",
+        "timeout_point": "raise --point-timeout, or see in the log where the run hangs",
+        "model_gated": "ask for access on the model's page, and set HF_TOKEN",
+        "network_offline": "give a model folder as --model, or reach the hub",
+        "model_not_found": "check --model: a folder with a config.json, or org/name of the hub",
+        "tp_not_dividing": "choose a --tensor-parallel-size that divides heads and sizes",
+        "too_few_devices": "lower TP x PP x DP, or free devices; CUDA_VISIBLE_DEVICES counts",
+        "max_model_len": "shorten --seq-lens or --max-tokens, or lower --max-model-len",
+        "kv_too_small": "shorten --seq-lens, raise --gpu-memory-utilization or TP",
+        "oom_load": "raise TP or PP, or free the device: another process may hold it",
+        "oom_run": "smaller --batch-sizes or --seq-lens, or a lower --gpu-memory-utilization",
+        "port_in_use": "another engine uses the port: set VLLM_PORT or --master-port",
+        "worker_killed": "mostly the kernel, out of main memory: see dmesg, free memory",
+        "engine_crash": "see the end of the log",
+        "unknown": "see the end of the log",
+    }
+    assert {"model_gated", "network_offline", "model_not_found"} == SAME_FOR_ALL
+    rows = markdown_table().splitlines()
+    assert (rows[:2], len(rows)) == (["| class | what to do |", "|---|---|"], 2 + len(ADVICE))
+    assert rows[-1] == "| `unknown` | see the end of the log |"

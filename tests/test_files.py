@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -12,7 +13,15 @@ import pytest
 
 import analyze_results
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.files import check_writable, open_regular, read_regular, write_whole
+from batch_inference.core.files import (
+    check_no_link,
+    check_regular,
+    check_writable,
+    open_regular,
+    read_regular,
+    real,
+    write_whole,
+)
 from batch_inference.core.growing_file import GrowingFile
 from batch_inference.core.result_file import (
     ResultFileError,
@@ -205,3 +214,49 @@ def test_an_analysis_replaces_nothing_but_files(tmp_path: Path, name: str, capsy
     assert analyze_results.main(["--input", str(tmp_path / "in"), "--no-plots", "--output-dir", str(out)]) == 2
     assert (out / name).is_fifo()
     assert f"error: --output-dir {out}: cannot be written to: it is no regular file" in capsys.readouterr().err
+
+
+def test_a_file_is_written_beside_and_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, beside, seen = tmp_path / "x.json", tmp_path / f".x.json.{os.getpid()}.tmp", []
+    path.write_text("old")
+
+    def synced(_: int) -> None:
+        seen.append((sorted(file.name for file in tmp_path.iterdir()), beside.read_text("utf-8"), path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    write_whole(path, iter(["ä", "b"]))
+    assert seen == [([beside.name, "x.json"], "äb", "old")]
+    assert path.read_bytes() == "äb".encode()
+    check_writable(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_in_the_way_is_said_with_its_number_and_its_place(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "fifo")
+    told = {}
+    for name in ("folder", "file", "link", "fifo", "absent"):
+        for check in (check_regular, check_no_link):
+            try:
+                check(tmp_path / name)
+            except OSError as error:
+                place = Path(error.filename).name
+                told[place, check.__name__] = (type(error), error.errno, error.strerror)
+    folder = (IsADirectoryError, errno.EISDIR, "Is a directory")
+    fifo = (OSError, errno.EINVAL, "it is no regular file")
+    assert told == {
+        ("folder", "check_regular"): folder,
+        ("folder", "check_no_link"): folder,
+        ("link", "check_no_link"): (OSError, errno.ELOOP, "it is a link"),
+        ("fifo", "check_regular"): fifo,
+        ("fifo", "check_no_link"): fifo,
+    }
+    assert real(tmp_path / "link") == real(tmp_path / "file") == Path(os.path.realpath(tmp_path)) / "file"
+    with open_regular(tmp_path / "link", "w", encoding="latin-1") as file:
+        assert (file.mode, file.encoding) == ("w", "latin-1")
+        file.write("é")
+    assert read_regular(tmp_path / "file") == b"\xe9"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from batch_inference.core.growing_file import GrowingFile
-from batch_inference.core.result_file import journal_of, load_result
+from batch_inference.core.result_file import ResultFileError, journal_of, load_result, point_line, to_json
 from batch_inference.core.results import Point
 from builders import make_point, make_result
 
@@ -94,4 +96,48 @@ def test_what_was_measured_is_told_whole_where_it_cannot_be_saved(path: Path) ->
     growing.add(make_point(4))
     told = json.loads(growing.told() or "")
     assert [point["batch_size"] for point in told["points"]] == [1, 2, 4]
+    growing.close()
+
+
+def test_the_file_itself_is_what_a_save_in_one_go_writes(path: Path) -> None:
+    points = [make_point(number) for number in (1, 2, 4)]
+    empty, whole = make_result(config={"batch_sizes": [1, 2, 4]}), to_json(make_result(points=points))
+    growing = GrowingFile(path, empty)
+    growing.begin()
+    assert (growing.has_begun, path.read_text()) == (True, to_json(empty))
+    for point in points:
+        growing.add(point)
+    growing.fold()
+    assert path.read_text() == whole == growing.told()
+    growing.close()
+
+
+def test_the_journal_is_its_head_and_a_line_for_each_point(path: Path) -> None:
+    growing = begun(path, *(make_point(number) for number in (1, 2, 4)))
+    growing.add(make_point(8))
+    growing.add(make_point(16))
+    head, *lines = journal_of(path).read_text().splitlines()
+    started_at = make_result().environment.started_at
+    assert json.loads(head) == {"started_at": started_at, "points": 3}
+    assert lines == [point_line(make_point(8)), point_line(make_point(16))]
+    told = growing.told()
+    assert [point["batch_size"] for point in json.loads(told or "")["points"]] == [1, 2, 4, 8, 16]
+    growing.close()
+    growing.close()
+
+
+def test_a_point_that_could_not_be_written_is_told_all_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    growing = begun(path, make_point(1), make_point(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ResultFileError) as caught:
+            growing.add(make_point(4))
+        assert str(caught.value) == (
+            f"{path}: cannot be written: No space left on device; free the disk or choose another path"
+        )
+    told = [point["batch_size"] for point in json.loads(growing.told() or "")["points"]]
+    assert (told[:2], set(told)) == ([1, 2], {1, 2, 4})
     growing.close()

@@ -6,11 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
+from batch_inference.core import packages
+from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from conftest import REPOSITORY, SMALL_GRID, STUB, experiment_command
 
 # What `pip install vllm torch pandas matplotlib seaborn` brings and our programs use ..
@@ -19,6 +22,7 @@ BROUGHT = "numpy tqdm psutil msgspec filelock huggingface_hub jinja2 markupsafe 
 IN_TURN = "mpl_toolkits dateutil six pytz tzdata PIL contourpy cycler fontTools kiwisolver packaging pyparsing pylab"
 BLOCKER = """
 import sys
+import types
 ALLOWED = sys.stdlib_module_names | set({allowed!r}.split()) - set({missing!r}.split())
 
 class Blocker:
@@ -133,3 +137,49 @@ def test_what_a_preset_lacks_is_said_before_its_first_setting(
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == f"error: {told}"
     assert "[1/" not in done.stderr
+
+
+ALL = ("vllm", "torch", "msgspec", "psutil", "tqdm", "pandas", "matplotlib", "seaborn")
+DRAWING = "pip install pandas matplotlib seaborn"
+
+
+@pytest.mark.parametrize(
+    ("gone", "measuring", "analysing", "without_plots"),
+    [
+        ("", None, None, None),
+        ("vllm", f"vllm is {MEASURING}", None, None),
+        ("vllm tqdm pandas", f"vllm is {MEASURING}", *[f"pandas is not installed: {DRAWING}"] * 2),
+        ("torch", "torch is not installed: pip install torch", None, None),
+        ("torch psutil tqdm", "torch, psutil, tqdm are not installed: pip install torch psutil tqdm", None, None),
+        ("matplotlib seaborn", None, f"matplotlib, seaborn are not installed: {DRAWING}", None),
+        (
+            "msgspec", "msgspec is not installed: pip install msgspec",
+            *[f"msgspec is not installed: {DRAWING} msgspec"] * 2,
+        ),
+        (
+            "seaborn pandas", None,
+            f"pandas, seaborn are not installed: {DRAWING}", f"pandas is not installed: {DRAWING}",
+        ),
+        (
+            " ".join(ALL), f"vllm, torch are {MEASURING}",
+            f"msgspec, pandas, matplotlib, seaborn are not installed: {DRAWING} msgspec",
+            f"msgspec, pandas are not installed: {DRAWING} msgspec",
+        ),
+    ],
+)  # fmt: skip
+def test_every_package_that_is_not_there_is_named_with_what_installs_it(
+    gone: str, measuring: str | None, analysing: str | None, without_plots: str | None
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(packages, "_is_installed", lambda name: ALL.index(name) >= 0 and name not in gone.split())
+        told = (missing_to_measure(), missing_to_analyse(plots=True), missing_to_analyse(plots=False))
+    assert told == (measuring, analysing, without_plots)
+
+
+def test_a_package_that_cannot_be_looked_for_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packages._is_installed("json")
+    assert not packages._is_installed("there_is_none_of_this_name")
+    # What is in sys.modules without a specification.
+    monkeypatch.setitem(sys.modules, "halfway", types.ModuleType("halfway"))
+    assert not packages._is_installed("halfway")
+    assert not packages._is_installed("there_is_none_of_this_name.inner")

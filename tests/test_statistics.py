@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import numpy as np
@@ -155,3 +156,34 @@ def test_every_percentile_of_one_value_is_that_value() -> None:
 )
 def test_steady_means_that_the_last_two_agree(latencies_s: list[float], steady: bool) -> None:
     assert is_steady(latencies_s, 0.05) is steady
+
+
+def test_all_of_the_printed_table_is_students_t() -> None:
+    """Against the distribution itself, integrated by Simpson's rule: two-sided, 2.5 % at each end."""
+    for degrees in range(1, 61):
+        edge = t_quantile_95(degrees)
+        grid = np.linspace(0, edge, 2001)
+        density = (1 + grid**2 / degrees) ** (-(degrees + 1) / 2)
+        weights = np.ones(2001)
+        weights[1:-1:2], weights[2:-1:2] = 4, 2
+        scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+        within = scale * float(weights @ density) * (edge / 2000) / 3
+        assert within == pytest.approx(0.475, abs=3e-5 if degrees <= 30 else 8e-6), degrees
+
+
+def test_few_values_have_what_few_values_have() -> None:
+    assert (mean([]), ci95_half_width([]), ci95_half_width([1.0]), relative_ci95([1.0])) == (None,) * 4
+    assert (trend([1.0, 2.0]), percentile([], 50), is_narrow([1.0], 9.0)) == (None, None, False)
+    assert (mean([1.0, 2.0]), percentile([3.0], 99)) == (1.5, 3.0)
+    assert ci95_half_width([1.0, 3.0]) == pytest.approx(12.706)
+    assert relative_ci95([1.0, 3.0]) == pytest.approx(12.706 / 2)
+    # A line through 1, 2, 3: what is between its ends, without doubt.
+    assert trend([1.0, 2.0, 3.0]) == pytest.approx((2.0, 0.0))
+    assert trend([1.0, 3.0, 2.0]) == pytest.approx((1.0, 2 * 12.706 * math.sqrt(1.5 / 2)))
+    assert [percentile([4.0, 1.0, 2.0], percent) for percent in (0, 25, 50, 75, 100)] == [1.0, 1.5, 2.0, 3.0, 4.0]
+    # Of the longer one, and of the last two.
+    assert [is_steady(values, 0.5) for values in ([9.0, 1.0, 2.0], [9.0, 2.0, 1.0], [1.0, 2.01], [1.0])] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    width = relative_ci95([1.0, 1.01]) or 0.0
+    assert [is_narrow([1.0, 1.01], target) for target in (width, width * 0.999)] == [True, False]

@@ -13,6 +13,7 @@ from batch_inference.core.text import (
     escaped,
     has_control,
     in_short,
+    listed,
     plain,
     quoted,
     short,
@@ -113,3 +114,39 @@ def test_a_message_is_clean_whoever_made_it() -> None:
     assert str(ConfigError("--a: b\x1b\nc")) == r"--a: b\x1b\nc"
     assert str(UsageError("--a: b\x1b\nc")) == r"--a: b\x1b\nc"
     assert str(WorkFailedError("b\x1b\n  log: c\r")) == "b\\x1b\n  log: c\\r"
+
+
+def test_what_is_not_said_has_its_default() -> None:
+    assert (short(None), short(0.0), short(0.00004), short(12.345), short(-123.456)) == (
+        "", "0.0000", "0.0000", "12.35", "-123.5",
+    )  # fmt: skip
+    assert (listed([1, 4, 8]), listed(["a"]), listed([])) == ("1, 4, 8", "a", "")
+    assert wrapped("a" * 79 + " b") == ["a" * 79, "b"]
+    assert wrapped("a" * 78 + " b") == ["a" * 78 + " b"]
+    assert wrapped("") == []
+    assert wrapped("ab-cd ef", width=5) == ["ab-cd", "ef"]
+
+
+def test_a_table_is_as_wide_as_its_widest_cell_and_not_as_its_header() -> None:
+    assert table_in_markdown(["a", "bb"], [["long cell", "1"]], ["left", "right"]).splitlines() == [
+        "| a         |   bb |",
+        "|-----------|------|",
+        "| long cell |    1 |",
+    ]
+    for header, sides in ((["a"], ["left", "left"]), (["a", "b"], ["left"])):
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            table(header, [["1", "2"]], sides)
+
+
+def test_every_sign_that_steers_is_known_and_its_neighbours_are_not() -> None:
+    bounds = [
+        (0x00, 0x1F), (0x7F, 0x9F), (0x2028, 0x2029), (0x200E, 0x200F), (0x202A, 0x202E), (0x2066, 0x2069),
+    ]  # fmt: skip
+    steering = {code for low, high in bounds for code in range(low, high + 1)}
+    assert {code for code in range(0x3000) if has_control(chr(code))} == steering
+    assert plain("a\n\x1bb\udcff") == "a  b?"
+    assert plain(5) == "5"
+    allowed = [has_control(text, allowed="\n") for text in ("a\n", "a\n\t", "a\t\n")]
+    assert allowed == [False, True, True]
+    assert in_short("x" * 80) == "x" * 80
+    assert quoted("x" * 81) == f"'{'x' * 40}…{'x' * 39}'"

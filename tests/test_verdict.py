@@ -304,3 +304,94 @@ def test_the_limit_that_makes_waves_is_the_one_that_is_named(
 )
 def test_a_packed_point_is_known_by_its_reason(reasons: list[str], packed: bool) -> None:
     assert was_packed(make_point(verdict_reasons=reasons)) is packed
+
+
+def test_every_reason_is_said_to_the_letter() -> None:
+    said = {
+        name: judged(point, {"target_ci": 0.05, **ASKED.get(name, {})}, max_num_seqs=8)[0]
+        for name, (point, *_) in FAULTS.items()
+    }
+    assert said == {
+        "_token_counts": ["128 prompt and 63 output tokens came back, 128 and 64 were asked"],
+        "_prefix_hits": ["16 prompt tokens came from the prefix cache"],
+        "_longer_than_passed": [
+            "a run is said to have taken 0.999 s, and 0.98 s passed meanwhile; see to the nodes' clocks"
+        ],
+        "_preempted": ["2 requests were preempted for want of KV cache"],
+        "_never_steady": ["not steady after 2 warm-ups: the last two differ by more than 5%"],
+        "_compiled_late": ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"],
+        "_wide_interval": ["runs differ: after 10 the 95 % interval is over ±5%; raise --max-runs"],
+        "_drift": ["drift: runs become slower, by over 3% from the first to the last"],
+        "_unlike_warmups": ["the last warm-up took 1 s, the runs 0.6 s; raise --warmup-runs"],
+        "_too_short": ["runs under 10 ms are too short to time; raise --max-tokens"],
+        "_throttled": ["clocks were throttled: hw_slowdown, sw_thermal_slowdown; see to cooling and power"],
+        "_not_alone": ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"],
+        "_waves": ["ran in waves: batch_size 9 is over max_num_seqs 8"],
+        "_packed": ["packed: other settings ran beside it; measure what decides again without --pack"],
+    }
+
+
+def test_reasons_come_in_their_order_those_of_invalid_points_first() -> None:
+    point = measured(9, [0.005, 0.005, 0.005], output_tokens=1, passed_s=0.001)
+    point.runs[0].counters.prefix_cache_hit_tokens = 8
+    point.runs[0].counters.preemptions = 3
+    point.runs[0].counters.jit_compilations = 1
+    point.runs[0].clocks.other_processes = 2
+    point.runs[0].clocks.throttle_reasons = ["hw_slowdown"]
+    reasons, found = judged(point, {"packed": True}, max_num_seqs=8)
+    assert [reason.split()[0] + " " + reason.split()[1] for reason in reasons] == [
+        "576 prompt", "8 prompt", "a run", "3 requests", "ran in", "vLLM compiled", "the last", "runs under",
+        "clocks were", "another process", "packed: other",
+    ]  # fmt: skip
+    assert found == "invalid"
+
+
+def test_all_replicas_are_counted_and_each_other_count_is_said_once_the_smaller_first() -> None:
+    point = make_point(2, replicas=3, warmups=[*STEADY])
+    result = make_result(points=[point], sizes=(1, 1, 3), config={"target_ci": 0.05})
+    assert judge(result, point) == ([], "valid")
+    for run, tokens in zip(point.runs, (190, 180, 180), strict=True):
+        run.output_tokens = tokens
+    asked = "384 and 192 were asked"
+    assert judge(result, point)[0] == [
+        f"384 prompt and 180 output tokens came back, {asked}",
+        f"384 prompt and 190 output tokens came back, {asked}",
+    ]
+    point.runs[0].prompt_tokens, point.runs[0].output_tokens = 383, 192
+    for run in point.runs[1:]:
+        run.output_tokens = 192
+    assert judge(result, point)[0] == [f"383 prompt and 192 output tokens came back, {asked}"]
+    for name in ("seq_len", "max_tokens"):
+        assert judge(result, replace(point, **{name: None})) == ([], "valid")
+
+
+def test_of_several_runs_longer_than_what_passed_the_longest_is_named() -> None:
+    point = measured(latencies_s=[1.0, 1.002, 1.001])
+    for run, passed_s in zip(point.runs, (0.5, 0.6, 0.7), strict=True):
+        run.passed_s = passed_s
+    assert judged(point)[0] == ["a run is said to have taken 1 s, and 0.6 s passed meanwhile; see to the nodes' clocks"]
+
+
+def test_reasons_of_clocks_that_are_no_fault_are_these() -> None:
+    usual = ("gpu_idle", "applications_clocks_setting", "user_defined_clocks", "display_clock_setting", "sync_boost",
+             "sw_power_cap")  # fmt: skip
+    for reason in usual:
+        assert judged(measured(clocks={"throttle_reasons": [reason]})) == ([], "valid")
+    for reason in ("hw_slowdown", "hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown"):
+        assert judged(measured(clocks={"throttle_reasons": [reason]}))[1] == "suspect"
+
+
+def test_bounds_are_these() -> None:
+    bounds = (verdict.STEADY_WITHIN, verdict.WIDEST_INTERVAL, verdict.DRIFT_OVER, verdict.UNLIKE_WARMUPS)
+    assert bounds == (0.05, 0.1, 0.03, 0.15)
+    assert (verdict.SHORTEST_RUN_S, verdict.LONGER_THAN_PASSED) == (0.01, 0.01)
+
+
+@pytest.mark.parametrize("unknown", ["seq_len", "max_tokens"])
+def test_of_a_workload_no_steps_of_prompts_are_counted(unknown: str) -> None:
+    point = replace(measured(8), **{unknown: None})
+    for run in point.runs:
+        run.counters.peak_running = 5
+    assert judged(point, {"seq_lens": [64]}, max_num_batched_tokens=16)[0] == [
+        "ran in waves: at most 5 of 8 requests ran at once"
+    ]
