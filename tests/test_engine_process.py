@@ -10,14 +10,31 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from batch_inference.core.config import ConfigError
+from batch_inference.core.results import EngineInfo, Requests, WorkerInfo
 from batch_inference.measure import engine_process, replicas
 from batch_inference.measure.engine_process import EngineProcess, ReplicaError, quiet_environment, root_cause
-from batch_inference.measure.messages import Close, Failed, Joined, Prepare, Ready, Serve, encode
+from batch_inference.measure.messages import (
+    Close,
+    Done,
+    Failed,
+    Join,
+    Joined,
+    Load,
+    Loaded,
+    Outcome,
+    Prepare,
+    Ready,
+    Serve,
+    Start,
+    encode,
+)
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.place import Place
 
 PID = 2**22 + 4321  # of no process
 
@@ -256,3 +273,126 @@ def test_a_node_holds_its_workers_until_node_0_dismisses_it(tmp_path: Path, monk
     environment = {"A": "devices", "B": "nodes", "C": "nodes"}
     assert done == [(environment, tmp_path / "x.node_2.log"), Serve(config), "looks", "looks", ("ends", 100.0)]
     assert waited_s == [0.5] * 3
+
+
+class FakeEngineProcess:
+    """Answers for the four ranks of a job, and writes down what it is told."""
+
+    made: ClassVar[list[FakeEngineProcess]] = []
+
+    def __init__(self, *words: Any) -> None:
+        self.words, self.told = words, []
+        FakeEngineProcess.made.append(self)
+
+    def send(self, command: Any) -> None:
+        self.told.append(command)
+
+    def ask_to_close(self) -> None:
+        self.told.append("close")
+
+    def end(self, at_s: float) -> None:
+        self.told.append(("end", at_s))
+
+
+def answers_of(command: Any) -> list[Any]:
+    if isinstance(command, Load):
+        workers = [WorkerInfo(host=f"rank-{rank}", weights_bytes=rank, kv_bytes=rank, runner="x") for rank in range(4)]
+        return [Loaded(EngineInfo("0.32.0", block_size=rank, workers=[workers[rank]])) for rank in range(4)]
+    if isinstance(command, Start):
+        requests = Requests([], [], [], [])
+        return [Done(Outcome(10.0 * rank, 10.0 * rank + 1 + rank, rank, 8, requests, 0)) for rank in range(4)]
+    return [{Join: Joined, Prepare: Ready}[type(command)]()] * 4
+
+
+@pytest.mark.parametrize(("hurry", "patience_s"), [(False, 15.0), (True, 0.5)])
+def test_a_torchrun_job_is_led_through_one_process_and_told_by_replica(
+    hurry: bool, patience_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[str] = []
+
+    def receive(processes: list[Any], patience: Any) -> list[list[Any]]:
+        (process,) = processes
+        waited.append(patience)
+        return [answers_of(process.told[-1])]
+
+    class Mark:
+        def __init__(self, path: Path) -> None:
+            self.path = path
+
+        def compilations(self) -> int:
+            return {"x.log": 1, "x.rank_1.log": 10, "x.rank_2.log": 100, "x.rank_3.log": 1000}[self.path.name]
+
+    FakeEngineProcess.made = []
+    clock = SimpleNamespace(now_s=100.0)
+
+    def monotonic() -> float:
+        clock.now_s += 2.0
+        return float(clock.now_s)
+
+    monkeypatch.setattr(replicas, "EngineProcess", FakeEngineProcess)
+    monkeypatch.setattr(replicas, "receive", receive)
+    monkeypatch.setattr(replicas, "Patience", lambda _, waiting_for: waiting_for)
+    monkeypatch.setattr(replicas, "LogMark", Mark)
+    monkeypatch.setattr(replicas, "time", SimpleNamespace(monotonic=monotonic))
+    config = replicas.ExperimentConfig(
+        tensor_parallel_size=2, data_parallel_size=2, distributed_executor_backend="external_launcher",
+        output_file=str(tmp_path / "x.json"),
+    )  # fmt: skip
+    job = replicas.TorchrunReplicas(config, {"A": "1"}, Place(0, 4, 0, 4))
+    engines = job.start()
+    # Of each replica the first rank's engine, with the workers of all its ranks.
+    assert [(one.block_size, [worker.host for worker in one.workers]) for one in engines] == [
+        (0, ["rank-0", "rank-1"]),
+        (2, ["rank-2", "rank-3"]),
+    ]
+    prepare = Prepare(2, 8, 4, [0])
+    job.prepare(prepare)
+    first, second = job.run()
+    assert [(one.start_s, one.end_s, one.prompt_tokens) for one in (first, second)] == [(0.0, 2.0, 0), (0.0, 4.0, 2)]
+    assert (first.jit_compilations, first.passed_s) == (1111, 2.0)
+    assert (second.jit_compilations, second.passed_s) == (None, None)
+    assert job.pids() == []
+    assert not job.can_restart
+    job.close(hurry=hurry)
+    job.close(hurry=hurry)
+    (process,) = FakeEngineProcess.made
+    assert process.words == ({"A": "1"}, tmp_path / "x.log")
+    ends_s = clock.now_s + patience_s
+    assert process.told == [Join(config), Load(config, 0), prepare, Start(), "close", ("end", ends_s)]
+    assert waited == ["startup_timeout", "startup_timeout", "point_timeout", "point_timeout"]
+    # Only the logs of this node are seen here.
+    two_nodes = replicas.TorchrunReplicas(config, {}, Place(0, 4, 0, 2))
+    assert [log.name for log in two_nodes._logs] == ["x.log", "x.rank_1.log"]
+
+
+def test_the_environment_of_a_replica_is_put_together_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the nodes say counts most."""
+    monkeypatch.setenv("VLLM_PORT", "20000")
+    monkeypatch.setattr(replicas.os, "getpid", lambda: 16)
+    monkeypatch.setattr(replicas, "environment_of", lambda address: {"RAY_ADDRESS": address, "CUDA_DEVICE_ORDER": "?"})
+    nodes: Any = SimpleNamespace(environment=lambda: {"VLLM_HOST_IP": "10.0.0.1", "VLLM_DP_MASTER_IP": "10.0.0.1"})
+    config = replicas.ExperimentConfig(
+        tensor_parallel_size=2, data_parallel_size=2, output_file=str(tmp_path / "x.json")
+    )
+    devices = Devices("gpu", ("4", "5", "6", "7"))
+    on_gpus = {"CUDA_VISIBLE_DEVICES": "6,7", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    port = {"VLLM_PORT": "20100"}
+    coupling = {
+        "VLLM_DP_SIZE": "2",
+        "VLLM_DP_RANK": "1",
+        "VLLM_DP_RANK_LOCAL": "0",
+        "VLLM_DP_MASTER_IP": "127.0.0.1",
+        "VLLM_DP_MASTER_PORT": "16000",
+    }
+
+    def given(**options: Any) -> dict[str, str]:
+        return replicas.LocalReplicas(config, devices, **options)._environment(1)
+
+    assert given() == on_gpus | port
+    assert given(coupled=True) == on_gpus | port | coupling
+    assert given(coupled=True, nodes=nodes) == on_gpus | port | coupling | nodes.environment()
+    assert given(ray_address="local") == {"RAY_ADDRESS": "local"} | on_gpus | port
+    assert given(ray_address="head:1") == {"RAY_ADDRESS": "head:1", "CUDA_DEVICE_ORDER": "?"} | port
+    # Other nodes have ended with the engine, and cannot be called back.
+    assert replicas.LocalReplicas(config, devices).can_restart
+    assert not replicas.LocalReplicas(config, devices, nodes=nodes).can_restart
