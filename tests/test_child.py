@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,3 +48,24 @@ def test_without_an_answer_the_last_line_is_the_reason(
     with pytest.raises(ChildError) as caught:
         answer_of(end, monkeypatch)
     assert str(caught.value) == said
+
+
+def test_a_process_of_its_own_has_our_environment_and_what_is_asked_for_and_finds_this_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        calls.append(options)
+        return subprocess.CompletedProcess(command, 0, "1\n", "")
+
+    monkeypatch.setattr(child.subprocess, "run", run)
+    monkeypatch.setattr(child, "python_path", lambda: "/ours:/theirs")
+    monkeypatch.setattr(child, "os", SimpleNamespace(environ={"A": "1", "B": "1", "PYTHONPATH": "/theirs"}))
+    ask("measure.hub", timeout_s=7.5)
+    ask("measure.hub", timeout_s=7.5, environment={"B": "2", "PYTHONPATH": "/other"})
+    ours = {"capture_output": True, "text": True, "timeout": 7.5, "check": True}
+    assert calls == [
+        {**ours, "env": {"A": "1", "B": "1", "PYTHONPATH": "/ours:/theirs"}},
+        {**ours, "env": {"A": "1", "B": "2", "PYTHONPATH": "/ours:/theirs"}},
+    ]

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.failures import ADVICE
 from batch_inference.core.results import EngineInfo, Point, Requests
+from batch_inference.core.text import wrapped
 from batch_inference.measure.console import Console, closing_table, point_words
 from builders import make_point, make_result, make_run
 
@@ -196,3 +198,42 @@ def test_a_line_above_the_bar_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -
     console.close()
     assert "--hf-token=<hf_token> is wrong" in terminal.getvalue()
     assert "hush-hush" not in terminal.getvalue()
+
+
+def test_what_is_shown_of_a_sweep_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is kept, what the columns are, a repetition, a point with its doubts, one that failed."""
+    config = ExperimentConfig(output_file="x.json", num_runs=3)
+    good = make_point(2, 8, verdict="suspect", verdict_reasons=["first reason", "second reason"])
+    lost = Point(4, 16, 32, "oom", reason="CUDA out of memory", failure="oom_run")
+    make_result(points=[good, lost])
+    console = Console()
+    console.start(config, 3, [make_point(1)])
+    console.repeating(good)
+    console.point_done(good)
+    console.restarting(lost)
+    console.point_done(lost)
+    console.close()
+    console.all_there(config, [make_point(1)])
+    shown_lines = capsys.readouterr().err.splitlines()
+    advice = wrapped(f"      oom_run: {ADVICE['oom_run']}", indent=6)
+    assert shown_lines == [
+        "  1 of 3 points is kept from x.json",
+        "  batch x length: output throughput ±95 % interval, latency, TTFT, memory",
+        *wrapped("      2 x 8: vLLM compiled a kernel during a run: a warm-up, and repeated", indent=6),
+        "  [2/3] 2 x 8: 64.00 tok/s ±2.5%, 1.00 s, TTFT 0.100 s, 60.0 GiB, suspect",
+        "      first reason",
+        "      second reason",
+        "      4 x 16: the engine is started again",
+        "  [3/3] 4 x 16: oom: CUDA out of memory",
+        *advice,
+        *wrapped("tp_1: 1 of 1 point is kept from x.json: nothing is left to measure", indent=6),
+    ]
+
+
+def test_a_point_of_which_a_number_is_unknown_is_its_status_and_reason() -> None:
+    point = make_point(1, reason="why")
+    make_result(points=[point])
+    for name in ("output_tok_per_s", "latency_mean_s"):
+        point.summary = {**point.summary, name: None}
+        assert point_words(point) == "ok: why"
+        make_result(points=[point])

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import os
+import sys
 import time
+from dataclasses import replace as replace_config
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.results import EngineInfo, LoadTimes, WorkerInfo
+from batch_inference.core.results import DeviceInfo, EngineInfo, LoadTimes, WorkerInfo
 from batch_inference.measure import engine
 from batch_inference.measure.engine import (
     MEASURING_SETTINGS,
@@ -18,6 +22,7 @@ from batch_inference.measure.engine import (
     node_settings,
     parse_engine_flags,
 )
+from batch_inference.measure.hardware import Reading
 from batch_inference.measure.vllm_objects import (
     FullestMoment,
     compile_cache_of,
@@ -381,3 +386,199 @@ def test_a_wait_in_the_queue_is_never_below_nothing() -> None:
     late = output(prompt=1, tokens=1, ttft_s=0.1, decode_s=0.0)
     late.metrics.scheduled_ts = late.metrics.first_token_ts - 0.1000002
     assert count_outputs([late], 0.0, 1.0).requests.queue_s == [0.0]
+
+
+@pytest.mark.usefixtures("stub_vllm")
+def test_every_argument_of_vllm_is_known_by_what_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "find_devices", lambda: Devices("gpu", ("0", "1")))
+    config = ExperimentConfig(
+        model="org/name", tensor_parallel_size=2, pipeline_parallel_size=3, distributed_executor_backend="mp",
+        batch_sizes=(4, 16, 2), seq_lens=(64, 512, 8), max_tokens=128, dtype="float16", gpu_memory_utilization=0.8,
+        max_num_batched_tokens=2048, seed=7, enforce_eager=True, engine_args=("--quantization", "fp8"),
+    )  # fmt: skip
+    expected = {
+        "model": "org/name",
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 3,
+        "distributed_executor_backend": "mp",
+        "max_model_len": config.longest_request,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
+        "dtype": "float16",
+        "gpu_memory_utilization": 0.8,
+        "enforce_eager": True,
+        "trust_remote_code": False,
+        "seed": 7,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "worker_extension_cls": "batch_inference.measure.engine.WorkerExtension",
+        "enable_mfu_metrics": True,
+        "jit_monitor_verbose": True,
+        "quantization": "fp8",
+    }
+    assert engine_settings(config) == expected
+    given = engine_settings(replace_config(config, max_model_len=4096, max_num_seqs=99))
+    assert given == {**expected, "max_model_len": 4096, "max_num_seqs": 99}
+
+
+@pytest.mark.parametrize(("replicas", "estimates"), [(1, True), (2, False)])
+def test_an_engine_tells_what_it_is_and_how_long_its_start_took(
+    replicas: int, estimates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    worker = WorkerInfo(host="a", weights_bytes=GIB, kv_bytes=2 * GIB, runner="x.Runner")
+
+    class LLM:
+        def __init__(self, **settings: Any) -> None:
+            made.append(settings)
+            self.llm_engine = SimpleNamespace(
+                model_config=SimpleNamespace(
+                    get_vocab_size=lambda: 1000,
+                    hf_text_config=SimpleNamespace(to_dict=lambda: {"eos_token_id": [2, 3]}),
+                ),
+                vllm_config=vllm_config(pipeline_parallel_size=1, distributed_executor_backend="uni"),
+                logger_manager=SimpleNamespace(record=None),
+                engine_core=SimpleNamespace(shutdown=lambda: made.append("shut down")),
+            )
+
+        def collective_rpc(self, name: str) -> list[Any]:
+            made.append(name)
+            reading = Reading("device", used_gib=[1.0], energy_j=[2.0])
+            return [msgspec.to_builtins({"batch_inference_report": worker, "batch_inference_read": reading}[name])] * 2
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict, __version__="0.32.0"))
+    monkeypatch.setattr(engine, "engine_settings", lambda config: {"model": config.model})
+    monkeypatch.setattr(engine, "has_whole_estimate", lambda _: replicas == 1)
+    times_s = iter((103.0, 110.0))
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: next(times_s)))
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    one = Engine(ExperimentConfig(model="org/name"), 101.0)
+    assert one.info == replace(
+        effective_settings("0.32.0", one._llm.llm_engine.vllm_config),
+        multiprocess_engine=True, load_s=LoadTimes(import_s=2.0, engine_s=7.0, total_s=9.0), workers=[worker] * 2,
+        weights_gib=1.0, kv_pool_gib=2.0, runner="x.Runner",
+    )  # fmt: skip
+    assert set(one._counted.values()) == {"preemptions"} | (
+        {"flops_per_device", "memory_bytes_per_device"} if estimates else set()
+    )
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(engine, "make_prompts", lambda **words: asked.update(words) or [[5, 6], [7, 8]])
+    assert one.make_prompts(2, 8, [0, "run"]) == [{"prompt_token_ids": [5, 6]}, {"prompt_token_ids": [7, 8]}]
+    assert asked == {"num_prompts": 2, "seq_len": 8, "vocab_size": 1000, "avoid": {2, 3}, "seed_parts": (0, "run")}
+    assert one.read_devices() == Reading("device", used_gib=[1.0, 1.0], energy_j=[2.0, 2.0])
+    one.close()
+    assert made == [{"model": "org/name"}, "batch_inference_report", "batch_inference_read", "shut down"]
+    # One that runs in the process of its LLM says so.
+    times_s = iter((103.0, 110.0))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    assert Engine(ExperimentConfig(), 101.0).info.multiprocess_engine is False
+
+
+def test_a_worker_tells_of_itself_and_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = SimpleNamespace(compilation_counter="counter")
+    monkeypatch.setitem(sys.modules, "vllm.compilation.counter", counter)
+    monkeypatch.setattr(engine, "compile_cache_of", lambda counted: {"counter": "warm"}[counted])
+    monkeypatch.setattr(engine, "weights_bytes_of", lambda model, size: {("model", 2): 11}[model, size])
+    monkeypatch.setattr(engine, "kv_bytes_of", lambda caches: {"caches": 22}[caches])
+    monkeypatch.setattr(engine.socket, "gethostname", lambda: "node-7")
+    watched, asked = [], []
+
+    class Watch:
+        def identify(self, *, in_use: bool = False) -> list[DeviceInfo]:
+            assert in_use
+            return [DeviceInfo(index=0, name="mine"), DeviceInfo(index=1, name="other")]
+
+        def read(self, pids: list[int]) -> Reading:
+            asked.append(pids)
+            return Reading("device", used_gib=[1.0], energy_j=[None])
+
+    monkeypatch.setattr(engine, "monitor", lambda devices: watched.append(devices) or Watch())
+    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda pid: {0: {12, 3, 5}}[pid])
+    runner = SimpleNamespace(model="model", kv_caches="caches")
+
+    class Rank(engine.WorkerExtension):
+        model_runner = runner
+        vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(dtype=SimpleNamespace(itemsize=2)),
+            compilation_config=SimpleNamespace(compilation_time=1.5),
+        )
+        device = SimpleNamespace(type="cpu")
+        peak_activation_memory = 33
+
+    rank = Rank()
+    expected = WorkerInfo(
+        host="node-7", device=DeviceInfo(index=0, name="mine"), weights_bytes=11, kv_bytes=22, activation_bytes=33,
+        compile_s=1.5, compile_cache="warm", runner="types.SimpleNamespace",
+    )  # fmt: skip
+    assert msgspec.convert(rank.batch_inference_report(), WorkerInfo) == expected
+    assert rank.batch_inference_read() == msgspec.to_builtins(Reading("device", used_gib=[1.0], energy_j=[None]))
+    assert asked == [[os.getpid()]]
+    assert watched == [Devices("cpu", ("3,5,12",))]  # once
+    # What vLLM did not measure is unknown.
+    rank.vllm_config.compilation_config.compilation_time = 0.0
+    del Rank.peak_activation_memory
+    unknown = msgspec.convert(rank.batch_inference_report(), WorkerInfo)
+    assert unknown == replace(expected, compile_s=None, activation_bytes=None)
+
+
+def test_a_gpu_of_torch_is_found_by_its_identifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(get_device_properties=lambda device: SimpleNamespace(uuid=f"of-{device.index}"))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert engine._devices_of(SimpleNamespace(type="cuda", index=3)) == Devices("gpu", ("GPU-of-3",))
+
+
+@pytest.mark.usefixtures("stub_vllm")
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("nnodes", 2, "--nnodes is a flag of this program too; write it out"),
+        ("enable_prefix_caching", False, None),  # as it is anyway
+        ("enable_prefix_caching", True, "--enable-prefix-caching"),
+        ("quantization", "fp8", None),
+    ],
+)
+def test_what_is_ours_is_no_flag_for_vllm_but_where_it_says_the_same(name: str, value: Any, said: str | None) -> None:
+    if said is None:
+        engine._refuse_ours(name, value)
+        return
+    with pytest.raises(ConfigError, match=said):
+        engine._refuse_ours(name, value)
+
+
+@pytest.mark.usefixtures("stub_vllm")
+def test_the_long_flags_of_vllm_are_in_order() -> None:
+    flags = engine.known_flags()
+    assert flags == sorted(set(flags))
+    assert {"--quantization", "--load-format"} <= set(flags)
+    assert all(flag.startswith("--") for flag in flags)
+
+
+def test_the_workers_of_a_node_serve_node_0_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    class Executor:
+        def __init__(self, config: Any, **options: Any) -> None:
+            done.append((config, options))
+
+        def start_worker_monitor(self, **options: Any) -> None:
+            done.append(options)
+
+    def arguments(**settings: Any) -> Any:
+        done.append(settings)
+        return SimpleNamespace(create_engine_config=lambda **words: words)
+
+    modules = {
+        "vllm.engine.arg_utils": SimpleNamespace(EngineArgs=arguments),
+        "vllm.usage.usage_lib": SimpleNamespace(UsageContext=SimpleNamespace(LLM_CLASS="llm")),
+        "vllm.v1.executor.multiproc_executor": SimpleNamespace(MultiprocExecutor=Executor),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(engine, "engine_settings", lambda config: {"model": config.model})
+    engine.serve_node_0(ExperimentConfig(model="org/name"))
+    assert done == [
+        {"model": "org/name"},
+        ({"usage_context": "llm", "headless": True}, {"monitor_workers": False}),
+        {"inline": True},
+    ]

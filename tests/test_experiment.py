@@ -29,21 +29,23 @@ from batch_inference.core.results import (
     Memory,
     Peaks,
     Point,
+    ReplicaRun,
     Requests,
     Result,
+    Run,
     Warmup,
     WorkerInfo,
 )
 from batch_inference.core.text import short
 from batch_inference.measure import experiment
-from batch_inference.measure.combine import combine
+from batch_inference.measure.combine import as_warmup, combine
 from batch_inference.measure.console import Console, closing_table
 from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.experiment import Experiment
 from batch_inference.measure.hardware import Reading, Seen
 from batch_inference.measure.messages import Outcome, Prepare
-from batch_inference.measure.resume import is_enough, set_aside_engine, starting_result
-from builders import make_point, make_result
+from batch_inference.measure.resume import has_runs_enough, is_enough, set_aside_engine, starting_result
+from builders import make_point, make_result, make_run
 
 ENGINE = EngineInfo(
     vllm_version="0.32.0",
@@ -924,3 +926,76 @@ def test_sums_of_replicas_and_their_extremes() -> None:
     assert (combined.memory.used_gib, combined.memory.peak_gib) == ([1.0, 2.0], [3.0])
     assert combined.requests.ttft_s == [0.1] * 4
     assert combined.requests.output_tokens == [4] * 4
+
+
+def test_every_number_of_a_run_has_its_place() -> None:
+    """Each with a value of its own, and the second replica's beside the first's."""
+
+    def one(number: int) -> Outcome:
+        base = 100.0 * number
+        return Outcome(
+            start_s=base + 1, end_s=base + 2, prompt_tokens=int(base) + 3, output_tokens=int(base) + 4,
+            requests=Requests([base + 5], [base + 6], [base + 7], [int(base) + 8]),
+            prefix_cache_hit_tokens=int(base) + 9, preemptions=int(base) + 10, peak_running=int(base) + 11,
+            peak_kv_use=base + 12, flops_per_device=int(base) + 13, memory_bytes_per_device=int(base) + 14,
+            jit_compilations=int(base) + 15, passed_s=base + 16,
+        )  # fmt: skip
+
+    before = Reading("device", used_gib=[1.0, 2.0], energy_j=[10.0, 20.0], other_processes=[5, 6])
+    after = Reading("device", used_gib=[3.0, 4.0], energy_j=[11.0, 22.0], other_processes=[1, 2])
+    seen = Seen(sm_mhz=[1980.0, None], peak_gib=[7.0, 8.0], throttle_reasons=["gpu_idle"])
+    for outcomes in ([one(1), one(2)], [one(2), one(1)]):
+        first, second = outcomes
+        run = combine(outcomes, before, after, seen)
+        assert run == Run(
+            latency_s=202.0,
+            prompt_tokens=306,
+            output_tokens=308,
+            replicas=[
+                ReplicaRun(0, first.start_s, first.end_s, first.prompt_tokens, first.output_tokens),
+                ReplicaRun(1, second.start_s, second.end_s, second.prompt_tokens, second.output_tokens),
+            ],
+            requests=Requests(
+                [*first.requests.ttft_s, *second.requests.ttft_s],
+                [*first.requests.latency_s, *second.requests.latency_s],
+                [*first.requests.queue_s, *second.requests.queue_s],
+                [*first.requests.output_tokens, *second.requests.output_tokens],
+            ),
+            energy_j=3.0,
+            passed_s=216.0,
+            memory=Memory("device", used_gib=[3.0, 4.0], peak_gib=[7.0, 8.0], peak_kv_use=212.0),
+            counters=Counters(
+                preemptions=320, prefix_cache_hit_tokens=318, jit_compilations=330, peak_running=111,
+                flops_per_device=213, memory_bytes_per_device=214,
+            ),
+            unknown={},
+            clocks=Clocks(sm_mhz=[1980.0, None], throttle_reasons=["gpu_idle"], other_processes=3),
+        )  # fmt: skip
+    blind = combine([one(1)], replace(before, energy_j=[None, 1.0]), after, seen)
+    assert blind.energy_j is None
+    assert blind.unknown == {"energy_j": "this machine has no energy counter for its devices"}
+
+
+@pytest.mark.parametrize(("compilations", "kept"), [(None, None), (0, None), (3, 3)])
+def test_a_warm_up_keeps_its_time_its_kernels_and_its_reason(compilations: int | None, kept: int | None) -> None:
+    run = make_run(1.5, counters={"jit_compilations": compilations})
+    assert as_warmup(run) == Warmup(1.5, kept, None)
+    assert as_warmup(run, "why") == Warmup(1.5, kept, "why")
+
+
+@pytest.mark.parametrize(
+    ("num_runs", "latencies_s", "enough"),
+    [
+        (3, [1.0, 2.0, 3.0], True),  # however wide
+        (4, [1.0, 1.0, 1.0], False),  # however narrow
+        (None, [1.0, 2.0, 3.0], False),
+        (None, [1.0, 1.0, 1.0], True),
+        (None, [1.0, 1.0], False),
+        (None, [1.0, 2.0, 3.0, 4.0, 5.0], True),  # as many as are allowed
+    ],
+)
+def test_runs_are_counted_where_a_number_was_asked_for_and_judged_where_not(
+    num_runs: int | None, latencies_s: list[float], enough: bool, config: ExperimentConfig
+) -> None:
+    asked = dataclasses.replace(config, num_runs=num_runs, target_ci=0.02, max_runs=5)
+    assert has_runs_enough(make_point(latencies_s=latencies_s), asked) is enough

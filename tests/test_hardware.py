@@ -13,10 +13,11 @@ from typing import Any
 
 import fake_nvml
 import msgspec
+import psutil
 import pytest
 
 from batch_inference.core.config import ConfigError
-from batch_inference.core.results import Clocks
+from batch_inference.core.results import Clocks, DeviceInfo
 from batch_inference.measure import hardware
 from batch_inference.measure.hardware import CpuMonitor, GpuMonitor, Reading, Seen, clocks_of, drawn_j, joined
 from batch_inference.plan import devices as plan_devices
@@ -392,3 +393,88 @@ def test_gpus_are_watched_by_nvml_and_cores_by_psutil(monkeypatch: pytest.Monkey
     assert isinstance(hardware.monitor(Devices("gpu", ("0",))), GpuMonitor)
     assert isinstance(hardware.monitor(Devices("cpu", ("0",))), CpuMonitor)
     assert CpuMonitor(Devices("cpu", ("0",))).read([2**22 + 1]).used_gib == [0]
+
+
+def test_gpus_are_described_field_by_field(gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = gpus.identify()
+    common = {"memory_gib": 80.0, "power_limit_w": 700.0}
+    assert first == DeviceInfo(
+        index=0, name="GPU 0", uuid="GPU-0", used_before_gib=1.0, idle_power_w=70.0, max_sm_mhz=1980, **common
+    )
+    assert second == DeviceInfo(
+        index=1, name="GPU 1", uuid="GPU-1", used_before_gib=2.0, idle_power_w=71.0, max_sm_mhz=1979, **common
+    )
+    monkeypatch.setattr(fake_nvml, "nvmlSystemGetDriverVersion", lambda: b"570".decode(), raising=False)
+    assert gpus.driver_version() == "570"
+    assert CpuMonitor(Devices("cpu", ("0",))).driver_version() is None
+    assert CpuMonitor(Devices("cpu", ("0",))).held(Reading("replica", [], [])) is None
+
+
+def test_nvml_is_begun_before_it_is_asked_and_what_it_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(hardware, "find_nvml", lambda: fake_nvml)
+    monkeypatch.setattr(hardware, "nvml_handle", lambda _, device: asked.append(device) or device)
+    monkeypatch.setattr(fake_nvml, "nvmlInit", lambda: asked.append("begun"))
+    GpuMonitor(Devices("gpu", ("3", "1")))
+    assert asked == ["begun", "3", "1"]
+
+    def fail() -> None:
+        raise fake_nvml.NVMLError("Not Found")
+
+    monkeypatch.setattr(fake_nvml, "nvmlInit", fail)
+    with pytest.raises(ConfigError) as caught:
+        GpuMonitor(Devices("gpu", ("3", "1")))
+    assert str(caught.value) == "CUDA_VISIBLE_DEVICES: '3,1': NVML says: Not Found"
+    monkeypatch.setattr(hardware, "find_nvml", lambda: None)
+    with pytest.raises(ConfigError) as caught:
+        GpuMonitor(Devices("gpu", ("0",)))
+    assert str(caught.value) == (
+        f"{sys.executable} has no nvidia-ml-py, and vLLM's copy of it is not there: pip install nvidia-ml-py"
+    )
+
+
+def test_all_who_hold_a_device_are_named(gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gpus.read()
+    before.used_gib[0] -= 0.75
+    before.used_gib[1] -= 9.0
+    running = [SimpleNamespace(pid=7), SimpleNamespace(pid=8)]
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: running[: 2 - handle])
+    assert gpus.held(before) == "GPU 0 holds 0.8 GiB more than before, for process 7, process 8"
+
+
+def test_readings_of_several_devices_are_joined_field_by_field() -> None:
+    one = Reading("device", used_gib=[1.0], energy_j=[None], other_processes=[3])
+    two = Reading("device", used_gib=[2.0, 4.0], energy_j=[5.0, 6.0], other_processes=[None, 7])
+    assert joined([one, two]) == Reading("device", [1.0, 2.0, 4.0], [None, 5.0, 6.0], [3, None, 7])
+
+
+def test_reasons_for_a_slow_clock_are_named_in_small_letters() -> None:
+    assert hardware._throttle_bits(fake_nvml) == [("gpu_idle", 1), ("sw_power_cap", 4), ("hw_thermal_slowdown", 64)]
+
+
+def test_a_cpu_without_a_name_is_that_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "cpuinfo")
+    assert hardware.cpu_name() == os.uname().machine
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nCPU part\t: 0xd0c\n")
+    assert hardware.cpu_name() == os.uname().machine
+
+
+def test_the_memory_of_a_replica_is_that_of_its_whole_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Process:
+        def __init__(self, pid: int) -> None:
+            if pid == 9:
+                raise psutil.NoSuchProcess(pid)
+            self.pid = pid
+
+        def children(self, *, recursive: bool) -> list[Process]:
+            assert recursive
+            return [Process(self.pid + 1), Process(self.pid + 2)]
+
+        def memory_info(self) -> SimpleNamespace:
+            if self.pid == 5:  # has ended meanwhile
+                raise psutil.NoSuchProcess(self.pid)
+            return SimpleNamespace(rss=self.pid * plan_devices.GIB)
+
+    monkeypatch.setattr(psutil, "Process", Process)
+    reading = CpuMonitor(Devices("cpu", ("0", "1", "2"))).read([1, 4, 9])
+    assert reading == Reading("replica", used_gib=[1.0 + 2 + 3, 4.0 + 6, 0.0], energy_j=[None] * 3)

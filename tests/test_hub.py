@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_launcher import Launcher
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.failures import ADVICE, WorkFailedError
+from batch_inference.measure import child
+from batch_inference.measure import hub as hub_module
 from batch_inference.measure.hub import fetch_models
+from batch_inference.plan.devices import GIB
 from conftest import STUB
 
 Fetch = Callable[..., list[str]]
@@ -157,3 +165,173 @@ def test_the_script_fetches_before_its_replicas(
     done = experiment(*words, "2", **variables)
     assert done.returncode == 0, done.stderr
     assert asked(hub)[1:] == [LOOK, FETCH]
+
+
+# --- word by word, without a process -------------------------------------------------------------------------------
+
+
+REQUEST = hub_module._Request("org/name", "auto", "my_branch", "/my/models")
+
+
+def file(name: str, size: int | None = 10, sha256: str | None = None) -> SimpleNamespace:
+    lfs = SimpleNamespace(sha256=sha256) if sha256 else None
+    return SimpleNamespace(rfilename=name, size=size, blob_id=f"blob-{name}", lfs=lfs)
+
+
+@pytest.mark.parametrize(
+    ("load_format", "names", "needed"),
+    [
+        ("auto", "a.safetensors consolidated.1.safetensors b.bin x.json", "consolidated.1.safetensors x.json"),
+        ("hf", "a.safetensors consolidated.1.safetensors b.bin", "a.safetensors consolidated.1.safetensors"),
+        ("auto", "b.bin c.pt readme.md x.json", "b.bin x.json"),
+        ("auto", "c.pt", "c.pt"),
+        ("hf", "b.bin c.pt", "b.bin"),
+        ("safetensors", "b.bin x.json", "x.json"),
+        ("fastsafetensors", "a.safetensors b.bin", "a.safetensors"),
+        ("mistral", "a.safetensors consolidated.safetensors", "consolidated.safetensors"),
+        ("npcache", "a.safetensors b.bin c.pt", "b.bin"),
+        ("pt", "a.safetensors b.bin c.pt", "c.pt"),
+        ("auto", "below/a.safetensors b.bin below/x.json", "b.bin"),
+    ],
+)
+def test_the_files_of_each_format_are_those_that_vllm_prefers(
+    load_format: str, names: str, needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def model_info(model: str, **options: Any) -> SimpleNamespace:
+        asked.append((model, options))
+        return SimpleNamespace(siblings=[file(name) for name in names.split()])
+
+    api = SimpleNamespace(HfApi=lambda: SimpleNamespace(model_info=model_info))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", api)
+    found = hub_module._files(dataclasses.replace(REQUEST, load_format=load_format))
+    assert [one.rfilename for one in found] == needed.split()
+    assert asked == [("org/name", {"revision": "my_branch", "files_metadata": True, "timeout": 20.0})]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_is_missing_is_what_the_cache_does_not_hold(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = SimpleNamespace(HF_HUB_CACHE=str(tmp_path / "usual"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(constants=constants))
+    files = [file("a", 1), file("b", 2), file("c", 4, "sha-c"), file("d", 8, "sha-d"), file("e", None)]
+    monkeypatch.setattr(hub_module, "_files", lambda _: files)
+    folder = tmp_path / ("mine" if given else "usual")
+    blobs = folder / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    for name in ("blob-a", "sha-c", "blob-d"):
+        (blobs / name).touch()
+    found = hub_module._look(dataclasses.replace(REQUEST, folder=str(folder) if given else None))
+    assert found == hub_module._Answer(2 + 8, str(folder), ("a", "b", "c", "d", "e"))
+
+
+def test_the_hub_is_asked_for_the_files_alone_and_whether_some_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    errors: list[Exception | None] = [None, None, OSError("no"), ValueError("no")]
+
+    def download(model: str, **options: Any) -> None:
+        asked.append((model, options))
+        if error := errors.pop(0):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=download))
+    request = dataclasses.replace(REQUEST, files=("a", "b"))
+    assert hub_module._download(request) == hub_module._Answer()
+    assert [hub_module._is_here(request) for _ in range(3)] == [True, False, False]
+    where = {"revision": "my_branch", "cache_dir": "/my/models"}
+    assert asked == [
+        ("org/name", {**where, "allow_patterns": ["a", "b"]}),
+        *[("org/name", {**where, "local_files_only": True})] * 3,
+    ]
+
+
+def test_a_request_is_answered_by_a_look_or_a_fetch_or_by_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, fetched = hub_module._Answer(1, "x"), hub_module._Answer(2, "y")
+    monkeypatch.setattr(hub_module, "_look", lambda request: {"/my/models": looked}[request.folder])
+    monkeypatch.setattr(hub_module, "_download", lambda request: {"/my/models": fetched}[request.folder])
+    monkeypatch.setattr(hub_module, "_is_here", lambda request: request.revision == "my_branch")
+    words = json.dumps(dataclasses.asdict(REQUEST))
+    assert hub_module.main("look", words) == looked
+    assert hub_module.main("fetch", words) == fetched
+    for said, reason in (("\n401 \x1b[2JClient\nmore", "401  [2JClient"), ("", "")):
+
+        def fail(_: Any, said: str = said) -> None:
+            raise OSError(said)
+
+        monkeypatch.setattr(hub_module, "_look", fail)
+        problem = f"OSError: {reason}"
+        assert hub_module.main("look", words) == hub_module._Answer(problem=problem, is_here=True)
+
+
+def test_a_fetch_is_looked_at_first_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked, with which token and how long; and what is said of each end."""
+    asked: list[Any] = []
+    answers: list[Any] = []
+
+    def ask(module: str, what: str, words: str, **options: Any) -> Any:
+        asked.append((module, what, json.loads(words), options))
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(child, "ask", ask)
+    monkeypatch.setattr(hub_module, "is_local", lambda _: False)
+    free = {"of": 3 * GIB}
+    monkeypatch.setattr(
+        hub_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free["of"] if path == tmp_path else 0)
+    )
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_USE_MODELSCOPE"):
+        monkeypatch.delenv(name, raising=False)
+    flags = ("--hf-token", "hush", "--revision", "r", "--download-dir", "/d", "--load-format", "pt")
+    configs = [ExperimentConfig(model="org/name", engine_args=flags)] * 2
+    said: list[str] = []
+    folder = f"{tmp_path}/new/deep"
+    answers[:] = [{"missing_bytes": 3 * GIB, "folder": folder, "files": ["a", "b"]}, {}]
+    fetch_models(configs, said.append)
+    request = {"model": "org/name", "load_format": "pt", "revision": "r", "folder": "/d", "files": []}
+    options = {"environment": {"HF_TOKEN": "hush"}}
+    assert asked == [
+        ("measure.hub", "look", request, {**options, "timeout_s": 60.0}),
+        ("measure.hub", "fetch", {**request, "files": ["a", "b"]}, {**options, "timeout_s": 604_800.0}),
+    ]
+    assert said == [f"org/name: 3.0 GiB are fetched into {folder}, once for all replicas and settings of this node"]
+
+    def refused() -> str:
+        with pytest.raises(WorkFailedError) as caught:
+            fetch_models([ExperimentConfig(model="org/name")], said.append)
+        return str(caught.value)
+
+    free["of"] -= 1
+    answers[:] = [{"missing_bytes": 3 * GIB, "folder": folder}]
+    assert refused() == (
+        f"--model org/name: 3.0 GiB are to be fetched into {folder}, where 3.0 GiB are free; free the disk, or choose "
+        "another folder (HF_HOME, or vLLM's --download-dir)"
+    )
+    answers[:] = [{"missing_bytes": 1, "folder": folder}, {"problem": "GatedRepoError: no"}]
+    assert refused() == f"--model org/name: GatedRepoError: no; {ADVICE['model_gated']}"
+    answers[:] = [{"problem": "GatedRepoError: no"}]
+    assert refused() == f"--model org/name: GatedRepoError: no; model_gated: {ADVICE['model_gated']}"
+    assert asked[-1][-1]["environment"] == {}
+    said.clear()
+    for answer in (child.ChildError("no answer within 60 s"), {"problem": "GatedRepoError: no", "is_here": True}):
+        answers[:] = [answer]
+        fetch_models([ExperimentConfig(model="org/name")], said.append)
+    assert said == [
+        f"note: the hub could not be asked for org/name ({problem}); vLLM tries it itself"
+        for problem in ("no answer within 60 s", "GatedRepoError: no")
+    ]
+    answers[:] = [{"missing_bytes": 0, "folder": folder}]
+    fetch_models([ExperimentConfig(model="org/name")], said.append)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("word", ["1", "on", "Yes", "true", "0", "no", ""])
+def test_a_machine_is_cut_off_where_a_variable_says_yes(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_USE_MODELSCOPE"):
+        for other in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_USE_MODELSCOPE"):
+            monkeypatch.setenv(other, word if other == name else "")
+        asks = hub_module._request(ExperimentConfig(model="org/name")) is not None
+        assert asks == (word in ("0", "no", ""))

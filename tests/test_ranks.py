@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.measure.messages import Joined, Prepare, Ready
+from batch_inference.measure import ranks as ranks_module
+from batch_inference.measure.messages import Close, Joined, Prepare, Ready, encode
 from batch_inference.measure.ranks import Ranks
 from batch_inference.plan.place import Place, check_place, find_place
 
@@ -143,3 +147,111 @@ def test_torchrun_and_its_backend_belong_together(backend: str, place: Place | N
     # A plan for torchrun needs none.
     if place is None:
         check_place(dataclasses.replace(config, dry_run=True), None)
+
+
+# --- over the store of torchrun, as far as it is asked ---------------------------------------------------------------
+
+
+class TorchStore:
+    """torch's TCPStore, on which a key is there after so many waits."""
+
+    refuses = False
+
+    def __init__(self, address: str, port: int, **options: Any) -> None:
+        if TorchStore.refuses:
+            raise RuntimeError("The client socket has failed to connect")
+        self.made, self.calls = (address, port, options), []
+        self.waits_in_vain = 0
+
+    def set(self, key: str, value: str) -> None:
+        self.calls.append(("set", key, value))
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        self.calls.append(("wait", keys, timeout.total_seconds()))
+        if self.waits_in_vain:
+            self.waits_in_vain -= 1
+            raise DistStoreError
+
+    def get(self, key: str) -> bytes:
+        self.calls.append(("get", key))
+        return b"value"
+
+
+class DistStoreError(Exception):
+    pass
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock that ranks look at."""
+    names = SimpleNamespace(TCPStore=TorchStore, DistStoreError=DistStoreError)
+    monkeypatch.setitem(sys.modules, "torch.distributed", names)
+    monkeypatch.setattr(TorchStore, "refuses", False)
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    clock = SimpleNamespace(now_s=100.0)
+
+    def monotonic() -> float:
+        clock.now_s += 7.0
+        return float(clock.now_s)
+
+    monkeypatch.setattr(ranks_module, "time", SimpleNamespace(monotonic=monotonic))
+    return clock
+
+
+@pytest.mark.usefixtures("torchrun")
+def test_the_store_is_that_of_torchrun_and_its_address_is_named_where_it_is_not_there() -> None:
+    store: Any = Ranks(Place(1, 2, 1, 2))._store
+    assert store.made == ("head", 29500, {"is_master": False, "timeout": timedelta(seconds=60)})
+    TorchStore.refuses = True
+    with pytest.raises(ConfigError) as caught:
+        Ranks(Place(1, 2, 1, 2))
+    assert str(caught.value) == "--master-addr head: port 29500 cannot be reached within 60 s"
+
+
+@pytest.mark.usefixtures("torchrun")
+def test_a_word_is_waited_for_as_often_as_it_takes() -> None:
+    ranks = Ranks(Place(1, 2, 1, 2))
+    store: Any = ranks._store
+    store.waits_in_vain = 3
+    assert ranks._get("x") == b"value"
+    assert store.calls == [("wait", ["batch_inference/x"], 10.0)] * 4 + [("get", "batch_inference/x")]
+    store.calls.clear()
+    for value in (b"bytes", "text"):
+        ranks._set("y", value)
+    assert store.calls == [("set", "batch_inference/y", "bytes"), ("set", "batch_inference/y", "text")]
+
+
+@pytest.mark.usefixtures("torchrun")
+def test_a_word_that_does_not_come_in_time_is_given_up() -> None:
+    """The clock goes on by 7 s with every look: the last wait is for what is left."""
+    ranks = Ranks(Place(1, 2, 1, 2))
+    store: Any = ranks._store
+    store.waits_in_vain = 99
+    with pytest.raises(TimeoutError, match=r"^x$"):
+        ranks._get("x", timeout_s=26.0)
+    assert [seconds for _, _, seconds in store.calls] == [10.0, 5.0]
+
+
+def test_the_verdict_of_rank_0_is_waited_for_longer_than_rank_0_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float | None]] = []
+    monkeypatch.setattr(ranks_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    monkeypatch.setattr(ranks_module.socket, "gethostname", lambda: "node-7")
+
+    def get(_self: FakeRanks, key: str, timeout_s: float | None = None) -> bytes:
+        asked.append((key, timeout_s))
+        return b"null" if key == "problem" else json.dumps({"host": "a", **SAME}).encode()
+
+    monkeypatch.setattr(FakeRanks, "_get", get)
+    for rank in (0, 1):
+        FakeRanks(rank, 2, FakeStore()).join(SAME)
+    assert asked == [("about/0", 60.0), ("about/1", 60.0), ("problem", 120.0), ("problem", 120.0)]
+    other = FakeRanks(1, 2, FakeStore())
+    other.join(SAME)
+    assert {key: json.loads(value) for key, value in other._store.values.items()} == {
+        "batch_inference/about/1": {"host": "node-7", **SAME}
+    }
+    commands = FakeRanks(1, 2, FakeStore())
+    monkeypatch.setattr(commands, "_get", lambda *words: asked.append(words) or encode(Close()))
+    assert commands.hear(60.0) == commands.hear() == Close()
+    assert asked[-2:] == [("command/1", 60.0), ("command/2", None)]

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.measure import ray_cluster
+from batch_inference.measure.child import ChildError
 from batch_inference.measure.ray_cluster import Cluster, environment_of, find_cluster
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.obstacles import infeasible
@@ -91,3 +96,89 @@ def test_the_devices_of_the_cluster_count_and_not_those_of_this_machine() -> Non
     assert (infeasible(config, None, one_gpu, ray_gpus=4) or "").startswith(said)
     # Nobody asks a cluster for a plan.
     assert infeasible(config, None, one_gpu) is None
+
+
+def test_a_cluster_is_asked_for_its_gpus_and_left_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[Any] = []
+    resources: dict[str, float] = {"GPU": 8.0, "CPU": 64.0}
+    stub = SimpleNamespace(
+        init=lambda *words, **options: done.append((words, options)),
+        cluster_resources=lambda: resources,
+        shutdown=lambda: done.append("left"),
+    )
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    ray_cluster.main("10.0.0.1:6379")
+    resources.pop("GPU")
+    ray_cluster.main("10.0.0.1:6379")
+    assert capsys.readouterr().out == '{"gpus": 8}\n{"gpus": 0}\n'
+    assert done == [(("10.0.0.1:6379",), {"logging_level": "ERROR", "log_to_driver": False}), "left"] * 2
+
+
+def test_what_asks_a_cluster_waits_a_minute_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def ask(*words: str, **options: Any) -> Any:
+        asked.append((words, options))
+        if len(asked) > 1:
+            raise ChildError("no answer within 60 s")
+        return {"gpus": 4}
+
+    monkeypatch.setattr(ray_cluster, "ask", ask)
+    assert ray_cluster._count_gpus("head:1") == 4
+    with pytest.raises(ConfigError) as caught:
+        ray_cluster._count_gpus("head:1")
+    assert str(caught.value) == "the Ray cluster at head:1 cannot be joined: no answer within 60 s"
+    assert asked == [(("measure.ray_cluster", "head:1"), {"timeout_s": 60.0})] * 2
+
+
+@pytest.mark.parametrize(
+    ("address", "at"),
+    [("10.0.0.1:6379", ("10.0.0.1", 6379)), ("[fe80::1]:6379", ("fe80::1", 6379)), ("head", None), ("a:b", None)],
+)
+def test_an_address_is_a_host_and_a_port(
+    address: str, at: tuple[str, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Any] = []
+    closed: list[bool] = []
+
+    def connect(at: tuple[str, int], timeout: float) -> Any:
+        called.append((at, timeout))
+        return SimpleNamespace(close=lambda: closed.append(True))
+
+    monkeypatch.setattr(ray_cluster.socket, "create_connection", connect)
+    assert ray_cluster._answers(address) is (at is not None)
+    assert called == ([(at, 3.0)] if at else [])
+    assert closed == [True] * len(called)
+
+
+def test_the_variables_that_join_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "python_path", lambda: "/ours")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    job = '{"runtime_env": {"env_vars": {"PYTHONPATH": "/ours"}}}'
+    assert environment_of("local") == {"RAY_ADDRESS": "local"}
+    assert environment_of("head:1") == {"RAY_ADDRESS": "head:1", "RAY_JOB_CONFIG_JSON_ENV_VAR": job}
+    # A job that Ray itself runs has one already.
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert environment_of("head:1") == {"RAY_ADDRESS": "head:1"}
+
+
+def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: {"ray": None}[name])
+    with pytest.raises(ConfigError) as caught:
+        find_cluster()
+    assert str(caught.value) == f"--distributed-executor-backend ray: {sys.executable} has no ray; pip install ray"
+
+
+@pytest.mark.parametrize(("content", "found"), [("head:1\n", "head:1"), ("\n", None), (None, None)])
+def test_a_cluster_of_this_machine_is_in_a_file_of_rays(
+    content: str | None, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        started_here(tmp_path, content)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(ray_cluster.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert ray_cluster._started_here() == found
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "elsewhere"))
+    assert ray_cluster._started_here() is None

