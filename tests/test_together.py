@@ -365,3 +365,26 @@ def test_all_lines_and_the_door_are_closed_whoever_is_gone(monkeypatch: pytest.M
 def test_nnodes_is_what_each_setting_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Others(monkeypatch, nnodes=2).leader.devices.nnodes == 2
     assert Others(monkeypatch).leader.devices.nnodes is None
+
+
+@pytest.mark.parametrize(
+    ("said", "own", "code", "error"),
+    [
+        # Ended by itself, it has said why, unless it was left alone or another was used wrongly.
+        ({2: [OSError()], 3: [Ended(0)]}, 1, 1, "error: x: gone 2\n"),
+        ({2: [Ended(0)], 3: [Ended(2)]}, 1, 2,
+         "error: x: the part of node 3 (d) ended with exit code 2; what it printed says why\n"),
+        ({2: [Ended(1)], 3: [Ended(1)]}, 1, 1, ""),
+        ({2: [Ended(0)], 3: [Ended(2)]}, 0, 0, ""),
+    ],
+)  # fmt: skip
+def test_why_it_failed_is_said_once(  # noqa: PLR0913
+    clock: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: dict[int, list[Any]],
+    own: int, code: int, error: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(together, "gone", lambda name: f"gone {name.split()[1]}")
+    others = Others(monkeypatch, own_code=own)
+    others.says.update(said)
+    assert others.run(ALL_LARGE) == code
+    assert capsys.readouterr().err == error
+    assert clock.now_s < 1
