@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from batch_inference.launch import processes as processes_of_ours
 from batch_inference.launch.console import Outcomes, say_how_to_analyse, say_outcomes
 from batch_inference.launch.jobs import Here, Job, check_together, job_of, nodes_in_words
 from batch_inference.launch.options import Options, options_help, parse_options
-from batch_inference.launch.overview import plan
+from batch_inference.launch.overview import PlannedJob, plan
 from batch_inference.launch.presets import Preset, Setting
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.spread import NodeDevices, alike
@@ -768,3 +768,90 @@ def test_signals_are_handled_unless_they_are_ignored(monkeypatch: pytest.MonkeyP
 def test_how_to_analyse_is_a_line_to_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     say_how_to_analyse(HERE, "a b")
     assert capsys.readouterr().err == "analyse with: py x/analyze_results.py --input 'a b'\n"
+
+
+def test_the_help_of_an_option_begins_in_one_column() -> None:
+    lines = options_help()
+    assert all(line[23:24] in (" ", "D") and line[24] != " " for line in lines if "--meeting-secret" not in line)
+    assert "  --pack                run settings side by side where devices are free; their" in lines
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["s --output-dir ''", "s --wait-for-nodes-s=-1 --master-addr h", "s --settle-s=-1 --master-addr h",
+     "s --wait-for-nodes-s nan --master-addr h", "s --settle-s inf --master-addr h", "s --nnodes 0 --master-addr h",
+     "s --node-rank=-1 --master-addr h", "s --master-port 65536 --master-addr h", "s --output-dir=a\0b"],
+)  # fmt: skip
+def test_a_value_that_cannot_be_meant_is_wrong(line: str) -> None:
+    words = ["" if word == "''" else word for word in line.split(" ")]
+    with pytest.raises(ConfigError, match=r"^--[a-z-]+: "):
+        parse_options(words)
+
+
+def one_planned(line: str = "", setting: Setting = Setting(1, 1, 1), **changes: Any) -> PlannedJob:  # noqa: B008
+    job = job_of(setting, 7, 0, STUDY, parse_options(["s", *line.split()]), HERE)
+    return PlannedJob(replace(job, **changes), None, None)
+
+
+def test_uneven_shares_are_the_first_reason() -> None:
+    one = one_planned("--master-addr h", Setting(9, 1, 1, nodes=2))
+    assert overview.planned(one.job, 2, Devices("gpu", ("0",))).reason == (
+        "its 9 devices cannot be shared out evenly over 2 nodes"
+    )
+
+
+def test_what_is_known_of_some_settings_is_shown_and_the_rest_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = SimpleNamespace(
+        weights_gib=12.345,
+        kv_cache_tokens=lambda _longest: None,
+        requests_in_one_wave=lambda length: None if length > 100 else 10_000 // length,
+    )
+    given: list[Any] = []
+
+    def memory(config: ExperimentConfig, _facts: object, _devices: object, memory_gib: float | None) -> Any:
+        given.append(memory_gib)
+        return known if config.tensor_parallel_size == 2 else None
+
+    monkeypatch.setattr(overview, "memory_plan", memory)
+    monkeypatch.setattr(overview, "smallest_memory_gib", lambda _devices: 40.0)
+    line = "--seq-lens 42,92,93"
+    jobs = [one_planned(line), one_planned(line, Setting(2, 1, 1))]
+    assert [row.split()[4:] for row in overview.table(jobs, EIGHT)[1:]] == [
+        ["unknown"] * 3, ["12.3", "unknown", "200", "/", "100"],
+    ]  # fmt: skip
+    asked = json.loads(overview.plan_as_json(jobs, EIGHT))
+    assert [list(one.values())[4:] for one in asked] == [[None] * 4, [12.345, None, {"42": 200, "92": 100}, "formula"]]
+    assert given == [40.0] * 4
+    # Where no length is known, there is nothing to list.
+    jobs = [one_planned("--seq-lens 512", Setting(2, 1, 1))]
+    assert json.loads(overview.plan_as_json(jobs, EIGHT))[0]["requests_in_one_wave"] is None
+
+
+def test_replicas_are_compared_where_they_meet_any_other() -> None:
+    settings = (Setting(4, 1, 1), Setting(1, 1, 4), Setting(2, 1, 2))
+    jobs = [one_planned("--batch-sizes 1,2", setting) for setting in settings]
+    # 2 and 4 there, 4 and 8 here: they meet each other, though not the setting without replicas.
+    assert overview.uncompared(jobs) == []
+    jobs = [one_planned("--batch-sizes 6,4,2,8", setting) for setting in (Setting(16, 1, 1), Setting(1, 1, 16))]
+    assert overview.uncompared(jobs) == [
+        "dp_16 will not be compared with tp_16: its replicas' batches add up to 32, 64, 96, 128; add 32, 64, 96, 128 "
+        "to --batch-sizes"
+    ]
+    jobs = [one_planned("--batch-sizes 7,24,8", setting) for setting in (Setting(8, 1, 1), Setting(1, 1, 8))]
+    assert overview.uncompared(jobs)[0].endswith("add up to 56, 64, 192; add 1, 3 to --batch-sizes")
+
+
+def test_what_is_hidden_in_commands_is_named_where_they_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "placeholders", lambda words: [f"<{words[0]}>", "<both>"])
+    monkeypatch.setattr(overview, "redact", lambda words: words)
+    jobs = [one_planned(words=(name,)) for name in "abc"]
+    jobs[1] = replace(jobs[1], reason="no devices")
+    lines = plan(jobs, [], "", EIGHT)
+    assert "# put in what is not written here: <a>, <both>, <c>" in lines
+    assert lines[-2:] == ["a", "c"]
+
+
+def test_the_model_of_a_plan_is_shown_without_what_is_secret() -> None:
+    one = one_planned("--model https://user:word@host/model")
+    assert "word" not in plan([one], [], "", EIGHT)[0]
+    assert plan([one], [], "", EIGHT)[0] == f"# {one.config.model_shown} on 8 gpu devices"
