@@ -813,8 +813,8 @@ def test_what_is_known_of_some_settings_is_shown_and_the_rest_is_unknown(monkeyp
         return known if config.tensor_parallel_size == 2 else None
 
     monkeypatch.setattr(overview, "memory_plan", memory)
-    monkeypatch.setattr(overview, "smallest_memory_gib", lambda _devices: 40.0)
     line = "--seq-lens 42,92,93"
+    monkeypatch.setattr(overview, "smallest_memory_gib", lambda found: 40.0 if found is EIGHT else None)
     jobs = [one_planned(line), one_planned(line, Setting(2, 1, 1))]
     assert [row.split()[4:] for row in overview.table(jobs, EIGHT)[1:]] == [
         ["unknown"] * 3, ["12.3", "unknown", "200", "/", "100"],
