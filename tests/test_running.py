@@ -333,3 +333,8 @@ def test_after_a_signal_packed_settings_are_not_counted(tmp_path: Path, monkeypa
 def test_only_wrong_use_makes_one_look_who_took_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "taken_since", lambda *_: "another process")
     assert ends(run_jobs(five(tmp_path)[:2], Options(), DEVICES, Planned(lambda: 1, lambda: 0))) == ("tp_2", "", "tp_1")
+
+
+def test_packed_settings_none_of_which_can_run_are_no_wrong_use(tmp_path: Path) -> None:
+    outcomes = run_jobs(five(tmp_path, 0, 1, 2, 3, 4), Options(pack=True), DEVICES, Planned())
+    assert ends(outcomes) == ("", "tp_1 tp_2 tp_3 tp_4 tp_5", "")

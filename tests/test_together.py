@@ -388,3 +388,23 @@ def test_why_it_failed_is_said_once(  # noqa: PLR0913
     assert others.run(ALL_LARGE) == code
     assert capsys.readouterr().err == error
     assert clock.now_s < 1
+
+
+def test_node_0_plans_for_the_nodes_that_came_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned_for: list[Any] = []
+    node_0, here, said = Others(monkeypatch).leader, Here("python3", ""), list[str]()
+    preset: Any = None
+    monkeypatch.setattr(meeting, "introduction", lambda *_: None)
+    monkeypatch.setattr(together, "Leader", lambda *_: node_0)
+    monkeypatch.setattr(together, "Follower", lambda *_: SimpleNamespace(serve=lambda: 9))
+    monkeypatch.setattr(launch, "plan_jobs", lambda *given: planned_for.append(given[-1]) or ([], ["left out"]))
+    monkeypatch.setattr(launch, "uncompared", lambda _jobs: ["not compared"])
+    monkeypatch.setattr(launch, "run_jobs", lambda *given: given[-1])
+    monkeypatch.setattr(launch, "close", lambda outcomes, *_: 0 if outcomes is node_0 else 5)
+    monkeypatch.setattr(launch, "say", said.append)
+    for node, code in ((0, 0), (1, 9), (2, 9)):
+        monkeypatch.setattr(meeting, "meet", lambda *_, node=node: SimpleNamespace(node=node))
+        options = Options(master_addr="a")
+        assert launch.work_over_nodes(preset, options, here, Devices("gpu", ("0",)), Processes()) == code
+    assert planned_for == [node_0.devices]
+    assert said == ["note: left out", "note: not compared"]
