@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_launcher import LAUNCHER, Launcher, config_of
+from test_launcher import LAUNCHER, Launcher, config_of, table_of
 
+from batch_inference.launch.presets import read_table
 from conftest import REPOSITORY, commands_of, is_running, with_ctrl_c
 
 WAITING = 'trap "" INT TERM HUP; touch deaf; sleep 30 & wait; wait'
@@ -352,3 +353,32 @@ def test_a_closed_terminal_or_pipe_costs_no_setting_and_no_traceback(launcher: L
     while len(launcher.names()) < 2:
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
+
+
+def test_the_presets_of_the_file_are_these() -> None:
+    presets = read_table(table_of(LAUNCHER.read_text()).stdout)
+    tensor, pipeline, data = ([[f"{key}={size}"] for size in sizes] for key, sizes in (
+        ("TP", (1, 2, 4, 8)), ("PP", (1, 2, 4)), ("DP", (1, 2, 4)),
+    ))  # fmt: skip
+    mixed = [["TP=2", "PP=2"], ["TP=4", "PP=2"], ["TP=2", "PP=4"], ["TP=4", "PP=4"]]
+    replicas = [["TP=2", "DP=2"], ["TP=4", "DP=2"], ["TP=2", "DP=4"]]
+    four = "TP2_PP2, TP4_PP2, TP2_PP4, TP4_PP4"
+    assert [(one.name, one.comment, one.settings) for one in presets.values()] == [
+        ("tensor-parallel", "TP=1, 2, 4, 8", tensor),
+        ("pipeline-parallel", "PP=1, 2, 4", pipeline),
+        ("mixed-parallel", four, mixed),
+        ("data-parallel", "DP=1, 2, 4", data),
+        ("scaling-study", "all of the above, TP2_DP2, TP4_DP2, TP2_DP4", tensor + pipeline + mixed + data + replicas),
+        ("torchrun-tensor-parallel", "TP=2, 4, 8 under torchrun", [[*words, "torchrun"] for words in tensor[1:]]),
+        ("torchrun-mixed-parallel", f"{four} under torchrun", [[*words, "torchrun"] for words in mixed]),
+        ("custom", "one setting: TP=x PP=y DP=z, any of them", []),
+        ("quickstart", "a first try: a tiny model at TP=1, 2, analysed", [["TP=1"], ["TP=2"]]),
+    ]
+    special = [(one.name, one.made_by, one.is_demo, one.flags) for one in presets.values() if one.flags or one.made_by]
+    flags = (
+        "--load-format dummy --kv-cache-memory-bytes 268435456 --batch-sizes 1,2,4 --seq-lens 64,128 --max-tokens 32"
+    )
+    assert special == [
+        ("custom", "custom", False, []),
+        ("quickstart", None, True, ["--model", f"{REPOSITORY}/models/tiny-llama", *flags.split()]),
+    ]

@@ -13,7 +13,7 @@ from batch_inference.launch import overview
 from batch_inference.launch.jobs import Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
 from batch_inference.launch.options import parse_options
 from batch_inference.launch.overview import PlannedJob, planned, uncompared
-from batch_inference.launch.presets import Preset, Setting, read_table, settings_of
+from batch_inference.launch.presets import Preset, Setting, find_preset, read_table, settings_of
 from batch_inference.launch.stored import time_left
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import read_model_facts
@@ -281,3 +281,58 @@ def test_the_plan_says_who_starts_the_workers() -> None:
     ]
     assert by(Setting(2, 1, 1), nnodes=2) == "mp, 2 nodes"
     assert by(Setting(2, 1, 1), reason="no") == "-"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("TP=2 PP=1 TP=4", "'setting TP=2 PP=1 TP=4': TP is given twice"),
+        ("torchrun torchrun", "'setting torchrun torchrun': torchrun is given twice"),
+        ("TP=0", "'setting TP=0': TP=0 is no size"),
+        ("TP=1 DP=N/0", "'setting TP=1 DP=N/0': DP=N/0 is no size"),
+        ("TP=1 XP=2", "'setting TP=1 XP=2': 'XP=2' is none of TP=N, PP=N, DP=N, torchrun, suffix=WORD, and no flag"),
+    ],
+)
+def test_a_slip_in_a_setting_is_said_in_these_words(line: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        names(8, line)
+    assert str(caught.value) == f"preset study: {said}"
+
+
+def test_a_slip_in_the_table_or_in_the_users_words_is_said_in_these_words() -> None:
+    for words, said in (
+        ("nothing\x1fx\x1f", "preset a: 'nothing x' is no line of a preset"),
+        ("made_by\x1fx\x1f", "preset a: 'made_by x': known are custom"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read_table(f"preset\x1fa\x1fb\x1f\x1e{words}\x1e")
+        assert str(caught.value) == said
+    with pytest.raises(ConfigError) as caught:
+        preset("TP=1").words_of_settings(["first", "second"])
+    assert str(caught.value) == "'first' is one word too many after the preset study"
+    for given, said in (
+        (["TP=x"], "custom TP: 'x' was given, a whole number of at least 1 is needed"),
+        (["TP=1", "PP"], "custom: 'PP' was given, TP=N, PP=N or DP=N is needed"),
+        (["TP=1", "=3"], "custom: '=3' was given, TP=N, PP=N or DP=N is needed"),
+        (["DP"], "custom: 'DP' was given, TP=N, PP=N or DP=N is needed"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Preset("custom", "", made_by="custom").words_of_settings(given)
+        assert str(caught.value) == said
+    two = {"study": STUDY, "a-first": DEMO}
+    assert find_preset(two, "study") is STUDY
+    with pytest.raises(ConfigError) as caught:
+        find_preset(two, "stud")
+    assert str(caught.value) == "'stud' is no preset; choose one of: study a-first"
+
+
+def test_every_part_of_a_setting_is_read() -> None:
+    lines = ("TP=2 torchrun suffix=a.b-c --x 1 --y", "PP=2 DP=N", "--z TP=3")
+    settings, _ = settings_of(preset(*lines), parse_options(["study"]), 4)
+    assert settings == [
+        Setting(2, 1, 1, torchrun=True, suffix="a.b-c", flags=("--x", "1", "--y")),
+        Setting(1, 2, 4),
+        Setting(1, 1, 1, flags=("--z", "TP=3")),
+    ]
+    assert [one.name for one in settings] == ["torchrun_tp_2_a.b-c", "pp_2_dp_4", "tp_1"]
+    assert Setting(2, 3, 5).num_devices == 30

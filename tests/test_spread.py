@@ -84,3 +84,16 @@ def test_what_does_not_divide_by_the_nodes_is_left_for_the_plan_to_say() -> None
     devices = NodeDevices([4, 4], 2)
     assert devices.obstacle(devices.spread(Setting(3, 1, 1))) is None
     assert alike(4, 3).counts == [4, 4, 4]
+
+
+def test_what_cannot_be_shared_out_is_left_to_the_plan_and_node_0_takes_part_in_all() -> None:
+    assert NodeDevices([2, 2], 2).obstacle(Setting(9, 1, 1, nodes=2)) is None
+    # Two of the three could hold it, but not without node 0, which writes the file.
+    said = "it needs 4 devices, in equal parts on some of the nodes; they have 1, 2, 2"
+    assert NodeDevices([1, 2, 2], None).obstacle(Setting(4, 1, 1, nodes=2)) == said
+    assert NodeDevices([1, 2, 2], None).spread(Setting(4, 1, 1)).nodes == 1
+    assert NodeDevices([1, 1, 1], None).spread(Setting(3, 1, 1)).nodes == 3
+    assert alike(1, None).counts == [1] * 1024
+    assert (alike(2, 3).counts, alike(2, 3).nnodes, alike(2, None).nnodes) == ([2, 2, 2], 3, None)
+    assert NodeDevices([2, 2], 2).spread(Setting(1, 1, 2)).torchrun
+    assert not NodeDevices([2, 2], None).spread(Setting(1, 1, 2)).torchrun

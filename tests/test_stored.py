@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_launcher import Launcher
@@ -13,7 +14,18 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import FAILURES, SAME_FOR_ALL
 from batch_inference.core.results import Failure, Point, Result, StoredConfig
 from batch_inference.core.text import about_time
-from batch_inference.launch.stored import failure_since, is_anything_measured, open_points, stored_in, time_left
+from batch_inference.launch import stored as launch_stored
+from batch_inference.launch.stored import (
+    Stored,
+    failure_since,
+    is_anything_measured,
+    measured_by,
+    open_points,
+    stored_in,
+    taken_since,
+    time_left,
+)
+from batch_inference.measure import locks
 from builders import make_point, make_result, save_all
 
 CONFIG = ExperimentConfig(batch_sizes=(1, 4), seq_lens=(64,), max_tokens=32)
@@ -209,3 +221,107 @@ def test_what_is_hidden_is_no_result(tmp_path: Path) -> None:
     (path,) = save_all([make_result(points=[make_point()])], tmp_path)
     path.rename(tmp_path / "._tp_1_results.json")
     assert stored_in(tmp_path) == []
+
+
+# --- what decides, one thing at a time --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def holders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who holds locks in the folder; those of this setting say what for."""
+    found: list[str] = []
+    monkeypatch.setattr(locks, "holders_in", lambda _folder: found)
+    monkeypatch.setattr(locks, "purpose_of", lambda config: f"for {config.setting_name}")
+    return found
+
+
+def test_who_measures_this_setting_is_named_and_no_other(tmp_path: Path, holders: list[str]) -> None:
+    config = in_folder(tmp_path)
+    holders[:] = ["process 1 for tp_2", "process 2 for tp_1", "process 3 for tp_1"]
+    assert measured_by(config) == "process 2 for tp_1"
+    assert taken_since(config, 1e12) == "process 2 for tp_1"
+    holders[1:] = []
+    assert (measured_by(config), taken_since(config, 2.0)) == (None, None)
+
+
+def test_a_setting_is_taken_where_its_own_file_was_written_since(tmp_path: Path, holders: list[str]) -> None:
+    assert holders == []
+    config = in_folder(tmp_path)
+    others = [in_folder(tmp_path, tensor_parallel_size=2), in_folder(tmp_path, seed=7), in_folder(tmp_path, name="x")]
+    for number, other in enumerate(others):
+        (path,) = save_all([measured(other, 1)], tmp_path)
+        path.rename(tmp_path / f"other_{number}.json")
+    assert taken_since(config, 2.0) is None
+    # Twice: an old file of the same setting, and a new one.
+    for name, written_s in (("a", 1000), ("b", 2000), ("c", 1500)):
+        (path,) = save_all([measured(config, 1)], tmp_path)
+        os.utime(path, (written_s, written_s))
+        path.rename(tmp_path / f"{name}.json")
+    assert taken_since(config, 2000.9) == locks.ANOTHER
+    assert taken_since(config, 2001.0) is None
+
+
+def test_points_of_another_setting_with_the_same_flags_stay_open(tmp_path: Path) -> None:
+    config = in_folder(tmp_path)
+    save_all([measured(in_folder(tmp_path, name="other"), 1), measured(in_folder(tmp_path, name="third"), 4)], tmp_path)
+    assert open_points(config) == 2
+    (path,) = save_all([measured(config, 1)], tmp_path)
+    path.rename(tmp_path / "first.json")
+    assert open_points(config) == 1
+    save_all([measured(config, 4)], tmp_path)  # in two files
+    assert open_points(config) == 0
+
+
+def test_something_is_measured_where_any_file_has_a_point(tmp_path: Path) -> None:
+    save_all([failed("unknown")], tmp_path)
+    assert not is_anything_measured(tmp_path)
+    save_all([measured(in_folder(tmp_path, tensor_parallel_size=2), 1)], tmp_path)
+    assert is_anything_measured(tmp_path)
+
+
+def stored(**changes: Any) -> Stored:
+    return dataclasses.replace(Stored("x", CONFIG.model, {}, "gpu", 0.0, None, frozenset(), 60.0), **changes)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([stored()], "about 2 min left, from 1 setting measured"),
+        ([stored(), stored(seconds_per_point=180.0)], "about 4 min left, from 2 settings measured"),
+        ([stored(seconds_per_point=0.0)], "about 1 s left, from 1 setting measured"),
+        ([stored(), stored(device_kind="cpu", seconds_per_point=999.0)], "about 2 min left, from 1 setting measured"),
+        ([stored(), stored(model="other", seconds_per_point=999.0)], "about 2 min left, from 1 setting measured"),
+        ([stored(), stored(seconds_per_point=None)], "about 2 min left, from 1 setting measured"),
+        ([stored(device_kind=None)], None),
+        ([], None),
+    ],
+)
+def test_the_time_left_is_told_by_what_is_alike(
+    found: list[Stored], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_stored, "stored_in", lambda _folder: found)
+    assert time_left([CONFIG], "gpu") == said
+
+
+def test_the_most_settings_that_told_the_time_of_one_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings may go into folders of their own."""
+    told = {"a": [stored(), stored()], "b": [stored()], "c": []}
+    monkeypatch.setattr(launch_stored, "stored_in", lambda folder: told[folder.name])
+    a, b, c = (dataclasses.replace(CONFIG, output_dir=name) for name in "abc")
+    assert time_left([a, b], "gpu") == "about 4 min left, from 2 settings measured"
+    assert time_left([a, b, c], "gpu") is None
+
+
+def test_only_the_failure_of_this_setting_counts(tmp_path: Path) -> None:
+    save_all([failed("model_gated", "tp_2"), measured(in_folder(tmp_path), 1)], tmp_path)
+    assert failure_since(in_folder(tmp_path), 0.0) is None
+    assert failure_since(in_folder(tmp_path, tensor_parallel_size=2), 0.0) == "model_gated"
+
+
+def test_files_are_read_in_the_order_of_their_names_and_all_of_them(tmp_path: Path) -> None:
+    for name in ("c", "a", "b"):
+        (path,) = save_all([failed("unknown", name)], tmp_path)
+        path.rename(tmp_path / f"{name}.json")
+    (tmp_path / "a0.json").write_text("{")
+    (tmp_path / "b.txt").write_text("no result")
+    assert [one.name for one in stored_in(tmp_path)] == ["a", "b", "c"]
