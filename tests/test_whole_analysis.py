@@ -123,10 +123,14 @@ def written(analysis: Analysis, folder: Path, unreadable: Sequence[str] = ()) ->
     return found | {"terminal.txt": text.replace(str(folder), "FOLDER") + "\n"}
 
 
-def assert_expected(name: str, text: str) -> None:
+def assert_expected(**texts: str) -> None:
+    """By the name of the file; a _ before the suffix is its dot."""
+    found = {".".join(name.rsplit("_", 1)): text for name, text in texts.items()}
     FOUND.mkdir(parents=True, exist_ok=True)
-    (FOUND / name).write_text(text, encoding="utf-8")
-    assert text.splitlines() == (EXPECTED / name).read_text(encoding="utf-8").splitlines()
+    for name, text in found.items():
+        (FOUND / name).write_text(text, encoding="utf-8")
+    for name, text in found.items():
+        assert text.splitlines() == (EXPECTED / name).read_text(encoding="utf-8").splitlines(), name
 
 
 def rounded(value: Any) -> Any:
@@ -136,6 +140,10 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(one) for one in value]
     return float(f"{value:.10g}") if isinstance(value, float) else value
+
+
+def indented(document: str) -> str:
+    return json.dumps(rounded(json.loads(document)), indent=1, ensure_ascii=False) + "\n"
 
 
 def columns_of_csv(text: str) -> str:
@@ -156,19 +164,18 @@ def _rounded_text(cell: str) -> str:
 def test_every_file_says_what_it_should(analysis: Analysis, tmp_path: Path) -> None:
     found = written(analysis, tmp_path, ["b.json: is no result file", "c.json: cannot be read"])
     assert sorted(found) == ["report.html", "report.md", "results.csv", "summary.json", "terminal.txt"]
-    assert_expected("report.md", found["report.md"])
-    assert_expected("terminal.txt", found["terminal.txt"])
-    assert_expected("report.html", found["report.html"])
-    assert_expected("results.csv.txt", columns_of_csv(found["results.csv"]))
-    summary = json.loads(found["summary.json"])
-    assert_expected("summary.json", json.dumps(rounded(summary), indent=1, ensure_ascii=False) + "\n")
+    assert_expected(
+        report_md=found["report.md"],
+        terminal_txt=found["terminal.txt"],
+        report_html=found["report.html"],
+        results_txt=columns_of_csv(found["results.csv"]),
+        summary_json=indented(found["summary.json"]),
+    )
 
 
 def test_unlike_things_ranked_together_say_so_everywhere(mixed: Analysis, tmp_path: Path) -> None:
     found = written(mixed, tmp_path)
-    assert_expected("mixed.md", found["report.md"])
-    summary = json.loads(found["summary.json"])
-    assert_expected("mixed_summary.json", json.dumps(rounded(summary), indent=1, ensure_ascii=False) + "\n")
+    assert_expected(mixed_report_md=found["report.md"], mixed_summary_json=indented(found["summary.json"]))
 
 
 # --- plots --------------------------------------------------------------------------------------------------------
@@ -263,7 +270,7 @@ def tables(analysis: Analysis, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_every_plot_is_drawn_as_it_should_be(tables: dict[str, pd.DataFrame], name: str) -> None:
     (draw,) = [draw for one, _, draw in PLOTS if one == name]
     with plots.mpl.rc_context(plots.STYLE):
-        assert_expected(f"plot_{name}.txt", "\n".join(described(draw(tables["few"]))) + "\n")
+        assert_expected(**{f"plot_{name}_txt": "\n".join(described(draw(tables["few"]))) + "\n"})
 
 
 @pytest.mark.parametrize("name", ["latency", "pareto", "heatmap", "roofline"])
@@ -273,4 +280,4 @@ def test_plots_of_many_settings_and_lengths(tables: dict[str, pd.DataFrame], nam
     # Four facets take time enough, but where the number of them is what is told.
     part = tables["many"] if name == "heatmap" else tables["many"][tables["many"]["seq_len"].isin(lengths[:4])]
     with plots.mpl.rc_context(plots.STYLE):
-        assert_expected(f"many_{name}.txt", "\n".join(described(draw(part))) + "\n")
+        assert_expected(**{f"many_{name}_txt": "\n".join(described(draw(part))) + "\n"})
