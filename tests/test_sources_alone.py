@@ -69,7 +69,7 @@ def test_what_is_not_there_is_named_with_what_is(model: Any, names: Any, told: s
 
 def test_of_many_names_ten_are_told() -> None:
     there = [setting(f"{number}", f"s{number:02}") for number in range(12)]
-    with pytest.raises(UsageError, match="there is s00, .*, s09 and 2 more$"):
+    with pytest.raises(UsageError, match=r"there is s00, .*, s09 and 2 more$"):
         chosen(there, None, ("x",), "--input x")
 
 
@@ -81,7 +81,8 @@ def test_of_many_names_ten_are_told() -> None:
         # The end, where it is known, and not the start.
         ({"ended_at": "2026-01-02T03:00:00+00:00", "started_at": "2026-01-02T00:00:00+00:00"},
          {"ended_at": "2026-01-02T02:00:00+00:00", "started_at": "2026-01-02T01:00:00+00:00"}, "a"),
-        ({"started_at": "2026-01-02T03:00:00+00:00", "ended_at": "soon"}, {"ended_at": "2026-01-02T02:00:00+00:00"}, "a"),
+        ({"started_at": "2026-01-02T03:00:00+00:00", "ended_at": "soon"},
+         {"ended_at": "2026-01-02T02:00:00+00:00"}, "a"),
         # Without a zone it is UTC.
         ({"ended_at": "2026-01-02T03:00:00"}, {"ended_at": "2026-01-02T04:30:00+02:00"}, "a"),
         ({"ended_at": "2026-01-02T03:00:00"}, {}, "a"),
