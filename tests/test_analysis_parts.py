@@ -220,6 +220,11 @@ def test_two_sets_are_told_with_what_is_in_one_of_them_alone() -> None:
     ]
 
 
+def test_a_comparison_without_counts_has_none() -> None:
+    found = SetComparison(POINTS)
+    assert (found.unlike, found.only_new, found.only_old, found.repeated) == ({}, 0, 0, 0)
+
+
 def test_what_counts_as_a_regression() -> None:
     found = regressions(SetComparison(POINTS.assign(change=["lost", "worse", "worse"], ratio=[2, 0.5, 0.9])), 10)
     assert found["batch_size"].tolist() == [1, 2]
