@@ -471,3 +471,22 @@ def test_the_files_are_named_in_order_and_old_ones_go(tmp_path: Path, monkeypatc
     report.write_report(analysis, [], folder)
     report.write_report(analysis, [], folder, ())
     assert asked == [(1, folder, ["p"]), (1, folder, None)]
+
+
+def test_of_many_settings_ten_are_named_as_baselines(tmp_path: Path) -> None:
+    results = [make_result(f"s{number:02}", [make_point()]) for number in range(12)]
+    with pytest.raises(QuestionError) as caught:
+        analysed(results, tmp_path, Question(baseline="x"))
+    assert str(caught.value).endswith(f"choose one of {', '.join(f's{number:02}' for number in range(10))}")
+
+
+def test_a_group_of_many_settings_names_twelve(tmp_path: Path) -> None:
+    results = [make_result(f"s{number:02}", [make_point()]) for number in range(14)]
+    results.append(make_result("z", [make_point()], config={"model": "other"}))
+    (part,) = [one for one in sections_of(analysed(results, tmp_path)) if one.title == "Measured"]
+    names = ", ".join(f"s{number:02}" for number in range(12))
+    assert part.lines == [
+        "2 groups of unlike points, never ranked together; they differ in model:",
+        f"group 1: model meta-llama/Llama-2-7b-chat-hf ({names} and 2 more)",
+        "group 2: model other (z)",
+    ]
