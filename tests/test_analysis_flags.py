@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import analyze_results
 from batch_inference.analyze import flags
 from batch_inference.analyze.compare import SetComparison
 from batch_inference.analyze.flags import build_parser, names_of, not_negative, number, percentage, positive
+from conftest import REPOSITORY
 
 
 def test_the_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +76,74 @@ def test_the_gate_tells_by_its_exit_code(
 def test_without_a_comparison_there_is_nothing_to_judge() -> None:
     analysis: Any = SimpleNamespace(comparison=None)
     assert analyze_results.gate(analysis, 5.0) == 0
+
+
+# --- to the letter ------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_has_its_default() -> None:
+    found = vars(flags.parse(["--input", "x"]))
+    assert found.pop("input") == Path("x")
+    assert found.pop("slo_percentile") == 99.0
+    assert (found.pop("allow_mixed"), found.pop("no_plots")) == (False, False)
+    assert found == dict.fromkeys([
+        "output_dir", "model", "setting", "max_latency_s", "max_ttft_s", "max_tpot_s", "device_hour_price", "baseline",
+        "compare", "fail_on_regression", "group_by", "plots",
+    ])  # fmt: skip
+
+
+def test_every_flag_is_read_as_what_it_means() -> None:
+    words = (
+        "--input a --output-dir b --model m --setting s,t --max-latency-s 1 --max-ttft-s 2 --max-tpot-s 3 "
+        "--slo-percentile 90 --device-hour-price 4 --baseline tp_1 --compare old --fail-on-regression 0 "
+        "--group-by dtype,model --allow-mixed --plots ttft,tpot"
+    )
+    assert vars(flags.parse(words.split())) == {
+        "input": Path("a"), "output_dir": Path("b"), "model": "m", "setting": ("s", "t"), "max_latency_s": 1.0,
+        "max_ttft_s": 2.0, "max_tpot_s": 3.0, "slo_percentile": 90.0, "device_hour_price": 4.0, "baseline": "tp_1",
+        "compare": Path("old"), "fail_on_regression": 0.0, "group_by": ("dtype", "model"), "allow_mixed": True,
+        "no_plots": False, "plots": ("ttft", "tpot"),
+    }  # fmt: skip
+    assert flags.parse(["--input", "x", "--no-plots"]).plots == ()
+
+
+def test_the_help_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    found = build_parser().format_help()
+    assert found.splitlines() == (REPOSITORY / "tests" / "expected" / "help.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--input", "x", "--fail-on-regression", "0"],
+         "--fail-on-regression 0: compares with nothing; add --compare DIR"),
+        (["--input=--"], "--input --: the dashes are no value; give one"),
+        (["--input", "x", "--max-tpot-s", "-1"], "argument --max-tpot-s: -1 is not above 0"),
+        (["--input", "x", "--max-latency-s", "x"], "argument --max-latency-s: 'x' is no number"),
+        (["--input", "x", "--slo-percentile", "0"], "argument --slo-percentile: 0 is not above 0 and at most 100"),
+        (["--input", "x", "--fail-on-regression", "-0.5"], "argument --fail-on-regression: -0.5 is below 0"),
+        (["--input", "x", "--device-hour-price", "1000000001"],
+         "argument --device-hour-price: '1000000001' is over 1000000000"),
+        (["--input", "x", "--setting", ","], "argument --setting: ',' names no setting"),
+        (["--input", "x", "--group-by", " ,"], "argument --group-by: ' ,' names no column"),
+        ([], "the following arguments are required: --input"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_the_flag(words: list[str], told: str) -> None:
+    with pytest.raises(flags.UsageError) as caught:
+        flags.parse(words)
+    assert str(caught.value) == told
+
+
+def test_numbers_may_be_as_far_from_zero_below_as_above() -> None:
+    assert number("-1e9") == -1e9
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^'-1.1e9' is over 1000000000$"):
+        number("-1.1e9")
+
+
+def test_what_is_read_may_be_called_as_it_likes_and_what_is_written_may_not() -> None:
+    assert flags.old_path("a\nb") == Path("a\nb")
+    assert flags.parse(["--input", "a\nb", "--compare", "c\nd"]).compare == Path("c\nd")
+    with pytest.raises(argparse.ArgumentTypeError, match="was given, it holds"):
+        flags.new_path("a\nb")
