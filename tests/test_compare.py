@@ -64,6 +64,7 @@ def test_the_interval_of_a_ratio_is_propagated(table: Any) -> None:
     assert found["ratio_ci95"] == pytest.approx(half, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_ratio_as_often_as_it_says(tmp_path: Path) -> None:
     random, covered = np.random.default_rng(1), 0
     points = [make_point(batch, latencies_s=random.normal(1, 0.03, 4)) for batch in range(1, 401)]

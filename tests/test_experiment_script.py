@@ -188,6 +188,7 @@ def test_a_run_that_did_not_do_what_was_asked_is_invalid(experiment: Run, tmp_pa
     assert said in point["verdict_reasons"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_script_keeps_its_file_and_leaves_no_process(
     tmp_path: Path, signal_number: signal.Signals, code: int
@@ -206,6 +207,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_hangs_up_twice(tmp_path: Path) -> None:
     process, engines = hanging_script(tmp_path)
     process.send_signal(signal.SIGHUP)
@@ -272,6 +274,7 @@ def test_one_rank_of_each_node_says_what_is_wrong(experiment: Run) -> None:
     assert [bool(told(*ranks)) for ranks in ((0, 0), (1, 1), (2, 0), (3, 1))] == [True, False, True, False]
 
 
+@pytest.mark.slow
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     process, _ = hanging_script(tmp_path, "nohup")
     process.send_signal(signal.SIGHUP)
@@ -300,6 +303,7 @@ def hanging_script(folder: Path, *before: str) -> tuple[subprocess.Popen[str], l
     return process, engines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_an_impatient_user_leaves_no_process_behind(tmp_path: Path, signal_number: signal.Signals) -> None:
     process, engines = hanging_script(tmp_path)
@@ -312,6 +316,7 @@ def test_an_impatient_user_leaves_no_process_behind(tmp_path: Path, signal_numbe
     _wait_for(lambda: not any(map(is_running, engines)))
 
 
+@pytest.mark.slow
 def test_files_of_the_users_own_are_no_modules_of_ours(tmp_path: Path) -> None:
     for name in ("queue.py", "batch_inference"):
         (tmp_path / name).write_text("raise SystemExit('not meant')")

@@ -147,6 +147,7 @@ def test_a_model_that_cannot_be_had_starts_no_setting(launcher: Launcher, hub: P
     assert done.stderr.startswith("error: --model org/name: GatedRepoError")
 
 
+@pytest.mark.slow
 def test_the_script_fetches_before_its_replicas(
     experiment: Callable[..., subprocess.CompletedProcess[str]], hub: Path, tmp_path: Path
 ) -> None:

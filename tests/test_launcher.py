@@ -453,6 +453,7 @@ def test_a_setting_refused_later_is_a_failure_like_others(launcher: Launcher) ->
     assert len(launcher.names()) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_any_path_and_name_reaches_the_script_as_it_was_given(launcher: Launcher, locale: str) -> None:
     folder = """rés  it's $(x) & \\ "y\""""

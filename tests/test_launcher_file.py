@@ -300,6 +300,7 @@ def children_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_second_signal_kills_what_does_not_end(launcher: Launcher) -> None:
     process = start(launcher, python=WAITING)
     deadline_s = time.monotonic() + 10
@@ -318,6 +319,7 @@ def test_a_second_signal_kills_what_does_not_end(launcher: Launcher) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_hangs_up_twice_and_kills_nothing(launcher: Launcher) -> None:
     process = start(launcher, python=WAITING)
     time.sleep(0.3)  # the setting has to be deaf by now
@@ -331,6 +333,7 @@ def test_a_terminal_that_is_closed_hangs_up_twice_and_kills_nothing(launcher: La
     assert process.wait(timeout=5) == 129
 
 
+@pytest.mark.slow
 def test_what_nohup_ignores_stays_ignored(launcher: Launcher) -> None:
     process = start(launcher, "nohup")
     process.send_signal(signal.SIGHUP)

@@ -16,6 +16,8 @@ from conftest import free_ports, with_ctrl_c
 Start = Callable[..., "Node"]
 SECRET = "tell nobody"
 
+pytestmark = pytest.mark.slow
+
 
 class Node:
     """A launcher that runs, in a folder of its own."""
@@ -131,7 +133,6 @@ def test_nodes_that_know_a_secret_meet_without_one_that_does_not(start: Start, t
     assert not [path for path in written if SECRET in path.read_text()]
 
 
-@pytest.mark.slow
 def test_a_part_that_fails_fails_its_setting_and_the_next_is_begun(start: Start) -> None:
     study = ("torchrun-tensor-parallel", "--nnodes", "2")
     first = start("a", *study, WAIT_FOR="torchrun_tp_4_nodes_2")
@@ -154,7 +155,6 @@ def test_what_is_wrong_for_the_first_setting_ends_the_preset_on_every_node(start
     assert first.launcher.names() == second.launcher.names() == ["torchrun_tp_2_nodes_2"]
 
 
-@pytest.mark.slow
 def test_after_a_node_is_gone_nothing_more_is_begun(start: Start) -> None:
     study = ("torchrun-tensor-parallel", "--nnodes", "2")
     first = start("a", *study, WAIT_FOR="torchrun_tp_4_nodes_2")

@@ -194,6 +194,7 @@ def test_a_node_that_stays_alone_says_so(port: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_come_is_named_to_those_that_did(port: int) -> None:
     said = "node 2 of 3 did not come within 1 s; start the same command there"
     assert meeting_of(options(port, nnodes=3, wait_s=1), OWN, OWN) == [said, said]
@@ -281,6 +282,7 @@ def test_something_else_that_listens_is_said(port: int) -> None:
     assert said.startswith(f"--master-port {port}: something else listens there on 127.0.0.1")
 
 
+@pytest.mark.slow
 def test_one_that_goes_again_is_not_waited_for(port: int) -> None:
     with arrivals() as wait_for, ThreadPoolExecutor() as pool:
         first = pool.submit(end_of, options(port, wait_s=1.5), OWN)

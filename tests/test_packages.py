@@ -116,6 +116,7 @@ def test_what_the_analysis_lacks_is_said_before_it_reads(blocked: Blocked, missi
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
 
 
+@pytest.mark.slow
 def test_without_plots_nothing_that_draws_is_needed(blocked: Blocked, tmp_path: Path) -> None:
     flags = ("--no-plots", "--output-dir", str(tmp_path / "out"))
     done = blocked.run(analysis(str(REPOSITORY / "tests" / "golden"), *flags), "matplotlib seaborn")

@@ -55,6 +55,7 @@ def test_the_longest_come_first() -> None:
     assert [one.name for one in longest_first(jobs)] == ["dp_2", "tp_1", "tp_2", "tp_4"]
 
 
+@pytest.mark.slow
 def test_no_two_settings_are_on_the_same_device_at_the_same_time(tmp_path: Path) -> None:
     jobs = [job(tmp_path, f"job_{number}", tp=size) for number, size in enumerate((1, 1, 2, 3, 4, 2))]
     ended = dict(Packing(jobs, FOUR, Processes()).run())
@@ -125,6 +126,7 @@ def test_one_whose_output_has_no_place_has_failed_and_the_others_go_on(
     assert f"error: {tmp_path}/taken/bad_results.txt: what bad prints cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_launchers_print_into_files_of_their_own(tmp_path: Path) -> None:
     one = job(tmp_path, "one")
     with locked(lock_of(one.console_path), "the other launcher's"):

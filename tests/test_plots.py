@@ -339,6 +339,7 @@ def test_a_name_with_a_leading_underscore_is_in_the_legend(table: Any) -> None:
     assert legend_labels(figure) == [" _hidden"]
 
 
+@pytest.mark.slow
 def test_the_legend_covers_no_data(table: Any) -> None:
     for count, lengths in ((2, (8,)), (6, (8, 16, 32)), (12, (8, 16, 32))):
         figure = plots.throughput(table(make_sweep(SETTINGS[:count], seq_lens=lengths)))
@@ -379,6 +380,7 @@ def test_the_best_of_many_are_those_that_are_faster(table: Any) -> None:
     assert named(points) == [f"s{latency_s:02}" for latency_s in range(1, plot_style.NAMED + 1)]
 
 
+@pytest.mark.slow
 def test_of_many_lengths_some_are_drawn_and_that_is_said(table: Any) -> None:
     figure = plots.throughput(table(make_sweep(SETTINGS[:1], batch_sizes=(1, 2), seq_lens=range(8, 48))))
     assert len(figure.axes) == plot_style.FACETS
@@ -390,6 +392,7 @@ def test_of_many_lengths_some_are_drawn_and_that_is_said(table: Any) -> None:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_plot_becomes_a_png_and_an_svg_and_an_empty_one_a_reason(groups: Any, tmp_path: Path) -> None:
     written, missing = write_plots(groups(make_sweep(SETTINGS[:1], batch_sizes=(1, 2))), tmp_path)
     names = ["throughput", "latency", "ttft", "tpot", "pareto", "heatmap", "memory"]
@@ -410,6 +413,7 @@ def test_the_user_picks_plots(groups: Any, tmp_path: Path) -> None:
     assert len(missing) == 1
 
 
+@pytest.mark.slow
 def test_the_same_results_are_the_same_svg(groups: Any, tmp_path: Path) -> None:
     found = []
     for _ in range(2):
@@ -428,6 +432,7 @@ def test_unlike_things_get_figures_of_their_own(groups: Any, tmp_path: Path, mon
     assert [saved[path].texts[0].get_text()[-9:] for _, path in written] == ["(group 1)", "(group 2)"]
 
 
+@pytest.mark.slow
 def test_mixed_things_are_marked_in_every_title(groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: dict[Path, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.update({path: self}))

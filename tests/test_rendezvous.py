@@ -188,6 +188,7 @@ def test_node_0_itself_may_lack_devices() -> None:
     assert disagreement(replace(FIRST, devices=1), [SECOND]) == "node 0 (a) has 1 device, 4 are needed on each"
 
 
+@pytest.mark.slow
 def test_two_nodes_that_were_told_the_same_number_are_named() -> None:
     verdicts = meet(SECOND, replace(SECOND, host="b"), nnodes=3, patience_s=1)
     assert verdicts == ["b and b both are node 1; give each a --node-rank of its own"] * 3
@@ -207,6 +208,7 @@ def test_a_stranger_that_says_nothing_delays_nobody() -> None:
             stranger.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [b"SSH-2.0-OpenSSH_9.6\r\n", b""])
 def test_something_else_that_listens_on_the_port_is_said(words: bytes) -> None:
     def answer(server: socket.socket) -> None:

@@ -162,6 +162,7 @@ def test_a_replica_leads_a_process_group_of_its_own(replicas: LocalReplicas) -> 
     assert os.getpgid(pid) == pid != os.getpgid(0)
 
 
+@pytest.mark.slow
 def test_an_engine_writes_bytecode_where_the_machine_switches_it_off(
     replicas: LocalReplicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ case $* in
 esac
 """
 
+pytestmark = pytest.mark.slow
+
 
 class Setup:
     def __init__(self, folder: Path) -> None:

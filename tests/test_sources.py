@@ -264,6 +264,7 @@ def test_what_lies_where_the_analysis_goes_is_none_of_it(analyze: Run, tmp_path:
     assert "tp_8" not in analyze("--input", tmp_path, "--output-dir", tmp_path / "out").stdout
 
 
+@pytest.mark.slow
 def test_plots_that_are_not_drawn_again_go_and_those_of_others_stay(tmp_path: Path) -> None:
     save(tmp_path / "tp_1_results.json")
     analysis = tmp_path / "analysis"
