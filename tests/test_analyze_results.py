@@ -215,6 +215,7 @@ def test_a_regression_fails_only_where_that_is_asked_for(analyze: Run, tmp_path:
     assert analyze(*flags, "--fail-on-regression", 0).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_gate_with_nothing_to_judge_does_not_pass(analyze: Run, tmp_path: Path) -> None:
     """Another name, or a single run: nothing can be said of any point."""
     save_all([make_result(points=steady(1.0))], tmp_path / "old")
@@ -234,6 +235,7 @@ def test_the_results_may_lie_beside_what_is_written(analyze: Run, folder: Path) 
         assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_an_unreadable_file_of_the_earlier_results_is_named(analyze: Run, folder: Path, tmp_path: Path) -> None:
     save_all([make_result(points=steady(1.0))], tmp_path / "old")
     (tmp_path / "old" / "broken\nname.json").write_text("{")

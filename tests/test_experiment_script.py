@@ -60,6 +60,7 @@ def prompts_in(log: Path) -> list[str]:
     return [prompt for line in lines for prompt in re.findall(r"\[(.*?)\]", line)]
 
 
+@pytest.mark.slow
 def test_prompts_are_fresh_for_every_run_and_the_same_for_every_setting(experiment: Run, tmp_path: Path) -> None:
     made = []
     for number, flags in enumerate((["-tp", "1"], ["-tp", "2"], ["--seed", "1"])):
@@ -83,6 +84,7 @@ def test_verbose_shows_the_log_of_vllm(experiment: Run) -> None:
     assert "stub vLLM" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
     command = experiment_command(tmp_path, *SMALL_GRID, "-pp", "2")
     del command[4:6]
@@ -134,6 +136,7 @@ def test_repeats_are_noted_and_dropped(experiment: Run) -> None:
     assert "note: --batch-sizes: repeats dropped, 1,2 is measured" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_same_command_again_goes_on(experiment: Run, tmp_path: Path) -> None:
     assert experiment().returncode == 0
     first = (tmp_path / "tp_1_results.json").read_text()

@@ -257,6 +257,7 @@ def bare(launcher: Launcher) -> Launcher:
     return launcher
 
 
+@pytest.mark.slow
 def test_what_measures_nothing_installs_nothing(bare: Launcher) -> None:
     for words in (("--help",), ("nope",), ("custom", "TP=1", "--dry-run"), ("custom", "TP=512")):
         bare.as_program(*words)

@@ -85,6 +85,7 @@ def test_no_name_from_a_file_becomes_a_tag(page: Any) -> None:
     assert "&lt;script&gt;alert(1)" in text
 
 
+@pytest.mark.slow
 def test_many_points_are_cut_and_that_is_said(page: Any) -> None:
     text = page([make_result(points=[make_point(b, latencies_s=[1.0]) for b in range(1, ROW_LIMIT + 4)])])
     assert "… and 3 more rows: results.csv and summary.json have all." in text

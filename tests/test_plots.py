@@ -94,6 +94,7 @@ def test_the_batch_axis_is_logarithmic_with_the_real_sizes_as_ticks(table: Any) 
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3", "16"]
 
 
+@pytest.mark.slow
 def test_too_many_batch_sizes_thin_the_ticks_and_not_the_points(table: Any) -> None:
     sizes = range(1, 65)
     figure = plots.throughput(table(make_sweep(SETTINGS[:1], batch_sizes=sizes, seq_lens=(8, 16, 32))))
@@ -323,6 +324,7 @@ def test_twelve_settings_are_told_apart(table: Any) -> None:
     assert len({look["marker"] for look in seen}) == 12
 
 
+@pytest.mark.slow
 def test_every_figure_says_what_it_was_measured_on(table: Any) -> None:
     points = table(make_sweep([(1, 1, 1), (1, 1, 2)], batch_sizes=(1, 2))).assign(
         mfu=0.2, mbu=0.3, energy_j_per_output_token=1.0
@@ -455,6 +457,7 @@ def test_nothing_measured_is_said_for_every_plot(groups: Any, tmp_path: Path) ->
         assert len(missing) == len(PLOTS)
 
 
+@pytest.mark.slow
 def test_names_from_files_are_text_and_no_formula(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     paths = [tmp_path / f"{number}.json" for number in range(4)]
     for path, name in zip(paths, [r"$\frac{$", "_hidden", "型号", "x" * 300], strict=True):

@@ -329,6 +329,7 @@ def test_replicas_without_a_ray_cluster_start_one_each_on_their_own_devices(
     assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0,3", "5,7")
 
 
+@pytest.mark.slow
 def test_replicas_start_together_with_prompts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in stub_environment(STUB_RUN_S="0.2").items():
         monkeypatch.setenv(name, value)
@@ -357,6 +358,7 @@ def test_replicas_of_a_user_who_names_a_port_look_in_different_places_too(
     assert (first["VLLM_PORT"], second["VLLM_PORT"]) == ("20000", "20100")
 
 
+@pytest.mark.slow
 def test_a_replica_that_fails_is_noticed_while_another_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Coupled replicas wait for each other: the first would answer when its limit is over, and blame itself."""
     for name, value in stub_environment().items():

@@ -422,6 +422,7 @@ def test_a_long_table_is_cut_in_the_terminal_and_in_the_report() -> None:
     assert "… and 7 more rows: results.csv and summary.json have all." in as_markdown([part], [], [])
 
 
+@pytest.mark.slow
 def test_more_points_than_a_report_can_hold_are_counted(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 20
     monkeypatch.setattr(sections, "ROW_LIMIT", limit)

@@ -244,6 +244,7 @@ def test_the_choice_holds_for_the_earlier_results_too(analyze: Run, study: Path,
 # --- where it goes, and what stays there --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_report_of_a_single_file_does_not_replace_that_of_its_folder(analyze: Run, study: Path) -> None:
     folder = study / "Qwen3-0.6B"
     analyze("--input", folder)

@@ -235,6 +235,7 @@ def test_devices_that_another_sweep_uses_are_said(tmp_path: Path, monkeypatch: p
         assert nobody == []
 
 
+@pytest.mark.slow
 def test_two_scripts_at_once_never_write_one_file(tmp_path: Path) -> None:
     command = experiment_command(tmp_path, *SMALL_GRID)
     first = subprocess.Popen(command, cwd=tmp_path, env=stub_environment(), stderr=subprocess.PIPE, text=True)
@@ -250,6 +251,7 @@ def test_two_scripts_at_once_never_write_one_file(tmp_path: Path) -> None:
     assert [point.status for point in load_result(tmp_path / "tp_1_results.json").points] == ["ok", "ok"]
 
 
+@pytest.mark.slow
 def test_two_seeds_in_one_folder_keep_a_file_each(tmp_path: Path) -> None:
     command = experiment_command(tmp_path, *SMALL_GRID)
     output = command.index("--output-file")
