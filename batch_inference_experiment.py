@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from batch_inference.core.flags import parse_flags
 from batch_inference.core.packages import missing_to_measure
 from batch_inference.core.secrets import remember
 from batch_inference.core.signals import end_in_order
-from batch_inference.core.streams import print_kept, say, secure_streams, show
+from batch_inference.core.streams import print_kept, say, say_notes, secure_streams, show
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, read_model_facts
@@ -111,11 +111,6 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
         return follow_rank_0
     # torchrun has numbers of its own, whatever --node-rank says.
     return measure if here.place or config.node_rank == 0 else serve_node_0
-
-
-def say_notes(lines: Iterable[str]) -> None:
-    for line in lines:
-        say(f"note: {line}")
 
 
 def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:

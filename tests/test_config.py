@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batch_inference.core import values
-from batch_inference.core.config import ConfigError, ExperimentConfig, in_short
+from batch_inference.core.config import ConfigError, ExperimentConfig, as_compared
 from batch_inference.core.flags import (
     build_parser,
     owned_by_us,
@@ -515,9 +515,9 @@ def test_a_hash_does_not_depend_on_an_order_and_stays_what_it_was() -> None:
 
 
 def test_a_long_value_is_its_beginning_and_a_hash_of_all_of_it() -> None:
-    assert in_short([]) == in_short(None) == "not given"
-    assert (in_short(["a", "b"]), in_short((1, 2)), in_short('a"\n')) == ("a b", "1,2", r"a\"\n")
-    assert (in_short("x" * 200), in_short("x" * 201)) == ("x" * 200, f"{'x' * 150} (541ec0f2d7818160)")
+    assert as_compared([]) == as_compared(None) == "not given"
+    assert (as_compared(["a", "b"]), as_compared((1, 2)), as_compared('a"\n')) == ("a b", "1,2", r"a\"\n")
+    assert (as_compared("x" * 200), as_compared("x" * 201)) == ("x" * 200, f"{'x' * 150} (541ec0f2d7818160)")
 
 
 @pytest.mark.parametrize(

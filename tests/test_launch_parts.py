@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core import streams
 from batch_inference.core.config import MEETING_SECRET, ConfigError, ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.signals import EXIT_CODES
@@ -424,7 +425,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     }
     for name, instead in kept.items():
         monkeypatch.setattr(launch, name, instead)
-    monkeypatch.setattr(launch, "say", lambda text: log.append(f"says {text}"))
+    for place in (launch, streams):  # notes are said there
+        monkeypatch.setattr(place, "say", lambda text: log.append(f"says {text}"))
     return log
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core import streams
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.launch import __main__ as launch
@@ -401,7 +402,7 @@ def test_node_0_plans_for_the_nodes_that_came_and_the_others_follow(monkeypatch:
     monkeypatch.setattr(launch, "uncompared", lambda _jobs: ["not compared"])
     monkeypatch.setattr(launch, "run_jobs", lambda *given: given[-1])
     monkeypatch.setattr(launch, "close", lambda outcomes, *_: 0 if outcomes is node_0 else 5)
-    monkeypatch.setattr(launch, "say", said.append)
+    monkeypatch.setattr(streams, "say", said.append)
     for node, code in ((0, 0), (1, 9), (2, 9)):
         monkeypatch.setattr(meeting, "meet", lambda *_, node=node: SimpleNamespace(node=node))
         options = Options(master_addr="a")

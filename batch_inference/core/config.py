@@ -248,7 +248,7 @@ class ExperimentConfig:
         names = ("model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs")
         # A model may lie elsewhere on another node, where it has the same name.
         values = {**self.same_settings(), **{name: getattr(self, name) for name in names}, "model": self.model_shown}
-        told = {flag_of(name): in_short(value) for name, value in values.items()}
+        told = {flag_of(name): as_compared(value) for name, value in values.items()}
         told["vLLM's flags"] = told.pop("--engine-args")
         return told
 
@@ -256,7 +256,7 @@ class ExperimentConfig:
         return _hash_of(self.arguments())
 
 
-def in_short(value: Any) -> str:
+def as_compared(value: Any) -> str:
     """As it is written after a flag; of a long one the beginning, and what tells it from others."""
     if value is None or value == []:
         return "not given"

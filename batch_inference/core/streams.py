@@ -12,6 +12,7 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -49,10 +50,14 @@ def say(text: str = "") -> None:
     print(redact_text(text), file=sys.stderr, flush=True)
 
 
+def say_notes(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(f"note: {line}")
+
+
 def show(text: str) -> int:
     """What was asked for, on standard output; the exit code."""
-    print(redact_text(text), flush=True)
-    if problem := _output_problem():
+    if problem := _printed(text):
         say(f"error: {problem}")
         return 1
     return 0
@@ -60,14 +65,14 @@ def show(text: str) -> int:
 
 def print_kept(text: str, where: Path) -> None:
     """On standard output, what is in a file or folder too: work is not lost where this is."""
-    print(redact_text(text), flush=True)
-    if problem := _output_problem():
+    if problem := _printed(text):
         say(f"note: {problem}; what it would have shown is in {where}")
 
 
-def _output_problem() -> str | None:
-    """Why something that was printed to standard output is not there. That nobody reads to the end, like `head`, is
-    none."""
+def _printed(text: str) -> str | None:
+    """Why it, or what was printed before, is not on standard output. That nobody reads to the end, like `head`, is no
+    reason."""
+    print(redact_text(text), flush=True)
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     problem = raw.problem if isinstance(raw, Output) else None
     return f"standard output cannot be written: {problem.strerror}" if problem else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from batch_inference.core.config import MEETING_SECRET, ConfigError, ExperimentC
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from batch_inference.core.secrets import remember
-from batch_inference.core.streams import say, secure_streams, show
+from batch_inference.core.streams import say, say_notes, secure_streams, show
 from batch_inference.launch.console import Outcomes, say_how_to_analyse, say_outcomes
 from batch_inference.launch.jobs import ANALYSIS, Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
 from batch_inference.launch.options import Options, parse_options
@@ -124,11 +124,6 @@ def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Opti
         return show("\n".join(plan(jobs, left_out, nodes_in_words(options), devices)))
     say_notes(left_out)
     return show(plan_as_json(jobs, devices))
-
-
-def say_notes(lines: Iterable[str]) -> None:
-    for line in lines:
-        say(f"note: {line}")
 
 
 def to_be_fetched(jobs: Sequence[PlannedJob]) -> list[ExperimentConfig]:

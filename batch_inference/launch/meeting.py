@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 from msgspec.json import Decoder
 
-from batch_inference.core.config import in_short
+from batch_inference.core.config import as_compared
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.secrets import redact
 from batch_inference.core.streams import say
@@ -111,7 +111,7 @@ def introduction(preset: Preset, options: Options, devices: Devices) -> Hello:
     arguments["--nnodes"] = str(options.nnodes or "as they come")
     return Hello(
         options.node_rank, own_host(), devices.kind, len(devices), installed_vllm(),
-        {**{name: in_short(text) for name, text in told.items()}, **arguments},
+        {**{name: as_compared(text) for name, text in told.items()}, **arguments},
     )  # fmt: skip
 
 

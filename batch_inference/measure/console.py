@@ -36,11 +36,10 @@ class Console:
 
     def note(self, text: str) -> None:
         """A line above the bar, where there is one; of a log too, which may hold a secret."""
-        text = redact_text(text)
         if self._bar is None:
             say(text)
         else:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(redact_text(text), file=sys.stderr)
 
     def loading(self, config: ExperimentConfig) -> None:
         self._loading_since_s = time.monotonic()
