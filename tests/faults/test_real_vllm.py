@@ -61,7 +61,8 @@ def test_real_signal(tmp_path: Path, judged: Callable[..., Outcome], number: sig
 
 def test_real_sigkill_of_the_engine_and_a_hang(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
     """The first length loses its engine to SIGKILL; the second hangs, because the new engine is stopped."""
-    sweep = start(tmp_path, "--point-timeout", "20")
+    # So many runs that the second length is not at its end before its engine is stopped.
+    sweep = start(tmp_path, "--point-timeout", "20", "--num-runs", "12")
     wait_for_point(sweep)
     first = engine_core(sweep)
     os.kill(first, signal.SIGKILL)
