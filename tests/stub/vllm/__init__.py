@@ -134,7 +134,8 @@ class LLM:
 
     def generate(self, prompts, sampling_params, use_tqdm):
         assert use_tqdm is False
-        assert len(prompts[0]["prompt_token_ids"]) + sampling_params.max_tokens <= self.args.max_model_len
+        longest = len(prompts[0]["prompt_token_ids"]) + sampling_params.max_tokens
+        assert longest <= self.llm_engine.vllm_config.model_config.max_model_len
         print("prompts", *(prompt["prompt_token_ids"] for prompt in prompts), flush=True)
         _misbehave(len(prompts))
         _compile_late(len(prompts))
@@ -199,7 +200,7 @@ def _vllm_config(args):
         model_config=SimpleNamespace(
             dtype="torch.bfloat16",
             quantization=args.quantization,
-            max_model_len=args.max_model_len,
+            max_model_len=2048 if args.max_model_len == -1 else args.max_model_len,
             enforce_eager=args.enforce_eager,
         ),
         parallel_config=SimpleNamespace(

@@ -30,6 +30,8 @@ class EngineArgs:
     hf_overrides: dict | None = None
     model_loader_extra_config: dict | None = None
     tokenizer: str | None = None
+    config_format: str = "auto"
+    hf_config_path: str | None = None
     nnodes: int = 1
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
