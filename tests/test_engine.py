@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -333,7 +334,8 @@ def test_markers_of_images_and_the_like_are_no_prompt() -> None:
     config = {
         "image_token_index": 2, "video_token_id": 3, "boi_token_index": 4, "audio_token_ids": [5, 6],
         "image_patch_id": 7, "media_placeholder_token_id": 8, "frame_start_id": 9, "text_config": text,
-        "audio_config": {"audio_token_index": 10, "hidden_size": 32}, "thinker_config": {"vision_config": {"x_token_idx": 11}},
+        "audio_config": {"audio_token_index": 10, "hidden_size": 32},
+        "thinker_config": {"vision_config": {"x_token_idx": 11}},
         "image_seq_length": 33, "tie_word_embeddings": True, "img_token_id": -1, "eos_token_id": True, "vocab_size": 34,
         "speech_token_id": "12", "mm_tokens_per_image": 35, "video_token_indices": [12],
     }  # fmt: skip
@@ -341,9 +343,8 @@ def test_markers_of_images_and_the_like_are_no_prompt() -> None:
 
 
 def test_what_the_tokenizer_of_a_multimodal_model_adds_is_no_prompt(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(
-        '{"added_tokens": [{"id": 3, "special": true}, {"id": 4}, {"id": "5"}, 6]}'
-    )
+    added = [{"id": 3, "special": True}, {"id": 4}, {"id": "5"}, 6]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": {}, "x": {}}}')
     names = {"bos_token_id": 1}
     with_images: dict[str, Any] = {"multimodal_config": SimpleNamespace(), "tokenizer": str(tmp_path)}
@@ -430,7 +431,8 @@ def test_what_vllm_really_runs_with_is_read_back_field_by_field() -> None:
     assert found == EngineInfo(
         vllm_version="0.32.0", executor="uni", tensor_parallel_size=2, pipeline_parallel_size=1,
         pipeline_stages_overlap=None, dtype="bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False,
-        language_model_only=True, skip_tokenizer_init=False, max_num_seqs=16, max_num_batched_tokens=2048, chunked_prefill=True, async_scheduling=False,
+        language_model_only=True, skip_tokenizer_init=False, max_num_seqs=16, max_num_batched_tokens=2048,
+        chunked_prefill=True, async_scheduling=False,
         gpu_memory_utilization=0.8, kv_cache_dtype="auto", block_size=32, num_gpu_blocks=1000,
         enable_prefix_caching=False, load_format="dummy", compilation_mode="VLLM_COMPILE", cudagraph_mode="FULL",
         cudagraph_capture_sizes=[1, 2, 4], kv_cache_tokens=32000,

@@ -329,16 +329,21 @@ def _children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("multimodal", "lacks", "text_alone", "skips"),
-    [("", "", None, True), ("1", "", True, True), ("internvl", "", True, False), ("1", "language_model_only", None, False)],
-)  # fmt: skip
+    ("stub", "expected"),
+    [
+        ({}, (None, True)),
+        ({"STUB_MULTIMODAL": "1"}, (True, True)),
+        ({"STUB_MULTIMODAL": "internvl"}, (True, False)),
+        ({"STUB_MULTIMODAL": "1", "STUB_LACKS": "language_model_only"}, (None, False)),
+    ],
+)
 def test_a_multimodal_model_is_measured_on_text_and_the_file_says_how(
-    experiment: Run, tmp_path: Path, multimodal: str, lacks: str, text_alone: bool | None, skips: bool
+    experiment: Run, tmp_path: Path, stub: dict[str, str], expected: tuple[bool | None, bool]
 ) -> None:
-    done = experiment(STUB_MULTIMODAL=multimodal, STUB_LACKS=lacks)
+    done = experiment(**stub)
     assert done.returncode == 0, done.stderr
     engine = json.loads((tmp_path / "tp_1_results.json").read_text())["engine"]
-    assert (engine["language_model_only"], engine["skip_tokenizer_init"]) == (text_alone, skips)
+    assert (engine["language_model_only"], engine["skip_tokenizer_init"]) == expected
     prompts = re.findall(r"^prompts (.*)$", (tmp_path / "tp_1_results.log").read_text(), re.MULTILINE)
     # 5 stands for an image, in the config above that of the text.
     assert not {1, 2, 5} & {int(number) for line in prompts for number in re.findall(r"\d+", line)}
