@@ -167,6 +167,10 @@ def test_a_folder_in_mistrals_format_is_vllms_to_judge(tmp_path: Path) -> None:
     # With both, the flag decides which of them vLLM reads.
     assert known(setting(tmp_path)).num_layers == 4
     assert facts_of(setting(tmp_path, "--config-format", "mistral")) is None
+    assert known(setting(tmp_path)).max_model_len == 32768
+    (tmp_path / "consolidated.safetensors").touch()
+    assert known(setting(tmp_path)).max_model_len is None  # by params.json now
+    assert known(setting(tmp_path, "--config-format", "hf")).max_model_len == 32768
 
 
 def test_the_config_may_lie_elsewhere_than_the_weights(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.files import read_regular
 from batch_inference.plan.devices import GIB
-from batch_inference.plan.model_place import config_source, expanded, kind_of, source_flag, why_elsewhere
+from batch_inference.plan.model_place import (
+    config_source,
+    expanded,
+    kind_of,
+    prefers_params,
+    source_flag,
+    why_elsewhere,
+)
 from batch_inference.plan.overrides import NotFollowedError, hf_overrides, overridden, touches_rope
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -101,7 +108,8 @@ def _facts_or_reason(config: ExperimentConfig) -> ModelFacts | str:
         return "vLLM alone knows what --hf-overrides makes of this model"
     if config.engine_word("--load-format") in _QUANTIZING_LOADS or kind_of(config.model) == "file":
         facts = replace(facts, is_quantized=True)
-    return replace(facts, max_model_len=None) if touches_rope(overrides) else facts
+    longest_is_vllms = touches_rope(overrides) or prefers_params(config)
+    return replace(facts, max_model_len=None) if longest_is_vllms else facts
 
 
 def read_model_facts(model: str) -> ModelFacts | None:

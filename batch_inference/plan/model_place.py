@@ -19,6 +19,7 @@ _HERE = ("/", "./", "../", "~")
 # One of the files of a hub name: org/name/file.gguf.
 _FILE_OF_HUB = re.compile(r"[^/]+/[^/]+/[^/]+\.gguf", re.IGNORECASE)
 _FORMAT = "--config-format"
+_PARAMS = "params.json"
 _CONFIG_PATH = "--hf-config-path"
 
 
@@ -75,13 +76,20 @@ def why_elsewhere(config: ExperimentConfig) -> str | None:
         return f"vLLM alone reads a model by {_FORMAT} {form}"
     if kind == "folder":
         folder = expanded(source)
-        is_mistrals = form == "auto" and (folder / "params.json").exists() and not (folder / "config.json").exists()
-        return "vLLM alone reads the params.json of a model without config.json" if is_mistrals else None
+        is_mistrals = form == "auto" and (folder / _PARAMS).exists() and not (folder / "config.json").exists()
+        return f"vLLM alone reads the {_PARAMS} of a model without config.json" if is_mistrals else None
     return {
         "file": "vLLM alone reads a model of one file",
         "store": "vLLM alone reads a model of an object store",
         "hub": "a hub name says nothing of the model's sizes from here" + _no_folder(source),
     }[kind]
+
+
+def prefers_params(config: ExperimentConfig) -> bool:
+    """Whether vLLM reads a params.json though there is a config.json too: of a folder with Mistral's own weights."""
+    folder = expanded(config_source(config))
+    is_free = config.engine_word(_FORMAT) in (None, "auto")
+    return is_free and (folder / _PARAMS).exists() and any(folder.glob("consolidated*.safetensors"))
 
 
 def _no_folder(name: str) -> str:
