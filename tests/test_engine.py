@@ -336,7 +336,8 @@ def test_markers_of_images_and_the_like_are_no_prompt() -> None:
         "image_patch_id": 7, "media_placeholder_token_id": 8, "frame_start_id": 9, "text_config": text,
         "audio_config": {"audio_token_index": 10, "hidden_size": 32},
         "thinker_config": {"vision_config": {"x_token_idx": 11}},
-        "image_seq_length": 33, "tie_word_embeddings": True, "img_token_id": -1, "eos_token_id": True, "vocab_size": 34,
+        "id2label": {0: "LABEL_0", 36: 37}, "image_seq_length": 33,
+        "tie_word_embeddings": True, "img_token_id": -1, "eos_token_id": True, "vocab_size": 34,
         "speech_token_id": "12", "mm_tokens_per_image": 35, "video_token_indices": [12],
     }  # fmt: skip
     assert special_ids(model_config(config, text)) == set(range(1, 13))

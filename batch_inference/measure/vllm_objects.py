@@ -182,11 +182,12 @@ def special_ids(model_config: Any) -> set[int]:
     return named | added_ids(model_config.tokenizer, model_config.tokenizer_revision)
 
 
-def _named_ids(values: dict[str, Any]) -> Iterator[int]:
+def _named_ids(values: dict[Any, Any]) -> Iterator[int]:
+    """Of a config as plain values; some parts of one have numbers as names (id2label)."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _named_ids(value)
-        elif _ID_NAME.search(name):
+        elif _ID_NAME.search(str(name)):
             yield from (number for number in (value if isinstance(value, list) else [value]) if _is_id(number))
 
 
