@@ -158,6 +158,15 @@ def test_what_lies_elsewhere_is_vllms_to_judge(
     assert is_on_hub(model) is is_all_on_hub
 
 
+def test_a_file_is_the_same_model_however_it_is_called_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.gguf").touch()
+    names = ("m.gguf", "./m.gguf", str(tmp_path / "m.gguf"))
+    assert len({ExperimentConfig(model=name).settings_hash() for name in names}) == 1
+
+
 def test_a_folder_in_mistrals_format_is_vllms_to_judge(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text('{"dim": 256}')
     for words in ((), ("--config-format", "mistral"), ("--config_format=mistral",)):

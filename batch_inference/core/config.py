@@ -267,9 +267,9 @@ def in_short(value: Any) -> str:
 
 
 def _resolved(model: str) -> str:
-    """A folder by its real path, whatever it is called from here; a hub name as it is."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
+    """A folder or file by its real path, whatever it is called from here; a hub name as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() or path.is_file() else model
 
 
 def _flags_with_values(words: Sequence[str]) -> Iterator[str]:
