@@ -19,7 +19,7 @@ from batch_inference.core.signals import end_in_order
 from batch_inference.core.streams import print_kept, say, say_notes, secure_streams, show
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
-from batch_inference.plan.model import ModelFacts, read_model_facts
+from batch_inference.plan.model import ModelFacts, facts_of
 from batch_inference.plan.obstacles import infeasible, is_coupled
 from batch_inference.plan.place import Place, check_place, find_place
 from batch_inference.plan.printed import setting_plan
@@ -80,7 +80,7 @@ def main() -> int:
 def look_around(config: ExperimentConfig, place: Place | None) -> Surroundings:
     """Raises ConfigError for a model folder or a RAY_ADDRESS that leads nowhere, and for a place that does not fit."""
     check_place(config, place)
-    facts, cluster = read_model_facts(config.model), None
+    facts, cluster = facts_of(config), None
     devices = devices_elsewhere(config.devices) if config.devices else find_devices()
     # A plan asks nobody, and vLLM refuses Ray on the CPU.
     if config.distributed_executor_backend == "ray" and devices.kind == "gpu" and not config.dry_run:

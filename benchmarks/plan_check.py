@@ -19,7 +19,7 @@ from batch_inference.core.result_file import ResultFileError, load_result
 from batch_inference.core.results import Result
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import memory_plan
-from batch_inference.plan.model import read_model_facts
+from batch_inference.plan.model import facts_of
 
 HEAD = (
     "| file | device | vLLM | weights GiB: plan | vLLM | ratio | KV tokens: plan | vLLM | ratio |",
@@ -33,7 +33,7 @@ def row(path: Path, result: Result) -> str | None:
     kind, device = environment.device_kind or "gpu", environment.devices[0]
     # On the CPU all devices share one memory, and the plan does not guess at it.
     memory_gib = device.memory_gib if kind == "gpu" else None
-    memory = memory_plan(config, read_model_facts(config.model), Devices(kind, ()), memory_gib)
+    memory = memory_plan(config, facts_of(config), Devices(kind, ()), memory_gib)
     if memory is None or engine is None or not (engine.weights_gib and engine.max_model_len and engine.kv_cache_tokens):
         return None
     cells = [

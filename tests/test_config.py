@@ -18,6 +18,7 @@ from batch_inference.core.flags import (
 )
 from batch_inference.core.text import has_control
 from batch_inference.core.values import (
+    AUTO_LENGTH,
     fraction,
     interval,
     port,
@@ -26,6 +27,7 @@ from batch_inference.core.values import (
     seed,
     temperature,
     token_length,
+    tokens_per_step,
 )
 from conftest import REPOSITORY
 
@@ -268,11 +270,34 @@ def test_equal_settings_have_one_hash_however_they_are_written() -> None:
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1k", 1000), ("1K", 1024), (" 8 ", 8)],
-)
+    # As vLLM's own parser reads them.
+    [
+        ("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1k", 1000), ("1K", 1024), (" 8 ", 8), ("16.5k", 16_500),
+        ("25.6k", 25_600), ("1m", 10**6), ("1M", 2**20), ("0.1g", 10**8),
+    ],
+)  # fmt: skip
 def test_a_length_may_be_in_thousands_or_in_units_of_1024(text: str, tokens: int) -> None:
     assert token_length(text) == tokens
     assert parse_flags(["--seq-lens", "1", "--max-tokens", "1", "--max-model-len", text])[0].max_model_len == tokens
+
+
+@pytest.mark.parametrize("word", ["auto", "AUTO", "-1"])
+def test_vllm_may_find_out_the_length_that_fits(word: str) -> None:
+    config, _ = parse_flags(["--seq-lens", "4096", "--max-model-len", word])
+    assert config.max_model_len == AUTO_LENGTH == -1
+
+
+def test_tokens_of_a_step_may_have_a_suffix_too() -> None:
+    assert parse_flags(["--max-num-batched-tokens", "16K"])[0].max_num_batched_tokens == 16_384
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8G", 8 * 2**30), ("8.5g", 8_500_000_000), ("4096", 4096), ("8.5G", None), ("x", None), ("9" * 40, None)],
+)
+def test_a_size_of_vllms_own_flags_is_read_as_vllm_reads_it(text: str, size: int | None) -> None:
+    config, _ = parse_flags(["--kv-cache-memory-bytes", text])
+    assert config.engine_number("--kv-cache-memory-bytes") == size
 
 
 @pytest.mark.parametrize(
@@ -281,7 +306,8 @@ def test_a_length_may_be_in_thousands_or_in_units_of_1024(text: str, tokens: int
         (run_count, ["1", "7"], ["0", "-1", "1.0", "x", ""]),
         (seed, ["0", "7"], ["-1", "x"]),
         (port, ["1", "65534"], ["0", "65535", "-1", "x"]),
-        (token_length, ["1"], ["0", "0k", "1M", "-1", "1.5k"]),
+        (token_length, ["1"], ["0", "0k", "-2", "1.5", "1.5K", "1x", "k", "\u0664"]),
+        (tokens_per_step, ["1"], ["0", "-1", "auto", "1.5K"]),
         (seconds, ["1e-9", "1e6"], ["0", "-1", "inf", "nan", "x"]),
         (fraction, ["1", "0.001"], ["0", "1.001", "nan"]),
         (interval, ["1", "0.001"], ["0", "1.001", "nan"]),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from dataclasses import replace as replace_config
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,7 @@ from batch_inference.measure.engine import (
     parse_engine_flags,
 )
 from batch_inference.measure.hardware import Reading
+from batch_inference.measure.tokenizer_files import added_ids
 from batch_inference.measure.vllm_objects import (
     FullestMoment,
     compile_cache_of,
@@ -323,9 +326,101 @@ def test_a_storage_that_layers_share_is_counted_once() -> None:
     assert kv_bytes_of(caches) == 16 + 8
 
 
+def model_config(config: dict[str, Any], text: dict[str, Any] | None = None, **changes: Any) -> SimpleNamespace:
+    """A ModelConfig, of a model of text alone unless said otherwise."""
+    values = {"multimodal_config": None, "tokenizer": "no/tokenizer", "tokenizer_revision": None, **changes}
+    configs = {"hf_config": config, "hf_text_config": config if text is None else text}
+    return SimpleNamespace(
+        **values, **{name: SimpleNamespace(to_dict=lambda value=value: value) for name, value in configs.items()}
+    )
+
+
 def test_special_tokens_are_no_prompt() -> None:
     names = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None, "vocab_size": 100}
-    assert special_ids(SimpleNamespace(to_dict=lambda: names)) == {1, 2, 3}
+    assert special_ids(model_config(names)) == {1, 2, 3}
+
+
+def test_markers_of_images_and_the_like_are_no_prompt() -> None:
+    text = {"bos_token_id": 1, "num_hidden_layers": 30, "token_type_ids_size": 31}
+    config = {
+        "image_token_index": 2, "video_token_id": 3, "boi_token_index": 4, "audio_token_ids": [5, 6],
+        "image_patch_id": 7, "media_placeholder_token_id": 8, "frame_start_id": 9, "text_config": text,
+        "audio_config": {"audio_token_index": 10, "hidden_size": 32},
+        "thinker_config": {"vision_config": {"x_token_idx": 11}},
+        "id2label": {0: "LABEL_0", 36: 37}, "image_seq_length": 33,
+        "tie_word_embeddings": True, "img_token_id": -1, "eos_token_id": True, "vocab_size": 34,
+        "speech_token_id": "12", "mm_tokens_per_image": 35, "video_token_indices": [12],
+    }  # fmt: skip
+    assert special_ids(model_config(config, text)) == set(range(1, 13))
+
+
+def test_what_the_tokenizer_of_a_multimodal_model_adds_is_no_prompt(tmp_path: Path) -> None:
+    added = [{"id": 3, "special": True}, {"id": 4}, {"id": "5"}, 6]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": {}, "x": {}}}')
+    names = {"bos_token_id": 1}
+    with_images: dict[str, Any] = {"multimodal_config": SimpleNamespace(), "tokenizer": str(tmp_path)}
+    assert special_ids(model_config(names, **with_images)) == {1, 3, 4, 7}
+    assert special_ids(model_config(names, tokenizer=str(tmp_path))) == {1}
+    for content in ("[]", "{", '{"added_tokens": 1, "added_tokens_decoder": []}'):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_text(content)
+        assert special_ids(model_config(names, **with_images)) == {1}
+
+
+def test_files_of_the_hub_are_read_where_they_are_here_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text('{"added_tokens": [{"id": 3}]}')
+    asked: list[tuple[str, str, str | None]] = []
+
+    def look(repository: str, name: str, *, revision: str | None) -> str | object | None:
+        asked.append((repository, name, revision))
+        # In the hub's own words: here, and known not to be.
+        return str(kept) if name == "tokenizer.json" else object()
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(try_to_load_from_cache=look))
+    assert added_ids("org/name", "main") == {3}
+    assert asked == [("org/name", "tokenizer.json", "main"), ("org/name", "tokenizer_config.json", "main")]
+
+
+@pytest.mark.usefixtures("stub_vllm")
+@pytest.mark.parametrize(
+    ("multimodal", "words", "text_alone", "skips"),
+    [
+        ("", (), True, True),
+        ("1", (), True, True),
+        ("internvl", (), True, False),
+        # The user's own word counts, and then what vLLM needs for it.
+        ("1", ("--no-language-model-only",), False, False),
+        ("", ("--no-language-model-only",), False, True),
+        ("", ("--no-skip-tokenizer-init",), True, False),
+    ],
+)
+def test_a_multimodal_model_runs_on_text(
+    monkeypatch: pytest.MonkeyPatch, multimodal: str, words: tuple[str, ...], text_alone: bool, skips: bool
+) -> None:
+    monkeypatch.setenv("STUB_MULTIMODAL", multimodal)
+    settings = engine_settings(ExperimentConfig(engine_args=words))
+    assert (settings["language_model_only"], settings["skip_tokenizer_init"]) == (text_alone, skips)
+
+
+@pytest.mark.usefixtures("stub_vllm")
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_without_a_setting_for_text_alone_the_tokenizer_stays(
+    monkeypatch: pytest.MonkeyPatch, multimodal: bool
+) -> None:
+    from vllm.engine import arg_utils
+
+    monkeypatch.setattr(arg_utils, "EngineArgs", arg_utils._EngineArgs)
+    monkeypatch.setenv("STUB_MULTIMODAL", "1" if multimodal else "")
+    settings = engine_settings(ExperimentConfig())
+    assert "language_model_only" not in settings
+    assert settings["skip_tokenizer_init"] is not multimodal
+
+
+def test_where_vllm_does_not_say_whether_it_takes_images_the_tokenizer_stays() -> None:
+    assert engine._needs_tokenizer(SimpleNamespace(is_multimodal_model=True))
+    assert not engine._needs_tokenizer(SimpleNamespace(is_multimodal_model=False))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +443,8 @@ def test_what_vllm_really_runs_with_is_read_back_field_by_field() -> None:
     assert found == EngineInfo(
         vllm_version="0.32.0", executor="uni", tensor_parallel_size=2, pipeline_parallel_size=1,
         pipeline_stages_overlap=None, dtype="bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False,
-        max_num_seqs=16, max_num_batched_tokens=2048, chunked_prefill=True, async_scheduling=False,
+        language_model_only=True, skip_tokenizer_init=False, max_num_seqs=16, max_num_batched_tokens=2048,
+        chunked_prefill=True, async_scheduling=False,
         gpu_memory_utilization=0.8, kv_cache_dtype="auto", block_size=32, num_gpu_blocks=1000,
         enable_prefix_caching=False, load_format="dummy", compilation_mode="VLLM_COMPILE", cudagraph_mode="FULL",
         cudagraph_capture_sizes=[1, 2, 4], kv_cache_tokens=32000,
@@ -359,7 +455,8 @@ def vllm_config(**parallel: Any) -> SimpleNamespace:
     """A VllmConfig with a number of its own in every place."""
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            dtype="torch.bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False
+            dtype="torch.bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False,
+            multimodal_config=SimpleNamespace(language_model_only=True), skip_tokenizer_init=False,
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=2, data_parallel_size=1, **parallel),
         scheduler_config=SimpleNamespace(

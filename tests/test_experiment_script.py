@@ -388,3 +388,24 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("stub", "expected"),
+    [
+        ({}, (None, True)),
+        ({"STUB_MULTIMODAL": "1"}, (True, True)),
+        ({"STUB_MULTIMODAL": "internvl"}, (True, False)),
+        ({"STUB_MULTIMODAL": "1", "STUB_LACKS": "language_model_only"}, (None, False)),
+    ],
+)
+def test_a_multimodal_model_is_measured_on_text_and_the_file_says_how(
+    experiment: Run, tmp_path: Path, stub: dict[str, str], expected: tuple[bool | None, bool]
+) -> None:
+    done = experiment(**stub)
+    assert done.returncode == 0, done.stderr
+    engine = json.loads((tmp_path / "tp_1_results.json").read_text())["engine"]
+    assert (engine["language_model_only"], engine["skip_tokenizer_init"]) == expected
+    prompts = re.findall(r"^prompts (.*)$", (tmp_path / "tp_1_results.log").read_text(), re.MULTILINE)
+    # 5 stands for an image, in the config above that of the text.
+    assert not {1, 2, 5} & {int(number) for line in prompts for number in re.findall(r"\d+", line)}

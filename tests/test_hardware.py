@@ -75,6 +75,30 @@ def test_a_binding_of_the_users_own_says_which_cores_are_devices(
         ("0,-1,1", ("0",)),
         ("1,7,2", ("1",)),
         ("0,abc", ("0",)),
+        ("0,0", ()),
+        ("0,1,2,1", ()),
+        ("0,-1,0", ("0",)),  # what comes after the end of the list is not read
+        ("1,1,-1", ()),
+        (" 2 , 0", ("2", "0")),
+        ("0,,1", ("0",)),
+        (",0", ()),
+        (" ", ()),
+        ("abc", ()),
+        ("1gpu2,2x", ("1", "2")),
+        ("+1,01", ()),
+        ("03", ("3",)),
+        ("9" * 5000, ()),
+        ("\u0661", ()),
+        ("0,GPU-a", ("0",)),
+        ("GPU-a,0", ("GPU-a",)),
+        ("GPU-a,GPU-b", ("GPU-a", "GPU-b")),
+        ("GPU-a, GPU-b", ("GPU-a",)),
+        ("GPU-a,GPU-a", ()),
+        ("GPU-a,MIG-b", ("GPU-a",)),
+        ("MIG-a,MIG-b", ("MIG-a", "MIG-b")),
+        ("MIG-GPU-a/1/0,MIG-GPU-a/2/0", ("MIG-GPU-a/1/0", "MIG-GPU-a/2/0")),
+        ("MIG-a,MIG-a", ()),
+        ("gpu-a", ()),
     ],
 )
 def test_cuda_visible_devices_decides(
@@ -85,6 +109,43 @@ def test_cuda_visible_devices_decides(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert find_devices() == Devices("gpu", ids)
+
+
+LISTED = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aa11-2233)
+  MIG 3g.40gb     Device  0: (UUID: MIG-5566-77)
+  MIG 3g.40gb     Device  1: (UUID: MIG-5599-00)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aa22-4455)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "ids"),
+    [
+        ("GPU-aa11-2233,GPU-aa22-4455", ("GPU-aa11-2233", "GPU-aa22-4455")),
+        ("GPU-aa2,GPU-aa1", ("GPU-aa2", "GPU-aa1")),
+        ("GPU-aa", ()),  # both begin so
+        ("GPU-aa1,GPU-aa", ("GPU-aa1",)),
+        ("GPU-bb,GPU-aa1", ()),
+        ("GPU-aa1,GPU-bb,GPU-aa2", ("GPU-aa1",)),
+        ("GPU-aa1,GPU-aa11", ()),  # one GPU twice
+        ("GPU-aa1,GPU-bb,GPU-aa1", ()),
+        ("MIG-5566,MIG-5599-00", ("MIG-5566", "MIG-5599-00")),
+        ("MIG-55", ()),
+        ("MIG-6,MIG-5566", ()),
+        ("MIG-GPU-aa11-2233/1/0", ("MIG-GPU-aa11-2233/1/0",)),
+    ],
+)
+def test_an_identifier_may_be_cut_where_one_gpu_alone_begins_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, ids: tuple[str, ...]
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{LISTED}END\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(plan_devices, "_gpu_ids", lambda: ("0", "1"))
     assert find_devices() == Devices("gpu", ids)
 
 

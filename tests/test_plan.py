@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,17 @@ def test_stretched_positions_are_left_to_vllm(tmp_path: Path) -> None:
     # Older files have another key for the same.
     assert facts(tmp_path, rope_scaling={"type": "linear", "factor": 4}).max_model_len is None
     assert facts(tmp_path, rope_scaling={"rope_type": "llama3", "factor": 8}).max_model_len == 4096
+    assert facts(tmp_path, rope_parameters={"rope_type": "default", "factor": 2}).max_model_len is None
+    by_layer = {"sliding": {"rope_type": "default"}, "full": {"rope_type": "linear", "factor": 8}}
+    assert facts(tmp_path, rope_parameters=by_layer).max_model_len is None
+
+
+def test_the_longest_length_is_the_one_that_vllm_takes(tmp_path: Path) -> None:
+    assert facts(tmp_path, seq_length=2048).max_model_len == 2048  # the smallest
+    assert facts(tmp_path, model_max_length=131072).max_model_len == 131072  # Command-R
+    # Of a tokenizer it counts for embeddings alone.
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    assert facts(tmp_path).max_model_len == 4096
 
 
 @pytest.mark.parametrize(("word", "may"), [("1", True), ("True", True), ("0", False), ("", False)])
@@ -150,8 +162,12 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | Non
 def test_a_missing_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    for name in (str(tmp_path / "absent"), "./absent", "models/absent"):
-        with pytest.raises(ConfigError, match="no such folder"):
+    os.mkfifo(tmp_path / "models" / "pipe")
+    for name in (
+        str(tmp_path / "absent"), "./absent", "../absent", "~/absent", "~nobody-has-this-name/x", "a/b/c",
+        "a/b/c/d.gguf", "/x.gguf", "models/pipe",
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"--model {name}: there is no such folder"):
             read_model_facts(name)
 
 

@@ -27,6 +27,7 @@ from batch_inference.core.values import (
     run_count,
     seconds,
     seed,
+    size_with_suffix,
     temperature,
     token_count,
     token_length,
@@ -35,9 +36,6 @@ from batch_inference.core.values import (
 
 # Fewer runs have an interval too, but one that is wide by chance alone.
 MIN_RUNS = 3
-# Of a number of vLLM's: bytes of any memory have fewer.
-_MOST_DIGITS = 18
-
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
 # The variable with what nodes prove to each other that they know.
 MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
@@ -81,7 +79,9 @@ class ExperimentConfig:
     )
     seq_lens: tuple[int, ...] = _flag((512, 1024, 2048), "prompt lengths in tokens", prompt_lengths, measured=False)
     max_tokens: int = _flag(128, "output tokens of each request, exact", token_count, measured=False)
-    max_model_len: int | None = _flag(None, "longest prompt plus output; default: what the grid needs", token_length)
+    max_model_len: int | None = _flag(
+        None, "longest prompt plus output, or auto: what fits; default: what the grid needs", token_length
+    )
     dtype: str = _flag(
         "auto", "weights and activations", choices=("auto", "half", "float16", "bfloat16", "float", "float32")
     )
@@ -210,9 +210,9 @@ class ExperimentConfig:
         return dict(itertools.pairwise(words)).get(flag)
 
     def engine_number(self, flag: str) -> int | None:
-        """The same, where it is a plain number that can be meant."""
+        """The same, where it is a size, like 4096 or 8G."""
         word = self.engine_word(flag)
-        return int(word) if word and word.isdecimal() and len(word) <= _MOST_DIGITS else None
+        return size_with_suffix(word) if word else None
 
     def points(self) -> Iterator[tuple[int, int]]:
         """(batch_size, seq_len) of the grid, lengths outermost."""
@@ -267,9 +267,9 @@ def as_compared(value: Any) -> str:
 
 
 def _resolved(model: str) -> str:
-    """A folder by its real path, whatever it is called from here; a hub name as it is."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
+    """A folder or file by its real path, whatever it is called from here; a hub name as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() or path.is_file() else model
 
 
 def _flags_with_values(words: Sequence[str]) -> Iterator[str]:

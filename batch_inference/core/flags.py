@@ -13,7 +13,7 @@ from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig,
 from batch_inference.core.parser import Parser
 from batch_inference.core.secrets import dashed_secret, left_placeholder
 from batch_inference.core.text import has_control, quoted
-from batch_inference.core.values import LONGEST_NAME_BYTES, one_of, without_value
+from batch_inference.core.values import AUTO_LENGTH, LONGEST_NAME_BYTES, one_of, without_value
 
 # Beside a result file lie its lock, its journal, its logs and what is not whole yet, named after it.
 _LONGEST_FILE_NAME_BYTES = LONGEST_NAME_BYTES - 35
@@ -185,10 +185,11 @@ def unknown_flag_message(flag: str, vllm_flags: Sequence[str]) -> str:
 def _check_together(config: ExperimentConfig) -> None:
     if config.overwrite and config.resume:
         raise ConfigError("--overwrite and --resume exclude each other; give one of them")
-    if config.max_model_len is not None and config.longest_request > config.max_model_len:
+    longest = config.max_model_len
+    if longest not in (None, AUTO_LENGTH) and config.longest_request > longest:
         raise ConfigError(
             f"--seq-lens {max(config.seq_lens)} plus --max-tokens {config.max_tokens} is {config.longest_request}, "
-            f"over --max-model-len {config.max_model_len}; raise it or shorten the requests"
+            f"over --max-model-len {longest}; raise it or shorten the requests"
         )
     if config.devices is not None and not config.dry_run:
         raise devices_without_plan(config.devices)

@@ -226,6 +226,8 @@ class EngineInfo(Struct):
     quantization: str | None = None
     max_model_len: Count | None = None
     enforce_eager: bool | None = None
+    language_model_only: bool | None = None  # of a multimodal model
+    skip_tokenizer_init: bool | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
     chunked_prefill: bool | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 from batch_inference.core.text import has_control
 
@@ -23,6 +24,11 @@ LONGEST_NAME_BYTES = 255
 
 
 _MOST_DIGITS = 40
+# Of --max-model-len: what the model allows and the memory holds, as vLLM finds out when it starts.
+AUTO_LENGTH = -1
+# Bytes of any memory have fewer digits.
+_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18}))?([kKmMgGtT]?)")
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class TooLargeError(ValueError):
@@ -48,7 +54,6 @@ device_count = whole_number(1, MOST_DEVICES)
 node_number = whole_number(0, MOST_DEVICES)
 request_count = whole_number(1, MOST_REQUESTS)
 token_count = whole_number(1, MOST_TOKENS)
-tokens_per_step = whole_number(1, MOST_TOKENS_PER_STEP)
 run_count = whole_number(1, MOST_RUNS)
 seed = whole_number(0, MOST_SEED)
 
@@ -78,15 +83,42 @@ batch_sizes = list_of(request_count)
 prompt_lengths = list_of(token_count)
 
 
+def size_with_suffix(text: str) -> int | None:
+    """A size as vLLM's own flags take it: 16k is 16,000, 16K is 16,384, and 16.5k is 16,500; so with m, g and t.
+    None for what is none."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        return None
+    whole, part, suffix = match.groups()
+    if not suffix:
+        return None if part else int(whole)
+    base = 1000 if suffix.islower() else 1024
+    # A fraction of 1,024 would be no round number, and vLLM refuses it.
+    if part and base == 1024:
+        return None
+    return int(Decimal(f"{whole}.{part or 0}") * base ** _POWERS[suffix.lower()])
+
+
+def _tokens(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        size = size_with_suffix(text)
+        if size is None and re.fullmatch(r"[0-9]+", text.strip()):  # more digits than are converted
+            raise TooLargeError(most)
+        if not size:
+            raise ValueError("a number of tokens of at least 1 is needed, like 4096, 16K or 16.5k")
+        if size > most:
+            raise TooLargeError(most)
+        return size
+
+    return parse
+
+
+tokens_per_step = _tokens(MOST_TOKENS_PER_STEP)
+
+
 def token_length(text: str) -> int:
-    """A number of tokens; 32k and 32K mean 32,000 and 32,768 as in vLLM's own --max-model-len."""
-    match = re.fullmatch(r"(\d+)([kK]?)", text.strip())
-    if not match or not match[1].strip("0"):
-        raise ValueError("a number of tokens of at least 1 is needed, like 4096")
-    length = token_count(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]]
-    if length > MOST_TOKENS:
-        raise TooLargeError(MOST_TOKENS)
-    return length
+    """A number of tokens, or AUTO_LENGTH for vLLM's own words for it."""
+    return AUTO_LENGTH if text.strip().lower() in ("auto", str(AUTO_LENGTH)) else _tokens(MOST_TOKENS)(text)
 
 
 def _number_in(low: float, high: float, wanted: str, *, low_is_allowed: bool = False) -> Callable[[str], float]:

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.secrets import placeholders, redact
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
+from batch_inference.core.values import AUTO_LENGTH
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.stored import time_left
 from batch_inference.plan.devices import Devices, smallest_memory_gib
-from batch_inference.plan.memory import SIZES_UNKNOWN, memory_plan
-from batch_inference.plan.model import ModelFacts, read_model_facts
+from batch_inference.plan.memory import memory_plan, why_no_memory_plan
+from batch_inference.plan.model import ModelFacts, facts_of
 from batch_inference.plan.obstacles import infeasible
 
 _COLUMNS = ("setting", "devices", "replicas", "by")
@@ -45,7 +46,7 @@ class PlannedJob:
 
 def planned(job: Job, nnodes: int, devices: Devices) -> PlannedJob:
     """Raises ConfigError for a model folder that is none."""
-    facts = read_model_facts(job.config.model)
+    facts = facts_of(job.config)
     return PlannedJob(job, facts, _uneven(job.config, nnodes) or _infeasible(job.config, facts, nnodes, devices))
 
 
@@ -97,7 +98,8 @@ def _needs(one: PlannedJob, devices: Devices, here_gib: float | None) -> Needs:
     memory = memory_plan(config, one.facts, devices, config.device_memory_gib or here_gib)
     if memory is None:
         return Needs()
-    tokens = memory.kv_cache_tokens(config.max_model_len or config.longest_request)
+    longest = config.max_model_len or config.longest_request
+    tokens = None if longest == AUTO_LENGTH else memory.kv_cache_tokens(longest)
     waves = {length: memory.requests_in_one_wave(length + config.max_tokens) for length in config.seq_lens}
     known = {length: number for length, number in waves.items() if number is not None}
     return Needs(memory.weights_gib, tokens, known or None, "formula")
@@ -161,7 +163,7 @@ def _global_batches(config: ExperimentConfig) -> set[int]:
 def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, devices: Devices) -> list[str]:
     """The table, what cannot run and why, and the commands for the rest. `nodes`: on which devices are."""
     rows = table(jobs, devices) if jobs else []
-    head = _head(jobs[0].config, nodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
+    head = _head(jobs[0], nodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
     obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
     can_run = [one.config for one in jobs if one.reason is None]
     left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
@@ -179,14 +181,15 @@ def _hidden(jobs: Iterable[PlannedJob]) -> str | None:
     return f"put in what is not written here: {listed(names)}" if names else None
 
 
-def _head(config: ExperimentConfig, nodes: str, devices: Devices, *, knows_memory: bool) -> tuple[str, ...]:
+def _head(first: PlannedJob, nodes: str, devices: Devices, *, knows_memory: bool) -> tuple[str, ...]:
+    config = first.config
     return (
         f"{config.model_shown} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
         f"{counted(len(list(config.points())), 'point')} each: batch sizes {listed(config.batch_sizes)} x lengths "
         f"{listed(config.seq_lens)}, {config.max_tokens} output tokens",
         _WHY_TORCHRUN if nodes else "",
         _PACKED if config.packed else "",
-        "" if knows_memory else f"memory: {SIZES_UNKNOWN}",
+        "" if knows_memory else f"memory: {why_no_memory_plan(config, first.facts)}",
     )
 
 

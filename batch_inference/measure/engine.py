@@ -43,7 +43,9 @@ MEASURING_SETTINGS = {
     "enable_mfu_metrics": True,
     "jit_monitor_verbose": True,
 }
-
+# Prompts are text alone: without it a multimodal model prepares for images, and needs its tokenizer for that. Not every
+# version of vLLM has it.
+_TEXT_ALONE = {"language_model_only": True}
 
 # vLLM's counters -> what a run keeps of them.
 _COUNTERS = {
@@ -128,11 +130,16 @@ def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
     except ConfigError as error:
         known = ["--" + name.replace("_", "-") for name in vars(namespace)]
         raise ConfigError(_explain(str(error), known)) from None
-    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    fields = _names_of(EngineArgs)
     settings = {name: value for name, value in given.items() if value is not unset and name in fields}
     for name, value in settings.items():
         _refuse_ours(name, value)
     return settings
+
+
+def _names_of(engine_args: Any) -> set[str]:
+    """The settings that this version of vLLM takes, by its class EngineArgs."""
+    return {field.name for field in dataclasses.fields(engine_args)}
 
 
 def _refuse_ours(name: str, value: Any) -> None:
@@ -169,7 +176,36 @@ def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
     # Under torchrun vLLM itself assigns the ranks to replicas; otherwise each replica is an engine of its own.
     if config.distributed_executor_backend == "external_launcher":
         ours["data_parallel_size"] = config.data_parallel_size
-    return {**ours, **MEASURING_SETTINGS, **parse_engine_flags(config.engine_args)}
+    return _with_tokenizer_where_needed(
+        {**ours, **MEASURING_SETTINGS, **_text_alone(), **parse_engine_flags(config.engine_args)}
+    )
+
+
+def _text_alone() -> dict[str, Any]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return {name: value for name, value in _TEXT_ALONE.items() if name in _names_of(EngineArgs)}
+
+
+def _with_tokenizer_where_needed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the tokenizer for a model that vLLM cannot start without it, as vLLM's own ModelConfig says."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if not settings["skip_tokenizer_init"]:
+        return settings
+    model = EngineArgs(**settings).create_model_config()
+    return {**settings, "skip_tokenizer_init": False} if _needs_tokenizer(model) else settings
+
+
+def _needs_tokenizer(model: Any) -> bool:
+    """Whether vLLM will make the processor of a multimodal model, by its ModelConfig, in which the tokenizer is off."""
+    if not model.is_multimodal_model:
+        return False
+    try:
+        # Where an older vLLM does not say it, the tokenizer does no harm.
+        return bool(getattr(model, "supports_multimodal_inputs", True))
+    except ValueError:  # InternVL looks into the vocabulary to answer
+        return True
 
 
 def node_settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -217,7 +253,7 @@ class Engine:
         self._sampling_params = vllm.SamplingParams
         model_config = self._llm.llm_engine.model_config
         self._vocab_size: int = model_config.get_vocab_size()
-        self._special_ids = special_ids(model_config.hf_text_config)
+        self._special_ids = special_ids(model_config)
         self._counted = _COUNTERS | (_ESTIMATES if has_whole_estimate(self._llm.llm_engine.vllm_config) else {})
         self._fullest = FullestMoment(self._llm.llm_engine.logger_manager)
         load_s = LoadTimes(

@@ -22,7 +22,7 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE, SAME_FOR_ALL, WorkFailedError, classify
 from batch_inference.core.text import plain
 from batch_inference.plan.devices import GIB
-from batch_inference.plan.model import is_local
+from batch_inference.plan.model_place import is_on_hub
 
 # vLLM's --load-format -> the names of the weights, of which the first that there are count. Others load in ways of
 # their own, and `dummy` loads nothing.
@@ -75,7 +75,7 @@ def _request(config: ExperimentConfig) -> _Request | None:
     elsewhere = os.environ.get("VLLM_USE_MODELSCOPE", "").upper() in _YES
     load_format = config.engine_word("--load-format") or "auto"
     # ORG/NAME:QUANTIZATION is one file of many.
-    if offline or elsewhere or load_format not in _WEIGHTS or is_local(config.model) or ":" in config.model:
+    if offline or elsewhere or load_format not in _WEIGHTS or not is_on_hub(config.model):
         return None
     return _Request(config.model, load_format, config.engine_word("--revision"), config.engine_word("--download-dir"))
 

@@ -5,14 +5,21 @@ Imports nothing of vLLM: engine.py hands the objects over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from msgspec.structs import replace
 
 from batch_inference.core.results import EngineInfo, Requests, WorkerInfo
 from batch_inference.measure.messages import Outcome
+from batch_inference.measure.tokenizer_files import added_ids
 from batch_inference.plan.devices import GIB
+
+# image_token_id, boi_token_index, eos_token_ids, video_start_id ...
+_ID_NAME = re.compile(
+    r"tokens?_(ids?|index|indices|idx)$|^(image|img|video|audio|vision|speech|media|frame)_(\w+_)?ids?$"
+)
 
 
 def weights_bytes_of(model: Any, packed_item_size: int) -> int:
@@ -120,6 +127,9 @@ def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
         quantization=model.quantization,
         max_model_len=model.max_model_len,
         enforce_eager=model.enforce_eager,
+        # Of a model of text alone nothing is left out.
+        language_model_only=getattr(model.multimodal_config, "language_model_only", None),
+        skip_tokenizer_init=model.skip_tokenizer_init,
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         chunked_prefill=scheduler.enable_chunked_prefill,
@@ -162,10 +172,25 @@ def count_outputs(outputs: Sequence[Any], start_s: float, end_s: float) -> Outco
     )
 
 
-def special_ids(hf_config: Any) -> set[int]:
-    """The ids that the model's config names as special (bos_token_id, eos_token_id, pad_token_id ...)."""
-    special: set[int] = set()
-    for name, value in hf_config.to_dict().items():
-        if name.endswith("_token_id") and value is not None:
-            special.update(value if isinstance(value, list) else [value])
-    return special
+def special_ids(model_config: Any) -> set[int]:
+    """The ids that are no text, by a ModelConfig: those that the config of the model and of its parts names
+    (bos_token_id, image_token_index ...); of a multimodal model also those that its tokenizer adds."""
+    configs = (model_config.hf_config, model_config.hf_text_config)
+    named = {number for config in configs for number in _named_ids(config.to_dict())}
+    if model_config.multimodal_config is None:
+        return named
+    return named | added_ids(model_config.tokenizer, model_config.tokenizer_revision)
+
+
+def _named_ids(values: dict[Any, Any]) -> Iterator[int]:
+    """Of a config as plain values; some parts of one have numbers as names (id2label)."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _named_ids(value)
+        elif _ID_NAME.search(str(name)):
+            yield from (number for number in (value if isinstance(value, list) else [value]) if _is_id(number))
+
+
+def _is_id(value: object) -> bool:
+    """-1 and None stand for none."""
+    return type(value) is int and value >= 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -28,6 +29,10 @@ MAX_CPU_DEVICES = 8
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 _CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+# Entries of CUDA_VISIBLE_DEVICES; of a number no more digits than are converted.
+_NUMBER = re.compile(r"\s*\+?([0-9]{1,9})")
+_IDENTIFIER = re.compile("GPU-|MIG-")
+_UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def find_devices() -> Devices:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return Devices("gpu", physical)
-    return Devices("gpu", tuple(_visible(visible, physical)))
+    return Devices("gpu", _visible(visible, physical))
 
 
 def devices_elsewhere(count: int) -> Devices:
@@ -81,12 +86,41 @@ def devices_elsewhere(count: int) -> Devices:
     return Devices("gpu", tuple(map(str, range(count))), are_here=False)
 
 
-def _visible(variable: str, physical: tuple[str, ...]) -> Iterator[str]:
-    """As CUDA reads CUDA_VISIBLE_DEVICES: what comes after the first entry that is no GPU does not count."""
-    for part in map(str.strip, variable.split(",")):
-        if part not in physical and not part.startswith(("GPU-", "MIG-")):
-            return
-        yield part
+def _visible(variable: str, physical: tuple[str, ...]) -> tuple[str, ...]:
+    """As CUDA reads CUDA_VISIBLE_DEVICES: what comes after the first entry that is no GPU does not count, and where a
+    GPU is named twice none does.
+
+    CUDA's documentation says the first. The second, and how an entry is read, is as in torch.cuda's
+    _parse_visible_devices and _transform_uuid_to_ordinals, by which vLLM counts: a list is of numbers or of
+    identifiers, as it begins; a number may have spaces around it and anything after it; an identifier may be cut where
+    one GPU alone begins so.
+    """
+    named = _IDENTIFIER.match(variable)
+    if named:
+        return _identified(variable.split(","), named[0])
+    numbers: list[int] = []
+    for part in variable.split(","):
+        number = _NUMBER.match(part)
+        if number is None:
+            break
+        if int(number[1]) in numbers:
+            return ()
+        numbers.append(int(number[1]))
+    there = itertools.takewhile(lambda number: number < len(physical), numbers)
+    return tuple(physical[number] for number in there)
+
+
+def _identified(parts: list[str], kind: str) -> tuple[str, ...]:
+    """`kind`: GPU-, or MIG- for a part of a GPU. Where the driver does not list them, all of the kind are taken to be
+    there; older names of parts (MIG-GPU-.../1/0) are never listed."""
+    there = [name for name in _gpu_identifiers() if name.startswith(kind)]
+    named = list(itertools.takewhile(lambda part: part.startswith(kind), parts))
+    meant = [
+        [name for name in there if name.startswith(part)] if there and "/" not in part else [part] for part in named
+    ]
+    clear = [names[0] for names in itertools.takewhile(lambda names: len(names) == 1, meant)]
+    named_twice = len(set(named)) < len(named) or len(set(clear)) < len(clear)
+    return () if named_twice else tuple(named[: len(clear)])
 
 
 def _gpu_ids() -> tuple[str, ...]:
@@ -94,10 +128,20 @@ def _gpu_ids() -> tuple[str, ...]:
     nodes = sorted(int(node.name[6:]) for node in Path("/dev").glob("nvidia[0-9]*") if node.name[6:].isdecimal())
     if nodes:
         return tuple(str(index) for index in range(len(nodes)))
+    # Below a GPU that is divided its parts are listed.
+    return tuple(map(str, range(sum(line.startswith("GPU ") for line in _nvidia_smi()))))
+
+
+def _gpu_identifiers() -> list[str]:
+    """Of the GPUs of this machine, and of the parts of those that are divided."""
+    return [found[1] for line in _nvidia_smi() if (found := _UUID.search(line))]
+
+
+def _nvidia_smi() -> tuple[str, ...]:
+    """A line for each GPU, and for each part of one; none where it cannot be asked."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
-        # Below a GPU that is divided its parts are listed.
-        return tuple(map(str, range(sum(line.startswith("GPU ") for line in listing.splitlines()))))
+        return tuple(listing.splitlines())
     return ()
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.kv_blocks import capacity_in_tokens, requests_that_fit
 from batch_inference.plan.devices import GIB, Devices
-from batch_inference.plan.model import BYTES, KV_BYTE, ModelFacts
+from batch_inference.plan.model import BYTES, KV_BYTE, ModelFacts, why_unread
 
-SIZES_UNKNOWN = "unknown for a quantized model, and where its sizes cannot be read from here"
+_SIZES_UNKNOWN = "unknown for a quantized model, and where its sizes cannot be read from here"
+# Those of vLLM's flags begin so that leave a part of the weights in the main memory.
+_OFFLOADS = ("--cpu-offload-", "--offload-")
 # vLLM's own block sizes, in tokens (of its attention backends on NVIDIA GPUs, and on the CPU).
 _GPU_BLOCK, _CPU_BLOCK = 16, 128
 
@@ -49,7 +51,7 @@ def memory_plan(
     sizes = (config.tensor_parallel_size, config.pipeline_parallel_size)
     kv_dtype = config.engine_word("--kv-cache-dtype") or "auto"
     kv_dtype = config.dtype if kv_dtype == "auto" else kv_dtype
-    if config.engine_word("--quantization") or config.engine_word("-q"):
+    if config.engine_word("--quantization") or config.engine_word("-q") or _offload_flag(config):
         return None
     if kv_dtype not in (config.dtype, *BYTES) and not kv_dtype.startswith(KV_BYTE):
         return None
@@ -63,3 +65,16 @@ def memory_plan(
     on_cpu = devices.kind == "cpu" and config.device_memory_gib is None
     block_size = config.engine_number("--block-size") or (_CPU_BLOCK if on_cpu else _GPU_BLOCK)
     return MemoryPlan(weights_gib, per_token, pool_gib, block_size)
+
+
+def why_no_memory_plan(config: ExperimentConfig, facts: ModelFacts | None) -> str:
+    if facts is None and (reason := why_unread(config)):
+        return f"unknown: {reason}"
+    if flag := _offload_flag(config):
+        return f"unknown with {flag}: weights may lie outside the device's memory"
+    return _SIZES_UNKNOWN
+
+
+def _offload_flag(config: ExperimentConfig) -> str | None:
+    flags = (word.partition("=")[0].replace("_", "-") for word in config.engine_args)
+    return next((flag for flag in flags if flag.startswith(_OFFLOADS)), None)

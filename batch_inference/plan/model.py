@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from batch_inference.core.config import ConfigError
+from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.files import read_regular
 from batch_inference.plan.devices import GIB
+from batch_inference.plan.model_place import (
+    config_source,
+    expanded,
+    kind_of,
+    prefers_params,
+    source_flag,
+    why_elsewhere,
+)
+from batch_inference.plan.overrides import NotFollowedError, hf_overrides, overridden, touches_rope
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Of vLLM's --kv-cache-dtype, beside the above, those that begin so take a byte; of others the size is not known.
 KV_BYTE = ("fp8", "int8")
 _LARGEST_SIZE = 2**40
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
+# vLLM takes the smallest of them; `model_max_length` stands above them.
+_LENGTH_KEYS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions",
+    "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+_QUANTIZED_BY = {"quantization_config", "compression_config"}
+_QUANTIZING_LOADS = ("bitsandbytes", "gguf")
 
 
 @dataclass(frozen=True)
@@ -71,41 +85,57 @@ class ModelFacts:
         return BYTES.get(self.dtype_used(dtype), 2)
 
 
-def is_local(model: str) -> bool:
-    """A folder, or written like one: m/x where there is a folder m. Others are hub names: org/name, or name alone."""
-    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-        return True
+def facts_of(config: ExperimentConfig) -> ModelFacts | None:
+    """The facts of a setting's model, with what vLLM's own flags make of them; None where `why_unread` says why.
+    Raises ConfigError for a model that is none."""
+    found = _facts_or_reason(config)
+    return found if isinstance(found, ModelFacts) else None
+
+
+def why_unread(config: ExperimentConfig) -> str | None:
+    """Why a plan knows no facts of the model; None where it does. Raises ConfigError as `facts_of` does."""
+    found = _facts_or_reason(config)
+    return found if isinstance(found, str) else None
+
+
+def _facts_or_reason(config: ExperimentConfig) -> ModelFacts | str:
+    if reason := why_elsewhere(config):
+        return reason
     try:
-        return Path(model).exists() or (model.count("/") == 1 and Path(model).parent.exists())
-    except OSError:  # too long to be a path
-        return False
+        overrides = hf_overrides(config.engine_args)
+        facts = _read(config_source(config), source_flag(config), overrides)
+    except NotFollowedError:
+        return "vLLM alone knows what --hf-overrides makes of this model"
+    if config.engine_word("--load-format") in _QUANTIZING_LOADS or kind_of(config.model) == "file":
+        facts = replace(facts, is_quantized=True)
+    longest_is_vllms = touches_rope(overrides) or prefers_params(config)
+    return replace(facts, max_model_len=None) if longest_is_vllms else facts
 
 
 def read_model_facts(model: str) -> ModelFacts | None:
-    """The facts of a model folder; None for a hub name. Raises ConfigError for a folder that is no model."""
-    if not is_local(model):
-        return None
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"--model {model}: there is no such folder; give a model folder or a hub name (org/name)")
-    path = folder / "config.json"
+    """The facts of a model folder; None for what is no folder. Raises ConfigError for a folder that is no model."""
+    return _read(model, "--model", {}) if kind_of(model) == "folder" else None
+
+
+def _read(model: str, flag: str, overrides: dict[str, Any]) -> ModelFacts:
+    folder = expanded(model)
     try:
-        document = json.loads(read_regular(path))
-        part = _text_part(document)
-        is_quantized = "quantization_config" in {**document, **part}
-        return _facts_from(part, is_quantized=is_quantized)
+        document = overridden(_object(json.loads(read_regular(folder / "config.json"))), overrides)
+        # The sizes of the language model; those with vision keep them apart.
+        part = _object(document.get("text_config") or document)
     except FileNotFoundError:
-        raise ConfigError(f"--model {model}: it has no config.json; give the folder that holds one") from None
+        raise ConfigError(f"{flag} {model}: it has no config.json; give the folder that holds one") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--model {model}: config.json cannot be read ({error}); fetch the model again") from error
+        raise ConfigError(f"{flag} {model}: config.json cannot be read ({error}); fetch the model again") from error
+    # Older checkpoints of ModelOpt say it in a file of its own.
+    is_quantized = bool(_QUANTIZED_BY & {**document, **part}.keys()) or (folder / "hf_quant_config.json").exists()
+    return _facts_from(part, is_quantized=is_quantized)
 
 
-def _text_part(document: Any) -> dict[str, Any]:
-    """The sizes of the language model; those with vision keep them apart. Raises ValueError for anything else."""
-    part = (document.get("text_config") or document) if isinstance(document, dict) else document
-    if not isinstance(part, dict):
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
         raise ValueError("it is not an object")
-    return part
+    return value
 
 
 def _is_size(value: object) -> bool:
@@ -117,6 +147,7 @@ def _facts_from(document: dict[str, Any], *, is_quantized: bool) -> ModelFacts:
     def number(*keys: str) -> int | None:
         return next((document[key] for key in keys if _is_size(document.get(key))), None)
 
+    shortest = min((document[key] for key in _LENGTH_KEYS if _is_size(document.get(key))), default=None)
     heads, hidden = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
     head_dim = number("head_dim") or (hidden // heads or None if hidden and heads else None)
     return ModelFacts(
@@ -127,7 +158,7 @@ def _facts_from(document: dict[str, Any], *, is_quantized: bool) -> ModelFacts:
         head_dim=head_dim,
         intermediate_size=number("intermediate_size"),
         vocab_size=number("vocab_size"),
-        max_model_len=None if _scales_positions(document) else number(*_LENGTH_KEYS),
+        max_model_len=None if _scales_positions(document) else number("model_max_length") or shortest,
         is_moe=any(number(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
         tied_embeddings=bool(document.get("tie_word_embeddings", False)),
         is_quantized=is_quantized,
@@ -140,4 +171,10 @@ def _scales_positions(document: dict[str, Any]) -> bool:
     scaling = document.get("rope_scaling") or document.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         return True
-    return scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "llama3", "mrope")
+    # Some have a set of them for each kind of layer.
+    return any(_stretches(one) for one in (scaling, *scaling.values()) if isinstance(one, dict))
+
+
+def _stretches(scaling: dict[str, Any]) -> bool:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    return kind != "llama3" and (kind not in ("default", "mrope") or "factor" in scaling)

@@ -36,7 +36,7 @@ def _devices_against_setting(
 ) -> str | None:
     lower = "lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
     if devices.kind == "gpu" and not devices.ids:
-        return "CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it or name GPUs that are there"
+        return "CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it, or name GPUs that are there, each once"
     if config.distributed_executor_backend == "ray":
         if devices.kind == "cpu":
             return "--distributed-executor-backend ray is refused by vLLM on the CPU; use mp"

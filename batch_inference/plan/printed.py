@@ -6,7 +6,7 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.secrets import redact
 from batch_inference.core.text import listed, wrapped
 from batch_inference.plan.devices import GIB, Devices
-from batch_inference.plan.memory import SIZES_UNKNOWN, MemoryPlan, memory_plan
+from batch_inference.plan.memory import MemoryPlan, memory_plan, why_no_memory_plan
 from batch_inference.plan.model import ModelFacts
 from batch_inference.plan.obstacles import infeasible
 
@@ -18,6 +18,7 @@ def setting_plan(
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     points = list(config.points())
     reason = infeasible(config, facts, devices)
+    memory = memory_plan(config, facts, devices, memory_gib)
     words = {
         "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
         f"{devices.kind} devices",
@@ -25,7 +26,7 @@ def setting_plan(
         "grid": f"batch sizes {listed(config.batch_sizes)} x lengths {listed(config.seq_lens)}, "
         f"{config.max_tokens} output tokens: {len(points)} points, {config.runs_in_words} timed runs each",
         "file": str(config.output_path),
-        "memory": _memory_words(config, memory_plan(config, facts, devices, memory_gib)),
+        "memory": _memory_words(config, memory) if memory else why_no_memory_plan(config, facts),
         "vLLM": f"{' '.join(redact(config.engine_args))} (vLLM checks these when it starts)",
         "verdict": f"cannot run: {reason}" if reason else "can run",
     }
@@ -34,9 +35,7 @@ def setting_plan(
     return [line for name, text in words.items() for line in wrapped(f"{name:<10}{text}", indent=10)]
 
 
-def _memory_words(config: ExperimentConfig, memory: MemoryPlan | None) -> str:
-    if memory is None:
-        return SIZES_UNKNOWN
+def _memory_words(config: ExperimentConfig, memory: MemoryPlan) -> str:
     kv_gib = memory.kv_bytes_per_token * max(config.batch_sizes) * config.longest_request / GIB
     needs = (
         f"about {memory.weights_gib:.3g} GiB weights per device, "

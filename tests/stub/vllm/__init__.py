@@ -2,7 +2,8 @@
 
 Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FLAGS are more flags that it knows, STUB_EXPECTS are
 arguments that it must get, as JSON, STUB_SAYS is said in the log and in the reason of a start that fails, and
-STUB_WRITES is written past Python, as another process does. STUB_FAIL makes it misbehave:
+STUB_WRITES is written past Python, as another process does. STUB_MULTIMODAL is a model with images too, and STUB_LACKS
+a setting that this version does not have yet. STUB_FAIL makes it misbehave:
   load          the engine does not start; the cause stands only in the log, as with vLLM
   run:N         batches of N requests fail with an out-of-memory error
   die:N         batches of N requests kill the process
@@ -31,7 +32,6 @@ DEVICE_VARIABLES = ("CUDA_VISIBLE", "VLLM_CPU", "OMP_PLACES", "VLLM_PORT", "VLLM
 
 __version__ = "0.32.0"
 FAIL = os.environ.get("STUB_FAIL", "")
-HF_CONFIG = SimpleNamespace(to_dict=lambda: {"bos_token_id": 1, "eos_token_id": [2], "vocab_size": 100})
 EXPECTED = json.loads(os.environ.get("STUB_EXPECTS", "{}"))
 SAYS = os.environ.get("STUB_SAYS", "")
 WRITES = os.environ.get("STUB_WRITES", "").encode()
@@ -53,11 +53,6 @@ class RequestOutput:
     outputs: list[SimpleNamespace]
     metrics: RequestStateStats
     num_cached_tokens: int
-
-
-class _ModelConfig(SimpleNamespace):
-    def get_vocab_size(self):
-        return 100
 
 
 class LLM:
@@ -83,6 +78,10 @@ class LLM:
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         os.write(2, WRITES)
         self.args = args
+        model_config = args.create_model_config()
+        # As vLLM makes the processor of images.
+        if model_config.supports_multimodal_inputs and args.skip_tokenizer_init:
+            raise ValueError("StubProcessor requires a tokenizer and cannot be initialized")
         # vLLM's engine is a process of its own, and lives on when the one that started it is killed.
         in_process = args.distributed_executor_backend == "external_launcher"
         self.core = None if in_process else subprocess.Popen(["VLLM::EngineCore", "3600"], executable="/bin/sleep")
@@ -91,7 +90,7 @@ class LLM:
         self.queue = SharedMemory(f"psm_{mark}_{os.getpid()}" if mark else None, create=True, size=16)
         self.calls = 0
         self.llm_engine = SimpleNamespace(
-            model_config=_ModelConfig(hf_text_config=HF_CONFIG),
+            model_config=model_config,
             vllm_config=_vllm_config(args),
             engine_core=SimpleNamespace(shutdown=self._shut_down),
             logger_manager=SimpleNamespace(record=lambda **_: None),
@@ -134,7 +133,8 @@ class LLM:
 
     def generate(self, prompts, sampling_params, use_tqdm):
         assert use_tqdm is False
-        assert len(prompts[0]["prompt_token_ids"]) + sampling_params.max_tokens <= self.args.max_model_len
+        longest = len(prompts[0]["prompt_token_ids"]) + sampling_params.max_tokens
+        assert longest <= self.llm_engine.vllm_config.model_config.max_model_len
         print("prompts", *(prompt["prompt_token_ids"] for prompt in prompts), flush=True)
         _misbehave(len(prompts))
         _compile_late(len(prompts))
@@ -196,12 +196,7 @@ def _output(prompt, max_tokens):
 def _vllm_config(args):
     world_size = args.tensor_parallel_size * args.pipeline_parallel_size
     return SimpleNamespace(
-        model_config=SimpleNamespace(
-            dtype="torch.bfloat16",
-            quantization=args.quantization,
-            max_model_len=args.max_model_len,
-            enforce_eager=args.enforce_eager,
-        ),
+        model_config=args.create_model_config(),
         parallel_config=SimpleNamespace(
             distributed_executor_backend=args.distributed_executor_backend or ("mp" if world_size > 1 else "uni"),
             tensor_parallel_size=args.tensor_parallel_size,

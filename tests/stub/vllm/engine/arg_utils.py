@@ -1,10 +1,48 @@
+import argparse
 import json
 import os
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
+
+LACKS = os.environ.get("STUB_LACKS", "")
+
+
+class ModelConfig(SimpleNamespace):
+    """STUB_MULTIMODAL: the model has images too; "internvl": and looks into the vocabulary before it says so."""
+
+    def __init__(self, args):
+        multimodal = os.environ.get("STUB_MULTIMODAL", "")
+        text_alone = getattr(args, "language_model_only", None)
+        super().__init__(
+            dtype="torch.bfloat16",
+            quantization=args.quantization,
+            max_model_len=2048 if args.max_model_len == -1 else args.max_model_len,
+            enforce_eager=args.enforce_eager,
+            skip_tokenizer_init=args.skip_tokenizer_init,
+            tokenizer=args.tokenizer or args.model,
+            tokenizer_revision=None,
+            is_multimodal_model=bool(multimodal),
+            multimodal_config=SimpleNamespace(language_model_only=text_alone) if multimodal else None,
+            looks_into_vocabulary=multimodal == "internvl",
+            hf_text_config=SimpleNamespace(to_dict=lambda: TEXT_CONFIG),
+            hf_config=SimpleNamespace(to_dict=lambda: {"image_token_index": 5, "text_config": TEXT_CONFIG}),
+        )
+
+    @property
+    def supports_multimodal_inputs(self):
+        if self.looks_into_vocabulary and self.skip_tokenizer_init:
+            raise ValueError("You cannot pass text prompts when `skip_tokenizer_init=True`")
+        return self.is_multimodal_model and not self.multimodal_config.language_model_only
+
+    def get_vocab_size(self):
+        return 100
+
+
+TEXT_CONFIG = {"bos_token_id": 1, "eos_token_id": [2], "vocab_size": 100}
 
 
 @dataclass
-class EngineArgs:
+class _EngineArgs:
     model: str = "stub/default"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -30,6 +68,8 @@ class EngineArgs:
     hf_overrides: dict | None = None
     model_loader_extra_config: dict | None = None
     tokenizer: str | None = None
+    config_format: str = "auto"
+    hf_config_path: str | None = None
     nnodes: int = 1
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
@@ -38,6 +78,9 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     enable_expert_parallel: bool = False
     served_model_name: str | None = None
+
+    def create_model_config(self):
+        return ModelConfig(self)
 
     def create_engine_config(self, usage_context, headless):
         assert headless
@@ -48,7 +91,19 @@ class EngineArgs:
         for item in fields(EngineArgs):
             kind = {int | None: int, int: int, float: float, dict | None: json.loads}.get(item.type, str)
             short = {"nnodes": ["-n"], "tensor_parallel_size": ["-tp"]}.get(item.name, [])
-            parser.add_argument("--" + item.name.replace("_", "-"), *short, type=kind, default=item.default)
+            name = "--" + item.name.replace("_", "-")
+            if item.type is bool:
+                parser.add_argument(name, action=argparse.BooleanOptionalAction, default=item.default)
+            else:
+                parser.add_argument(name, *short, type=kind, default=item.default)
         for flag in os.environ.get("STUB_FLAGS", "").split():
             parser.add_argument(flag, nargs="+")
         return parser
+
+
+@dataclass
+class _WithTextAlone(_EngineArgs):
+    language_model_only: bool = False
+
+
+EngineArgs = _EngineArgs if LACKS == "language_model_only" else _WithTextAlone

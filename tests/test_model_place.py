@@ -1,0 +1,240 @@
+"""Where a model lies, and what vLLM's own flags make of its config: nothing is refused that vLLM takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.memory import memory_plan
+from batch_inference.plan.model import ModelFacts, facts_of, why_unread
+from batch_inference.plan.model_place import is_on_hub
+from batch_inference.plan.obstacles import infeasible
+from batch_inference.plan.overrides import NotFollowedError, hf_overrides
+from batch_inference.plan.printed import setting_plan
+
+GPU = Devices("gpu", ("0",))
+LLAMA = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "vocab_size": 1000,
+    "max_position_embeddings": 32768,
+}
+
+
+def setting(folder: Path, *words: str, document: dict[str, Any] | None = None, **changes: Any) -> ExperimentConfig:
+    """A setting with a request of 100,128 tokens."""
+    (folder / "config.json").write_text(json.dumps(document or LLAMA))
+    values: dict[str, Any] = {"model": str(folder), "seq_lens": (100_000,), **changes}
+    return ExperimentConfig(engine_args=words, **values)
+
+
+def known(config: ExperimentConfig) -> ModelFacts:
+    facts = facts_of(config)
+    assert facts is not None
+    return facts
+
+
+def printed(config: ExperimentConfig) -> str:
+    return " ".join(" ".join(setting_plan(config, facts_of(config), GPU, 80.0)).split())
+
+
+# --- --hf-overrides --------------------------------------------------------------------------------------------------
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [
+        ((), 32768),
+        (("--hf-overrides", '{"max_position_embeddings": 131072}'), 131072),
+        (('--hf_overrides={"max_position_embeddings": 131072}',), 131072),
+        (("--hf-overrides.max_position_embeddings", "131072"), 131072),
+        (("--hf-overrides.max_position_embeddings=128K",), 131072),
+        (("--hf_overrides.max_position_embeddings", "131.072k"), 131072),
+        (("--hf-overrides", '{"n_positions": 99}', "--hf-overrides.max_position_embeddings", "131072"), 131072),
+        (("--hf-overrides", json.dumps({"rope_parameters": YARN})), None),
+        (("--hf-overrides", json.dumps({"rope_scaling": {"type": "linear", "factor": 4}})), None),
+        (("--hf-overrides.rope_scaling.factor", "4"), None),
+        (("--hf-overrides", '{"hidden_act": "gelu"}'), 32768),
+    ],
+)  # fmt: skip
+def test_overrides_say_how_long_a_request_may_be(tmp_path: Path, words: tuple[str, ...], limit: int | None) -> None:
+    config = setting(tmp_path, *words)
+    assert known(config).max_model_len == limit
+    refused = infeasible(config, facts_of(config), GPU)
+    assert (refused is None) is (limit != 32768)
+
+
+def test_overrides_say_what_sizes_a_model_has(tmp_path: Path) -> None:
+    whole = known(setting(tmp_path)).weights_gib(1, 1, "auto")
+    config = setting(tmp_path, "--hf-overrides.num_hidden_layers", "2", "--hf-overrides.num_attention_heads", "6")
+    assert (known(config).num_layers, known(config).num_attention_heads) == (2, 6)
+    assert (known(config).weights_gib(1, 1, "auto") or 0) < (whole or 0)
+    assert not known(setting(tmp_path)).is_quantized
+    assert known(setting(tmp_path, "--hf-overrides", '{"quantization_config": {"quant_method": "fp8"}}')).is_quantized
+
+
+def test_the_part_for_the_language_model_is_changed_by_its_name(tmp_path: Path) -> None:
+    nested = {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {"num_hidden_layers": 9}}
+    config = setting(tmp_path, "--hf-overrides.text_config.num_hidden_layers", "2", document=nested)
+    assert (known(config).num_layers, known(config).num_attention_heads) == (2, 8)
+    rope = setting(tmp_path, "--hf-overrides", json.dumps({"text_config": {"rope_parameters": YARN}}), document=nested)
+    assert known(rope).max_model_len is None
+    beside = setting(tmp_path, "--hf-overrides.vision_config.num_hidden_layers", "2", document=nested)
+    assert known(beside).num_layers == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--hf-overrides", "{"),
+        ("--hf-overrides", "[]"),
+        ("--hf-overrides", "[" * 100_000),
+        ("--hf-overrides",),
+        ("--hf-overrides.model_type", "gemma3"),
+        ("--hf-overrides.text_config.num_hidden_layers", "2"),
+        ("--hf-overrides.text_config", "2"),
+    ],
+)
+def test_what_cannot_be_followed_is_unknown_and_not_refused(tmp_path: Path, words: tuple[str, ...]) -> None:
+    config = setting(tmp_path, *words)
+    assert facts_of(config) is None
+    assert "memory unknown: vLLM alone knows what --hf-overrides makes of this model" in printed(config)
+    assert "verdict can run" in printed(config)
+
+
+def test_at_the_top_of_a_config_with_parts_a_size_is_not_followed(tmp_path: Path) -> None:
+    config = setting(tmp_path, "--hf-overrides.num_hidden_layers", "2", document={"text_config": LLAMA})
+    assert facts_of(config) is None
+
+
+def test_parts_are_read_as_vllm_reads_them() -> None:
+    words = ("--hf-overrides.a.b", "1", "--seed=1.5", "--hf-overrides.a.c=x.y", "--hf-overrides.d+", "e,f",
+             "--hf-overrides.g", '{"h": [1]}', "--hf-overrides.i", "-1", "--hf-overrides.a.j.k", "true")  # fmt: skip
+    expected = {"a": {"b": 1, "c": "x.y", "j": {"k": True}}, "d": ["e", "f"], "g": {"h": [1]}, "i": -1}
+    assert hf_overrides(words) == expected
+    assert hf_overrides(()) == {}
+    with pytest.raises(NotFollowedError):
+        hf_overrides(("--hf-overrides", "null"))
+
+
+# --- where a model lies ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "why", "is_all_on_hub"),
+    [
+        ("s3://my-bucket/models/llama", "an object store", False),
+        ("gs://b/m", "an object store", False),
+        ("az://b/m/n/o", "an object store", False),
+        ("org/repo/file-Q4.gguf", "a hub name says nothing of the model's sizes from here", False),
+        ("org/repo:Q4_K_M", "a hub name", False),
+        ("org/name", "a hub name", True),
+        ("gpt2", "a hub name", True),
+        ("kept/other", "a hub name says nothing of the model's sizes from here (the folder kept here has none", True),
+        ("kept/m.gguf", "a model of one file", False),
+    ],
+)
+def test_what_lies_elsewhere_is_vllms_to_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, why: str, is_all_on_hub: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("kept/model").mkdir(parents=True)
+    Path("kept/m.gguf").touch()
+    config = ExperimentConfig(model=model)
+    assert why in (why_unread(config) or "")
+    assert f"memory unknown: {why_unread(config)}" in printed(config)
+    assert infeasible(config, facts_of(config), GPU) is None
+    assert is_on_hub(model) is is_all_on_hub
+
+
+def test_a_file_is_the_same_model_however_it_is_called_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.gguf").touch()
+    names = ("m.gguf", "./m.gguf", str(tmp_path / "m.gguf"))
+    assert len({ExperimentConfig(model=name).settings_hash() for name in names}) == 1
+
+
+def test_a_folder_in_mistrals_format_is_vllms_to_judge(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text('{"dim": 256}')
+    for words in ((), ("--config-format", "mistral"), ("--config_format=mistral",)):
+        assert "vLLM alone reads" in (why_unread(ExperimentConfig(model=str(tmp_path), engine_args=words)) or "")
+    with pytest.raises(ConfigError, match=r"it has no config\.json"):
+        facts_of(ExperimentConfig(model=str(tmp_path), engine_args=("--config-format", "hf")))
+    # With both, the flag decides which of them vLLM reads.
+    assert known(setting(tmp_path)).num_layers == 4
+    assert facts_of(setting(tmp_path, "--config-format", "mistral")) is None
+    assert known(setting(tmp_path)).max_model_len == 32768
+    (tmp_path / "consolidated.safetensors").touch()
+    assert known(setting(tmp_path)).max_model_len is None  # by params.json now
+    assert known(setting(tmp_path, "--config-format", "hf")).max_model_len == 32768
+
+
+def test_the_config_may_lie_elsewhere_than_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    elsewhere = ("--hf-config-path", str(tmp_path))
+    config = setting(tmp_path, *elsewhere, model=str(tmp_path / "weights"))
+    assert known(config).num_layers == 4
+    assert known(setting(tmp_path, *elsewhere, model="s3://b/m")).num_layers == 4
+    assert "a hub name" in (why_unread(setting(tmp_path, "--hf-config-path", "org/name")) or "")
+    for path in (tmp_path / "weights", tmp_path / "absent"):
+        with pytest.raises(ConfigError, match=f"--hf-config-path {path}: "):
+            facts_of(setting(tmp_path, "--hf-config-path", str(path)))
+    # Of one file nobody says how it is quantized.
+    (tmp_path / "m.gguf").touch()
+    assert known(setting(tmp_path, *elsewhere, model=str(tmp_path / "m.gguf"))).is_quantized
+
+
+def test_weights_that_are_quantized_elsewhere_than_in_the_config_are_found(tmp_path: Path) -> None:
+    assert not known(setting(tmp_path)).is_quantized
+    assert known(setting(tmp_path, "--load-format", "bitsandbytes")).is_quantized
+    assert known(setting(tmp_path, document={**LLAMA, "compression_config": {}})).is_quantized
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    assert known(setting(tmp_path)).is_quantized
+
+
+# --- sizes in flags --------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_gigabytes_is_planned_with(tmp_path: Path) -> None:
+    for text, gib in (("8G", 8.0), ("8589934592", 8.0)):
+        config = setting(tmp_path, f"--kv-cache-memory-bytes={text}")
+        plan = memory_plan(config, known(config), GPU, 80.0)
+        assert plan is not None
+        assert plan.pool_gib == gib
+
+
+def test_weights_outside_the_device_are_not_counted_as_if_they_were_inside(tmp_path: Path) -> None:
+    assert "unknown" not in printed(setting(tmp_path))
+    for words in (("--cpu-offload-gb", "4"), ("--cpu_offload_gb=4",), ("--offload-group-size", "2")):
+        assert "memory unknown with --" in printed(setting(tmp_path, *words))
+
+
+def test_with_a_length_that_vllm_finds_out_nothing_is_refused(tmp_path: Path) -> None:
+    config = setting(tmp_path, max_model_len=-1, seq_lens=(512,))
+    assert infeasible(config, facts_of(config), GPU) is None
+    assert "GiB weights" in printed(config)
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_a_model_in_mistrals_format_is_measured(experiment: Run, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "params.json").write_text("{}")
+    done = experiment("--model", str(tmp_path / "m"), "--config-format", "mistral", "--max-model-len", "auto")
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((tmp_path / "tp_1_results.json").read_text())
+    assert stored["config"]["max_model_len"] == -1
