@@ -93,7 +93,7 @@ class Needs:
     requests_in_one_wave: dict[int, int] | None = None  # by prompt length
     source: str | None = None
     unknown: tuple[str, ...] = ()  # why what is None is not known
-    lacks_activations: bool = False
+    activations_counted: bool | None = None  # None where nothing is said of what is left for the KV cache
 
 
 def _needs(one: PlannedJob, devices: Devices, here_gib: float | None) -> Needs:
@@ -103,7 +103,14 @@ def _needs(one: PlannedJob, devices: Devices, here_gib: float | None) -> Needs:
     tokens = memory.kv_cache_tokens(config.max_model_len or config.longest_request)
     waves = {length: memory.requests_in_one_wave(length + config.max_tokens) for length in config.seq_lens}
     known = {length: number for length, number in waves.items() if number is not None}
-    return Needs(memory.weights_gib, tokens, known or None, memory.source, memory.unknown, memory.lacks_activations)
+    return Needs(
+        memory.weights_gib,
+        tokens,
+        known or None,
+        memory.source,
+        memory.unknown,
+        False if memory.lacks_activations else None,
+    )
 
 
 def _cells(needs: Needs) -> list[str]:
@@ -169,7 +176,7 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, device
     can_run = [one.config for one in jobs if one.reason is None]
     left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
     hidden = _hidden(jobs)
-    margin = [NOT_COUNTED] if any(need.lacks_activations for need in needs) else []
+    margin = [NOT_COUNTED] if any(need.activations_counted is False for need in needs) else []
     # Most often the same for all settings.
     unknown = dict.fromkeys(reason for need in needs for reason in need.unknown)
     remarks = [

@@ -47,8 +47,8 @@ class Architecture:
     tied: bool = False  # where tie_word_embeddings is missing
     # vLLM puts embedding and output head on the first and the last stage, or on each; "unknown": versions differ
     vocabulary_on: Literal["ends", "every stage", "unknown"] = "ends"
-    kv_heads: Literal["said", "said or all", "all", "one"] = "said"
-    head_dim: Literal["said", "said or split", "split"] = "split"
+    kv_heads: Literal["said", "said-or-all", "all", "one"] = "said"
+    head_dim: Literal["said", "said-or-split", "split"] = "split"
     intermediate: tuple[str, ...] = ("intermediate_size",)
     intermediate_factor: int | None = None  # times the hidden size, where it is not said
     experts: str | None = None  # the key with their number
@@ -63,8 +63,8 @@ _LLAMA = Architecture(
     qkv_bias=Said("attention_bias", False),
     out_bias=Said("attention_bias", False),
     mlp_bias=Said("mlp_bias", False),
-    kv_heads="said or all",
-    head_dim="said or split",
+    kv_heads="said-or-all",
+    head_dim="said-or-split",
 )
 _GEMMA = Architecture(tied=True, vocabulary_on="every stage", head_dim="said")
 _GEMMA_2 = dataclasses.replace(
@@ -78,8 +78,8 @@ _COHERE = Architecture(
     norms=1,
     tied=True,
     vocabulary_on="every stage",
-    kv_heads="said or all",
-    head_dim="said or split",
+    kv_heads="said-or-all",
+    head_dim="said-or-split",
     only={"use_qk_norm": False, "tie_word_embeddings": True},
 )
 # LayerNorms with biases, an MLP without a gate, biases everywhere.
@@ -96,12 +96,12 @@ _GPT = Architecture(
     intermediate=("intermediate_size", "n_inner"),
     intermediate_factor=4,
 )
-_MIXTRAL = Architecture(vocabulary_on="every stage", head_dim="said or split", experts="num_local_experts")
+_MIXTRAL = Architecture(vocabulary_on="every stage", head_dim="said-or-split", experts="num_local_experts")
 
 ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": Architecture(head_dim="said or split", window_default=True),
-    "Phi3ForCausalLM": Architecture(kv_heads="said or all"),
+    "MistralForCausalLM": Architecture(head_dim="said-or-split", window_default=True),
+    "Phi3ForCausalLM": Architecture(kv_heads="said-or-all"),
     "Qwen2ForCausalLM": Architecture(qkv_bias=True, only={"qk_norm": False}),
     "Qwen3ForCausalLM": Architecture(head_norms=True, qkv_bias=Said("attention_bias", False), head_dim="said"),
     "Glm4ForCausalLM": Architecture(norms=4, qkv_bias=Said("attention_bias", True), head_dim="said"),
@@ -139,7 +139,7 @@ ARCHITECTURES = {
         tied=False,
         vocabulary_bias=True,
         vocabulary_on="unknown",
-        kv_heads="said or all",
+        kv_heads="said-or-all",
         intermediate_factor=None,
         only={"qk_layernorm": False},
     ),
@@ -190,8 +190,14 @@ def parts_of(facts: ModelFacts) -> Parts:
     return _parts(known, facts.words)
 
 
+def padded_vocabulary(facts: ModelFacts) -> int | None:
+    """What vLLM shares out over the ranks of TP; None for an architecture that is not known."""
+    is_known = facts.architecture in ARCHITECTURES
+    return _padded(facts.vocab_size) if is_known and facts.vocab_size else None
+
+
 def check_cache(facts: ModelFacts) -> None:
-    """Raises UnknownError unless each layer keeps the keys and values of all tokens. For an architecture that is known."""
+    """Raises UnknownError unless each layer keeps the keys and values of all tokens. The architecture is known."""
     known, words = ARCHITECTURES[facts.architecture or ""], facts.words
     said = [key for key in _NO_PLAIN_CACHE if words.get(key)]
     # Qwen's windows have a switch of their own.
@@ -251,14 +257,13 @@ def _kv_heads(known: Architecture, words: Mapping[str, Any], heads: int) -> int:
         return 1
     if known.kv_heads == "all":
         return heads
-    otherwise = heads if known.kv_heads == "said or all" else None
+    otherwise = heads if known.kv_heads == "said-or-all" else None
     return _size(words, "num_key_value_heads", "multi_query_group_num", otherwise=otherwise)
 
 
 def _head_dim(known: Architecture, words: Mapping[str, Any], split: int) -> int:
-    if known.head_dim == "split":
-        return split
-    return _size(words, "head_dim", otherwise=split if known.head_dim == "said or split" else None)
+    keys = () if known.head_dim == "split" else ("head_dim",)
+    return _size(words, *keys, otherwise=None if known.head_dim == "said" else split)
 
 
 def _positions(known: Architecture, words: Mapping[str, Any]) -> int:
@@ -282,5 +287,5 @@ def _size(words: Mapping[str, Any], *keys: str, otherwise: int | None = None) ->
     """Raises UnknownError where config.json does not say it."""
     found = next((words[key] for key in keys if is_size(words.get(key))), otherwise)
     if not found:
-        raise UnknownError(f"config.json does not say {keys[0]}")
+        raise UnknownError(f"config.json does not say {keys[0] if keys else 'how large a head is'}")
     return found

@@ -31,7 +31,6 @@ _FLAGS = (
     "--hf-overrides", "--hf-config-path", "--config-format", "--model-impl", "--speculative-config", "--enable-lora",
     "--cpu-offload-gb", "--offload-backend", "--enable-eplb", "--decode-context-parallel-size", "-dcp",
     "--prefill-context-parallel-size", "-pcp", "--num-gpu-blocks-override", "--runner", "--convert",
-    "--language-model-only", "--disable-hybrid-kv-cache-manager",
 )  # fmt: skip
 _LOADS_AS_STORED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai-streamer", "pt", "dummy")
 # Methods whose tensors are as large in vLLM as in the file.
@@ -151,6 +150,14 @@ def _facts(config: ExperimentConfig, facts: ModelFacts | None) -> ModelFacts:
     return facts
 
 
+def _bytes_of_a_float(config: ExperimentConfig, facts: ModelFacts) -> int:
+    """Raises UnknownError."""
+    dtype = facts.dtype_used(config.dtype)
+    if dtype not in BYTES:
+        raise UnknownError(f"the formulas do not know the type {quoted(dtype)}")
+    return BYTES[dtype]
+
+
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
@@ -162,9 +169,7 @@ def _weights_of_stages(config: ExperimentConfig, facts: ModelFacts) -> tuple[lis
     load_format = (config.engine_word("--load-format") or "auto").replace("_", "-")
     if load_format not in _LOADS_AS_STORED:
         raise UnknownError(f"--load-format {quoted(load_format)} may change them")
-    float_bytes = facts.bytes_of(config.dtype)
-    if float_bytes is None:
-        raise UnknownError(f"the formulas do not know the type {quoted(facts.dtype_used(config.dtype))}")
+    float_bytes = _bytes_of_a_float(config, facts)
     try:
         counted = parts_of(facts)
     except UnknownError as reason:
@@ -233,7 +238,7 @@ def _bytes_of_a_key(config: ExperimentConfig, facts: ModelFacts) -> int:
         return 1
     if kv_dtype == "auto" and facts.quantization and facts.quantization.cache_too:
         raise UnknownError("its checkpoint says a type for keys and values")
-    size = facts.bytes_of(config.dtype) if kv_dtype == "auto" else BYTES.get(kv_dtype)
+    size = _bytes_of_a_float(config, facts) if kv_dtype == "auto" else BYTES.get(kv_dtype)
     if size is None:
         raise UnknownError(f"the formulas do not know --kv-cache-dtype {quoted(kv_dtype)}")
     return size

@@ -68,10 +68,6 @@ class ModelFacts:
             asked = "bfloat16" if self.dtype in ("float32", "float") else self.dtype
         return {"half": "float16", "float": "float32"}.get(asked, asked)
 
-    def bytes_of(self, asked: str) -> int | None:
-        """Of a number of that type; None for one that is not known."""
-        return BYTES.get(self.dtype_used(asked))
-
 
 def is_local(model: str) -> bool:
     """A folder, or written like one: m/x where there is a folder m. Others are hub names: org/name, or name alone."""
@@ -121,9 +117,7 @@ def _architecture(document: dict[str, Any]) -> str | None:
 
 
 def _quantization(document: dict[str, Any], beside: Path) -> Quantization | None:
-    said: Any = next((document[key] for key in _QUANTIZED if document.get(key)), None)
-    if said is None and beside.exists():
-        said = json.loads(read_regular(beside))
+    said: Any = next((document[key] for key in _QUANTIZED if document.get(key)), None) or _quantization_beside(beside)
     if said is None:
         return None
     said = said if isinstance(said, dict) else {}
@@ -134,6 +128,16 @@ def _quantization(document: dict[str, Any], beside: Path) -> Quantization | None
     cache_too = any(part.get(key) for part in (said, inner) for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
     group_size = said.get("group_size")
     return Quantization(method, group_size if type(group_size) is int else None, cache_too)
+
+
+def _quantization_beside(path: Path) -> Any:
+    """None where there is no such file. One that cannot be read says as much as an empty one."""
+    try:
+        return json.loads(read_regular(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def _counts_experts(value: object, key: str = "") -> bool:

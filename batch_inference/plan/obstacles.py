@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.plan.architectures import padded_vocabulary
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import ModelFacts
 
@@ -70,6 +71,9 @@ def _model_against_setting(config: ExperimentConfig, facts: ModelFacts) -> str |
         return f"--tensor-parallel-size {tp} does not divide the model's {heads} attention heads"
     if kv_heads and max(kv_heads, tp) % min(kv_heads, tp):
         return f"--tensor-parallel-size {tp} does not fit the model's {kv_heads} KV heads"
+    vocabulary = padded_vocabulary(facts)
+    if vocabulary and vocabulary % tp:
+        return f"--tensor-parallel-size {tp} does not divide the model's vocabulary of {vocabulary} (as vLLM pads it)"
     if facts.num_layers and pp > facts.num_layers:
         return f"--pipeline-parallel-size {pp} is more stages than the model's {facts.num_layers} layers"
     return _length_against_model(config, facts.max_model_len)

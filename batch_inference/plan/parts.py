@@ -55,7 +55,9 @@ class Parts:
 
 
 def layers_of_stages(layers: int, pp: int) -> list[int]:
-    """As vLLM does it: layers that are left go to the stages before the last, the hindmost first. Raises UnknownError."""
+    """As vLLM does it: layers that are left go to the stages before the last, the hindmost first.
+
+    Raises UnknownError."""
     if pp > 1 and os.environ.get("VLLM_PP_LAYER_PARTITION"):
         raise UnknownError("VLLM_PP_LAYER_PARTITION says how layers are shared out")
     even, left = divmod(layers, pp)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +27,7 @@ _SAME = 1.01
 _INDEX = "model.safetensors.index.json"
 # What vLLM leaves in the file: causal masks and rotary tables of older checkpoints, and layers of other models.
 _NOT_LOADED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|(^|\.)mtp\.")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d{1,6})\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # In one matrix, which cannot be divided here.
 _QUERIES_AND_KEYS = re.compile(r"\.(qkv_proj|query_key_value|c_attn|Wqkv)\.")
@@ -51,7 +52,7 @@ class Tensor:
     name: str
     dtype: str  # in the format's words
     shape: tuple[int, ...]
-    size: float  # bytes
+    size: int  # bytes
 
     @property
     def layer(self) -> int | None:
@@ -79,7 +80,7 @@ def stored_tensors(folder: Path, layers: int | None, float_bytes: int | None) ->
     ]
 
 
-def total_bytes(tensors: Sequence[Tensor], *, is_tied: bool) -> float:
+def total_bytes(tensors: Sequence[Tensor], *, is_tied: bool) -> int:
     return sum(tensor.size for tensor in tensors if not (is_tied and _HEAD.search(tensor.name)))
 
 
@@ -87,15 +88,15 @@ def parts_in_bytes(tensors: Sequence[Tensor], counted: Parts, tp: int, pp: int) 
     """The files of a model whose parameters are `counted`. Raises UnknownError."""
     if tp > counted.kv_heads and any(_QUERIES_AND_KEYS.search(tensor.name) for tensor in tensors):
         raise UnknownError(f"{tp} ranks copy KV heads that lie in one matrix with the queries")
-    sums: dict[str, float] = dict.fromkeys(("split", "kv", "experts", "whole", "embedding", "head", "beside"), 0)
-    per_layer = [0.0] * counted.layers
+    sums: Counter[str] = Counter()
+    per_layer: Counter[int] = Counter()
     for tensor in tensors:
         if tensor.layer is not None:
             per_layer[tensor.layer] += tensor.size
         sums[_part(tensor, counted)] += tensor.size
-    if not all(per_layer) or not sums["embedding"]:
+    if len(per_layer) != counted.layers or not sums["embedding"] or (counted.head and not sums["head"]):
         raise UnknownError("the files in the folder hold other tensors than the formulas know")
-    if pp > 1 and max(per_layer) > _SAME * min(per_layer):
+    if pp > 1 and max(per_layer.values()) > _SAME * min(per_layer.values()):
         raise UnknownError("layers in the files have different sizes")
     of_layers = counted.layers
     return dataclasses.replace(
@@ -174,6 +175,8 @@ def _tensors_of(header: Any, size: int) -> Iterator[Tensor]:
             tensor = Tensor(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), int(end) - int(start))
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"its tensor {quoted(name)} has no size") from None
-        if not 0 <= int(start) <= int(end) <= size or min(tensor.shape, default=0) < 0:
+        is_inside = 0 <= int(start) <= int(end) <= size and min(tensor.shape, default=0) >= 0
+        # The smallest type has two numbers in a byte.
+        if not is_inside or math.prod(tensor.shape) > 2 * tensor.size:
             raise ValueError(f"its tensor {quoted(name)} is not in the file")
         yield tensor
