@@ -168,6 +168,13 @@ def test_of_several_files_those_of_the_index_count(tmp_path: Path) -> None:
         assert planned(tmp_path).weights_gib is None
 
 
+def test_a_tensor_in_two_files_is_counted_in_neither(tmp_path: Path) -> None:
+    model(tmp_path, architectures=["MambaForCausalLM"])
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.safetensors", [LINEAR])
+    assert "tensors of 'b.safetensors' lie in another file too" in planned(tmp_path).unknown[0]
+
+
 def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
     model(tmp_path, architectures=["MambaForCausalLM"])
     for number in (1, 2):

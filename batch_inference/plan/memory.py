@@ -16,7 +16,7 @@ from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.model import BYTES, KV_BYTE, ModelFacts, Quantization
 from batch_inference.plan.obstacles import is_coupled
 from batch_inference.plan.parts import Parts, UnknownError, layers_of_stages
-from batch_inference.plan.stored_weights import parts_in_bytes, stored_tensors, total_bytes
+from batch_inference.plan.stored_weights import parts_in_bytes, stored_weights, total_bytes
 
 # Of the engines in docs/plan_check.md: a test compares the numbers.
 NOT_COUNTED = (
@@ -176,11 +176,11 @@ def _weights_of_stages(config: ExperimentConfig, facts: ModelFacts) -> tuple[lis
         return _of_any_files(config, facts, float_bytes, str(reason)), FILES
     if facts.quantization is None:
         return _in_gib(config, facts, counted, float_bytes), FORMULA
-    tensors = stored_tensors(_folder(facts, facts.quantization), counted.layers, None)
-    if not tensors:
+    stored = stored_weights(_folder(facts, facts.quantization))
+    if not stored:
         raise UnknownError(f"quantized ({facts.quantization.method}), and no weights lie in the folder")
     sizes = (config.tensor_parallel_size, config.pipeline_parallel_size)
-    return _in_gib(config, facts, parts_in_bytes(tensors, counted, *sizes), 1), FILES
+    return _in_gib(config, facts, parts_in_bytes(stored, counted, *sizes), 1), FILES
 
 
 def _in_gib(config: ExperimentConfig, facts: ModelFacts, parts: Parts, unit: int) -> list[float]:
@@ -194,11 +194,12 @@ def _of_any_files(config: ExperimentConfig, facts: ModelFacts, float_bytes: int,
     """Of a model whose files alone are known: right for one device. Raises UnknownError."""
     if facts.has_more:
         raise UnknownError(f"{reason}; which of its parts vLLM holds is vLLM's to say")
-    folder = _folder(facts, facts.quantization)
-    tensors = stored_tensors(folder, facts.num_layers, None if facts.quantization else float_bytes)
-    if not tensors:
+    stored = stored_weights(_folder(facts, facts.quantization))
+    if not stored:
         raise UnknownError(reason)
-    total_gib = total_bytes(tensors, is_tied=bool(facts.words.get("tie_word_embeddings"))) / GIB
+    own_bytes = None if facts.quantization else float_bytes
+    is_tied = bool(facts.words.get("tie_word_embeddings"))
+    total_gib = total_bytes(stored, facts.num_layers, own_bytes, is_tied=is_tied) / GIB
     if config.num_devices > 1 and (config.devices_per_replica > 1 or is_coupled(config, facts)):
         least_gib = total_gib / config.num_devices
         raise UnknownError(f"{reason}; of {total_gib:.3g} GiB in its files a device holds at least {least_gib:.3g}")

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,17 +25,43 @@ _LONGEST_HEADER = 2**24
 _LONGEST_INDEX = 2**26
 _SAME = 1.01
 _INDEX = "model.safetensors.index.json"
-# What vLLM leaves in the file: causal masks and rotary tables of older checkpoints, and layers of other models.
+# What vLLM leaves in the file: causal masks and rotary tables of older checkpoints, and heads that guess ahead.
 _NOT_LOADED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|(^|\.)mtp\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d{1,6})\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# In one matrix, which cannot be divided here.
-_QUERIES_AND_KEYS = re.compile(r"\.(qkv_proj|query_key_value|c_attn|Wqkv)\.")
-_KEYS = re.compile(r"\.(k_proj|v_proj)\.")
-_EXPERTS = re.compile(r"\.experts\.")
-_ROUTER = re.compile(r"\.gate\.weight$")
-_EMBEDDING = re.compile(r"embed|\bwte\b")
-_HEAD = re.compile(r"^(lm_head|embed_out|output)\b|\boutput_layer\b")
+# What a tensor is, by its name: the first that matches.
+_IN_LAYERS = {
+    "experts": re.compile(r"\.experts\."),
+    "router": re.compile(r"\.gate\.weight$"),
+    "kv": re.compile(r"\.(k_proj|v_proj)\."),
+    "fused": re.compile(r"\.(qkv_proj|query_key_value|c_attn|Wqkv)\."),  # queries, keys and values in one
+}
+_BESIDE_LAYERS = {
+    "head": re.compile(r"^(lm_head|embed_out|output)\b|\boutput_layer\b"),
+    "embedding": re.compile(r"embed|\bwte\b"),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are shared out alike."""
+
+    kind: str  # of the above; "split" or "whole" for others of a layer, "beside" for others
+    layer: int | None
+    is_float: bool  # what vLLM holds in its own type
+
+
+@dataclass
+class Amount:
+    size: int = 0  # bytes
+    numbers: int = 0
+
+    def add(self, other: Amount) -> None:
+        self.size += other.size
+        self.numbers += other.numbers
+
+
+Stored = Mapping[Group, Amount]
 
 
 @dataclass(frozen=True)
@@ -48,85 +74,75 @@ class _File:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class _Tensor:
     name: str
     dtype: str  # in the format's words
     shape: tuple[int, ...]
     size: int  # bytes
 
-    @property
-    def layer(self) -> int | None:
-        found = _LAYER.search(self.name)
-        return int(found[1]) if found else None
 
-
-def stored_tensors(folder: Path, layers: int | None, float_bytes: int | None) -> list[Tensor]:
-    """All that vLLM loads; empty where no safetensors file is there. `layers`: of the model, where it is known;
-    `float_bytes`: of a number in vLLM, where it may be another than in the file. Raises UnknownError."""
-    tensors: dict[str, Tensor] = {}
+def stored_weights(folder: Path) -> Stored:
+    """Empty where no safetensors file is there. Raises UnknownError."""
+    sums: dict[Group, Amount] = {}
+    names: set[str] = set()
     for path in _files(folder):
         try:
             check_regular(path)
             stat = path.stat()
-            tensors |= {tensor.name: tensor for tensor in _tensors(_File(path, stat.st_size, stat.st_mtime_ns))}
+            found, groups = _content(_File(path, stat.st_size, stat.st_mtime_ns))
         except (OSError, ValueError, RecursionError) as error:
             raise UnknownError(f"{quoted(path.name)} cannot be read as safetensors ({error})") from error
-    loaded = [tensor for tensor in tensors.values() if _is_loaded(tensor, layers)]
-    return [
-        dataclasses.replace(tensor, size=math.prod(tensor.shape) * float_bytes)
-        if float_bytes and tensor.dtype in _FLOATS
-        else tensor
-        for tensor in loaded
-    ]
+        if names & found:
+            raise UnknownError(f"tensors of {quoted(path.name)} lie in another file too")
+        names |= found
+        for group, amount in groups.items():
+            sums.setdefault(group, Amount()).add(amount)
+    return sums
 
 
-def total_bytes(tensors: Sequence[Tensor], *, is_tied: bool) -> int:
-    return sum(tensor.size for tensor in tensors if not (is_tied and _HEAD.search(tensor.name)))
+def total_bytes(stored: Stored, layers: int | None, float_bytes: int | None, *, is_tied: bool) -> int:
+    """All that vLLM loads. `layers`: of the model, where it is known; `float_bytes`: of a number in vLLM, where it may
+    be another than in the file."""
+    return sum(
+        float_bytes * amount.numbers if float_bytes and group.is_float else amount.size
+        for group, amount in stored.items()
+        if not (is_tied and group.kind == "head") and not _is_behind(group, layers)
+    )
 
 
-def parts_in_bytes(tensors: Sequence[Tensor], counted: Parts, tp: int, pp: int) -> Parts:
+def _is_behind(group: Group, layers: int | None) -> bool:
+    # Layers behind the last one guess tokens ahead.
+    return layers is not None and group.layer is not None and group.layer >= layers
+
+
+def parts_in_bytes(stored: Stored, counted: Parts, tp: int, pp: int) -> Parts:
     """The files of a model whose parameters are `counted`. Raises UnknownError."""
-    if tp > counted.kv_heads and any(_QUERIES_AND_KEYS.search(tensor.name) for tensor in tensors):
-        raise UnknownError(f"{tp} ranks copy KV heads that lie in one matrix with the queries")
     sums: Counter[str] = Counter()
     per_layer: Counter[int] = Counter()
-    for tensor in tensors:
-        if tensor.layer is not None:
-            per_layer[tensor.layer] += tensor.size
-        sums[_part(tensor, counted)] += tensor.size
+    for group, amount in stored.items():
+        if not _is_behind(group, counted.layers):
+            sums[group.kind] += amount.size
+        if not _is_behind(group, counted.layers) and group.layer is not None:
+            per_layer[group.layer] += amount.size
     if len(per_layer) != counted.layers or not sums["embedding"] or (counted.head and not sums["head"]):
         raise UnknownError("the files in the folder hold other tensors than the formulas know")
+    if tp > counted.kv_heads and sums["fused"]:
+        raise UnknownError(f"{tp} ranks copy KV heads that lie in one matrix with the queries")
     if pp > 1 and max(per_layer.values()) > _SAME * min(per_layer.values()):
         raise UnknownError("layers in the files have different sizes")
-    of_layers = counted.layers
+    # Without experts a gate is one of the matrices that are split.
+    router = "whole" if counted.num_experts else "split"
+    sums[router] += sums["router"]
     return dataclasses.replace(
         counted,
-        split=sums["split"] / of_layers,
-        kv=sums["kv"] / of_layers,
-        experts=sums["experts"] / of_layers,
-        whole=sums["whole"] / of_layers,
+        split=(sums["split"] + sums["fused"]) / counted.layers,
+        kv=sums["kv"] / counted.layers,
+        experts=sums["experts"] / counted.layers,
+        whole=sums["whole"] / counted.layers,
         embedding=sums["embedding"],
         head=sums["head"] if counted.head else 0,
         beside=sums["beside"],
     )
-
-
-def _part(tensor: Tensor, counted: Parts) -> str:
-    name = tensor.name
-    if tensor.layer is None:
-        return "head" if _HEAD.search(name) else "embedding" if _EMBEDDING.search(name) else "beside"
-    if counted.num_experts and _EXPERTS.search(name):
-        return "experts"
-    if len(tensor.shape) < 2 or (counted.num_experts and _ROUTER.search(name)):
-        return "whole"
-    return "kv" if _KEYS.search(name) else "split"
-
-
-def _is_loaded(tensor: Tensor, layers: int | None) -> bool:
-    is_mask = len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1)
-    # Layers behind the last one are for guessing tokens ahead.
-    is_behind = layers is not None and tensor.layer is not None and tensor.layer >= layers
-    return not (is_mask or is_behind or _NOT_LOADED.search(tensor.name))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -153,30 +169,50 @@ def _files(folder: Path) -> list[Path]:
 
 
 @lru_cache(maxsize=4096)
-def _tensors(file: _File) -> tuple[Tensor, ...]:
+def _content(file: _File) -> tuple[frozenset[str], Stored]:
+    """The names of its tensors, and what vLLM loads of them."""
+    sums: dict[Group, Amount] = {}
+    names = []
+    for tensor in _tensors(file):
+        names.append(tensor.name)
+        is_mask = len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1)
+        if not is_mask and not _NOT_LOADED.search(tensor.name):
+            sums.setdefault(_group(tensor), Amount()).add(Amount(tensor.size, math.prod(tensor.shape)))
+    return frozenset(names), sums
+
+
+def _group(tensor: _Tensor) -> Group:
+    is_float = tensor.dtype in _FLOATS
+    found = _LAYER.search(tensor.name)
+    kinds, other = (_IN_LAYERS, "split" if len(tensor.shape) > 1 else "whole") if found else (_BESIDE_LAYERS, "beside")
+    kind = next((kind for kind, pattern in kinds.items() if pattern.search(tensor.name)), other)
+    return Group(kind, int(found[1]) if found else None, is_float)
+
+
+def _tensors(file: _File) -> Iterator[_Tensor]:
+    """Raises ValueError for what is no safetensors file."""
     with open_regular(file.path, "rb") as opened:
         start = opened.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 0 < length <= min(_LONGEST_HEADER, file.size - 8):
             raise ValueError("it has no header")
         header = json.loads(opened.read(length))
-    return tuple(_tensors_of(header, file.size - 8 - length))
-
-
-def _tensors_of(header: Any, size: int) -> Iterator[Tensor]:
-    """`size`: of what is behind the header. Raises ValueError for what is no header."""
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            start, end = entry["data_offsets"]
-            tensor = Tensor(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), int(end) - int(start))
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"its tensor {quoted(name)} has no size") from None
-        is_inside = 0 <= int(start) <= int(end) <= size and min(tensor.shape, default=0) >= 0
-        # The smallest type has two numbers in a byte.
-        if not is_inside or math.prod(tensor.shape) > 2 * tensor.size:
-            raise ValueError(f"its tensor {quoted(name)} is not in the file")
-        yield tensor
+        if name != "__metadata__":
+            yield _tensor(name, entry, file.size - 8 - length)
+
+
+def _tensor(name: str, entry: Any, size: int) -> _Tensor:
+    """`size`: of what is behind the header. Raises ValueError."""
+    try:
+        start, end = map(int, entry["data_offsets"])
+        tensor = _Tensor(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), end - start)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"its tensor {quoted(name)} has no size") from None
+    is_inside = 0 <= start <= end <= size and min(tensor.shape, default=0) >= 0
+    # The smallest type has two numbers in a byte.
+    if not is_inside or math.prod(tensor.shape) > 2 * tensor.size:
+        raise ValueError(f"its tensor {quoted(name)} is not in the file")
+    return tensor
