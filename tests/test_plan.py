@@ -62,6 +62,47 @@ def test_weights_of_llama_2_7b_are_its_published_parameter_count(tmp_path: Path)
     assert weights_gib(tmp_path) == pytest.approx(6_738_415_616 * 2 / GIB)
 
 
+# Architectures without a model in tests/plan_truth: parameters as transformers counts them.
+@pytest.mark.parametrize(
+    ("sizes", "parameters"),
+    [
+        (
+            {"architectures": ["GemmaForCausalLM"], "hidden_size": 2048, "intermediate_size": 16384,
+             "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
+             "vocab_size": 256000},
+            2_506_172_416,
+        ),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "hidden_size": 1152, "intermediate_size": 6912,
+             "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+             "vocab_size": 262144},
+            999_885_952,
+        ),
+        (
+            {"architectures": ["Cohere2ForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 256000},
+            8_028_033_024,
+        ),
+        (
+            {"architectures": ["PhiForCausalLM"], "hidden_size": 2560, "intermediate_size": 10240,
+             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 51200},
+            2_779_683_840,
+        ),
+        (
+            {"architectures": ["GPTNeoXForCausalLM"], "hidden_size": 4096, "intermediate_size": 16384,
+             "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 50432},
+            6_857_302_016,
+        ),
+    ],
+)  # fmt: skip
+def test_weights_of_other_architectures_are_their_parameter_counts(
+    tmp_path: Path, sizes: dict[str, object], parameters: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    found = memory_plan(ExperimentConfig(), read_model_facts(str(tmp_path)), EIGHT_GPUS, None)
+    assert found.weights_gib == pytest.approx(parameters * 2 / GIB, rel=1e-9)
+
+
 def test_weights_are_shared_out_over_tp_and_stages(tmp_path: Path) -> None:
     whole = weights_gib(tmp_path)
     assert weights_gib(tmp_path, tp=2) == pytest.approx(whole / 2, rel=1e-3)
@@ -208,8 +249,11 @@ def test_the_plan_counts_a_byte_for_each_key_and_value_of_an_fp8_cache(tmp_path:
 
 def test_the_memory_of_a_quantized_model_is_unknown(tmp_path: Path) -> None:
     quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
-    for read in (facts(tmp_path, **quantized), facts(tmp_path, text_config={**LLAMA_2_7B, **quantized})):
-        assert "unknown: quantized (awq), and no weights lie in the folder" in plan(ExperimentConfig(), read, 80.0)
+    read = facts(tmp_path, **quantized)
+    assert "unknown: quantized (awq), and no weights lie in the folder" in plan(ExperimentConfig(), read, 80.0)
+    inner = facts(tmp_path, text_config={**LLAMA_2_7B, **quantized})
+    assert inner.quantization is not None
+    assert inner.quantization.method == "awq"
     for words in (("--quantization", "fp8"), ("-q", "fp8"), ("--quantization=fp8",)):
         said = plan(ExperimentConfig(engine_args=words), facts(tmp_path), 80.0)
         assert "weights unknown: --quantization 'fp8' changes them" in said
@@ -507,13 +551,14 @@ def test_a_cache_of_so_many_bytes_is_taken_at_its_word(tmp_path: Path) -> None:
         ((), {"quantization_config": {"bits": 4}}, "weights unknown: quantized (in a way that it does not name)"),
         ((), {"compression_config": {"quant_method": "compressed-tensors"}}, "weights unknown: quantized (compressed-"),
         ((), {"quantization_config": {"quant_method": "mxfp4"}}, "weights unknown: quantized (mxfp4): its sizes in"),
-        ((), {"num_local_experts": 8}, "memory unknown: the formulas know LlamaForCausalLM without experts alone"),
+        ((), {"num_local_experts": 8}, "memory unknown: the formulas know LlamaForCausalLM only without experts"),
         ((), {"architectures": ["MambaForCausalLM"]}, "memory unknown: MambaForCausalLM is none of the architectures"),
         ((), {"architectures": None}, "memory unknown: a model that names none is none of the architectures"),
         ((), {"torch_dtype": "float64"}, "memory unknown: the formulas do not know the type 'float64'"),
         ((), {"sliding_window": 4096}, "KV cache unknown: not every layer of LlamaForCausalLM keeps all tokens"),
         ((), {"layer_types": ["full_attention", "sliding_attention"]}, "KV cache unknown: not every layer"),
         ((), {"kv_lora_rank": 512}, "KV cache unknown: not every layer"),
+        ((), {"vision_config": {"depth": 32}}, "memory unknown: the formulas know LlamaForCausalLM only where it has"),
     ],
 )
 def test_what_the_formulas_do_not_know_is_unknown_and_says_why(

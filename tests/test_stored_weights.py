@@ -223,7 +223,7 @@ def test_a_pipe_of_that_name_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vision_config": {}, "text_config": {"hidden_size": 8}}, "which of its parts vLLM holds"),
+        ({"vision_config": {}, "text_config": {"hidden_size": 8}}, "which parts in its files vLLM holds"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized (bitsandbytes): its sizes in vLLM"),
         ({"quantization_config": {"quant_method": "gptq", "group_size": 32}}, "quantized (gptq): its sizes in vLLM"),
     ],

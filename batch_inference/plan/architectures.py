@@ -184,9 +184,11 @@ def parts_of(facts: ModelFacts) -> Parts:
         raise UnknownError(f"{name or 'a model that names none'} is none of the architectures that the formulas know")
     for key, needed in known.only.items():
         if facts.words.get(key) not in (None, needed):
-            raise UnknownError(f"the formulas know {name} with {key} {needed} alone")
+            raise UnknownError(f"the formulas know {name} only with {key} {needed}")
+    if facts.has_more:
+        raise UnknownError(f"the formulas know {name} only where it has but one part, for text")
     if facts.is_moe and known.experts is None:
-        raise UnknownError(f"the formulas know {name} without experts alone")
+        raise UnknownError(f"the formulas know {name} only without experts")
     return _parts(known, facts.words)
 
 

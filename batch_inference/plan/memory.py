@@ -14,7 +14,7 @@ from batch_inference.core.text import quoted
 from batch_inference.plan.architectures import check_cache, parts_of
 from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.model import BYTES, KV_BYTE, ModelFacts, Quantization
-from batch_inference.plan.obstacles import is_coupled
+from batch_inference.plan.obstacles import is_coupled, wants_whole_experts
 from batch_inference.plan.parts import Parts, UnknownError, layers_of_stages
 from batch_inference.plan.stored_weights import parts_in_bytes, stored_weights, total_bytes
 
@@ -185,18 +185,18 @@ def _weights_of_stages(config: ExperimentConfig, facts: ModelFacts) -> tuple[lis
 
 def _in_gib(config: ExperimentConfig, facts: ModelFacts, parts: Parts, unit: int) -> list[float]:
     tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
-    asks = {"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in config.engine_args}
-    ranks = tp * (config.data_parallel_size if is_coupled(config, facts) else 1) if asks and facts.is_moe else None
+    replicas = config.data_parallel_size if is_coupled(config, facts) else 1
+    ranks = tp * replicas if wants_whole_experts(config) else None
     return [held * unit / GIB for _, held in parts.stages(tp, pp, ranks)]
 
 
 def _of_any_files(config: ExperimentConfig, facts: ModelFacts, float_bytes: int, reason: str) -> list[float]:
     """Of a model whose files alone are known: right for one device. Raises UnknownError."""
-    if facts.has_more:
-        raise UnknownError(f"{reason}; which of its parts vLLM holds is vLLM's to say")
     stored = stored_weights(_folder(facts, facts.quantization))
     if not stored:
         raise UnknownError(reason)
+    if facts.has_more:
+        raise UnknownError(f"{reason}; which parts in its files vLLM holds is vLLM's to say")
     own_bytes = None if facts.quantization else float_bytes
     is_tied = bool(facts.words.get("tie_word_embeddings"))
     total_gib = total_bytes(stored, facts.num_layers, own_bytes, is_tied=is_tied) / GIB

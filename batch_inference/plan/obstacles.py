@@ -10,11 +10,15 @@ from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import ModelFacts
 
 
+def wants_whole_experts(config: ExperimentConfig) -> bool:
+    """True where experts are to be shared out whole, and not each of them split."""
+    return bool({"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in config.engine_args})
+
+
 def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
     """True where the replicas share out experts, and so must be coupled by vLLM. A model that cannot be read from
     here is taken for the mixture of experts that --enable-expert-parallel is meant for."""
-    asked = {"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in config.engine_args}
-    return bool(asked) and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
+    return wants_whole_experts(config) and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
 
 
 def infeasible(
