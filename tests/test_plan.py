@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.text import has_control
 from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.memory import MemoryPlan, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
@@ -592,6 +593,21 @@ def test_a_partition_of_the_users_own_is_not_known(tmp_path: Path, monkeypatch: 
         "memory unknown: VLLM_PP_LAYER_PARTITION says how layers are shared out",
     )
     assert planned(tmp_path).unknown == ()
+
+
+def test_stages_without_a_layer_have_no_plan(tmp_path: Path) -> None:
+    assert planned(tmp_path, pp=2, num_hidden_layers=1).unknown == (
+        "memory unknown: 2 stages are more than its layers",
+    )
+
+
+@pytest.mark.parametrize("key", ["architectures", "quantization_config"])
+def test_names_from_a_file_are_cleaned_before_they_are_said(tmp_path: Path, key: str) -> None:
+    name = "\x1b[31mred\n" + "x" * 5000
+    said = planned(tmp_path, **{key: [name] if key == "architectures" else {"quant_method": name}}).unknown[0]  # type: ignore[arg-type]
+    assert not has_control(said)
+    assert "red" in said
+    assert len(said) < 300
 
 
 @pytest.mark.parametrize(

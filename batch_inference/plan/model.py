@@ -11,6 +11,7 @@ from typing import Any
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.files import read_regular
+from batch_inference.core.text import in_short
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Of vLLM's --kv-cache-dtype, beside the above, those that begin so take a byte; of others the size is not known.
@@ -113,7 +114,7 @@ def _text_part(document: Any) -> dict[str, Any]:
 
 def _architecture(document: dict[str, Any]) -> str | None:
     names = document.get("architectures")
-    return str(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    return in_short(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
 
 
 def _quantization(document: dict[str, Any], beside: Path) -> Quantization | None:
@@ -124,7 +125,7 @@ def _quantization(document: dict[str, Any], beside: Path) -> Quantization | None
     inner = said.get("quantization")
     inner = inner if isinstance(inner, dict) else {}
     algorithm = "modelopt" if str(inner.get("quant_algo", "")).upper().startswith("FP8") else inner.get("quant_algo")
-    method = str(said.get("quant_method") or algorithm or _UNNAMED).lower().replace("_", "-")
+    method = in_short(str(said.get("quant_method") or algorithm or _UNNAMED)).lower().replace("_", "-")
     cache_too = any(part.get(key) for part in (said, inner) for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
     group_size = said.get("group_size")
     return Quantization(method, group_size if type(group_size) is int else None, cache_too)

@@ -60,5 +60,7 @@ def layers_of_stages(layers: int, pp: int) -> list[int]:
     Raises UnknownError."""
     if pp > 1 and os.environ.get("VLLM_PP_LAYER_PARTITION"):
         raise UnknownError("VLLM_PP_LAYER_PARTITION says how layers are shared out")
+    if pp > layers:
+        raise UnknownError(f"{pp} stages are more than its layers")
     even, left = divmod(layers, pp)
     return [even + (pp - 1 - left <= stage < pp - 1) for stage in range(pp)]
