@@ -200,6 +200,7 @@ def header(entry: object) -> bytes:
         header({"a": 3}),
         header({"a": {"dtype": "F16", "shape": [4], "data_offsets": [0]}}),
         header({"a": {"dtype": "F16", "shape": ["x"], "data_offsets": [0, 8]}}),
+        header({"a": {"dtype": "F16", "shape": [float("inf")], "data_offsets": [0, 8]}}),
         header({"a": {"dtype": "F16", "shape": [4], "data_offsets": [0, 10**9]}}),
         header({"a": {"dtype": "F16", "shape": [4], "data_offsets": [8, 0]}}),
         header({"a": {"dtype": "F16", "shape": [10**30], "data_offsets": [0, 8]}}),

@@ -209,7 +209,7 @@ def _tensor(name: str, entry: Any, size: int) -> _Tensor:
     try:
         start, end = map(int, entry["data_offsets"])
         tensor = _Tensor(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), end - start)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"its tensor {quoted(name)} has no size") from None
     is_inside = 0 <= start <= end <= size and min(tensor.shape, default=0) >= 0
     # The smallest type has two numbers in a byte.
