@@ -168,7 +168,9 @@ def test_what_is_no_size_is_not_known(tmp_path: Path, size: object) -> None:
     assert facts(tmp_path, num_hidden_layers=size).num_layers is None
     found = planned(tmp_path, num_hidden_layers=size)
     assert (found.weights_gib, found.unknown) == (None, ("memory unknown: config.json does not say num_hidden_layers",))
-    assert facts(tmp_path, num_attention_heads=2**30, head_dim=None).head_dim is None
+    assert planned(tmp_path, num_attention_heads=2**30).unknown == (
+        "memory unknown: config.json does not say head_dim",
+    )
 
 
 def test_a_hub_name_is_no_error_and_its_memory_is_unknown() -> None:
@@ -549,6 +551,7 @@ def test_a_cache_of_so_many_bytes_is_taken_at_its_word(tmp_path: Path) -> None:
         (("--kv-cache-dtype", "turbo4"), {}, "KV cache unknown: the formulas do not know --kv-cache-dtype 'turbo4'"),
         (("--speculative-config", "{}"), {}, "memory unknown: the formulas do not know what --speculative-config"),
         (("--hf_overrides.num_hidden_layers=2",), {}, "memory unknown: the formulas do not know what --hf-overrides"),
+        ((), {"quantization_config": {}}, "weights unknown: quantized (in a way that it does not name)"),
         ((), {"quantization_config": {"bits": 4}}, "weights unknown: quantized (in a way that it does not name)"),
         ((), {"compression_config": {"quant_method": "compressed-tensors"}}, "weights unknown: quantized (compressed-"),
         ((), {"quantization_config": {"quant_method": "mxfp4"}}, "weights unknown: quantized (mxfp4): its sizes in"),

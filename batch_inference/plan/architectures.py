@@ -96,7 +96,6 @@ _GPT = Architecture(
     intermediate=("intermediate_size", "n_inner"),
     intermediate_factor=4,
 )
-_MIXTRAL = Architecture(vocabulary_on="every stage", head_dim="said-or-split", experts="num_local_experts")
 
 ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
@@ -163,7 +162,9 @@ ARCHITECTURES = {
         intermediate=("ffn_hidden_size",),
         only={"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
     ),
-    "MixtralForCausalLM": _MIXTRAL,
+    "MixtralForCausalLM": Architecture(
+        vocabulary_on="every stage", head_dim="said-or-split", experts="num_local_experts"
+    ),
     "Qwen3MoeForCausalLM": Architecture(
         head_norms=True,
         qkv_bias=Said("attention_bias", False),

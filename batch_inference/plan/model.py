@@ -49,9 +49,6 @@ class ModelFacts:
     num_layers: int | None
     num_attention_heads: int | None
     num_kv_heads: int | None
-    hidden_size: int | None
-    head_dim: int | None
-    intermediate_size: int | None
     vocab_size: int | None
     max_model_len: int | None
     is_moe: bool
@@ -118,7 +115,8 @@ def _architecture(document: dict[str, Any]) -> str | None:
 
 
 def _quantization(document: dict[str, Any], beside: Path) -> Quantization | None:
-    said: Any = next((document[key] for key in _QUANTIZED if document.get(key)), None) or _quantization_beside(beside)
+    said: Any = next((document[key] for key in _QUANTIZED if document.get(key) is not None), None)
+    said = _quantization_beside(beside) if said is None else said
     if said is None:
         return None
     said = said if isinstance(said, dict) else {}
@@ -159,15 +157,11 @@ def _facts_from(document: dict[str, Any]) -> ModelFacts:
     def number(*keys: str) -> int | None:
         return next((document[key] for key in keys if is_size(document.get(key))), None)
 
-    heads, hidden = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
-    head_dim = number("head_dim") or (hidden // heads or None if hidden and heads else None)
+    heads = number("num_attention_heads", "n_head")
     return ModelFacts(
         num_layers=number("num_hidden_layers", "n_layer"),
         num_attention_heads=heads,
         num_kv_heads=number("num_key_value_heads") or heads,
-        hidden_size=hidden,
-        head_dim=head_dim,
-        intermediate_size=number("intermediate_size"),
         vocab_size=number("vocab_size"),
         max_model_len=None if _scales_positions(document) else number(*_LENGTH_KEYS),
         is_moe=_counts_experts(document),
