@@ -100,7 +100,7 @@ _GPT = Architecture(
 ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": Architecture(head_dim="said-or-split", window_default=True),
-    "Phi3ForCausalLM": Architecture(kv_heads="said-or-all"),
+    "Phi3ForCausalLM": Architecture(kv_heads="said-or-all", head_dim="said-or-split"),
     "Qwen2ForCausalLM": Architecture(qkv_bias=True, only={"qk_norm": False}),
     "Qwen3ForCausalLM": Architecture(head_norms=True, qkv_bias=Said("attention_bias", False), head_dim="said"),
     "Glm4ForCausalLM": Architecture(norms=4, qkv_bias=Said("attention_bias", True), head_dim="said"),
