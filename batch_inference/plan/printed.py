@@ -39,7 +39,8 @@ def setting_plan(
 
 
 def _memory_words(config: ExperimentConfig, memory: MemoryPlan) -> str:
-    return "; ".join([*_known_words(config, memory), *memory.unknown])
+    # The line is called memory.
+    return "; ".join([*_known_words(config, memory), *memory.unknown]).removeprefix("memory ")
 
 
 def _known_words(config: ExperimentConfig, memory: MemoryPlan) -> Iterator[str]:
