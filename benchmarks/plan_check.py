@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What --dry-run estimates against what vLLM reports: weights and KV-cache tokens of every result file given.
+"""What --dry-run estimates against what vLLM reports: weights and KV cache of every result file given.
 
     python benchmarks/plan_check.py docs/routes docs/h200 docs/h100 >docs/plan_check.md
 
@@ -22,8 +22,9 @@ from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import facts_of
 
 HEAD = (
-    "| file | device | vLLM | weights GiB: plan | vLLM | ratio | KV tokens: plan | vLLM | ratio |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| file | device | vLLM | weights GiB: plan | vLLM | ratio | GiB for KV: plan | vLLM | not counted "
+    "| KV tokens: plan | vLLM | ratio |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -34,13 +35,16 @@ def row(path: Path, result: Result) -> str | None:
     # On the CPU all devices share one memory, and the plan does not guess at it.
     memory_gib = device.memory_gib if kind == "gpu" else None
     memory = memory_plan(config, facts_of(config), Devices(kind, ()), memory_gib)
-    if memory is None or engine is None or not (engine.weights_gib and engine.max_model_len and engine.kv_cache_tokens):
+    if engine is None or not (engine.weights_gib and engine.max_model_len and engine.kv_cache_tokens):
+        return None
+    if memory.weights_gib is None:
         return None
     cells = [
         f"`{path}`",
         device.name,
         engine.vllm_version,
         *_compared(memory.weights_gib, engine.weights_gib, ".4f"),
+        *_left(memory.pool_gib, engine.kv_pool_gib),
         *_compared(memory.kv_cache_tokens(engine.max_model_len), engine.kv_cache_tokens, ".0f"),
     ]
     return f"| {' | '.join(cells)} |"
@@ -50,6 +54,13 @@ def _compared(planned: float | None, seen: float, digits: str) -> list[str]:
     if planned is None:
         return ["unknown", f"{seen:{digits}}", ""]
     return [f"{planned:{digits}}", f"{seen:{digits}}", f"{planned / seen:.3f}"]
+
+
+def _left(planned: float | None, seen: float | None) -> list[str]:
+    """What is there for the KV cache, and what vLLM takes from the same share beside weights and cache."""
+    if planned is None or seen is None:
+        return ["unknown", "" if seen is None else f"{seen:.2f}", ""]
+    return [f"{planned:.2f}", f"{seen:.2f}", f"{planned - seen:.2f}"]
 
 
 def main() -> int:

@@ -269,7 +269,18 @@ def test_a_plan_for_scripts_is_a_list_with_an_object_for_each_setting(launcher: 
     assert (done.returncode, done.stderr) == (0, "")
     plan = json.loads(done.stdout)
     assert [list(one) for one in plan] == [
-        ["name", "devices", "replicas", "obstacle", "weights_gib", "kv_cache_tokens", "requests_in_one_wave", "source"]
+        [
+            "name",
+            "devices",
+            "replicas",
+            "obstacle",
+            "weights_gib",
+            "kv_cache_tokens",
+            "requests_in_one_wave",
+            "source",
+            "unknown",
+            "activations_counted",
+        ]
     ] * 4
     first, *_, last = plan
     assert (first["name"], first["devices"], first["replicas"], first["obstacle"]) == ("tp_1", 1, 1, None)
@@ -281,6 +292,7 @@ def test_a_plan_for_scripts_is_a_list_with_an_object_for_each_setting(launcher: 
     assert (first["kv_cache_tokens"], first["requests_in_one_wave"], first["source"]) == (None, None, "formula")
     first = json.loads(launcher(*words, "--model", "org/name").stdout)[0]
     assert (first["weights_gib"], first["source"]) == (None, None)
+    assert first["unknown"] == ["memory unknown: its sizes cannot be read from here"]
 
 
 @pytest.mark.parametrize(

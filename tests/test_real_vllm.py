@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.measure.engine import MEASURING_SETTINGS
-from batch_inference.plan.devices import find_devices
+from batch_inference.plan.devices import Devices, find_devices
+from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import read_model_facts
 from conftest import REPOSITORY
 
@@ -126,9 +128,9 @@ def check_engine(engine: dict[str, Any], tp: int, pp: int, torchrun: bool) -> No
     assert engine["enable_prefix_caching"] is False
     assert (engine["max_num_seqs"], engine["max_model_len"]) == (3, 49)
     assert len(engine["workers"]) == tp * pp
-    facts = read_model_facts(MODEL)
-    assert facts is not None
-    assert engine["weights_gib"] == pytest.approx(facts.weights_gib(tp, pp, "auto"), rel=0.03)
+    config = ExperimentConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp)
+    planned = memory_plan(config, read_model_facts(MODEL), Devices("cpu", ()), None)
+    assert engine["weights_gib"] == pytest.approx(planned.weights_gib, rel=0.03)
 
 
 def check_times(run: dict[str, Any]) -> None:

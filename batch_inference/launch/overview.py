@@ -17,7 +17,7 @@ from batch_inference.core.values import AUTO_LENGTH
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.stored import time_left
 from batch_inference.plan.devices import Devices, smallest_memory_gib
-from batch_inference.plan.memory import memory_plan, why_no_memory_plan
+from batch_inference.plan.memory import NOT_COUNTED, memory_plan
 from batch_inference.plan.model import ModelFacts, facts_of
 from batch_inference.plan.obstacles import infeasible
 
@@ -66,10 +66,13 @@ def _infeasible(config: ExperimentConfig, facts: ModelFacts | None, nnodes: int,
     return infeasible(config, facts, devices, needed // nnodes)
 
 
-def table(jobs: Sequence[PlannedJob], devices: Devices) -> list[str]:
-    """What the settings will need, a line each; without the memory where the model's sizes cannot be read from here."""
+def all_needs(jobs: Sequence[PlannedJob], devices: Devices) -> list[Needs]:
     here_gib = smallest_memory_gib(devices)
-    needs = [_needs(one, devices, here_gib) for one in jobs]
+    return [_needs(one, devices, here_gib) for one in jobs]
+
+
+def table(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> list[str]:
+    """What the settings will need, a line each; without the memory where nothing of it is known."""
     knows_sizes = any(need.source for need in needs)
     rows = [
         [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, one.job.setting.nodes)]
@@ -90,19 +93,26 @@ class Needs:
     kv_cache_tokens: int | None = None
     requests_in_one_wave: dict[int, int] | None = None  # by prompt length
     source: str | None = None
+    unknown: tuple[str, ...] = ()  # why what is None is not known
+    activations_counted: bool | None = None  # None where nothing is said of what is left for the KV cache
 
 
 def _needs(one: PlannedJob, devices: Devices, here_gib: float | None) -> Needs:
     """`here_gib`: memory of a device of this machine."""
     config = one.config
     memory = memory_plan(config, one.facts, devices, config.device_memory_gib or here_gib)
-    if memory is None:
-        return Needs()
     longest = config.max_model_len or config.longest_request
     tokens = None if longest == AUTO_LENGTH else memory.kv_cache_tokens(longest)
     waves = {length: memory.requests_in_one_wave(length + config.max_tokens) for length in config.seq_lens}
     known = {length: number for length, number in waves.items() if number is not None}
-    return Needs(memory.weights_gib, tokens, known or None, "formula")
+    return Needs(
+        memory.weights_gib,
+        tokens,
+        known or None,
+        memory.source,
+        memory.unknown,
+        False if memory.lacks_activations else None,
+    )
 
 
 def _cells(needs: Needs) -> list[str]:
@@ -114,16 +124,15 @@ def _cells(needs: Needs) -> list[str]:
 
 def plan_as_json(jobs: Sequence[PlannedJob], devices: Devices) -> str:
     """A list with an object for each setting, those that cannot run included; null for what is not known."""
-    here_gib = smallest_memory_gib(devices)
     settings = [
         {
             "name": one.job.name,
             "devices": one.config.num_devices,
             "replicas": one.config.data_parallel_size,
             "obstacle": one.reason,
-            **asdict(_needs(one, devices, here_gib)),
+            **asdict(need),
         }
-        for one in jobs
+        for one, need in zip(jobs, all_needs(jobs, devices), strict=True)
     ]
     return json.dumps(settings, indent=2)
 
@@ -162,13 +171,25 @@ def _global_batches(config: ExperimentConfig) -> set[int]:
 
 def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, devices: Devices) -> list[str]:
     """The table, what cannot run and why, and the commands for the rest. `nodes`: on which devices are."""
-    rows = table(jobs, devices) if jobs else []
-    head = _head(jobs[0], nodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
+    needs = all_needs(jobs, devices)
+    rows = table(jobs, needs) if jobs else []
+    head = _head(jobs[0].config, nodes, devices) if jobs else []
     obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
     can_run = [one.config for one in jobs if one.reason is None]
     left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
     hidden = _hidden(jobs)
-    remarks = [*left_out, *obstacles, *uncompared(jobs), *([left] if left else []), *([hidden] if hidden else [])]
+    margin = [NOT_COUNTED] if any(need.activations_counted is False for need in needs) else []
+    # Most often the same for all settings.
+    unknown = dict.fromkeys(reason for need in needs for reason in need.unknown)
+    remarks = [
+        *unknown,
+        *margin,
+        *left_out,
+        *obstacles,
+        *uncompared(jobs),
+        *([left] if left else []),
+        *([hidden] if hidden else []),
+    ]
     parts = [_wrapped(head), rows, _wrapped(remarks)]
     lines = [line for part in parts if part for line in ("", *part)][1:]
     commands = [shlex.join(redact(one.job.words)) for one in jobs if one.reason is None]
@@ -181,15 +202,13 @@ def _hidden(jobs: Iterable[PlannedJob]) -> str | None:
     return f"put in what is not written here: {listed(names)}" if names else None
 
 
-def _head(first: PlannedJob, nodes: str, devices: Devices, *, knows_memory: bool) -> tuple[str, ...]:
-    config = first.config
+def _head(config: ExperimentConfig, nodes: str, devices: Devices) -> tuple[str, ...]:
     return (
         f"{config.model_shown} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
         f"{counted(len(list(config.points())), 'point')} each: batch sizes {listed(config.batch_sizes)} x lengths "
         f"{listed(config.seq_lens)}, {config.max_tokens} output tokens",
         _WHY_TORCHRUN if nodes else "",
         _PACKED if config.packed else "",
-        "" if knows_memory else f"memory: {why_no_memory_plan(config, first.facts)}",
     )
 
 

@@ -1,30 +1,72 @@
-"""An estimate of what a setting will hold on its fullest device, by formulas for dense Llama-like models."""
+"""What a setting will hold on its fullest device: by formulas, and by the files that lie in the model's folder.
+
+Either part may be unknown, and says why: no number is from a formula that was made for something else.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.kv_blocks import capacity_in_tokens, requests_that_fit
+from batch_inference.core.text import quoted
+from batch_inference.plan.architectures import check_cache, parts_of
 from batch_inference.plan.devices import GIB, Devices
-from batch_inference.plan.model import BYTES, KV_BYTE, ModelFacts, why_unread
+from batch_inference.plan.model import BYTES, KV_BYTE, ModelFacts, Quantization, why_unread
+from batch_inference.plan.obstacles import is_coupled, wants_whole_experts
+from batch_inference.plan.parts import Parts, UnknownError, layers_of_stages
+from batch_inference.plan.stored_weights import parts_in_bytes, stored_weights, total_bytes
 
-_SIZES_UNKNOWN = "unknown for a quantized model, and where its sizes cannot be read from here"
-# Those of vLLM's flags begin so that leave a part of the weights in the main memory.
-_OFFLOADS = ("--cpu-offload-", "--offload-")
+# Of the engines in docs/plan_check.md: a test compares the numbers.
+NOT_COUNTED = (
+    "activations are not counted: in our runs on GPUs vLLM had 0.7 to 2.5 GiB (1 to 5 %) less for the KV cache of a "
+    "device (docs/plan_check.md)"
+)
+FORMULA, FILES = "formula", "files"
 # vLLM's own block sizes, in tokens (of its attention backends on NVIDIA GPUs, and on the CPU).
 _GPU_BLOCK, _CPU_BLOCK = 16, 128
+# Flags that change what is held in ways that no formula here knows.
+_FLAGS = (
+    "--model-impl", "--speculative-config", "--enable-lora", "--enable-eplb", "--decode-context-parallel-size", "-dcp",
+    "--prefill-context-parallel-size", "-pcp", "--num-gpu-blocks-override", "--runner", "--convert",
+)  # fmt: skip
+# Those that begin so leave a part of the weights in the main memory.
+_OFFLOADS = ("--cpu-offload-", "--offload-")
+_LOADS_AS_STORED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai-streamer", "pt", "dummy")
+# Methods whose tensors are as large in vLLM as in the file.
+_AS_STORED = ("awq", "gptq", "fp8", "compressed-tensors", "modelopt")
+# With smaller groups GPTQ's zeros, which vLLM may drop, are over a hundredth of the weights.
+_SMALLEST_GROUP = 128
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a setting will hold on its fullest device. Activations, which vLLM takes from the same share, are not
-    counted (2 GiB of 80 for a 7B model)."""
+    """What a setting will hold on its fullest device; None where that is not known, and `unknown` says why."""
 
-    weights_gib: float
-    kv_bytes_per_token: float
-    pool_gib: float | None  # left for the KV cache; None where the device's memory is not known
+    weights_gib: float | None
+    kv_bytes_per_token: float | None
+    pool_gib: float | None  # left for the KV cache; None also where the device's memory is not known
     block_size: int  # tokens
+    unknown: tuple[str, ...] = ()
+    weights_by: str = FORMULA
+    pool_is_asked: bool = False  # by --kv-cache-memory-bytes
+
+    @property
+    def lacks_activations(self) -> bool:
+        """True where vLLM will have less for the KV cache than `pool_gib`."""
+        return not self.pool_is_asked and self.kv_bytes_per_token is not None and (self.pool_gib or 0) > 0
+
+    @property
+    def is_known(self) -> bool:
+        return self.weights_gib is not None or self.kv_bytes_per_token is not None
+
+    @property
+    def source(self) -> str | None:
+        """By what the numbers are said."""
+        weights = self.weights_by if self.weights_gib is not None else None
+        cache = FORMULA if self.kv_bytes_per_token is not None else None
+        return " and ".join(dict.fromkeys(part for part in (weights, cache) if part)) or None
 
     def requests_in_one_wave(self, tokens: int) -> int | None:
         """How many requests of `tokens`, prompt and output, the KV cache of a replica holds at once."""
@@ -37,7 +79,7 @@ class MemoryPlan:
         return None if blocks is None else capacity_in_tokens(blocks, self.block_size, max_model_len)
 
     def _blocks(self) -> int | None:
-        if self.pool_gib is None:
+        if self.pool_gib is None or self.kv_bytes_per_token is None:
             return None
         # Below 0 where the weights do not fit.
         return max(0, int(self.pool_gib * GIB / (self.kv_bytes_per_token * self.block_size)))
@@ -45,36 +87,160 @@ class MemoryPlan:
 
 def memory_plan(
     config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None
-) -> MemoryPlan | None:
-    """None for a quantized model, and where its sizes cannot be read from here. `memory_gib`: of one device, where it
-    is known."""
-    sizes = (config.tensor_parallel_size, config.pipeline_parallel_size)
-    kv_dtype = config.engine_word("--kv-cache-dtype") or "auto"
-    kv_dtype = config.dtype if kv_dtype == "auto" else kv_dtype
-    if config.engine_word("--quantization") or config.engine_word("-q") or _offload_flag(config):
-        return None
-    if kv_dtype not in (config.dtype, *BYTES) and not kv_dtype.startswith(KV_BYTE):
-        return None
-    weights_gib = facts.weights_gib(*sizes, config.dtype) if facts else None
-    per_token = facts.kv_bytes_per_token(*sizes, kv_dtype) if facts else None
-    if weights_gib is None or per_token is None:
-        return None
-    pool_gib = None if memory_gib is None else memory_gib * config.gpu_memory_utilization - weights_gib
+) -> MemoryPlan:
+    """`memory_gib`: of one device, where it is known."""
+    unknown: dict[str, str] = {}  # what by why
+    weights, weights_by, cache = None, FORMULA, None
+    asked_gib, block_size = _asked_gib(config), _block_size(config, devices)
+    try:
+        known = _facts(config, facts)
+    except UnknownError as reason:
+        return MemoryPlan(None, None, asked_gib, block_size, (f"memory unknown: {reason}",))
+    try:
+        weights, weights_by = _weights_of_stages(config, known)
+    except UnknownError as reason:
+        unknown[str(reason)] = "weights"
+    try:
+        cache = _cache_of_stages(config, known)
+    except UnknownError as reason:
+        unknown[str(reason)] = "memory" if str(reason) in unknown else "KV cache"
+    share_gib = None if memory_gib is None else memory_gib * config.gpu_memory_utilization
+    pool_gib, per_token = _tightest(share_gib, asked_gib, weights, cache)
+    weights_gib = max(weights) if weights else None
+    is_asked = asked_gib is not None
+    reasons = tuple(f"{what} unknown: {why}" for why, what in unknown.items())
+    return MemoryPlan(weights_gib, per_token, pool_gib, block_size, reasons, weights_by, is_asked)
+
+
+def _tightest(
+    share_gib: float | None, asked_gib: float | None, weights: list[float] | None, cache: list[float] | None
+) -> tuple[float | None, float | None]:
+    """Of the stage in which the fewest tokens fit: what is left for the KV cache, and the bytes of a token."""
+    most = max(cache) if cache else None
+    if asked_gib is not None:
+        return asked_gib, most
+    if share_gib is None or weights is None:
+        return None, most
+    left = share_gib - max(weights)
+    if cache is None or left <= 0:
+        return left, most
+    return min(
+        ((share_gib - held, per_token) for held, per_token in zip(weights, cache, strict=True)),
+        key=lambda stage: stage[0] / stage[1],
+    )
+
+
+def _asked_gib(config: ExperimentConfig) -> float | None:
     asked_bytes = config.engine_number("--kv-cache-memory-bytes")
-    pool_gib = pool_gib if asked_bytes is None else asked_bytes / GIB
+    return None if asked_bytes is None else asked_bytes / GIB
+
+
+def _block_size(config: ExperimentConfig, devices: Devices) -> int:
     on_cpu = devices.kind == "cpu" and config.device_memory_gib is None
-    block_size = config.engine_number("--block-size") or (_CPU_BLOCK if on_cpu else _GPU_BLOCK)
-    return MemoryPlan(weights_gib, per_token, pool_gib, block_size)
+    return config.engine_number("--block-size") or (_CPU_BLOCK if on_cpu else _GPU_BLOCK)
 
 
-def why_no_memory_plan(config: ExperimentConfig, facts: ModelFacts | None) -> str:
-    if facts is None and (reason := why_unread(config)):
-        return f"unknown: {reason}"
-    if flag := _offload_flag(config):
-        return f"unknown with {flag}: weights may lie outside the device's memory"
-    return _SIZES_UNKNOWN
+def _facts(config: ExperimentConfig, facts: ModelFacts | None) -> ModelFacts:
+    """Raises UnknownError where nothing can be said."""
+    if facts is None:
+        raise UnknownError(why_unread(config) or "its sizes cannot be read from here")
+    given = [word.partition("=")[0].partition(".")[0].replace("_", "-") for word in config.engine_args]
+    changing = [flag for flag in given if flag in _FLAGS or flag.startswith(_OFFLOADS)]
+    if changing:
+        raise UnknownError(f"the formulas do not know what {changing[0]} changes")
+    return facts
 
 
-def _offload_flag(config: ExperimentConfig) -> str | None:
-    flags = (word.partition("=")[0].replace("_", "-") for word in config.engine_args)
-    return next((flag for flag in flags if flag.startswith(_OFFLOADS)), None)
+def _bytes_of_a_float(config: ExperimentConfig, facts: ModelFacts) -> int:
+    """Raises UnknownError."""
+    dtype = facts.dtype_used(config.dtype)
+    if dtype not in BYTES:
+        raise UnknownError(f"the formulas do not know the type {quoted(dtype)}")
+    return BYTES[dtype]
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def _weights_of_stages(config: ExperimentConfig, facts: ModelFacts) -> tuple[list[float], str]:
+    """GiB of a device of each stage, and by what they are said. Raises UnknownError."""
+    asked = config.engine_word("--quantization") or config.engine_word("-q")
+    if asked:
+        raise UnknownError(f"--quantization {quoted(asked)} changes them")
+    load_format = (config.engine_word("--load-format") or "auto").replace("_", "-")
+    if load_format not in _LOADS_AS_STORED:
+        raise UnknownError(f"--load-format {quoted(load_format)} may change them")
+    float_bytes = _bytes_of_a_float(config, facts)
+    try:
+        counted = parts_of(facts)
+    except UnknownError as reason:
+        return _of_any_files(config, facts, float_bytes, str(reason)), FILES
+    if facts.quantization is None:
+        return _in_gib(config, facts, counted, float_bytes), FORMULA
+    stored = stored_weights(_folder(facts, facts.quantization))
+    if not stored:
+        raise UnknownError(f"quantized ({facts.quantization.method}), and no weights lie in the folder")
+    sizes = (config.tensor_parallel_size, config.pipeline_parallel_size)
+    return _in_gib(config, facts, parts_in_bytes(stored, counted, *sizes), 1), FILES
+
+
+def _in_gib(config: ExperimentConfig, facts: ModelFacts, parts: Parts, unit: int) -> list[float]:
+    tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
+    replicas = config.data_parallel_size if is_coupled(config, facts) else 1
+    ranks = tp * replicas if wants_whole_experts(config) else None
+    return [held * unit / GIB for _, held in parts.stages(tp, pp, ranks)]
+
+
+def _of_any_files(config: ExperimentConfig, facts: ModelFacts, float_bytes: int, reason: str) -> list[float]:
+    """Of a model whose files alone are known: right for one device. Raises UnknownError."""
+    stored = stored_weights(_folder(facts, facts.quantization))
+    if not stored:
+        raise UnknownError(reason)
+    if facts.has_more:
+        raise UnknownError(f"{reason}; which parts in its files vLLM holds is vLLM's to say")
+    own_bytes = None if facts.quantization else float_bytes
+    is_tied = bool(facts.words.get("tie_word_embeddings"))
+    total_gib = total_bytes(stored, facts.num_layers, own_bytes, is_tied=is_tied) / GIB
+    if config.num_devices > 1 and (config.devices_per_replica > 1 or is_coupled(config, facts)):
+        least_gib = total_gib / config.num_devices
+        raise UnknownError(f"{reason}; of {total_gib:.3g} GiB in its files a device holds at least {least_gib:.3g}")
+    return [total_gib]
+
+
+def _folder(facts: ModelFacts, quantization: Quantization | None) -> Path:
+    """Raises UnknownError where its files say nothing about sizes in vLLM."""
+    if facts.folder is None:
+        raise UnknownError("no files here have its sizes")
+    if quantization is None:
+        return facts.folder
+    method = quantization.method
+    too_fine = method == "gptq" and quantization.group_size in range(1, _SMALLEST_GROUP)
+    if method not in _AS_STORED or too_fine:
+        raise UnknownError(f"quantized ({method}): its sizes in vLLM are others than in its files")
+    return facts.folder
+
+
+# --- KV cache -----------------------------------------------------------------------------------------------------
+
+
+def _cache_of_stages(config: ExperimentConfig, facts: ModelFacts) -> list[float]:
+    """Bytes of a token on a device of each stage. Raises UnknownError."""
+    tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
+    parts = parts_of(facts)
+    check_cache(facts)
+    size = _bytes_of_a_key(config, facts)
+    # KV heads are copied, not split further, when there are fewer of them than TP ranks.
+    of_a_layer = 2 * max(1, parts.kv_heads / tp) * parts.head_dim * size
+    return [count * of_a_layer for count in layers_of_stages(parts.layers, pp)]
+
+
+def _bytes_of_a_key(config: ExperimentConfig, facts: ModelFacts) -> int:
+    kv_dtype = config.engine_word("--kv-cache-dtype") or "auto"
+    if kv_dtype.startswith(KV_BYTE):
+        return 1
+    if kv_dtype == "auto" and facts.quantization and facts.quantization.cache_too:
+        raise UnknownError("its checkpoint says a type for keys and values")
+    size = _bytes_of_a_float(config, facts) if kv_dtype == "auto" else BYTES.get(kv_dtype)
+    if size is None:
+        raise UnknownError(f"the formulas do not know --kv-cache-dtype {quoted(kv_dtype)}")
+    return size

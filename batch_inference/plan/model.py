@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.files import read_regular
-from batch_inference.plan.devices import GIB
+from batch_inference.core.text import in_short
 from batch_inference.plan.model_place import (
     config_source,
     expanded,
@@ -29,8 +31,26 @@ _LENGTH_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions",
     "max_sequence_length", "max_seq_length", "seq_len",
 )  # fmt: skip
-_QUANTIZED_BY = {"quantization_config", "compression_config"}
-_QUANTIZING_LOADS = ("bitsandbytes", "gguf")
+# vLLM's own names for the number of experts, and those in which checkpoints say it layer by layer.
+_EXPERTS = (
+    "num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts_per_layer",
+    "layers_num_experts", "num_routed_experts", "moe_num_routed_experts", "num_moe_experts",
+)  # fmt: skip
+# Where a model of another kind says its own sizes.
+_OTHER_PARTS = ("vision_config", "audio_config", "quantization_config", "compression_config")
+_QUANTIZED = ("quantization_config", "compression_config")
+# ModelOpt's, of its older checkpoints.
+_QUANTIZED_FILE = "hf_quant_config.json"
+_UNNAMED = "in a way that it does not name"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """As a checkpoint says it."""
+
+    method: str  # in vLLM's words
+    group_size: int | None
+    cache_too: bool  # it has a type for keys and values
 
 
 @dataclass(frozen=True)
@@ -40,39 +60,15 @@ class ModelFacts:
     num_layers: int | None
     num_attention_heads: int | None
     num_kv_heads: int | None
-    hidden_size: int | None
-    head_dim: int | None
-    intermediate_size: int | None
     vocab_size: int | None
     max_model_len: int | None
     is_moe: bool
-    tied_embeddings: bool
-    is_quantized: bool
     dtype: str
-
-    def weights_gib(self, tensor_parallel_size: int, pipeline_parallel_size: int, dtype: str) -> float | None:
-        """Weights of the fullest device of a dense Llama-like model: its share of the layers plus one embedding."""
-        sizes = (self.num_layers, self.hidden_size, self.intermediate_size, self.vocab_size, self.num_attention_heads)
-        if self.is_moe or self.is_quantized or self.head_dim is None or self.num_kv_heads is None or None in sizes:
-            return None
-        layers, hidden, intermediate, vocab, heads = (int(size or 0) for size in sizes)
-        # KV heads are copied, not split further, when there are fewer of them than TP ranks.
-        kv_heads = max(self.num_kv_heads, tensor_parallel_size)
-        attention = 2 * hidden * heads * self.head_dim + 2 * hidden * kv_heads * self.head_dim
-        layer = (attention + 3 * hidden * intermediate) / tensor_parallel_size + 2 * hidden
-        embedding = vocab * hidden / tensor_parallel_size
-        # A stage holds the input embedding or the output head; a single stage holds both, unless they are one.
-        embeddings = embedding * (1 if self.tied_embeddings or pipeline_parallel_size > 1 else 2)
-        parameters = math.ceil(layers / pipeline_parallel_size) * layer + embeddings + hidden
-        return parameters * self._bytes(dtype) / GIB
-
-    def kv_bytes_per_token(self, tensor_parallel_size: int, pipeline_parallel_size: int, dtype: str) -> float | None:
-        """KV-cache bytes of one token on one device, with keys and values of `dtype`."""
-        if self.num_kv_heads is None or self.head_dim is None or self.num_layers is None:
-            return None
-        kv_heads = max(1, self.num_kv_heads / tensor_parallel_size)
-        size = 1 if dtype.startswith(KV_BYTE) else self._bytes(dtype)
-        return 2 * math.ceil(self.num_layers / pipeline_parallel_size) * kv_heads * self.head_dim * size
+    architecture: str | None = None  # None where there is not exactly one
+    words: Mapping[str, Any] = field(default_factory=dict)  # all that config.json says of the language model
+    has_more: bool = False  # than the language model, such as one that sees
+    quantization: Quantization | None = None
+    folder: Path | None = None
 
     def dtype_used(self, asked: str) -> str:
         """What vLLM makes of --dtype, in torch's words."""
@@ -80,9 +76,6 @@ class ModelFacts:
             # vLLM runs a float32 checkpoint in 16 bits.
             asked = "bfloat16" if self.dtype in ("float32", "float") else self.dtype
         return {"half": "float16", "float": "float32"}.get(asked, asked)
-
-    def _bytes(self, dtype: str) -> int:
-        return BYTES.get(self.dtype_used(dtype), 2)
 
 
 def facts_of(config: ExperimentConfig) -> ModelFacts | None:
@@ -106,10 +99,12 @@ def _facts_or_reason(config: ExperimentConfig) -> ModelFacts | str:
         facts = _read(config_source(config), source_flag(config), overrides)
     except NotFollowedError:
         return "vLLM alone knows what --hf-overrides makes of this model"
-    if config.engine_word("--load-format") in _QUANTIZING_LOADS or kind_of(config.model) == "file":
-        facts = replace(facts, is_quantized=True)
+    if kind_of(config.model) == "file":
+        facts = dataclasses.replace(facts, quantization=Quantization("gguf", None, cache_too=False))
     longest_is_vllms = touches_rope(overrides) or prefers_params(config)
-    return replace(facts, max_model_len=None) if longest_is_vllms else facts
+    # Weights lie in the folder of the model, and are of other sizes than a config that is changed.
+    folder = None if overrides or kind_of(config.model) != "folder" else expanded(config.model)
+    return dataclasses.replace(facts, folder=folder, max_model_len=None if longest_is_vllms else facts.max_model_len)
 
 
 def read_model_facts(model: str) -> ModelFacts | None:
@@ -123,13 +118,17 @@ def _read(model: str, flag: str, overrides: dict[str, Any]) -> ModelFacts:
         document = overridden(_object(json.loads(read_regular(folder / "config.json"))), overrides)
         # The sizes of the language model; those with vision keep them apart.
         part = _object(document.get("text_config") or document)
+        return dataclasses.replace(
+            _facts_from(part),
+            architecture=_architecture(document),
+            has_more=part is not document or any(document.get(key) for key in _OTHER_PARTS[:2]),
+            quantization=_quantization({**document, **part}, folder / _QUANTIZED_FILE),
+            folder=folder,
+        )
     except FileNotFoundError:
         raise ConfigError(f"{flag} {model}: it has no config.json; give the folder that holds one") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{flag} {model}: config.json cannot be read ({error}); fetch the model again") from error
-    # Older checkpoints of ModelOpt say it in a file of its own.
-    is_quantized = bool(_QUANTIZED_BY & {**document, **part}.keys()) or (folder / "hf_quant_config.json").exists()
-    return _facts_from(part, is_quantized=is_quantized)
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -138,31 +137,65 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _is_size(value: object) -> bool:
+def _architecture(document: dict[str, Any]) -> str | None:
+    names = document.get("architectures")
+    return in_short(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
+
+
+def _quantization(document: dict[str, Any], beside: Path) -> Quantization | None:
+    said: Any = next((document[key] for key in _QUANTIZED if document.get(key) is not None), None)
+    said = _quantization_beside(beside) if said is None else said
+    if said is None:
+        return None
+    said = said if isinstance(said, dict) else {}
+    inner = said.get("quantization")
+    inner = inner if isinstance(inner, dict) else {}
+    algorithm = "modelopt" if str(inner.get("quant_algo", "")).upper().startswith("FP8") else inner.get("quant_algo")
+    method = in_short(str(said.get("quant_method") or algorithm or _UNNAMED)).lower().replace("_", "-")
+    cache_too = any(part.get(key) for part in (said, inner) for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
+    group_size = said.get("group_size")
+    return Quantization(method, group_size if type(group_size) is int else None, cache_too)
+
+
+def _quantization_beside(path: Path) -> Any:
+    """None where there is no such file. One that cannot be read says as much as an empty one."""
+    try:
+        return json.loads(read_regular(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _counts_experts(value: object, key: str = "") -> bool:
+    """True where a number of experts is said anywhere in it: vLLM looks into lists and nested blocks too."""
+    if isinstance(value, dict):
+        return any(_counts_experts(inner, name) for name, inner in value.items() if name not in _OTHER_PARTS)
+    if isinstance(value, list):
+        return any(_counts_experts(inner, key) for inner in value)
+    return key in _EXPERTS and is_size(value)
+
+
+def is_size(value: object) -> bool:
     """Others, like 0 experts of a dense model or -1 for no limit, say that there is none."""
     return type(value) is int and 1 <= value <= _LARGEST_SIZE
 
 
-def _facts_from(document: dict[str, Any], *, is_quantized: bool) -> ModelFacts:
+def _facts_from(document: dict[str, Any]) -> ModelFacts:
     def number(*keys: str) -> int | None:
-        return next((document[key] for key in keys if _is_size(document.get(key))), None)
+        return next((document[key] for key in keys if is_size(document.get(key))), None)
 
-    shortest = min((document[key] for key in _LENGTH_KEYS if _is_size(document.get(key))), default=None)
-    heads, hidden = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
-    head_dim = number("head_dim") or (hidden // heads or None if hidden and heads else None)
+    shortest = min((document[key] for key in _LENGTH_KEYS if is_size(document.get(key))), default=None)
+    heads = number("num_attention_heads", "n_head")
     return ModelFacts(
         num_layers=number("num_hidden_layers", "n_layer"),
         num_attention_heads=heads,
         num_kv_heads=number("num_key_value_heads") or heads,
-        hidden_size=hidden,
-        head_dim=head_dim,
-        intermediate_size=number("intermediate_size"),
         vocab_size=number("vocab_size"),
         max_model_len=None if _scales_positions(document) else number("model_max_length") or shortest,
-        is_moe=any(number(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
-        tied_embeddings=bool(document.get("tie_word_embeddings", False)),
-        is_quantized=is_quantized,
+        is_moe=_counts_experts(document),
         dtype=str(document.get("dtype") or document.get("torch_dtype") or "bfloat16"),
+        words=document,
     )
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.plan.architectures import padded_vocabulary
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import ModelFacts
+
+
+def wants_whole_experts(config: ExperimentConfig) -> bool:
+    """True where experts are to be shared out whole, and not each of them split."""
+    return bool({"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in config.engine_args})
 
 
 def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
     """True where the replicas share out experts, and so must be coupled by vLLM. A model that cannot be read from
     here is taken for the mixture of experts that --enable-expert-parallel is meant for."""
-    asked = {"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in config.engine_args}
-    return bool(asked) and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
+    return wants_whole_experts(config) and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
 
 
 def infeasible(
@@ -70,6 +75,9 @@ def _model_against_setting(config: ExperimentConfig, facts: ModelFacts) -> str |
         return f"--tensor-parallel-size {tp} does not divide the model's {heads} attention heads"
     if kv_heads and max(kv_heads, tp) % min(kv_heads, tp):
         return f"--tensor-parallel-size {tp} does not fit the model's {kv_heads} KV heads"
+    vocabulary = padded_vocabulary(facts)
+    if vocabulary and vocabulary % tp:
+        return f"--tensor-parallel-size {tp} does not divide the model's vocabulary of {vocabulary} (as vLLM pads it)"
     if facts.num_layers and pp > facts.num_layers:
         return f"--pipeline-parallel-size {pp} is more stages than the model's {facts.num_layers} layers"
     return _length_against_model(config, facts.max_model_len)

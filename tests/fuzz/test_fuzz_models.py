@@ -19,7 +19,8 @@ from fuzz.mutations import mutated
 from fuzz.tries import NUMBERS, told
 
 FILES_OF_A_TRY = 20
-MODELS = [json.loads(path.read_text()) for path in sorted(REPOSITORY.glob("models/*/config.json"))]
+CONFIGS = ("models/*/config.json", "tests/plan_truth/*/config.json")
+MODELS = [json.loads(path.read_text()) for names in CONFIGS for path in sorted(REPOSITORY.glob(names))]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
