@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.secrets import placeholders, redact
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.stored import time_left
+from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, smallest_memory_gib
-from batch_inference.plan.memory import SIZES_UNKNOWN, memory_plan
+from batch_inference.plan.memory import SIZES_UNKNOWN
 from batch_inference.plan.model import ModelFacts, read_model_facts
-from batch_inference.plan.obstacles import infeasible
+from batch_inference.plan.needs import Needs, needs_of
+from batch_inference.plan.obstacles import devices_against, rules_against
+from batch_inference.plan.said import Said
 
 _COLUMNS = ("setting", "devices", "replicas", "by")
 _MEMORY = ("weights GiB", "KV tokens", "fit in one wave")
@@ -37,16 +41,30 @@ class PlannedJob:
     job: Job
     facts: ModelFacts | None
     reason: str | None  # why it cannot run here
+    said: Said | None = None  # by vLLM
 
     @property
     def config(self) -> ExperimentConfig:
         return self.job.config
 
 
-def planned(job: Job, nnodes: int, devices: Devices) -> PlannedJob:
-    """Raises ConfigError for a model folder that is none."""
-    facts = read_model_facts(job.config.model)
-    return PlannedJob(job, facts, _uneven(job.config, nnodes) or _infeasible(job.config, facts, nnodes, devices))
+def planned(jobs: Sequence[Job], devices: Devices, say: Callable[[str], None]) -> list[PlannedJob]:
+    """Of vLLM it is asked once for all. Raises ConfigError for a model folder that is none."""
+    facts = [read_model_facts(job.config.model) for job in jobs]
+    here_gib = smallest_memory_gib(devices)
+    settings = [
+        (job.config, known, job.config.device_memory_gib or here_gib) for job, known in zip(jobs, facts, strict=True)
+    ]
+    answers = ask_vllm(settings, devices, say)
+    return [
+        PlannedJob(job, known, _obstacle(job, known, devices, said), said)
+        for job, known, said in zip(jobs, facts, answers, strict=True)
+    ]
+
+
+def _obstacle(job: Job, facts: ModelFacts | None, devices: Devices, said: Said | None) -> str | None:
+    nnodes = job.setting.nodes
+    return _uneven(job.config, nnodes) or _infeasible(job.config, facts, nnodes, devices, said)
 
 
 def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
@@ -55,21 +73,20 @@ def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
     return f"its {counted(config.num_devices, 'device')} cannot be shared out evenly over {nnodes} nodes"
 
 
-def _infeasible(config: ExperimentConfig, facts: ModelFacts | None, nnodes: int, devices: Devices) -> str | None:
-    if config.distributed_executor_backend == "ray":
-        return infeasible(config, facts, devices)
+def _infeasible(
+    config: ExperimentConfig, facts: ModelFacts | None, nnodes: int, devices: Devices, said: Said | None
+) -> str | None:
     needed, there = config.num_devices, len(devices) * nnodes
-    if needed > there:
-        return f"it needs {needed} devices, there are {there} ({devices.kind})"
     # Every node is taken to be like this one.
-    return infeasible(config, facts, devices, needed // nnodes)
+    on_each = None if config.distributed_executor_backend == "ray" else needed // nnodes
+    if on_each and needed > there:
+        return f"it needs {needed} devices, there are {there} ({devices.kind})"
+    return devices_against(config, devices, on_each) or rules_against(config, facts, devices, said)
 
 
-def table(jobs: Sequence[PlannedJob], devices: Devices) -> list[str]:
+def table(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> list[str]:
     """What the settings will need, a line each; without the memory where the model's sizes cannot be read from here."""
-    here_gib = smallest_memory_gib(devices)
-    needs = [_needs(one, devices, here_gib) for one in jobs]
-    knows_sizes = any(need.source for need in needs)
+    knows_sizes = _knows_sizes(needs)
     rows = [
         [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, one.job.setting.nodes)]
         for one in jobs
@@ -81,26 +98,9 @@ def table(jobs: Sequence[PlannedJob], devices: Devices) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a setting will hold, by whom it is said; None where it is not known."""
-
-    weights_gib: float | None = None
-    kv_cache_tokens: int | None = None
-    requests_in_one_wave: dict[int, int] | None = None  # by prompt length
-    source: str | None = None
-
-
 def _needs(one: PlannedJob, devices: Devices, here_gib: float | None) -> Needs:
     """`here_gib`: memory of a device of this machine."""
-    config = one.config
-    memory = memory_plan(config, one.facts, devices, config.device_memory_gib or here_gib)
-    if memory is None:
-        return Needs()
-    tokens = memory.kv_cache_tokens(config.max_model_len or config.longest_request)
-    waves = {length: memory.requests_in_one_wave(length + config.max_tokens) for length in config.seq_lens}
-    known = {length: number for length, number in waves.items() if number is not None}
-    return Needs(memory.weights_gib, tokens, known or None, "formula")
+    return needs_of(one.config, one.facts, devices, one.config.device_memory_gib or here_gib, one.said)
 
 
 def _cells(needs: Needs) -> list[str]:
@@ -119,11 +119,15 @@ def plan_as_json(jobs: Sequence[PlannedJob], devices: Devices) -> str:
             "devices": one.config.num_devices,
             "replicas": one.config.data_parallel_size,
             "obstacle": one.reason,
-            **asdict(_needs(one, devices, here_gib)),
+            **_told(_needs(one, devices, here_gib)),
         }
         for one in jobs
     ]
     return json.dumps(settings, indent=2)
+
+
+def _told(needs: Needs) -> dict[str, Any]:
+    return {name: value for name, value in asdict(needs).items() if name not in ("kv_gib", "pool_gib")}
 
 
 def _by(one: PlannedJob, nnodes: int) -> str:
@@ -160,8 +164,10 @@ def _global_batches(config: ExperimentConfig) -> set[int]:
 
 def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, devices: Devices) -> list[str]:
     """The table, what cannot run and why, and the commands for the rest. `nodes`: on which devices are."""
-    rows = table(jobs, devices) if jobs else []
-    head = _head(jobs[0].config, nodes, devices, knows_memory=rows[0].endswith(_MEMORY[-1])) if jobs else []
+    here_gib = smallest_memory_gib(devices)
+    needs = [_needs(one, devices, here_gib) for one in jobs]
+    rows = table(jobs, needs) if jobs else []
+    head = [*_head(jobs[0].config, nodes, devices), *_sources(jobs, needs)] if jobs else []
     obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
     can_run = [one.config for one in jobs if one.reason is None]
     left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
@@ -179,15 +185,37 @@ def _hidden(jobs: Iterable[PlannedJob]) -> str | None:
     return f"put in what is not written here: {listed(names)}" if names else None
 
 
-def _head(config: ExperimentConfig, nodes: str, devices: Devices, *, knows_memory: bool) -> tuple[str, ...]:
+def _head(config: ExperimentConfig, nodes: str, devices: Devices) -> tuple[str, ...]:
     return (
         f"{config.model_shown} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
         f"{counted(len(list(config.points())), 'point')} each: batch sizes {listed(config.batch_sizes)} x lengths "
         f"{listed(config.seq_lens)}, {config.max_tokens} output tokens",
         _WHY_TORCHRUN if nodes else "",
         _PACKED if config.packed else "",
-        "" if knows_memory else f"memory: {SIZES_UNKNOWN}",
     )
+
+
+def _knows_sizes(needs: Iterable[Needs]) -> bool:
+    return any(need.weights_gib is not None for need in needs)
+
+
+def _sources(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> list[str]:
+    """Whose numbers these are, and why vLLM has none."""
+    by: dict[str, list[str]] = {}
+    silent: dict[str, list[str]] = {}
+    for one, need in zip(jobs, needs, strict=True):
+        if need.weights_gib is not None:
+            by.setdefault(f"by {need.source}", []).append(one.job.name)
+        if need.unknown:
+            silent.setdefault(need.unknown, []).append(one.job.name)
+    lines = [f"memory: {_for_some(by, len(jobs))}" if by else f"memory: {SIZES_UNKNOWN}"]
+    return lines + [f"not by {_for_some({why: names}, len(jobs))}" for why, names in silent.items()]
+
+
+def _for_some(told: Mapping[str, Sequence[str]], count: int) -> str:
+    """What is not said of all has names of settings after it."""
+    parts = [text if len(names) == count else f"{text} ({listed(names)})" for text, names in told.items()]
+    return "; ".join(parts)
 
 
 def _wrapped(texts: Iterable[str]) -> list[str]:
