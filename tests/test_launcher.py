@@ -269,7 +269,18 @@ def test_a_plan_for_scripts_is_a_list_with_an_object_for_each_setting(launcher: 
     assert (done.returncode, done.stderr) == (0, "")
     plan = json.loads(done.stdout)
     assert [list(one) for one in plan] == [
-        ["name", "devices", "replicas", "obstacle", "weights_gib", "kv_cache_tokens", "requests_in_one_wave", "source"]
+        [
+            "name",
+            "devices",
+            "replicas",
+            "obstacle",
+            "weights_gib",
+            "kv_cache_tokens",
+            "requests_in_one_wave",
+            "source",
+            "max_model_len",
+            "unknown",
+        ]
     ] * 4
     first, *_, last = plan
     assert (first["name"], first["devices"], first["replicas"], first["obstacle"]) == ("tp_1", 1, 1, None)

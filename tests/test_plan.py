@@ -11,6 +11,7 @@ from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.memory import MemoryPlan, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
+from batch_inference.plan.needs import Needs
 from batch_inference.plan.obstacles import infeasible, is_coupled
 from batch_inference.plan.printed import _memory_words, setting_plan
 
@@ -488,7 +489,7 @@ def test_the_cache_of_the_largest_point_is_that_of_its_batch_and_its_longest_req
 
 
 def test_weights_that_fill_the_share_exactly_leave_nothing() -> None:
-    found = MemoryPlan(weights_gib=8.0, kv_bytes_per_token=1.0, pool_gib=0.0, block_size=16)
+    found = Needs(weights_gib=8.0, source="formula", kv_gib=1.0, pool_gib=0.0)
     assert "the weights do not fit: 8 GiB are there for vLLM" in _memory_words(ExperimentConfig(), found)
 
 

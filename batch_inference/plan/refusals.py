@@ -13,8 +13,8 @@ from batch_inference.core.text import plain, short_name
 
 # Limits of the machine that plans, and of a model without memory behind it.
 _OF_THE_MACHINE = re.compile(
-    r"meta tensor|meta device|\bCPU\b|\bCUDA\b|\bGPUs?\b|\bROCm\b|\bXPU\b|compute capability|kernel|[Tt]riton|"
-    r"torchvision|No module named|not installed|libcuda|connect|offline|huggingface\.co|world size",
+    r"meta tensor|meta device|\bCPU\b|\bCUDA\b|\bGPUs?\b|\bROCm\b|\bXPU\b|compute capability|[Bb]ackend|kernel|"
+    r"[Tt]riton|torchvision|No module named|not installed|libcuda|connect|offline|huggingface\.co|world size",
 )
 # Rules of vLLM's that hold for a model and its sizes, on every machine (0.26 to 0.33).
 _OF_THE_SETTING = re.compile(
