@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,13 @@ class Compared:
         return IN_DOUBT if found == WRONG and self.name in DOUBTS.get(self.model, ("", ()))[1] else found
 
 
-def compared() -> list[Compared]:
-    """Without the refusals that say nothing of a model."""
+def compared(models: Sequence[str] = ()) -> list[Compared]:
+    """All settings or those of some models, without the refusals that say nothing of a model."""
     settings = [
         (model, name, truth)
         for model, truths in json.loads((FOLDER / "truth.json").read_text()).items()
         for name, truth in truths.items()
-        if not any(words in truth.get("refused", "") for words in _NO_REFUSALS)
+        if (not models or model in models) and not any(words in truth.get("refused", "") for words in _NO_REFUSALS)
     ]
     configs = [(_config(model, name), None, MEMORY_GIB) for model, name, _ in settings]
     answers = ask_vllm(configs, devices_elsewhere(16), lambda line: print(line, file=sys.stderr))
@@ -114,7 +114,7 @@ def report(settings: list[Compared]) -> Iterator[str]:
     rows = [(model, Counter(verdicts)) for model, verdicts in models.items()]
     rows.append(("**all settings**", sum((count for _, count in rows), Counter())))
     rows.append(("refused by vLLM", Counter(one.verdict() for one in refused)))
-    header = ("model", "settings", *COLUMNS)
+    header: tuple[str, ...] = ("model", "settings", *COLUMNS)
     cells = [[name, str(count.total()), *(str(count[one] or "") for one in COLUMNS)] for name, count in rows]
     yield table_in_markdown(header, cells, ["left", *["right"] * (len(header) - 1)])
     yield "\nWhere the truth is in doubt (requests of 640, 2,176 and 8,320 tokens at once):\n"

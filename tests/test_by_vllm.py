@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,7 +31,7 @@ from batch_inference.plan.obstacles import rules_against
 from batch_inference.plan.printed import setting_plan
 from batch_inference.plan.said import Said
 from batch_inference.plan.stand_ins import Group, UnknownError, be_first_rank_of
-from conftest import REPOSITORY, STUB
+from conftest import REPOSITORY, SMALL_GRID, STUB, assert_answers_at_once, experiment_command
 
 TINY = str(REPOSITORY / "models" / "tiny-llama")
 EIGHT = devices_elsewhere(8)
@@ -417,22 +419,64 @@ def test_a_setting_that_vllm_refuses_is_no_command(asked: Asked) -> None:
     assert (second["obstacle"], second["weights_gib"]) == ("vLLM 9.9 refuses it: 10 is not divisible by 2", None)
 
 
-def test_both_programs_ask_before_they_measure_and_say_vllms_refusal(tmp_path: Path) -> None:
-    """With an answer that is kept: the vLLM of the environment is not imported."""
-    script = (
-        "import sys, json\n"
-        "from batch_inference.core import child\n"
-        "from batch_inference.plan import by_vllm\n"
-        "child.ask_for_lines = lambda *_, **__: ([{'refusal': '10 is not divisible by 2'}], None)\n"
-        f"by_vllm._NEEDED, by_vllm.vllm_folder = (), lambda: __import__('pathlib').Path({str(tmp_path)!r})\n"
-        "import batch_inference_experiment\n"
-        f"sys.argv[1:] = ['--model', {TINY!r}, '--seq-lens', '16', '--output-dir', {str(tmp_path / 'out')!r}]\n"
-        "sys.exit(batch_inference_experiment.main())\n"
-    )
-    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(STUB)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=50
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("refuses it: 10 is not divisible by 2")
+# --- whole programs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refusing(tmp_path: Path) -> dict[str, str]:
+    """The environment of a program, with a vLLM that refuses whatever it is asked."""
+    vllm = tmp_path / "site" / "vllm"
+    for name in ("__init__.py", "platforms.py", *by_vllm._NEEDED):
+        (vllm / name).parent.mkdir(parents=True, exist_ok=True)
+        (vllm / name).touch()
+    (vllm / "platforms.py").write_text("print('noise')\nraise ValueError('10 is not divisible by 3. Buy another.')\n")
+    (vllm / "model_executor" / "models").mkdir(parents=True)
+    (vllm / "model_executor" / "models" / "registry.py").touch()
+    environment = {**os.environ, "PYTHONPATH": str(vllm.parent), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del environment[LIMIT_VARIABLE]
+    return environment
+
+
+REFUSED = re.compile(r"vLLM \S+ refuses it: 10 is not divisible by 3$")
+
+
+def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+
+
+def test_the_script_asks_before_it_measures_and_its_second_answer_comes_at_once(
+    refusing: dict[str, str], tmp_path: Path
+) -> None:
+    command = experiment_command(tmp_path, *SMALL_GRID)
+    first, second = run(refusing, *command), run(refusing, *command)
+    asking, error = first.stderr.splitlines()
+    assert asking.startswith("note: asking vLLM ")
+    assert second.stderr.splitlines() == [error]
+    assert error.startswith("error: ")
+    assert REFUSED.search(error)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert not (tmp_path / "tp_1_results.json").exists()
+
+
+def test_a_plan_with_kept_answers_answers_at_once(refusing: dict[str, str], tmp_path: Path) -> None:
+    command = [*experiment_command(tmp_path, *SMALL_GRID), "--dry-run"]
+    first = run(refusing, *command)
+    assert first.returncode == 1
+    assert REFUSED.search(" ".join(first.stdout.split()))
+    (path,) = kept_files(tmp_path)
+    path.write_text(json.dumps({"weights_gib": 0.25}))
+    second = run(refusing, *command)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert re.search(r"memory +about 0.25 GiB weights per device \(by vLLM ", second.stdout)
+    assert_answers_at_once(command, tmp_path, refusing)
+
+
+def test_the_launcher_asks_once_for_all_and_measures_nothing_that_is_refused(
+    refusing: dict[str, str], tmp_path: Path
+) -> None:
+    words = ("tensor-parallel", "--model", TINY, "--seq-lens", "16", "--output-dir", str(tmp_path / "out"))
+    done = run({**refusing, "PYTHON": sys.executable}, str(REPOSITORY / "run_batch_experiments.sh"), *words)
+    assert done.returncode == 1
+    assert done.stderr.count("asking vLLM") == 1
+    assert "refuses it: 10 is not divisible by 3" in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()

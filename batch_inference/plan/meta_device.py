@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from batch_inference.plan.devices import GIB
 from batch_inference.plan.refusals import is_about_length, judged, may_pass
-from batch_inference.plan.stand_ins import UnknownError, be_first_rank_of, prepare, quickest_cpu
+from batch_inference.plan.stand_ins import UnknownError, be_first_rank_of, no_streams, prepare, quickest_cpu
 
 # Of most attention backends on GPUs; a vLLM for the CPU has another.
 _GPU_BLOCK = 16
@@ -36,7 +36,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """What vLLM says to a Question of `by_vllm`: the fields of a Said."""
     told: dict[str, Any] = {}
     try:
-        with quickest_cpu() if _is_for_others(question) else contextlib.nullcontext():
+        with no_streams(), quickest_cpu() if _is_for_others(question) else contextlib.nullcontext():
             _tell(question, told)
     except UnknownError as error:
         told["unknown"] = str(error)

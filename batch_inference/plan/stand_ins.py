@@ -52,6 +52,22 @@ def quickest_cpu() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_streams() -> Iterator[None]:
+    """Where a vLLM for GPUs sees none of them: layers make streams and events, and use them when they compute."""
+    import torch
+
+    class Unused:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+    with contextlib.ExitStack() as replaced:
+        if not torch.cuda.is_available():
+            for name, value in (("Stream", Unused), ("Event", Unused), ("current_device", lambda: "meta")):
+                replaced.enter_context(mock.patch.object(torch.cuda, name, value))
+        yield
+
+
 class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """A package in which there is whatever is looked for."""
 
