@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -135,12 +136,14 @@ def test_another_content_memory_machine_or_vllm_is_asked_again(
     said_of(config)
     (tmp_path / "site" / "vllm" / "engine" / "arg_utils.py").write_text("# changed")
     said_of(config)
-    assert len(asked) == 7
+    monkeypatch.setattr(by_vllm, "_machine", lambda: ["gpu", "Model: another"])
+    said_of(config)
+    assert len(asked) == 8
     # And these change nothing that it answers.
     (folder / "tokenizer.json").touch()
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     said_of(replace(config, num_runs=7, output_dir="x", name="other", temperature=0.0))
-    assert len(asked) == 7
+    assert len(asked) == 8
 
 
 def test_a_secret_is_neither_kept_nor_part_of_what_is_looked_for(asked: Asked, tmp_path: Path) -> None:
@@ -210,6 +213,12 @@ def test_a_model_of_the_hub_is_asked_for_where_it_lies_on_this_machine(
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     assert said_of(config) == [Said("9.9", **NUMBERS)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "org/" + "x" * 300, "/" + "x" * 5000, "s3://bucket/model", "a\0b", "o/[x"])
+def test_what_is_no_model_here_is_not_asked_for(asked: Asked, name: str) -> None:
+    assert said_of(replace(SHORT, model=name)) == [Said("9.9", unknown="the model's config is not on this machine")]
+    assert asked == []
 
 
 @pytest.mark.parametrize("limit", ["0", "00"])
@@ -302,6 +311,7 @@ def test_a_failure_of_one_setting_is_no_failure_of_the_next(monkeypatch: pytest.
 
     monkeypatch.setattr(meta_device, "_tell", tell)
     monkeypatch.setattr(meta_device, "_is_for_others", lambda _: False)
+    monkeypatch.setattr(meta_device, "no_streams", contextlib.nullcontext)
     answers = [
         meta_device.answer({"fails": error})
         for error in (KeyError("x"), UnknownError("why"), ValueError("8 is not divisible by 3"), None)
@@ -415,6 +425,7 @@ def test_a_plan_that_is_vllms_in_part_names_the_settings(asked: Asked) -> None:
 def test_a_setting_that_vllm_refuses_is_no_command(asked: Asked) -> None:
     text, (_, second) = plan_of_preset(NUMBERS, {"refusal": "10 is not divisible by 2"}, asked=asked)
     assert "tp_2 cannot run: vLLM 9.9 refuses it: 10 is not divisible by 2" in text
+    assert "memory: by vLLM 9.9 setting" in text
     assert "--tensor-parallel-size 2" not in text
     assert (second["obstacle"], second["weights_gib"]) == ("vLLM 9.9 refuses it: 10 is not divisible by 2", None)
 

@@ -204,7 +204,7 @@ def _sources(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> list[str]:
     by: dict[str, list[str]] = {}
     silent: dict[str, list[str]] = {}
     for one, need in zip(jobs, needs, strict=True):
-        if need.weights_gib is not None:
+        if need.source:
             by.setdefault(f"by {need.source}", []).append(one.job.name)
         if need.unknown:
             silent.setdefault(need.unknown, []).append(one.job.name)

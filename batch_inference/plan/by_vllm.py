@@ -6,12 +6,14 @@ because a plan looks too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from batch_inference.core.files import read_regular
 from batch_inference.core.installed_vllm import keep, kept, kept_path, vllm_folder, vllm_version
 from batch_inference.core.secrets import is_secret_name, redact, redact_text
 from batch_inference.core.text import counted, plain, quoted
-from batch_inference.plan.devices import Devices
+from batch_inference.plan.devices import Devices, find_devices
 from batch_inference.plan.model import ModelFacts
 from batch_inference.plan.obstacles import is_coupled
 from batch_inference.plan.said import Said
@@ -160,7 +162,8 @@ def _said(line: Any, version: str) -> Said | None:
 
 
 def _answer_path(folder: Path, question: Question, config: ExperimentConfig) -> Path | None:
-    """One for each model's content, question, vLLM and version of ours; None for a model whose config is not here."""
+    """One for each model's content, question, vLLM, kind of machine and version of ours; None for a model whose config
+    is not here."""
     model = [(path.name, _content(path)) for source in _sources(config) for path in _saying_files(source)]
     if not any(name in ("config.json", "params.json") for name, _ in model):
         return None
@@ -168,14 +171,35 @@ def _answer_path(folder: Path, question: Question, config: ExperimentConfig) -> 
     variables = {name: value for name, value in sorted(os.environ.items())
                  if name.startswith("VLLM_") and not is_secret_name(name)}  # fmt: skip
     told = {**dataclasses.asdict(question), "words": redact(question.words)}
-    identity = hashlib.sha256(json.dumps([told, variables, model, ours]).encode(errors="replace")).hexdigest()[:24]
+    identity = hashlib.sha256(
+        json.dumps([told, variables, model, ours, _machine()]).encode(errors="replace")
+    ).hexdigest()[:24]
     return kept_path(folder, "plans") / f"{identity}.json"
+
+
+@cache
+def _machine() -> list[str]:
+    """What vLLM looks at, too: machines that share a home may not be alike."""
+    gpus = {
+        line
+        for path in Path("/proc/driver/nvidia/gpus").glob("*/information")
+        for line in _text(path).splitlines()
+        if line.startswith("Model:")
+    }
+    return [find_devices().kind, *sorted(gpus), "amx" if "amx_tile" in _text(Path("/proc/cpuinfo")) else ""]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _saying_files(folder: Path) -> list[Path]:
     try:
         return sorted(path for kind in _SAYING for path in folder.glob(kind) if path.is_file())
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
@@ -189,11 +213,10 @@ def _content(path: Path) -> str:
 def _sources(config: ExperimentConfig) -> Iterator[Path]:
     """The folders that vLLM reads a model's config from, without the network."""
     for name in filter(None, (config.model, config.engine_word("--hf-config-path"))):
-        folder = Path(os.path.expanduser(name))  # noqa: PTH111 - as above
-        yield folder
-        caches = config.engine_word("--download-dir"), _hub_cache()
-        for cache in filter(None, caches):
-            yield from sorted(Path(cache).glob(f"models--{name.replace('/', '--')}/snapshots/*"))
+        yield Path(os.path.expanduser(name))  # noqa: PTH111 - as above
+        for folder in filter(None, (config.engine_word("--download-dir"), _hub_cache())):
+            with contextlib.suppress(OSError, ValueError):  # too long to be a path, or none
+                yield from sorted(Path(folder).glob(f"models--{name.replace('/', '--')}/snapshots/*"))
 
 
 def _hub_cache() -> str:

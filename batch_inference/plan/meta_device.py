@@ -36,7 +36,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """What vLLM says to a Question of `by_vllm`: the fields of a Said."""
     told: dict[str, Any] = {}
     try:
-        with no_streams(), quickest_cpu() if _is_for_others(question) else contextlib.nullcontext():
+        for_others = _is_for_others(question)
+        with no_streams(), quickest_cpu() if for_others else contextlib.nullcontext():
             _tell(question, told)
     except UnknownError as error:
         told["unknown"] = str(error)
@@ -60,7 +61,11 @@ def _tell(question: dict[str, Any], told: dict[str, Any]) -> None:
         config = _config_of(arguments, question)
     told["longest"] = _longest(config.model_config)
     _refuse_to_guess(arguments, config)
-    stages = [_stage(config, number) for number in range(config.parallel_config.pipeline_parallel_size)]
+    # The block of a GPU is not to be fitted to this machine; that of a hybrid model follows from its layers.
+    fits_block = config.model_config.is_hybrid or not _is_for_others(question)
+    stages = [
+        _stage(config, number, fits_block=fits_block) for number in range(config.parallel_config.pipeline_parallel_size)
+    ]
     told["weights_gib"] = max(stage.weights_bytes for stage in stages) / GIB
     told.update(_kv_cache(stages, question, _pool_asked_bytes(arguments, question)))
 
@@ -114,7 +119,8 @@ def _refuse_to_guess(arguments: Any, config: Any) -> None:
     reasons = {
         "weights are quantized while they load": arguments.quantization is not None
         and not any(getattr(part, name, None) for part in parts for name in names),
-        "a part of the weights goes to main memory": getattr(arguments, "cpu_offload_gb", 0),
+        "a part of the weights goes to main memory": getattr(arguments, "cpu_offload_gb", 0)
+        or getattr(arguments, "offload_group_size", 0),
         "a draft model's memory is not planned": config.speculative_config,
         "adapters' memory is not planned": config.lora_config,
     }
@@ -134,7 +140,7 @@ class _Stage:
     kv_specs: dict[str, Any]  # what each of its layers keeps of a token, as a KVCacheSpec
 
 
-def _stage(config: Any, number: int) -> _Stage:
+def _stage(config: Any, number: int, *, fits_block: bool) -> _Stage:
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -145,14 +151,9 @@ def _stage(config: Any, number: int) -> _Stage:
     model = _built(config, torch.device("meta"))
     weights_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     with set_current_vllm_config(config):
-        if hasattr(current_platform, "update_block_size_for_backend") and not _has_block_of_others(config):
+        if fits_block and hasattr(current_platform, "update_block_size_for_backend"):
             current_platform.update_block_size_for_backend(config)
         return _Stage(config, weights_bytes, _kv_specs(config))
-
-
-def _has_block_of_others(config: Any) -> bool:
-    """The block of a GPU is not to be fitted to this machine; but a hybrid model's follows from its layers."""
-    return config.cache_config.block_size == _GPU_BLOCK and not config.model_config.is_hybrid
 
 
 def _built(config: Any, device: Any) -> Any:
