@@ -98,7 +98,9 @@ def test_words_are_one_line_that_steers_no_terminal_and_ends() -> None:
     [
         (ImportError("x"), True),
         (RuntimeError("No module named 'av'"), True),
-        (OSError("disk"), True),
+        (OSError(5, "Input/output error"), True),
+        (OSError("Can't load image processor for 'model'"), False),
+        (ImportError("cannot import name 'x' from 'vllm.y'"), False),
         (MemoryError(), True),
         (ValueError(HEADS), False),
     ],

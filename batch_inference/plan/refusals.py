@@ -49,8 +49,14 @@ def is_about_length(words: str | None) -> bool:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether it may be gone the next time: a package can be installed, a disk can come back."""
-    return isinstance(error, (ImportError, OSError, MemoryError)) or "No module named" in str(error)
+    """Whether it may be gone the next time: a package can be installed, a disk can come back. Without a number of the
+    system's, an OSError is of what a model's folder lacks, and a name is what a version lacks."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.errno is not None
+    if isinstance(error, ImportError):
+        return not text.startswith("cannot import name")
+    return isinstance(error, MemoryError) or "No module named" in text
 
 
 def _words(error: BaseException) -> str:
