@@ -53,7 +53,7 @@ class Asked(list[list[dict[str, Any]]]):
     def ask(self, module: str, question: str, *, timeout_s: float) -> tuple[list[Any], str | None]:
         assert module == "plan.meta_device"
         assert timeout_s > 0
-        self.append(json.loads(question))
+        self.append(json.loads(question)["questions"])
         return ([dict(NUMBERS)] * len(self[-1]) if self.answers is None else self.answers), self.problem
 
 
@@ -276,9 +276,11 @@ def stub_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(STUB))
 
 
-def test_a_vllm_that_is_another_than_we_know_makes_every_answer_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_that_is_another_than_we_know_makes_every_answer_unknown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     stub_child(monkeypatch)
-    question = json.dumps([{"words": [], "for_gpus": True}] * 2)
+    question = json.dumps({"own_folder": str(tmp_path), "questions": [{"words": [], "for_gpus": True}] * 2})
     lines, problem = ask_for_lines("plan.meta_device", question, timeout_s=50)
     assert problem is not None or len(lines) == 2
     assert all(line["unknown"] for line in lines)

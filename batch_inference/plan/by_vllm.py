@@ -66,7 +66,7 @@ def ask_vllm(settings: Sequence[Setting], devices: Devices, say: Callable[[str],
     found = {path: _said(kept(path), version) for path in paths if path}
     asked = {path: question for path, question in zip(paths, questions, strict=True) if path and found[path] is None}
     if asked:
-        found |= _asked(asked, version, limit_s, say)
+        found |= _asked(asked, kept_path(folder, "plans") / "vllm", limit_s, say)
     elsewhere = Said(version, unknown="the model's config is not on this machine")
     return [found[path] if path else elsewhere for path in paths]
 
@@ -117,14 +117,16 @@ def _words(config: ExperimentConfig, *, coupled: bool) -> Iterator[str]:
 
 
 def _asked(
-    asked: dict[Path, Question], version: str, limit_s: float, say: Callable[[str], None]
+    asked: dict[Path, Question], own_folder: Path, limit_s: float, say: Callable[[str], None]
 ) -> dict[Path, Said | None]:
     from batch_inference.core.child import ask_for_lines
 
+    version = vllm_version()
     settings = counted(len(asked), "setting")
     say(f"note: asking vLLM {version} for the plan of {settings}; importing it takes some seconds, once")
-    question = json.dumps([dataclasses.asdict(question) for question in asked.values()])
-    lines, problem = ask_for_lines("plan.meta_device", question, timeout_s=limit_s)
+    questions = [dataclasses.asdict(question) for question in asked.values()]
+    told = json.dumps({"own_folder": str(own_folder), "questions": questions})
+    lines, problem = ask_for_lines("plan.meta_device", told, timeout_s=limit_s)
     found: dict[Path, Said | None] = {}
     for path, line in zip(asked, lines, strict=False):
         found[path] = said = _said(line, version)

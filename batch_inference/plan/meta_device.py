@@ -1,6 +1,8 @@
 """What vLLM itself says of settings, without loading anything: it builds their models on torch's meta device.
 
-    python -m batch_inference.plan.meta_device <QUESTIONS     a list of questions as JSON; a line of JSON for each
+    python -m batch_inference.plan.meta_device <QUESTIONS     prints a line of JSON for each
+
+QUESTIONS: as JSON, {"own_folder": where vLLM may keep what it finds out here, "questions": [Question, ..]}.
 
 In a process of its own, with stand-ins for what a worker has around it. Names of vLLM's that are not public (0.26 to
 0.33) are looked up, with a reason where they are missing, and whatever fails makes the answer unknown.
@@ -15,7 +17,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -306,13 +307,13 @@ def look_without_processes() -> None:
 
 
 def main() -> None:
-    questions = json.load(sys.stdin)
+    asked = json.load(sys.stdin)
     # Whatever else prints, prints elsewhere.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers, tempfile.TemporaryDirectory() as own_folder:
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
-        prepare(own_folder)
+        prepare(asked["own_folder"])
         look_without_processes()
-        for question in questions:
+        for question in asked["questions"]:
             print(json.dumps(answer(question)), file=answers, flush=True)
 
 
