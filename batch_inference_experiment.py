@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
@@ -18,11 +18,13 @@ from batch_inference.core.secrets import remember
 from batch_inference.core.signals import end_in_order
 from batch_inference.core.streams import print_kept, say, say_notes, secure_streams, show
 from batch_inference.measure.vllm_flags import check_vllm_flags
+from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, facts_of
-from batch_inference.plan.obstacles import infeasible, is_coupled
+from batch_inference.plan.obstacles import devices_against, is_coupled, rules_against
 from batch_inference.plan.place import Place, check_place, find_place
 from batch_inference.plan.printed import setting_plan
+from batch_inference.plan.said import Said
 
 # What measures needs installed packages; --help and --dry-run answer without them.
 if TYPE_CHECKING:
@@ -35,18 +37,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What this process finds: the model's sizes, this machine's devices, its place in a torchrun job, and a Ray
-    cluster to join. None where there is none of the kind."""
+    """What this process finds: the model's sizes, this machine's devices, its place in a torchrun job, a Ray cluster
+    to join, and what vLLM says of the setting. None where there is none of the kind."""
 
     facts: ModelFacts | None
     devices: Devices
     place: Place | None
     cluster: Cluster | None
+    said: Said | None = None
 
     @property
     def processes(self) -> int | None:
         """How many torchrun has started on this node."""
         return self.place.local_world_size if self.place else None
+
+    @property
+    def ray_gpus(self) -> int:
+        return self.cluster.gpus if self.cluster else len(self.devices)
+
+    @property
+    def memory_gib(self) -> float | None:
+        """Of the smallest device, where it can be known."""
+        return smallest_memory_gib(self.devices)
 
 
 def main() -> int:
@@ -87,7 +99,19 @@ def look_around(config: ExperimentConfig, place: Place | None) -> Surroundings:
         from batch_inference.measure.ray_cluster import find_cluster
 
         cluster = find_cluster()
-    return Surroundings(facts, devices, place, cluster)
+    here = Surroundings(facts, devices, place, cluster)
+    # Of the ranks of a node, one asks.
+    return replace(here, said=ask(config, here)) if place is None or place.local_rank == 0 else here
+
+
+def ask(config: ExperimentConfig, here: Surroundings) -> Said | None:
+    """Raises ConfigError for a flag that vLLM does not know."""
+    check_vllm_flags(config.engine_args, say)
+    if not config.dry_run and devices_against(config, here.devices, here.processes, here.ray_gpus):
+        return None
+    memory_gib = config.device_memory_gib or here.memory_gib
+    (said,) = ask_vllm([(config, here.facts, memory_gib)], here.devices, say)
+    return said
 
 
 def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[ExperimentConfig, Surroundings], int]:
@@ -96,17 +120,14 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
     if config.dry_run:
         if follows:
             return say_nothing
-        check_vllm_flags(config.engine_args, say)
         return show_plan
-    ray_gpus = here.cluster.gpus if here.cluster else len(here.devices)
-    reason = infeasible(config, here.facts, here.devices, here.processes, ray_gpus)
+    reason = devices_against(config, here.devices, here.processes, here.ray_gpus) or rules_against(
+        config, here.facts, here.devices, here.said
+    )
     if reason:
         raise ConfigError(reason)
     if missing := missing_to_measure():
         raise ConfigError(missing)
-    # Of the ranks of a node, one asks.
-    if here.place is None or here.place.local_rank == 0:
-        check_vllm_flags(config.engine_args, say)
     if follows:
         return follow_rank_0
     # torchrun has numbers of its own, whatever --node-rank says.
@@ -118,9 +139,10 @@ def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
 
 
 def show_plan(config: ExperimentConfig, here: Surroundings) -> int:
-    memory_gib = config.device_memory_gib or smallest_memory_gib(here.devices)
-    shown = show("\n".join(setting_plan(config, here.facts, here.devices, memory_gib)))
-    return 1 if infeasible(config, here.facts, here.devices) else shown
+    memory_gib = config.device_memory_gib or here.memory_gib
+    shown = show("\n".join(setting_plan(config, here.facts, here.devices, memory_gib, here.said)))
+    obstacle = devices_against(config, here.devices) or rules_against(config, here.facts, here.devices, here.said)
+    return 1 if obstacle else shown
 
 
 def measure(config: ExperimentConfig, here: Surroundings) -> int:

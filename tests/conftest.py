@@ -35,6 +35,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 STUB = REPOSITORY / "tests" / "stub"
 # The user's own caches are neither read nor written.
 CACHE = Path(tempfile.mkdtemp(prefix="batch_inference_cache_"))
+# A vLLM that is installed is asked only where that is what is tested: it takes longer than all the fast tests.
+os.environ["BATCH_INFERENCE_PLAN_LIMIT_S"] = "0"
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 SMALL_GRID = ("--batch-sizes", "1,2", "--seq-lens", "8", "--max-tokens", "4", "--num-runs", "2")
 

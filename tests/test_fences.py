@@ -22,7 +22,11 @@ MAY_IMPORT = {
     "launch": {"core", "plan", "measure", "analyze"},
 }
 # Packages that only these modules import.
-PLACES = {"vllm": {"engine"}, "torch": {"engine", "ranks", "peaks"}, "ray": {"ray_cluster"}}
+PLACES = {
+    "vllm": {"engine", "meta_device"},
+    "torch": {"engine", "ranks", "peaks", "meta_device", "stand_ins"},
+    "ray": {"ray_cluster"},
+}
 ANALYSIS = {"pandas", "matplotlib", "seaborn"}
 
 

@@ -279,6 +279,7 @@ def test_a_plan_for_scripts_is_a_list_with_an_object_for_each_setting(launcher: 
             "requests_in_one_wave",
             "source",
             "unknown",
+            "max_model_len",
             "activations_counted",
         ]
     ] * 4

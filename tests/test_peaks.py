@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core.child import ChildError
 from batch_inference.core.config import ConfigError
 from batch_inference.core.results import DeviceInfo
 from batch_inference.measure import peaks
-from batch_inference.measure.child import ChildError
 from batch_inference.measure.peaks import datasheet_peaks, measure_peaks, peaks_of
 from batch_inference.plan.devices import Devices
 

@@ -13,6 +13,7 @@ from batch_inference.core.text import has_control
 from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.memory import MemoryPlan, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
+from batch_inference.plan.needs import Needs
 from batch_inference.plan.obstacles import infeasible, is_coupled
 from batch_inference.plan.parts import layers_of_stages
 from batch_inference.plan.printed import _memory_words, setting_plan
@@ -719,7 +720,7 @@ def test_the_plan_says_in_a_line_that_activations_are_not_counted(tmp_path: Path
 
 
 def test_weights_that_fill_the_share_exactly_leave_nothing() -> None:
-    found = MemoryPlan(weights_gib=8.0, kv_bytes_per_token=1.0, pool_gib=0.0, block_size=16)
+    found = Needs(weights_gib=8.0, source="formula", kv_gib=1.0, pool_gib=0.0)
     assert "the weights do not fit: 8 GiB are there for vLLM" in _memory_words(ExperimentConfig(), found)
 
 

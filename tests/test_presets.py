@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,7 +166,8 @@ FOUR = Devices("gpu", tuple("0123"))
 def test_a_setting_that_has_no_devices_is_known_before(
     sizes: tuple[int, int, int], nnodes: int, reason: str | None
 ) -> None:
-    assert planned(job(Setting(*sizes), "--seq-lens", "64"), nnodes, FOUR).reason == reason
+    one = replace(job(Setting(*sizes), "--seq-lens", "64"), setting=Setting(*sizes, nodes=nnodes))
+    assert [found.reason for found in planned([one], FOUR, print)] == [reason]
 
 
 def runnable(*settings: tuple[int, int, int], batch_sizes: str, reason: str | None = None) -> list[PlannedJob]:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core import child
 from batch_inference.core.config import ConfigError
-from batch_inference.measure import child, vllm_flags
+from batch_inference.measure import vllm_flags
 from batch_inference.measure.vllm_flags import cache_file, check_vllm_flags
 from conftest import REPOSITORY, STUB, assert_answers_at_once, experiment_command, stub_environment
 
@@ -34,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         return KNOWN
 
     monkeypatch.setattr(child, "ask", ask)
-    monkeypatch.setattr(vllm_flags, "_vllm_package", lambda: STUB / "vllm")
+    monkeypatch.setattr(vllm_flags, "vllm_folder", lambda: STUB / "vllm")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return questions
 
@@ -59,7 +60,7 @@ def test_without_flags_for_vllm_nobody_is_asked(asked: list[str]) -> None:
 
 
 def test_where_vllm_is_not_installed_nothing_is_said(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_flags, "_vllm_package", lambda: None)
+    monkeypatch.setattr(vllm_flags, "vllm_folder", lambda: None)
     assert said_by("--quantisation", "fp8") == asked == []
 
 

@@ -112,7 +112,7 @@ def plan_jobs(
 ) -> tuple[list[PlannedJob], list[str]]:
     """The settings, and a line for each that is left out. Raises ConfigError."""
     settings, left_out = settings_of(preset, options, len(devices), nodes.spread)
-    jobs = [planned(job, job.setting.nodes, devices) for job in jobs_of(settings, preset, options, here)]
+    jobs = planned(jobs_of(settings, preset, options, here), devices, say)
     if options.is_over_nodes:
         jobs = [replace(one, reason=nodes.obstacle(one.job.setting) or one.reason) for one in jobs]
     return jobs, left_out

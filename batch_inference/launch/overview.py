@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.secrets import placeholders, redact
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
-from batch_inference.core.values import AUTO_LENGTH
 from batch_inference.launch.jobs import Job
 from batch_inference.launch.stored import time_left
+from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, smallest_memory_gib
-from batch_inference.plan.memory import NOT_COUNTED, memory_plan
+from batch_inference.plan.memory import NOT_COUNTED
 from batch_inference.plan.model import ModelFacts, facts_of
-from batch_inference.plan.obstacles import infeasible
+from batch_inference.plan.needs import Needs, needs_of
+from batch_inference.plan.obstacles import devices_against, rules_against
+from batch_inference.plan.printed import by_whom
+from batch_inference.plan.said import Said
 
 _COLUMNS = ("setting", "devices", "replicas", "by")
 _MEMORY = ("weights GiB", "KV tokens", "fit in one wave")
@@ -38,16 +42,30 @@ class PlannedJob:
     job: Job
     facts: ModelFacts | None
     reason: str | None  # why it cannot run here
+    said: Said | None = None  # by vLLM
 
     @property
     def config(self) -> ExperimentConfig:
         return self.job.config
 
 
-def planned(job: Job, nnodes: int, devices: Devices) -> PlannedJob:
-    """Raises ConfigError for a model folder that is none."""
-    facts = facts_of(job.config)
-    return PlannedJob(job, facts, _uneven(job.config, nnodes) or _infeasible(job.config, facts, nnodes, devices))
+def planned(jobs: Sequence[Job], devices: Devices, say: Callable[[str], None]) -> list[PlannedJob]:
+    """Of vLLM it is asked once for all. Raises ConfigError for a model folder that is none."""
+    facts = [facts_of(job.config) for job in jobs]
+    here_gib = smallest_memory_gib(devices)
+    settings = [
+        (job.config, known, job.config.device_memory_gib or here_gib) for job, known in zip(jobs, facts, strict=True)
+    ]
+    answers = ask_vllm(settings, devices, say)
+    return [
+        PlannedJob(job, known, _obstacle(job, known, devices, said), said)
+        for job, known, said in zip(jobs, facts, answers, strict=True)
+    ]
+
+
+def _obstacle(job: Job, facts: ModelFacts | None, devices: Devices, said: Said | None) -> str | None:
+    nnodes = job.setting.nodes
+    return _uneven(job.config, nnodes) or _infeasible(job.config, facts, nnodes, devices, said)
 
 
 def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
@@ -56,24 +74,27 @@ def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
     return f"its {counted(config.num_devices, 'device')} cannot be shared out evenly over {nnodes} nodes"
 
 
-def _infeasible(config: ExperimentConfig, facts: ModelFacts | None, nnodes: int, devices: Devices) -> str | None:
-    if config.distributed_executor_backend == "ray":
-        return infeasible(config, facts, devices)
+def _infeasible(
+    config: ExperimentConfig, facts: ModelFacts | None, nnodes: int, devices: Devices, said: Said | None
+) -> str | None:
     needed, there = config.num_devices, len(devices) * nnodes
-    if needed > there:
-        return f"it needs {needed} devices, there are {there} ({devices.kind})"
     # Every node is taken to be like this one.
-    return infeasible(config, facts, devices, needed // nnodes)
+    on_each = None if config.distributed_executor_backend == "ray" else needed // nnodes
+    if on_each and needed > there:
+        return f"it needs {needed} devices, there are {there} ({devices.kind})"
+    return devices_against(config, devices, on_each) or rules_against(config, facts, devices, said)
 
 
 def all_needs(jobs: Sequence[PlannedJob], devices: Devices) -> list[Needs]:
     here_gib = smallest_memory_gib(devices)
-    return [_needs(one, devices, here_gib) for one in jobs]
+    return [
+        needs_of(one.config, one.facts, devices, one.config.device_memory_gib or here_gib, one.said) for one in jobs
+    ]
 
 
 def table(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> list[str]:
     """What the settings will need, a line each; without the memory where nothing of it is known."""
-    knows_sizes = any(need.source for need in needs)
+    knows_sizes = any(need.source and not need.is_refused for need in needs)
     rows = [
         [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, one.job.setting.nodes)]
         for one in jobs
@@ -83,36 +104,6 @@ def table(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> list[str]:
     rows.insert(0, [*_COLUMNS, *(_MEMORY if knows_sizes else ())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a setting will hold, by whom it is said; None where it is not known."""
-
-    weights_gib: float | None = None
-    kv_cache_tokens: int | None = None
-    requests_in_one_wave: dict[int, int] | None = None  # by prompt length
-    source: str | None = None
-    unknown: tuple[str, ...] = ()  # why what is None is not known
-    activations_counted: bool | None = None  # None where nothing is said of what is left for the KV cache
-
-
-def _needs(one: PlannedJob, devices: Devices, here_gib: float | None) -> Needs:
-    """`here_gib`: memory of a device of this machine."""
-    config = one.config
-    memory = memory_plan(config, one.facts, devices, config.device_memory_gib or here_gib)
-    longest = config.max_model_len or config.longest_request
-    tokens = None if longest == AUTO_LENGTH else memory.kv_cache_tokens(longest)
-    waves = {length: memory.requests_in_one_wave(length + config.max_tokens) for length in config.seq_lens}
-    known = {length: number for length, number in waves.items() if number is not None}
-    return Needs(
-        memory.weights_gib,
-        tokens,
-        known or None,
-        memory.source,
-        memory.unknown,
-        False if memory.lacks_activations else None,
-    )
 
 
 def _cells(needs: Needs) -> list[str]:
@@ -130,11 +121,15 @@ def plan_as_json(jobs: Sequence[PlannedJob], devices: Devices) -> str:
             "devices": one.config.num_devices,
             "replicas": one.config.data_parallel_size,
             "obstacle": one.reason,
-            **asdict(need),
+            **_told(need),
         }
         for one, need in zip(jobs, all_needs(jobs, devices), strict=True)
     ]
     return json.dumps(settings, indent=2)
+
+
+def _told(needs: Needs) -> dict[str, Any]:
+    return {name: value for name, value in asdict(needs).items() if name not in ("kv_gib", "pool_gib")}
 
 
 def _by(one: PlannedJob, nnodes: int) -> str:
@@ -173,14 +168,13 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, device
     """The table, what cannot run and why, and the commands for the rest. `nodes`: on which devices are."""
     needs = all_needs(jobs, devices)
     rows = table(jobs, needs) if jobs else []
-    head = _head(jobs[0].config, nodes, devices) if jobs else []
+    head = [*_head(jobs[0].config, nodes, devices), _sources(jobs, needs)] if jobs else []
     obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
     can_run = [one.config for one in jobs if one.reason is None]
     left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
     hidden = _hidden(jobs)
     margin = [NOT_COUNTED] if any(need.activations_counted is False for need in needs) else []
-    # Most often the same for all settings.
-    unknown = dict.fromkeys(reason for need in needs for reason in need.unknown)
+    unknown = _for_some(_names_by(jobs, (need.unknown for need in needs)), len(jobs))
     remarks = [
         *unknown,
         *margin,
@@ -210,6 +204,26 @@ def _head(config: ExperimentConfig, nodes: str, devices: Devices) -> tuple[str, 
         _WHY_TORCHRUN if nodes else "",
         _PACKED if config.packed else "",
     )
+
+
+def _sources(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> str:
+    """Whose numbers these are; nothing where there are none."""
+    by = _names_by(jobs, ([by_whom(need.source)] if need.source else [] for need in needs))
+    return f"memory: {'; '.join(_for_some(by, len(jobs)))}" if by else ""
+
+
+def _names_by(jobs: Sequence[PlannedJob], texts: Iterable[Iterable[str]]) -> dict[str, list[str]]:
+    """Names of the settings of which each text is said."""
+    names: dict[str, list[str]] = {}
+    for one, said in zip(jobs, texts, strict=True):
+        for text in said:
+            names.setdefault(text, []).append(one.job.name)
+    return names
+
+
+def _for_some(told: Mapping[str, Sequence[str]], count: int) -> list[str]:
+    """What is not said of all has names of settings after it."""
+    return [text if len(names) == count else f"{text} ({listed(names)})" for text, names in told.items()]
 
 
 def _wrapped(texts: Iterable[str]) -> list[str]:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import msgspec
 
+from batch_inference.core.child import python_path
 from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.files import open_regular
 from batch_inference.core.secrets import redact_text
 from batch_inference.core.text import plain
-from batch_inference.measure.environment import python_path
 from batch_inference.measure.leftovers import processes_of, remove, shared_memory_of
 from batch_inference.measure.logs import open_log
 from batch_inference.measure.messages import (

@@ -63,12 +63,6 @@ def installed_vllm() -> str | None:
     return _versions().get("vllm")
 
 
-def python_path() -> str:
-    """PYTHONPATH for our own processes: they find this package wherever the user is."""
-    ours = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
 def _git_state() -> tuple[str | None, bool | None]:
     folder = str(Path(__file__).resolve().parent)
     commit = _output_of("git", "-C", folder, "rev-parse", "HEAD")

@@ -105,7 +105,7 @@ def _fetch(request: _Request, environment: dict[str, str], say: Callable[[str], 
 
 
 def _ask(what: str, request: _Request, environment: dict[str, str], timeout_s: float) -> _Answer:
-    from batch_inference.measure.child import ChildError, ask
+    from batch_inference.core.child import ChildError, ask
 
     words = (what, json.dumps(dataclasses.asdict(request)))
     try:

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from batch_inference.core.child import ChildError, ask
 from batch_inference.core.config import ConfigError
 from batch_inference.core.results import DeviceInfo, Peaks
-from batch_inference.measure.child import ChildError, ask
 from batch_inference.plan.devices import Devices
 
 # Words of NVML's name -> dense 16-bit tensor throughput (FP16 and BF16, without sparsity), memory bandwidth, and the

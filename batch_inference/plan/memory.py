@@ -91,11 +91,11 @@ def memory_plan(
     """`memory_gib`: of one device, where it is known."""
     unknown: dict[str, str] = {}  # what by why
     weights, weights_by, cache = None, FORMULA, None
-    asked_gib, block_size = _asked_gib(config), _block_size(config, devices)
+    pool_asked_gib, block_size = asked_gib(config), _block_size(config, devices)
     try:
         known = _facts(config, facts)
     except UnknownError as reason:
-        return MemoryPlan(None, None, asked_gib, block_size, (f"memory unknown: {reason}",))
+        return MemoryPlan(None, None, pool_asked_gib, block_size, (f"memory unknown: {reason}",))
     try:
         weights, weights_by = _weights_of_stages(config, known)
     except UnknownError as reason:
@@ -105,9 +105,9 @@ def memory_plan(
     except UnknownError as reason:
         unknown[str(reason)] = "memory" if str(reason) in unknown else "KV cache"
     share_gib = None if memory_gib is None else memory_gib * config.gpu_memory_utilization
-    pool_gib, per_token = _tightest(share_gib, asked_gib, weights, cache)
+    pool_gib, per_token = _tightest(share_gib, pool_asked_gib, weights, cache)
     weights_gib = max(weights) if weights else None
-    is_asked = asked_gib is not None
+    is_asked = pool_asked_gib is not None
     reasons = tuple(f"{what} unknown: {why}" for why, what in unknown.items())
     return MemoryPlan(weights_gib, per_token, pool_gib, block_size, reasons, weights_by, is_asked)
 
@@ -130,7 +130,8 @@ def _tightest(
     )
 
 
-def _asked_gib(config: ExperimentConfig) -> float | None:
+def asked_gib(config: ExperimentConfig) -> float | None:
+    """What the user gives the KV cache of a device."""
     asked_bytes = config.engine_number("--kv-cache-memory-bytes")
     return None if asked_bytes is None else asked_bytes / GIB
 

@@ -8,6 +8,7 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.plan.architectures import padded_vocabulary
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import ModelFacts
+from batch_inference.plan.said import Said
 
 
 def wants_whole_experts(config: ExperimentConfig) -> bool:
@@ -21,24 +22,11 @@ def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
     return wants_whole_experts(config) and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
 
 
-def infeasible(
-    config: ExperimentConfig,
-    facts: ModelFacts | None,
-    devices: Devices,
-    devices_here: int | None = None,
-    ray_gpus: int | None = None,
+def devices_against(
+    config: ExperimentConfig, devices: Devices, devices_here: int | None = None, ray_gpus: int | None = None
 ) -> str | None:
-    """Why this setting cannot run here, in one line with the remedy; None when nothing speaks against it.
-    `devices_here`: how many processes torchrun has started on this node. `ray_gpus`: what the Ray cluster has that
+    """`devices_here`: how many processes torchrun has started on this node. `ray_gpus`: what the Ray cluster has that
     will give out the devices."""
-    return _devices_against_setting(config, devices, devices_here, ray_gpus) or _vllm_against_setting(
-        config, facts, devices
-    )
-
-
-def _devices_against_setting(
-    config: ExperimentConfig, devices: Devices, devices_here: int | None, ray_gpus: int | None
-) -> str | None:
     lower = "lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
     if devices.kind == "gpu" and not devices.ids:
         return "CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it, or name GPUs that are there, each once"
@@ -59,12 +47,17 @@ def _devices_against_setting(
     return None
 
 
-def _vllm_against_setting(config: ExperimentConfig, facts: ModelFacts | None, devices: Devices) -> str | None:
-    """What vLLM or the model does not allow."""
+def rules_against(
+    config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, said: Said | None = None
+) -> str | None:
+    """What vLLM or the model does not allow. `said`: by vLLM itself, whose word counts for more than ours."""
     if devices.kind == "cpu" and config.enforce_eager and config.pipeline_parallel_size > 1:
         return "--enforce-eager with --pipeline-parallel-size on the CPU fails in vLLM; drop --enforce-eager"
     if devices.kind == "cpu" and is_coupled(config, facts):
         return "--enable-expert-parallel with --data-parallel-size on the CPU fails in vLLM; it needs GPUs"
+    if said and said.judges:
+        # Of a length our own words say more: they name the flags.
+        return said.refusal and (_length_against_model(config, said.longest) or f"{said.by} refuses it: {said.refusal}")
     return None if facts is None else _model_against_setting(config, facts)
 
 

@@ -1,4 +1,4 @@
-"""The plan of one setting, as --dry-run prints it."""
+"""The plan of one setting as text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from collections.abc import Iterator
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.secrets import redact
 from batch_inference.core.text import listed, wrapped
-from batch_inference.plan.devices import GIB, Devices
-from batch_inference.plan.memory import FILES, NOT_COUNTED, MemoryPlan, memory_plan
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.memory import FILES, NOT_COUNTED
 from batch_inference.plan.model import ModelFacts
-from batch_inference.plan.obstacles import infeasible
+from batch_inference.plan.needs import Needs, needs_of
+from batch_inference.plan.obstacles import devices_against, rules_against
+from batch_inference.plan.said import Said
 
 
 def setting_plan(
-    config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None = None
+    config: ExperimentConfig,
+    facts: ModelFacts | None,
+    devices: Devices,
+    memory_gib: float | None = None,
+    said: Said | None = None,
 ) -> list[str]:
-    """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known."""
+    """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known. `said`: by vLLM."""
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     points = list(config.points())
-    reason = infeasible(config, facts, devices)
-    memory = memory_plan(config, facts, devices, memory_gib)
+    reason = devices_against(config, devices) or rules_against(config, facts, devices, said)
+    needs = needs_of(config, facts, devices, memory_gib, said)
     words = {
         "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
         f"{devices.kind} devices",
@@ -28,8 +34,8 @@ def setting_plan(
         "grid": f"batch sizes {listed(config.batch_sizes)} x lengths {listed(config.seq_lens)}, "
         f"{config.max_tokens} output tokens: {len(points)} points, {config.runs_in_words} timed runs each",
         "file": str(config.output_path),
-        "memory": _memory_words(config, memory),
-        "margin": NOT_COUNTED if memory.lacks_activations else "",
+        "memory": _memory_words(config, needs),
+        "margin": NOT_COUNTED if needs.activations_counted is False else "",
         "vLLM": f"{' '.join(redact(config.engine_args))} (vLLM checks these when it starts)"
         if config.engine_args
         else "",
@@ -38,25 +44,31 @@ def setting_plan(
     return [line for name, text in words.items() if text for line in wrapped(f"{name:<10}{text}", indent=10)]
 
 
-def _memory_words(config: ExperimentConfig, memory: MemoryPlan) -> str:
+def by_whom(source: str) -> str:
+    """Whose numbers these are."""
+    return f"by {source.replace(FILES, 'the sizes in its files')}"
+
+
+def _memory_words(config: ExperimentConfig, needs: Needs) -> str:
+    known = "; ".join(_known_words(config, needs))
+    told = [f"{known} ({by_whom(needs.source)})"] if needs.source else []
     # The line is called memory.
-    return "; ".join([*_known_words(config, memory), *memory.unknown]).removeprefix("memory ")
+    return "; ".join([*told, *needs.unknown]).removeprefix("memory ")
 
 
-def _known_words(config: ExperimentConfig, memory: MemoryPlan) -> Iterator[str]:
-    if memory.weights_gib is not None:
-        by = " (the sizes in its files)" if memory.weights_by == FILES else ""
-        yield f"about {memory.weights_gib:.3g} GiB weights per device{by}"
-    if memory.weights_gib is not None and memory.pool_gib is not None and memory.pool_gib <= 0:
-        yield f"the weights do not fit: {memory.weights_gib + memory.pool_gib:.3g} GiB are there for vLLM"
+def _known_words(config: ExperimentConfig, needs: Needs) -> Iterator[str]:
+    weights_gib, pool_gib = needs.weights_gib, needs.pool_gib
+    if needs.is_refused:
+        yield "nothing, it is refused"
+    if weights_gib is not None:
+        yield f"about {weights_gib:.3g} GiB weights per device"
+    if weights_gib is not None and pool_gib is not None and pool_gib <= 0:
+        yield f"the weights do not fit: {weights_gib + pool_gib:.3g} GiB are there for vLLM"
         return
-    if memory.kv_bytes_per_token is None:
+    if needs.kv_gib is None:
         return
-    kv_gib = memory.kv_bytes_per_token * max(config.batch_sizes) * config.longest_request / GIB
-    yield f"{kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
-    if memory.pool_gib is not None:
-        waves = ", ".join(
-            f"{memory.requests_in_one_wave(seq_len + config.max_tokens)} of length {seq_len}"
-            for seq_len in config.seq_lens
-        )
-        yield f"{memory.pool_gib:.3g} GiB are there for it; requests that fit in one wave: {waves}"
+    yield f"{needs.kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
+    if pool_gib is not None:
+        waves = needs.requests_in_one_wave or {}
+        told = ", ".join(f"{waves[length]} of length {length}" for length in config.seq_lens if length in waves)
+        yield f"{pool_gib:.3g} GiB are there for it; requests that fit in one wave: {told}"

