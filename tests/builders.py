@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.metrics import summarise
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import (
@@ -25,8 +26,22 @@ from batch_inference.core.results import (
     StoredConfig,
     Warmup,
 )
+from batch_inference.plan.devices import Devices
+from batch_inference.plan.model import ModelFacts
+from batch_inference.plan.obstacles import devices_against, rules_against
 
 DEVICE = "NVIDIA H100 80GB HBM3"
+
+
+def infeasible(
+    config: ExperimentConfig,
+    facts: ModelFacts | None,
+    devices: Devices,
+    devices_here: int | None = None,
+    ray_gpus: int | None = None,
+) -> str | None:
+    """Why a setting cannot run, where vLLM is not asked."""
+    return devices_against(config, devices, devices_here, ray_gpus) or rules_against(config, facts, devices)
 
 
 def make_run(latency_s: float, *, requests: int = 1, seq_len: int = 64, max_tokens: int = 32, **changes: Any) -> Run:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from batch_inference.measure import child
-from batch_inference.measure.child import ChildError, ask
+from batch_inference.core import child
+from batch_inference.core.child import ChildError, ask
 
 
 def answer_of(end: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Any]:
@@ -21,6 +21,8 @@ def answer_of(end: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Any
         commands.append(command)
         if isinstance(end, Exception):
             raise end
+        if isinstance(end, subprocess.CompletedProcess):
+            return end
         return subprocess.CompletedProcess(command, 0, end, "")
 
     monkeypatch.setattr(child.subprocess, "run", run)
@@ -38,13 +40,11 @@ def test_the_last_line_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     ("end", "said"),
     [
         (subprocess.TimeoutExpired("x", 60), "no answer within 60 s"),
-        (subprocess.CalledProcessError(1, "x", "", "Traceback:\n  in x\nOSError: \x1b[2Jgone\n"), "OSError:  [2Jgone"),
-        (subprocess.CalledProcessError(1, "x", "", ""), "no reason is given"),
+        (subprocess.CompletedProcess("x", 1, "", "Traceback:\n  in x\nOSError: \x1b[2Jgone\n"), "OSError:  [2Jgone"),
+        (subprocess.CompletedProcess("x", 1, "", ""), "no reason is given"),
     ],
 )
-def test_without_an_answer_the_last_line_is_the_reason(
-    end: Exception, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_an_answer_the_last_line_is_the_reason(end: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ChildError) as caught:
         answer_of(end, monkeypatch)
     assert str(caught.value) == said
@@ -64,7 +64,7 @@ def test_a_process_of_its_own_has_our_environment_and_what_is_asked_for_and_find
     monkeypatch.setattr(child, "os", SimpleNamespace(environ={"A": "1", "B": "1", "PYTHONPATH": "/theirs"}))
     ask("measure.hub", timeout_s=7.5)
     ask("measure.hub", timeout_s=7.5, environment={"B": "2", "PYTHONPATH": "/other"})
-    ours = {"capture_output": True, "text": True, "timeout": 7.5, "check": True}
+    ours = {"input": "", "capture_output": True, "text": True, "errors": "replace", "timeout": 7.5, "check": False}
     assert calls == [
         {**ours, "env": {"A": "1", "B": "1", "PYTHONPATH": "/ours:/theirs"}},
         {**ours, "env": {"A": "1", "B": "2", "PYTHONPATH": "/ours:/theirs"}},

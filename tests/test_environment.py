@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core.child import python_path
 from batch_inference.core.results import DeviceInfo, Environment
 from batch_inference.measure import environment
-from batch_inference.measure.environment import collect_environment, installed_vllm, python_path
+from batch_inference.measure.environment import collect_environment, installed_vllm
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from test_launcher import Launcher
 
+from batch_inference.core import child
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
-from batch_inference.measure import child
 from batch_inference.measure import hub as hub_module
 from batch_inference.measure.hub import fetch_models
 from batch_inference.plan.devices import GIB
@@ -279,7 +279,7 @@ def test_a_fetch_is_looked_at_first_and_said(tmp_path: Path, monkeypatch: pytest
         return answer
 
     monkeypatch.setattr(child, "ask", ask)
-    monkeypatch.setattr(hub_module, "is_local", lambda _: False)
+    monkeypatch.setattr(hub_module, "is_on_hub", lambda _: True)
     free = {"of": 3 * GIB}
     monkeypatch.setattr(
         hub_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free["of"] if path == tmp_path else 0)

@@ -15,12 +15,13 @@ from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import ModelFacts, facts_of, why_unread
 from batch_inference.plan.model_place import is_on_hub
-from batch_inference.plan.obstacles import infeasible
 from batch_inference.plan.overrides import NotFollowedError, hf_overrides
 from batch_inference.plan.printed import setting_plan
+from builders import infeasible
 
 GPU = Devices("gpu", ("0",))
 LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "hidden_size": 512,
@@ -41,6 +42,14 @@ def known(config: ExperimentConfig) -> ModelFacts:
     facts = facts_of(config)
     assert facts is not None
     return facts
+
+
+def is_quantized(config: ExperimentConfig) -> bool:
+    return known(config).quantization is not None
+
+
+def weights_gib(config: ExperimentConfig) -> float | None:
+    return memory_plan(config, known(config), GPU, 80.0).weights_gib
 
 
 def printed(config: ExperimentConfig) -> str:
@@ -76,12 +85,12 @@ def test_overrides_say_how_long_a_request_may_be(tmp_path: Path, words: tuple[st
 
 
 def test_overrides_say_what_sizes_a_model_has(tmp_path: Path) -> None:
-    whole = known(setting(tmp_path)).weights_gib(1, 1, "auto")
+    whole = setting(tmp_path)
     config = setting(tmp_path, "--hf-overrides.num_hidden_layers", "2", "--hf-overrides.num_attention_heads", "6")
     assert (known(config).num_layers, known(config).num_attention_heads) == (2, 6)
-    assert (known(config).weights_gib(1, 1, "auto") or 0) < (whole or 0)
-    assert not known(setting(tmp_path)).is_quantized
-    assert known(setting(tmp_path, "--hf-overrides", '{"quantization_config": {"quant_method": "fp8"}}')).is_quantized
+    assert (weights_gib(config) or 0) < (weights_gib(whole) or 0)
+    assert not is_quantized(setting(tmp_path))
+    assert is_quantized(setting(tmp_path, "--hf-overrides", '{"quantization_config": {"quant_method": "fp8"}}'))
 
 
 def test_the_part_for_the_language_model_is_changed_by_its_name(tmp_path: Path) -> None:
@@ -194,15 +203,14 @@ def test_the_config_may_lie_elsewhere_than_the_weights(tmp_path: Path) -> None:
             facts_of(setting(tmp_path, "--hf-config-path", str(path)))
     # Of one file nobody says how it is quantized.
     (tmp_path / "m.gguf").touch()
-    assert known(setting(tmp_path, *elsewhere, model=str(tmp_path / "m.gguf"))).is_quantized
+    assert is_quantized(setting(tmp_path, *elsewhere, model=str(tmp_path / "m.gguf")))
 
 
 def test_weights_that_are_quantized_elsewhere_than_in_the_config_are_found(tmp_path: Path) -> None:
-    assert not known(setting(tmp_path)).is_quantized
-    assert known(setting(tmp_path, "--load-format", "bitsandbytes")).is_quantized
-    assert known(setting(tmp_path, document={**LLAMA, "compression_config": {}})).is_quantized
+    assert not is_quantized(setting(tmp_path))
+    assert is_quantized(setting(tmp_path, document={**LLAMA, "compression_config": {}}))
     (tmp_path / "hf_quant_config.json").write_text("{}")
-    assert known(setting(tmp_path)).is_quantized
+    assert is_quantized(setting(tmp_path))
 
 
 # --- sizes in flags --------------------------------------------------------------------------------------------------
@@ -212,14 +220,13 @@ def test_a_cache_of_gigabytes_is_planned_with(tmp_path: Path) -> None:
     for text, gib in (("8G", 8.0), ("8589934592", 8.0)):
         config = setting(tmp_path, f"--kv-cache-memory-bytes={text}")
         plan = memory_plan(config, known(config), GPU, 80.0)
-        assert plan is not None
         assert plan.pool_gib == gib
 
 
 def test_weights_outside_the_device_are_not_counted_as_if_they_were_inside(tmp_path: Path) -> None:
     assert "unknown" not in printed(setting(tmp_path))
     for words in (("--cpu-offload-gb", "4"), ("--cpu_offload_gb=4",), ("--offload-group-size", "2")):
-        assert "memory unknown with --" in printed(setting(tmp_path, *words))
+        assert "memory unknown: the formulas do not know what --" in printed(setting(tmp_path, *words))
 
 
 def test_with_a_length_that_vllm_finds_out_nothing_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from batch_inference.plan.architectures import ARCHITECTURES
 from batch_inference.plan.devices import devices_elsewhere
 from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import read_model_facts
-from batch_inference.plan.obstacles import infeasible
 from benchmarks.plan_truth import (
     FOLDER,
     IN_PART,
@@ -29,6 +28,7 @@ from benchmarks.plan_truth import (
     table,
     verdict,
 )
+from builders import infeasible
 from conftest import REPOSITORY
 
 SETTINGS = list(settings())

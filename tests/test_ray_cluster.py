@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from batch_inference.core.child import ChildError
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.measure import ray_cluster
-from batch_inference.measure.child import ChildError
 from batch_inference.measure.ray_cluster import Cluster, environment_of, find_cluster
 from batch_inference.plan.devices import Devices
-from batch_inference.plan.obstacles import infeasible
+from builders import infeasible
 from conftest import REPOSITORY, STUB
 
 
