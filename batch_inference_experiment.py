@@ -121,9 +121,10 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
         if follows:
             return say_nothing
         return show_plan
-    reason = devices_against(config, here.devices, here.processes, here.ray_gpus) or rules_against(
-        config, here.facts, here.devices, here.said
-    )
+    reason = devices_against(config, here.devices, here.processes, here.ray_gpus)
+    # Others of a node do not know what vLLM says; the one that does speaks for them.
+    if reason is None and (here.place is None or here.place.local_rank == 0):
+        reason = rules_against(config, here.facts, here.devices, here.said)
     if reason:
         raise ConfigError(reason)
     if missing := missing_to_measure():

@@ -512,6 +512,7 @@ def test_every_argument_of_vllm_is_known_by_what_it_is_made_of(monkeypatch: pyte
         "worker_extension_cls": "batch_inference.measure.engine.WorkerExtension",
         "enable_mfu_metrics": True,
         "jit_monitor_verbose": True,
+        "language_model_only": True,
         "quantization": "fp8",
     }
     assert engine_settings(config) == expected
@@ -532,6 +533,8 @@ def test_an_engine_tells_what_it_is_and_how_long_its_start_took(
             self.llm_engine = SimpleNamespace(
                 model_config=SimpleNamespace(
                     get_vocab_size=lambda: 1000,
+                    multimodal_config=None,
+                    hf_config=SimpleNamespace(to_dict=lambda: {"eos_token_id": 2}),
                     hf_text_config=SimpleNamespace(to_dict=lambda: {"eos_token_id": [2, 3]}),
                 ),
                 vllm_config=vllm_config(pipeline_parallel_size=1, distributed_executor_backend="uni"),

@@ -30,9 +30,9 @@ FIRST, BESIDE, SECOND, LAST = (Place(rank, 4, rank % 2, 2) for rank in range(4))
 
 
 def here_is(
-    devices: Devices = GPUS, place: Place | None = None, cluster: Any = None, facts: Any = None
+    devices: Devices = GPUS, place: Place | None = None, cluster: Any = None, facts: Any = None, said: Any = None
 ) -> Surroundings:
-    return Surroundings(facts, devices, place, cluster)
+    return Surroundings(facts, devices, place, cluster, said)
 
 
 # --- main ---------------------------------------------------------------------------------------------------------
@@ -104,13 +104,22 @@ def test_each_end_has_its_exit_code_and_its_words(
 def test_what_is_found_is_of_this_machine_or_of_the_one_that_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(script, "check_place", lambda *given: asked.append(given))
-    monkeypatch.setattr(script, "read_model_facts", lambda model: f"facts of {model}")
+    monkeypatch.setattr(script, "facts_of", lambda given: f"facts of {given.model}")
+    monkeypatch.setattr(script, "ask", lambda _, here: f"{here.facts}, asked of vLLM")
     monkeypatch.setattr(script, "find_devices", lambda: CPU)
     config = ExperimentConfig(model="m")
-    assert look_around(config, FIRST) == Surroundings("facts of m", CPU, FIRST, None)  # type: ignore[arg-type]
-    assert asked == [(config, FIRST)]
+    assert look_around(config, FIRST) == Surroundings(
+        "facts of m",
+        CPU,
+        FIRST,
+        None,
+        "facts of m, asked of vLLM",  # type: ignore[arg-type]
+    )
+    assert asked.pop() == (config, FIRST)
     planned = look_around(dataclasses.replace(config, devices=3, dry_run=True), None)
     assert planned.devices == Devices("gpu", ("0", "1", "2"), are_here=False)
+    # Of the processes of a node, one asks.
+    assert [look_around(config, place).said is None for place in (BESIDE, SECOND)] == [True, False]
     assert (planned.processes, here_is(place=BESIDE).processes) == (None, 2)
 
 
@@ -127,7 +136,8 @@ def test_what_is_found_is_of_this_machine_or_of_the_one_that_is_planned_for(monk
 def test_a_ray_cluster_is_looked_for_where_it_is_measured_on(
     backend: str | None, devices: Devices, dry_run: bool, asks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "read_model_facts", lambda _: None)
+    monkeypatch.setattr(script, "facts_of", lambda _: None)
+    monkeypatch.setattr(script, "ask", lambda *_: None)
     monkeypatch.setattr(script, "find_devices", lambda: devices)
     monkeypatch.setattr("batch_inference.measure.ray_cluster.find_cluster", lambda: "cluster")
     config = ExperimentConfig(distributed_executor_backend=backend, dry_run=dry_run)
@@ -141,8 +151,8 @@ def test_a_ray_cluster_is_looked_for_where_it_is_measured_on(
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What was checked, in its order, where everything fits."""
     made: list[tuple[str, Any]] = []
-    monkeypatch.setattr(script, "check_vllm_flags", lambda words, say: made.append(("flags", (words, say))))
-    monkeypatch.setattr(script, "infeasible", lambda *given: made.append(("fits", given)))
+    monkeypatch.setattr(script, "devices_against", lambda *given: made.append(("devices", given)))
+    monkeypatch.setattr(script, "rules_against", lambda *given: made.append(("rules", given)))
     monkeypatch.setattr(script, "missing_to_measure", lambda: made.append(("packages", ())))
     return made
 
@@ -150,14 +160,15 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize(
     ("flags", "place", "work", "checks"),
     [
-        ({}, None, script.measure, ["fits", "packages", "flags"]),
-        ({"node_rank": 1}, None, script.serve_node_0, ["fits", "packages", "flags"]),
-        ({"node_rank": 1}, FIRST, script.measure, ["fits", "packages", "flags"]),
-        ({}, BESIDE, script.follow_rank_0, ["fits", "packages"]),
-        ({}, SECOND, script.follow_rank_0, ["fits", "packages", "flags"]),
-        ({}, LAST, script.follow_rank_0, ["fits", "packages"]),
-        ({"dry_run": True}, None, script.show_plan, ["flags"]),
-        ({"dry_run": True}, FIRST, script.show_plan, ["flags"]),
+        ({}, None, script.measure, ["devices", "rules", "packages"]),
+        ({"node_rank": 1}, None, script.serve_node_0, ["devices", "rules", "packages"]),
+        ({"node_rank": 1}, FIRST, script.measure, ["devices", "rules", "packages"]),
+        # Others of a node do not know what vLLM says.
+        ({}, BESIDE, script.follow_rank_0, ["devices", "packages"]),
+        ({}, SECOND, script.follow_rank_0, ["devices", "rules", "packages"]),
+        ({}, LAST, script.follow_rank_0, ["devices", "packages"]),
+        ({"dry_run": True}, None, script.show_plan, []),
+        ({"dry_run": True}, FIRST, script.show_plan, []),
         ({"dry_run": True}, BESIDE, script.say_nothing, []),
         ({"dry_run": True}, SECOND, script.say_nothing, []),
     ],
@@ -166,18 +177,36 @@ def test_every_process_has_its_work(
     flags: dict[str, Any], place: Place | None, work: object, checks: list[str], checked: list[tuple[str, Any]]
 ) -> None:
     config = ExperimentConfig(engine_args=("--a", "b"), **flags)
-    here = here_is(place=place, facts="facts")
+    here = here_is(place=place, facts="facts", said="said")
     assert choose(config, here) is work
     assert [name for name, _ in checked] == checks
     told = dict(checked)
-    assert told.get("flags", (("--a", "b"), script.say)) == (("--a", "b"), script.say)
-    fits = (config, "facts", GPUS, place and 2, 4)
-    assert told.get("fits", fits) == fits
+    for name, given in (("devices", (config, GPUS, place and 2, 4)), ("rules", (config, "facts", GPUS, "said"))):
+        assert told.get(name, given) == given
 
 
 def test_a_ray_cluster_has_gpus_of_its_own(checked: list[tuple[str, Any]]) -> None:
     choose(ExperimentConfig(), here_is(cluster=SimpleNamespace(gpus=9, address="a")))
-    assert dict(checked)["fits"][-1] == 9
+    assert dict(checked)["devices"][-1] == 9
+
+
+@pytest.mark.parametrize(("dry_run", "obstacle", "asks"), [(False, None, 1), (False, "x", 0), (True, "x", 1)])
+def test_vllm_is_asked_once_its_flags_are_right_and_there_are_devices_to_measure_on(
+    dry_run: bool, obstacle: str | None, asks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(script, "check_vllm_flags", lambda *given: made.append(given))
+    monkeypatch.setattr(script, "devices_against", lambda *given: made.append(given) or obstacle)
+    monkeypatch.setattr(script, "ask_vllm", lambda *given: made.append(given) or ["said"])
+    monkeypatch.setattr(script, "smallest_memory_gib", lambda _: 70.0)
+    config = ExperimentConfig(engine_args=("--a", "b"), dry_run=dry_run)
+    here = here_is(facts="facts")
+    assert script.ask(config, here) == ("said" if asks else None)
+    assert made[0] == (("--a", "b"), script.say)
+    assert ((config, GPUS, None, 4) in made) is not dry_run
+    assert made[2 - dry_run :] == [([(config, "facts", 70.0)], GPUS, script.say)] * asks
+    script.ask(dataclasses.replace(config, device_memory_gib=80.0, dry_run=True), here)
+    assert made[-1][0][0][2] == 80.0
 
 
 def test_what_does_not_fit_stands_before_what_is_not_installed(
@@ -186,16 +215,18 @@ def test_what_does_not_fit_stands_before_what_is_not_installed(
     monkeypatch.setattr(script, "missing_to_measure", lambda: "not installed")
     with pytest.raises(ConfigError, match=r"^not installed$"):
         choose(ExperimentConfig(), here_is())
-    monkeypatch.setattr(script, "infeasible", lambda *_: "does not fit")
-    with pytest.raises(ConfigError, match=r"^does not fit$"):
-        choose(ExperimentConfig(), here_is())
-    assert [name for name, _ in checked] == ["fits"]
+    for check in ("rules_against", "devices_against"):
+        monkeypatch.setattr(script, check, lambda *_, check=check: check)
+        with pytest.raises(ConfigError, match=f"^{check}$"):
+            choose(ExperimentConfig(), here_is())
+    assert [name for name, _ in checked] == ["devices", "rules", "devices"]
     assert script.say_nothing(ExperimentConfig(), here_is()) == 0
 
 
+@pytest.mark.parametrize("check", ["devices_against", "rules_against"])
 @pytest.mark.parametrize(("obstacle", "shown", "code"), [(None, 0, 0), (None, 1, 1), ("x", 0, 1), ("x", 1, 1)])
 def test_a_plan_that_cannot_run_or_be_shown_is_exit_1(
-    obstacle: str | None, shown: int, code: int, monkeypatch: pytest.MonkeyPatch
+    check: str, obstacle: str | None, shown: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts: list[str] = []
 
@@ -203,12 +234,14 @@ def test_a_plan_that_cannot_run_or_be_shown_is_exit_1(
         texts.append(text)
         return shown
 
-    monkeypatch.setattr(script, "infeasible", lambda *_: obstacle)
+    monkeypatch.setattr(script, "devices_against", lambda *_: None)
+    monkeypatch.setattr(script, "rules_against", lambda *_: None)
+    monkeypatch.setattr(script, check, lambda *_: obstacle)
     monkeypatch.setattr(script, "smallest_memory_gib", lambda devices: devices.ids)
     monkeypatch.setattr(script, "setting_plan", lambda *given: [repr(given[1:]), "end"])
     monkeypatch.setattr(script, "show", show)
-    assert script.show_plan(ExperimentConfig(), here_is(facts="facts")) == code
-    assert texts == [f"{('facts', GPUS, GPUS.ids)!r}\nend"]
+    assert script.show_plan(ExperimentConfig(), here_is(facts="facts", said="said")) == code
+    assert texts == [f"{('facts', GPUS, GPUS.ids, 'said')!r}\nend"]
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ plan, what is done in which order, and what it tells the system of a new process
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -33,6 +34,7 @@ from batch_inference.launch.spread import NodeDevices, alike
 from batch_inference.launch.usage import usage
 from batch_inference.measure import greeting
 from batch_inference.plan.devices import Devices
+from batch_inference.plan.needs import Needs
 from conftest import REPOSITORY
 
 HERE = Here("py", "x/")
@@ -299,6 +301,7 @@ PLANS = {
     f"{TINY} --batch-sizes 8,1 --seq-lens 64,128 : TP=1,DP=2,TP=2 torchrun,TP=4 PP=2,TP=16,TP=N/3": """
 # models/tiny-llama on 8 gpu devices
 # 4 points each: batch sizes 8, 1 x lengths 64, 128, 8 output tokens
+# memory: by formula
 #
 # setting        devices  replicas  by        weights GiB  KV tokens  fit in one wave
 # tp_1           1        1         uni       0.0359       378336     5007 / 2781
@@ -307,6 +310,8 @@ PLANS = {
 # tp_4_pp_2      8        1         mp        0.00449      3151225    41707 / 23170
 # tp_16          16       1         -         0.00234      1579866    20909 / 11616
 #
+# activations are not counted: in our runs on GPUs vLLM had 0.7 to 2.5 GiB (1 to
+#   5 %) less for the KV cache of a device (docs/plan_check.md)
 # TP=N/3 is left out: there are 8 devices, and N/3 of them is no whole number
 # tp_16 cannot run: it needs 16 devices, there are 8 (gpu)
 # dp_2 will not be compared with torchrun_tp_2: its replicas' batches add up to
@@ -324,6 +329,7 @@ py x/batch_inference_experiment.py --name tp_4_pp_2
 # 1 point each: batch sizes 2 x lengths 64, 8 output tokens
 # over nodes: one replica by vLLM's own mp; more (DP) by torchrun, because
 #   vLLM's offline engine knows no replicas
+# memory: by formula
 #
 # setting                     devices  replicas  by                 weights GiB  KV tokens  fit in one wave
 # tp_2                        2        1         mp                 0.018        738014     10250
@@ -331,6 +337,8 @@ py x/batch_inference_experiment.py --name tp_4_pp_2
 # tp_4_pp_4_nodes_2           16       1         mp, 2 nodes        0.00415      6008428    83450
 # tp_32_nodes_4               32       1         -                  0.00123      1507608    20938
 #
+# activations are not counted: in our runs on GPUs vLLM had 0.7 to 2.5 GiB (1 to
+#   5 %) less for the KV cache of a device (docs/plan_check.md)
 # tp_32_nodes_4 cannot run: --tensor-parallel-size 32 does not divide the
 #   model's 8 attention heads
 # torchrun_tp_4_dp_4_nodes_2 will not be compared with tp_4_pp_4_nodes_2: its
@@ -346,13 +354,12 @@ py x/batch_inference_experiment.py --name tp_4_pp_4_nodes_2
 # who/knows on 8 gpu devices
 # 1 point each: batch sizes 2 x lengths 64, 8 output tokens
 # side by side where devices are free, the longest first; points are marked
-# memory: unknown for a quantized model, and where its sizes cannot be read from
-#   here
 #
 # setting    devices  replicas  by
 # tp_1       1        1         uni
 # tp_3_pp_3  9        1         -
 #
+# memory unknown: a hub name says nothing of the model's sizes from here
 # tp_3_pp_3 cannot run: it needs 9 devices, there are 8 (gpu)
 # put in what is not written here: A, B
 py x/batch_inference_experiment.py --name tp_1
@@ -362,13 +369,12 @@ py x/batch_inference_experiment.py --name tp_1
 # 1 point each: batch sizes 2 x lengths 64, 8 output tokens
 # over nodes: one replica by vLLM's own mp; more (DP) by torchrun, because
 #   vLLM's offline engine knows no replicas
-# memory: unknown for a quantized model, and where its sizes cannot be read from
-#   here
 #
 # setting       devices  replicas  by
 # tp_3_nodes_2  3        1         -
 # tp_2_nodes_2  2        1         mp, 2 nodes
 #
+# memory unknown: a hub name says nothing of the model's sizes from here
 # tp_3_nodes_2 cannot run: its 3 devices cannot be shared out evenly over 2
 #   nodes
 # 3 s left
@@ -463,7 +469,11 @@ def test_a_plan_does_nothing_else(log: list[Any], capsys: pytest.CaptureFixture[
     assert worked("--dry-run --devices 4 --json") == 0
     assert log == [["flags", "--foo", "1", "--bar=2"], LEFT_OUT.format(4)]
     shown = json.loads(capsys.readouterr().out)
-    nothing = dict.fromkeys(("weights_gib", "kv_cache_tokens", "requests_in_one_wave", "source"))
+    nothing = {
+        **dict.fromkeys(("weights_gib", "kv_cache_tokens", "requests_in_one_wave", "source")),
+        "unknown": ["memory unknown: a hub name says nothing of the model's sizes from here"],
+        **dict.fromkeys(("max_model_len", "activations_counted")),
+    }
     assert shown == [
         {"name": name, "devices": devices, "replicas": replicas, "obstacle": None, **nothing}
         for name, devices, replicas in (("tp_1", 1, 1), ("dp_2", 2, 2), ("tp_2", 2, 1))
@@ -797,36 +807,49 @@ def one_planned(line: str = "", setting: Setting = Setting(1, 1, 1), **changes: 
 
 def test_uneven_shares_are_the_first_reason() -> None:
     one = one_planned("--master-addr h", Setting(9, 1, 1, nodes=2))
-    assert overview.planned(one.job, 2, Devices("gpu", ("0",))).reason == (
-        "its 9 devices cannot be shared out evenly over 2 nodes"
-    )
+    (found,) = overview.planned([one.job], Devices("gpu", ("0",)), print)
+    assert found.reason == "its 9 devices cannot be shared out evenly over 2 nodes"
 
 
 def test_what_is_known_of_some_settings_is_shown_and_the_rest_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = SimpleNamespace(
-        weights_gib=12.345,
-        kv_cache_tokens=lambda _longest: None,
-        requests_in_one_wave=lambda length: None if length > 100 else 10_000 // length,
-    )
     given: list[Any] = []
 
-    def memory(config: ExperimentConfig, _facts: object, _devices: object, memory_gib: float | None) -> Any:
-        given.append(memory_gib)
-        return known if config.tensor_parallel_size == 2 else None
+    def needs(config: ExperimentConfig, *about: Any) -> Needs:
+        given.append(about)
+        if config.tensor_parallel_size == 1:
+            return Needs(unknown=("why", "more"))
+        return Needs(12.345, None, {42: 200, 92: 100}, "formula", ("less",), 7, 1.0, 2.0, False)
 
-    monkeypatch.setattr(overview, "memory_plan", memory)
-    line = "--seq-lens 42,92,93"
+    monkeypatch.setattr(overview, "needs_of", needs)
     monkeypatch.setattr(overview, "smallest_memory_gib", lambda found: 40.0 if found is EIGHT else None)
-    jobs = [one_planned(line), one_planned(line, Setting(2, 1, 1))]
-    assert [row.split()[4:] for row in overview.table(jobs, EIGHT)[1:]] == [
+    jobs = [one_planned("--seq-lens 42,92,93", setting) for setting in (Setting(1, 1, 1), Setting(2, 1, 1))]
+    jobs[1] = dataclasses.replace(jobs[1], said="said")  # type: ignore[arg-type]
+    found = overview.all_needs(jobs, EIGHT)
+    assert given == [(None, EIGHT, 40.0, None), (None, EIGHT, 40.0, "said")]
+    assert [row.split()[4:] for row in overview.table(jobs, found)[1:]] == [
         ["unknown"] * 3, ["12.3", "unknown", "200", "/", "100"],
     ]  # fmt: skip
     asked = json.loads(overview.plan_as_json(jobs, EIGHT))
-    assert [list(one.values())[4:] for one in asked] == [[None] * 4, [12.345, None, {"42": 200, "92": 100}, "formula"]]
-    assert given == [40.0] * 4
-    # Where no length is known, there is nothing to list.
-    jobs = [one_planned("--seq-lens 512", Setting(2, 1, 1))]
-    assert json.loads(overview.plan_as_json(jobs, EIGHT))[0]["requests_in_one_wave"] is None
+    assert [list(one.items())[4:] for one in asked] == [
+        [
+            ("weights_gib", None), ("kv_cache_tokens", None), ("requests_in_one_wave", None), ("source", None),
+            ("unknown", ["why", "more"]), ("max_model_len", None), ("activations_counted", None),
+        ],
+        [
+            ("weights_gib", 12.345), ("kv_cache_tokens", None), ("requests_in_one_wave", {"42": 200, "92": 100}),
+            ("source", "formula"), ("unknown", ["less"]), ("max_model_len", 7), ("activations_counted", False),
+        ],
+    ]  # fmt: skip
+    shown = [line for line in overview.plan(jobs, [], "", EIGHT) if line.startswith("# ")]
+    for line in ("# memory: by formula (tp_2)", "# why (tp_1)", "# more (tp_1)", "# less (tp_2)"):
+        assert line in shown
+
+
+def test_settings_that_are_all_refused_have_no_memory_to_show() -> None:
+    jobs = [one_planned("--seq-lens 42")]
+    assert [row.split() for row in overview.table(jobs, [Needs(source="vLLM 9.9")])] == [
+        ["setting", "devices", "replicas", "by"], ["tp_1", "1", "1", "uni"],
+    ]  # fmt: skip
 
 
 def test_replicas_are_compared_where_they_meet_any_other() -> None:

@@ -293,7 +293,7 @@ def test_a_plan_for_scripts_is_a_list_with_an_object_for_each_setting(launcher: 
     assert (first["kv_cache_tokens"], first["requests_in_one_wave"], first["source"]) == (None, None, "formula")
     first = json.loads(launcher(*words, "--model", "org/name").stdout)[0]
     assert (first["weights_gib"], first["source"]) == (None, None)
-    assert first["unknown"] == ["memory unknown: its sizes cannot be read from here"]
+    assert first["unknown"] == ["memory unknown: a hub name says nothing of the model's sizes from here"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from batch_inference.core import child
+from batch_inference.core import child, installed_vllm
 from batch_inference.core.config import ConfigError
+from batch_inference.core.installed_vllm import vllm_folder
 from batch_inference.measure import vllm_flags
 from batch_inference.measure.vllm_flags import cache_file, check_vllm_flags
 from conftest import REPOSITORY, STUB, assert_answers_at_once, experiment_command, stub_environment
@@ -142,7 +143,7 @@ def test_the_real_vllm_names_its_flags(tmp_path: Path) -> None:
 
 
 def test_what_is_said_while_vllm_is_asked_is_pinned(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_flags, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(vllm_flags, "vllm_version", lambda: "0.32.0")
     begins = "note: asking vLLM 0.32.0 once for its flags, to find misspelt ones; importing it takes some seconds"
     options: list[Any] = []
 
@@ -209,10 +210,10 @@ def test_the_folder_of_vllm_is_found_without_importing_it(
     origin: str | None, package: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     specs: dict[str, Any] = {"vllm": SimpleNamespace(origin=origin)}
-    monkeypatch.setattr(vllm_flags.importlib.util, "find_spec", lambda name: specs[name])
-    assert vllm_flags._vllm_package() == package
+    monkeypatch.setattr(installed_vllm.importlib.util, "find_spec", lambda name: specs[name])
+    assert vllm_folder() == package
     specs["vllm"] = None
-    assert vllm_flags._vllm_package() is None
+    assert vllm_folder() is None
 
 
 def test_of_several_flags_the_first_that_is_unknown_is_named_and_a_secret_never(asked: list[str]) -> None:
