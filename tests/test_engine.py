@@ -310,15 +310,16 @@ class Tensor:
 
 
 def test_weights_that_were_packed_away_are_counted_by_the_sizes_of_their_layer() -> None:
-    sizes = {"input_size_per_partition": 10, "output_size_per_partition": 3}
+    sizes = {"input_size": 40, "output_size": 6, "input_size_per_partition": 10, "output_size_per_partition": 3}
     modules = [
         SimpleNamespace(**sizes, weight=Tensor(0)),  # packed
+        SimpleNamespace(input_size=7, output_size=5, weight=Tensor(0)),  # whole on every rank
         SimpleNamespace(**sizes, weight=Tensor(30)),  # as it was, and among the parameters
         SimpleNamespace(**sizes, weight=None),
         SimpleNamespace(weight=Tensor(0)),
     ]
     model = SimpleNamespace(parameters=lambda: [Tensor(30), Tensor(5, 4)], modules=lambda: modules)
-    assert weights_bytes_of(model, packed_item_size=2) == 60 + 20 + 60
+    assert weights_bytes_of(model, packed_item_size=2) == 60 + 20 + 60 + 70
 
 
 def test_a_storage_that_layers_share_is_counted_once() -> None:

@@ -26,13 +26,18 @@ def weights_bytes_of(model: Any, packed_item_size: int) -> int:
     """Bytes of this rank's parameters, those included that the CPU backend packed into buffers of its own."""
     visible = sum(item.numel() * item.element_size() for item in model.parameters())
     # After packing, vLLM leaves an empty weight behind; the layer still knows its sizes.
-    packed = sum(
-        module.input_size_per_partition * module.output_size_per_partition * packed_item_size
+    emptied = [
+        module
         for module in model.modules()
-        if hasattr(module, "input_size_per_partition") and getattr(module, "weight", None) is not None
-        and module.weight.numel() == 0
-    )  # fmt: skip
-    return int(visible + packed)
+        if hasattr(module, "input_size") and getattr(module, "weight", None) is not None and module.weight.numel() == 0
+    ]
+    return int(visible + packed_item_size * sum(_elements(module) for module in emptied))
+
+
+def _elements(layer: Any) -> int:
+    """Of the weight of a linear layer on this rank; one that every rank holds whole has no sizes of a part."""
+    inputs = getattr(layer, "input_size_per_partition", layer.input_size)
+    return int(inputs * getattr(layer, "output_size_per_partition", layer.output_size))
 
 
 def compile_cache_of(counted: Any) -> Literal["cold", "warm"] | None:

@@ -142,6 +142,7 @@ class _Stage:
 
     config: Any  # its VllmConfig
     weights_bytes: int
+    copies_bytes: int  # that layers make of their weights when these are loaded
     kv_specs: dict[str, Any]  # what each of its layers keeps of a token, as a KVCacheSpec
 
 
@@ -158,7 +159,17 @@ def _stage(config: Any, number: int, *, fits_block: bool) -> _Stage:
     with set_current_vllm_config(config):
         if fits_block and hasattr(current_platform, "update_block_size_for_backend"):
             current_platform.update_block_size_for_backend(config)
-        return _Stage(config, weights_bytes, _kv_specs(config))
+        return _Stage(config, weights_bytes, _copies_bytes(model, config.model_config.dtype), _kv_specs(config))
+
+
+def _copies_bytes(model: Any, dtype: Any) -> int:
+    """MLA keeps what it expands keys and values by once more, apart and not quantized (W_UK and W_UV)."""
+    layers = [layer for layer in model.modules() if hasattr(layer, "kv_b_proj") and hasattr(layer, "kv_lora_rank")
+              and hasattr(layer, "get_kv_cache_spec")]  # fmt: skip
+    parameters = sum(
+        layer.num_heads * (layer.qk_nope_head_dim + layer.v_head_dim) * layer.kv_lora_rank for layer in layers
+    )
+    return int(parameters * dtype.itemsize)
 
 
 def _built(config: Any, device: Any) -> Any:
@@ -238,7 +249,9 @@ def _kv_cache(stages: Sequence[_Stage], question: dict[str, Any], pool_asked_byt
     share_gib = question["share_gib"]
     if pool_asked_bytes is None and share_gib is None:
         return told
-    pools = [pool_asked_bytes or int(share_gib * GIB) - stage.weights_bytes for stage in stages]
+    pools = [
+        pool_asked_bytes or int(share_gib * GIB) - stage.weights_bytes - stage.copies_bytes for stage in stages
+    ]
     told["pool_gib"] = min(pools) / GIB
     cache = _Cache(stages, pools) if min(pools) > 2 * _ROOMY_BYTES / roomy.num_blocks else None
     told["waves"] = [cache.requests_at_once(tokens) if cache else 0 for tokens in question["requests"]]
