@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,23 +23,6 @@ pytestmark = pytest.mark.vllm
 MODEL = str(REPOSITORY / "models" / "tiny-llama")
 GRID = ("--batch-sizes", "1,3", "--seq-lens", "16,40", "--max-tokens", "9", "--num-runs", "2")
 SMALL_ENGINE = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864")
-
-
-# Gemma 3, as it is published, with small sizes.
-GEMMA_3 = {
-    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "torch_dtype": "bfloat16",
-    "boi_token_index": 253, "eoi_token_index": 254, "image_token_index": 255, "eos_token_id": [1],
-    "mm_tokens_per_image": 16,
-    "text_config": {
-        "model_type": "gemma3_text", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 256,
-        "max_position_embeddings": 8192, "sliding_window": 512, "query_pre_attn_scalar": 64,
-    },
-    "vision_config": {
-        "model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2,
-        "num_hidden_layers": 1, "image_size": 112, "patch_size": 14, "vision_use_head": False,
-    },
-}  # fmt: skip
 
 
 def measure(folder: Path, *flags: str, launcher: tuple[str, ...] = (), **variables: str) -> dict[str, Any]:
@@ -106,18 +88,6 @@ def check_run(run: dict[str, Any], batch_size: int, seq_len: int, dp: int) -> No
     assert 0 < run["memory"]["peak_kv_use"] < 1
     assert all(used_gib > 0 for used_gib in run["memory"]["used_gib"])
     check_times(run)
-
-
-def test_a_multimodal_model_runs_on_text_and_without_its_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(GEMMA_3))
-    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
-    there = importlib.util.find_spec("torchvision") is not None
-    path = {} if there else {"PYTHONPATH": str(REPOSITORY / "tests" / "stand_ins")}
-    document = measure(tmp_path, "--model", str(tmp_path), "--enforce-eager", "--max-model-len", "auto", **path)
-    assert document["status"] == "complete"
-    engine = document["engine"]
-    assert (engine["language_model_only"], engine["skip_tokenizer_init"]) == (True, True)
-    assert engine["max_model_len"] == 8192
 
 
 def check_engine(engine: dict[str, Any], tp: int, pp: int, torchrun: bool) -> None:

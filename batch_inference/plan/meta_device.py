@@ -249,9 +249,7 @@ def _kv_cache(stages: Sequence[_Stage], question: dict[str, Any], pool_asked_byt
     share_gib = question["share_gib"]
     if pool_asked_bytes is None and share_gib is None:
         return told
-    pools = [
-        pool_asked_bytes or int(share_gib * GIB) - stage.weights_bytes - stage.copies_bytes for stage in stages
-    ]
+    pools = [pool_asked_bytes or int(share_gib * GIB) - stage.weights_bytes - stage.copies_bytes for stage in stages]
     told["pool_gib"] = min(pools) / GIB
     cache = _Cache(stages, pools) if min(pools) > 2 * _ROOMY_BYTES / roomy.num_blocks else None
     told["waves"] = [cache.requests_at_once(tokens) if cache else 0 for tokens in question["requests"]]
