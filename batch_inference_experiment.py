@@ -21,6 +21,7 @@ from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, facts_of
+from batch_inference.plan.needs import memory_against, needs_of
 from batch_inference.plan.obstacles import devices_against, is_coupled, rules_against
 from batch_inference.plan.place import Place, check_place, find_place
 from batch_inference.plan.printed import setting_plan
@@ -124,7 +125,7 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
     reason = devices_against(config, here.devices, here.processes, here.ray_gpus)
     # Others of a node do not know what vLLM says; the one that does speaks for them.
     if reason is None and (here.place is None or here.place.local_rank == 0):
-        reason = rules_against(config, here.facts, here.devices, here.said)
+        reason = model_against(config, here)
     if reason:
         raise ConfigError(reason)
     if missing := missing_to_measure():
@@ -135,6 +136,13 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
     return measure if here.place or config.node_rank == 0 else serve_node_0
 
 
+def model_against(config: ExperimentConfig, here: Surroundings) -> str | None:
+    """Why the model cannot run so, in one line; None when nothing speaks against it."""
+    memory_gib = config.device_memory_gib or here.memory_gib
+    needs = needs_of(config, here.facts, here.devices, memory_gib, here.said)
+    return rules_against(config, here.facts, here.devices, here.said) or memory_against(needs)
+
+
 def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
     return 0
 
@@ -142,8 +150,7 @@ def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
 def show_plan(config: ExperimentConfig, here: Surroundings) -> int:
     memory_gib = config.device_memory_gib or here.memory_gib
     shown = show("\n".join(setting_plan(config, here.facts, here.devices, memory_gib, here.said)))
-    obstacle = devices_against(config, here.devices) or rules_against(config, here.facts, here.devices, here.said)
-    return 1 if obstacle else shown
+    return 1 if devices_against(config, here.devices) or model_against(config, here) else shown
 
 
 def measure(config: ExperimentConfig, here: Surroundings) -> int:

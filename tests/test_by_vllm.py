@@ -384,7 +384,9 @@ def test_the_plan_of_a_setting_says_whose_numbers_it_has() -> None:
 
 def test_weights_that_do_not_fit_leave_no_room() -> None:
     said = Said("9.9", weights_gib=70.0, pool_gib=-6.0, waves=[0, 0], kv_cache_tokens=0, kv_gib=[1.0, 0.5])
-    assert "the weights do not fit: 64 GiB are there for vLLM (by vLLM 9.9)" in words_of_plan(said)
+    text = words_of_plan(said)
+    assert "memory about 70 GiB weights per device (by vLLM 9.9)" in text
+    assert "verdict cannot run: 70 GiB of weights do not fit into 64 GiB of a device" in text
     needs = needs_of(SHORT, None, EIGHT, 80.0, said)
     assert (needs.kv_cache_tokens, needs.requests_in_one_wave) == (0, {64: 0, 16: 0})
 

@@ -153,6 +153,9 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     made: list[tuple[str, Any]] = []
     monkeypatch.setattr(script, "devices_against", lambda *given: made.append(("devices", given)))
     monkeypatch.setattr(script, "rules_against", lambda *given: made.append(("rules", given)))
+    monkeypatch.setattr(script, "needs_of", lambda *given: given)
+    monkeypatch.setattr(script, "smallest_memory_gib", lambda _: 70.0)
+    monkeypatch.setattr(script, "memory_against", lambda needs: made.append(("memory", needs)))
     monkeypatch.setattr(script, "missing_to_measure", lambda: made.append(("packages", ())))
     return made
 
@@ -160,12 +163,12 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize(
     ("flags", "place", "work", "checks"),
     [
-        ({}, None, script.measure, ["devices", "rules", "packages"]),
-        ({"node_rank": 1}, None, script.serve_node_0, ["devices", "rules", "packages"]),
-        ({"node_rank": 1}, FIRST, script.measure, ["devices", "rules", "packages"]),
+        ({}, None, script.measure, ["devices", "rules", "memory", "packages"]),
+        ({"node_rank": 1}, None, script.serve_node_0, ["devices", "rules", "memory", "packages"]),
+        ({"node_rank": 1}, FIRST, script.measure, ["devices", "rules", "memory", "packages"]),
         # Others of a node do not know what vLLM says.
         ({}, BESIDE, script.follow_rank_0, ["devices", "packages"]),
-        ({}, SECOND, script.follow_rank_0, ["devices", "rules", "packages"]),
+        ({}, SECOND, script.follow_rank_0, ["devices", "rules", "memory", "packages"]),
         ({}, LAST, script.follow_rank_0, ["devices", "packages"]),
         ({"dry_run": True}, None, script.show_plan, []),
         ({"dry_run": True}, FIRST, script.show_plan, []),
@@ -181,7 +184,11 @@ def test_every_process_has_its_work(
     assert choose(config, here) is work
     assert [name for name, _ in checked] == checks
     told = dict(checked)
-    for name, given in (("devices", (config, GPUS, place and 2, 4)), ("rules", (config, "facts", GPUS, "said"))):
+    for name, given in (
+        ("devices", (config, GPUS, place and 2, 4)),
+        ("rules", (config, "facts", GPUS, "said")),
+        ("memory", (config, "facts", GPUS, 70.0, "said")),
+    ):
         assert told.get(name, given) == given
 
 
@@ -215,15 +222,15 @@ def test_what_does_not_fit_stands_before_what_is_not_installed(
     monkeypatch.setattr(script, "missing_to_measure", lambda: "not installed")
     with pytest.raises(ConfigError, match=r"^not installed$"):
         choose(ExperimentConfig(), here_is())
-    for check in ("rules_against", "devices_against"):
+    for check in ("memory_against", "rules_against", "devices_against"):
         monkeypatch.setattr(script, check, lambda *_, check=check: check)
         with pytest.raises(ConfigError, match=f"^{check}$"):
             choose(ExperimentConfig(), here_is())
-    assert [name for name, _ in checked] == ["devices", "rules", "devices"]
+    assert [name for name, _ in checked] == ["devices", "rules", "memory", "devices", "rules", "devices"]
     assert script.say_nothing(ExperimentConfig(), here_is()) == 0
 
 
-@pytest.mark.parametrize("check", ["devices_against", "rules_against"])
+@pytest.mark.parametrize("check", ["devices_against", "rules_against", "memory_against"])
 @pytest.mark.parametrize(("obstacle", "shown", "code"), [(None, 0, 0), (None, 1, 1), ("x", 0, 1), ("x", 1, 1)])
 def test_a_plan_that_cannot_run_or_be_shown_is_exit_1(
     check: str, obstacle: str | None, shown: int, code: int, monkeypatch: pytest.MonkeyPatch
@@ -236,6 +243,8 @@ def test_a_plan_that_cannot_run_or_be_shown_is_exit_1(
 
     monkeypatch.setattr(script, "devices_against", lambda *_: None)
     monkeypatch.setattr(script, "rules_against", lambda *_: None)
+    monkeypatch.setattr(script, "needs_of", lambda *_: None)
+    monkeypatch.setattr(script, "memory_against", lambda _: None)
     monkeypatch.setattr(script, check, lambda *_: obstacle)
     monkeypatch.setattr(script, "smallest_memory_gib", lambda devices: devices.ids)
     monkeypatch.setattr(script, "setting_plan", lambda *given: [repr(given[1:]), "end"])

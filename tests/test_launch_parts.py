@@ -811,6 +811,23 @@ def test_uneven_shares_are_the_first_reason() -> None:
     assert found.reason == "its 9 devices cannot be shared out evenly over 2 nodes"
 
 
+def test_weights_that_do_not_fit_are_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        overview,
+        "needs_of",
+        lambda config, *_: Needs(9.0 / config.tensor_parallel_size, pool_gib=config.num_devices - 2),
+    )
+    jobs = [one_planned("", Setting(size, 1, 1)).job for size in (1, 2, 4, 16)]
+    assert [one.reason for one in overview.planned(jobs, EIGHT, print)] == [
+        "9 GiB of weights do not fit into 8 GiB of a device (its memory x --gpu-memory-utilization); raise "
+        "--tensor-parallel-size or --pipeline-parallel-size",
+        "4.5 GiB of weights do not fit into 4.5 GiB of a device (its memory x --gpu-memory-utilization); raise "
+        "--tensor-parallel-size or --pipeline-parallel-size",
+        None,
+        "it needs 16 devices, there are 8 (gpu)",
+    ]
+
+
 def test_what_is_known_of_some_settings_is_shown_and_the_rest_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 

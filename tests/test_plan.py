@@ -13,7 +13,7 @@ from batch_inference.core.text import has_control
 from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.memory import MemoryPlan, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
-from batch_inference.plan.needs import Needs
+from batch_inference.plan.needs import Needs, memory_against
 from batch_inference.plan.obstacles import is_coupled
 from batch_inference.plan.parts import layers_of_stages
 from batch_inference.plan.printed import _memory_words, setting_plan
@@ -298,7 +298,14 @@ def test_the_memory_of_a_quantized_model_is_unknown(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_that_the_weights_do_not_fit(tmp_path: Path) -> None:
-    assert "the weights do not fit: 9.6 GiB are there for vLLM" in plan(ExperimentConfig(), facts(tmp_path), 12.0)
+    assert (
+        "memory about 12.6 GiB weights per device (by formula) verdict cannot run: 12.6 GiB of weights do not fit into "
+        "9.6 GiB of a device (its memory x --gpu-memory-utilization); raise --tensor-parallel-size or "
+        "--pipeline-parallel-size"
+    ) in plan(ExperimentConfig(), facts(tmp_path), 12.0)
+    # With a size of its own for the KV cache vLLM looks at no share.
+    asked = ExperimentConfig(engine_args=("--kv-cache-memory-bytes", "1G"))
+    assert "verdict can run" in plan(asked, facts(tmp_path), 12.0)
 
 
 @pytest.mark.parametrize(
@@ -720,7 +727,9 @@ def test_the_plan_says_in_a_line_that_activations_are_not_counted(tmp_path: Path
 
 def test_weights_that_fill_the_share_exactly_leave_nothing() -> None:
     found = Needs(weights_gib=8.0, source="formula", kv_gib=1.0, pool_gib=0.0)
-    assert "the weights do not fit: 8 GiB are there for vLLM" in _memory_words(ExperimentConfig(), found)
+    assert "into 8 GiB of a device" in (memory_against(found) or "")
+    assert _memory_words(ExperimentConfig(), found) == "about 8 GiB weights per device (by formula)"
+    assert memory_against(dataclasses.replace(found, pool_gib=0.001)) is None
 
 
 def test_flags_of_vllms_own_have_a_line_of_the_plan(tmp_path: Path) -> None:

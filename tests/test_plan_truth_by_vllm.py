@@ -90,16 +90,18 @@ def test_what_only_this_machine_cannot_build_is_unknown_and_sizes_are_never_gues
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(LIMIT_VARIABLE)
-    words = [(), ("--quantization", "fp8"), ("--cpu-offload-gb", "1"), ("--no-such-flag",)]
-    models = ["glm-5", "qwen3-0.6b", "qwen3-0.6b", "qwen3-0.6b"]
+    words = [(), ("--quantization", "fp8"), ("--cpu-offload-gb", "1"), ("--no-such-flag",),
+             ("--load-format", "bitsandbytes")]  # fmt: skip
+    models = ["glm-5", *["qwen3-0.6b"] * 4]
     settings = [
         (ExperimentConfig(model=str(FOLDER / model), engine_args=flags), None, 80.0)
         for model, flags in zip(models, words, strict=True)
     ]
     answers = ask_vllm(settings, devices_elsewhere(8), lambda line: print(line, file=sys.stderr))
     reasons = [answer.unknown or "" for answer in answers if answer]
-    assert len(reasons) == 4
+    assert len(reasons) == 5
     assert all(answer and answer.refusal is None and answer.weights_gib is None for answer in answers)
     assert reasons[0]
     assert reasons[1:3] == ["weights are quantized while they load", "a part of the weights goes to main memory"]
     assert "unrecognized arguments: --no-such-flag" in reasons[3]
+    assert reasons[4] == "--load-format bitsandbytes may change the weights"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from batch_inference.core.config import ExperimentConfig
@@ -20,7 +20,7 @@ from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, smallest_memory_gib
 from batch_inference.plan.memory import NOT_COUNTED
 from batch_inference.plan.model import ModelFacts, facts_of
-from batch_inference.plan.needs import Needs, needs_of
+from batch_inference.plan.needs import Needs, memory_against, needs_of
 from batch_inference.plan.obstacles import devices_against, rules_against
 from batch_inference.plan.printed import by_whom
 from batch_inference.plan.said import Said
@@ -57,15 +57,16 @@ def planned(jobs: Sequence[Job], devices: Devices, say: Callable[[str], None]) -
         (job.config, known, job.config.device_memory_gib or here_gib) for job, known in zip(jobs, facts, strict=True)
     ]
     answers = ask_vllm(settings, devices, say)
+    found = [PlannedJob(job, known, None, said) for job, known, said in zip(jobs, facts, answers, strict=True)]
     return [
-        PlannedJob(job, known, _obstacle(job, known, devices, said), said)
-        for job, known, said in zip(jobs, facts, answers, strict=True)
+        replace(one, reason=_obstacle(one, devices) or memory_against(need))
+        for one, need in zip(found, all_needs(found, devices), strict=True)
     ]
 
 
-def _obstacle(job: Job, facts: ModelFacts | None, devices: Devices, said: Said | None) -> str | None:
-    nnodes = job.setting.nodes
-    return _uneven(job.config, nnodes) or _infeasible(job.config, facts, nnodes, devices, said)
+def _obstacle(one: PlannedJob, devices: Devices) -> str | None:
+    nnodes = one.job.setting.nodes
+    return _uneven(one.config, nnodes) or _infeasible(one.config, one.facts, nnodes, devices, one.said)
 
 
 def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:

@@ -33,7 +33,11 @@ _FLAGS = (
 )  # fmt: skip
 # Those that begin so leave a part of the weights in the main memory.
 _OFFLOADS = ("--cpu-offload-", "--offload-")
-_LOADS_AS_STORED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai-streamer", "pt", "dummy")
+# Those of --load-format that leave weights as they are.
+LOADS_AS_STORED = (
+    "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai-streamer", "pt", "mistral", "npcache",
+    "dummy",
+)  # fmt: skip
 # Methods whose tensors are as large in vLLM as in the file.
 _AS_STORED = ("awq", "gptq", "fp8", "compressed-tensors", "modelopt")
 # With smaller groups GPTQ's zeros, which vLLM may drop, are over a hundredth of the weights.
@@ -169,7 +173,7 @@ def _weights_of_stages(config: ExperimentConfig, facts: ModelFacts) -> tuple[lis
     if asked:
         raise UnknownError(f"--quantization {quoted(asked)} changes them")
     load_format = (config.engine_word("--load-format") or "auto").replace("_", "-")
-    if load_format not in _LOADS_AS_STORED:
+    if load_format not in LOADS_AS_STORED:
         raise UnknownError(f"--load-format {quoted(load_format)} may change them")
     float_bytes = _bytes_of_a_float(config, facts)
     try:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from batch_inference.plan.devices import GIB
+from batch_inference.plan.memory import LOADS_AS_STORED
 from batch_inference.plan.refusals import is_about_length, judged, may_pass
 from batch_inference.plan.stand_ins import UnknownError, be_first_rank_of, no_streams, prepare, quickest_cpu
 
@@ -123,6 +124,8 @@ def _refuse_to_guess(arguments: Any, config: Any) -> None:
     reasons = {
         "weights are quantized while they load": arguments.quantization is not None
         and not any(getattr(part, name, None) for part in parts for name in names),
+        f"--load-format {arguments.load_format} may change the weights": str(arguments.load_format).replace("_", "-")
+        not in LOADS_AS_STORED,
         "vLLM knows the sizes in a GGUF file when it loads it": model.quantization == "gguf",
         "a part of the weights goes to main memory": getattr(arguments, "cpu_offload_gb", 0)
         or getattr(arguments, "offload_group_size", 0),

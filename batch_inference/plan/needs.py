@@ -44,6 +44,17 @@ def needs_of(
     return _by_formula(config, facts, devices, memory_gib, said)
 
 
+def memory_against(needs: Needs) -> str | None:
+    """Why a setting cannot run whose weights alone fill what vLLM has of a device; None where that is not known."""
+    weights_gib, pool_gib = needs.weights_gib, needs.pool_gib
+    if weights_gib is None or pool_gib is None or pool_gib > 0:
+        return None
+    return (
+        f"{weights_gib:.3g} GiB of weights do not fit into {weights_gib + pool_gib:.3g} GiB of a device (its memory x "
+        "--gpu-memory-utilization); raise --tensor-parallel-size or --pipeline-parallel-size"
+    )
+
+
 def _by_vllm(config: ExperimentConfig, said: Said) -> Needs:
     largest = config.seq_lens.index(max(config.seq_lens))
     return Needs(

@@ -10,7 +10,7 @@ from batch_inference.core.text import listed, wrapped
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import FILES, NOT_COUNTED
 from batch_inference.plan.model import ModelFacts
-from batch_inference.plan.needs import Needs, needs_of
+from batch_inference.plan.needs import Needs, memory_against, needs_of
 from batch_inference.plan.obstacles import devices_against, rules_against
 from batch_inference.plan.said import Said
 
@@ -25,8 +25,8 @@ def setting_plan(
     """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known. `said`: by vLLM."""
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     points = list(config.points())
-    reason = devices_against(config, devices) or rules_against(config, facts, devices, said)
     needs = needs_of(config, facts, devices, memory_gib, said)
+    reason = devices_against(config, devices) or rules_against(config, facts, devices, said) or memory_against(needs)
     words = {
         "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
         f"{devices.kind} devices",
@@ -62,10 +62,7 @@ def _known_words(config: ExperimentConfig, needs: Needs) -> Iterator[str]:
         yield "nothing, it is refused"
     if weights_gib is not None:
         yield f"about {weights_gib:.3g} GiB weights per device"
-    if weights_gib is not None and pool_gib is not None and pool_gib <= 0:
-        yield f"the weights do not fit: {weights_gib + pool_gib:.3g} GiB are there for vLLM"
-        return
-    if needs.kv_gib is None:
+    if needs.kv_gib is None or memory_against(needs):
         return
     yield f"{needs.kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
     if pool_gib is not None:
