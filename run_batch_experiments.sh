@@ -52,10 +52,15 @@ preset_torchrun-tensor-parallel() { for n in 2 4 8; do setting "TP=$n" torchrun;
 
 # TP2_PP2, TP4_PP2, TP2_PP4, TP4_PP4 under torchrun
 preset_torchrun-mixed-parallel() {
-  setting TP=2 PP=2 torchrun
-  setting TP=4 PP=2 torchrun
-  setting TP=2 PP=4 torchrun
-  setting TP=4 PP=4 torchrun
+  for pp in 2 4; do for tp in 2 4; do setting "TP=$tp" "PP=$pp" torchrun; done; done
+}
+
+# TP=N, with whole experts TP=N, DP=N, TP=2 DP=N/2
+preset_expert-parallel() {
+  setting TP=N
+  setting TP=N suffix=ep --enable-expert-parallel
+  setting DP=N suffix=ep --enable-expert-parallel
+  setting TP=2 DP=N/2 suffix=ep --enable-expert-parallel
 }
 
 # one setting: TP=x PP=y DP=z, any of them

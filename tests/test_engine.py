@@ -445,7 +445,8 @@ def test_what_vllm_really_runs_with_is_read_back_field_by_field() -> None:
         vllm_version="0.32.0", executor="uni", tensor_parallel_size=2, pipeline_parallel_size=1,
         pipeline_stages_overlap=None, dtype="bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False,
         language_model_only=True, skip_tokenizer_init=False, max_num_seqs=16, max_num_batched_tokens=2048,
-        chunked_prefill=True, async_scheduling=False,
+        chunked_prefill=True, async_scheduling=False, enable_expert_parallel=True, decode_context_parallel_size=4,
+        speculative_method="ngram", num_speculative_tokens=5, kv_connector="OffloadingConnector",
         gpu_memory_utilization=0.8, kv_cache_dtype="auto", block_size=32, num_gpu_blocks=1000,
         enable_prefix_caching=False, load_format="dummy", compilation_mode="VLLM_COMPILE", cudagraph_mode="FULL",
         cudagraph_capture_sizes=[1, 2, 4], kv_cache_tokens=32000,
@@ -459,7 +460,12 @@ def vllm_config(**parallel: Any) -> SimpleNamespace:
             dtype="torch.bfloat16", quantization="fp8", max_model_len=640, enforce_eager=False,
             multimodal_config=SimpleNamespace(language_model_only=True), skip_tokenizer_init=False,
         ),
-        parallel_config=SimpleNamespace(tensor_parallel_size=2, data_parallel_size=1, **parallel),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=2, data_parallel_size=1, enable_expert_parallel=True, decode_context_parallel_size=4,
+            **parallel,
+        ),
+        speculative_config=SimpleNamespace(method="ngram", num_speculative_tokens=5),
+        kv_transfer_config=SimpleNamespace(kv_connector="OffloadingConnector"),
         scheduler_config=SimpleNamespace(
             max_num_seqs=16, max_num_batched_tokens=2048, enable_chunked_prefill=True, async_scheduling=False
         ),
@@ -473,6 +479,15 @@ def vllm_config(**parallel: Any) -> SimpleNamespace:
             cudagraph_capture_sizes=(1, 2, 4),
         ),
     )  # fmt: skip
+
+
+def test_what_a_version_of_vllm_does_not_know_or_use_is_not_told() -> None:
+    config = vllm_config(pipeline_parallel_size=1, distributed_executor_backend="uni")
+    config.speculative_config = config.kv_transfer_config = None
+    del config.parallel_config.decode_context_parallel_size
+    found = effective_settings("0.32.0", config)
+    assert (found.speculative_method, found.num_speculative_tokens, found.kv_connector) == (None, None, None)
+    assert found.decode_context_parallel_size is None
 
 
 def test_hits_of_the_prefix_cache_are_those_of_all_requests() -> None:

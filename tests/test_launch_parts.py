@@ -312,7 +312,7 @@ PLANS = {
 #
 # activations are not counted: in our runs on GPUs vLLM had 0.7 to 2.5 GiB (1 to
 #   5 %) less for the KV cache of a device (docs/plan_check.md)
-# TP=N/3 is left out: there are 8 devices, and N/3 of them is no whole number
+# TP=N/3 is left out: N/3 of 8 devices is no whole number
 # tp_16 cannot run: it needs 16 devices, there are 8 (gpu)
 # dp_2 will not be compared with torchrun_tp_2: its replicas' batches add up to
 #   2, 16; add 4 to --batch-sizes
@@ -382,7 +382,7 @@ py x/batch_inference_experiment.py --name tp_1
 py x/batch_inference_experiment.py --name tp_2_nodes_2
 """,
     "--nnodes 2 --master-addr h : TP=N/3": """
-# TP=N/3 is left out: there are 8 devices, and N/3 of them is no whole number
+# TP=N/3 is left out: N/3 of 8 devices is no whole number
 """,
 }
 
@@ -442,7 +442,7 @@ def worked(line: str) -> int:
     return launch.work(preset, options, HERE, ["table", "py", "x/", "study"], Processes())
 
 
-LEFT_OUT = "says note: TP=N/3 is left out: there are {0} devices, and N/3 of them is no whole number"
+LEFT_OUT = "says note: TP=N/3 is left out: N/3 of {0} devices is no whole number"
 UNCOMPARED = "says note: dp_2 will not be compared with tp_2: its replicas' batches add up to 2; add 2 to --batch-sizes"
 
 

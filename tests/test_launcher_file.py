@@ -87,7 +87,7 @@ def test_a_setting_may_have_sizes_of_the_machine_a_suffix_and_flags_of_its_own(l
 def test_a_setting_without_a_size_on_this_machine_is_left_out_with_a_line(launcher: Launcher) -> None:
     with_preset(launcher, "setting TP=N/4 suffix=ep", "setting TP=1")
     plan, done = launcher("mine", "--dry-run", DEVICES="6"), launcher("mine", DEVICES="6")
-    said = "TP=N/4 suffix=ep is left out: there are 6 devices, and N/4 of them is no whole number"
+    said = "TP=N/4 suffix=ep is left out: N/4 of 6 devices is no whole number"
     assert (plan.returncode, plan.stderr) == (0, "")
     assert said in " ".join(plan.stdout.replace("#", "").split())
     assert f"note: {said}" in done.stderr.splitlines()
@@ -366,6 +366,7 @@ def test_the_presets_of_the_file_are_these() -> None:
     ))  # fmt: skip
     mixed = [["TP=2", "PP=2"], ["TP=4", "PP=2"], ["TP=2", "PP=4"], ["TP=4", "PP=4"]]
     replicas = [["TP=2", "DP=2"], ["TP=4", "DP=2"], ["TP=2", "DP=4"]]
+    shared = ["suffix=ep", "--enable-expert-parallel"]
     four = "TP2_PP2, TP4_PP2, TP2_PP4, TP4_PP4"
     assert [(one.name, one.comment, one.settings) for one in presets.values()] == [
         ("tensor-parallel", "TP=1, 2, 4, 8", tensor),
@@ -375,6 +376,11 @@ def test_the_presets_of_the_file_are_these() -> None:
         ("scaling-study", "all of the above, TP2_DP2, TP4_DP2, TP2_DP4", tensor + pipeline + mixed + data + replicas),
         ("torchrun-tensor-parallel", "TP=2, 4, 8 under torchrun", [[*words, "torchrun"] for words in tensor[1:]]),
         ("torchrun-mixed-parallel", f"{four} under torchrun", [[*words, "torchrun"] for words in mixed]),
+        (
+            "expert-parallel",
+            "TP=N, with whole experts TP=N, DP=N, TP=2 DP=N/2",
+            [["TP=N"], *([*sizes, *shared] for sizes in (["TP=N"], ["DP=N"], ["TP=2", "DP=N/2"]))],
+        ),
         ("custom", "one setting: TP=x PP=y DP=z, any of them", []),
         ("quickstart", "a first try: a tiny model at TP=1, 2, analysed", [["TP=1"], ["TP=2"]]),
     ]

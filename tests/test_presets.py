@@ -44,12 +44,12 @@ def test_a_size_that_is_no_whole_number_here_is_left_out_and_said() -> None:
     found, left_out = names(3, "TP=N", "TP=N/2", "TP=2 DP=N/2", "DP=N/4")
     assert found == ["tp_3"]
     assert left_out == [
-        "TP=N/2 is left out: there are 3 devices, and N/2 of them is no whole number",
-        "TP=2 DP=N/2 is left out: there are 3 devices, and N/2 of them is no whole number",
-        "DP=N/4 is left out: there are 3 devices, and N/4 of them is no whole number",
+        "TP=N/2 is left out: N/2 of 3 devices is no whole number",
+        "TP=2 DP=N/2 is left out: N/2 of 3 devices is no whole number",
+        "DP=N/4 is left out: N/4 of 3 devices is no whole number",
     ]
     assert names(0, "TP=1", "TP=N") == (
-        ["tp_1"], ["TP=N is left out: there are 0 devices, and N of them is no whole number"],
+        ["tp_1"], ["TP=N is left out: N of 0 devices is no whole number"],
     )  # fmt: skip
 
 

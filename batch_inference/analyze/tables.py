@@ -26,13 +26,15 @@ Row = dict[str, Any]
 # Points that differ in one of these measure different things: they are grouped, never ranked together.
 GROUP_BY = (
     "model", "device_kind", "device_name", "vllm_version", "dtype", "quantization", "kv_cache_dtype", "load_format",
-    "executor_class", "runner", "enforce_eager", "max_tokens", "temperature", "top_p",
+    "executor_class", "runner", "enforce_eager", "speculative_method", "num_speculative_tokens", "max_tokens",
+    "temperature", "top_p",
 )  # fmt: skip
 # Within a group these may differ, but the reader must know.
 TO_MENTION = (
     "nnodes", "cluster", "host", "cpu_name", "power_limit_w", "driver_version", "torch_version", "git_commit", "seed",
     "num_runs", "target_ci", "max_runs", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
-    "gpu_memory_utilization", "block_size", "cudagraph_mode", "compilation_mode", "engine_args",
+    "gpu_memory_utilization", "block_size", "cudagraph_mode", "compilation_mode", "enable_expert_parallel",
+    "decode_context_parallel_size", "chunked_prefill", "async_scheduling", "kv_connector", "engine_args",
 )  # fmt: skip
 # The durations that a limit can be set on.
 DURATIONS: dict[str, Callable[[Point], list[float]]] = {"latency": run_latencies_s, "ttft": ttfts_s, "tpot": tpots_s}
@@ -167,6 +169,9 @@ def _settings(result: Result, engine: EngineInfo | None) -> Row:
         **dict.fromkeys(GROUP_BY),
         **dict.fromkeys(TO_MENTION),
         **asked,
+        # Files of earlier versions do not have what vLLM made of these.
+        "enable_expert_parallel": config.enable_expert_parallel,
+        "decode_context_parallel_size": config.engine_number("--decode-context-parallel-size") or 1,
         **used,
         **{f"load_{name}": value for name, value in phases.items()},
         # Of today's kind: files of earlier versions have another hash of the same settings.

@@ -214,6 +214,11 @@ class ExperimentConfig:
         word = self.engine_word(flag)
         return size_with_suffix(word) if word else None
 
+    @property
+    def enable_expert_parallel(self) -> bool:
+        """Whether experts are to be shared out whole, and not each of them split."""
+        return bool({"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in self.engine_args})
+
     def points(self) -> Iterator[tuple[int, int]]:
         """(batch_size, seq_len) of the grid, lengths outermost."""
         return ((batch_size, seq_len) for seq_len in self.seq_lens for batch_size in self.batch_sizes)

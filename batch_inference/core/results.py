@@ -222,6 +222,8 @@ class EngineInfo(Struct):
     tensor_parallel_size: Size | None = None
     pipeline_parallel_size: Size | None = None
     pipeline_stages_overlap: bool | None = None
+    enable_expert_parallel: bool | None = None
+    decode_context_parallel_size: Size | None = None
     dtype: str | None = None
     quantization: str | None = None
     max_model_len: Count | None = None
@@ -232,6 +234,9 @@ class EngineInfo(Struct):
     max_num_batched_tokens: Count | None = None
     chunked_prefill: bool | None = None
     async_scheduling: bool | None = None
+    speculative_method: str | None = None
+    num_speculative_tokens: Count | None = None
+    kv_connector: str | None = None  # by which the KV cache goes elsewhere, to main memory for one
     gpu_memory_utilization: float | None = None
     kv_cache_dtype: str | None = None
     block_size: Count | None = None

@@ -147,7 +147,7 @@ def _size(key: str, text: str, devices: int) -> int:
     if divisor == 0 or (number == 0 and whole != "N"):
         raise ValueError(f"{key}={text} is no size")
     if number % divisor or number == 0:
-        raise _NoSizeError(f"there are {counted(devices, 'device')}, and {text} of them is no whole number")
+        raise _NoSizeError(f"{text} of {counted(devices, 'device')} is no whole number")
     return number // divisor
 
 

@@ -121,6 +121,7 @@ def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
     cache, compilation = config.cache_config, config.compilation_config
     executor = parallel.distributed_executor_backend
+    speculative = getattr(config, "speculative_config", None)
     return EngineInfo(
         vllm_version=vllm_version,
         executor=executor if isinstance(executor, str) else getattr(executor, "__name__", None),
@@ -128,6 +129,8 @@ def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         # Under torchrun vLLM runs one stage after the other, and a batch through all before the next.
         pipeline_stages_overlap=None if parallel.pipeline_parallel_size == 1 else executor != "external_launcher",
+        enable_expert_parallel=getattr(parallel, "enable_expert_parallel", None),
+        decode_context_parallel_size=getattr(parallel, "decode_context_parallel_size", None),
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=model.quantization,
         max_model_len=model.max_model_len,
@@ -139,6 +142,9 @@ def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         chunked_prefill=scheduler.enable_chunked_prefill,
         async_scheduling=scheduler.async_scheduling,
+        speculative_method=getattr(speculative, "method", None),
+        num_speculative_tokens=getattr(speculative, "num_speculative_tokens", None),
+        kv_connector=getattr(getattr(config, "kv_transfer_config", None), "kv_connector", None),
         gpu_memory_utilization=cache.gpu_memory_utilization,
         kv_cache_dtype=cache.cache_dtype,
         block_size=cache.block_size,

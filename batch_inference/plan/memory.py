@@ -14,7 +14,7 @@ from batch_inference.core.text import quoted
 from batch_inference.plan.architectures import check_cache, parts_of
 from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.model import BYTES, KV_BYTE, ModelFacts, Quantization, why_unread
-from batch_inference.plan.obstacles import is_coupled, wants_whole_experts
+from batch_inference.plan.obstacles import is_coupled
 from batch_inference.plan.parts import Parts, UnknownError, layers_of_stages
 from batch_inference.plan.stored_weights import parts_in_bytes, stored_weights, total_bytes
 
@@ -192,7 +192,7 @@ def _weights_of_stages(config: ExperimentConfig, facts: ModelFacts) -> tuple[lis
 def _in_gib(config: ExperimentConfig, facts: ModelFacts, parts: Parts, unit: int) -> list[float]:
     tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
     replicas = config.data_parallel_size if is_coupled(config, facts) else 1
-    ranks = tp * replicas if wants_whole_experts(config) else None
+    ranks = tp * replicas if config.enable_expert_parallel else None
     return [held * unit / GIB for _, held in parts.stages(tp, pp, ranks)]
 
 

@@ -11,15 +11,10 @@ from batch_inference.plan.model import ModelFacts
 from batch_inference.plan.said import Said
 
 
-def wants_whole_experts(config: ExperimentConfig) -> bool:
-    """True where experts are to be shared out whole, and not each of them split."""
-    return bool({"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in config.engine_args})
-
-
 def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
     """True where the replicas share out experts, and so must be coupled by vLLM. A model that cannot be read from
     here is taken for the mixture of experts that --enable-expert-parallel is meant for."""
-    return wants_whole_experts(config) and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
+    return config.enable_expert_parallel and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
 
 
 def devices_against(
@@ -64,6 +59,8 @@ def rules_against(
 def _model_against_setting(config: ExperimentConfig, facts: ModelFacts) -> str | None:
     tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
     heads, kv_heads = facts.num_attention_heads, facts.num_kv_heads
+    if config.enable_expert_parallel and not facts.is_moe:
+        return "--enable-expert-parallel needs a mixture of experts, the model has no experts; drop the flag"
     if heads and heads % tp:
         return f"--tensor-parallel-size {tp} does not divide the model's {heads} attention heads"
     if kv_heads and max(kv_heads, tp) % min(kv_heads, tp):

@@ -19,7 +19,7 @@ _OF_THE_MACHINE = re.compile(
 # Rules of vLLM's that hold for a model and its sizes, on every machine (0.26 to 0.33).
 _OF_THE_SETTING = re.compile(
     r"divisible|not aligned with the quantized weight|% *(self\.)?(tp_size|ep_size|tensor_parallel|world_size)|"
-    r"attention heads|[Pp]ipeline parallel|PPMissingLayer|num(ber of)? ?_?experts",
+    r"attention heads|[Pp]ipeline parallel|PPMissingLayer|[Nn]um(ber of)? ?_?experts",
 )
 _OF_THE_LENGTH = re.compile(r"max_model_len .*is greater than the derived")
 # pydantic's frame around vLLM's words.
