@@ -3,13 +3,18 @@
 
     python benchmarks/plan_check.py docs/routes docs/h200 docs/h100 >docs/plan_check.md
 
-Models are looked for by the path in the file, from the current folder. Prints a Markdown table.
+Models are looked for by the path in the file, from the current folder. Where a plan was made by the vLLM that measured,
+it lies beside the files: what --dry-run printed in NAME_plan.txt, or what it printed as JSON, for all, in plan.json.
+Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,30 +27,61 @@ from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import facts_of
 
 HEAD = (
-    "| file | device | vLLM | weights GiB: plan | vLLM | ratio | GiB for KV: plan | vLLM | not counted "
+    "| file | plan by | device | vLLM | weights GiB: plan | vLLM | ratio | GiB for KV: plan | vLLM | not counted "
     "| KV tokens: plan | vLLM | ratio |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """None for what the plan does not say."""
+
+    weights_gib: float | None = None
+    pool_gib: float | None = None
+    kv_cache_tokens: int | None = None
+
+
+def made_there(path: Path) -> Planned | None:
+    """The plan that lies beside a result file; None where there is none."""
+    name = path.name.removesuffix("_results.json")
+    text, for_all = path.with_name(f"{name}_plan.txt"), path.with_name("plan.json")
+    if text.exists():
+        said = " ".join(text.read_text().split())
+        weights, pool = (re.search(rf"([0-9.]+) GiB {words}", said) for words in ("weights per", "are there for it"))
+        return Planned(weights and float(weights[1]), pool and float(pool[1]))
+    if not for_all.exists():
+        return None
+    (found,) = (one for one in json.loads(for_all.read_text()) if one["name"] == name)
+    return Planned(found["weights_gib"], None, found["kv_cache_tokens"])
+
+
+def by_formula(result: Result) -> Planned:
+    config, environment = result.config, result.environment
+    kind, device = environment.device_kind or "gpu", environment.devices[0]
+    # On the CPU all devices share one memory, and the plan does not guess at it.
+    memory = memory_plan(config, facts_of(config), Devices(kind, ()), device.memory_gib if kind == "gpu" else None)
+    longest = result.engine and result.engine.max_model_len
+    return Planned(memory.weights_gib, memory.pool_gib, memory.kv_cache_tokens(longest) if longest else None)
 
 
 def row(path: Path, result: Result) -> str | None:
     """None for a file without an engine, and for a model whose sizes are not known."""
-    config, engine, environment = result.config, result.engine, result.environment
-    kind, device = environment.device_kind or "gpu", environment.devices[0]
-    # On the CPU all devices share one memory, and the plan does not guess at it.
-    memory_gib = device.memory_gib if kind == "gpu" else None
-    memory = memory_plan(config, facts_of(config), Devices(kind, ()), memory_gib)
+    engine = result.engine
     if engine is None or not (engine.weights_gib and engine.max_model_len and engine.kv_cache_tokens):
         return None
-    if memory.weights_gib is None:
+    beside = made_there(path)
+    plan = beside or by_formula(result)
+    if plan.weights_gib is None:
         return None
     cells = [
         f"`{path}`",
-        device.name,
+        f"vLLM {engine.vllm_version}" if beside else "formula",
+        result.environment.devices[0].name,
         engine.vllm_version,
-        *_compared(memory.weights_gib, engine.weights_gib, ".4f"),
-        *_left(memory.pool_gib, engine.kv_pool_gib),
-        *_compared(memory.kv_cache_tokens(engine.max_model_len), engine.kv_cache_tokens, ".0f"),
+        *_compared(plan.weights_gib, engine.weights_gib, ".4f"),
+        *_left(plan.pool_gib, engine.kv_pool_gib),
+        *_compared(plan.kv_cache_tokens, engine.kv_cache_tokens, ".0f"),
     ]
     return f"| {' | '.join(cells)} |"
 

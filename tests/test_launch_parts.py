@@ -310,8 +310,8 @@ PLANS = {
 # tp_4_pp_2      8        1         mp        0.00449      3151225    41707 / 23170
 # tp_16          16       1         -         0.00234      1579866    20909 / 11616
 #
-# activations are not counted: in our runs on GPUs vLLM had 0.7 to 2.5 GiB (1 to
-#   5 %) less for the KV cache of a device (docs/plan_check.md)
+# activations are not counted: in our runs on GPUs vLLM had 0.7 to 3.9 GiB (1 to
+#   7 %) less for the KV cache of a device (docs/plan_check.md)
 # TP=N/3 is left out: N/3 of 8 devices is no whole number
 # tp_16 cannot run: it needs 16 devices, there are 8 (gpu)
 # dp_2 will not be compared with torchrun_tp_2: its replicas' batches add up to
@@ -337,8 +337,8 @@ py x/batch_inference_experiment.py --name tp_4_pp_2
 # tp_4_pp_4_nodes_2           16       1         mp, 2 nodes        0.00415      6008428    83450
 # tp_32_nodes_4               32       1         -                  0.00123      1507608    20938
 #
-# activations are not counted: in our runs on GPUs vLLM had 0.7 to 2.5 GiB (1 to
-#   5 %) less for the KV cache of a device (docs/plan_check.md)
+# activations are not counted: in our runs on GPUs vLLM had 0.7 to 3.9 GiB (1 to
+#   7 %) less for the KV cache of a device (docs/plan_check.md)
 # tp_32_nodes_4 cannot run: --tensor-parallel-size 32 does not divide the
 #   model's 8 attention heads
 # torchrun_tp_4_dp_4_nodes_2 will not be compared with tp_4_pp_4_nodes_2: its

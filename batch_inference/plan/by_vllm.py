@@ -99,7 +99,7 @@ def _words(config: ExperimentConfig, *, coupled: bool) -> Iterator[str]:
         "--pipeline-parallel-size": config.pipeline_parallel_size,
         "--data-parallel-size": config.data_parallel_size if coupled else None,
         # Whoever starts the workers, they hold the same; vLLM would look for Ray, or for torchrun.
-        "--distributed-executor-backend": "mp" if config.devices_per_replica > 1 else None,
+        "--distributed-executor-backend": "mp" if config.devices_per_replica > 1 or coupled else None,
         "--max-model-len": config.max_model_len or config.longest_request,
         "--max-num-seqs": config.max_num_seqs or max(config.batch_sizes),
         "--max-num-batched-tokens": config.max_num_batched_tokens,
