@@ -187,3 +187,8 @@ def test_the_sample_output_is_what_the_quick_start_prints(tmp_path: Path) -> Non
     of_this_machine = ("device", "host", "model", "ready after", "installing", "installed", "...")
     missing = {line for line in masked(shown[1]) - printed if not line.startswith(of_this_machine)}
     assert not missing
+
+
+def test_there_is_one_readme() -> None:
+    """The name that sites show is a link to it."""
+    assert os.readlink(REPOSITORY / "README.md") == "README_batch_inference.md"
