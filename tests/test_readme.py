@@ -191,4 +191,4 @@ def test_the_sample_output_is_what_the_quick_start_prints(tmp_path: Path) -> Non
 
 def test_there_is_one_readme() -> None:
     """The name that sites show is a link to it."""
-    assert os.readlink(REPOSITORY / "README.md") == "README_batch_inference.md"
+    assert (REPOSITORY / "README.md").readlink() == Path("README_batch_inference.md")
