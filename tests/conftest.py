@@ -43,7 +43,7 @@ SMALL_GRID = ("--batch-sizes", "1,2", "--seq-lens", "8", "--max-tokens", "4", "-
 
 
 def pytest_collection_finish() -> None:
-    """What is loaded now stays: the garbage collector need not look at all of it again and again (a tenth of the time)."""
+    """What is loaded now stays: the garbage collector need not look at all of it again and again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
