@@ -193,6 +193,19 @@ def test_an_unusable_file_is_ignored_and_replaced(asked: Asked, tmp_path: Path, 
     assert json.loads(path.read_text()) == NUMBERS
 
 
+def test_the_order_in_which_a_disk_lists_files_asks_nobody_again(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text("{}")
+    config = replace(SHORT, model=str(tmp_path))
+    said_of(config)
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda folder, kind: sorted(glob(folder, kind), reverse=True))
+    said_of(config)
+    assert len(asked) == 1
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(
     asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
