@@ -221,3 +221,18 @@ def test_both_programs_end_at_once_where_no_engine_can_be_started(tmp_path: Path
         experiment_command(tmp_path, "--seq-lens", "64", "--dry-run"), env=environment, capture_output=True, timeout=60
     )
     assert plan.returncode == 0
+
+
+@pytest.mark.parametrize("lacks", ["", "language_model_only"])
+def test_a_plan_asks_for_text_alone_as_far_as_the_version_can(lacks: str) -> None:
+    program = """
+from batch_inference.plan import meta_device
+meta_device._is_for_others = lambda question: False
+asked = meta_device._engine_arguments({"words": ["--model", "m", "--seed", "3"]})
+print(asked.model, asked.seed, getattr(asked, "language_model_only", None), asked.mm_device_do_normalize)
+"""
+    environment = stub_environment(STUB_LACKS=lacks)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["m", "3", str(None if lacks else True), "False"]
