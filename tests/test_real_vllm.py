@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.installed_vllm import release_of, vllm_version
 from batch_inference.measure.engine import MEASURING_SETTINGS
 from batch_inference.plan.devices import Devices, find_devices
 from batch_inference.plan.memory import memory_plan
@@ -21,6 +22,7 @@ from conftest import REPOSITORY
 
 pytestmark = pytest.mark.vllm
 
+RELEASE = release_of(vllm_version()) or (0, 0)
 MODEL = str(REPOSITORY / "models" / "tiny-llama")
 GRID = ("--batch-sizes", "1,3", "--seq-lens", "16,40", "--max-tokens", "9", "--num-runs", "2")
 SMALL_ENGINE = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864")
@@ -109,6 +111,8 @@ def check_run(run: dict[str, Any], batch_size: int, seq_len: int, dp: int) -> No
 
 
 def test_a_multimodal_model_runs_on_text_and_without_its_tokenizer(tmp_path: Path) -> None:
+    if RELEASE < (0, 29) and find_devices().kind == "cpu":
+        pytest.skip("before 0.29 vLLM's kernel for the CPU ends at sliding windows (cpu_attn.cpp, block_size)")
     (tmp_path / "config.json").write_text(json.dumps(GEMMA_3))
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
     there = importlib.util.find_spec("torchvision") is not None
@@ -116,7 +120,9 @@ def test_a_multimodal_model_runs_on_text_and_without_its_tokenizer(tmp_path: Pat
     document = measure(tmp_path, "--model", str(tmp_path), "--enforce-eager", "--max-model-len", "auto", **path)
     assert document["status"] == "complete"
     engine = document["engine"]
-    assert (engine["language_model_only"], engine["skip_tokenizer_init"]) == (True, True)
+    assert engine["language_model_only"] is True
+    # Before 0.31 its ModelConfig does not say that the tokenizer is not needed.
+    assert engine["skip_tokenizer_init"] is (RELEASE >= (0, 31))
     assert engine["max_model_len"] == 8192
 
 

@@ -14,7 +14,7 @@
 set -euo pipefail
 
 repository=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-environments=${ENVIRONMENTS:-${XDG_CACHE_HOME:-$HOME/.cache}/batch_inference/environments}
+environments=$(realpath -m -- "${ENVIRONMENTS:-${XDG_CACHE_HOME:-$HOME/.cache}/batch_inference/environments}")
 
 die() {
   printf 'error: %s\n' "$1" >&2
@@ -62,7 +62,7 @@ run_tests() {
 }
 
 main() {
-  local version folder rc=1 named=false versions=()
+  local version folder named=false versions=()
   while (($#)) && [[ $1 != -- ]]; do
     [[ $1 =~ ^[0-9]+\.[0-9]+(\.[0-9]+)?$ ]] || die "${1@Q} is no version of vLLM; give 0.28 or 0.28.0, and pytest's arguments after --"
     versions+=("$1")

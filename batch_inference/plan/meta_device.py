@@ -27,8 +27,8 @@ from batch_inference.plan.stand_ins import UnknownError, be_first_rank_of, no_st
 
 # Of most attention backends on GPUs; a vLLM for the CPU has another.
 _GPU_BLOCK = 16
-# As our engines have it: without what a multimodal model has for other things than text. With the second on, 0.28 to
-# 0.31 read the processor's files while they build the model.
+# As our engines have it: without what a multimodal model has for other things than text. 0.28 to 0.31 would read the
+# processor's files for the second while they build the model, where a config is enough for its sizes.
 _TEXT_ALONE = {"language_model_only": True, "mm_device_do_normalize": False}
 # More than any device has: what a request takes is told by how many fit into it.
 _ROOMY_BYTES = 2**50
