@@ -23,9 +23,9 @@ _MOST_SHOWN = 8
 
 def check_vllm_version(say: Callable[[str], None]) -> str | None:
     """A warning about a version that nobody has tried. Raises ConfigError where an engine could not load with it."""
-    version, package = vllm_version(), vllm_folder()
+    version = vllm_version()
     release = release_of(version)
-    if package is None or release is None or FIRST <= release <= LAST:
+    if release is None or FIRST <= release <= LAST or (package := vllm_folder()) is None:
         return None
     found = _missing(package, version, say)
     tried = f"{_words(FIRST)} to {_words(LAST)}"
