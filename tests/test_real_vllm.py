@@ -183,5 +183,5 @@ print(json.dumps(fields + calls))
     stub_path = REPOSITORY / "tests" / "stub"
     real = names("")
     for stub_names, real_names in zip(names(str(stub_path)), real, strict=True):
-        assert stub_names <= real_names
+        assert stub_names - {"mm_device_do_normalize"} <= real_names  # it is looked up: 0.28 has it first
     assert set(MEASURING_SETTINGS) <= real[0]
