@@ -18,6 +18,7 @@ from batch_inference.core.secrets import remember
 from batch_inference.core.signals import end_in_order
 from batch_inference.core.streams import print_kept, say, say_notes, secure_streams, show
 from batch_inference.measure.vllm_flags import check_vllm_flags
+from batch_inference.measure.vllm_version import check_vllm_version
 from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, facts_of
@@ -106,7 +107,9 @@ def look_around(config: ExperimentConfig, place: Place | None) -> Surroundings:
 
 
 def ask(config: ExperimentConfig, here: Surroundings) -> Said | None:
-    """Raises ConfigError for a flag that vLLM does not know."""
+    """Raises ConfigError for a flag that vLLM does not know, and for a vLLM that loads no engine of ours."""
+    if not config.dry_run and (warning := check_vllm_version(say)):
+        say(f"warning: {warning}")
     check_vllm_flags(config.engine_args, say)
     if not config.dry_run and devices_against(config, here.devices, here.processes, here.ray_gpus):
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_real_vllm import measure
+from test_real_vllm import RELEASE, measure
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.plan.by_vllm import LIMIT_VARIABLE, ask_vllm
@@ -58,6 +58,8 @@ def path_to_torchvision() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_of_today_is_planned_and_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "sliding_window" in str(SHAPES[name]) and RELEASE < (0, 29) and find_devices().kind == "cpu":
+        pytest.skip("before 0.29 vLLM's kernel for the CPU ends at sliding windows (cpu_attn.cpp, block_size)")
     monkeypatch.delenv(LIMIT_VARIABLE)
     small_copy(name, tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
@@ -67,7 +69,9 @@ def test_a_shape_of_today_is_planned_and_measured(name: str, tmp_path: Path, mon
     assert [point["status"] for point in document["points"]] == ["ok"] * 4
     engine = document["engine"]
     sees = name == "gemma-3-27b"
-    assert (engine["language_model_only"], engine["skip_tokenizer_init"]) == (True if sees else None, True)
+    # Before 0.31 its ModelConfig does not say that the tokenizer is not needed.
+    skips = not sees or RELEASE >= (0, 31)
+    assert (engine["language_model_only"], engine["skip_tokenizer_init"]) == (True if sees else None, skips)
 
     words = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864")
     config = ExperimentConfig(

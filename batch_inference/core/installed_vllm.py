@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def vllm_version() -> str:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
     return "unknown"
+
+
+def release_of(version: str) -> tuple[int, int] | None:
+    """0.32.1.dev3+g1234 is of 0.32. None for what says no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def kept_path(folder: Path, what: str) -> Path:

@@ -32,6 +32,7 @@ from batch_inference.launch.stored import is_anything_measured, open_points
 from batch_inference.launch.usage import usage
 from batch_inference.measure.hub import fetch_models
 from batch_inference.measure.vllm_flags import check_vllm_flags
+from batch_inference.measure.vllm_version import check_vllm_version
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices
 
 
@@ -146,11 +147,13 @@ def install_where_needed(jobs: Sequence[PlannedJob], here: Here, argv: Sequence[
 
 
 def check_packages(jobs: Sequence[PlannedJob], preset: Preset) -> None:
-    """Raises ConfigError where something is not installed that measures, or that analyses a demo in the end."""
+    """Raises ConfigError where something is not installed that measures, or that analyses a demo in the end, and for a
+    vLLM that loads no engine of ours."""
     if all(one.reason for one in jobs):
         return
     if missing := missing_to_measure() or (missing_to_analyse(plots=True) if preset.is_demo else None):
         raise ConfigError(missing)
+    check_vllm_version(say)  # its warning is for each setting to say
 
 
 def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, processes: Processes) -> int:

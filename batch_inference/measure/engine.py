@@ -56,6 +56,7 @@ _ESTIMATES = {
     "vllm:estimated_read_bytes_per_gpu": "memory_bytes_per_device",
     "vllm:estimated_write_bytes_per_gpu": "memory_bytes_per_device",
 }
+COUNTED = (*_COUNTERS, *_ESTIMATES)
 
 
 class WorkerExtension:
@@ -157,8 +158,17 @@ def _explain(message: str, vllm_flags: Sequence[str]) -> str:
 
 
 def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """Keyword arguments of vLLM's LLM. What is left open is sized for the grid: no slot that no point uses."""
-    ours = {
+    """Keyword arguments of vLLM's LLM."""
+    ours = {**own_settings(config), **node_settings(config)}
+    # Under torchrun vLLM itself assigns the ranks to replicas; otherwise each replica is an engine of its own.
+    if config.distributed_executor_backend == "external_launcher":
+        ours["data_parallel_size"] = config.data_parallel_size
+    return _with_tokenizer_where_needed({**ours, **_text_alone(), **parse_engine_flags(config.engine_args)})
+
+
+def own_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """What every engine gets. What is left open is sized for the grid: no slot that no point uses."""
+    return {
         "model": str(Path(config.model).expanduser()) if config.model.startswith("~") else config.model,
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
@@ -169,16 +179,10 @@ def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "gpu_memory_utilization": memory_share(config),
         "enforce_eager": config.enforce_eager,
-        **node_settings(config),
         "trust_remote_code": config.trust_remote_code,
         "seed": config.seed,
+        **MEASURING_SETTINGS,
     }
-    # Under torchrun vLLM itself assigns the ranks to replicas; otherwise each replica is an engine of its own.
-    if config.distributed_executor_backend == "external_launcher":
-        ours["data_parallel_size"] = config.data_parallel_size
-    return _with_tokenizer_where_needed(
-        {**ours, **MEASURING_SETTINGS, **_text_alone(), **parse_engine_flags(config.engine_args)}
-    )
 
 
 def _text_alone() -> dict[str, Any]:

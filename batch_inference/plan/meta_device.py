@@ -28,6 +28,9 @@ from batch_inference.plan.stand_ins import UnknownError, be_first_rank_of, no_st
 
 # Of most attention backends on GPUs; a vLLM for the CPU has another.
 _GPU_BLOCK = 16
+# As our engines have it: without what a multimodal model has for other things than text. 0.28 to 0.31 would read the
+# processor's files for the second while they build the model, where a config is enough for its sizes.
+_TEXT_ALONE = {"language_model_only": True, "mm_device_do_normalize": False}
 # More than any device has: what a request takes is told by how many fit into it.
 _ROOMY_BYTES = 2**50
 # Of errors of torch's: something that has no memory behind it was read.
@@ -85,9 +88,7 @@ def _engine_arguments(question: dict[str, Any]) -> Any:
             raise UnknownError(" ".join(message.split()))
 
     parser = EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False))
-    # As our engines have it: without what a multimodal model has for other things than text.
-    if hasattr(EngineArgs, "language_model_only"):
-        parser.set_defaults(language_model_only=True)
+    parser.set_defaults(**{name: value for name, value in _TEXT_ALONE.items() if hasattr(EngineArgs, name)})
     arguments = EngineArgs.from_cli_args(parser.parse_args(question["words"]))
     if _is_for_others(question) and arguments.block_size is None:
         arguments.block_size = _GPU_BLOCK

@@ -3,7 +3,7 @@
 Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FLAGS are more flags that it knows, STUB_EXPECTS are
 arguments that it must get, as JSON, STUB_SAYS is said in the log and in the reason of a start that fails, and
 STUB_WRITES is written past Python, as another process does. STUB_MULTIMODAL is a model with images too, and STUB_LACKS
-a setting that this version does not have yet. STUB_FAIL makes it misbehave:
+a name that this version does not have yet. STUB_FAIL makes it misbehave:
   load          the engine does not start; the cause stands only in the log, as with vLLM
   run:N         batches of N requests fail with an out-of-memory error
   die:N         batches of N requests kill the process

@@ -78,6 +78,11 @@ class _EngineArgs:
     kv_cache_memory_bytes: int | None = None
     enable_expert_parallel: bool = False
     served_model_name: str | None = None
+    mm_device_do_normalize: bool | None = None
+
+    @classmethod
+    def from_cli_args(cls, namespace):
+        return cls(**{item.name: getattr(namespace, item.name) for item in fields(cls)})
 
     def create_model_config(self):
         return ModelConfig(self)
@@ -92,7 +97,7 @@ class _EngineArgs:
             kind = {int | None: int, int: int, float: float, dict | None: json.loads}.get(item.type, str)
             short = {"nnodes": ["-n"], "tensor_parallel_size": ["-tp"]}.get(item.name, [])
             name = "--" + item.name.replace("_", "-")
-            if item.type is bool:
+            if item.type in (bool, bool | None):
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=item.default)
             else:
                 parser.add_argument(name, *short, type=kind, default=item.default)

@@ -1,0 +1,77 @@
+"""A vLLM outside the versions that were tried: what it lacks of the names that we use, said before an engine loads.
+
+It is asked in a process of its own (`vllm_names`), once, and the answer is kept. Versions inside cost nothing. Python's
+own library is enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from batch_inference.core.config import ConfigError
+from batch_inference.core.installed_vllm import keep, kept, kept_path, release_of, vllm_folder, vllm_version
+from batch_inference.core.text import listed
+from batch_inference.measure.vllm_flags import ASK_TIMEOUT_S
+
+FIRST, LAST = (0, 26), (0, 33)
+# Where a module is gone, all its names are: more than these need not be read.
+_MOST_SHOWN = 8
+
+
+def check_vllm_version(say: Callable[[str], None]) -> str | None:
+    """A warning about a version that nobody has tried. Raises ConfigError where an engine could not load with it."""
+    version = vllm_version()
+    release = release_of(version)
+    if release is None or FIRST <= release <= LAST or (package := vllm_folder()) is None:
+        return None
+    found = _missing(package, version, say)
+    tried = f"{_words(FIRST)} to {_words(LAST)}"
+    if isinstance(found, str):
+        return f"vLLM {version} is not one of {tried}, and could not be asked which names it lacks ({found})"
+    if found["needed"]:
+        raise ConfigError(f"vLLM {version} lacks {_shown(found['needed'])}, which an engine needs; install {tried}")
+    lacks = f"lacks {_shown(found['others'])}" if found["others"] else "lacks no name that is used here"
+    return f"vLLM {version} is not one of {tried}; it {lacks}"
+
+
+def _words(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))
+
+
+def _shown(names: list[str]) -> str:
+    more = len(names) - _MOST_SHOWN
+    return listed(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _missing(package: Path, version: str, say: Callable[[str], None]) -> dict[str, list[str]] | str:
+    """What the process below answers, once for each installation; or why it does not."""
+    from batch_inference.core.child import ChildError, ask
+
+    path = _answer_path(package)
+    if _is_answer(answer := kept(path)):
+        return answer  # type: ignore[no-any-return]
+    say(f"note: looking once into vLLM {version}, which nobody has tried; importing it takes some seconds")
+    try:
+        answer = ask("measure.vllm_names", timeout_s=ASK_TIMEOUT_S)
+    except ChildError as error:
+        return str(error)
+    keep(answer, path)
+    return answer  # type: ignore[no-any-return]
+
+
+def _answer_path(package: Path) -> Path:
+    """One for each installation, and for what was asked: another version of ours uses other names."""
+    asked = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("vllm_names.py", "engine.py"))
+    return kept_path(package, f"names_{hashlib.sha256(asked).hexdigest()[:12]}.json")
+
+
+def _is_answer(value: Any) -> bool:
+    """A file may be anything."""
+    return (
+        isinstance(value, dict)
+        and set(value) == {"needed", "others"}
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value.values())
+    )
