@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_real_vllm import RELEASE, measure
+from test_real_vllm import measure
 
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.installed_vllm import release_of, vllm_version
 from batch_inference.plan.by_vllm import LIMIT_VARIABLE, ask_vllm
 from batch_inference.plan.devices import GIB, find_devices
 from batch_inference.plan.model import facts_of
@@ -20,6 +21,7 @@ from conftest import REPOSITORY
 
 pytestmark = pytest.mark.vllm
 
+RELEASE = release_of(vllm_version()) or (0, 0)
 ATTENTION = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 SMALL = {**ATTENTION, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512, "eos_token_id": 2}
 EXPERTS = {"moe_intermediate_size": 128, "num_experts_per_tok": 2}

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.core.installed_vllm import release_of, vllm_version
 from batch_inference.measure.engine import MEASURING_SETTINGS
 from batch_inference.plan.devices import Devices, find_devices
 from batch_inference.plan.memory import memory_plan
@@ -21,7 +20,6 @@ from conftest import REPOSITORY
 
 pytestmark = pytest.mark.vllm
 
-RELEASE = release_of(vllm_version()) or (0, 0)
 MODEL = str(REPOSITORY / "models" / "tiny-llama")
 GRID = ("--batch-sizes", "1,3", "--seq-lens", "16,40", "--max-tokens", "9", "--num-runs", "2")
 SMALL_ENGINE = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864")
