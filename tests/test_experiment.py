@@ -875,6 +875,13 @@ def test_as_many_warmups_as_asked_are_made_though_they_agree_earlier(config: Exp
         assert len(point.warmups) == made
 
 
+def test_a_run_that_compiled_counts_as_the_first_warmup_of_its_series(config: ExperimentConfig) -> None:
+    for asked, made in ((1, 2 + 2), (3, 3 + 3), (4, 4 + 4)):
+        replicas = FakeReplicas(compiles_in=[("run", 0)])
+        asked_for = dataclasses.replace(config, warmup_runs=asked, batch_sizes=(1,), overwrite=True)
+        assert len(run(asked_for, replicas).points[0].warmups) == made
+
+
 def test_each_replica_is_kept_where_there_are_several(config: ExperimentConfig) -> None:
     one = run(config, FakeReplicas()).engine
     assert one is not None
