@@ -178,7 +178,7 @@ def test_two_settings_of_a_layout_and_one_that_cannot_be_compared_are_told(tmp_p
     ]
     (part,) = [one for one in sections_of(analysed(results, tmp_path)) if one.title.startswith("TP, PP")]
     assert part.lines[0] == "Not compared: DP=2; no measured point at a global batch size of another."
-    assert part.lines[-1] == "Of several settings with the same sizes the fastest is shown at each point."
+    assert part.lines[-1] == "Of several settings of one layout the fastest is shown at each point."
     assert part.rows == [["64", "1", "32.00 ●", "0.2500"], ["64", "4", "64.00 ●", "0.5000"]]
     assert part.pairs == [("fastest", "of 2 points: TP=2 at 2")]
 

@@ -202,6 +202,19 @@ def test_overlapping_layouts_are_all_best_and_invalid_ones_are_not_there(table: 
     assert rows[["layout", "is_best"]].to_numpy().tolist() == [["TP=2", True], ["PP=2", True]]
 
 
+def test_how_experts_and_the_cache_are_shared_out_makes_a_layout_of_its_own(table: Any) -> None:
+    """By what vLLM reports, and by the flags where a file is too old to tell."""
+    told = {"engine": {"enable_expert_parallel": True, "decode_context_parallel_size": 2}}
+    asked = {"config": {"engine_args": ["--enable-expert-parallel"]}}
+    results = [
+        make_result(name, [make_point(latencies_s=[float(seconds)])], (4, 1, 1), **more)
+        for seconds, (name, more) in enumerate((("plain", {}), ("old", asked), ("both", told)), 1)
+    ]
+    assert side_by_side(table(results))[["setting", "layout"]].to_numpy().tolist() == [
+        ["plain", "TP=4"], ["old", "TP=4 EP"], ["both", "TP=4 EP DCP=2"],
+    ]  # fmt: skip
+
+
 def test_nothing_comparable_is_an_empty_table(table: Any) -> None:
     assert side_by_side(table(make_sweep([(1, 1, 1), (2, 1, 1)]))).empty
     assert side_by_side(table([make_result(status="failed")])).empty
@@ -209,6 +222,9 @@ def test_nothing_comparable_is_an_empty_table(table: Any) -> None:
 
 def test_a_layout_has_a_short_name() -> None:
     assert [layout(*sizes) for sizes in ((1, 1, 1), (4, 1, 1), (2, 1, 2))] == ["TP=1", "TP=4", "TP=2 DP=2"]
+    assert [layout(4, 1, 1, True), layout(1, 1, 1, True), layout(4, 2, 1, False, 2), layout(2, 1, 2, True, 2)] == [
+        "TP=4 EP", "TP=1 EP", "TP=4 PP=2 DCP=2", "TP=2 DP=2 EP DCP=2",
+    ]  # fmt: skip
 
 
 # --- two result sets ----------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from batch_inference.analyze.tables import GROUP_BY, TO_MENTION, MeasuredSetting
 # What a ratio is made of.
 MEASURED = ["output_tok_per_s", "latency_mean_s", "latency_ci95_s", "timed_runs"]
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+# What tells layouts apart: the sizes, and how experts and the KV cache are shared out.
+LAYOUT = (*SIZES, "enable_expert_parallel", "decode_context_parallel_size")
 # Where a point stands: what every list of points tells of each.
 PLACE = ("setting", "num_devices", *SIZES, "seq_len", "max_tokens", "batch_size", "global_batch_size", "verdict")
 # Points alike in these do the same work on as many devices.
@@ -137,15 +139,15 @@ def _against(table: pd.DataFrame, base: pd.DataFrame, batch: str) -> pd.DataFram
 # --- TP, PP or DP -------------------------------------------------------------------------------------------------
 
 
-def layout(tp: int, pp: int, dp: int) -> str:
-    """4, 1, 2 -> TP=4 DP=2."""
-    words = [f"{name}={size}" for name, size in (("TP", tp), ("PP", pp), ("DP", dp)) if size > 1]
-    return " ".join(words) or "TP=1"
+def layout(tp: int, pp: int, dp: int, ep: int = 0, dcp: int = 1) -> str:
+    """4, 1, 2 -> TP=4 DP=2; with expert parallelism TP=4 DP=2 EP."""
+    words = [f"{name}={size}" for name, size in (("TP", tp), ("PP", pp), ("DP", dp)) if size > 1] or ["TP=1"]
+    return " ".join([*words, *(["EP"] if ep else []), *([f"DCP={dcp}"] if dcp > 1 else [])])
 
 
-def layout_order(tp: int, pp: int, dp: int) -> tuple[int, int, int, int]:
+def layout_order(tp: int, pp: int, dp: int, ep: int = 0, dcp: int = 1) -> tuple[int, ...]:
     """TP, PP and DP alone come before the mixed ones."""
-    return (sum(size > 1 for size in (tp, pp, dp)), -tp, -pp, -dp)
+    return (sum(size > 1 for size in (tp, pp, dp)), -tp, -pp, -dp, ep, dcp)
 
 
 def side_by_side(points: pd.DataFrame) -> pd.DataFrame:
@@ -155,9 +157,9 @@ def side_by_side(points: pd.DataFrame) -> pd.DataFrame:
     `ratio`, `ratio_ci95` and `p_value` against the first layout at that work; `is_first`; `is_best`, for the highest
     throughput and for all whose interval overlaps it.
     """
-    columns = [*dict.fromkeys([*EQUAL_WORK, *MEASURED, *SIZES, "setting", "batch_size", "verdict"])]
+    columns = [*dict.fromkeys([*EQUAL_WORK, *MEASURED, *LAYOUT, "setting", "batch_size", "verdict"])]
     points = believable(points)[columns].dropna(subset="output_tok_per_s")
-    sizes = [points[name].astype(int).tolist() for name in SIZES]
+    sizes = [points[name].astype(int).tolist() for name in LAYOUT]
     order = pd.Series(list(map(layout_order, *sizes)), index=points.index, dtype=object)
     points = points.assign(layout=list(map(layout, *sizes)), _order=order)
     fastest = points.sort_values("output_tok_per_s", ascending=False, kind="stable")

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark
-from batch_inference.analyze.compare import MEASURED, SIZES, SetComparison, baseline_of, layout, layout_order
+from batch_inference.analyze.compare import LAYOUT, MEASURED, SetComparison, baseline_of, layout, layout_order
 from batch_inference.analyze.decide import Choice
 from batch_inference.analyze.tables import GROUP_BY, believable, half_width
 from batch_inference.analyze.wording import SUSPECT_LINE, few, known, metric_text, suspect_mark, with_interval
@@ -111,7 +111,7 @@ _BLOCK = ["seq_len", "max_tokens", "global_batch_size"]
 def layouts(group: Group) -> Iterator[Section]:
     """Per number of devices a table with a column per layout, in tables that fit the terminal."""
     for devices, measured in group.points.groupby("num_devices"):
-        sizes = [tuple(map(int, row)) for row in measured[list(SIZES)].drop_duplicates().to_numpy()]
+        sizes = [tuple(map(int, row)) for row in measured[list(LAYOUT)].drop_duplicates().to_numpy()]
         present = [layout(*row) for row in sorted(sizes, key=lambda row: layout_order(*row))]
         rows = group.layouts[group.layouts["num_devices"] == devices]
         names = list(dict.fromkeys(rows.sort_values("_order")["layout"]))
@@ -146,7 +146,7 @@ def _layout_table(
     if (rows["verdict"] == "suspect").any():
         lines.append(SUSPECT_LINE)
     if rows.groupby("layout")["setting"].nunique().max() > 1:
-        lines.append("Of several settings with the same sizes the fastest is shown at each point.")
+        lines.append("Of several settings of one layout the fastest is shown at each point.")
     header = ("length", "batch", *shown)
     return Section(title, pairs, header, table, frozenset(header), lines, len(blocks) - len(table))
 
