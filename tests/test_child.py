@@ -41,6 +41,11 @@ def test_the_last_line_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (subprocess.TimeoutExpired("x", 60), "no answer within 60 s"),
         (subprocess.CompletedProcess("x", 1, "", "Traceback:\n  in x\nOSError: \x1b[2Jgone\n"), "OSError:  [2Jgone"),
+        (
+            subprocess.CompletedProcess("x", 1, "", "Traceback:\nx.DriverError: no GPU\nAn Error of\nthe driver\n"),
+            "x.DriverError: no GPU",
+        ),
+        (subprocess.CompletedProcess("x", 1, "", "Killed\n"), "Killed"),
         (subprocess.CompletedProcess("x", 1, "", ""), "no reason is given"),
     ],
 )

@@ -119,6 +119,7 @@ def test_a_hub_that_is_not_reached_is_left_to_vllm(fetch: Fetch, hub: Path) -> N
     (hub / "FAIL").write_text("ConnectError")
     (line,) = fetch()
     assert line.startswith("note: the hub could not be asked for org/name (")
+    assert "ConnectError: Name or service not known" in line
 
 
 @pytest.fixture

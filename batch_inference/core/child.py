@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from batch_inference.core.text import NO_REASON, plain
+
+# As Python prints it, in front of its message.
+_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
 
 
 class ChildError(Exception):
@@ -71,7 +75,9 @@ def _no_answer(timeout_s: float) -> str:
 
 
 def _last_line(text: str) -> str:
-    return plain((text.strip().splitlines() or [NO_REASON])[-1])
+    """The error that it ended with, without what its message says in further lines; else the last line."""
+    lines = text.strip().splitlines() or [NO_REASON]
+    return plain(next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1]))
 
 
 def _whole_lines(output: str | bytes | None) -> list[Any]:

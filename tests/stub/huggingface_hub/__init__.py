@@ -30,7 +30,9 @@ def _answer(question):
     with (HUB / "asked").open("a") as file:
         file.write(f"{question}\n")
     if (HUB / "FAIL").exists():
-        raise globals()[(HUB / "FAIL").read_text()]("401 Client Error.\nmore lines")
+        fail = (HUB / "FAIL").read_text()
+        text = "Name or service not known" if fail == "ConnectError" else "401 Client Error.\nmore lines"
+        raise globals()[fail](text)
 
 
 class HfApi:
