@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from batch_inference.core.growing_file import GrowingFile
 from batch_inference.core.result_file import ResultFileError, journal_of, load_result, point_line, to_json
@@ -138,6 +140,26 @@ def test_a_point_that_could_not_be_written_is_told_all_the_same(path: Path, monk
         assert str(caught.value) == (
             f"{path}: cannot be written: No space left on device; free the disk or choose another path"
         )
-    told = [point["batch_size"] for point in json.loads(growing.told() or "")["points"]]
-    assert (told[:2], set(told)) == ([1, 2], {1, 2, 4})
+    assert [point["batch_size"] for point in json.loads(growing.told() or "")["points"]] == [1, 2, 4]
+    growing.add(make_point(4))
+    assert found(path) == [(1, 1.0), (2, 1.0), (4, 1.0)]
     growing.close()
+
+
+@pytest.mark.parametrize(("room_bytes", "batch_size"), [(0, 1), (100, 1), (100, 1000)])
+def test_a_point_that_a_full_disk_took_a_part_of_is_told_whole(path: Path, room_bytes: int, batch_size: int) -> None:
+    whole = make_result(points=[make_point(number) for number in (2, 3, 4, 8, 16, batch_size)])
+    growing = GrowingFile(path, replace(whole, points=whole.points[:4]))
+    growing.begin()
+    growing.add(whole.points[4])
+    journal, (_, hard) = journal_of(path).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(journal) + room_bytes, hard))
+    try:
+        with pytest.raises(ResultFileError, match="cannot be written: File too large"):
+            growing.add(whole.points[5])
+        told = growing.told()
+        growing.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert told == to_json(whole)
+    assert journal_of(path).read_bytes() == journal

@@ -184,3 +184,30 @@ def test_a_package_that_cannot_be_looked_for_is_not_there(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "halfway", types.ModuleType("halfway"))
     assert not packages._is_installed("halfway")
     assert not packages._is_installed("there_is_none_of_this_name.inner")
+
+
+# setup_env.sh without its last line, which calls it all; pip says an index and an extra one, and WHEELS is a folder.
+SAYS_TO_UV = """
+source <(sed '$d' "$0")
+pip_setting() { echo https://pip/simple; }
+usable_indexes() { echo https://extra/simple; }
+folders=(/wheels /more)
+export_uv_settings
+env | grep ^UV_ | sort
+"""
+
+
+def test_what_the_user_tells_uv_stands_before_what_pip_was_told() -> None:
+    def told(**own: str) -> list[str]:
+        script = str(REPOSITORY / "setup_env.sh")
+        return subprocess.run(
+            ["bash", "-c", SAYS_TO_UV, script], env={"PATH": os.environ["PATH"], **own}, stdout=subprocess.PIPE,
+            text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+
+    assert told() == [
+        "UV_DEFAULT_INDEX=https://pip/simple", "UV_FIND_LINKS=/wheels,/more", "UV_INDEX=https://extra/simple",
+    ]  # fmt: skip
+    assert told(UV_DEFAULT_INDEX="https://own", UV_INDEX="https://own/extra") == [
+        "UV_DEFAULT_INDEX=https://own", "UV_FIND_LINKS=/wheels,/more", "UV_INDEX=https://own/extra",
+    ]  # fmt: skip

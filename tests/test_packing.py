@@ -202,15 +202,17 @@ def test_a_setting_of_replicas_has_the_devices_of_all_of_them(
     processes = FakeProcesses()
     jobs = [job(tmp_path, "tp_2", tp=2), job(tmp_path, "tp_2_dp_2", tp=2, dp=2)]
     jobs += [job(tmp_path, "dp_3", dp=3), job(tmp_path, "dp_3_ep", dp=3)]
-    list(Packing(jobs, FOUR, processes).run())  # type: ignore[arg-type]
+    # As text 10 comes before 8.
+    devices = Devices("gpu", ("8", "9", "10", "11"))
+    list(Packing(jobs, devices, processes).run())  # type: ignore[arg-type]
     # The longest first; only one of them fits at a time, and freed devices are taken in their own order.
-    assert [one["CUDA_VISIBLE_DEVICES"] for one in processes.started] == ["0,1,2", "0,1,2", "0,1,2,3", "0,1"]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in processes.started] == ["8,9,10", "8,9,10", "8,9,10,11", "8,9"]
     said = [line.partition(" -> ")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert said == [
-        "[1/4] dp_3 on devices 0,1,2",
-        "[2/4] dp_3_ep on devices 0,1,2",
-        "[3/4] tp_2_dp_2 on devices 0,1,2,3",
-        "[4/4] tp_2 on devices 0,1",
+        "[1/4] dp_3 on devices 8,9,10",
+        "[2/4] dp_3_ep on devices 8,9,10",
+        "[3/4] tp_2_dp_2 on devices 8,9,10,11",
+        "[4/4] tp_2 on devices 8,9",
     ]
 
 

@@ -124,6 +124,7 @@ SENTENCES = (
     "NoCredentialsError: Unable to locate credentials",
     "argument --hf-token: expected one argument",
     "--hf-token needs a value; set HF_TOKEN",
+    "vllm serve --hf-token --revision main",
     "KeyError: 'model.layers.0.weight'; key: value",
     "  [1/6] 1 x 64: 150.7 tok/s ±5.7%, 0.212 s, TTFT 0.012 s, 2.31 GiB, suspect",
     "ValueError: tokens must be above 0: 5; eos_token='</s>', pad_token=0, num_key_value_heads: 8",

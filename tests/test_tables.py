@@ -87,6 +87,13 @@ def test_points_asked_for_and_never_reached_are_counted(tmp_path: Path) -> None:
     assert (setting.points_ok, setting.points_asked) == (1, 6)
 
 
+def test_points_of_an_earlier_sweep_with_another_grid_count_as_asked_for(tmp_path: Path) -> None:
+    points = [make_point(batch_size) for batch_size in (1, 2, 4)]
+    (path,) = save_all([make_result(points=points, config={"batch_sizes": [4]})], tmp_path)
+    setting = load_setting(path)
+    assert (setting.grid, setting.points_ok, setting.points_asked) == ([(4, 64)], 3, 3)
+
+
 def test_whatever_is_missing_is_an_empty_cell(table: Any) -> None:
     result = make_result(points=[make_point()])
     result.engine, result.environment = EngineInfo(vllm_version="0.32.0"), Environment()

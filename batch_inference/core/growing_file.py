@@ -94,13 +94,13 @@ class GrowingFile:
     def _append(self, line: str) -> None:
         try:
             if self._journal is None:
-                self._journal = open_regular(journal_of(self.path), "w+b")
-                head = JournalHead(self._result.environment.started_at, len(self._in_file))
-                self._journal.write(msgspec.json.encode(head) + b"\n")
-            self._journal.seek(0, os.SEEK_END)
-            self._journal.write(line.encode() + b"\n")
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
+                # Without a buffer: what a full disk does not take would be tried again wherever it is read or closed.
+                self._journal = open_regular(journal_of(self.path), "w+b", buffering=0)
+            head = b""
+            if self._journal.seek(0, os.SEEK_END) == 0:
+                began = JournalHead(self._result.environment.started_at, len(self._in_file))
+                head = msgspec.json.encode(began) + b"\n"
+            _write_or_undo(self._journal, head + line.encode() + b"\n")
         except OSError as error:
             raise cannot_be_written(self.path, error) from error
 
@@ -111,9 +111,10 @@ class GrowingFile:
             if not again or msgspec.json.decode(line, type=PointKey) not in again:
                 yield line
         if self._journal is not None:
-            self._journal.seek(0)
-            next(self._journal, None)
-            yield from (line.decode().rstrip("\n") for line in self._journal)
+            with os.fdopen(self._journal.fileno(), "rb", closefd=False) as journal:
+                journal.seek(0)
+                next(journal, None)
+                yield from (line.decode().rstrip("\n") for line in journal)
 
     def _lines_of_file(self) -> Iterator[str]:
         if self._file is None:
@@ -126,3 +127,17 @@ class GrowingFile:
             if line == POINTS_END.encode().splitlines(keepends=True)[0]:
                 return
             yield line.decode().rstrip(",\n")
+
+
+def _write_or_undo(file: IO[bytes], line: bytes) -> None:
+    """At the end of the file, and on the disk. Raises OSError, and leaves no part of it there then."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
