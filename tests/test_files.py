@@ -260,3 +260,14 @@ def test_what_is_in_the_way_is_said_with_its_number_and_its_place(tmp_path: Path
         assert (file.mode, file.encoding) == ("w", "latin-1")
         file.write("é")
     assert read_regular(tmp_path / "file") == b"\xe9"
+
+
+def test_why_nothing_can_be_written_is_said_as_the_disk_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, "not yours")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(OSError, match="not yours"):
+        check_writable(tmp_path / "x.json")
