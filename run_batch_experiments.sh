@@ -8,8 +8,8 @@ shopt -s inherit_errexit
 # --- Presets ----------------------------------------------------------------------------------------------------------
 # A preset is a function preset_NAME; the comment above it is its line in --help. It says, in any order:
 #
-#   setting TP=2 PP=2       a setting; a size not given is 1. A size may be N, the devices of this machine, or a part of
-#                           them like N/2: where that is no whole number, the setting is left out
+#   setting TP=2 PP=2       a setting; a size not given is 1. A size may be N, the devices there are (of all nodes), or a
+#                           part of them like N/2: where that is no whole number, the setting is left out
 #   setting TP=4 torchrun   the same under torchrun
 #   setting TP=4 experts    tp_4_ep: experts shared out whole, and not each of them split (--enable-expert-parallel)
 #   setting TP=4 suffix=x --enforce-eager   named tp_4_x; flags of the experiment script come last

@@ -14,7 +14,7 @@ from batch_inference.core.values import device_count
 from batch_inference.launch.options import Options
 
 _KEYS = ("TP", "PP", "DP")
-# N: the devices of this machine.
+# N: the devices there are, over nodes those of all.
 _WORD = re.compile(
     r"(?P<key>TP|PP|DP)=(?P<size>[0-9]{1,9}|N(/[0-9]{1,9})?)|torchrun|experts|suffix=(?P<suffix>[\w.-]+)"
 )
@@ -129,6 +129,12 @@ def settings_of(
         if settings.setdefault(setting.name, setting) != setting:
             raise ConfigError(f"preset {preset.name}: two settings are named {setting.name}; give one a suffix=WORD")
     return list(settings.values()), left_out
+
+
+def has_n(preset: Preset, options: Options) -> bool:
+    """Whether a size of it depends on how many devices there are. Raises ConfigError."""
+    words = itertools.chain.from_iterable(preset.words_of_settings(options.words))
+    return any(match and match["size"] and match["size"].startswith("N") for match in map(_WORD.fullmatch, words))
 
 
 class _NoneHereError(Exception):
