@@ -8,11 +8,11 @@ shopt -s inherit_errexit
 # --- Presets ----------------------------------------------------------------------------------------------------------
 # A preset is a function preset_NAME; the comment above it is its line in --help. It says, in any order:
 #
-#   setting TP=2 PP=2       a setting; a size not given is 1. A size may be N, the devices of this machine, or a part of
-#                           them like N/2: where that is no whole number, the setting is left out
+#   setting TP=2 PP=2       a setting; a size not given is 1. A size may be N, the devices there are (of all nodes), or a
+#                           part of them like N/2: where that is no whole number, the setting is left out
 #   setting TP=4 torchrun   the same under torchrun
-#   setting TP=N suffix=ep --enable-expert-parallel
-#                           named tp_4_ep where N is 4; flags of the experiment script come last
+#   setting TP=4 experts    tp_4_ep: experts shared out whole, and not each of them split (--enable-expert-parallel)
+#   setting TP=4 suffix=x --enforce-eager   named tp_4_x; flags of the experiment script come last
 #   flags --max-tokens 32   flags for all of its settings
 #   demo                    one node; replaces what is in its own folder; ends with the analysis
 #   made_by NAME            settings made by Python: MADE_BY in batch_inference/launch/presets.py
@@ -58,12 +58,12 @@ preset_torchrun-mixed-parallel() {
 # TP=N, with whole experts TP=N, DP=N, TP=2 DP=N/2
 preset_expert-parallel() {
   setting TP=N
-  setting TP=N suffix=ep --enable-expert-parallel
-  setting DP=N suffix=ep --enable-expert-parallel
-  setting TP=2 DP=N/2 suffix=ep --enable-expert-parallel
+  setting TP=N experts
+  setting DP=N experts
+  setting TP=2 DP=N/2 experts
 }
 
-# one setting: TP=x PP=y DP=z, any of them
+# one setting: TP=x PP=y DP=z, any of them; experts
 preset_custom() { made_by custom; }
 
 # a first try: a tiny model at TP=1, 2, analysed

@@ -211,7 +211,7 @@ def test_two_sets_are_told_with_what_is_in_one_of_them_alone() -> None:
         ["s", "8", "4", "4.000", "", "", "unknown"],
     ]
     assert part.alignment == ["left", *["right"] * 5, "left"]
-    a_point = "(a point: name, sizes, batch and lengths)."
+    a_point = "(a point: name, layout, batch and lengths)."
     assert part.lines[1:] == [
         "unknown: a point with a single run; raise --num-runs.",
         f"2 points are only in the new results {a_point}",

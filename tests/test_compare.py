@@ -292,6 +292,25 @@ def test_a_point_that_a_set_holds_twice_is_left_out(tmp_path: Path) -> None:
     assert (found.repeated, found.only_new, found.only_old) == (2, 0, 0)
 
 
+def test_experts_split_and_whole_are_two_points_whatever_their_settings_are_called(tmp_path: Path) -> None:
+    """As `tp_2` and the same with --enable-expert-parallel or --decode-context-parallel-size are in one folder."""
+
+    def three(folder: str, whole: float, split: float) -> pd.DataFrame:
+        flags = {"split": [], "whole": ["--enable-expert-parallel"], "dcp": ["--decode-context-parallel-size", "2"]}
+        paths = []
+        for kind, factor in (("split", split), ("whole", whole), ("dcp", 1.0)):
+            config = {"engine_args": flags[kind]}
+            (path,) = save_all([make_result("tp_2", points_of({1: factor}), (2, 1, 1), config=config)], tmp_path)
+            (tmp_path / folder).mkdir(exist_ok=True)
+            paths.append(path.rename(tmp_path / folder / f"{kind}.json"))
+        return point_table([load_setting(path) for path in paths])
+
+    found = compare_sets(three("new", 0.9, 1.0), three("old", 1.0, 1.0))
+    kinds = found.points[["enable_expert_parallel", "decode_context_parallel_size", "change"]].to_numpy().tolist()
+    assert sorted(kinds) == [[False, 1, "no difference"], [False, 2, "no difference"], [True, 1, "better"]]
+    assert (found.repeated, found.unlike) == (0, {})
+
+
 def test_one_run_shows_no_difference(table: Any) -> None:
     old = table([make_result(points=[make_point(latencies_s=[1.0])])], "old")
     assert compare_sets(table([make_result(points=[make_point()])]), old).points["change"].tolist() == ["unknown"]

@@ -361,6 +361,11 @@ def test_the_backend_that_nobody_names_is_one_process_for_one_device() -> None:
         ({"distributed_executor_backend": "external_launcher", "data_parallel_size": 4, "nnodes": 2},
          "torchrun_dp_4_nodes_2"),
         ({"tensor_parallel_size": 4, "nnodes": 2, "name": "mine"}, "mine"),
+        ({"tensor_parallel_size": 2, "engine_args": ("--enable-expert-parallel",)}, "tp_2_ep"),
+        ({"data_parallel_size": 2, "nnodes": 2, "engine_args": ("--x", "1", "--enable_expert_parallel")},
+         "dp_2_nodes_2_ep"),
+        ({"engine_args": ("-ep", "--no-enable-expert-parallel")}, "tp_1"),
+        ({"engine_args": ("--no-enable-expert-parallel", "-ep"), "name": "mine"}, "mine"),
     ],
 )  # fmt: skip
 def test_the_name_says_what_runs_it_and_on_how_many_nodes(changes: dict[str, Any], name: str) -> None:

@@ -382,7 +382,7 @@ py x/batch_inference_experiment.py --name tp_1
 py x/batch_inference_experiment.py --name tp_2_nodes_2
 """,
     "--nnodes 2 --master-addr h : TP=N/3": """
-# TP=N/3 is left out: N/3 of 8 devices is no whole number
+# TP=N/3 is left out: N/3 of 16 devices is no whole number
 """,
 }
 
@@ -489,6 +489,36 @@ def test_what_the_nodes_cannot_hold_is_said_before_what_this_one_cannot() -> Non
     assert [(one.job.name, one.reason) for one in jobs] == [
         ("tp_4_nodes_2", None), ("tp_16", "it needs 16 devices, in equal parts on some of the nodes; they have 2, 2"),
     ]  # fmt: skip
+
+
+SHARED = [["TP=N"], ["DP=N", "experts"], ["TP=2", "DP=N/2", "experts"]]
+ONE_NODE = (
+    "N is 2 in this plan, the devices of one node; it will be those of all nodes that come, and --nnodes says how many"
+)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "names", "said"),
+    [
+        # Those that have come, and those that the user says will come.
+        (NodeDevices([2, 2], None), SHARED,
+         ["tp_4_nodes_2", "torchrun_dp_4_nodes_2_ep", "torchrun_tp_2_dp_2_nodes_2_ep"], []),
+        (alike(2, 4), SHARED, ["tp_8_nodes_4", "torchrun_dp_8_nodes_4_ep", "torchrun_tp_2_dp_4_nodes_4_ep"], []),
+        (alike(2, 1), SHARED[:2], ["tp_2", "dp_2_ep"], []),
+        # Nobody knows yet.
+        (alike(2, None), SHARED[:2], ["tp_2", "dp_2_ep"], [ONE_NODE]),
+        (alike(2, None), [["TP=8"]], ["tp_8_nodes_4"], []),
+    ],
+)  # fmt: skip
+def test_n_is_the_devices_of_all_nodes(
+    nodes: NodeDevices, settings: list[list[str]], names: list[str], said: list[str]
+) -> None:
+    options = parse_options(["study", "--master-addr", "h", "--model", "who/knows"])
+    preset = Preset("study", "", settings=settings)
+    jobs, told = launch.plan_jobs(preset, options, HERE, Devices("gpu", ("0", "1")), nodes)
+    assert [one.job.name for one in jobs] == names
+    assert {one.reason for one in jobs} == {None}
+    assert told == said
 
 
 @pytest.mark.parametrize(

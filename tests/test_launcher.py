@@ -340,6 +340,7 @@ def test_a_ray_cluster_may_have_more_devices_than_this_machine(launcher: Launche
         (("DP=2", "PP=1"), "dp_2"),
         (("TP=1",), "tp_1"),
         (("TP=2", "PP=2", "DP=2"), "tp_2_pp_2_dp_2"),
+        (("DP=4", "experts", "TP=2"), "tp_2_dp_4_ep"),
     ],
 )
 def test_custom_takes_any_sizes_in_any_order(launcher: Launcher, words: tuple[str, ...], name: str) -> None:

@@ -366,7 +366,6 @@ def test_the_presets_of_the_file_are_these() -> None:
     ))  # fmt: skip
     mixed = [["TP=2", "PP=2"], ["TP=4", "PP=2"], ["TP=2", "PP=4"], ["TP=4", "PP=4"]]
     replicas = [["TP=2", "DP=2"], ["TP=4", "DP=2"], ["TP=2", "DP=4"]]
-    shared = ["suffix=ep", "--enable-expert-parallel"]
     four = "TP2_PP2, TP4_PP2, TP2_PP4, TP4_PP4"
     assert [(one.name, one.comment, one.settings) for one in presets.values()] == [
         ("tensor-parallel", "TP=1, 2, 4, 8", tensor),
@@ -379,9 +378,9 @@ def test_the_presets_of_the_file_are_these() -> None:
         (
             "expert-parallel",
             "TP=N, with whole experts TP=N, DP=N, TP=2 DP=N/2",
-            [["TP=N"], *([*sizes, *shared] for sizes in (["TP=N"], ["DP=N"], ["TP=2", "DP=N/2"]))],
+            [["TP=N"], ["TP=N", "experts"], ["DP=N", "experts"], ["TP=2", "DP=N/2", "experts"]],
         ),
-        ("custom", "one setting: TP=x PP=y DP=z, any of them", []),
+        ("custom", "one setting: TP=x PP=y DP=z, any of them; experts", []),
         ("quickstart", "a first try: a tiny model at TP=1, 2, analysed", [["TP=1"], ["TP=2"]]),
     ]
     special = [(one.name, one.made_by, one.is_demo, one.flags) for one in presets.values() if one.flags or one.made_by]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,71 @@ def test_repeats_are_dropped_and_two_settings_of_one_name_refused() -> None:
     assert names(8, "TP=2", "TP=2 suffix=eager --enforce-eager", "TP=2 torchrun")[0] == [
         "tp_2", "tp_2_eager", "torchrun_tp_2",
     ]  # fmt: skip
+
+
+# --- experts in parallel ------------------------------------------------------------------------------------------
+
+PARALLEL = ("TP=N", "TP=N experts", "DP=N experts", "TP=2 DP=N/2 experts")  # the preset expert-parallel
+TOO_FEW = "experts are shared out over TP x DP devices, and that is 1"
+
+
+@pytest.mark.parametrize(
+    ("devices", "found", "left_out"),
+    [
+        (8, ["tp_8", "tp_8_ep", "dp_8_ep", "tp_2_dp_4_ep"], []),
+        (3, ["tp_3", "tp_3_ep", "dp_3_ep"], ["TP=2 DP=N/2 experts is left out: N/2 of 3 devices is no whole number"]),
+        # TP=2 with one replica is TP=N here.
+        (2, ["tp_2", "tp_2_ep", "dp_2_ep"], []),
+        (
+            1,
+            ["tp_1"],
+            [
+                f"TP=N experts is left out: {TOO_FEW}",
+                f"DP=N experts is left out: {TOO_FEW}",
+                "TP=2 DP=N/2 experts is left out: N/2 of 1 device is no whole number",
+            ],
+        ),
+    ],
+)
+def test_experts_are_shared_out_over_the_devices_there_are(devices: int, found: list[str], left_out: list[str]) -> None:
+    assert names(devices, *PARALLEL) == (found, left_out)
+    # Stages of a pipeline have experts of their own.
+    assert names(8, "PP=8 experts") == ([], [f"PP=8 experts is left out: {TOO_FEW}"])
+
+
+def jobs_with(lines: Sequence[str], words: str = "", flags: Sequence[str] = ()) -> list[Job]:
+    """Of a preset with these lines and flags for all of them, as the user calls it."""
+    of = replace(preset(*lines), flags=list(flags))
+    options = parse_options(["study", "--model", "who/knows", *words.split()])
+    return jobs_of(settings_of(of, options, 4)[0], of, options, HERE)
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "found"),
+    [
+        ("", (), {"tp_4": False, "tp_4_ep": True, "dp_4_ep": True, "tp_2_dp_2_ep": True}),
+        # Said for all, whole experts are no other setting than the first; the last word counts.
+        ("-- --enable_expert_parallel", (), {"tp_4_ep": True, "dp_4_ep": True, "tp_2_dp_2_ep": True}),
+        ("", ("-ep",), {"tp_4_ep": True, "dp_4_ep": True, "tp_2_dp_2_ep": True}),
+        ("-- --no-enable-expert-parallel", (), {"tp_4": False, "dp_4": False, "tp_2_dp_2": False}),
+    ],
+)
+def test_whoever_asks_for_whole_experts_the_name_says_so_and_the_flag_is_there_once(
+    words: str, flags: tuple[str, ...], found: dict[str, bool]
+) -> None:
+    jobs = jobs_with(PARALLEL, words, flags)
+    assert {one.name: one.config.enable_expert_parallel for one in jobs} == found
+    assert [one.config.setting_name for one in jobs] == list(found)
+    asking = {"--enable-expert-parallel", "--enable_expert_parallel", "-ep"}
+    assert [sum(word in asking for word in one.words) for one in jobs] == list(found.values())
+
+
+def test_a_flag_of_one_setting_names_it_too_with_the_suffix_that_did_so_before_or_without() -> None:
+    flag = "--enable-expert-parallel"
+    jobs = jobs_with(["TP=4", f"TP=4 {flag}", f"DP=4 suffix=ep {flag}", f"DP=2 suffix=x {flag}", "TP=2 suffix=ep"])
+    assert [one.name for one in jobs] == ["tp_4", "tp_4_ep", "dp_4_ep", "dp_2_ep_x", "tp_2_ep"]
+    assert [one.config.enable_expert_parallel for one in jobs] == [False, True, True, True, False]
+    assert Setting(8, 1, 2, torchrun=True, nodes=2, experts=True).name == "torchrun_tp_8_dp_2_nodes_2_ep"
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -196,7 +262,11 @@ def test_nothing_measured_has_no_time_left(tmp_path: Any) -> None:
     ("words", "said"),
     [
         (["TP=2", "PP=2"], None),
-        (["XP=2"], "'XP=2' was given, TP=N, PP=N or DP=N is needed"),
+        (["experts", "DP=4"], None),
+        (["experts", "TP=2", "experts"], "custom: experts is given twice"),
+        (["experts"], "at least one of TP=N, PP=N, DP=N is needed"),
+        (["experts=2", "TP=2"], "'experts=2' was given"),
+        (["XP=2"], "'XP=2' was given, TP=N, PP=N, DP=N or experts is needed"),
         (["TP"], "'TP' was given"),
         (["TP=2", "TP=4"], "custom: TP is given twice"),
         (["TP=0"], "custom TP: '0' was given, a whole number of at least 1 is needed"),
@@ -292,7 +362,10 @@ def test_the_plan_says_who_starts_the_workers() -> None:
         ("torchrun torchrun", "'setting torchrun torchrun': torchrun is given twice"),
         ("TP=0", "'setting TP=0': TP=0 is no size"),
         ("TP=1 DP=N/0", "'setting TP=1 DP=N/0': DP=N/0 is no size"),
-        ("TP=1 XP=2", "'setting TP=1 XP=2': 'XP=2' is none of TP=N, PP=N, DP=N, torchrun, suffix=WORD, and no flag"),
+        (
+            "TP=1 XP=2",
+            "'setting TP=1 XP=2': 'XP=2' is none of TP=N, PP=N, DP=N, experts, torchrun, suffix=WORD, and no flag",
+        ),
     ],
 )
 def test_a_slip_in_a_setting_is_said_in_these_words(line: str, said: str) -> None:
@@ -314,9 +387,9 @@ def test_a_slip_in_the_table_or_in_the_users_words_is_said_in_these_words() -> N
     assert str(caught.value) == "'first' is one word too many after the preset study"
     for given, said in (
         (["TP=x"], "custom TP: 'x' was given, a whole number of at least 1 is needed"),
-        (["TP=1", "PP"], "custom: 'PP' was given, TP=N, PP=N or DP=N is needed"),
-        (["TP=1", "=3"], "custom: '=3' was given, TP=N, PP=N or DP=N is needed"),
-        (["DP"], "custom: 'DP' was given, TP=N, PP=N or DP=N is needed"),
+        (["TP=1", "PP"], "custom: 'PP' was given, TP=N, PP=N, DP=N or experts is needed"),
+        (["TP=1", "=3"], "custom: '=3' was given, TP=N, PP=N, DP=N or experts is needed"),
+        (["DP"], "custom: 'DP' was given, TP=N, PP=N, DP=N or experts is needed"),
     ):
         with pytest.raises(ConfigError) as caught:
             Preset("custom", "", made_by="custom").words_of_settings(given)

@@ -60,6 +60,11 @@ def test_a_plan_takes_all_nodes_for_this_one() -> None:
     assert alike(8, 1).spread(Setting(1, 1, 16)) == Setting(1, 1, 16)
 
 
+def test_n_is_of_all_nodes_where_it_is_known_who_comes() -> None:
+    assert [NodeDevices([8, 4], None).total, NodeDevices([8, 4], 2).total] == [12, 12]
+    assert [alike(8, 1).total, alike(8, 3).total, alike(8, None).total, alike(0, None).total] == [8, 24, 8, 0]
+
+
 def test_every_node_that_takes_part_has_its_share() -> None:
     # Two nodes of four would do, and only one has four; four of two do.
     devices = NodeDevices([4, 2, 2, 2], None)

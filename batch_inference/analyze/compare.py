@@ -20,7 +20,7 @@ SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 # What tells layouts apart: the sizes, and how experts and the KV cache are shared out.
 LAYOUT = (*SIZES, "enable_expert_parallel", "decode_context_parallel_size")
 # Where a point stands: what every list of points tells of each.
-PLACE = ("setting", "num_devices", *SIZES, "seq_len", "max_tokens", "batch_size", "global_batch_size", "verdict")
+PLACE = ("setting", "num_devices", *LAYOUT, "seq_len", "max_tokens", "batch_size", "global_batch_size", "verdict")
 # Points alike in these do the same work on as many devices.
 EQUAL_WORK = ["num_devices", "seq_len", "max_tokens", "global_batch_size"]
 
@@ -182,7 +182,7 @@ def _judged(rows: pd.DataFrame) -> pd.DataFrame:
 
 # --- one result set against another -------------------------------------------------------------------------------
 
-_SAME_POINT = ["name", *SIZES, "executor_class", "batch_size", "seq_len", "max_tokens"]
+_SAME_POINT = ["name", *LAYOUT, "executor_class", "batch_size", "seq_len", "max_tokens"]
 Key = tuple[str, ...]  # of a point: these as text
 
 
@@ -214,7 +214,7 @@ def asked_points(settings: Iterable[MeasuredSetting]) -> set[Key]:
 
 
 def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = ()) -> SetComparison:
-    """Points of equal name, sizes, batch and lengths; `asked`: those that the files of `new` should hold."""
+    """Points of equal name, layout, batch and lengths; `asked`: those that the files of `new` should hold."""
     # Where a set holds a point twice, of two models, say, what tells the two apart belongs to the point.
     within = sorted(_telling_apart(new) | _telling_apart(old))
     new, old = (_keyed(table, [*_SAME_POINT, *within]) for table in (new, old))

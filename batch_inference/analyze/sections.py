@@ -279,7 +279,7 @@ def _compare_notes(comparison: SetComparison) -> Iterator[str]:
     ):
         if count:
             verb = "is" if count == 1 else "are"
-            yield f"{counted(count, 'point')} {verb} {what} (a point: name, sizes, batch and lengths)."
+            yield f"{counted(count, 'point')} {verb} {what} (a point: name, layout, batch and lengths)."
 
 
 def _change_row(row: Mapping[Hashable, Any]) -> list[str]:

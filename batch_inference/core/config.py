@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ MIN_RUNS = 3
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
 # The variable with what nodes prove to each other that they know.
 MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
+# vLLM's own: the experts of a mixture are shared out whole, and not each of them split.
+EXPERTS_FLAG = "--enable-expert-parallel"
 
 
 class ConfigError(CleanError):
@@ -176,7 +178,8 @@ class ExperimentConfig:
 
     @property
     def setting_name(self) -> str:
-        """`name`, or one made from the sizes above 1: tp_2, tp_2_pp_2_dp_2, tp_2_nodes_2; tp_1 where all are 1."""
+        """`name`, or one made from the sizes above 1: tp_2, tp_2_pp_2_dp_2, tp_2_nodes_2; tp_1 where all are 1. With
+        experts in parallel tp_2_ep."""
         sizes = {
             "tp": self.tensor_parallel_size,
             "pp": self.pipeline_parallel_size,
@@ -185,7 +188,8 @@ class ExperimentConfig:
         parts = [f"{key}_{size}" for key, size in sizes.items() if size > 1] or ["tp_1"]
         prefix = ["torchrun"] if self.distributed_executor_backend == "external_launcher" else []
         nodes = [f"nodes_{self.nnodes}"] if self.nnodes > 1 else []
-        return self.name or "_".join(prefix + parts + nodes)
+        experts = ["ep"] if self.enable_expert_parallel else []
+        return self.name or "_".join(prefix + parts + nodes + experts)
 
     @property
     def output_path(self) -> Path:
@@ -217,7 +221,7 @@ class ExperimentConfig:
     @property
     def enable_expert_parallel(self) -> bool:
         """Whether experts are to be shared out whole, and not each of them split."""
-        return bool({"--enable-expert-parallel", "-ep"} & {word.replace("_", "-") for word in self.engine_args})
+        return wants_whole_experts(self.engine_args)
 
     def points(self) -> Iterator[tuple[int, int]]:
         """(batch_size, seq_len) of the grid, lengths outermost."""
@@ -259,6 +263,13 @@ class ExperimentConfig:
 
     def arguments_hash(self) -> str:
         return _hash_of(self.arguments())
+
+
+def wants_whole_experts(words: Iterable[str]) -> bool:
+    """By the words of a command line, of which the last counts, as vLLM reads them."""
+    known = {EXPERTS_FLAG: True, "-ep": True, EXPERTS_FLAG.replace("--", "--no-", 1): False}
+    said = [known[flag] for flag in (word.replace("_", "-") for word in words) if flag in known]
+    return bool(said and said[-1])
 
 
 def as_compared(value: Any) -> str:

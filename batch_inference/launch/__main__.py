@@ -24,7 +24,7 @@ from batch_inference.launch.console import Outcomes, say_how_to_analyse, say_out
 from batch_inference.launch.jobs import ANALYSIS, Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
 from batch_inference.launch.options import Options, parse_options
 from batch_inference.launch.overview import PlannedJob, plan, plan_as_json, planned, uncompared
-from batch_inference.launch.presets import Preset, Setting, find_preset, read_table, settings_of
+from batch_inference.launch.presets import Preset, Setting, find_preset, has_n, read_table, settings_of
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import run_jobs
 from batch_inference.launch.spread import NodeDevices, alike
@@ -111,8 +111,13 @@ def keep_secret(options: Options) -> None:
 def plan_jobs(
     preset: Preset, options: Options, here: Here, devices: Devices, nodes: NodeDevices
 ) -> tuple[list[PlannedJob], list[str]]:
-    """The settings, and a line for each that is left out. Raises ConfigError."""
-    settings, left_out = settings_of(preset, options, len(devices), nodes.spread)
+    """The settings, and a line for each that is left out or may become another. Raises ConfigError."""
+    settings, left_out = settings_of(preset, options, nodes.total, nodes.spread)
+    if not nodes.are_all and has_n(preset, options):
+        left_out.append(
+            f"N is {nodes.total} in this plan, the devices of one node; it will be those of all nodes that come, and "
+            "--nnodes says how many"
+        )
     jobs = planned(jobs_of(settings, preset, options, here), devices, say)
     if options.is_over_nodes:
         jobs = [replace(one, reason=nodes.obstacle(one.job.setting) or one.reason) for one in jobs]

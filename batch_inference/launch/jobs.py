@@ -95,7 +95,8 @@ def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Opti
     flags = [
         "--name", setting.name, "--output-dir", folder_of(preset, options),
         "--tensor-parallel-size", str(setting.tp), "--pipeline-parallel-size", str(setting.pp),
-        "--data-parallel-size", str(setting.dp), *backend, *preset.flags, *setting.flags,
+        "--data-parallel-size", str(setting.dp), *backend, *preset.flags,
+        *setting.flags_beside([*preset.flags, *options.flags]),
     ]  # fmt: skip
     # In a folder of the user's own may lie results that took hours.
     if preset.is_demo and not options.resume and options.output_dir is None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.config import EXPERTS_FLAG, ConfigError, ExperimentConfig, wants_whole_experts
 from batch_inference.core.text import counted, listed, quoted
 from batch_inference.core.values import device_count
 from batch_inference.launch.options import Options
 
 _KEYS = ("TP", "PP", "DP")
-# N: the devices of this machine.
-_WORD = re.compile(r"(?P<key>TP|PP|DP)=(?P<size>[0-9]{1,9}|N(/[0-9]{1,9})?)|torchrun|suffix=(?P<suffix>[\w.-]+)")
+# N: the devices there are, over nodes those of all.
+_WORD = re.compile(
+    r"(?P<key>TP|PP|DP)=(?P<size>[0-9]{1,9}|N(/[0-9]{1,9})?)|torchrun|experts|suffix=(?P<suffix>[\w.-]+)"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Setting:
     suffix: str | None = None
     flags: tuple[str, ...] = ()  # of the experiment script
     nodes: int = 1  # that it is spread over
+    experts: bool = False  # shared out whole, by the word or by a flag
 
     @property
     def num_devices(self) -> int:
@@ -41,8 +44,16 @@ class Setting:
         sizes = ExperimentConfig(
             tensor_parallel_size=self.tp, pipeline_parallel_size=self.pp, data_parallel_size=self.dp,
             distributed_executor_backend=backend, nnodes=self.nodes,
+            engine_args=(EXPERTS_FLAG,) if self.experts else (),
         )  # fmt: skip
-        return f"{sizes.setting_name}_{self.suffix}" if self.suffix else sizes.setting_name
+        # Before the name said it by itself, a suffix did.
+        suffix = None if self.experts and self.suffix == "ep" else self.suffix
+        return f"{sizes.setting_name}_{suffix}" if suffix else sizes.setting_name
+
+    def flags_beside(self, given: Iterable[str]) -> tuple[str, ...]:
+        """Its own, beside those that are `given` for all settings."""
+        is_said = wants_whole_experts([*self.flags, *given])
+        return self.flags if is_said or not self.experts else (EXPERTS_FLAG, *self.flags)
 
 
 @dataclass
@@ -103,14 +114,14 @@ def find_preset(presets: dict[str, Preset], name: str) -> Preset:
 def settings_of(
     preset: Preset, options: Options, devices: int, spread: Callable[[Setting], Setting] = lambda setting: setting
 ) -> tuple[list[Setting], list[str]]:
-    """The settings, repeats dropped; and a line for each that is left out, because a size of it is none on a machine
-    with so many devices. `spread`: over nodes. Raises ConfigError."""
+    """The settings, repeats dropped; and a line for each that is left out, because there is none like it with so many
+    devices. `spread`: over nodes. Raises ConfigError."""
     settings: dict[str, Setting] = {}
     left_out = []
     for line in preset.words_of_settings(options.words):
         try:
-            setting = spread(_setting(line, devices))
-        except _NoSizeError as error:
+            setting = spread(_setting(line, devices, preset.flags, options.flags))
+        except _NoneHereError as error:
             left_out.append(f"{shlex.join(line)} is left out: {error}")
             continue
         except ValueError as error:
@@ -120,24 +131,35 @@ def settings_of(
     return list(settings.values()), left_out
 
 
-class _NoSizeError(Exception):
-    """A size that is none on this machine."""
+def has_n(preset: Preset, options: Options) -> bool:
+    """Whether a size of it depends on how many devices there are. Raises ConfigError."""
+    words = itertools.chain.from_iterable(preset.words_of_settings(options.words))
+    return any(match and match["size"] and match["size"].startswith("N") for match in map(_WORD.fullmatch, words))
 
 
-def _setting(words: Sequence[str], devices: int) -> Setting:
-    """Raises _NoSizeError, and ValueError for words that mean nothing."""
+class _NoneHereError(Exception):
+    """A setting that there is none of with these devices."""
+
+
+def _setting(words: Sequence[str], devices: int, before: Sequence[str] = (), after: Sequence[str] = ()) -> Setting:
+    """`before` and `after` its words: the flags for all settings. Raises _NoneHereError, and ValueError for words that
+    mean nothing."""
     head = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     found: dict[str, str] = {}
     for word in head:
         match = _WORD.fullmatch(word)
         if not match:
-            raise ValueError(f"{quoted(word)} is none of TP=N, PP=N, DP=N, torchrun, suffix=WORD, and no flag")
+            raise ValueError(f"{quoted(word)} is none of TP=N, PP=N, DP=N, experts, torchrun, suffix=WORD, and no flag")
         name, _, value = word.partition("=")
         if name in found:
             raise ValueError(f"{name} is given twice")
         found[name] = value
     tp, pp, dp = (_size(key, found.get(key, "1"), devices) for key in _KEYS)
-    return Setting(tp, pp, dp, "torchrun" in found, found.get("suffix"), tuple(words[len(head) :]))
+    if "experts" in found and tp * dp == 1:
+        raise _NoneHereError("experts are shared out over TP x DP devices, and that is 1")
+    flags = tuple(words[len(head) :])
+    experts = wants_whole_experts([*before, *([EXPERTS_FLAG] if "experts" in found else []), *flags, *after])
+    return Setting(tp, pp, dp, "torchrun" in found, found.get("suffix"), flags, experts=experts)
 
 
 def _size(key: str, text: str, devices: int) -> int:
@@ -147,26 +169,26 @@ def _size(key: str, text: str, devices: int) -> int:
     if divisor == 0 or (number == 0 and whole != "N"):
         raise ValueError(f"{key}={text} is no size")
     if number % divisor or number == 0:
-        raise _NoSizeError(f"{text} of {counted(devices, 'device')} is no whole number")
+        raise _NoneHereError(f"{text} of {counted(devices, 'device')} is no whole number")
     return number // divisor
 
 
 def _custom(words: Sequence[str]) -> list[list[str]]:
     """One setting, of the user's own sizes."""
-    sizes: dict[str, int] = {}
+    found: dict[str, str] = {}
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals or key not in _KEYS:
-            raise ConfigError(f"custom: {quoted(word)} was given, TP=N, PP=N or DP=N is needed")
-        if key in sizes:
+        if word != "experts" and (not equals or key not in _KEYS):
+            raise ConfigError(f"custom: {quoted(word)} was given, TP=N, PP=N, DP=N or experts is needed")
+        if key in found:
             raise ConfigError(f"custom: {key} is given twice")
         try:
-            sizes[key] = device_count(text)
+            found[key] = f"{key}={device_count(text)}" if equals else word
         except ValueError as error:
             raise ConfigError(f"custom {key}: {quoted(text)} was given, {error}") from None
-    if not words:
+    if not set(_KEYS) & set(found):
         raise ConfigError("custom: at least one of TP=N, PP=N, DP=N is needed")
-    return [[f"{key}={size}" for key, size in sizes.items()]]
+    return [list(found.values())]
 
 
 # For `made_by` in the table: the user's words after the preset's name -> the words of each setting.

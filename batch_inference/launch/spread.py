@@ -11,10 +11,17 @@ from batch_inference.launch.presets import Setting
 
 @dataclass(frozen=True)
 class NodeDevices:
-    """How many devices each node has, node 0 first. `nnodes`: what the user asks for each setting."""
+    """How many devices each node has, node 0 first. `nnodes`: what the user asks for each setting. `are_all`: False
+    where nobody knows yet how many nodes will come."""
 
     counts: Sequence[int]
     nnodes: int | None
+    are_all: bool = True
+
+    @property
+    def total(self) -> int:
+        """N in a preset; that of one node where there may be any number of them."""
+        return sum(self.counts) if self.are_all else self.counts[0]
 
     def spread(self, setting: Setting) -> Setting:
         """With the number of its nodes. vLLM's own executor spreads one replica over nodes; offline it knows no
@@ -49,7 +56,7 @@ class NodeDevices:
 
 def alike(devices: int, nnodes: int | None) -> NodeDevices:
     """For a plan, before any has come: nodes like this one, as many as the largest setting can need."""
-    return NodeDevices([devices] * (nnodes or _MOST_PLANNED), nnodes)
+    return NodeDevices([devices] * (nnodes or _MOST_PLANNED), nnodes, are_all=nnodes is not None)
 
 
 _MOST_PLANNED = 1024
