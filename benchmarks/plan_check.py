@@ -4,7 +4,7 @@
     python benchmarks/plan_check.py docs/routes docs/h200 docs/h100 >docs/plan_check.md
 
 Models are looked for by the path in the file, from the current folder. Where a plan was made by the vLLM that measured,
-it lies beside the files: what --dry-run printed in NAME_plan.txt, or what it printed as JSON, for all, in plan.json.
+it lies beside the files: what --dry-run printed in NAME_plan.txt, or what it printed as JSON, for all, in plan_json.txt.
 Prints a Markdown table.
 """
 
@@ -45,7 +45,7 @@ class Planned:
 def made_there(path: Path) -> Planned | None:
     """The plan that lies beside a result file; None where there is none."""
     name = path.name.removesuffix("_results.json")
-    text, for_all = path.with_name(f"{name}_plan.txt"), path.with_name("plan.json")
+    text, for_all = path.with_name(f"{name}_plan.txt"), path.with_name("plan_json.txt")
     if text.exists():
         said = " ".join(text.read_text().split())
         weights, pool = (re.search(rf"([0-9.]+) GiB {words}", said) for words in ("weights per", "are there for it"))
