@@ -4,7 +4,7 @@
     python benchmarks/plan_check.py docs/routes docs/h200 docs/h100 >docs/plan_check.md
 
 Models are looked for by the path in the file, from the current folder. Where a plan was made by the vLLM that measured,
-it lies beside the files: what --dry-run printed in NAME_plan.txt, or what it printed as JSON, for all, in plan_json.txt.
+it lies beside the files: what --dry-run printed in NAME_plan.txt, or as JSON, for all, in plan_json.txt.
 Prints a Markdown table.
 """
 
