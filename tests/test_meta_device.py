@@ -88,7 +88,7 @@ class FakeVLLM:
     def __init__(self) -> None:
         self.is_cuda_alike = False
         self.is_hybrid = self.has_mla = False
-        self.longest = 4096
+        self.longest, self.runner = 4096, "generate"
         self.model_quantization: str | None = None
         self.hf_config: Any = SimpleNamespace()
         self.layout: Any = "absent"
@@ -109,7 +109,7 @@ class FakeVLLM:
         model = SimpleNamespace(
             is_hybrid=self.is_hybrid, dtype=SimpleNamespace(itemsize=2), hf_config=self.hf_config,
             hf_text_config=SimpleNamespace(), quantization=self.model_quantization,
-            max_model_len=arguments.max_model_len or self.longest,
+            max_model_len=arguments.max_model_len or self.longest, runner_type=self.runner,
             get_and_verify_max_len=lambda asked: self.longest if asked is None else asked,
         )  # fmt: skip
         return SimpleNamespace(
@@ -287,6 +287,13 @@ def test_the_blocks_of_a_hybrid_model_follow_from_its_layers(fake_vllm: FakeVLLM
     fake_vllm.is_hybrid = True
     answer(question())
     assert ("block", 0) in fake_vllm.asked
+
+
+def test_a_model_that_generates_no_text_is_refused(fake_vllm: FakeVLLM) -> None:
+    fake_vllm.runner = "pooling"
+    assert answer(question()) == {
+        "longest": 4096, "refusal": "it generates no text (vLLM's runner for it is pooling)",
+    }  # fmt: skip
 
 
 def test_mlas_copies_leave_less_for_the_cache(fake_vllm: FakeVLLM) -> None:

@@ -502,7 +502,8 @@ def test_replicas_of_a_model_that_cannot_be_read_are_coupled_where_that_is_asked
 
 @pytest.mark.parametrize(("tp", "reason"), [(2, None), (6, None), (12, None), (4, "KV heads"), (5, "attention heads")])
 def test_heads_are_shared_out_or_copied_whole(tmp_path: Path, tp: int, reason: str | None) -> None:
-    read = facts(tmp_path, num_attention_heads=24, num_key_value_heads=6, vocab_size=32256)
+    sizes = {"num_attention_heads": 24, "num_key_value_heads": 6, "vocab_size": 32256, "intermediate_size": 11040}
+    read = facts(tmp_path, **sizes)
     devices = Devices("gpu", tuple(map(str, range(16))))
     found = infeasible(ExperimentConfig(tensor_parallel_size=tp), read, devices)
     assert found is None if reason is None else reason in (found or "")
@@ -746,3 +747,26 @@ def test_the_plan_counts_devices_and_points(tmp_path: Path) -> None:
     words = plan(config, facts(tmp_path))
     assert "tp_2_dp_3: TP 2 x PP 1 x DP 3 = 6 of 8 gpu devices" in words
     assert "batch sizes 1, 4 x lengths 8, 16, 32, 128 output tokens: 6 points, 5 timed runs each" in words
+
+
+def test_an_mlp_that_tp_does_not_divide_cannot_run(tmp_path: Path) -> None:
+    reason = "--tensor-parallel-size 2 does not divide the model's intermediate size of 11007"
+    odd = facts(tmp_path, architectures=["LlamaForCausalLM"], intermediate_size=11007)
+    assert infeasible(ExperimentConfig(tensor_parallel_size=2), odd, EIGHT_GPUS) == reason
+    assert infeasible(ExperimentConfig(tensor_parallel_size=1), odd, EIGHT_GPUS) is None
+    # Of a class that the formulas do not know it is vLLM's to say.
+    unknown = facts(tmp_path, architectures=["AnyForCausalLM"], intermediate_size=11007)
+    assert infeasible(ExperimentConfig(tensor_parallel_size=2), unknown, EIGHT_GPUS) is None
+    experts = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_intermediate_size": 101}
+    mixture = facts(tmp_path, **experts)
+    assert "intermediate size of 101" in str(infeasible(ExperimentConfig(tensor_parallel_size=2), mixture, EIGHT_GPUS))
+    whole = ExperimentConfig(tensor_parallel_size=2, engine_args=("--enable-expert-parallel",))
+    assert infeasible(whole, mixture, EIGHT_GPUS) is None
+
+
+@pytest.mark.parametrize("name", ["GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+def test_a_gemma_that_says_it_has_a_head_is_unknown(name: str, tmp_path: Path) -> None:
+    for said, is_known in ((True, True), (None, True), (False, False)):
+        read = facts(tmp_path, architectures=[name], head_dim=128, tie_word_embeddings=said)
+        found = memory_plan(ExperimentConfig(), read, EIGHT_GPUS, 80.0)
+        assert (found.weights_gib is not None) is is_known, found.unknown

@@ -66,7 +66,8 @@ _LLAMA = Architecture(
     kv_heads="said-or-all",
     head_dim="said-or-split",
 )
-_GEMMA = Architecture(tied=True, vocabulary_on="every stage", head_dim="said")
+# Its classes have no output head of their own, whatever config.json says.
+_GEMMA = Architecture(tied=True, vocabulary_on="every stage", head_dim="said", only={"tie_word_embeddings": True})
 _GEMMA_2 = dataclasses.replace(
     _GEMMA,
     norms=4,
@@ -191,6 +192,16 @@ def parts_of(facts: ModelFacts) -> Parts:
     if facts.is_moe and known.experts is None:
         raise UnknownError(f"the formulas know {name} only without experts")
     return _parts(known, facts.words)
+
+
+def split_size(facts: ModelFacts, *, whole_experts: bool) -> int | None:
+    """What each rank of TP has an equal part of in an MLP; None where that is not known, and where experts are not
+    split."""
+    known = ARCHITECTURES.get(facts.architecture or "")
+    if known is None or (known.experts and whole_experts):
+        return None
+    keys = (known.expert_size,) if known.experts else known.intermediate
+    return next((facts.words[key] for key in keys if is_size(facts.words.get(key))), None)
 
 
 def padded_vocabulary(facts: ModelFacts) -> int | None:

@@ -65,6 +65,9 @@ def _tell(question: dict[str, Any], told: dict[str, Any]) -> None:
         arguments.max_model_len = None
         config = _config_of(arguments, question)
     told["longest"] = _longest(config.model_config)
+    if (runner := getattr(config.model_config, "runner_type", "generate")) != "generate":
+        told["refusal"] = f"it generates no text (vLLM's runner for it is {runner})"
+        return
     _refuse_to_guess(arguments, config)
     # The block of a GPU is not to be fitted to this machine; that of a hybrid model follows from its layers.
     fits_block = config.model_config.is_hybrid or not _is_for_others(question)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.plan.architectures import padded_vocabulary
+from batch_inference.plan.architectures import padded_vocabulary, split_size
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import ModelFacts
 from batch_inference.plan.said import Said
@@ -68,6 +68,9 @@ def _model_against_setting(config: ExperimentConfig, facts: ModelFacts) -> str |
     vocabulary = padded_vocabulary(facts)
     if vocabulary and vocabulary % tp:
         return f"--tensor-parallel-size {tp} does not divide the model's vocabulary of {vocabulary} (as vLLM pads it)"
+    size = split_size(facts, whole_experts=config.enable_expert_parallel)
+    if size and size % tp:
+        return f"--tensor-parallel-size {tp} does not divide the model's intermediate size of {size}"
     if facts.num_layers and pp > facts.num_layers:
         return f"--pipeline-parallel-size {pp} is more stages than the model's {facts.num_layers} layers"
     return _length_against_model(config, facts.max_model_len)
