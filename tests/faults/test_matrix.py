@@ -75,9 +75,11 @@ def test_a_signal_at_any_moment(
     # Short runs, so that many of the moments are those in which the file is written.
     sweep = start(tmp_path, STUB_LOAD_S="0", STUB_RUN_S="0.01")
     time.sleep(random.Random(trial).uniform(0.1, 1.1))
+    has_begun = bool(sweep.errors())
     sweep.process.send_signal(number)
     outcome = judged(sweep)
-    assert outcome.exit_code in (SIGNALS[number], 0)
+    # On a busy machine Python itself may still be starting, and ends as any program does.
+    assert outcome.exit_code in (SIGNALS[number], 0, *(() if has_begun else (-number,)))
     assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
 
 
