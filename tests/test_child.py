@@ -45,6 +45,12 @@ def test_the_last_line_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
             subprocess.CompletedProcess("x", 1, "", "Traceback:\nx.DriverError: no GPU\nAn Error of\nthe driver\n"),
             "x.DriverError: no GPU",
         ),
+        (
+            subprocess.CompletedProcess(
+                "x", 1, "", "KeyError: 'a'\n\nDuring handling of it:\n  in x\nValueError: no a\n"
+            ),
+            "ValueError: no a",
+        ),
         (subprocess.CompletedProcess("x", 1, "", "Killed\n"), "Killed"),
         (subprocess.CompletedProcess("x", 1, "", ""), "no reason is given"),
     ],

@@ -72,6 +72,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (("--hf_overrides.max_position_embeddings", "131.072k"), 131072),
         (("--hf-overrides", '{"n_positions": 99}', "--hf-overrides.max_position_embeddings", "131072"), 131072),
         (("--hf-overrides", json.dumps({"rope_parameters": YARN})), None),
+        (("--hf-overrides", json.dumps({"rope_parameters": {"rope_type": "default"}})), None),
         (("--hf-overrides", json.dumps({"rope_scaling": {"type": "linear", "factor": 4}})), None),
         (("--hf-overrides.rope_scaling.factor", "4"), None),
         (("--hf-overrides", '{"hidden_act": "gelu"}'), 32768),

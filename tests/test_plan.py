@@ -603,6 +603,7 @@ def test_a_cache_of_so_many_bytes_is_taken_at_its_word(tmp_path: Path) -> None:
         ((), {"layer_types": ["full_attention", "sliding_attention"]}, "KV cache unknown: not every layer"),
         ((), {"kv_lora_rank": 512}, "KV cache unknown: not every layer"),
         ((), {"vision_config": {"depth": 32}}, "memory unknown: the formulas know LlamaForCausalLM only where it has"),
+        ((), {"audio_config": {"depth": 32}}, "memory unknown: the formulas know LlamaForCausalLM only where it has"),
     ],
 )
 def test_what_the_formulas_do_not_know_is_unknown_and_says_why(
