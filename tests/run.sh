@@ -43,7 +43,10 @@ coverage_of() {
 
 ran=false
 chosen=$#
-fast_part=(pytest -q -m "not vllm and not slow" -n auto --maxprocesses 8 --durations=3 "$@")
+# Some wait for a process or a clock: two workers more than there are cores, eight at most.
+workers=$(($(nproc) + 2))
+((workers <= 8)) || workers=8
+fast_part=(pytest -q -m "not vllm and not slow" -n "$workers" --dist worksteal --durations=3 "$@")
 if $fast || ((chosen)); then
   run_part "${fast_part[@]}"
 else
