@@ -57,10 +57,9 @@ class Surroundings:
     def ray_gpus(self) -> int:
         return self.cluster.gpus if self.cluster else len(self.devices)
 
-    @property
-    def memory_gib(self) -> float | None:
-        """Of the smallest device, where it can be known."""
-        return smallest_memory_gib(self.devices)
+    def memory_gib(self, config: ExperimentConfig) -> float | None:
+        """Of the smallest device, where it can be known or is told."""
+        return config.device_memory_gib or smallest_memory_gib(self.devices)
 
 
 def main() -> int:
@@ -113,8 +112,7 @@ def ask(config: ExperimentConfig, here: Surroundings) -> Said | None:
     check_vllm_flags(config.engine_args, say)
     if not config.dry_run and devices_against(config, here.devices, here.processes, here.ray_gpus):
         return None
-    memory_gib = config.device_memory_gib or here.memory_gib
-    (said,) = ask_vllm([(config, here.facts, memory_gib)], here.devices, say)
+    (said,) = ask_vllm([(config, here.facts, here.memory_gib(config))], here.devices, say)
     return said
 
 
@@ -141,8 +139,7 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
 
 def model_against(config: ExperimentConfig, here: Surroundings) -> str | None:
     """Why the model cannot run so, in one line; None when nothing speaks against it."""
-    memory_gib = config.device_memory_gib or here.memory_gib
-    needs = needs_of(config, here.facts, here.devices, memory_gib, here.said)
+    needs = needs_of(config, here.facts, here.devices, here.memory_gib(config), here.said)
     return rules_against(config, here.facts, here.devices, here.said) or memory_against(needs)
 
 
@@ -151,8 +148,8 @@ def say_nothing(_config: ExperimentConfig, _here: Surroundings) -> int:
 
 
 def show_plan(config: ExperimentConfig, here: Surroundings) -> int:
-    memory_gib = config.device_memory_gib or here.memory_gib
-    shown = show("\n".join(setting_plan(config, here.facts, here.devices, memory_gib, here.said)))
+    lines = setting_plan(config, here.facts, here.devices, here.memory_gib(config), here.said)
+    shown = show("\n".join(lines))
     return 1 if devices_against(config, here.devices) or model_against(config, here) else shown
 
 

@@ -43,9 +43,13 @@ def kept_path(folder: Path, what: str) -> Path:
     source = folder / "engine" / "arg_utils.py"
     changed = source.stat().st_mtime_ns if source.exists() else 0
     identity = hashlib.sha256(f"{folder} {changed}".encode(errors="replace")).hexdigest()[:12]
+    return cache_home() / "batch_inference" / f"vllm_{vllm_version()}_{identity}_{what}"
+
+
+def cache_home() -> Path:
+    """Where programs keep what they can make again."""
     # Path.home() raises where a user without a name has no HOME, as in some containers.
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    return Path(caches) / "batch_inference" / f"vllm_{vllm_version()}_{identity}_{what}"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
 
 
 def kept(path: Path) -> Any:

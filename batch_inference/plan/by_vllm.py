@@ -19,11 +19,12 @@ from typing import Any
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.files import read_regular
-from batch_inference.core.installed_vllm import keep, kept, kept_path, vllm_folder, vllm_version
+from batch_inference.core.installed_vllm import cache_home, keep, kept, kept_path, vllm_folder, vllm_version
 from batch_inference.core.secrets import is_secret_name, redact, redact_text
 from batch_inference.core.text import counted, plain, quoted
 from batch_inference.plan.devices import Devices, find_devices
 from batch_inference.plan.model import ModelFacts
+from batch_inference.plan.model_place import expanded
 from batch_inference.plan.obstacles import is_coupled
 from batch_inference.plan.said import Said
 
@@ -169,14 +170,19 @@ def _answer_path(folder: Path, question: Question, config: ExperimentConfig) -> 
     model = [(path.name, _content(path)) for source in _sources(config) for path in _saying_files(source)]
     if not any(name in ("config.json", "params.json") for name, _ in model):
         return None
-    ours = [(path.name, _content(path)) for path in sorted(Path(__file__).parent.glob("*.py"))]
     variables = {name: value for name, value in sorted(os.environ.items())
                  if name.startswith("VLLM_") and not is_secret_name(name)}  # fmt: skip
     told = {**dataclasses.asdict(question), "words": redact(question.words)}
     identity = hashlib.sha256(
-        json.dumps([told, variables, model, ours, _machine()]).encode(errors="replace")
+        json.dumps([told, variables, model, _code(), _machine()]).encode(errors="replace")
     ).hexdigest()[:24]
     return kept_path(folder, "plans") / f"{identity}.json"
+
+
+@cache
+def _code() -> list[tuple[str, str]]:
+    """That asks: another version of ours may ask otherwise."""
+    return [(path.name, _content(path)) for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 
 @cache
@@ -215,7 +221,7 @@ def _content(path: Path) -> str:
 def _sources(config: ExperimentConfig) -> Iterator[Path]:
     """The folders that vLLM reads a model's config from, without the network."""
     for name in filter(None, (config.model, config.engine_word("--hf-config-path"))):
-        yield Path(os.path.expanduser(name))  # noqa: PTH111 - as above
+        yield expanded(name)
         for folder in filter(None, (config.engine_word("--download-dir"), _hub_cache())):
             with contextlib.suppress(OSError, ValueError):  # too long to be a path, or none
                 yield from sorted(Path(folder).glob(f"models--{name.replace('/', '--')}/snapshots/*"))
@@ -223,8 +229,5 @@ def _sources(config: ExperimentConfig) -> Iterator[Path]:
 
 def _hub_cache() -> str:
     """As huggingface_hub finds it."""
-    home = os.environ.get("HF_HOME") or os.path.join(  # noqa: PTH118 - of a variable
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # noqa: PTH111
-        "huggingface",
-    )
+    home = os.environ.get("HF_HOME") or cache_home() / "huggingface"
     return os.environ.get("HF_HUB_CACHE") or f"{home}/hub"

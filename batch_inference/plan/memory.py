@@ -62,10 +62,6 @@ class MemoryPlan:
         return not self.pool_is_asked and self.kv_bytes_per_token is not None and (self.pool_gib or 0) > 0
 
     @property
-    def is_known(self) -> bool:
-        return self.weights_gib is not None or self.kv_bytes_per_token is not None
-
-    @property
     def source(self) -> str | None:
         """By what the numbers are said."""
         weights = self.weights_by if self.weights_gib is not None else None
@@ -193,7 +189,7 @@ def _in_gib(config: ExperimentConfig, facts: ModelFacts, parts: Parts, unit: int
     tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
     replicas = config.data_parallel_size if is_coupled(config, facts) else 1
     ranks = tp * replicas if config.enable_expert_parallel else None
-    return [held * unit / GIB for _, held in parts.stages(tp, pp, ranks)]
+    return [held * unit / GIB for held in parts.stages(tp, pp, ranks)]
 
 
 def _of_any_files(config: ExperimentConfig, facts: ModelFacts, float_bytes: int, reason: str) -> list[float]:

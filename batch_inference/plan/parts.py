@@ -29,8 +29,8 @@ class Parts:
     num_experts: int
     vocabulary_on: Literal["ends", "every stage", "unknown"]
 
-    def stages(self, tp: int, pp: int, expert_ranks: int | None) -> list[tuple[int, float]]:
-        """Of each stage its layers, and what a device of it holds. `expert_ranks`: over so many devices whole experts
+    def stages(self, tp: int, pp: int, expert_ranks: int | None) -> list[float]:
+        """What a device of each stage holds. `expert_ranks`: over so many devices whole experts
         are shared out; None where each of them is split over TP. Raises UnknownError."""
         if pp > 1 and self.vocabulary_on == "unknown":
             raise UnknownError("which stages hold the embedding of this architecture differs between versions of vLLM")
@@ -38,7 +38,7 @@ class Parts:
         layer = self.split / tp + self.kv * max(1 / tp, 1 / self.kv_heads) + experts + self.whole
         counts = layers_of_stages(self.layers, pp)
         return [
-            (count, count * layer + self._vocabulary(is_first=stage == 0, is_last=stage == pp - 1) / tp + self.beside)
+            count * layer + self._vocabulary(is_first=stage == 0, is_last=stage == pp - 1) / tp + self.beside
             for stage, count in enumerate(counts)
         ]
 
