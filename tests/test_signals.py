@@ -80,3 +80,19 @@ def test_an_ignored_hangup_stays_ignored() -> None:
     _, errors = process.communicate("\n", timeout=30)
     assert "SIGHUP" not in errors
     assert process.returncode == 143
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_one_that_comes_while_python_shuts_down_changes_no_exit_code(number: signal.Signals) -> None:
+    # A module is cleared after Python has given the signals back their default.
+    program = f"""
+import os, sys
+from batch_inference.core.signals import end_in_order
+end_in_order()
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {int(number)})
+sys.modules["late"] = Late()
+sys.exit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ def end_in_order(numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIG
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
+    atexit.register(_end_as_decided)
 
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:
@@ -29,3 +31,11 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
     with contextlib.suppress(RuntimeError):  # it came while something was being printed
         say(f"ended by {signal.Signals(number).name}")
     raise SystemExit(EXIT_CODES[signal.Signals(number)])
+
+
+def _end_as_decided() -> None:
+    """The exit code is there. Python gives the signals back their default while it shuts down: one that came then
+    would end the program as if its work had been cut off."""
+    for number in EXIT_CODES:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
