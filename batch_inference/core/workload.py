@@ -1,0 +1,263 @@
+"""The requests of a job, as a file of any of the usual formats says them: read one by one, however many there are.
+
+Formats are told apart by content: a JSON array or lines of JSON (OpenAI batch lines, vLLM's custom data set, ShareGPT,
+token ids, lengths alone), or a CSV of lengths. Python's own library alone, because a plan looks too.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from batch_inference.core.config import ConfigError
+from batch_inference.core.files import open_regular
+from batch_inference.core.text import counted, listed, quoted
+from batch_inference.core.values import MOST_TOKENS
+
+_FLAG = "--prompts-file"
+_LENGTHS = ("prompt_tokens", "output_tokens")
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+# Of a JSON array, read at a time.
+_CHUNK = 1 << 20
+_LONGEST_ENTRY = 1 << 26  # characters: far more than any model takes
+# vLLM's own names for ways to prescribe what an answer looks like.
+_STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "tools")
+_HUMANS, _MODELS = ("human", "user"), ("gpt", "assistant", "chatgpt", "bard", "bing")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One request. Of its prompt either the length is there, or ids, a text, or messages for a chat template."""
+
+    prompt_tokens: int | None = None
+    prompt_token_ids: Sequence[int] | None = None
+    prompt: str | None = None
+    messages: Sequence[dict[str, Any]] | None = None
+    output_tokens: int | None = None  # None where the file does not say it
+    output: str | None = None  # an answer of that length
+
+
+class _BadLineError(Exception):
+    """A line that says no request; why."""
+
+
+class _RefusedError(Exception):
+    """A request of a kind that is not measured; which, in words that follow a number."""
+
+
+@dataclass
+class Workload:
+    """The file at `path`, to be read again and again. What is left out is counted anew each time."""
+
+    path: Path
+    skip_bad_lines: bool = False
+    bad_lines: int = 0
+    refused: Counter[str] = field(default_factory=Counter)  # kind -> requests
+
+    def entries(self) -> Iterator[Entry]:
+        """Raises ConfigError for a file that cannot be read or has no request, at its first bad line, and at its end
+        for requests of a kind that is not measured; with `skip_bad_lines` both are left out."""
+        self.bad_lines, self.refused = 0, Counter()
+        first: dict[str, str] = {}  # kind -> where
+        usable = 0
+        for where, document in self._documents():
+            try:
+                yield entry_of(document)
+                usable += 1
+            except _BadLineError as error:
+                self._bad(where, str(error))
+            except _RefusedError as error:
+                self.refused[str(error)] += 1
+                first.setdefault(str(error), where)
+        if self.refused and not self.skip_bad_lines:
+            kinds = listed(f"{count} {kind} (first: {first[kind]})" for kind, count in self.refused.items())
+            raise ConfigError(f"{_FLAG} {self.path}: not measured: {kinds}; leave them out with --skip-bad-lines")
+        if not usable:
+            raise ConfigError(f"{_FLAG} {self.path}: it has no usable request; give one on each line")
+
+    def told(self) -> str | None:
+        """What was left out of the last reading; None where nothing was."""
+        parts = [f"{count} {kind}" for kind, count in self.refused.items()]
+        parts += [counted(self.bad_lines, "bad line")] if self.bad_lines else []
+        return f"{_FLAG} {self.path}: left out: {listed(parts)}" if parts else None
+
+    def _bad(self, where: str, why: str) -> None:
+        if not self.skip_bad_lines:
+            raise ConfigError(f"{_FLAG} {self.path}, {where}: {why}; mend it, or leave it out with --skip-bad-lines")
+        self.bad_lines += 1
+
+    def _documents(self) -> Iterator[tuple[str, Any]]:
+        """(where, what is there) of each request."""
+        try:
+            with open_regular(self.path, "r", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                start = _first_character(file)
+                if start == "[":
+                    yield from self._of_array(file)
+                elif start == "{":
+                    yield from self._of_lines(file)
+                elif start:
+                    yield from self._of_table(file)
+        except OSError as error:
+            raise ConfigError(f"{_FLAG} {self.path}: it cannot be read ({error.strerror}); give a file") from error
+
+    def _of_lines(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError):
+                self._bad(f"line {number}", "it is no JSON")
+
+    def _of_array(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
+        decode, text, at, number = json.JSONDecoder().raw_decode, file.read(_CHUNK).lstrip(), 1, 0
+        while True:
+            rest = text[at:].lstrip(" \t\r\n,")
+            more = file.read(_CHUNK) if len(rest) < _CHUNK else ""
+            text, at = rest + more, 0
+            if text.startswith("]") or not text:
+                return
+            try:
+                document, at = decode(text)
+            except (ValueError, RecursionError):
+                if len(text) > _LONGEST_ENTRY or not (chunk := file.read(_CHUNK)):
+                    self._bad(f"entry {number + 1}", "it is no JSON")
+                    return
+                text += chunk
+                continue
+            number += 1
+            yield f"entry {number}", document
+
+    def _of_table(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
+        rows = csv.DictReader(file, skipinitialspace=True)
+        if _LENGTHS[0] not in (rows.fieldnames or ()):
+            begin = f"{_FLAG} {self.path}, line 1: {quoted(','.join(rows.fieldnames or ()))}"
+            raise ConfigError(f"{begin} begins neither JSON nor a CSV with the columns {listed(_LENGTHS)}")
+        try:
+            for row in rows:
+                given = {name: row[name] for name in _LENGTHS if row.get(name) not in (None, "")}
+                yield f"line {rows.line_num}", given
+        except csv.Error as error:
+            self._bad(f"line {rows.line_num}", f"it is no CSV ({error})")
+
+
+def _first_character(file: IO[str]) -> str:
+    """That is no white space; the file is then at its beginning again."""
+    while (character := file.read(1)) and character.isspace():
+        pass
+    file.seek(0)
+    return character
+
+
+# --- one request ------------------------------------------------------------------------------------------------------
+
+
+def entry_of(document: Any) -> Entry:
+    """Raises _BadLineError and _RefusedError."""
+    if not isinstance(document, dict):
+        raise _BadLineError("it is no object")
+    if "body" in document or "url" in document:
+        return _of_openai(document)
+    if "conversations" in document:
+        return _of_sharegpt(document["conversations"])
+    output_tokens = _length(document, "output_tokens")
+    if "prompt_token_ids" in document:
+        return Entry(prompt_token_ids=_ids(document["prompt_token_ids"]), output_tokens=output_tokens)
+    if "prompt" in document:
+        return Entry(prompt=_text(document["prompt"], "prompt"), output_tokens=output_tokens)
+    prompt_tokens = _length(document, "prompt_tokens")
+    if prompt_tokens is None:
+        raise _BadLineError("it has none of body, conversations, prompt, prompt_token_ids and prompt_tokens")
+    return Entry(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+
+
+def _of_openai(document: dict[str, Any]) -> Entry:
+    """As `vllm run-batch` reads it."""
+    url, body = document.get("url"), document.get("body")
+    if not isinstance(body, dict):
+        raise _BadLineError("its body is no object")
+    if url == "/v1/embeddings":
+        raise _RefusedError("for embeddings")
+    if url not in (_CHAT, _COMPLETIONS):
+        raise _BadLineError(f"its url {quoted(str(url))} is neither {_CHAT} nor {_COMPLETIONS}")
+    _refuse_several_and_structured(body)
+    longest = (
+        _length(body, "max_completion_tokens") if body.get("max_completion_tokens") else _length(body, "max_tokens")
+    )
+    if url == _CHAT:
+        return Entry(messages=_messages(body.get("messages")), output_tokens=longest)
+    prompt = _only(body.get("prompt"))
+    if isinstance(prompt, list):
+        return Entry(prompt_token_ids=_ids(prompt), output_tokens=longest)
+    return Entry(prompt=_text(prompt, "prompt"), output_tokens=longest)
+
+
+def _only(prompt: Any) -> Any:
+    """Of a list of prompts, which are texts or lists of ids, the only one."""
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], (str, list)):
+        return prompt
+    if len(prompt) > 1:
+        raise _RefusedError("with several prompts")
+    return prompt[0]
+
+
+def _refuse_several_and_structured(body: dict[str, Any]) -> None:
+    if any(body.get(name) not in (None, 1) for name in ("n", "best_of")):
+        raise _RefusedError("with n over 1")
+    form = body.get("response_format")
+    is_free = form is None or (isinstance(form, dict) and form.get("type") == "text")
+    if not is_free or any(body.get(name) for name in _STRUCTURED):
+        raise _RefusedError("with structured output")
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise _BadLineError("its messages are no list of objects")
+    for message in value:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
+            raise _RefusedError("with images or other media")
+    return value
+
+
+def _of_sharegpt(turns: Any) -> Entry:
+    """The first question, and the length of its answer."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise _BadLineError("its conversations are no list of objects")
+    start = next((at for at, turn in enumerate(turns) if turn.get("from") in _HUMANS), None)
+    answer = turns[start + 1] if start is not None and start + 1 < len(turns) else None
+    if start is None or answer is None or answer.get("from") not in _MODELS:
+        raise _BadLineError("its conversation has no question with an answer")
+    return Entry(prompt=_text(turns[start].get("value"), "question"), output=_text(answer.get("value"), "answer"))
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise _BadLineError(f"its {what} is no text")
+    return value
+
+
+def _ids(value: Any) -> list[int]:
+    if not isinstance(value, list) or not value or not all(type(one) is int and one >= 0 for one in value):
+        raise _BadLineError("its token ids are no list of numbers")
+    return value
+
+
+def _length(document: dict[str, Any], name: str) -> int | None:
+    """None where it is not there. A table may write 812.0."""
+    value = document.get(name)
+    if value is None:
+        return None
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        number = 0.0
+    if not (1 <= number <= MOST_TOKENS and number.is_integer()):
+        raise _BadLineError(f"its {name} {quoted(str(value))} is no number of tokens from 1 to {MOST_TOKENS}")
+    return int(number)

@@ -1,0 +1,165 @@
+"""The file of a job's requests: which format a line is of, what is taken of it, and what is said of a bad one."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_inference.core import workload as workload_module
+from batch_inference.core.config import ConfigError
+from batch_inference.core.workload import Entry, Workload
+
+
+def read(folder: Path, text: str, *, skip: bool = False) -> tuple[list[Entry], Workload]:
+    path = folder / "jobs"
+    path.write_text(text)
+    workload = Workload(path, skip)
+    return list(workload.entries()), workload
+
+
+def said(folder: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(folder, text)
+    return str(caught.value).replace(f"--prompts-file {folder / 'jobs'}", "FILE")
+
+
+def chat(**body: Any) -> dict[str, Any]:
+    return {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", **body}}
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("document", "entry"),
+    [
+        ({"prompt_tokens": 812, "output_tokens": 96}, Entry(812, output_tokens=96)),
+        ({"prompt_tokens": 1}, Entry(1)),
+        ({"prompt": "hello", "output_tokens": 5}, Entry(prompt="hello", output_tokens=5)),
+        ({"prompt_token_ids": [0, 5, 7]}, Entry(prompt_token_ids=[0, 5, 7])),
+        (chat(messages=HELLO, max_tokens=7), Entry(messages=HELLO, output_tokens=7)),
+        (chat(messages=HELLO, max_tokens=7, max_completion_tokens=8), Entry(messages=HELLO, output_tokens=8)),
+        (chat(messages=HELLO, n=1, response_format={"type": "text"}), Entry(messages=HELLO)),
+        (
+            chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}]),
+            Entry(messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}]),
+        ),
+        ({"url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 3}}, Entry(prompt="a", output_tokens=3)),
+        ({"url": "/v1/completions", "body": {"prompt": ["hello"]}}, Entry(prompt="hello")),
+        ({"url": "/v1/completions", "body": {"prompt": [1, 2]}}, Entry(prompt_token_ids=[1, 2])),
+        ({"url": "/v1/completions", "body": {"prompt": [[1, 2]]}}, Entry(prompt_token_ids=[1, 2])),
+        (
+            {"id": "a", "conversations": [
+                {"from": "system", "value": "be good"}, {"from": "human", "value": "why?"},
+                {"from": "gpt", "value": "so"},
+                {"from": "human", "value": "and then?"},
+            ]},
+            Entry(prompt="why?", output="so"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_request_of_each_format(document: dict[str, Any], entry: Entry, tmp_path: Path) -> None:
+    line = json.dumps(document)
+    assert read(tmp_path, f"{line}\n\n{line}\n")[0] == [entry] * 2
+    # As one array too, pretty or not.
+    for indent in (None, 2):
+        assert read(tmp_path, f" \n{json.dumps([document] * 3, indent=indent)}\n")[0] == [entry] * 3
+
+
+def test_a_table_of_lengths(tmp_path: Path) -> None:
+    text = "id, prompt_tokens,output_tokens\r\n1,812,96\r\n\r\n2,40.0,\r\n"
+    expected = [Entry(812, output_tokens=96), Entry(40)]
+    assert read(tmp_path, text)[0] == expected
+    assert read(tmp_path, f"\ufeff{text}")[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "FILE: it has no usable request; give one on each line"),
+        ("[]", "FILE: it has no usable request; give one on each line"),
+        ("prompt_tokens\n", "FILE: it has no usable request; give one on each line"),
+        ("words\n1\n", "FILE, line 1: 'words' begins neither JSON nor a CSV with the columns prompt_tokens"),
+        ('{"prompt_tokens": 1}\n\n{"prompt', "FILE, line 3: it is no JSON; mend it, or leave it out with --skip"),
+        ('[{"prompt_tokens": 1}, {"prompt', "FILE, entry 2: it is no JSON; mend it, or leave it out with --skip"),
+        ('{"prompt_tokens": 0}', "FILE, line 1: its prompt_tokens '0' is no number of tokens from 1 to 134217728; "),
+        ('{"prompt_tokens": -3}', "FILE, line 1: its prompt_tokens '-3' is no number"),
+        ('{"prompt_tokens": 1.5}', "FILE, line 1: its prompt_tokens '1.5' is no number"),
+        ('{"prompt_tokens": 1e400}', "FILE, line 1: its prompt_tokens 'inf' is no number"),
+        ('{"prompt_tokens": true}', "FILE, line 1: its prompt_tokens 'True' is no number"),
+        ('{"prompt_tokens": [1]}', "FILE, line 1: its prompt_tokens '[1]' is no number"),
+        ('{"prompt": "a", "output_tokens": "many"}', "FILE, line 1: its output_tokens 'many' is no number of tokens"),
+        ('{"prompt": ""}', "FILE, line 1: its prompt is no text; mend it"),
+        ('{"prompt_token_ids": [1, -1]}', "FILE, line 1: its token ids are no list of numbers"),
+        ("{}", "FILE, line 1: it has none of body, conversations, prompt, prompt_token_ids and prompt_tokens; mend"),
+        ("[3]", "FILE, entry 1: it is no object; mend"),
+        ('{"body": 3}', "FILE, line 1: its body is no object; mend"),
+        ('{"url": "/v1/x", "body": {}}', "FILE, line 1: its url '/v1/x' is neither /v1/chat/completions nor"),
+        (json.dumps(chat()), "FILE, line 1: its messages are no list of objects"),
+        ('{"conversations": [{"from": "human", "value": "a"}]}', "FILE, line 1: its conversation has no question with"),
+        ("prompt_tokens,output_tokens\n5,5\n6,x\n", "FILE, line 3: its output_tokens 'x' is no number of tokens"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named(text: str, words: str, tmp_path: Path) -> None:
+    assert said(tmp_path, text).startswith(words)
+
+
+REFUSED = [
+    chat(messages=HELLO, n=2),
+    chat(messages=HELLO, response_format={"type": "json_object"}),
+    chat(messages=HELLO, guided_json={"type": "object"}),
+    chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
+    {"url": "/v1/embeddings", "body": {"input": "a"}},
+    {"url": "/v1/completions", "body": {"prompt": ["a", "b"]}},
+]
+
+
+def test_what_is_not_measured_is_counted_and_refused_at_the_end(tmp_path: Path) -> None:
+    lines = [{"prompt_tokens": 1}, *REFUSED, REFUSED[0]]
+    text = "\n".join(map(json.dumps, lines))
+    assert said(tmp_path, text) == (
+        "FILE: not measured: 2 with n over 1 (first: line 2), 2 with structured output (first: line 3), 1 with images "
+        "or other media (first: line 5), 1 for embeddings (first: line 6), 1 with several prompts (first: line 7); "
+        "leave them out with --skip-bad-lines"
+    )
+
+
+def test_what_is_bad_or_refused_can_be_left_out_and_is_told(tmp_path: Path) -> None:
+    lines = ['{"prompt_tokens": 1}', "{", "{}", json.dumps(REFUSED[0]), '{"prompt_tokens": 2}']
+    entries, workload = read(tmp_path, "\n".join(lines), skip=True)
+    assert entries == [Entry(1), Entry(2)]
+    told = f"--prompts-file {workload.path}: left out: 1 with n over 1, 2 bad lines"
+    assert workload.told() == told
+    list(workload.entries())
+    assert workload.told() == told  # of one reading
+    with pytest.raises(ConfigError, match="it has no usable request"):
+        read(tmp_path, "{}", skip=True)
+    assert read(tmp_path, '{"prompt_tokens": 2}')[1].told() is None
+
+
+@pytest.mark.parametrize("name", ["absent", "folder"])
+def test_what_is_no_file_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=f"^--prompts-file {tmp_path / name}: it cannot be read .*; give a file$"):
+        list(Workload(tmp_path / name).entries())
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "table"])
+def test_however_many_there_are_little_is_held(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workload_module, "_CHUNK", 1000)
+    count = 20_000
+    with (tmp_path / "jobs").open("w") as file:
+        file.write({"lines": "", "array": "[", "table": "prompt_tokens,output_tokens\n"}[form])
+        line = "812,96\n" if form == "table" else '{"prompt_tokens": 812, "output_tokens": 96}'
+        separator = {"lines": "\n", "array": ",\n", "table": ""}[form]
+        file.write(separator.join([line] * count) + ("]" if form == "array" else ""))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in Workload(tmp_path / "jobs").entries()) == count
+        assert tracemalloc.get_traced_memory()[1] < 200_000  # bytes; the file has up to a million
+    finally:
+        tracemalloc.stop()
