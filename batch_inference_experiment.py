@@ -17,6 +17,7 @@ from batch_inference.core.packages import missing_to_measure
 from batch_inference.core.secrets import remember
 from batch_inference.core.signals import end_in_order
 from batch_inference.core.streams import print_kept, say, say_notes, secure_streams, show
+from batch_inference.measure.job_lengths import JobLengths, read_job
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.measure.vllm_version import check_vllm_version
 from batch_inference.plan.by_vllm import ask_vllm
@@ -47,6 +48,7 @@ class Surroundings:
     place: Place | None
     cluster: Cluster | None
     said: Said | None = None
+    job: JobLengths | None = None  # of a workload, on the node that shares it out
 
     @property
     def processes(self) -> int | None:
@@ -72,7 +74,8 @@ def main() -> int:
         if place is None or place.leads:
             end_in_order()
         config, notes = parse_flags(sys.argv[1:])
-        here = look_around(config, place)
+        config, job = read_workload(config, place)
+        here = look_around(config, place, job)
         work = choose(config, here)
         if place is None or place.leads:
             say_notes(notes)
@@ -90,7 +93,17 @@ def main() -> int:
         return 130
 
 
-def look_around(config: ExperimentConfig, place: Place | None) -> Surroundings:
+def read_workload(config: ExperimentConfig, place: Place | None) -> tuple[ExperimentConfig, JobLengths | None]:
+    """One process reads it, and hands out what is run. Raises ConfigError for a file that is no job."""
+    leads = place.leads if place else config.node_rank == 0
+    if config.prompts_file is None or not (leads or config.max_model_len is None):
+        return config, None
+    if place and not leads:  # rank 0 says how long its engine is to be
+        return config, None
+    return read_job(config, say)
+
+
+def look_around(config: ExperimentConfig, place: Place | None, job: JobLengths | None = None) -> Surroundings:
     """Raises ConfigError for a model folder or a RAY_ADDRESS that leads nowhere, and for a place that does not fit."""
     check_place(config, place)
     facts, cluster = facts_of(config), None
@@ -100,9 +113,11 @@ def look_around(config: ExperimentConfig, place: Place | None) -> Surroundings:
         from batch_inference.measure.ray_cluster import find_cluster
 
         cluster = find_cluster()
-    here = Surroundings(facts, devices, place, cluster)
+    here = Surroundings(facts, devices, place, cluster, job=job)
     # Of the ranks of a node, one asks.
-    return replace(here, said=ask(config, here)) if place is None or place.local_rank == 0 else here
+    asks = place is None or place.local_rank == 0
+    knows_lengths = config.prompts_file is None or config.workload_longest is not None
+    return replace(here, said=ask(config, here)) if asks and knows_lengths else here
 
 
 def ask(config: ExperimentConfig, here: Surroundings) -> Said | None:
@@ -178,6 +193,7 @@ def sweep(
     from batch_inference.measure.engine_process import log_paths
     from batch_inference.measure.experiment import Experiment
     from batch_inference.measure.hub import fetch_models
+    from batch_inference.measure.job import JobFile
     from batch_inference.measure.logs import empty_log
     from batch_inference.measure.nodes import meet
     from batch_inference.measure.resume import starting_result
@@ -186,7 +202,8 @@ def sweep(
     if not result.points:  # a log of earlier points is gone on with
         for log in log_paths(config):
             empty_log(log)
-    experiment = Experiment(config, result, watch, Console())
+    job = JobFile(config, here.job) if here.job else None
+    experiment = Experiment(config, result, watch, Console(), job)
     # Ranks of torchrun start their engines at the same time; vLLM itself has one of them fetch.
     if config.data_parallel_size > 1 and here.place is None and experiment.is_open:
         fetch_models([config], say)

@@ -214,7 +214,7 @@ def test_the_hash_changes_with_what_is_measured_and_not_with_the_grid_or_the_fil
 def test_every_flag_has_a_help_text_and_a_field() -> None:
     text = build_parser().format_help()
     for field in dataclasses.fields(ExperimentConfig):
-        if field.name != "engine_args":
+        if field.name not in {"engine_args", "workload_longest", "workload_hash"}:
             assert "--" + field.name.replace("_", "-") in text
             assert len(field.metadata["help"]) > 5
 
@@ -234,12 +234,14 @@ MEASURED = {
 # What is asked of a setting: the points, and how often each is run.
 ASKED = {
     "batch_sizes": (2,), "seq_lens": (8,), "max_tokens": 9, "num_runs": 5, "target_ci": 0.1, "max_runs": 20,
-    "warmup_runs": 2,
+    "warmup_runs": 2, "prompts_file": "w.jsonl", "output_lengths": 7, "sample": 9, "order": "shuffled",
+    "skip_bad_lines": True,
 }  # fmt: skip
 OTHERS = {
     "node_rank": 1, "master_addr": "a", "master_port": 1, "output_dir": "x", "output_file": "x.json", "name": "x",
     "overwrite": True, "resume": True, "startup_timeout": 1.0, "point_timeout": 1.0, "packed": True, "verbose": True,
     "measure_peaks": True, "dry_run": True, "devices": 1, "device_memory_gib": 1.0,
+    "workload_longest": 9, "workload_hash": "x",
 }  # fmt: skip
 
 
@@ -329,7 +331,7 @@ def test_sizes_are_multiplied_and_shared_out() -> None:
     assert (nodes.num_devices, nodes.devices_per_node) == (8, 4)
     assert config.longest_request == 2048 + 128
     assert list(dataclasses.replace(config, batch_sizes=(1, 4), seq_lens=(8, 16)).points()) == [
-        (1, 8), (4, 8), (1, 16), (4, 16),
+        (1, 8, 128, None, None), (4, 8, 128, None, None), (1, 16, 128, None, None), (4, 16, 128, None, None),
     ]  # fmt: skip
 
 
@@ -499,6 +501,7 @@ def test_the_defaults_are_these() -> None:
         "seq_lens": (512, 1024, 2048), "max_tokens": 128, "dtype": "auto", "gpu_memory_utilization": 0.8,
         "temperature": 0.8, "top_p": 0.95, "target_ci": 0.02, "max_runs": 10, "warmup_runs": 1,
         "output_dir": "experiment_results", "startup_timeout": 1800, "point_timeout": 900, "engine_args": (),
+        "output_lengths": "file", "order": "given",
     }  # fmt: skip
 
 
@@ -515,7 +518,8 @@ def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pyte
         "--max-num-seqs": "not given", "--max-num-batched-tokens": "not given", "--gpu-memory-utilization": "0.8",
         "--temperature": "0.8", "--top-p": "0.95", "--num-runs": "4", "--target-ci": "0.02", "--max-runs": "10",
         "--warmup-runs": "1", "--seed": "0", "--enforce-eager": "False", "--trust-remote-code": "False",
-        "vLLM's flags": "--a-b c_d -q b",
+        "--output-lengths": "file", "--sample": "not given", "--order": "given",
+        "--prompts-file": "not given", "--skip-bad-lines": "False", "vLLM's flags": "--a-b c_d -q b",
     }  # fmt: skip
     # A folder is the same one by any name; a hub name is no folder.
     assert config.same_settings()["model"] == str(tmp_path / "m")

@@ -27,7 +27,7 @@ from batch_inference.measure.engine import (
 from batch_inference.measure.hardware import Reading
 from batch_inference.measure.tokenizer_files import added_ids
 from batch_inference.measure.vllm_objects import (
-    FullestMoment,
+    StepWatch,
     compile_cache_of,
     count_outputs,
     effective_settings,
@@ -75,19 +75,21 @@ def test_tokens_are_counted_from_the_outputs_and_times_stay_within_one_clock() -
 def test_the_fullest_moment_of_a_run_is_that_of_its_steps_alone() -> None:
     seen: list[dict[str, Any]] = []
     manager = SimpleNamespace(record=lambda **keywords: seen.append(keywords))
-    fullest = FullestMoment(manager)
+    watch = StepWatch(manager)
     for running, ended, kv_use in ((2, 0, 0.1), (3, 2, 0.2), (1, 0, 0.4), (0, 1, 0.0)):
         manager.record(
-            scheduler_stats=SimpleNamespace(num_running_reqs=running, kv_cache_usage=kv_use),
-            iteration_stats=SimpleNamespace(finished_requests=[None] * ended),
+            scheduler_stats=SimpleNamespace(num_running_reqs=running, num_waiting_reqs=0, kv_cache_usage=kv_use),
+            iteration_stats=SimpleNamespace(
+                finished_requests=[None] * ended, num_prompt_tokens=0, num_generation_tokens=running
+            ),
         )
     manager.record(scheduler_stats=None, iteration_stats=None, mm_cache_stats="m")
-    assert (fullest.running, fullest.kv_use) == (5, 0.4)
+    assert (watch.running, watch.kv_use) == (5, 0.4)
     # vLLM's own statistics go on.
     assert len(seen) == 5
     assert seen[-1] == {"scheduler_stats": None, "iteration_stats": None, "mm_cache_stats": "m"}
-    fullest.forget()
-    assert (fullest.running, fullest.kv_use) == (None, None)
+    watch.forget()
+    assert (watch.running, watch.kv_use) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +259,8 @@ def test_a_run_asks_for_exact_lengths_and_is_timed_from_when_the_wait_is_over() 
     made._llm, made._sampling_params = FakeLLM(), SimpleNamespace
     made._config = ExperimentConfig(temperature=0.5, top_p=0.9)
     made._counted = {**engine._COUNTERS, **engine._ESTIMATES}
-    made._fullest = FullestMoment(SimpleNamespace(record=None))
-    made._fullest._running, made._fullest._kv_use = 9, 0.9  # of the run before
+    made._steps = StepWatch(SimpleNamespace(record=None))
+    made._steps._running, made._steps._kv_use = 9, 0.9  # of the run before
     waited_s: list[float] = []
 
     def wait() -> None:

@@ -52,7 +52,7 @@ def main_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[st
             script, "remember", lambda words, environment: called.append(f"{words} {environment is os.environ}")
         )
         monkeypatch.setattr(script, "parse_flags", lambda words: (ExperimentConfig(seed=int(words[1])), ["one", "two"]))
-        monkeypatch.setattr(script, "look_around", lambda config, place: (config.seed, place))
+        monkeypatch.setattr(script, "look_around", lambda config, place, _: (config.seed, place))
         monkeypatch.setattr(script, "choose", lambda config, here: lambda *given: work(*given, (config.seed, here)))
         return script.main(), called
 
@@ -437,7 +437,7 @@ def test_a_sweep_goes_on_with_the_log_of_earlier_points_alone(points: int, monke
     assert script.sweep(config, here, CPU, "watch", "environment") == (  # type: ignore[arg-type, comparison-overlap]
         config, seen.result, "whole",
     )  # fmt: skip
-    assert seen.given == (config, seen.result, "watch", "console")
+    assert seen.given == (config, seen.result, "watch", "console", None)
     emptied: list[Any] = [] if points else [("empty", "x.log")]
     assert seen.called == [*emptied, ("run", (config, here, CPU, None), None)]
 

@@ -397,7 +397,7 @@ def test_devices_are_read_right_before_a_run(monkeypatch: pytest.MonkeyPatch) ->
             return count_outputs([], now_s[0], now_s[0])
 
     made = Worker(0.0)
-    made._reads_devices = True
+    made._reads_devices, made._next = True, Prepare(1, 1, 1, [])
     outcome = made._run(FakeEngine(), 100.3)  # type: ignore[arg-type]
     assert outcome.start_s == pytest.approx(100.3)
     assert read_s[0] == pytest.approx(100.3 - worker_module.READ_LEAD_S)
@@ -519,11 +519,12 @@ def test_ranks_belong_to_replicas_as_vllm_counts_them(rank: int, replica: int, m
 def test_replicas_of_one_stream_have_prompts_of_their_own() -> None:
     asked: list[Any] = []
     made = Worker(0.0)
-    made._engine = SimpleNamespace(make_prompts=lambda *words: asked.append(words))  # type: ignore[assignment]
+    made._engine = SimpleNamespace(make_prompts=lambda *words: asked.append(words), limit=lambda *_: None)  # type: ignore[assignment]
     for made._replica in (0, 1):
         made._do(Prepare(2, 8, 4, [0, "run", 3]))
     assert asked == [(2, 8, [0, "run", 3, 0]), (2, 8, [0, "run", 3, 1])]
-    assert made._max_tokens == 4
+    assert isinstance(made._next, Prepare)
+    assert made._next.max_tokens == 4
 
 
 def test_a_start_is_waited_for_and_never_for_less_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,10 @@ class FakeEngine:
         self.told.append(("prompts", *words))
         return [{"prompt_token_ids": [7]}]
 
+    def limit(self, *words: Any) -> None:
+        if words != (None, None):  # as it was loaded
+            self.told.append(("limit", *words))
+
     def read_devices(self) -> Reading:
         self.told.append("read")
         return Reading("device", used_gib=[float(len(self.told))], energy_j=[None])

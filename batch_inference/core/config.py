@@ -12,6 +12,8 @@ from typing import Any
 from batch_inference.core.errors import CleanError
 from batch_inference.core.secrets import redact, redact_value
 from batch_inference.core.values import (
+    FROM_FILE,
+    ORDERS,
     batch_sizes,
     device_count,
     fraction,
@@ -20,6 +22,7 @@ from batch_inference.core.values import (
     interval,
     name_text,
     node_number,
+    output_lengths,
     path_text,
     port,
     prompt_lengths,
@@ -41,6 +44,11 @@ BACKENDS = ("mp", "ray", "external_launcher", "uni")
 MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
 # vLLM's own: the experts of a mixture are shared out whole, and not each of them split.
 EXPERTS_FLAG = "--enable-expert-parallel"
+PREFIX_FLAG = "--enable-prefix-caching"
+# Content, output lengths, order, whether prefixes are cached.
+Workload = tuple[str, str | int, str, bool]
+# Batch size, prompt length, output tokens, workload, tokens per step.
+Shape = tuple[int, int | None, int | None, Workload | None, int | None]
 
 
 class ConfigError(CleanError):
@@ -77,10 +85,35 @@ class ExperimentConfig:
     master_addr: str | None = _flag(None, "address of node 0, for --nnodes", host, measured=False)
     master_port: int = _flag(29500, "port of node 0; the next one must be free too", port, measured=False)
     batch_sizes: tuple[int, ...] = _flag(
-        (1, 4, 8, 16), "requests handed to each replica at once", batch_sizes, measured=False
+        (1, 4, 8, 16),
+        "requests handed to each replica at once; of a workload, that run at once",
+        batch_sizes,
+        measured=False,
     )
     seq_lens: tuple[int, ...] = _flag((512, 1024, 2048), "prompt lengths in tokens", prompt_lengths, measured=False)
     max_tokens: int = _flag(128, "output tokens of each request, exact", token_count, measured=False)
+    prompts_file: str | None = _flag(
+        None, "in place of --seq-lens: a workload, whose requests are queued; see the README", path_text, measured=False
+    )
+    output_lengths: str | int = _flag(
+        FROM_FILE,
+        "of a workload: file, exact as it says; eos, the model's own end, at most --max-tokens; or N for all",
+        output_lengths,
+        measured=False,
+        metavar="file|eos|N",
+    )
+    sample: int | None = _flag(
+        None,
+        "requests of the workload that are run; default: enough for a plateau at each batch size",
+        request_count,
+        measured=False,
+    )
+    order: str = _flag(
+        ORDERS[0], "in which the workload's requests are queued, by output length", choices=ORDERS, measured=False
+    )
+    skip_bad_lines: bool = _flag(
+        False, "leave out what is wrong or not measured in the workload, and say how much", measured=False
+    )
     max_model_len: int | None = _flag(
         None, "longest prompt plus output, or auto: what fits; default: what the grid needs", token_length
     )
@@ -90,7 +123,12 @@ class ExperimentConfig:
     max_num_seqs: int | None = _flag(
         None, "requests that vLLM runs at once; default: the largest batch size", request_count
     )
-    max_num_batched_tokens: int | None = _flag(None, "tokens per engine step; default: vLLM's", tokens_per_step)
+    max_num_batched_tokens: int | tuple[int, ...] | None = _flag(
+        None,
+        "tokens per engine step, several separated by commas to try each; default: vLLM's",
+        tokens_per_step,
+        metavar="N,N,..",
+    )
     gpu_memory_utilization: float = _flag(
         0.8, "share of each device's memory for vLLM (on the CPU: of the main memory, for all)", fraction
     )
@@ -144,6 +182,9 @@ class ExperimentConfig:
         None, "for --dry-run: the memory of one GPU, where it is another machine's", gib, measured=False
     )
     engine_args: tuple[str, ...] = ()  # vLLM's own flags, as given
+    # Of the workload, once its file is read: prompt and output of its longest request, and what it holds.
+    workload_longest: int | None = dataclasses.field(default=None, metadata={"measured": False})
+    workload_hash: str | None = dataclasses.field(default=None, metadata={"measured": False})
 
     @property
     def num_devices(self) -> int:
@@ -173,8 +214,42 @@ class ExperimentConfig:
 
     @property
     def longest_request(self) -> int:
-        """Tokens of the longest request of the grid, prompt and output."""
-        return max(self.seq_lens) + self.max_tokens
+        """Tokens of the longest request of the grid or the workload, prompt and output."""
+        return max(self.request_tokens)
+
+    @property
+    def longest_in_words(self) -> str:
+        """Who says how long the longest request is."""
+        if self.workload_longest:
+            return f"--prompts-file {self.prompts_file}: its longest request takes {self.workload_longest} tokens"
+        return f"--seq-lens {max(self.seq_lens)} plus --max-tokens {self.max_tokens} is {self.longest_request}"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """What a plan is made for: the prompt lengths of the grid, or the longest request of a workload."""
+        return (self.workload_longest,) if self.workload_longest else self.seq_lens
+
+    @property
+    def request_tokens(self) -> tuple[int, ...]:
+        """Prompt and output of a request of each of the `lengths`."""
+        return self.lengths if self.workload_longest else tuple(length + self.max_tokens for length in self.seq_lens)
+
+    @property
+    def budgets(self) -> tuple[int | None, ...]:
+        """Tokens per engine step, where they are an axis of the sweep; else None, and the engine has its own."""
+        return self.max_num_batched_tokens if isinstance(self.max_num_batched_tokens, tuple) else (None,)
+
+    @property
+    def largest_budget(self) -> int | None:
+        """What the engine is loaded with; None for vLLM's own."""
+        budgets = self.max_num_batched_tokens
+        return max(budgets) if isinstance(budgets, tuple) else budgets
+
+    @property
+    def changes_limits(self) -> bool:
+        """Whether the loaded engine is told between points how much it may run at once."""
+        slots = self.max_num_seqs or max(self.batch_sizes)
+        return len(self.budgets) > 1 or (self.prompts_file is not None and min(self.batch_sizes) < slots)
 
     @property
     def setting_name(self) -> str:
@@ -223,9 +298,20 @@ class ExperimentConfig:
         """Whether experts are to be shared out whole, and not each of them split."""
         return wants_whole_experts(self.engine_args)
 
-    def points(self) -> Iterator[tuple[int, int]]:
-        """(batch_size, seq_len) of the grid, lengths outermost."""
-        return ((batch_size, seq_len) for seq_len in self.seq_lens for batch_size in self.batch_sizes)
+    @property
+    def workload(self) -> Workload | None:
+        """What of a workload tells points apart."""
+        if self.prompts_file is None:
+            return None
+        is_cached = PREFIX_FLAG in self.engine_args
+        return (self.workload_hash or "", self.output_lengths, self.order, is_cached)
+
+    def points(self) -> Iterator[Shape]:
+        """What tells the points of the sweep apart, batch sizes innermost; a workload has lengths of its own."""
+        workload = self.workload
+        lengths = ((None, None),) if workload else tuple((length, self.max_tokens) for length in self.seq_lens)
+        for budget, (seq_len, max_tokens), batch_size in itertools.product(self.budgets, lengths, self.batch_sizes):
+            yield batch_size, seq_len, max_tokens, workload, budget
 
     def same_settings(self) -> dict[str, Any]:
         """Equal where two configurations measure the same, however they were written: what the engine gets once
@@ -242,6 +328,8 @@ class ExperimentConfig:
             "distributed_executor_backend": self.distributed_executor_backend or self.own_backend,
             "dtype": {"half": "float16", "float": "float32"}.get(self.dtype, self.dtype),
             "engine_args": sorted(_flags_with_values(redact(self.engine_args))),
+            # Several are an axis of the sweep, like its batch sizes.
+            "max_num_batched_tokens": None if len(self.budgets) > 1 else self.max_num_batched_tokens,
         }
 
     @property
@@ -254,9 +342,15 @@ class ExperimentConfig:
 
     def arguments(self) -> dict[str, str]:
         """Equal where two processes are about to measure the same: settings and grid, by flag."""
-        names = ("model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs")
-        # A model may lie elsewhere on another node, where it has the same name.
-        values = {**self.same_settings(), **{name: getattr(self, name) for name in names}, "model": self.model_shown}
+        names = (
+            "model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs",
+            "output_lengths", "sample", "order", "skip_bad_lines", "max_num_batched_tokens",
+        )  # fmt: skip
+        # A model may lie elsewhere on another node, where it has the same name; so may a workload, of which node 0 sends
+        # what is run.
+        workload = self.prompts_file and Path(self.prompts_file).name
+        values = {**self.same_settings(), **{name: getattr(self, name) for name in names}}
+        values |= {"model": self.model_shown, "prompts_file": workload}
         told = {flag_of(name): as_compared(value) for name, value in values.items()}
         told["vLLM's flags"] = told.pop("--engine-args")
         return told

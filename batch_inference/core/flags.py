@@ -9,19 +9,20 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.config import MIN_RUNS, PREFIX_FLAG, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.parser import Parser
 from batch_inference.core.secrets import dashed_secret, left_placeholder
 from batch_inference.core.text import has_control, quoted
-from batch_inference.core.values import AUTO_LENGTH, LONGEST_NAME_BYTES, one_of, without_value
+from batch_inference.core.values import AUTO_LENGTH, LONGEST_NAME_BYTES, OWN_END, one_of, without_value
 
 # Beside a result file lie its lock, its journal, its logs and what is not whole yet, named after it.
 _LONGEST_FILE_NAME_BYTES = LONGEST_NAME_BYTES - 35
 
 DESCRIPTION = """\
 Measure one TP/PP/DP setting of a model on vLLM: every batch size at every
-prompt length, on one engine load. Any other vLLM engine flag (--load-format
-dummy, --quantization fp8, --kv-cache-dtype fp8 ...) is passed on to vLLM."""
+prompt length, or over a workload of your own, on one engine load. Any other
+vLLM engine flag (--load-format dummy, --quantization fp8 ...) is passed on to
+vLLM."""
 
 EPILOG = """\
 example:
@@ -38,9 +39,10 @@ PLAN_FLAGS = ("--devices", "--device-memory-gib")
 
 # vLLM flags that this program sets itself, and why a user's own value would break the measurement.
 _REPLICAS_ARE_OURS = "replicas are started by this program; use --data-parallel-size"
+SCHEDULER_FLAG = "--scheduler-cls"
 OWNED_BY_US = {
     "--config": "write its flags on the command line, so that they are checked and kept in the file",
-    "--enable-prefix-caching": "cached prefixes would be counted as computed prompt tokens",
+    PREFIX_FLAG: "cached prefixes would be counted as computed prompt tokens; it is for a workload (--prompts-file)",
     "--disable-log-stats": "the request times come from vLLM's own statistics",
     "--enable-mfu-metrics": "it is always on, for MFU and MBU",
     "--jit-monitor-verbose": "it is always on, so that no kernel that is compiled late goes unnoticed",
@@ -80,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         suffix = "" if field.default is None else f" (default: {shown})"
         suffix = f", or {field.metadata['short']}{suffix}" if field.metadata["short"] else suffix
-        if "choices" not in options:
+        if not options.keys() & {"choices", "metavar"}:
             options["metavar"] = _metavar(field)
         options["type"] = _argparse_type(field)
         parser.add_argument(name, default=field.default, help=field.metadata["help"] + suffix, **options)
@@ -106,17 +108,32 @@ def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
     if flag := without_value(words):
         raise ConfigError(f"{flag}: '--' was given, which is no value; give one")
     namespace, rest = build_parser().parse_known_args(words)
-    _check_engine_args(rest)
+    _check_engine_args(rest, has_workload=namespace.prompts_file is not None)
+    if namespace.prompts_file is not None and _is_given("--seq-lens", words):
+        raise ConfigError(
+            f"--seq-lens {','.join(map(str, namespace.seq_lens))}: a workload has lengths of its own; drop it, or "
+            "--prompts-file"
+        )
     values = vars(namespace)
+    notes = _drop_repeats(values)
+    config = ExperimentConfig(**values, engine_args=tuple(rest))
+    _check_together(config)
+    return config, notes
+
+
+def _drop_repeats(values: dict[str, Any]) -> list[str]:
+    """Of lists of sizes; notes for the user."""
     notes = []
-    for name in ("batch_sizes", "seq_lens"):
+    for name in ("batch_sizes", "seq_lens", "max_num_batched_tokens"):
+        if not isinstance(values[name], tuple):
+            continue
         unique = tuple(dict.fromkeys(values[name]))
         if len(unique) < len(values[name]):
             notes.append(f"{flag_of(name)}: repeats dropped, {','.join(map(str, unique))} is measured")
         values[name] = unique
-    config = ExperimentConfig(**values, engine_args=tuple(rest))
-    _check_together(config)
-    return config, notes
+    if isinstance(budgets := values["max_num_batched_tokens"], tuple) and len(budgets) == 1:
+        values["max_num_batched_tokens"] = budgets[0]
+    return notes
 
 
 def without_plan_flags(words: Sequence[str]) -> list[str]:
@@ -139,7 +156,11 @@ def _long_flags(argv: Sequence[str]) -> list[str]:
     return [known.get((parts := word.partition("="))[0], parts[0]) + parts[1] + parts[2] for word in argv]
 
 
-def _check_engine_args(words: Sequence[str]) -> None:
+def _is_given(flag: str, words: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == flag for word in words)
+
+
+def _check_engine_args(words: Sequence[str], *, has_workload: bool) -> None:
     """Find mistakes in the words left for vLLM that need no vLLM to see."""
     ours = [flag_of(field.name) for field in dataclasses.fields(ExperimentConfig) if "help" in field.metadata]
     if words and not words[0].startswith("-"):
@@ -149,7 +170,7 @@ def _check_engine_args(words: Sequence[str]) -> None:
         if not word.startswith("--"):
             continue
         flag = word.partition("=")[0].replace("_", "-")
-        if flag in OWNED_BY_US:
+        if flag in OWNED_BY_US and not (flag == PREFIX_FLAG and has_workload):
             raise owned_by_us(flag)
         if flag in ours:
             raise ConfigError(f"{word.partition('=')[0]} is written {flag} here")
@@ -185,18 +206,42 @@ def unknown_flag_message(flag: str, vllm_flags: Sequence[str]) -> str:
 def _check_together(config: ExperimentConfig) -> None:
     if config.overwrite and config.resume:
         raise ConfigError("--overwrite and --resume exclude each other; give one of them")
-    longest = config.max_model_len
-    if longest not in (None, AUTO_LENGTH) and config.longest_request > longest:
-        raise ConfigError(
-            f"--seq-lens {max(config.seq_lens)} plus --max-tokens {config.max_tokens} is {config.longest_request}, "
-            f"over --max-model-len {longest}; raise it or shorten the requests"
-        )
+    _check_workload(config)
+    if config.prompts_file is None:
+        check_longest(config)
     if config.devices is not None and not config.dry_run:
         raise devices_without_plan(config.devices)
     _check_names(config)
     _check_runs(config)
     _check_backend(config)
     _check_nodes(config)
+
+
+def check_longest(config: ExperimentConfig) -> None:
+    """Of a workload once its file is read. Raises ConfigError."""
+    longest = config.max_model_len
+    if longest not in (None, AUTO_LENGTH) and config.longest_request > longest:
+        raise ConfigError(
+            f"{config.longest_in_words}, over --max-model-len {longest}; raise it or shorten the requests"
+        )
+
+
+def _check_workload(config: ExperimentConfig) -> None:
+    if config.prompts_file is None:
+        for name in ("output_lengths", "sample", "order", "skip_bad_lines"):
+            if (value := getattr(config, name)) != getattr(ExperimentConfig, name):
+                given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+                raise ConfigError(f"{given}: it is for a workload; give --prompts-file FILE too, or drop it")
+    elif config.output_lengths == OWN_END and config.engine_word("--load-format") == "dummy":
+        raise ConfigError(
+            f"--output-lengths {OWN_END}: a model of --load-format dummy has no end of its own; give a model with "
+            "weights, or another --output-lengths"
+        )
+    if config.changes_limits and (scheduler := config.engine_word(SCHEDULER_FLAG)):
+        raise ConfigError(
+            f"{SCHEDULER_FLAG} {scheduler}: several batch sizes of a workload, or several --max-num-batched-tokens, are "
+            "measured on one load by a scheduler of this program; give one of each, or drop it"
+        )
 
 
 def devices_without_plan(devices: int) -> ConfigError:

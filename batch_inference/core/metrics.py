@@ -91,8 +91,7 @@ def _total_tok_per_s(measured: Measured) -> float:
 
 
 def _requests_per_s(measured: Measured) -> float:
-    requests = measured.point.batch_size * measured.result.data_parallel_size
-    return requests * len(measured.point.runs) / measured.total_latency_s
+    return sum(len(run.requests.output_tokens) for run in measured.point.runs) / measured.total_latency_s
 
 
 def _output_tok_per_s_per_device(measured: Measured) -> float:
@@ -204,7 +203,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("total_tok_per_s", "tok/s", "Total throughput", "higher", _total_tok_per_s,
            "output_tok_per_s + prompt_tok_per_s"),
     Metric("requests_per_s", "req/s", "Requests per second", "higher", _requests_per_s,
-           "batch_size x DP x runs / sum of the runs' latencies"),
+           "requests of all replicas and runs / sum of the runs' latencies"),
     Metric("output_tok_per_s_per_device", "tok/s/device", "Output throughput per device", "higher",
            _output_tok_per_s_per_device, "output_tok_per_s / (TP x PP x DP)"),
     *_distribution("latency", "Batch latency", lambda measured: measured.latencies_s,

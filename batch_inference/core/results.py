@@ -11,9 +11,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta, Struct, field
 
-from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.config import ExperimentConfig, Workload
+from batch_inference.core.lengths import Lengths
 from batch_inference.core.secrets import redact, redact_value
 from batch_inference.core.values import MOST_DEVICES
 
@@ -47,10 +49,26 @@ class Requests(Struct):
     latency_s: list[Seconds]  # arrival to last token
     queue_s: list[Seconds]  # arrival to first scheduled
     output_tokens: list[Count]
+    # Of a queue point alone, whose requests differ and have to wait.
+    arrival_s: list[Seconds] = []  # from the common start
+    prompt_tokens: list[Count] = []
 
     def __post_init__(self) -> None:
-        if not len(self.ttft_s) == len(self.latency_s) == len(self.queue_s) == len(self.output_tokens):
+        sizes = {len(self.ttft_s), len(self.latency_s), len(self.queue_s), len(self.output_tokens)}
+        sizes |= {len(of_queue) for of_queue in (self.arrival_s, self.prompt_tokens) if of_queue}
+        if len(sizes) > 1:
             raise ValueError("its lists are not equally long")
+
+
+class Timeline(Struct):
+    """What the scheduler of a replica said of its steps, put together in intervals: a list entry each."""
+
+    end_s: list[Seconds]  # of the interval, from the common start
+    steps: list[Count]
+    prompt_tokens: list[Count]  # of the requests that had their first token in it
+    output_tokens: list[Count]
+    running: list[Annotated[float, Meta(ge=0, le=1e9)]]  # requests, on the mean of its steps
+    waiting: list[Count]  # requests, at its end
 
 
 class ReplicaRun(Struct):
@@ -61,6 +79,9 @@ class ReplicaRun(Struct):
     end_s: Seconds
     prompt_tokens: Count
     output_tokens: Count
+    # Of a queue point: how many of the run's requests it had, and its steps.
+    requests: Count | None = None
+    timeline: Timeline | None = None
 
 
 class Memory(Struct):
@@ -80,6 +101,7 @@ class Counters(Struct):
     prefix_cache_hit_tokens: Count
     jit_compilations: Count | None = None  # kernels that vLLM compiled during the run
     peak_running: Count | None = None  # most requests that ran at once, of the replica with the fewest
+    miscounted: Count | None = None  # requests of a queue that came back with other numbers of tokens than asked
     # vLLM's own estimates of the work of one device, of the busiest replica.
     flops_per_device: Work | None = None
     memory_bytes_per_device: Work | None = None
@@ -119,12 +141,48 @@ class Warmup(Struct):
     reason: str | None = None  # of a timed run that was moved here: why
 
 
+class Job(Struct):
+    """The requests of a workload, of which a sample is run: their lengths alone, in the order of the file."""
+
+    content_hash: str
+    output_lengths: Literal["file", "eos"] | Size
+    requests: Size
+    prompt_tokens: Count
+    output_tokens: Count | None  # None where the model itself ends
+    longest: Size  # prompt and output of the longest request
+    # The lists hold every so-manieth request, and from a moment on all, because the last ones make the drain.
+    every: Size
+    last: Count  # how many at the end of the lists stand for themselves alone
+    prompt_lens: list[Size]
+    output_lens: list[Size] | None
+    lengths: Lengths
+    left_out: str | None = None
+
+
+class Sample(Struct):
+    """Which requests of the job a queue point ran, and how well they stand for it."""
+
+    lengths: Lengths
+    prompt_distance: Annotated[float, Meta(ge=0, le=1)]  # Kolmogorov-Smirnov, of the prompt lengths
+    output_distance: Annotated[float, Meta(ge=0, le=1)] | None
+
+
 class WorkloadKey(Struct, frozen=True):
     """Which requests a queue point ran: the content of the file, where output lengths are from, and the order."""
 
     content_hash: str
     output_lengths: Literal["file", "eos"] | Size
     order: Literal["given", "shuffled", "longest-first", "shortest-first"]
+    is_cached: bool = False  # prefixes that requests share are computed once (--enable-prefix-caching)
+
+    def as_tuple(self) -> Workload:
+        """As ExperimentConfig.workload."""
+        return self.content_hash, self.output_lengths, self.order, self.is_cached
+
+
+def workload_key(config: ExperimentConfig) -> WorkloadKey:
+    """Of a configuration that has a workload."""
+    return msgspec.convert(dict(zip(WorkloadKey.__struct_fields__, config.workload or (), strict=True)), WorkloadKey)
 
 
 class PointKey(Struct, frozen=True):
@@ -145,6 +203,7 @@ class Point(Struct):
     max_tokens: Size | None  # output tokens of each request, exact; None likewise
     status: PointStatus
     workload: WorkloadKey | None = None
+    sample: Sample | None = None  # of a queue point
     max_num_batched_tokens: Size | None = None  # tokens per step, where it is an axis of the sweep
     reason: str | None = None
     failure: str | None = None  # the class of the failure, of failures.py
@@ -339,6 +398,7 @@ class Result(Struct):
     environment: Environment
     points: list[Point]
     engine: EngineInfo | None = None  # None until it is loaded
+    jobs: list[Job] = []  # the workloads of its queue points
     failure: Failure | None = None  # of a setting that failed as a whole
     restarts: Count = 0  # of an engine that was lost
     earlier_engines: list[EngineInfo] = []  # of earlier sweeps of this file, for the points that they measured

@@ -21,6 +21,9 @@ MOST_GIB = 1e6
 # Of a path, and of one name in it, on Linux.
 _LONGEST_PATH_BYTES = 4095
 LONGEST_NAME_BYTES = 255
+# Of --output-lengths and --order.
+FROM_FILE, OWN_END = "file", "eos"
+ORDERS = ("given", "shuffled", "longest-first", "shortest-first")
 
 
 _MOST_DIGITS = 40
@@ -113,7 +116,22 @@ def _tokens(most: int) -> Callable[[str], int]:
     return parse
 
 
-tokens_per_step = _tokens(MOST_TOKENS_PER_STEP)
+def tokens_per_step(text: str) -> int | tuple[int, ...]:
+    """One size, or several separated by commas; repeats stay and are dropped with a note by `parse_flags`."""
+    sizes = tuple(_tokens(MOST_TOKENS_PER_STEP)(part) for part in text.split(","))
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+def output_lengths(text: str) -> str | int:
+    """FROM_FILE, OWN_END, or a number of tokens for all requests."""
+    if text in (FROM_FILE, OWN_END):
+        return text
+    try:
+        return token_count(text)
+    except TooLargeError:
+        raise
+    except ValueError:
+        raise ValueError(f"{FROM_FILE}, {OWN_END} or a number of tokens of at least 1 is needed") from None
 
 
 def token_length(text: str) -> int:

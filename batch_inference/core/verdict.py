@@ -53,7 +53,9 @@ def is_settled(warmups: Sequence[Warmup]) -> bool:
 
 def _token_counts(result: Result, point: Point) -> list[str]:
     if point.seq_len is None or point.max_tokens is None:
-        return []  # of a workload, whose counts are checked where its requests are known
+        # Of a workload, whose counts are checked where its requests are known.
+        wrong = sum(run.counters.miscounted or 0 for run in point.runs)
+        return [f"{wrong} requests came back with other numbers of tokens than were asked"] if wrong else []
     requests = point.batch_size * result.data_parallel_size
     asked = (requests * point.seq_len, requests * point.max_tokens)
     counted = {(run.prompt_tokens, run.output_tokens) for run in point.runs} - {asked}
@@ -64,6 +66,8 @@ def _token_counts(result: Result, point: Point) -> list[str]:
 
 
 def _prefix_hits(_: Result, point: Point) -> list[str]:
+    if point.workload and point.workload.is_cached:
+        return []  # they are part of what is measured
     hits = sum(run.counters.prefix_cache_hit_tokens for run in point.runs)
     return [f"{hits} prompt tokens came from the prefix cache"] if hits else []
 
@@ -112,7 +116,7 @@ def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
 
 def _never_steady(_: Result, point: Point) -> list[str]:
     # Fewer than two are not known to differ.
-    if len(point.warmups) < 2 or is_settled(point.warmups):
+    if len(point.warmups) < 2 or point.workload or is_settled(point.warmups):
         return []
     if point.warmups[-1].jit_compilations:
         return ["not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"]
@@ -126,6 +130,8 @@ def _compiled_late(_: Result, point: Point) -> list[str]:
 
 
 def _wide_interval(result: Result, point: Point) -> list[str]:
+    if point.workload:
+        return []  # in a single run: what is known of its plateau says so
     width, asked = relative_ci95(run_latencies_s(point)), result.config
     if width is None:
         return ["a single run has no interval; raise --num-runs"]
@@ -150,7 +156,7 @@ def _drift(_: Result, point: Point) -> list[str]:
 
 def _unlike_warmups(_: Result, point: Point) -> list[str]:
     """Warm-ups that agree with each other, and not with the runs after them: what was steady was something else."""
-    if len(point.warmups) < 2 or not is_settled(point.warmups):
+    if len(point.warmups) < 2 or point.workload or not is_settled(point.warmups):
         return []
     # The median: a single slow run is for the interval to tell.
     last_s, middle_s = point.warmups[-1].latency_s, median(run_latencies_s(point))

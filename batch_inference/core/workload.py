@@ -25,6 +25,7 @@ _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # Of a JSON array, read at a time.
 _CHUNK = 1 << 20
 _LONGEST_ENTRY = 1 << 26  # characters: far more than any model takes
+_NO_JSON = "it is no JSON"
 # vLLM's own names for ways to prescribe what an answer looks like.
 _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "tools")
 _HUMANS, _MODELS = ("human", "user"), ("gpt", "assistant", "chatgpt", "bard", "bing")
@@ -112,7 +113,7 @@ class Workload:
             try:
                 yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError):
-                self._bad(f"line {number}", "it is no JSON")
+                self._bad(f"line {number}", _NO_JSON)
 
     def _of_array(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
         decode, text, at, number = json.JSONDecoder().raw_decode, file.read(_CHUNK).lstrip(), 1, 0
@@ -126,7 +127,7 @@ class Workload:
                 document, at = decode(text)
             except (ValueError, RecursionError):
                 if len(text) > _LONGEST_ENTRY or not (chunk := file.read(_CHUNK)):
-                    self._bad(f"entry {number + 1}", "it is no JSON")
+                    self._bad(f"entry {number + 1}", _NO_JSON)
                     return
                 text += chunk
                 continue

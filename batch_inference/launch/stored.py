@@ -14,15 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.config import ExperimentConfig, Shape
 from batch_inference.core.text import about_time, counted
 
 # A plan of an empty folder needs no installed package.
 if TYPE_CHECKING:
-    from batch_inference.core.results import Result
+    from batch_inference.core.results import Point, Result
 
 _WHOLE_SECOND = 1.0  # some file systems keep no part of one
-Shape = tuple[int, int, int]  # batch size, prompt length, output tokens
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,6 @@ def _stored(path: Path) -> Stored | None:
     except ResultFileError:
         return None
     points = [one for one in result.points if one.status == "ok"]
-    shapes = ((one.batch_size, one.seq_len, one.max_tokens) for one in points)
     return Stored(
         name=result.name,
         model=result.config.model,
@@ -77,9 +75,14 @@ def _stored(path: Path) -> Stored | None:
         device_kind=result.environment.device_kind,
         written_s=path.stat().st_mtime,
         failure=result.failure.kind if result.failure else None,
-        measured=frozenset((batch, length, tokens) for batch, length, tokens in shapes if length and tokens),
+        measured=frozenset(map(_shape, points)),
         seconds_per_point=_seconds_per_point(result, sum(point.engine is None for point in points)),
     )
+
+
+def _shape(point: Point) -> Shape:
+    workload = point.workload.as_tuple() if point.workload else None
+    return point.batch_size, point.seq_len, point.max_tokens, workload, point.max_num_batched_tokens
 
 
 def _seconds_per_point(result: Result, points: int) -> float | None:
@@ -127,7 +130,7 @@ def is_anything_measured(folder: Path) -> bool:
 
 def open_points(config: ExperimentConfig) -> int:
     """Points of its grid that are still to be measured."""
-    wanted = {(*shape, config.max_tokens) for shape in config.points()}
+    wanted = set(config.points())
     if not config.overwrite:
         for one in stored_in(folder_of(config)):
             if one.name == config.setting_name and one.settings == config.same_settings():

@@ -21,6 +21,8 @@ from batch_inference.core.text import counted, plain, short, table, wrapped
 # Two that agree are the rule; more make a point take longer than the bar thinks.
 EXPECTED_WARMUPS = 2
 LOG_LOOK_S = 0.2
+_BATCH_LEGEND = "  batch x length: output throughput ±95 % interval, latency, TTFT, memory"
+_QUEUE_LEGEND = "  requests at once: output throughput on the plateau ±95 % interval, time, memory"
 
 
 class Console:
@@ -64,7 +66,7 @@ class Console:
         done, fewest_runs = len(kept), config.fewest_runs
         if kept:
             self._wrapped(f"  {_kept_words(config, kept, total)}")
-        self.note("  batch x length: output throughput ±95 % interval, latency, TTFT, memory")
+        self.note(_QUEUE_LEGEND if config.prompts_file else _BATCH_LEGEND)
         self._number, self._total, self._expected_runs = done, total, EXPECTED_WARMUPS + fewest_runs
         self._bar = tqdm(
             total=total,
@@ -146,7 +148,16 @@ def _kept_words(config: ExperimentConfig, kept: Sequence[Point], total: int) -> 
 
 
 def _shape(point: Point) -> str:
-    return f"{point.batch_size} x {point.seq_len}"
+    """8 x 512, or of a workload 8 at once; with the tokens per step where they are an axis."""
+    start = f"{point.batch_size} at once" if point.workload else f"{point.batch_size} x {point.seq_len}"
+    budget = point.max_num_batched_tokens
+    return f"{start}, {budget} tokens per step" if budget else start
+
+
+def key_words(point: Point) -> list[str]:
+    """What tells a point from others, by the names of its sizes."""
+    sizes = ("batch_size", "seq_len", "max_num_batched_tokens")
+    return [f"{name} {size}" for name in sizes if (size := getattr(point, name)) is not None]
 
 
 def point_words(point: Point) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import socket
@@ -14,14 +15,16 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.config import PREFIX_FLAG, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.flags import OWNED_BY_US, owned_by_us, unknown_flag_message
 from batch_inference.core.prompts import make_prompts
 from batch_inference.core.results import LoadTimes, WorkerInfo
 from batch_inference.measure.hardware import Monitor, Reading, joined, monitor
-from batch_inference.measure.messages import Outcome
+from batch_inference.measure.limits import SCHEDULER, Limits
+from batch_inference.measure.messages import Asked, Outcome
 from batch_inference.measure.vllm_objects import (
-    FullestMoment,
+    StepWatch,
+    add_queue,
     compile_cache_of,
     count_outputs,
     effective_settings,
@@ -118,7 +121,11 @@ def known_flags() -> list[str]:
     return sorted({flag for action in actions for flag in action.option_strings if flag.startswith("--")})
 
 
-def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
+def _given_to_vllm(config: ExperimentConfig) -> dict[str, Any]:
+    return parse_engine_flags(config.engine_args, may_cache_prefixes=config.prompts_file is not None)
+
+
+def parse_engine_flags(words: Sequence[str], *, may_cache_prefixes: bool = False) -> dict[str, Any]:
     """vLLM's own flags -> the keyword arguments that the user gave. Raises ConfigError for a wrong flag or value."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -129,12 +136,13 @@ def parse_engine_flags(words: Sequence[str]) -> dict[str, Any]:
     try:
         given = vars(parser.parse_args(list(words), namespace))
     except ConfigError as error:
-        known = ["--" + name.replace("_", "-") for name in vars(namespace)]
+        known = [flag_of(name) for name in vars(namespace)]
         raise ConfigError(_explain(str(error), known)) from None
     fields = _names_of(EngineArgs)
     settings = {name: value for name, value in given.items() if value is not unset and name in fields}
     for name, value in settings.items():
-        _refuse_ours(name, value)
+        if not (may_cache_prefixes and flag_of(name) == PREFIX_FLAG):
+            _refuse_ours(name, value)
     return settings
 
 
@@ -145,7 +153,7 @@ def _names_of(engine_args: Any) -> set[str]:
 
 def _refuse_ours(name: str, value: Any) -> None:
     """vLLM has short flags too, which nobody knows before its parser: -n for --nnodes."""
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     if name in {field.name for field in dataclasses.fields(ExperimentConfig)}:
         raise ConfigError(f"{flag} is a flag of this program too; write it out")
     if flag in OWNED_BY_US and value != MEASURING_SETTINGS.get(name, ...):
@@ -163,7 +171,7 @@ def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
     # Under torchrun vLLM itself assigns the ranks to replicas; otherwise each replica is an engine of its own.
     if config.distributed_executor_backend == "external_launcher":
         ours["data_parallel_size"] = config.data_parallel_size
-    return _with_tokenizer_where_needed({**ours, **_text_alone(), **parse_engine_flags(config.engine_args)})
+    return _with_tokenizer_where_needed({**ours, **_text_alone(), **_given_to_vllm(config)})
 
 
 def own_settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -175,13 +183,14 @@ def own_settings(config: ExperimentConfig) -> dict[str, Any]:
         "distributed_executor_backend": config.distributed_executor_backend,
         "max_model_len": config.max_model_len or config.longest_request,
         "max_num_seqs": config.max_num_seqs or max(config.batch_sizes),
-        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_num_batched_tokens": config.largest_budget,
         "dtype": config.dtype,
         "gpu_memory_utilization": memory_share(config),
         "enforce_eager": config.enforce_eager,
         "trust_remote_code": config.trust_remote_code,
         "seed": config.seed,
         **MEASURING_SETTINGS,
+        **({"scheduler_cls": SCHEDULER} if config.changes_limits else {}),
     }
 
 
@@ -252,6 +261,7 @@ class Engine:
         imported_s = time.monotonic()
         self._config = config
         settings = engine_settings(config)
+        self._limits = Limits() if config.changes_limits else None
         self._llm = vllm.LLM(**settings)
         ready_s = time.monotonic()
         self._sampling_params = vllm.SamplingParams
@@ -259,7 +269,7 @@ class Engine:
         self._vocab_size: int = model_config.get_vocab_size()
         self._special_ids = special_ids(model_config)
         self._counted = _COUNTERS | (_ESTIMATES if has_whole_estimate(self._llm.llm_engine.vllm_config) else {})
-        self._fullest = FullestMoment(self._llm.llm_engine.logger_manager)
+        self._steps = StepWatch(self._llm.llm_engine.logger_manager)
         load_s = LoadTimes(
             import_s=imported_s - started_s,
             engine_s=ready_s - imported_s,
@@ -281,19 +291,58 @@ class Engine:
         )
         return [{"prompt_token_ids": prompt} for prompt in prompts]
 
+    def make_queue(self, asked: Sequence[Asked], seed_parts: Sequence[object]) -> list[dict[str, list[int]]]:
+        """The prompts of a queue: ids as they are, and of what is a length alone as many ids."""
+        lengths = [one.prompt for one in asked if isinstance(one.prompt, int)]
+        (ids,) = (prompt["prompt_token_ids"] for prompt in self.make_prompts(1, sum(lengths), seed_parts))
+        ends = itertools.accumulate(lengths)
+        made = (ids[end - length : end] for length, end in zip(lengths, ends, strict=True))
+        return [{"prompt_token_ids": next(made) if isinstance(one.prompt, int) else one.prompt} for one in asked]
+
+    def limit(self, requests: int | None, tokens_per_step: int | None) -> None:
+        """What runs at once from now on; None: as the engine was loaded."""
+        if self._limits:
+            self._limits.set(requests, tokens_per_step)
+
     def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, wait: Callable[[], None]) -> Outcome:
         """Submit one batch when `wait` returns, wait for its end, and count what came back."""
-        params = self._sampling_params(
+        return self._run(prompts, self._params(max_tokens), wait)[0]
+
+    def run_queue(
+        self,
+        prompts: list[dict[str, list[int]]],
+        asked: Sequence[Asked],
+        wait: Callable[[], None],
+        *,
+        ends_itself: bool,
+    ) -> Outcome:
+        """The same for a queue of requests with lengths of their own; `ends_itself`: the model may end an output."""
+        params = [self._params(one.max_tokens, ends_itself=ends_itself) for one in asked]
+        outcome, outputs, began_s = self._run(prompts, params, wait)
+        lengths = [
+            (len(prompt["prompt_token_ids"]), one.max_tokens) for prompt, one in zip(prompts, asked, strict=True)
+        ]
+        add_queue(outcome, outputs, lengths, began_s, ends_itself=ends_itself)
+        outcome.timeline = self._steps.timeline(outcome.start_s)
+        return outcome
+
+    def _params(self, max_tokens: int, *, ends_itself: bool = False) -> Any:
+        return self._sampling_params(
             temperature=self._config.temperature,
             top_p=self._config.top_p,
             max_tokens=max_tokens,
-            ignore_eos=True,
+            ignore_eos=not ends_itself,
             detokenize=False,
         )
+
+    def _run(
+        self, prompts: list[dict[str, list[int]]], params: Any, wait: Callable[[], None]
+    ) -> tuple[Outcome, list[Any], float]:
+        """What was counted, vLLM's outputs, and the start by the wall clock."""
         before = self._counters()
-        self._fullest.forget()
+        self._steps.forget()
         wait()
-        start_s = time.monotonic()
+        start_s, began_s = time.monotonic(), time.time()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         end_s = time.monotonic()
         outcome = count_outputs(outputs, start_s, end_s)
@@ -301,8 +350,8 @@ class Engine:
         outcome.preemptions = counted["preemptions"]
         outcome.flops_per_device = counted.get("flops_per_device")
         outcome.memory_bytes_per_device = counted.get("memory_bytes_per_device")
-        outcome.peak_running, outcome.peak_kv_use = self._fullest.running, self._fullest.kv_use
-        return outcome
+        outcome.peak_running, outcome.peak_kv_use = self._steps.running, self._steps.kv_use
+        return outcome, outputs, began_s
 
     def read_devices(self) -> Reading:
         """Memory and energy of the devices of every worker, read where they are."""

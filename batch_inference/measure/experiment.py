@@ -20,20 +20,25 @@ from batch_inference.core.results import (
     ReplicaInfo,
     Result,
     Run,
+    workload_key,
 )
+from batch_inference.core.values import OWN_END
 from batch_inference.core.verdict import is_settled, judge
 from batch_inference.measure.combine import as_warmup, combine
-from batch_inference.measure.console import Console
+from batch_inference.measure.console import Console, key_words
 from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.environment import now
 from batch_inference.measure.hardware import Monitor, Seen
-from batch_inference.measure.messages import Prepare
+from batch_inference.measure.job import JobFile
+from batch_inference.measure.messages import Prepare, Queue
 from batch_inference.measure.nodes import Nodes
 from batch_inference.measure.peaks import datasheet_peaks
 from batch_inference.measure.replicas import Replicas, joined_readings
-from batch_inference.measure.resume import has_runs_enough, is_enough, set_aside_engine
+from batch_inference.measure.resume import has_runs_enough, is_enough, keep_job, set_aside_engine
 
 MAX_WARMUPS = 5
+# Requests of a queue's warm-up, for each that runs at once.
+WARMUP_LIVES = 2
 # Engines lost one after the other, at different points: it is not the points then.
 MOST_LOSSES = 2
 # A closed engine hands its memory back within seconds.
@@ -46,16 +51,29 @@ MAX_REPEATED = 3
 class Experiment:
     """Runs the grid of `config` on `replicas` and keeps the result file up to date."""
 
-    def __init__(self, config: ExperimentConfig, result: Result, monitor: Monitor, console: Console) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        result: Result,
+        monitor: Monitor,
+        console: Console,
+        job: JobFile | None = None,
+    ) -> None:
+        """`job`: of a workload, which the points are then made of."""
         self._config = config
+        self._job = job
         self._monitor = monitor
         self._console = console
         self._before = monitor.read()
         self._engine_is_lost = False  # and has nothing to end in order
         self._file = GrowingFile(config.output_path, result)
         self._lost: list[Point] = []  # points that failed in this sweep
-        self._done = {point.key for point in result.points if is_enough(point, config)}
+        self._done = {
+            point.key for point in result.points if is_enough(point, config, self._requests(point.batch_size))
+        }
         self.result = result
+        if job:
+            keep_job(result, job.described())
 
     def run(self, replicas: Replicas, nodes: Nodes | None = None) -> Result:
         """Load, measure every point that is still open, save after each. The replicas are closed at the end, and the
@@ -122,7 +140,15 @@ class Experiment:
         return [point for point in self.result.points if point.key in grid & self._done]
 
     def _grid(self) -> list[PointKey]:
-        return [PointKey(*key, self._config.max_tokens) for key in self._config.points()]
+        workload = workload_key(self._config) if self._job else None
+        return [
+            PointKey(batch_size, seq_len, max_tokens, workload, budget)
+            for batch_size, seq_len, max_tokens, _, budget in self._config.points()
+        ]
+
+    def _requests(self, batch_size: int) -> int | None:
+        """Of a queue point: how many are run."""
+        return self._job.sample_size(batch_size) if self._job else None
 
     def _keep_engine(self, engines: list[EngineInfo]) -> None:
         """The first replica's engine, and beside it what each replica has of its own. Points that are there already
@@ -183,7 +209,7 @@ class Experiment:
     def _recover(self, replicas: Replicas, losses: list[Point]) -> str | None:
         """Start the engine again; why the sweep cannot go on, or None."""
         last = losses[-1]
-        where = f"batch_size {last.batch_size}, seq_len {last.seq_len}"
+        where = ", ".join(key_words(last))
         if not replicas.can_restart:
             return f"the engine was lost at {where}"
         if len(losses) >= MOST_LOSSES:
@@ -227,9 +253,11 @@ class Experiment:
         self.result.points = [one for one in self.result.points if one.key != point.key] + [_light(point)]
 
     def _measure(self, point: Point, replicas: Replicas) -> None:
+        if self._job:
+            point.sample = self._job.sample(point.batch_size)
         self._warm_up(point, replicas)
         repeated = 0
-        while not has_runs_enough(point, self._config):
+        while not has_runs_enough(point, self._config, self._requests(point.batch_size)):
             run = self._run(point, replicas, "run", len(point.runs) + repeated)
             # Whether a run counts is decided by what vLLM says of it, never by how long it took: a run that is slow
             # for no known reason stays.
@@ -242,8 +270,14 @@ class Experiment:
                 point.runs.append(run)
 
     def _warm_up(self, point: Point, replicas: Replicas) -> None:
-        """Until steady; a run that compiled a kernel is the first of a new series."""
+        """Until steady; a run that compiled a kernel is the first of a new series. A queue is warm after one short run:
+        what it measures is found in its own course."""
         made = 1 if point.warmups else 0
+        if self._job:
+            while made < max(1, self._config.warmup_runs):
+                point.warmups.append(as_warmup(self._run(point, replicas, "warmup", len(point.warmups))))
+                made += 1
+            return
         while made < self._config.warmup_runs or not (is_settled(point.warmups) or made >= MAX_WARMUPS):
             run = self._run(point, replicas, "warmup", len(point.warmups))
             point.warmups.append(as_warmup(run))
@@ -251,7 +285,7 @@ class Experiment:
 
     def _run(self, point: Point, replicas: Replicas, phase: str, index: int) -> Run:
         self._console.running(point, phase, index)
-        replicas.prepare(self._prompts(point, phase, index))
+        replicas.prepare(self._next(point, phase, index))
         before = self._monitor.read(replicas.pids())
         with self._monitor.watch() as seen:
             outcomes = replicas.run()
@@ -262,11 +296,18 @@ class Experiment:
             seen = Seen()  # of this machine's first devices; Ray may have given out others
         return combine(outcomes, before, after, seen)
 
-    def _prompts(self, point: Point, phase: str, index: int) -> Prepare:
+    def _next(self, point: Point, phase: str, index: int) -> Prepare | Queue:
+        budget = point.max_num_batched_tokens
+        if self._job:
+            ends_itself = self._config.output_lengths == OWN_END
+            few = WARMUP_LIVES * point.batch_size * self._config.data_parallel_size if phase == "warmup" else None
+            shares = self._job.shares(point.key, few)
+            stream: list[int | str] = [self._config.seed, "queue", point.batch_size, phase, index]
+            return Queue(shares, point.batch_size, stream, ends_itself, budget)
         if point.seq_len is None or point.max_tokens is None:
             raise ValueError(f"{point.key} has no length of its own")
-        stream: list[int | str] = [self._config.seed, point.seq_len, point.batch_size, phase, index]
-        return Prepare(point.batch_size, point.seq_len, point.max_tokens, stream)
+        stream = [self._config.seed, point.seq_len, point.batch_size, phase, index]
+        return Prepare(point.batch_size, point.seq_len, point.max_tokens, stream, budget)
 
     def _fail(self, error: ReplicaError) -> None:
         self.result.status = "failed"

@@ -2,6 +2,7 @@
 
     Load(config, replica)                         -> Loaded(engine)
     Prepare(batch_size, seq_len, max_tokens ...)  -> Ready()
+    Queue(shares, batch_size ...)                 -> Ready()
     Start(at_s)                                   -> Done(outcome)
     Serve(config)        (on nodes other than 0)  -> Served()
     Join(config)         (the ranks of torchrun)  -> Joined()
@@ -20,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.core.results import Count, EngineInfo, Requests, Work
+from batch_inference.core.results import Count, EngineInfo, Requests, Timeline, Work
 from batch_inference.measure.hardware import Reading
 
 T = TypeVar("T")
@@ -35,6 +36,9 @@ class Outcome(Struct):
     output_tokens: Count
     requests: Requests
     prefix_cache_hit_tokens: Count
+    # Of a queue; times from this replica's own start.
+    timeline: Timeline | None = None
+    miscounted: Count | None = None
     preemptions: Count = 0
     # None where vLLM does not tell.
     peak_running: Count | None = None
@@ -75,6 +79,24 @@ class Prepare(Command):
     seq_len: int
     max_tokens: int
     stream: list[int | str]
+    max_num_batched_tokens: int | None = None
+
+
+class Asked(Struct, array_like=True):
+    """One request of a queue: token ids, or how many are to be made; and its output tokens, at most or exactly."""
+
+    prompt: int | list[int]
+    max_tokens: int
+
+
+class Queue(Command):
+    """Make the requests of the next run, which wait in one queue on each replica; at most `batch_size` run at once."""
+
+    shares: list[list[Asked]]  # of each replica
+    batch_size: int
+    stream: list[int | str]
+    ends_itself: bool = False  # the model may end an output before
+    max_num_batched_tokens: int | None = None
 
 
 class Start(Command):
@@ -85,7 +107,7 @@ class Close(Command):
     pass
 
 
-AnyCommand = Join | Load | Serve | Prepare | Start | Close
+AnyCommand = Join | Load | Serve | Prepare | Queue | Start | Close
 
 
 # --- replies ------------------------------------------------------------------------------------------------------

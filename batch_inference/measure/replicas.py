@@ -35,6 +35,7 @@ from batch_inference.measure.messages import (
     Loaded,
     Outcome,
     Prepare,
+    Queue,
     Ready,
     Reply,
     Serve,
@@ -63,7 +64,7 @@ class Replicas(Protocol):
     def start(self) -> list[EngineInfo]:
         """Load every replica; what each engine is. Raises ReplicaError or ConfigError."""
 
-    def prepare(self, prompts: Prepare) -> None:
+    def prepare(self, prompts: Prepare | Queue) -> None:
         """Make the prompts of the next run."""
 
     def run(self) -> list[Outcome]:
@@ -115,8 +116,8 @@ class LocalReplicas:
             process.remember_parts()
         return [reply.engine for reply in replies]
 
-    def prepare(self, prompts: Prepare) -> None:
-        self._all([prompts] * len(self._processes), Ready)
+    def prepare(self, prompts: Prepare | Queue) -> None:
+        self._all([_for_replica(prompts, replica) for replica in range(len(self._processes))], Ready)
 
     def run(self) -> list[Outcome]:
         at_s = time.monotonic() + self._lead_s()
@@ -188,7 +189,7 @@ class TorchrunReplicas:
             for ranks in self._by_replica(engines)
         ]
 
-    def prepare(self, prompts: Prepare) -> None:
+    def prepare(self, prompts: Prepare | Queue) -> None:
         self._all(prompts, Ready)
 
     def run(self) -> list[Outcome]:
@@ -234,6 +235,13 @@ class TorchrunReplicas:
     def _by_replica(self, of_ranks: list[T]) -> list[list[T]]:
         size = self._config.devices_per_replica
         return [of_ranks[first : first + size] for first in range(0, len(of_ranks), size)]
+
+
+def _for_replica(prompts: Prepare | Queue, replica: int) -> Prepare | Queue:
+    """Of a queue its own share alone: that of others may be large."""
+    if isinstance(prompts, Prepare):
+        return prompts
+    return replace(prompts, shares=[share if of == replica else [] for of, share in enumerate(prompts.shares)])
 
 
 def _expected(kind: type[R], reply: AnyReply) -> R:

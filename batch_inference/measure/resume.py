@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.metrics import run_latencies_s
 from batch_inference.core.result_file import load_result
-from batch_inference.core.results import Environment, Point, Result, StoredConfig
+from batch_inference.core.results import Environment, Job, Point, Result, StoredConfig
 from batch_inference.core.statistics import is_narrow
 from batch_inference.core.verdict import was_packed
 
@@ -20,23 +20,36 @@ def starting_result(config: ExperimentConfig, environment: Environment) -> Resul
         return fresh
     old = load_result(config.output_path)
     fresh.points = [point for point in old.points if point.status == "ok" and point.verdict != "invalid"]
-    fresh.engine, fresh.earlier_engines = old.engine, old.earlier_engines
+    fresh.engine, fresh.earlier_engines, fresh.jobs = old.engine, old.earlier_engines, old.jobs
     if fresh.points:
         environment.resumed_from = [*old.environment.resumed_from, old.environment.started_at]
     return fresh
 
 
-def is_enough(point: Point, config: ExperimentConfig) -> bool:
-    """Whether a point that was measured before needs nothing more of what is asked now."""
+def is_enough(point: Point, config: ExperimentConfig, requests: int | None = None) -> bool:
+    """Whether a point that was measured before needs nothing more of what is asked now; `requests`: of a queue."""
     warm = len(point.warmups) >= config.warmup_runs
-    return warm and has_runs_enough(point, config) and (config.packed or not was_packed(point))
+    return warm and has_runs_enough(point, config, requests) and (config.packed or not was_packed(point))
 
 
-def has_runs_enough(point: Point, config: ExperimentConfig) -> bool:
-    """Either exactly --num-runs, or as many as --target-ci needs."""
+def has_runs_enough(point: Point, config: ExperimentConfig, requests: int | None = None) -> bool:
+    """Either exactly --num-runs, or as many as --target-ci needs. A run of a queue has its interval in itself: one is
+    enough, of as many `requests` as are asked."""
+    if requests is not None:
+        long_enough = [run for run in point.runs if len(run.requests.output_tokens) >= requests]
+        return len(long_enough) >= (config.num_runs or 1)
     if len(point.runs) < config.fewest_runs or config.num_runs is not None:
         return len(point.runs) >= config.fewest_runs
     return len(point.runs) >= config.max_runs or is_narrow(run_latencies_s(point), config.target_ci)
+
+
+def keep_job(result: Result, job: Job) -> None:
+    """Beside those of earlier sweeps whose points are still there."""
+    used = {(point.workload.content_hash, point.workload.output_lengths) for point in result.points if point.workload}
+    new = (job.content_hash, job.output_lengths)
+    names = [(one.content_hash, one.output_lengths) for one in result.jobs]
+    old = [one for one, name in zip(result.jobs, names, strict=True) if name != new and name in used]
+    result.jobs = [*old, job]
 
 
 def set_aside_engine(result: Result) -> None:

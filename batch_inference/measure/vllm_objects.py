@@ -5,13 +5,16 @@ Imports nothing of vLLM: engine.py hands the objects over.
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
 
-from batch_inference.core.results import EngineInfo, Requests, WorkerInfo
+from batch_inference.core.results import EngineInfo, Requests, Timeline, WorkerInfo
 from batch_inference.measure.messages import Outcome
 from batch_inference.measure.tokenizer_files import added_ids
 from batch_inference.plan.devices import GIB
@@ -20,6 +23,9 @@ from batch_inference.plan.devices import GIB
 _ID_NAME = re.compile(
     r"tokens?_(ids?|index|indices|idx)$|^(image|img|video|audio|vision|speech|media|frame)_(\w+_)?ids?$"
 )
+
+# Of a queue's timeline.
+_INTERVAL_S, _FEWEST_INTERVALS = 0.5, 100
 
 
 def weights_bytes_of(model: Any, packed_item_size: int) -> int:
@@ -67,9 +73,17 @@ def _tensors(caches: Any) -> Iterable[Any]:
             yield cache
 
 
-class FullestMoment:
-    """Most requests that ran at once, and the largest share of the KV cache in use, by what vLLM's scheduler says of
-    every step."""
+class Step(NamedTuple):
+    at_s: float  # time.monotonic, when it was known here
+    prompt_tokens: int  # of the requests that had their first token
+    output_tokens: int
+    running: int  # those that ended in it included
+    waiting: int
+
+
+class StepWatch:
+    """What vLLM's scheduler says of every step: most requests that ran at once, the largest share of the KV cache in
+    use, and of a queue all steps."""
 
     def __init__(self, logger_manager: Any) -> None:
         """`logger_manager`: of an LLMEngine; every step passes its `record`."""
@@ -79,6 +93,7 @@ class FullestMoment:
 
     def forget(self) -> None:
         self._running, self._kv_use = 0, 0.0
+        self._steps: list[Step] = []
 
     @property
     def running(self) -> int | None:
@@ -90,11 +105,26 @@ class FullestMoment:
         """None also for requests of one token, which have left the cache when vLLM looks."""
         return self._kv_use or None
 
+    def timeline(self, start_s: float) -> Timeline:
+        """The steps since `forget`, from `start_s` (time.monotonic)."""
+        return timeline_of(self._steps, start_s)
+
     def record(self, scheduler_stats: Any, iteration_stats: Any, **keywords: Any) -> None:
         if scheduler_stats is not None:
             # vLLM counts when those that ended in this step have left.
             ended = len(iteration_stats.finished_requests) if iteration_stats else 0
-            self._running = max(self._running, scheduler_stats.num_running_reqs + ended)
+            running = scheduler_stats.num_running_reqs + ended
+            self._running = max(self._running, running)
+            if iteration_stats:
+                self._steps.append(
+                    Step(
+                        time.monotonic(),
+                        iteration_stats.num_prompt_tokens,
+                        iteration_stats.num_generation_tokens,
+                        running,
+                        scheduler_stats.num_waiting_reqs,
+                    )
+                )
             self._kv_use = max(self._kv_use, scheduler_stats.kv_cache_usage)
         self._record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **keywords)
 
@@ -155,6 +185,38 @@ def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
         cudagraph_mode=getattr(compilation.cudagraph_mode, "name", None),
         cudagraph_capture_sizes=list(compilation.cudagraph_capture_sizes or []),
         kv_cache_tokens=cache.kv_cache_size_tokens,
+    )
+
+
+def timeline_of(steps: Sequence[Step], start_s: float) -> Timeline:
+    """In intervals of half a second, or of a hundredth of a run that is short."""
+    line = Timeline([], [], [], [], [], [])
+    if not steps:
+        return line
+    wide_s = min(_INTERVAL_S, max((steps[-1].at_s - start_s) / _FEWEST_INTERVALS, 1e-6))
+    for _, group in itertools.groupby(steps, key=lambda step: int((step.at_s - start_s) / wide_s)):
+        of_interval = list(group)
+        line.end_s.append(of_interval[-1].at_s - start_s)
+        line.steps.append(len(of_interval))
+        line.prompt_tokens.append(sum(step.prompt_tokens for step in of_interval))
+        line.output_tokens.append(sum(step.output_tokens for step in of_interval))
+        line.running.append(round(fmean(step.running for step in of_interval), 2))
+        line.waiting.append(of_interval[-1].waiting)
+    return line
+
+
+def add_queue(
+    outcome: Outcome, outputs: Sequence[Any], asked: Sequence[tuple[int, int]], began_s: float, *, ends_itself: bool
+) -> None:
+    """The lengths and the arrival of each request of a queue, and whether they are as `asked`: prompt and output tokens
+    of each. `began_s`: by the wall clock, as vLLM's arrivals. `ends_itself`: the model may end an output before."""
+    requests = outcome.requests
+    requests.arrival_s = [max(0.0, output.metrics.arrival_time - began_s) for output in outputs]
+    requests.prompt_tokens = [len(output.prompt_token_ids) for output in outputs]
+    came = zip(requests.prompt_tokens, requests.output_tokens, strict=True)
+    outcome.miscounted = sum(
+        prompt != wanted[0] or not (1 if ends_itself else wanted[1]) <= output <= wanted[1]
+        for (prompt, output), wanted in zip(came, asked, strict=True)
     )
 
 

@@ -39,6 +39,7 @@ from batch_inference.measure.messages import (
     Loaded,
     Outcome,
     Prepare,
+    Queue,
     Ready,
     Reply,
     Serve,
@@ -65,7 +66,7 @@ class Worker:
         self._replica = 0
         self._reads_devices = False
         self._prompts: list[dict[str, list[int]]] = []
-        self._max_tokens = 0
+        self._next: Prepare | Queue | None = None
 
     def lead(self, commands: Commands, send: Callable[[Sequence[Reply]], None]) -> None:
         """Answer until "close"; as rank 0 of a torchrun job, for all ranks."""
@@ -118,9 +119,14 @@ class Worker:
                 serve_node_0(command.config)
                 return Served()
             case Prepare():
-                self._max_tokens = command.max_tokens
-                seed_parts = [*command.stream, self._replica]
+                self._next, seed_parts = command, [*command.stream, self._replica]
                 self._prompts = self._loaded.make_prompts(command.batch_size, command.seq_len, seed_parts)
+                self._loaded.limit(None, command.max_num_batched_tokens)
+                return Ready()
+            case Queue():
+                self._next, seed_parts = command, [*command.stream, self._replica]
+                self._prompts = self._loaded.make_queue(command.shares[self._replica], seed_parts)
+                self._loaded.limit(command.batch_size, command.max_num_batched_tokens)
                 return Ready()
             case Start():
                 return Done(self._run(self._loaded, command.at_s))
@@ -147,7 +153,7 @@ class Worker:
 
     def _run(self, engine: Engine, at_s: float | None) -> Outcome:
         if not self._reads_devices:
-            return engine.run(self._prompts, self._max_tokens, lambda: _sleep_until(at_s))
+            return self._submit(engine, lambda: _sleep_until(at_s))
         before: list[Reading] = []
 
         def wait() -> None:
@@ -158,9 +164,17 @@ class Worker:
                 self._ranks.start_together()
             _sleep_until(at_s)
 
-        outcome = engine.run(self._prompts, self._max_tokens, wait)
+        outcome = self._submit(engine, wait)
         outcome.readings = (before[0], engine.read_devices())
         return outcome
+
+    def _submit(self, engine: Engine, wait: Callable[[], None]) -> Outcome:
+        match self._next:
+            case Prepare(max_tokens=max_tokens):
+                return engine.run(self._prompts, max_tokens, wait)
+            case Queue(shares=shares, ends_itself=ends_itself):
+                return engine.run_queue(self._prompts, shares[self._replica], wait, ends_itself=ends_itself)
+        raise RuntimeError("nothing is prepared")
 
 
 def follow(config: ExperimentConfig, place: Place, log_path: Path) -> int:

@@ -87,7 +87,7 @@ def question_of(
     for_gpus = devices.kind == "gpu" or config.device_memory_gib is not None
     share_gib = memory_gib * config.gpu_memory_utilization if for_gpus and memory_gib else None
     space = "" if for_gpus else os.environ.get(_KV_SPACE, "")
-    requests = [length + config.max_tokens for length in config.seq_lens]
+    requests = list(config.request_tokens)
     words = [*_words(config, coupled=is_coupled(config, facts)), *config.engine_args]
     return Question(words, for_gpus, share_gib, float(space) if space.isdecimal() else None, requests)
 
@@ -103,7 +103,7 @@ def _words(config: ExperimentConfig, *, coupled: bool) -> Iterator[str]:
         "--distributed-executor-backend": "mp" if config.devices_per_replica > 1 or coupled else None,
         "--max-model-len": config.max_model_len or config.longest_request,
         "--max-num-seqs": config.max_num_seqs or max(config.batch_sizes),
-        "--max-num-batched-tokens": config.max_num_batched_tokens,
+        "--max-num-batched-tokens": config.largest_budget,
         "--dtype": config.dtype,
     }
     for flag, value in values.items():

@@ -56,7 +56,7 @@ def memory_against(needs: Needs) -> str | None:
 
 
 def _by_vllm(config: ExperimentConfig, said: Said) -> Needs:
-    largest = config.seq_lens.index(max(config.seq_lens))
+    largest = config.lengths.index(max(config.lengths))
     return Needs(
         weights_gib=said.weights_gib,
         kv_cache_tokens=None if _longest(config) == AUTO_LENGTH else said.kv_cache_tokens,
@@ -79,7 +79,7 @@ def _by_formula(
         weights_gib=memory.weights_gib,
         kv_cache_tokens=None if longest == AUTO_LENGTH else memory.kv_cache_tokens(longest),
         requests_in_one_wave=_by_length(
-            config, [memory.requests_in_one_wave(length + config.max_tokens) for length in config.seq_lens]
+            config, [memory.requests_in_one_wave(tokens) for tokens in config.request_tokens]
         ),
         source=memory.source,
         unknown=((f"not by {said.by}: {said.unknown}",) if said else ()) + memory.unknown,
@@ -94,5 +94,5 @@ def _longest(config: ExperimentConfig) -> int:
 
 
 def _by_length(config: ExperimentConfig, waves: Sequence[int | None]) -> dict[int, int] | None:
-    known = {length: wave for length, wave in zip(config.seq_lens, waves, strict=False) if wave is not None}
+    known = {length: wave for length, wave in zip(config.lengths, waves, strict=False) if wave is not None}
     return known or None

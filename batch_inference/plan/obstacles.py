@@ -84,8 +84,5 @@ def _length_against_model(config: ExperimentConfig, limit: int | None) -> str | 
     if config.max_model_len and config.max_model_len > limit:
         return f"--max-model-len {config.max_model_len} is over the model's {limit}; lower it"
     if config.longest_request > limit:
-        return (
-            f"--seq-lens {max(config.seq_lens)} plus --max-tokens {config.max_tokens} is {config.longest_request}, "
-            f"over the model's {limit}; shorten the requests"
-        )
+        return f"{config.longest_in_words}, over the model's {limit}; shorten the requests"
     return None

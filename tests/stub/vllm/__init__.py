@@ -1,6 +1,6 @@
 """A stand-in for vLLM with the same names and strict keywords: `PYTHONPATH=tests/stub` puts it in vLLM's place.
 
-Loading takes STUB_LOAD_S seconds, and a run STUB_RUN_S. STUB_FLAGS are more flags that it knows, STUB_EXPECTS are
+Loading takes STUB_LOAD_S seconds, a run STUB_RUN_S, and a step of a queue STUB_STEP_S. STUB_FLAGS are more flags that it knows, STUB_EXPECTS are
 arguments that it must get, as JSON, STUB_SAYS is said in the log and in the reason of a start that fails, and
 STUB_WRITES is written past Python, as another process does. STUB_MULTIMODAL is a model with images too, and STUB_LACKS
 a name that this version does not have yet. STUB_FAIL makes it misbehave:
@@ -13,6 +13,7 @@ a name that this version does not have yet. STUB_FAIL makes it misbehave:
   hang          the first run never ends
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ EXPECTED = json.loads(os.environ.get("STUB_EXPECTS", "{}"))
 SAYS = os.environ.get("STUB_SAYS", "")
 WRITES = os.environ.get("STUB_WRITES", "").encode()
 RUN_S = float(os.environ.get("STUB_RUN_S", "0.002"))
+STEP_S = float(os.environ.get("STUB_STEP_S", "0.0005"))  # of a queue
 
 
 @dataclass
@@ -53,6 +55,15 @@ class RequestOutput:
     outputs: list[SimpleNamespace]
     metrics: RequestStateStats
     num_cached_tokens: int
+
+
+class Scheduler:
+    def __init__(self, vllm_config):
+        self.max_num_active_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.max_num_scheduled_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+
+    def schedule(self):
+        pass
 
 
 class LLM:
@@ -89,6 +100,13 @@ class LLM:
         mark = os.environ.get("FAULT_TEST")  # of the test whose sweep this is
         self.queue = SharedMemory(f"psm_{mark}_{os.getpid()}" if mark else None, create=True, size=16)
         self.calls = 0
+        config = _vllm_config(args)
+        config.scheduler_config.get_scheduler_cls = lambda: Scheduler
+        kind = Scheduler
+        if args.scheduler_cls:
+            module, _, name = args.scheduler_cls.rpartition(".")
+            kind = getattr(importlib.import_module(module), name)
+        self.scheduler = kind(vllm_config=config)
         self.llm_engine = SimpleNamespace(
             model_config=model_config,
             vllm_config=_vllm_config(args),
@@ -133,19 +151,83 @@ class LLM:
 
     def generate(self, prompts, sampling_params, use_tqdm):
         assert use_tqdm is False
-        longest = len(prompts[0]["prompt_token_ids"]) + sampling_params.max_tokens
+        is_queue = isinstance(sampling_params, list)
+        limits = [params.max_tokens for params in sampling_params] if is_queue else []
+        tokens = limits or [sampling_params.max_tokens] * len(prompts)
+        longest = max(len(prompt["prompt_token_ids"]) + of for prompt, of in zip(prompts, tokens, strict=True))
         assert longest <= self.llm_engine.vllm_config.model_config.max_model_len
         print("prompts", *(prompt["prompt_token_ids"] for prompt in prompts), flush=True)
         _misbehave(len(prompts))
         _compile_late(len(prompts))
+        if is_queue:
+            return self._run_queue([prompt["prompt_token_ids"] for prompt in prompts], sampling_params)
         time.sleep(RUN_S)
         for running, ended in ((len(prompts), []), (0, prompts)):
-            self.llm_engine.logger_manager.record(
-                scheduler_stats=SimpleNamespace(num_running_reqs=running, kv_cache_usage=running / 100),
-                iteration_stats=SimpleNamespace(finished_requests=ended),
-                mm_cache_stats=None,
-            )
+            self._record(running, ended)
         return [_output(prompt["prompt_token_ids"], sampling_params.max_tokens) for prompt in prompts]
+
+    def _record(self, running, ended, waiting=0, prompt_tokens=0, output_tokens=0):
+        self.llm_engine.logger_manager.record(
+            scheduler_stats=SimpleNamespace(
+                num_running_reqs=running, num_waiting_reqs=waiting, kv_cache_usage=running / 100
+            ),
+            iteration_stats=SimpleNamespace(
+                finished_requests=ended, num_prompt_tokens=prompt_tokens, num_generation_tokens=output_tokens
+            ),
+            mm_cache_stats=None,
+        )
+
+    def _run_queue(self, prompts, params):
+        """One token of each running request in a step; whole prompts, as many as the scheduler takes."""
+        arrived = time.time()
+        waiting, running, done = list(range(len(prompts))), {}, {}
+        stamps = {}
+        while waiting or running:
+            self.scheduler.schedule()
+            budget, new = self.scheduler.max_num_scheduled_tokens - len(running), []
+            while waiting and len(running) < self.scheduler.max_num_active_reqs:
+                if new and len(prompts[waiting[0]]) > budget:
+                    break
+                new.append(waiting.pop(0))
+                budget -= len(prompts[new[-1]])
+                running[new[-1]] = 0
+                stamps[new[-1]] = [time.monotonic()]
+            time.sleep(STEP_S)
+            now = time.monotonic()
+            for index in list(running):
+                running[index] += 1
+                if running[index] == 1:
+                    stamps[index].append(now)
+                    stamps[index].append(time.time() - arrived)
+                # A model with an end of its own ends some of its answers early.
+                own_end = not params[index].ignore_eos and index % 3 == 0 and running[index] >= 2
+                if running[index] == params[index].max_tokens or own_end:
+                    done[index] = (running.pop(index), now)
+            ended = [index for index in done if done[index][1] == now]
+            first = [index for index in stamps if len(stamps[index]) == 3 and stamps[index][1] == now]
+            self._record(
+                len(running),
+                ended,
+                len(waiting),
+                sum(len(prompts[index]) for index in first),
+                len(running) + len(ended),
+            )
+        return [
+            RequestOutput(
+                prompt,
+                [SimpleNamespace(token_ids=[7] * (done[index][0] - (FAIL == "tokens" and index == 0)))],
+                RequestStateStats(
+                    arrival_time=arrived,
+                    queued_ts=stamps[index][0],
+                    scheduled_ts=stamps[index][0],
+                    first_token_ts=stamps[index][1],
+                    last_token_ts=done[index][1],
+                    first_token_latency=stamps[index][2],
+                ),
+                16 if FAIL == "prefix" else 0,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
 
 
 def _fork_engine_core():

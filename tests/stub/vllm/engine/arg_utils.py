@@ -56,6 +56,7 @@ class _EngineArgs:
     enforce_eager: bool = False
     trust_remote_code: bool = False
     seed: int = 0
+    scheduler_cls: str | None = None
     skip_tokenizer_init: bool = False
     enable_prefix_caching: bool = True
     disable_log_stats: bool = True

@@ -1,0 +1,116 @@
+"""The job of a sweep: which requests of its workload each point runs, and on which replica."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.lengths import distance, lengths_of
+from batch_inference.core.results import Job, PointKey, Sample, workload_key
+from batch_inference.core.sample import representative_order
+from batch_inference.core.sharing import ordered, shared_out
+from batch_inference.core.text import counted
+from batch_inference.core.values import OWN_END
+from batch_inference.measure.job_lengths import JobLengths
+from batch_inference.measure.messages import Asked
+from batch_inference.measure.texts import ids_of
+
+# Requests of a sample, for each that runs at once: a plateau of some ten lives of a request, and its two ends.
+LIVES = 12
+# And however few run at once: a handful of requests stands for no job.
+FEWEST_REQUESTS = 32
+# Below so many lives nothing is left between the ends.
+FEWEST_LIVES = 2
+# Requests that a result file holds the lengths of, in the bulk and at the end.
+_BULK, _LAST = 20_000, 4_000
+
+
+class JobFile:
+    """A workload of which samples are run."""
+
+    def __init__(self, config: ExperimentConfig, found: JobLengths) -> None:
+        """Raises ConfigError for a sample that cannot be."""
+        self.config = config
+        self._workload, self.left_out = found.workload, found.left_out
+        self._prompts, self._outputs = found.prompt_tokens, found.output_tokens
+        self._order: Iterator[int] | None = None
+        self._drawn: list[int] = []
+        self._check_sample()
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def sample_size(self, batch_size: int) -> int:
+        """Requests that a point runs, over all replicas."""
+        replicas = self.config.data_parallel_size
+        return min(len(self), self.config.sample or replicas * max(FEWEST_REQUESTS, LIVES * batch_size))
+
+    def described(self) -> Job:
+        key, last = workload_key(self.config), min(len(self), _LAST)
+        every = max(1, -(-(len(self) - last) // _BULK))
+        kept = [*range(0, len(self) - last, every), *range(len(self) - last, len(self))]
+        knows_outputs = self.config.output_lengths != OWN_END
+        return Job(
+            content_hash=key.content_hash,
+            output_lengths=key.output_lengths,
+            requests=len(self),
+            prompt_tokens=sum(self._prompts),
+            output_tokens=sum(self._outputs) if knows_outputs else None,
+            longest=self.config.longest_request,
+            every=every,
+            last=last,
+            prompt_lens=[self._prompts[index] for index in kept],
+            output_lens=[self._outputs[index] for index in kept] if knows_outputs else None,
+            lengths=lengths_of(self._prompts, self._outputs if knows_outputs else None),
+            left_out=self.left_out,
+        )
+
+    def sample(self, batch_size: int) -> Sample:
+        """How well the requests of a point stand for the job."""
+        drawn = self._first(self.sample_size(batch_size))
+        prompts, outputs = ([column[index] for index in drawn] for column in (self._prompts, self._outputs))
+        knows_outputs = self.config.output_lengths != OWN_END
+        return Sample(
+            lengths_of(prompts, outputs if knows_outputs else None),
+            distance(prompts, self._prompts),
+            distance(outputs, self._outputs) if knows_outputs else None,
+        )
+
+    def shares(self, key: PointKey, requests: int | None = None) -> list[list[Asked]]:
+        """What each replica runs for a point, in the order of its queue; of the sample only so many `requests`, where
+        it is said."""
+        drawn = self._first(min(requests or len(self), self.sample_size(key.batch_size)))
+        config = self.config
+        queue = ordered(drawn, self._prompts, self._outputs, config.order, config.seed)
+        prompts, outputs = ([column[index] for index in queue] for column in (self._prompts, self._outputs))
+        ids = ids_of(self._workload, config, queue)
+        asked = [
+            Asked(length if of_text is None else of_text, tokens)
+            for length, of_text, tokens in zip(prompts, ids, outputs, strict=True)
+        ]
+        shares = shared_out(prompts, outputs, config.data_parallel_size)
+        return [[asked[place] for place in share] for share in shares]
+
+    def _first(self, count: int) -> list[int]:
+        """Of the one permutation that all points take the beginning of."""
+        if self._order is None:
+            self._order = representative_order(self._prompts, self._outputs, self.config.seed)
+        while len(self._drawn) < count:
+            self._drawn.append(next(self._order))
+        return self._drawn[:count]
+
+    def _check_sample(self) -> None:
+        config, sample = self.config, self.config.sample
+        if sample is None:
+            return
+        if sample > len(self):
+            raise ConfigError(
+                f"--sample {sample}: {config.prompts_file} has {counted(len(self), 'request')}; lower it, or drop it "
+                "to run what is needed"
+            )
+        largest, replicas = max(config.batch_sizes), config.data_parallel_size
+        if sample < min(len(self), FEWEST_LIVES * largest * replicas):
+            raise ConfigError(
+                f"--sample {sample}: with {largest} at once on {counted(replicas, 'replica')} there is no plateau "
+                f"below {FEWEST_LIVES * largest * replicas}; raise it, or lower --batch-sizes"
+            )

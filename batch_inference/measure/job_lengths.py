@@ -1,0 +1,57 @@
+"""How long the requests of a workload are: its file is read once, before anything is planned or loaded.
+
+Python's own library alone, because a plan looks too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.flags import check_longest
+from batch_inference.core.text import counted
+from batch_inference.core.values import FROM_FILE, OWN_END
+from batch_inference.core.workload import Workload
+from batch_inference.measure.texts import lengths_of
+
+
+@dataclass(frozen=True)
+class JobLengths:
+    """Of each request, in the order of the file; of the output what it takes at most."""
+
+    workload: Workload
+    prompt_tokens: Sequence[int]
+    output_tokens: Sequence[int]
+    left_out: str | None  # what was, and how much of it
+
+
+def read_job(config: ExperimentConfig, say: Callable[[str], None]) -> tuple[ExperimentConfig, JobLengths]:
+    """The configuration, which then knows the longest request. Raises ConfigError for a file that says no job, or not
+    the one that is asked for."""
+    assert config.prompts_file is not None
+    workload = Workload(Path(config.prompts_file), config.skip_bad_lines)
+    found = lengths_of(workload, config, say)
+    outputs = _output_lengths(found.output_tokens, config)
+    longest = max(map(sum, zip(found.prompt_tokens, outputs, strict=True)))
+    config = dataclasses.replace(config, workload_longest=longest, workload_hash=found.content_hash)
+    check_longest(config)
+    return config, JobLengths(workload, found.prompt_tokens, outputs, workload.told())
+
+
+def _output_lengths(said: Sequence[int], config: ExperimentConfig) -> Sequence[int]:
+    """Of each request, at most; raises ConfigError where they are to be as the file says, and it does not say them."""
+    asked = config.output_lengths
+    if asked == FROM_FILE:
+        if missing := sum(not tokens for tokens in said):
+            first = next(number for number, tokens in enumerate(said, 1) if not tokens)
+            raise ConfigError(
+                f"--prompts-file {config.prompts_file}: {counted(missing, 'request')} of {len(said)} "
+                f"{'says' if missing == 1 else 'say'} no output length (first: request {first}); give --output-lengths "
+                f"N, or {OWN_END}"
+            )
+        return said
+    return array("I", [config.max_tokens if asked == OWN_END else int(asked)]) * len(said)
