@@ -1,52 +1,107 @@
-"""How long the requests of a job are, in a few numbers; and how well a sample stands for it."""
+"""Lengths of a job's requests in a few numbers, and how well a sample of them stands for the whole."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from batch_inference.core.statistics import percentile_of_sorted
+PERCENTS = (5, 25, 50, 75, 95, 99)
 
-QUANTILES = (5, 25, 50, 75, 95, 99)
-
-
-class Column(Struct):
-    """Of one length over all requests, in tokens."""
-
-    mean: float
-    quantiles: dict[str, float]  # "5" is the length that 5 % of the requests stay below
-    longest: int
+_Length = Annotated[int, Meta(ge=1, le=2**31)]
+_Tokens = Annotated[float, Meta(ge=0, le=2**31)]
+_Difference = Annotated[float, Meta(ge=-(2**31), le=2**31)]
+_PerPercent = Meta(min_length=len(PERCENTS), max_length=len(PERCENTS))
 
 
 class Lengths(Struct):
-    requests: int
-    prompt_tokens: Column
-    output_tokens: Column | None  # None where the model itself ends
+    """Of prompts or of outputs, in tokens."""
+
+    requests: Annotated[int, Meta(ge=1, le=2**62)]
+    mean: _Tokens
+    deviation: _Tokens  # standard deviation: how much they differ
+    percentiles: Annotated[list[_Length], _PerPercent]
+    longest: _Length
 
 
-def lengths_of(prompt_tokens: Sequence[int], output_tokens: Sequence[int] | None) -> Lengths:
-    return Lengths(
-        len(prompt_tokens), _column(prompt_tokens), _column(output_tokens) if output_tokens is not None else None
+class Difference(Struct):
+    """A sample's lengths less the job's; 0 everywhere where the sample is the whole job."""
+
+    relative_mean: _Difference  # 0.02 where the sample's mean is 2 % above the job's
+    # In standard deviations of the job's lengths; as parts of its mean where they are all equal.
+    mean: _Difference
+    percentiles: Annotated[list[_Difference], _PerPercent]
+    # Kolmogorov and Smirnov's: no share of requests up to any length differs by more.
+    distance: Annotated[float, Meta(ge=0, le=1)]
+
+
+class Likeness(Struct):
+    """How well a sample stands for the job."""
+
+    prompt_tokens: Difference
+    output_tokens: Difference
+
+    @property
+    def relative_mean(self) -> float:
+        """In one number: 0.02 where one of the mean lengths is 2 % off and the other no more."""
+        return max(abs(self.prompt_tokens.relative_mean), abs(self.output_tokens.relative_mean))
+
+    @property
+    def distance(self) -> float:
+        return max(self.prompt_tokens.distance, self.output_tokens.distance)
+
+
+class Distribution:
+    """How often there is each length: far fewer numbers than a job of millions has requests."""
+
+    def __init__(self, tokens: Iterable[int]) -> None:
+        counts = Counter(tokens)
+        if not counts:
+            raise ValueError("there are no lengths")
+        self._values = sorted(counts)
+        self._up_to = list(accumulate(counts[value] for value in self._values))  # requests
+        self.requests = self._up_to[-1]
+        self.mean = sum(value * count for value, count in counts.items()) / self.requests
+        squares = math.fsum(count * (value - self.mean) ** 2 for value, count in counts.items())
+        self.deviation = math.sqrt(squares / self.requests)
+
+    def percentile(self, percent: int) -> int:
+        """The shortest length that so many per cent of the requests do not exceed."""
+        rank = -(-percent * self.requests // 100)
+        return self._values[bisect_left(self._up_to, rank)]
+
+    def summary(self) -> Lengths:
+        percentiles = [self.percentile(percent) for percent in PERCENTS]
+        return Lengths(self.requests, self.mean, self.deviation, percentiles, self._values[-1])
+
+    def difference_from(self, job: Distribution) -> Difference:
+        mean = self.mean - job.mean
+        unit = job.deviation or job.mean
+        percentiles = [(self.percentile(percent) - job.percentile(percent)) / unit for percent in PERCENTS]
+        return Difference(mean / job.mean, mean / unit, percentiles, self._distance(job))
+
+    def _distance(self, other: Distribution) -> float:
+        """Between two lengths of ours our share stands still, and theirs rises: it is farthest off at one of both."""
+        return max(
+            abs(self._share(bisect(self._values, value)) - other._share(bisect(other._values, value)))
+            for value in self._values
+            for bisect in (bisect_left, bisect_right)
+        )
+
+    def _share(self, lengths: int) -> float:
+        """Of requests that have one of the shortest so many lengths."""
+        return self._up_to[lengths - 1] / self.requests if lengths else 0.0
+
+
+def likeness(
+    sample_prompts: Iterable[int], sample_outputs: Iterable[int], prompts: Distribution, outputs: Distribution
+) -> Likeness:
+    """`prompts`, `outputs`: of the whole job, which several samples may be compared with."""
+    return Likeness(
+        Distribution(sample_prompts).difference_from(prompts), Distribution(sample_outputs).difference_from(outputs)
     )
-
-
-def _column(tokens: Sequence[int]) -> Column:
-    ordered = sorted(tokens)
-    quantiles = {str(percent): percentile_of_sorted(ordered, percent) or 0.0 for percent in QUANTILES}
-    return Column(sum(tokens) / len(tokens), quantiles, ordered[-1])
-
-
-def distance(sample: Sequence[int], job: Sequence[int]) -> float:
-    """Of Kolmogorov and Smirnov: the largest difference, over all lengths, of the share of requests that are no longer;
-    0 where the two are alike, 1 where no length is in both."""
-    counts = [0, 0]
-    sizes = [len(sample), len(job)]
-    largest = 0.0
-    both = sorted(itertools.chain(((tokens, 0) for tokens in sample), ((tokens, 1) for tokens in job)))
-    for _, equal in itertools.groupby(both, key=lambda one: one[0]):
-        for _, which in equal:
-            counts[which] += 1
-        largest = max(largest, abs(counts[0] / sizes[0] - counts[1] / sizes[1]))
-    return largest
