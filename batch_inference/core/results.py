@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from batch_inference.core.config import ExperimentConfig, Workload
-from batch_inference.core.lengths import Lengths
+from batch_inference.core.lengths import Difference, Lengths
 from batch_inference.core.secrets import redact, redact_value
 from batch_inference.core.values import MOST_DEVICES
 
@@ -155,16 +155,19 @@ class Job(Struct):
     last: Count  # how many at the end of the lists stand for themselves alone
     prompt_lens: list[Size]
     output_lens: list[Size] | None
-    lengths: Lengths
+    prompts: Lengths
+    outputs: Lengths | None
     left_out: str | None = None
 
 
 class Sample(Struct):
     """Which requests of the job a queue point ran, and how well they stand for it."""
 
-    lengths: Lengths
-    prompt_distance: Annotated[float, Meta(ge=0, le=1)]  # Kolmogorov-Smirnov, of the prompt lengths
-    output_distance: Annotated[float, Meta(ge=0, le=1)] | None
+    prompts: Lengths
+    outputs: Lengths | None
+    # From the job's; None where outputs are the model's own choice.
+    prompt_difference: Difference
+    output_difference: Difference | None
 
 
 class WorkloadKey(Struct, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.lengths import distance, lengths_of
+from batch_inference.core.lengths import Distribution
 from batch_inference.core.results import Job, PointKey, Sample, workload_key
 from batch_inference.core.sample import representative_order
 from batch_inference.core.sharing import ordered, shared_out
@@ -33,6 +33,9 @@ class JobFile:
         self.config = config
         self._workload, self.left_out = found.workload, found.left_out
         self._prompts, self._outputs = found.prompt_tokens, found.output_tokens
+        self._of_prompts = Distribution(self._prompts)
+        # Where the model itself ends, nobody knows before.
+        self._of_outputs = Distribution(self._outputs) if config.output_lengths != OWN_END else None
         self._order: Iterator[int] | None = None
         self._drawn: list[int] = []
         self._check_sample()
@@ -49,31 +52,32 @@ class JobFile:
         key, last = workload_key(self.config), min(len(self), _LAST)
         every = max(1, -(-(len(self) - last) // _BULK))
         kept = [*range(0, len(self) - last, every), *range(len(self) - last, len(self))]
-        knows_outputs = self.config.output_lengths != OWN_END
         return Job(
             content_hash=key.content_hash,
             output_lengths=key.output_lengths,
             requests=len(self),
             prompt_tokens=sum(self._prompts),
-            output_tokens=sum(self._outputs) if knows_outputs else None,
+            output_tokens=sum(self._outputs) if self._of_outputs else None,
             longest=self.config.longest_request,
             every=every,
             last=last,
             prompt_lens=[self._prompts[index] for index in kept],
-            output_lens=[self._outputs[index] for index in kept] if knows_outputs else None,
-            lengths=lengths_of(self._prompts, self._outputs if knows_outputs else None),
+            output_lens=[self._outputs[index] for index in kept] if self._of_outputs else None,
+            prompts=self._of_prompts.summary(),
+            outputs=self._of_outputs.summary() if self._of_outputs else None,
             left_out=self.left_out,
         )
 
     def sample(self, batch_size: int) -> Sample:
         """How well the requests of a point stand for the job."""
         drawn = self._first(self.sample_size(batch_size))
-        prompts, outputs = ([column[index] for index in drawn] for column in (self._prompts, self._outputs))
-        knows_outputs = self.config.output_lengths != OWN_END
+        prompts = Distribution(self._prompts[index] for index in drawn)
+        outputs = Distribution(self._outputs[index] for index in drawn) if self._of_outputs else None
         return Sample(
-            lengths_of(prompts, outputs if knows_outputs else None),
-            distance(prompts, self._prompts),
-            distance(outputs, self._outputs) if knows_outputs else None,
+            prompts.summary(),
+            outputs.summary() if outputs else None,
+            prompts.difference_from(self._of_prompts),
+            outputs.difference_from(self._of_outputs) if outputs and self._of_outputs else None,
         )
 
     def shares(self, key: PointKey, requests: int | None = None) -> list[list[Asked]]:
@@ -81,7 +85,7 @@ class JobFile:
         it is said."""
         drawn = self._first(min(requests or len(self), self.sample_size(key.batch_size)))
         config = self.config
-        queue = ordered(drawn, self._prompts, self._outputs, config.order, config.seed)
+        queue = ordered(drawn, self._prompts, self._outputs, workload_key(config).order, config.seed)
         prompts, outputs = ([column[index] for index in queue] for column in (self._prompts, self._outputs))
         ids = ids_of(self._workload, config, queue)
         asked = [
