@@ -1,0 +1,482 @@
+"""One measured sample of a job, to the hours of the whole job, with a 95 % interval.
+
+The job's work (core/step_costs.py) follows from its lengths alone: the beginning and the end of its queue are
+simulated, what lies between is its tokens. The seconds are that work at the costs that were fitted to the sample, times
+what the sample took over what its own simulation takes.
+
+The interval holds: the costs' own error, by leaving out one stretch of the sample after the other (delete-a-group
+jackknife; where the plateau is long, a stretch is a batch as long as a request lives, and this is the method of batch
+means); what another way to weigh the stretches would have found; how far the simulation is from the sample; that two
+runs of the same are never equal; and, where output lengths are the model's own choice, that they are drawn.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from batch_inference.core.queue_runs import FEWEST_BATCHES, Floats, Integers, Interval, QueueRun, phases_of
+from batch_inference.core.statistics import t_quantile_95
+from batch_inference.core.step_costs import (
+    CONTEXT,
+    DECODE,
+    PROMPT,
+    STEPS,
+    SimulatedWork,
+    StepCosts,
+    fit_costs,
+    lag_of,
+    seen_work,
+    simulate_work,
+)
+
+BATCH_MEANS, FITTED_STEPS = "batch means", "fitted steps"
+SORTED = ("longest-first", "shortest-first")
+
+# Standard deviation of the same job run again on the same engine, as a share: what one run cannot tell. TP and DP
+# scatter by 1 to 2 % between runs.
+_RUN_TO_RUN = 0.01
+_Z_95 = 1.959964
+_FEWEST_GROUPS, _MOST_GROUPS = 6, 30
+# A stretch counts by its seconds to this power: 1 is what independent steps have, and the others show where the costs
+# depend on it, as they do where a step does not cost the sum of its parts.
+_OTHER_POWERS = (0.0, 2.0)
+# Requests that are simulated, over all replicas; and replicas that are.
+_SIMULATED = 40_000
+_SIMULATED_REPLICAS = 4
+# Of queues where output lengths are drawn.
+_DRAWS = 24
+_NEAREST = 30
+# A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
+_FACTOR = 2.0
+_MOST_BEYOND = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class JobLengths:
+    """Lengths of a job in the order in which they run; shape (entries,) each."""
+
+    prompt_tokens: Integers
+    output_tokens: Integers | None  # None: the model's own choice, not known
+    every: Floats | None = None  # so many requests does each entry stand for; None: 1
+    repeats: float = 1.0  # so often the whole comes
+
+    @property
+    def weights(self) -> Floats:
+        return np.ones(len(self.prompt_tokens)) if self.every is None else np.asarray(self.every, dtype=float)
+
+    @property
+    def requests(self) -> float:
+        return float(self.weights.sum()) * self.repeats
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Of the whole job, on all its replicas together."""
+
+    seconds: Interval
+    output_tokens_per_s: Interval | None  # while all places are taken; None where they never are
+    drain_s: Interval
+    method: str
+    replicas: int
+    imbalance: float  # tokens of the fullest replica over those of the mean one, less 1
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the runs of one sample, one for each replica, say about any job."""
+
+    runs: Sequence[QueueRun]
+    costs: StepCosts
+    factors: Floats  # (replicas,): what each took over what its simulation takes
+    left_out: Floats  # (groups, 4): costs, fitted and scaled without one group each
+    reweighed: Floats  # (ways, 4): costs by other weights
+    off: float  # how far simulations are from the runs, as a share
+    drain_off: float  # the same of the drain
+    method: str
+
+    @property
+    def batch_size(self) -> int:
+        return self.runs[0].batch_size
+
+    @property
+    def budget(self) -> int | None:
+        return self.runs[0].max_num_batched_tokens
+
+
+def too_small(runs: Sequence[QueueRun]) -> str | None:
+    """Why these runs say nothing about longer ones, as a clause; None where they do."""
+    for run in runs:
+        if len(run.prompt_tokens) < run.batch_size:
+            return f"the sample has {len(run.prompt_tokens):,} requests for {run.batch_size:,} places"
+    return None
+
+
+# --- from runs to costs -------------------------------------------------------------------------------------------
+
+
+def measured(runs: Sequence[QueueRun]) -> Measured:
+    """The costs of all replicas are fitted together; each has a factor of its own."""
+    seen = [seen_work(run) for run in runs]
+    work, seconds = np.concatenate([one.work for one in seen]), np.concatenate([one.seconds for one in seen])
+    costs = fit_costs(work, seconds)
+    lag = round(float(np.median([lag_of(run, one) for run, one in zip(runs, seen, strict=True)])))
+    queues = [_queue(run.prompt_tokens, run.output_tokens, run, lag) for run in runs]
+    planned = np.array([queue.work.sum(axis=0) for queue in queues])
+    took = np.array([run.end_s for run in runs])
+    groups, method = _groups(runs, [one.ends_s for one in seen])
+    scale = work.sum(axis=0) @ costs
+    return Measured(
+        runs,
+        StepCosts(*costs.tolist(), lag_steps=lag),
+        took / (planned @ costs),
+        np.array([_without(work, seconds, groups != group) for group in range(groups.max() + 1)]),
+        np.array([_scaled(fit_costs(work, seconds, power), work, seconds) for power in _OTHER_POWERS]),
+        abs(math.log(float(scale / (planned @ costs).sum()))),
+        _drain_off(runs, queues, costs),
+        method,
+    )
+
+
+def _queue(prompts: Integers, outputs: Integers, run: QueueRun, lag: int) -> SimulatedWork:
+    return simulate_work(prompts, outputs, run.batch_size, run.max_num_batched_tokens, lag)
+
+
+def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integers, str]:
+    """The number of the group to which each stretch belongs, and the method that this is."""
+    numbers, method, count = [], BATCH_MEANS, 0
+    for run, ends in zip(runs, ends_s, strict=True):
+        lives = phases_of(run).plateau_s / run.mean_life_s
+        if lives < FEWEST_BATCHES:
+            method = FITTED_STEPS
+        wanted = min(_MOST_GROUPS, max(_FEWEST_GROUPS, int(run.end_s / run.mean_life_s)), len(ends))
+        # By time, each group of equal length; numbers without a gap.
+        middles_s = (np.concatenate([[0.0], ends[:-1]]) + ends) / 2
+        _, number = np.unique(np.floor(middles_s / run.end_s * wanted), return_inverse=True)
+        numbers.append(number + count)
+        count += int(number.max()) + 1
+    return np.concatenate(numbers), method
+
+
+def _without(work: Floats, seconds: Floats, kept: Floats) -> Floats:
+    """Costs without some stretches, scaled to what the kept ones took."""
+    if not kept.any():
+        kept = np.ones(len(seconds), dtype=bool)
+    return _scaled(fit_costs(work[kept], seconds[kept]), work[kept], seconds[kept])
+
+
+def _scaled(costs: Floats, work: Floats, seconds: Floats) -> Floats:
+    return costs * (seconds.sum() / max(float(work.sum(axis=0) @ costs), 1e-12))
+
+
+def _drain_off(runs: Sequence[QueueRun], queues: Sequence[SimulatedWork], costs: Floats) -> float:
+    took = np.array([phases_of(run).drain_s for run in runs])
+    planned = np.array([float(queue.work[queue.drain_block :].sum(axis=0) @ costs) for queue in queues])
+    return abs(math.log(max(float(took.sum()), 1e-9) / max(float(planned.sum()), 1e-9)))
+
+
+# --- from a job's lengths to its work -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _JobWork:
+    """Work of those replicas that are simulated, shape (replicas, 4) each."""
+
+    whole: Floats
+    drain: Floats
+    plateau: Floats
+    plateau_outputs: Floats  # (replicas,)
+    imbalance: float
+
+
+def _job_work(
+    job: JobLengths, outputs: Integers, found: Measured, replicas: int, is_sorted: bool, most: int
+) -> _JobWork:
+    prompts = job.prompt_tokens
+    is_whole = job.every is None and job.repeats == 1 and len(prompts) <= most
+    simulated = replicas if is_whole else min(replicas, _SIMULATED_REPLICAS)
+    if is_whole:
+        share = share_out(prompts + outputs, replicas)
+        chosen = [np.flatnonzero(share == replica) for replica in range(replicas)]
+    else:
+        size = max(most // simulated, 4 * found.batch_size)
+        chosen = [_stand_ins(job, replica, replicas, size, found.batch_size) for replica in range(simulated)]
+    parts = [_one_replica(job, outputs, found, some, None if is_whole else replicas, is_sorted) for some in chosen]
+    tokens = np.array([(prompts + outputs)[some].sum() for some in chosen], dtype=float)
+    return _JobWork(
+        np.array([part[0] for part in parts]),
+        np.array([part[1] for part in parts]),
+        np.array([part[2] for part in parts]),
+        np.array([part[3] for part in parts]),
+        float(tokens.max() / max(tokens.mean(), 1.0) - 1) if is_whole else 0.0,
+    )
+
+
+def share_out(tokens: Integers, replicas: int) -> Integers:
+    """The replica of each request: in the order of the file, each to the one that has the fewest tokens so far."""
+    if replicas == 1:
+        return np.zeros(len(tokens), dtype=np.int64)
+    heap = [(0, replica) for replica in range(replicas)]
+    share = np.empty(len(tokens), dtype=np.int64)
+    for request, count in enumerate(tokens.tolist()):
+        load, replica = heap[0]
+        share[request] = replica
+        heapq.heapreplace(heap, (load + count, replica))
+    return share
+
+
+def _stand_ins(job: JobLengths, replica: int, replicas: int, size: int, batch_size: int) -> Integers:
+    """Entries, in order, that one replica's queue is simulated with: its own of the last ones that stand each for
+    itself, and before them some of all, evenly spread."""
+    count = len(job.prompt_tokens)
+    itself = count - int((job.weights != 1)[::-1].argmax()) if (job.weights != 1).any() else 0
+    last = np.arange(count - 1 - replica % max(count, 1), max(itself, 0) - 1, -replicas)[: max(2 * batch_size, size // 2)]
+    last = last[last >= 0][::-1]
+    end = int(last[0]) if len(last) else count
+    wanted = min(size - len(last), end)
+    if wanted <= 0:
+        return last
+    spread = ((np.arange(wanted) + (replica + 0.5) / replicas) * (end / wanted)).astype(np.int64)
+    return np.concatenate([np.minimum(spread, end - 1), last])
+
+
+def _one_replica(
+    job: JobLengths, outputs: Integers, found: Measured, chosen: Integers, replicas: int | None, is_sorted: bool
+) -> tuple[Floats, Floats, Floats, float]:
+    """Work of the whole, the drain and the plateau, and output tokens of the plateau."""
+    prompts, made = job.prompt_tokens[chosen], outputs[chosen]
+    nothing = np.zeros(4)
+    if not len(chosen):
+        return nothing, nothing, nothing, 0.0
+    queue = _queue(prompts, made, found.runs[0], found.costs.lag_steps)
+    whole, drain = queue.work.sum(axis=0), queue.work[queue.drain_block :].sum(axis=0)
+    start = int(queue.first[: found.batch_size].max()) + 1 if len(chosen) > found.batch_size else queue.drain_block
+    plateau = queue.work[start : queue.drain_block].sum(axis=0)
+    firsts = int(((queue.first >= start) & (queue.first < queue.drain_block)).sum())
+    made_there = float(plateau[DECODE] + firsts)
+    if replicas is None:
+        return whole, drain, plateau, made_there
+    weights = job.weights * job.repeats / replicas
+    between = _totals(job.prompt_tokens, outputs, weights) - _totals(prompts, made, np.ones(len(chosen)))
+    if between[0] > 0:
+        empty = _empty_places(found, plateau, firsts) if plateau[STEPS] and not is_sorted else None
+        more = _between(np.maximum(between, 0), found, empty)
+        whole, plateau, made_there = whole + more, plateau + more, made_there + float(between[2])
+    return whole, drain, plateau, made_there
+
+
+def _totals(prompts: Integers, outputs: Integers, weights: Floats) -> Floats:
+    """Requests, prompt tokens, output tokens and context looked back on, as sums."""
+    decodes = np.maximum(outputs - 1, 0).astype(float)
+    context = decodes * prompts + decodes * (decodes + 1) / 2
+    return np.array([weights.sum(), weights @ prompts, weights @ outputs, weights @ context])
+
+
+def _empty_places(found: Measured, plateau: Floats, admitted: int) -> float:
+    """Steps for which a place makes no token, for each request: its prompt is read, or the one before it is over."""
+    return float(plateau[STEPS] * found.batch_size - plateau[DECODE]) / max(admitted, 1)
+
+
+def _between(totals: Floats, found: Measured, empty: float | None) -> Floats:
+    """Work of requests in the plateau: all places are taken, unless the budget of tokens is the limit."""
+    requests, prompts, outputs, context = totals
+    budget = found.budget or math.inf
+    if empty is None:
+        empty = 1 + found.costs.lag_steps + prompts / max(requests, 1e-9) / budget
+    steps = max((outputs - requests + empty * requests) / found.batch_size, (prompts + outputs) / budget)
+    work = np.zeros(4)
+    work[STEPS], work[PROMPT], work[DECODE], work[CONTEXT] = steps, prompts, max(outputs - requests, 0.0), context
+    return work
+
+
+# --- the forecast -------------------------------------------------------------------------------------------------
+
+
+def forecast(
+    runs: Sequence[QueueRun],
+    job: JobLengths,
+    replicas: int | None = None,
+    order: str = "given",
+    seed: int = 0,
+) -> Forecast:
+    """The job on so many replicas (those measured, unless said), each as fast as the measured ones."""
+    return forecast_from(measured(runs), job, replicas, order, seed)
+
+
+def forecast_from(
+    found: Measured, job: JobLengths, replicas: int | None = None, order: str = "given", seed: int = 0
+) -> Forecast:
+    replicas = replicas or len(found.runs)
+    works = _works(found, job, replicas, order in SORTED, seed)
+    return _combined(found, works, replicas)
+
+
+def _works(found: Measured, job: JobLengths, replicas: int, is_sorted: bool, seed: int) -> list[_JobWork]:
+    """One, or several of drawn output lengths."""
+    if job.output_tokens is not None:
+        return [_job_work(job, job.output_tokens, found, replicas, is_sorted, _SIMULATED)]
+    draw = np.random.default_rng(seed)
+    some = max(_SIMULATED // _DRAWS, 4 * found.batch_size)
+    return [
+        _job_work(job, _drawn_outputs(found.runs, job.prompt_tokens, draw), found, replicas, is_sorted, some)
+        for _ in range(_DRAWS)
+    ]
+
+
+def _drawn_outputs(runs: Sequence[QueueRun], prompts: Integers, draw: np.random.Generator) -> Integers:
+    """For each prompt the output of one of the sample's _NEAREST by prompt length; the sample itself is drawn first,
+    since it is one of many that could have been."""
+    of_prompt = np.concatenate([run.prompt_tokens for run in runs])
+    of_output = np.concatenate([run.output_tokens for run in runs])
+    again = draw.integers(len(of_prompt), size=len(of_prompt))
+    again = again[np.argsort(of_prompt[again], kind="stable")]
+    near = min(_NEAREST, len(again))
+    place = np.searchsorted(of_prompt[again], prompts) + draw.integers(-(near // 2), near - near // 2, len(prompts))
+    found: Integers = of_output[again][np.clip(place, 0, len(again) - 1)]
+    return found
+
+
+def _combined(found: Measured, works: Sequence[_JobWork], replicas: int) -> Forecast:
+    costs = found.costs.as_array()
+    wholes = np.array([work.whole for work in works])
+    factors = _factors(found, replicas, wholes.shape[1])
+    seconds = np.array([float((work.whole @ costs * factors).max()) for work in works])
+    slowest = [int((work.whole @ costs * factors).argmax()) for work in works]
+    center = np.mean([work.whole[one] for work, one in zip(works, slowest, strict=True)], axis=0)
+    drains = np.array([float((work.drain @ costs * factors).max()) for work in works])
+    drain = np.mean([work.drain.mean(axis=0) for work in works], axis=0)
+    return Forecast(
+        _interval(found, seconds, center, 0.0),
+        _rate(found, works, replicas),
+        _interval(found, drains, drain, found.drain_off),
+        found.method,
+        replicas,
+        float(np.mean([work.imbalance for work in works])),
+    )
+
+
+def _factors(found: Measured, replicas: int, simulated: int) -> Floats:
+    """Of the simulated replicas. Where other ones are meant than were measured, the slowest of them decides."""
+    if replicas == len(found.factors) == simulated:
+        return found.factors
+    spread = float(np.log(found.factors).std(ddof=1)) if len(found.factors) > 1 else _RUN_TO_RUN
+    mean = float(np.exp(np.log(found.factors).mean()))
+    return np.full(simulated, mean * math.exp(spread * _largest_of(replicas)))
+
+
+def _largest_of(count: int) -> float:
+    """Mean of the largest of so many standard normal values (Blom 1958)."""
+    return 0.0 if count == 1 else NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+
+
+def _interval(found: Measured, values: Floats, work: Floats, off: float) -> Interval:
+    """Of seconds that this work takes; `values` are as many as output lengths were drawn."""
+    value = float(values.mean())
+    if value <= 0:
+        return Interval(0.0)
+    half = _half_width(found, work, off)
+    drawn = float(np.log(np.maximum(values, 1e-9)).std(ddof=1)) if len(values) > 1 else 0.0
+    half = math.hypot(half, t_quantile_95(_DRAWS - 1) * drawn)
+    return Interval(value, value * math.exp(-half), value * math.exp(half))
+
+
+def _half_width(found: Measured, work: Floats, off: float) -> float:
+    """As a share of the seconds of this work."""
+    base = float(work @ _scaled_costs(found))
+    if base <= 0:
+        return 0.0
+    logs = np.log(np.maximum(found.left_out @ work, 1e-12) / base)
+    groups = len(logs)
+    error = math.sqrt((groups - 1) / groups * float(((logs - logs.mean()) ** 2).sum()))
+    others = np.log(np.maximum(found.reweighed @ work, 1e-12) / base)
+    way = float(np.sqrt((others**2).mean()))
+    return math.sqrt(
+        (t_quantile_95(max(groups - 1, 1)) * error) ** 2
+        + (_Z_95 * _RUN_TO_RUN) ** 2
+        + (_Z_95 * way) ** 2
+        + found.off**2
+        + off**2
+    )
+
+
+def _scaled_costs(found: Measured) -> Floats:
+    """Of the same scale as those with a group left out."""
+    return found.costs.as_array()
+
+
+def _rate(found: Measured, works: Sequence[_JobWork], replicas: int) -> Interval | None:
+    """Output tokens per second of all replicas."""
+    costs, factor = found.costs.as_array(), float(np.exp(np.log(found.factors).mean()))
+    seconds = np.array([work.plateau.sum(axis=0) @ costs * factor for work in works])
+    if not (seconds > 0).all():
+        return None
+    simulated = len(works[0].whole)
+    rates = np.array([work.plateau_outputs.sum() for work in works]) / seconds * replicas
+    work = np.mean([one.plateau.sum(axis=0) for one in works], axis=0) / simulated
+    return _interval(found, rates, work, 0.0)
+
+
+# --- other questions ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineAnswer:
+    forecast: Forecast  # its replicas are the fewest that are in time by the upper end of the interval
+    margin: float  # share of the deadline that is left at that end
+
+
+def replicas_for_deadline(
+    runs: Sequence[QueueRun], job: JobLengths, deadline_s: float, order: str = "given", seed: int = 0
+) -> DeadlineAnswer | None:
+    """None where no number of replicas is in time: the last request alone takes longer."""
+    found, replicas = measured(runs), 1
+    while replicas <= max(job.requests, 1):
+        answer = forecast_from(found, job, replicas, order, seed)
+        latest_s = answer.seconds.high or answer.seconds.value
+        if latest_s <= deadline_s:
+            return DeadlineAnswer(answer, 1 - latest_s / deadline_s)
+        # What lies before the drain is shared out; the drain is not.
+        drain_s = min(answer.drain_s.value, latest_s)
+        left_s = deadline_s - drain_s
+        wanted = replicas * (latest_s - drain_s) / left_s if left_s > 0 else 2 * replicas
+        replicas = max(replicas + 1, math.floor(min(wanted, 2 * max(job.requests, 1))))
+    return None
+
+
+def mix_outside(runs: Sequence[QueueRun], job: JobLengths) -> str | None:
+    """In what a job is unlike everything measured, as one sentence; None where it is not."""
+    prompts = np.concatenate([run.prompt_tokens for run in runs])
+    outputs = np.concatenate([run.output_tokens for run in runs])
+    pairs = [("prompt", prompts, job.prompt_tokens)]
+    if job.output_tokens is not None:
+        pairs.append(("output", outputs, job.output_tokens))
+    means = []
+    for name, seen, asked in pairs:
+        usual, mean = float(seen.mean()), float(np.average(asked, weights=job.weights))
+        means.append(mean / usual)
+        if not 1 / _FACTOR <= mean / usual <= _FACTOR:
+            return f"The mean {name} of the job has {mean:,.0f} tokens, that of the measured sample {usual:,.0f}."
+        if (beyond := _beyond(name, seen, asked, job.weights)) is not None:
+            return beyond
+    if len(means) == 2 and not 1 / _FACTOR <= means[0] / means[1] <= _FACTOR:
+        return (
+            f"The job reads {means[0] / means[1]:.2g} times as many prompt tokens for an output token as the measured"
+            " sample."
+        )
+    return None
+
+
+def _beyond(name: str, seen: Integers, asked: Integers, weights: Floats) -> str | None:
+    most = int(seen.max())
+    if asked.max() > _FACTOR * most:
+        return f"The longest {name} of the job has {int(asked.max()):,} tokens, the longest measured {most:,}."
+    tokens = asked * weights
+    share = float(tokens[asked > most].sum() / max(tokens.sum(), 1e-9))
+    if share > _MOST_BEYOND:
+        return f"{share:.0%} of the job's {name} tokens are in requests that are longer than the longest measured."
+    return None

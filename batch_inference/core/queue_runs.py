@@ -1,0 +1,147 @@
+"""One queue run of one replica as arrays: its ramp, plateau and drain, and what the plateau does per second.
+
+Needs numpy. Times are in seconds from the start of the run; entry i of every array belongs to request i.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batch_inference.core.statistics import ci95_half_width
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+# The plateau ends where the request that takes the place of one that ended does not come: after so many mean lives.
+# Between the end of one and the start of the next lies a step or two, in which one request fewer runs.
+_SHARE_OF_FULL = 0.95
+# Below that a plateau is an accident. In mean lives of a request.
+_SHORTEST_PLATEAU = 0.25
+# Means of stretches about as long as a request lives are nearly independent; fewer of them say little.
+FEWEST_BATCHES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRun:
+    """The requests of one replica, all waiting from second 0; shape (requests,) each."""
+
+    prompt_tokens: Integers
+    output_tokens: Integers
+    scheduled_s: Floats  # when it was first given a place in a step
+    first_token_s: Floats
+    last_token_s: Floats
+    batch_size: int  # at most so many ran at once
+    max_num_batched_tokens: int | None = None  # tokens of prompts and outputs in one step; None: not known
+
+    def __post_init__(self) -> None:
+        arrays = (self.prompt_tokens, self.output_tokens, self.scheduled_s, self.first_token_s, self.last_token_s)
+        if len({len(array) for array in arrays}) != 1 or not len(self.prompt_tokens):
+            raise ValueError("a queue run needs at least one request, and each of its arrays as many entries")
+
+    @property
+    def end_s(self) -> float:
+        return float(self.last_token_s.max())
+
+    @property
+    def mean_life_s(self) -> float:
+        """From scheduled to the last token."""
+        return float((self.last_token_s - self.scheduled_s).mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """Ramp: 0 to ramp_end_s. Plateau: to drain_start_s, and there is none where both are equal. Drain: to end_s."""
+
+    ramp_end_s: float
+    drain_start_s: float
+    end_s: float
+
+    @property
+    def plateau_s(self) -> float:
+        return self.drain_start_s - self.ramp_end_s
+
+    @property
+    def drain_s(self) -> float:
+        return self.end_s - self.drain_start_s
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its 95 % interval; without one where there is not enough to tell."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlateauRates:
+    """Per second of the plateau, of one replica."""
+
+    output_tokens: Interval
+    prompt_tokens: Interval
+    requests: Interval
+
+
+def phases_of(run: QueueRun) -> Phases:
+    """The ramp ends when batch_size requests make tokens; the drain begins when the last one has been scheduled.
+
+    Without a plateau (the sample never fills batch_size, or only for a moment) the ramp ends where the drain begins.
+    """
+    drain_start_s = float(run.scheduled_s.max())
+    ramp_end_s = _first_full_s(run)
+    if ramp_end_s is None or drain_start_s - ramp_end_s < _SHORTEST_PLATEAU * run.mean_life_s:
+        ramp_end_s = drain_start_s
+    return Phases(ramp_end_s, drain_start_s, run.end_s)
+
+
+def _first_full_s(run: QueueRun) -> float | None:
+    """When so many requests run, and the prompts of the first ones are read, that all places but a few are taken."""
+    full = math.ceil(_SHARE_OF_FULL * run.batch_size)
+    if len(run.scheduled_s) < full:
+        return None
+    times_s = np.concatenate([run.first_token_s, run.last_token_s])
+    change = np.concatenate([np.ones(len(run.first_token_s)), -np.ones(len(run.last_token_s))])
+    # Of one moment, the ends come first.
+    order = np.lexsort((change, times_s))
+    is_full = np.cumsum(change[order]) >= full
+    return float(times_s[order][is_full.argmax()]) if is_full.any() else None
+
+
+def plateau_rates(run: QueueRun) -> PlateauRates | None:
+    """By batch means where the plateau lasts FEWEST_BATCHES mean lives or more, else without interval."""
+    phases = phases_of(run)
+    if phases.plateau_s <= 0:
+        return None
+    batches = max(1, int(phases.plateau_s / run.mean_life_s))
+    edges_s = np.linspace(phases.ramp_end_s, phases.drain_start_s, batches + 1)
+    # Tokens of outputs come evenly from the first to the last, prompts are read from scheduled to the first.
+    one = np.ones(len(run.prompt_tokens))
+    return PlateauRates(
+        _rate(done_by(edges_s, run.first_token_s, run.last_token_s, run.output_tokens), edges_s),
+        _rate(done_by(edges_s, run.scheduled_s, run.first_token_s, run.prompt_tokens), edges_s),
+        _rate(done_by(edges_s, run.scheduled_s, run.last_token_s, one), edges_s),
+    )
+
+
+def done_by(times_s: Floats, starts_s: Floats, ends_s: Floats, amounts: Floats | Integers) -> Floats:
+    """How much is done at each of `times_s`, if amount i is done evenly between its start and its end."""
+    lengths_s = np.maximum(ends_s - starts_s, 1e-9)
+    speeds = amounts / lengths_s
+    moments_s = np.concatenate([starts_s, starts_s + lengths_s])
+    order = np.argsort(moments_s, kind="stable")
+    moments_s = moments_s[order]
+    speed = np.cumsum(np.concatenate([speeds, -speeds])[order])
+    done = np.concatenate([[0.0], np.cumsum(speed[:-1] * np.diff(moments_s))])
+    return np.interp(times_s, moments_s, done)
+
+
+def _rate(done: Floats, edges_s: Floats) -> Interval:
+    batches = np.diff(done) / np.diff(edges_s)
+    value = float(batches.mean())
+    half_width = ci95_half_width(batches.tolist()) if len(batches) >= FEWEST_BATCHES else None
+    return Interval(value) if half_width is None else Interval(value, value - half_width, value + half_width)
