@@ -346,8 +346,8 @@ class ExperimentConfig:
             "model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs",
             "output_lengths", "sample", "order", "skip_bad_lines", "max_num_batched_tokens",
         )  # fmt: skip
-        # A model may lie elsewhere on another node, where it has the same name; so may a workload, of which node 0 sends
-        # what is run.
+        # A model may lie elsewhere on another node, where it has the same name; so may a workload, of which node 0
+        # sends what is run.
         workload = self.prompts_file and Path(self.prompts_file).name
         values = {**self.same_settings(), **{name: getattr(self, name) for name in names}}
         values |= {"model": self.model_shown, "prompts_file": workload}

@@ -239,8 +239,8 @@ def _check_workload(config: ExperimentConfig) -> None:
         )
     if config.changes_limits and (scheduler := config.engine_word(SCHEDULER_FLAG)):
         raise ConfigError(
-            f"{SCHEDULER_FLAG} {scheduler}: several batch sizes of a workload, or several --max-num-batched-tokens, are "
-            "measured on one load by a scheduler of this program; give one of each, or drop it"
+            f"{SCHEDULER_FLAG} {scheduler}: several batch sizes of a workload, or several --max-num-batched-tokens, "
+            "are measured on one load by a scheduler of this program; give one of each, or drop it"
         )
 
 

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from batch_inference.core.capacity import padded_batch_size, running_requests, waves
 from batch_inference.core.results import EngineInfo, Peaks, Point, Result, Run
+from batch_inference.core.sharing import imbalance
 from batch_inference.core.statistics import ci95_half_width, mean, percentile_of_sorted
+
+if TYPE_CHECKING:
+    from batch_inference.core.queue_points import Plateau, QueueSummary
 
 Better = Literal["higher", "lower"]
 
@@ -33,6 +38,16 @@ class Measured:
         self.request_latencies_s = sorted(value for run in runs for value in run.requests.latency_s)
         self.queue_waits_s = sorted(value for run in runs for value in run.requests.queue_s)
         self.running_requests = running_requests(result, point)
+
+    @cached_property
+    def queue(self) -> QueueSummary | None:
+        """None for a batch point."""
+        if self.point.workload is None:
+            return None
+        # It needs numpy, and is slow to import.
+        from batch_inference.core.queue_points import runs_of, summary_of
+
+        return summary_of(runs_of(self.result, self.point))
 
 
 Formula = Callable[[Measured], float | None]
@@ -195,6 +210,36 @@ def _distribution(
     )
 
 
+def _of_plateau(number: Callable[[Plateau], float | None]) -> Formula:
+    def value(measured: Measured) -> float | None:
+        return number(measured.queue.plateau) if measured.queue and measured.queue.plateau else None
+
+    return value
+
+
+def _plateau_ci95(plateau: Plateau) -> float | None:
+    rate = plateau.output_tok_per_s
+    return None if rate.high is None else rate.high - rate.value
+
+
+def _of_queue(number: Callable[[QueueSummary], float]) -> Formula:
+    return lambda measured: number(measured.queue) if measured.queue else None
+
+
+def _imbalance(measured: Measured) -> float | None:
+    """Replicas of a batch point have as much to do as each other."""
+    if measured.point.workload is None:
+        return None
+    return max(imbalance([part.prompt_tokens + part.output_tokens for part in run.replicas])
+               for run in measured.point.runs)  # fmt: skip
+
+
+def _prefix_hit_share(measured: Measured) -> float | None:
+    runs = measured.point.runs
+    prompts = sum(run.prompt_tokens for run in runs)
+    return sum(run.counters.prefix_cache_hit_tokens for run in runs) / prompts if prompts else None
+
+
 METRICS: tuple[Metric, ...] = (
     Metric("output_tok_per_s", "tok/s", "Output throughput", "higher", _output_tok_per_s,
            "output tokens of all replicas and runs / sum of the runs' latencies"),
@@ -257,6 +302,24 @@ METRICS: tuple[Metric, ...] = (
            "vLLM's estimate of the floating-point operations of a device / (latency x its peak, stated in the file)"),
     Metric("mbu", "ratio", "MBU", "higher", _share_of_bandwidth,
            "vLLM's estimate of the bytes that a device moved / (latency x its peak bandwidth, stated in the file)"),
+    Metric("plateau_output_tok_per_s", "tok/s", "Output throughput, plateau", "higher",
+           _of_plateau(lambda plateau: plateau.output_tok_per_s.value),
+           "of a queue point, while batch_size requests run on each replica: output tokens of all replicas per second"),
+    Metric("plateau_ci95_tok_per_s", "tok/s", "Output throughput, plateau, 95 % CI (±)", None,
+           _of_plateau(_plateau_ci95),
+           "by batch means where the plateau lasts ten mean request lives, else by costs per step fitted to the run"),
+    Metric("plateau_prompt_tok_per_s", "tok/s", "Prompt throughput, plateau", "higher",
+           _of_plateau(lambda plateau: plateau.prompt_tok_per_s), "the same of prompt tokens"),
+    Metric("plateau_requests_per_s", "req/s", "Requests per second, plateau", "higher",
+           _of_plateau(lambda plateau: plateau.requests_per_s), "the same of requests"),
+    Metric("ramp_s", "s", "Ramp", None, _of_queue(lambda queue: queue.ramp_s),
+           "of a queue point: from the start until batch_size requests run, on the replica that takes longest"),
+    Metric("drain_s", "s", "Drain", "lower", _of_queue(lambda queue: queue.drain_s),
+           "of a queue point: from the last request being scheduled to the end, on the replica that takes longest"),
+    Metric("imbalance", "ratio", "Imbalance of replicas", "lower", _imbalance,
+           "of a queue point: tokens of the replica that has most / those of the mean replica - 1"),
+    Metric("prefix_hit_share", "ratio", "Prompt tokens from the prefix cache", None, _prefix_hit_share,
+           "prompt tokens that were not computed because a prefix of them was cached / prompt tokens"),
     Metric("load_s", "s", "Engine start", "lower", _of_engine(lambda engine: engine.load_s.total_s),
            "from the worker's start to the engine being ready"),
 )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
 from batch_inference.core.capacity import request_slots, requests_in_kv_cache, running_requests, waves
 from batch_inference.core.metrics import run_latencies_s
-from batch_inference.core.results import Point, Result, Verdict, Warmup
+from batch_inference.core.results import Point, Result, Timeline, Verdict, Warmup
 from batch_inference.core.statistics import is_steady, relative_ci95, trend
 
 # A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
@@ -96,6 +97,8 @@ def _waves(result: Result, point: Point) -> list[str]:
     slots, in_cache = request_slots(result, point), requests_in_kv_cache(result, point)
     if slots and slots < batch_size:
         return [f"ran in waves: batch_size {batch_size} is over max_num_seqs {slots}"]
+    if point.workload:
+        return [f"the KV cache holds {running} of these requests, not {batch_size}"]
     if in_cache and in_cache < batch_size:
         return [f"ran in waves: the KV cache holds {in_cache} of {batch_size} requests"]
     if _ends_while_prompts_wait(result, point):
@@ -112,6 +115,51 @@ def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
         return False
     # Twice: requests that already decode take their share of each step.
     return point.max_tokens <= 2 * math.ceil(point.batch_size * point.seq_len / budget)
+
+
+def _no_plateau(result: Result, point: Point) -> list[str]:
+    """Of a sample; a job that ran as a whole needs none."""
+    if point.workload is None or point.summary.get("plateau_output_tok_per_s") is not None:
+        return []
+    ran = len(point.runs[0].requests.output_tokens)
+    job = next((one for one in result.jobs if one.content_hash == point.workload.content_hash), None)
+    if job and ran >= job.requests:
+        return []
+    return [
+        f"sample too small for a plateau: {ran} requests, {point.batch_size} at once on each replica; raise --sample"
+    ]
+
+
+def _unsteady_plateau(_: Result, point: Point) -> list[str]:
+    """A trend over the plateau that is larger than DRIFT_OVER and than its own interval. Sorted requests have one."""
+    if point.workload is None or point.workload.order.endswith("first"):
+        return []
+    for run in point.runs:
+        for replica in run.replicas:
+            rates = _plateau_rates(replica.timeline, point.batch_size)
+            change = trend(rates)
+            if change and abs(change[0]) > max(change[1], DRIFT_OVER * fmean(rates)):
+                how = "faster" if change[0] > 0 else "slower"
+                return [
+                    f"plateau not steady: it becomes {how}, by {abs(change[0]) / fmean(rates):.0%} from its beginning "
+                    "to its end; raise --sample, or give --order shuffled"
+                ]
+    return []
+
+
+def _plateau_rates(timeline: Timeline | None, batch_size: int) -> list[float]:
+    """Tokens per second, prompt and output, in ten parts of the plateau: a part holds as much as many requests."""
+    if timeline is None:
+        return []
+    full = [number for number, running in enumerate(timeline.running) if running >= 0.95 * batch_size]
+    if not full or full[-1] - full[0] < 2 * _PARTS:
+        return []
+    edges = [full[0] + round(part * (full[-1] - full[0]) / _PARTS) for part in range(_PARTS + 1)]
+    return [
+        sum(timeline.prompt_tokens[start + 1 : end + 1] + timeline.output_tokens[start + 1 : end + 1])
+        / (timeline.end_s[end] - timeline.end_s[start])
+        for start, end in itertools.pairwise(edges)
+    ]
 
 
 def _never_steady(_: Result, point: Point) -> list[str]:
@@ -195,8 +243,9 @@ def _packed(result: Result, _: Point) -> list[str]:
 
 
 _Check = Callable[[Result, Point], list[str]]
+_PARTS = 10  # of a plateau
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits, _longer_than_passed)
 _SUSPECT: tuple[_Check, ...] = (
-    _preempted, _waves, _never_steady, _compiled_late, _wide_interval, _drift, _unlike_warmups, _too_short, _throttled,
-    _not_alone, _packed,
+    _preempted, _waves, _no_plateau, _unsteady_plateau, _never_steady, _compiled_late, _wide_interval, _drift,
+    _unlike_warmups, _too_short, _throttled, _not_alone, _packed,
 )  # fmt: skip

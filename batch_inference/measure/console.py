@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,8 @@ def point_words(point: Point) -> str:
     throughput, latency_s = summary.get("output_tok_per_s"), summary.get("latency_mean_s")
     if throughput is None or latency_s is None:
         return f"{point.status}: {point.reason}"
+    if point.workload:
+        return _queue_words(point, throughput, latency_s)
     ci95_s, ttft_s, used_gib = (summary[name] for name in ("latency_ci95_s", "ttft_mean_s", "memory_used_gib"))
     interval = f" ±{ci95_s / latency_s:.1%}" if ci95_s is not None else ""
     words = [
@@ -178,27 +180,68 @@ def point_words(point: Point) -> str:
     return ", ".join(filter(None, words))
 
 
+def _queue_words(point: Point, throughput: float, latency_s: float) -> str:
+    """Throughput on the plateau with its interval, where there is one; of all, else; time, drain, memory, verdict."""
+    summary = point.summary
+    plateau, half = summary["plateau_output_tok_per_s"], summary["plateau_ci95_tok_per_s"]
+    interval = f" ±{half / plateau:.1%}" if plateau and half is not None else ""
+    used_gib = summary["memory_used_gib"]
+    words = [
+        f"{short(plateau)} tok/s{interval} on the plateau" if plateau else f"{short(throughput)} tok/s over all",
+        f"{counted(len(point.runs[0].requests.output_tokens), 'request')} in {short(latency_s, 3)} s",
+        f"drain {short(summary['drain_s'], 2)} s",
+        f"{short(used_gib, 3)} GiB" if used_gib is not None else "",
+        str(point.verdict),
+    ]
+    return ", ".join(filter(None, words))
+
+
+_BATCH_COLUMNS = {
+    "tok/s": "output_tok_per_s",
+    "latency s": "latency_mean_s",
+    "± s": "latency_ci95_s",
+    "TTFT s": "ttft_mean_s",
+    "TPOT s": "tpot_mean_s",
+    "GiB": "memory_used_gib",
+    "runs": "runs",
+}
+_QUEUE_COLUMNS = {
+    "tok/s": "plateau_output_tok_per_s",
+    "± tok/s": "plateau_ci95_tok_per_s",
+    "over all": "output_tok_per_s",
+    "time s": "latency_mean_s",
+    "drain s": "drain_s",
+    "GiB": "memory_used_gib",
+}
+
+
 def closing_table(result: Result) -> str:
-    """Every point of a setting, within 80 columns."""
-    columns = {
-        "tok/s": "output_tok_per_s",
-        "latency s": "latency_mean_s",
-        "± s": "latency_ci95_s",
-        "TTFT s": "ttft_mean_s",
-        "TPOT s": "tpot_mean_s",
-        "GiB": "memory_used_gib",
-    }
+    """Every point of a setting, within 80 columns; batches and queues apart, where a file has both."""
+    queues = [point for point in result.points if point.workload]
+    batches = [point for point in result.points if not point.workload]
+    tables = []
+    if batches:
+        budgets = any(point.max_num_batched_tokens for point in batches)
+        tables.append(_points_table(batches, {"batch": "batch_size", "length": "seq_len"}, _BATCH_COLUMNS, budgets))
+    if queues:
+        budgets = any(point.max_num_batched_tokens for point in queues)
+        tables.append(_points_table(queues, {"at once": "batch_size"}, _QUEUE_COLUMNS, budgets))
+    return "\n\n".join(tables)
+
+
+def _points_table(
+    points: Sequence[Point], sizes: Mapping[str, str], columns: Mapping[str, str], has_budgets: bool
+) -> str:
+    sizes = {**sizes, **({"per step": "max_num_batched_tokens"} if has_budgets else {})}
     rows = [
         [
-            str(point.batch_size),
-            str(point.seq_len),
-            *(short(point.summary.get(name)) for name in columns.values()),
-            short(point.summary.get("runs"), 0) if point.status == "ok" else "",
+            *(str(getattr(point, name) or "") for name in sizes.values()),
+            *(short(point.summary.get(name), 0 if name == "runs" else 4) for name in columns.values()),
             str(point.verdict if point.status == "ok" else point.status),
         ]
-        for point in result.points
+        for point in points
     ]
-    headers = ["batch", "length", *columns, "runs", "verdict"]
+    headers = [*sizes, *columns, "verdict"]
     return table(headers, rows, (*("right",) * (len(headers) - 1), "left"))
 
 

@@ -237,9 +237,9 @@ class Experiment:
         return None
 
     def _add(self, point: Point) -> None:
+        point.summary = summarise(self.result, point)
         if point.status == "ok":
             point.verdict_reasons, point.verdict = judge(self.result, point)
-        point.summary = summarise(self.result, point)
         self._keep(point)
         self._console.point_done(point)
 

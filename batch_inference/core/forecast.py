@@ -235,7 +235,9 @@ def _stand_ins(job: JobLengths, replica: int, replicas: int, size: int, batch_si
     itself, and before them some of all, evenly spread."""
     count = len(job.prompt_tokens)
     itself = count - int((job.weights != 1)[::-1].argmax()) if (job.weights != 1).any() else 0
-    last = np.arange(count - 1 - replica % max(count, 1), max(itself, 0) - 1, -replicas)[: max(2 * batch_size, size // 2)]
+    last = np.arange(count - 1 - replica % max(count, 1), max(itself, 0) - 1, -replicas)[
+        : max(2 * batch_size, size // 2)
+    ]
     last = last[last >= 0][::-1]
     end = int(last[0]) if len(last) else count
     wanted = min(size - len(last), end)
