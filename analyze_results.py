@@ -19,6 +19,7 @@ from batch_inference.core.text import escaped, in_short, plain
 # pandas and matplotlib are slow imports, and come with what needs them: --help must not pay for them.
 if TYPE_CHECKING:
     from batch_inference.analyze.answers import Analysis
+    from batch_inference.analyze.jobs import JobQuestion
     from batch_inference.analyze.tables import MeasuredSetting
 
 
@@ -98,11 +99,26 @@ def ask(
     from batch_inference.analyze.decide import Limits
 
     limits = Limits(flags.max_latency_s, flags.max_ttft_s, flags.max_tpot_s, flags.slo_percentile)
-    question = Question(limits, flags.device_hour_price, flags.baseline, flags.group_by, flags.allow_mixed)
+    job = job_question(settings, flags)
+    question = Question(limits, flags.device_hour_price, flags.baseline, flags.group_by, flags.allow_mixed, job)
     try:
         return analyse(settings, question, earlier, notes)
     except QuestionError as error:
         raise UsageError(str(error)) from error
+
+
+def job_question(settings: list[MeasuredSetting], flags: Namespace) -> JobQuestion:
+    """Raises UsageError for a file of no job, and where no queue point could answer."""
+    from batch_inference.analyze.job_file import lengths_in
+    from batch_inference.analyze.jobs import JobQuestion
+
+    asked = {"--job": flags.job, "--job-requests": flags.job_requests, "--deadline-hours": flags.deadline_hours}
+    given = next((f"{flag} {value}" for flag, value in asked.items() if value is not None), None)
+    if given and not any(setting.queues for setting in settings):
+        raise UsageError(f"{given}: --input {flags.input} has no queue point; measure with --prompts-file first")
+    lengths = lengths_in(flags.job) if flags.job else None
+    name = flags.job and flags.job.name
+    return JobQuestion(lengths, name, flags.job_requests, flags.deadline_hours, flags.device_hour_price)
 
 
 def write(analysis: Analysis, unreadable: list[str], folder: Path, plots: Sequence[str] | None) -> str:

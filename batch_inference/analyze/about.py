@@ -15,7 +15,7 @@ from batch_inference.core.text import NO_REASON, counted, listed
 
 
 def measured(analysis: Analysis) -> Section:
-    points = analysis.points
+    points = analysis.rows
     names = {"model": "model", "device": "device_name", "vLLM": "vllm_version", "dtype": "dtype",
              "output tokens": "max_tokens", "host": "host"}  # fmt: skip
     pairs = [
@@ -71,7 +71,7 @@ def settings(analysis: Analysis) -> Section:
 
 def problems(analysis: Analysis) -> Section:
     labels = setting_labels(analysis.settings)
-    points = analysis.points
+    points = analysis.rows
     is_ok = points["status"] == "ok"
     lines = [f"{labels[setting.path]} failed: {setting.failure}" for setting in analysis.settings if setting.failure]
     lines += _by_reason(points[~is_ok], "status", "reason")
@@ -87,6 +87,8 @@ def _by_reason(points: pd.DataFrame, what: str, why: str) -> Iterator[str]:
 
 def _where(rows: pd.DataFrame) -> str:
     """batch 1, 4 x length 512; single points are not named where the shapes make no full grid."""
+    if rows["workload"].notna().any():
+        return f"{listed(sorted(rows['batch_size'].unique()))} at once"
     batches, lengths = sorted(rows["batch_size"].unique()), sorted(rows["seq_len"].unique())
     if len(rows) < len(batches) * len(lengths):
         points = zip(rows["batch_size"], rows["seq_len"], strict=True)

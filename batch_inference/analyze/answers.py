@@ -9,7 +9,16 @@ import pandas as pd
 
 from batch_inference.analyze.compare import SetComparison, asked_points, compare_sets, side_by_side, with_scaling
 from batch_inference.analyze.decide import Choice, Limits, choices, with_cost, with_pareto
-from batch_inference.analyze.tables import GROUP_BY, MeasuredSetting, differing, groups, point_table
+from batch_inference.analyze.jobs import JobAnswer, JobError, JobQuestion, job_answers
+from batch_inference.analyze.tables import (
+    GROUP_BY,
+    MeasuredSetting,
+    batch_points,
+    differing,
+    groups,
+    point_table,
+    setting_labels,
+)
 from batch_inference.core.text import in_short, plain
 
 
@@ -26,6 +35,7 @@ class Question:
     baseline: str | None = None
     group_by: tuple[str, ...] | None = None
     allow_mixed: bool = False
+    job: JobQuestion = field(default_factory=JobQuestion)
 
 
 @dataclass(frozen=True)
@@ -53,12 +63,14 @@ def mixed_mark(columns: Sequence[str]) -> str:
 @dataclass(frozen=True)
 class Analysis:
     settings: Sequence[MeasuredSetting]
-    points: pd.DataFrame
+    points: pd.DataFrame  # batch points
+    rows: pd.DataFrame  # all points
     groups: list[Group]
     unlike: list[str]  # the columns that tell the groups apart
     question: Question
     comparison: SetComparison | None = None
     notes: Sequence[str] = ()  # which files do not count, and why
+    jobs: Sequence[JobAnswer] = ()
 
 
 def analyse(
@@ -70,19 +82,29 @@ def analyse(
     """Raises QuestionError where a name in the question is none of the files'."""
     group_by = _group_by(question)
     try:
-        points = point_table(settings, group_by)
+        rows = point_table(settings, group_by)
     except KeyError as error:
         name = in_short(error.args[0])
         raise QuestionError(f"--group-by {name}: no such column; results.csv has their names") from error
+    points = batch_points(rows)
     _check_mixed(points, question)
-    _check_baseline(points, question)
+    _check_baseline(rows, question)
     points = with_pareto(with_cost(with_scaling(points, question.baseline), question.price))
     unlike = differing(points, list(group_by))
     found = [_group(number, alike, unlike, question.limits) for number, alike in groups(points)]
     comparison = None
     if earlier is not None:
-        comparison = compare_sets(points, point_table(earlier), asked_points(settings))
-    return Analysis(settings, points, found, unlike, question, comparison, notes)
+        comparison = compare_sets(points, batch_points(point_table(earlier)), asked_points(settings))
+    rows = pd.concat([points, rows[rows["workload"].notna()]]) if len(rows) > len(points) else points
+    return Analysis(settings, points, rows, found, unlike, question, comparison, notes, _jobs(settings, question))
+
+
+def _jobs(settings: Sequence[MeasuredSetting], question: Question) -> list[JobAnswer]:
+    names = setting_labels(settings)
+    try:
+        return job_answers(settings, lambda setting: names[setting.path], question.job)
+    except JobError as error:
+        raise QuestionError(str(error)) from error
 
 
 def _group_by(question: Question) -> tuple[str, ...]:

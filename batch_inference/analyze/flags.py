@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=name, metavar="NAME", help="only results of this model: the whole name, or its last part")
     add("--setting", type=names_of("setting"), metavar="NAMES", help="only these settings, like `tp_2,dp_2`")
     _add_decision_flags(parser.add_argument_group("the decision"))
+    _add_job_flags(parser.add_argument_group("a job (queue points)"))
     _add_comparison_flags(parser.add_argument_group("what is compared"))
     drawn = parser.add_argument_group("plots").add_mutually_exclusive_group()
     drawn.add_argument("--plots", type=names_of("plot"), metavar="NAMES", help="only these, like `throughput,pareto`")
@@ -97,8 +98,18 @@ def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
         help="the percentile of these limits; default: 99",
     )
     group.add_argument(
-        "--device-hour-price", type=positive, metavar="PRICE", help="of one device; adds cost per million output tokens"
+        "--device-hour-price",
+        type=positive,
+        metavar="PRICE",
+        help="of one device; adds cost per million output tokens, and of a job",
     )
+
+
+def _add_job_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--job", type=old_path, metavar="FILE", help="forecast this workload instead of the one that was sampled")
+    add("--job-requests", type=positive, metavar="N", help="forecast so many requests of its kind, like 5000000 or 1e9")
+    add("--deadline-hours", type=positive, metavar="H", help="how many replicas, so devices, finish the job in time")
 
 
 def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:

@@ -9,6 +9,7 @@ from batch_inference.analyze import about
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.exports import write_results_csv, write_summary_json
 from batch_inference.analyze.files import SUMMARY, remove_plots
+from batch_inference.analyze.job_sections import job_section
 from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.page import as_html
 from batch_inference.analyze.sections import Section, best, compared, layouts, pareto, scaling
@@ -24,6 +25,8 @@ def sections_of(analysis: Analysis) -> list[Section]:
 def _in_order(analysis: Analysis) -> Iterator[Section]:
     if analysis.comparison is not None:
         yield compared(analysis.comparison)
+    for answer in analysis.jobs:
+        yield job_section(answer, analysis)
     for group in analysis.groups:
         yield best(group, analysis)
     for group in analysis.groups:
@@ -46,7 +49,7 @@ def write_report(
     drawn, missing = _draw(analysis, folder, plots)
     sections = sections_of(analysis)
     page, report, results, summary = (folder / name for name in ("report.html", "report.md", "results.csv", SUMMARY))
-    write_results_csv(analysis.points, results)
+    write_results_csv(analysis.rows, results)
     write_summary_json(analysis, unreadable, summary)
     write_whole(report, [as_markdown(sections, drawn, missing)])
     write_whole(page, [as_html(sections, analysis.points, drawn, missing)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 import pandas as pd
 
+from batch_inference.analyze.queues import QueuePoint, queue_points
 from batch_inference.core.metrics import METRICS, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import EngineInfo, Point, Result
@@ -58,16 +58,20 @@ class MeasuredSetting:
     num_devices: int
     status: str
     points_ok: int
-    grid: list[tuple[int, int]]  # batch size, prompt length: the points asked for, measured or not
+    points_asked: int  # more than the sweep had where one with other points went before
+    grid: list[tuple[int, int]]  # batch size, prompt length: the batch points asked for, measured or not
     load_s: float | None
     failure: str | None  # why the setting has no engine; None for one that was measured
     shared: Row  # what is alike for all points
     columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
+    queues: list[QueuePoint]
 
-    @property
-    def points_asked(self) -> int:
-        """More than the grid has may be there after a --resume with another grid."""
-        return max(len(self.grid), self.num_points)
+    def batch_points(self) -> Iterator[tuple[int, int, int, float]]:
+        """(batch size, prompt length, output tokens, output throughput) of those that were measured."""
+        names = ("batch_size", "seq_len", "max_tokens", "output_tok_per_s")
+        for batch_size, seq_len, max_tokens, throughput in zip(*map(self.columns.__getitem__, names), strict=True):
+            if seq_len is not None and throughput is not None:
+                yield batch_size, seq_len, max_tokens, throughput
 
     @property
     def num_points(self) -> int:
@@ -90,12 +94,14 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         num_devices=result.num_devices,
         status=result.status,
         points_ok=sum(point.status == "ok" for point in result.points),
-        grid=list(itertools.product(result.config.batch_sizes, result.config.seq_lens)),
+        points_asked=max(len(list(result.config.points())), len(result.points)),
+        grid=[(batch_size, length) for batch_size, length, *_ in result.config.points() if length is not None],
         load_s=load_s,
         failure=_cell(redact_text(failure)) if result.status == "failed" else None,
         shared=shared,
         # Lists of numbers go from process to process much faster than a dict for each point.
         columns={**_identity(file, result), **_numbers(result, percent), **_of_earlier_engines(result, shared)},
+        queues=list(queue_points(result)),
     )
 
 
@@ -110,6 +116,8 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
         "batch_size": [point.batch_size for point in points],
         "seq_len": [point.seq_len for point in points],
         "max_tokens": [point.max_tokens for point in points],
+        "workload": [point.workload and " ".join(map(str, point.workload.as_tuple())) for point in points],
+        "tokens_per_step": [point.max_num_batched_tokens for point in points],
         "global_batch_size": [point.batch_size * result.data_parallel_size for point in points],
         "num_devices": [result.num_devices] * count,
         "status": [point.status for point in points],
@@ -241,15 +249,16 @@ def point_table(settings: Sequence[MeasuredSetting], group_by: Sequence[str] = G
     for metric in METRICS:
         table[metric.name] = table[metric.name].astype(float) if rows else pd.Series(dtype=float)
     # A category remembers the order of all settings, so that each keeps its colour in a part of the table.
-    table["setting"] = pd.Categorical(table["setting"], categories=list(labels.values()))
-    table.insert(1, "group", _group_numbers(table, group_by))
+    names = dict.fromkeys([*labels.values(), *(name for name in table["setting"] if name not in labels.values())])
+    table["setting"] = pd.Categorical(table["setting"], categories=list(names))
+    table.insert(1, "group", _group_numbers(batch_points(table), group_by).reindex(table.index, fill_value=0))
     return table
 
 
 _ALWAYS = dict.fromkeys([
     "setting", "file", "name", "status", "reason", "verdict", "verdict_reasons", *GROUP_BY, *TO_MENTION, "batch_size",
     "seq_len", "global_batch_size", "num_devices", "timed_runs", "device_memory_gib", "tensor_parallel_size",
-    "pipeline_parallel_size", "data_parallel_size", "memory_scope",
+    "pipeline_parallel_size", "data_parallel_size", "memory_scope", "workload", "tokens_per_step",
 ])  # fmt: skip
 
 
@@ -262,7 +271,16 @@ def _columns(settings: Sequence[MeasuredSetting], labels: Mapping[Path, str]) ->
         shared = {"setting": labels[setting.path], **setting.shared}
         for name, cells in columns.items():
             cells += setting.columns.get(name) or [shared.get(name)] * setting.num_points
+    columns["setting"] = [
+        name if budget is None else f"{name}, {budget} tokens per step"
+        for name, budget in zip(columns["setting"], columns["tokens_per_step"], strict=True)
+    ]
     return columns
+
+
+def batch_points(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the queue points, which are ranked for their job alone."""
+    return table[table["workload"].isna()]
 
 
 def setting_labels(settings: Sequence[MeasuredSetting]) -> dict[Path, str]:

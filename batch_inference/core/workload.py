@@ -19,7 +19,6 @@ from batch_inference.core.files import open_regular
 from batch_inference.core.text import counted, listed, quoted
 from batch_inference.core.values import MOST_TOKENS
 
-_FLAG = "--prompts-file"
 _LENGTHS = ("prompt_tokens", "output_tokens")
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # Of a JSON array, read at a time.
@@ -57,6 +56,7 @@ class Workload:
 
     path: Path
     skip_bad_lines: bool = False
+    flag: str = "--prompts-file"  # that named it
     bad_lines: int = 0
     refused: Counter[str] = field(default_factory=Counter)  # kind -> requests
 
@@ -77,19 +77,21 @@ class Workload:
                 first.setdefault(str(error), where)
         if self.refused and not self.skip_bad_lines:
             kinds = listed(f"{count} {kind} (first: {first[kind]})" for kind, count in self.refused.items())
-            raise ConfigError(f"{_FLAG} {self.path}: not measured: {kinds}; leave them out with --skip-bad-lines")
+            raise ConfigError(f"{self.flag} {self.path}: not measured: {kinds}; leave them out with --skip-bad-lines")
         if not usable:
-            raise ConfigError(f"{_FLAG} {self.path}: it has no usable request; give one on each line")
+            raise ConfigError(f"{self.flag} {self.path}: it has no usable request; give one on each line")
 
     def told(self) -> str | None:
         """What was left out of the last reading; None where nothing was."""
         parts = [f"{count} {kind}" for kind, count in self.refused.items()]
         parts += [counted(self.bad_lines, "bad line")] if self.bad_lines else []
-        return f"{_FLAG} {self.path}: left out: {listed(parts)}" if parts else None
+        return f"{self.flag} {self.path}: left out: {listed(parts)}" if parts else None
 
     def _bad(self, where: str, why: str) -> None:
         if not self.skip_bad_lines:
-            raise ConfigError(f"{_FLAG} {self.path}, {where}: {why}; mend it, or leave it out with --skip-bad-lines")
+            raise ConfigError(
+                f"{self.flag} {self.path}, {where}: {why}; mend it, or leave it out with --skip-bad-lines"
+            )
         self.bad_lines += 1
 
     def _documents(self) -> Iterator[tuple[str, Any]]:
@@ -104,7 +106,7 @@ class Workload:
                 elif start:
                     yield from self._of_table(file)
         except OSError as error:
-            raise ConfigError(f"{_FLAG} {self.path}: it cannot be read ({error.strerror}); give a file") from error
+            raise ConfigError(f"{self.flag} {self.path}: it cannot be read ({error.strerror}); give a file") from error
 
     def _of_lines(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, 1):
@@ -137,7 +139,7 @@ class Workload:
     def _of_table(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
         rows = csv.DictReader(file, skipinitialspace=True)
         if _LENGTHS[0] not in (rows.fieldnames or ()):
-            begin = f"{_FLAG} {self.path}, line 1: {quoted(','.join(rows.fieldnames or ()))}"
+            begin = f"{self.flag} {self.path}, line 1: {quoted(','.join(rows.fieldnames or ()))}"
             raise ConfigError(f"{begin} begins neither JSON nor a CSV with the columns {listed(_LENGTHS)}")
         try:
             for row in rows:

@@ -1,0 +1,169 @@
+"""What the report says for a job: which setting, how many hours, at what cost, how sure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from batch_inference.analyze.answers import Analysis
+from batch_inference.analyze.jobs import Deadline, JobAnswer, JobRow, gains_of_orders
+from batch_inference.analyze.sections import ROW_LIMIT, Section
+from batch_inference.analyze.wording import SUSPECT_LINE, few, with_interval
+from batch_inference.core.queue_runs import Interval
+from batch_inference.core.text import counted, short
+from batch_inference.core.values import OWN_END
+
+# Below so many hours a job is told in minutes, and below so many minutes in seconds.
+_FEWEST_HOURS, _FEWEST_MINUTES = 1.0, 1.0
+# What a grid says is worth a line where it is off by more.
+_GRID_OFF = 0.02
+_UNITS = (("h", 1.0), ("min", 60.0), ("s", 3600.0))
+
+
+def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
+    """The fastest first; of what it stands on, and what it leaves out, lines below."""
+    several = len(analysis.jobs) > 1
+    title = "For this job" + (f": {few_words(answer)}" if several else "")
+    has_orders = len({row.point.workload.order for row in answer.rows}) > 1
+    has_budgets = any(row.point.tokens_per_step for row in answer.rows)
+    has_price, has_energy = analysis.question.price is not None, any(row.kwh is not None for row in answer.rows)
+    unit, per_hour = unit_of(answer)
+    header = (
+        "setting", "devices", "at once", *(["per step"] if has_budgets else []), *(["order"] if has_orders else []),
+        unit, "device-h", *(["cost"] if has_price else []), "tok/s", *(["kWh"] if has_energy else []),
+    )  # fmt: skip
+    rows = [
+        [
+            row.setting, str(row.num_devices), str(row.point.batch_size),
+            *([str(row.point.tokens_per_step or "")] if has_budgets else []),
+            *([row.point.workload.order] if has_orders else []),
+            interval_text(row.hours, per_hour) + ("*" if row.point.verdict == "suspect" else ""),
+            short(row.device_hours.value, 3),
+            *([interval_text(row.cost)] if row.cost else []),
+            short(row.output_tok_per_s),
+            *([short(row.kwh, 3)] if has_energy else []),
+        ]
+        for row in answer.rows[:ROW_LIMIT]
+    ]  # fmt: skip
+    return Section(
+        title,
+        list(_pairs(answer)) if rows else [],
+        header,
+        rows,
+        frozenset(header) - {"setting", "order"},
+        [*answer.left_out, *_lines(answer)],
+        more=len(answer.rows) - len(rows),
+    )
+
+
+def few_words(answer: JobAnswer) -> str:
+    """Of a title, where there are several jobs."""
+    cached = ", prefixes cached" if answer.is_cached else ""
+    outputs = {OWN_END: ", the model's own ends", "file": ""}.get(
+        str(answer.output_lengths), f", {answer.output_lengths} output tokens each"
+    )
+    return f"{answer.requests:,.0f} requests{outputs}{cached}"
+
+
+def unit_of(answer: JobAnswer) -> tuple[str, float]:
+    """Of the time that the fastest takes, and how many make an hour."""
+    hours = answer.rows[0].hours.value if answer.rows else 1.0
+    return next(((unit, per_hour) for unit, per_hour in _UNITS if hours * per_hour >= 1.0), _UNITS[-1])
+
+
+def interval_text(interval: Interval, factor: float = 1.0) -> str:
+    """One that is not symmetric by its wider side."""
+    value = interval.value * factor
+    if interval.low is None or interval.high is None:
+        return short(value)
+    return with_interval(value, max(interval.high - interval.value, interval.value - interval.low) * factor)
+
+
+def time_text(interval: Interval) -> str:
+    """Of hours, in a unit that suits."""
+    unit, per_hour = next(((unit, one) for unit, one in _UNITS if interval.value * one >= 1.0), _UNITS[-1])
+    return f"{interval_text(interval, per_hour)} {unit}"
+
+
+def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
+    made = "as many output tokens as the model likes"
+    if answer.output_tokens is not None:
+        made = f"{answer.output_tokens:,.0f} output tokens"
+    cached = "; prefixes that requests share are cached" if answer.is_cached else ""
+    yield "job", f"{answer.requests:,.0f} requests: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
+    best, cheapest = answer.best, answer.cheapest
+    if best is None or cheapest is None:
+        return
+    yield "fastest", _row_words(best)
+    if cheapest is not best:
+        yield "fewest device-hours", _row_words(cheapest)
+
+
+def _row_words(row: JobRow) -> str:
+    cost = f", cost {interval_text(row.cost)}" if row.cost else ""
+    return (
+        f"{row.setting}, {row.point.batch_size} at once: {time_text(row.hours)}, "
+        f"{interval_text(row.device_hours)} device-hours{cost}"
+    )
+
+
+def _lines(answer: JobAnswer) -> Iterator[str]:
+    best = answer.best
+    if best is None:
+        return
+    if answer.ties:
+        others = [f"{row.setting} ({row.point.batch_size} at once: {time_text(row.hours)})" for row in answer.ties]
+        yield f"tie: the interval of the fastest overlaps that of {few(others, 3, ' and {} more')}"
+    yield from _deadline_lines(answer)
+    yield _basis(best)
+    yield from _order_lines(answer)
+    yield from _grid_lines(answer.rows)
+    if any(row.hours.low is None for row in answer.rows):
+        yield "no ±: sorted requests have no steady plateau from which an interval could come."
+    if any(row.point.verdict == "suspect" for row in answer.rows):
+        yield SUSPECT_LINE
+    yield "±: 95 % confidence interval. Left out: engine starts, stragglers, failures, reading and writing of files."
+
+
+def _basis(best: JobRow) -> str:
+    """What the fastest one's hours are made of."""
+    point, found = best.point, best.forecast
+    if point.is_whole_job and not found.output_tokens_per_s:
+        return f"{best.setting} ran the whole job."
+    rate = found.output_tokens_per_s
+    plateau = f"{interval_text(rate)} tok/s on the plateau" if rate else "no plateau"
+    drain = f"drain {short(found.drain_s.value, 3)} s"
+    sample = counted(point.requests, "request")
+    return f"{best.setting}: {plateau}, {drain}; from {sample} that were run, by {found.method}."
+
+
+def _deadline_lines(answer: JobAnswer) -> Iterator[str]:
+    deadline = answer.deadline
+    if answer.is_late:
+        yield "deadline: no number of replicas is in time; the longest request alone takes longer."
+    if deadline:
+        yield f"deadline: {_deadline_words(deadline)}"
+
+
+def _deadline_words(deadline: Deadline) -> str:
+    row = deadline.row
+    return (
+        f"{counted(deadline.replicas, 'replica')} of {row.setting}, {row.point.batch_size} at once on each, so "
+        f"{counted(deadline.devices, 'device')}, take {time_text(deadline.hours)}: at the upper end "
+        f"{deadline.margin:.0%} of the time is left"
+    )
+
+
+def _order_lines(answer: JobAnswer) -> Iterator[str]:
+    for where, order, saved in gains_of_orders(answer):
+        word = "saves" if saved >= 0 else "costs"
+        yield f"order: {order} {word} {abs(saved):.1%} of the time at {where}, against the order of the file."
+
+
+def _grid_lines(rows: Sequence[JobRow]) -> Iterator[str]:
+    for row in rows:
+        if row.grid_ratio is not None and abs(row.grid_ratio - 1) > _GRID_OFF:
+            word = "more" if row.grid_ratio > 1 else "less"
+            yield (
+                f"{row.setting}, {row.point.batch_size} at once: a batch of the job's mean lengths shows "
+                f"{abs(row.grid_ratio - 1):.0%} {word} throughput than the job's plateau."
+            )

@@ -1,0 +1,273 @@
+"""For a job: which setting, how many hours, at what cost, how sure. From queue points, through forecasts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from batch_inference.analyze.queues import QueuePoint, lengths_of_job
+from batch_inference.analyze.tables import GROUP_BY, MeasuredSetting
+from batch_inference.core.forecast import (
+    Forecast,
+    JobLengths,
+    forecast,
+    mix_outside,
+    replicas_for_deadline,
+    too_small,
+)
+from batch_inference.core.queue_runs import Interval
+from batch_inference.core.sharing import Order, ordered
+
+# Of a job that was run as a whole: what another run of it may differ by.
+_RUN_TO_RUN = 0.02
+# A batch point whose lengths are this near to the job's mean ones shows what a grid of fixed lengths would have said.
+_NEAR = 0.1
+_HOUR_S = 3600.0
+_J_PER_KWH = 3.6e6
+
+
+@dataclass(frozen=True)
+class JobQuestion:
+    """What is asked about a job."""
+
+    lengths: JobLengths | None = None  # of another file (--job), in its order
+    name: str | None = None  # of that file
+    requests: float | None = None  # so many of the kind (--job-requests)
+    deadline_h: float | None = None
+    price: float | None = None  # of a device for an hour
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """What one queue point says of the job."""
+
+    setting: str
+    num_devices: int
+    devices_per_replica: int
+    point: QueuePoint
+    forecast: Forecast
+    hours: Interval
+    output_tok_per_s: float  # over all of the job
+    price: float | None
+    grid_ratio: float | None  # throughput of a batch of the mean lengths over that of the plateau
+
+    @property
+    def device_hours(self) -> Interval:
+        return scaled(self.hours, self.num_devices)
+
+    @property
+    def cost(self) -> Interval | None:
+        return None if self.price is None else scaled(self.device_hours, self.price)
+
+    @property
+    def kwh(self) -> float | None:
+        power_w = self.point.power_w
+        return None if power_w is None else power_w * self.forecast.seconds.value / _J_PER_KWH
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """So many replicas of a setting finish the job in time."""
+
+    row: JobRow
+    replicas: int
+    devices: int
+    hours: Interval
+    margin: float  # of the time there is, at the upper end of the interval
+
+
+@dataclass(frozen=True)
+class JobAnswer:
+    """Points that ran samples of one job, on one kind of device with one model: the fastest first."""
+
+    group: tuple[Any, ...]
+    requests: float
+    prompt_tokens: float
+    output_tokens: float | None  # None where the model itself ends
+    is_cached: bool
+    output_lengths: str | int
+    rows: list[JobRow]
+    ties: list[JobRow]  # other settings whose interval overlaps that of the fastest
+    left_out: list[str] = field(default_factory=list)
+    deadline: Deadline | None = None
+    is_late: bool = False  # no number of replicas is in time
+
+    @property
+    def best(self) -> JobRow | None:
+        return self.rows[0] if self.rows else None
+
+    @property
+    def cheapest(self) -> JobRow | None:
+        return min(self.rows, key=lambda row: row.device_hours.value, default=None)
+
+
+class JobError(Exception):
+    """The points cannot answer what is asked of the job: one line that says why."""
+
+
+def job_answers(
+    settings: Sequence[MeasuredSetting], labels: Callable[[MeasuredSetting], str], question: JobQuestion
+) -> list[JobAnswer]:
+    """Raises JobError for a job that is unlike everything that was measured."""
+    asked = sorted(
+        ((_group_of(setting, point), setting, point) for setting in settings for point in setting.queues),
+        key=lambda one: repr(one[0]),
+    )
+    answers = []
+    for group, members in groupby(asked, key=lambda one: one[0]):
+        answers.append(_answer(group, [(setting, point) for _, setting, point in members], labels, question))
+    return answers
+
+
+def _group_of(setting: MeasuredSetting, point: QueuePoint) -> tuple[Any, ...]:
+    """Points alike in this are ranked together. The output length of a batch is none of theirs."""
+    alike = tuple(setting.shared.get(name) for name in GROUP_BY if name != "max_tokens")
+    return (*alike, point.workload.content_hash, str(point.workload.output_lengths), point.workload.is_cached)
+
+
+def _answer(
+    group: tuple[Any, ...],
+    members: Sequence[tuple[MeasuredSetting, QueuePoint]],
+    labels: Callable[[MeasuredSetting], str],
+    question: JobQuestion,
+) -> JobAnswer:
+    first = members[0][1]
+    job = _asked_job(first, question)
+    rows, left_out = [], []
+    for setting, point in members:
+        if why := too_small(point.runs):
+            left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; raise --sample")
+        elif outside := question.lengths and mix_outside(point.runs, job):
+            raise JobError(f"--job {question.name}: not forecast from {labels(setting)}: {outside}")
+        else:
+            rows.append(_row(setting, point, labels(setting), job, question))
+    rows.sort(key=lambda row: row.hours.value)
+    answer = JobAnswer(
+        group,
+        job.requests,
+        _total(job, job.prompt_tokens),
+        None if job.output_tokens is None else _total(job, job.output_tokens),
+        first.workload.is_cached,
+        first.workload.output_lengths,
+        rows,
+        _ties(rows),
+        left_out,
+    )
+    if question.deadline_h is None or not rows:
+        return answer
+    deadline = _deadline(rows, job, question.deadline_h)
+    return replace(answer, deadline=deadline, is_late=deadline is None)
+
+
+def _asked_job(point: QueuePoint, question: JobQuestion) -> JobLengths:
+    job = question.lengths or lengths_of_job(point.job)
+    return replace(job, repeats=question.requests / job.requests) if question.requests else job
+
+
+def _total(job: JobLengths, tokens: Any) -> float:
+    return float(job.weights @ tokens) * job.repeats
+
+
+def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLengths, question: JobQuestion) -> JobRow:
+    found = forecast(point.runs, in_order(job, point.workload.order), point.replicas, point.workload.order)
+    if point.is_whole_job and question.lengths is None and question.requests is None:
+        # It was run: nothing is to be forecast but how much another run may differ.
+        took_s = point.latency_s
+        found = replace(found, seconds=Interval(took_s, took_s * (1 - _RUN_TO_RUN), took_s * (1 + _RUN_TO_RUN)))
+    return JobRow(
+        setting=label,
+        num_devices=setting.num_devices,
+        devices_per_replica=setting.num_devices // point.replicas,
+        point=point,
+        forecast=found,
+        hours=scaled(found.seconds, 1 / _HOUR_S),
+        output_tok_per_s=_made_tokens(job, point) / found.seconds.value,
+        price=question.price,
+        grid_ratio=_grid_ratio(setting, point),
+    )
+
+
+def _made_tokens(job: JobLengths, point: QueuePoint) -> float:
+    """Output tokens of the job; where nobody knows them, as many for each request as the sample made."""
+    if job.output_tokens is not None:
+        return _total(job, job.output_tokens)
+    return job.requests * float(np.concatenate([run.output_tokens for run in point.runs]).mean())
+
+
+def in_order(job: JobLengths, order: str) -> JobLengths:
+    """The lengths as they would be queued. Where nobody knows the outputs, that of the file has to do."""
+    if order == "given" or job.output_tokens is None:
+        return job
+    queue = ordered(range(len(job.prompt_tokens)), job.prompt_tokens.tolist(), job.output_tokens.tolist(),
+                    _as_order(order), 0)  # fmt: skip
+    every = None if job.every is None else np.asarray(job.every)[queue]
+    return replace(job, prompt_tokens=job.prompt_tokens[queue], output_tokens=job.output_tokens[queue], every=every)
+
+
+def _as_order(order: str) -> Order:
+    orders: tuple[Order, ...] = ("given", "shuffled", "longest-first", "shortest-first")
+    return next(one for one in orders if one == order)
+
+
+def _grid_ratio(setting: MeasuredSetting, point: QueuePoint) -> float | None:
+    """Of the batch point of the same file whose lengths are nearest to the job's mean ones, as far as one is near."""
+    plateau = point.summary.get("plateau_output_tok_per_s")
+    outputs = point.job.outputs
+    if plateau is None or outputs is None:
+        return None
+    near = [
+        (abs(math.log(length / point.job.prompts.mean)), throughput)
+        for batch, length, made, throughput in setting.batch_points()
+        if batch == point.batch_size
+        and abs(length / point.job.prompts.mean - 1) <= _NEAR
+        and abs(made / outputs.mean - 1) <= _NEAR
+    ]
+    return min(near)[1] / plateau if near else None
+
+
+def _ties(rows: Sequence[JobRow]) -> list[JobRow]:
+    """Of every other setting the best, where it may be as fast as the fastest."""
+    if not rows or rows[0].hours.high is None:
+        return []
+    seen, ties = {rows[0].setting}, []
+    for row in rows[1:]:
+        if row.setting not in seen and row.hours.low is not None and row.hours.low <= rows[0].hours.high:
+            ties.append(row)
+        seen.add(row.setting)
+    return ties
+
+
+def _deadline(rows: Sequence[JobRow], job: JobLengths, hours: float) -> Deadline | None:
+    """Of the best point of each setting, the one that needs the fewest devices."""
+    best = {row.setting: row for row in sorted(rows, key=lambda row: -row.device_hours.value)}
+    found = []
+    for row in best.values():
+        point = row.point
+        order = point.workload.order
+        answer = replicas_for_deadline(point.runs, in_order(job, order), hours * _HOUR_S, order)
+        if answer:
+            replicas = answer.forecast.replicas
+            in_hours = scaled(answer.forecast.seconds, 1 / _HOUR_S)
+            found.append(Deadline(row, replicas, replicas * row.devices_per_replica, in_hours, answer.margin))
+    return min(found, key=lambda one: (one.devices, one.hours.value), default=None)
+
+
+def scaled(interval: Interval, factor: float) -> Interval:
+    low, high = (None if end is None else end * factor for end in (interval.low, interval.high))
+    return Interval(interval.value * factor, low, high)
+
+
+def gains_of_orders(answer: JobAnswer) -> Iterator[tuple[str, str, float]]:
+    """(setting, order, share of the time that it saves against the order of the file) where both were measured."""
+    best: dict[tuple[str, int, str], JobRow] = {}
+    for row in answer.rows:
+        best.setdefault((row.setting, row.point.batch_size, row.point.workload.order), row)
+    for (setting, batch_size, order), row in best.items():
+        given = best.get((setting, batch_size, "given"))
+        if order != "given" and given:
+            yield f"{setting}, {batch_size} at once", order, 1 - row.hours.value / given.hours.value

@@ -1,0 +1,83 @@
+"""The queue points of a result file, as far as answers for a job need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from batch_inference.core.forecast import JobLengths
+from batch_inference.core.metrics import summarise
+from batch_inference.core.queue_points import runs_of
+from batch_inference.core.queue_runs import Phases, QueueRun, phases_of
+from batch_inference.core.results import Job, Point, Result, Timeline, WorkloadKey
+
+
+@dataclass(frozen=True)
+class QueuePoint:
+    """One that was measured."""
+
+    batch_size: int
+    tokens_per_step: int | None  # where it is an axis of the sweep
+    workload: WorkloadKey
+    job: Job
+    verdict: str
+    replicas: int
+    runs: list[QueueRun]  # of all replicas and runs
+    requests: int  # of the sample
+    latency_s: float
+    summary: dict[str, float | None]
+    power_w: float | None  # of all devices, on the mean of the runs
+    timelines: list[Timeline]  # of the last run, by replica
+    phases: list[Phases]
+
+    @property
+    def is_whole_job(self) -> bool:
+        return self.requests >= self.job.requests
+
+
+def queue_points(result: Result) -> Iterator[QueuePoint]:
+    """Those that are no reason for doubt but invalid ones, and whose job the file holds."""
+    jobs = {(job.content_hash, job.output_lengths): job for job in result.jobs}
+    for point in result.points:
+        if point.workload is None or point.status != "ok" or point.verdict == "invalid":
+            continue
+        job = jobs.get((point.workload.content_hash, point.workload.output_lengths))
+        if job and all(run.requests.arrival_s for run in point.runs):
+            yield _queue_point(result, point, point.workload, job)
+
+
+def _queue_point(result: Result, point: Point, workload: WorkloadKey, job: Job) -> QueuePoint:
+    runs = runs_of(result, point)
+    energies = [run.energy_j for run in point.runs if run.energy_j is not None]
+    latency_s = fmean(run.latency_s for run in point.runs)
+    timelines = [part.timeline for part in point.runs[-1].replicas if part.timeline]
+    return QueuePoint(
+        batch_size=point.batch_size,
+        tokens_per_step=point.max_num_batched_tokens,
+        workload=workload,
+        job=job,
+        verdict=str(point.verdict),
+        replicas=result.data_parallel_size,
+        runs=[replica for run in runs for replica in run],
+        requests=len(point.runs[-1].requests.output_tokens),
+        latency_s=latency_s,
+        summary=summarise(result, point),
+        power_w=fmean(energies) / latency_s if len(energies) == len(point.runs) else None,
+        timelines=timelines,
+        phases=[phases_of(replica) for replica in runs[-1]],
+    )
+
+
+def lengths_of_job(job: Job) -> JobLengths:
+    """In the order of the file."""
+    weights = np.full(len(job.prompt_lens), float(job.every))
+    weights[len(weights) - job.last :] = 1.0
+    bulk = job.requests - job.last
+    thinned = len(weights) - job.last
+    if thinned:  # the last step may be a short one
+        weights[:thinned] = bulk / thinned
+    outputs = None if job.output_lens is None else np.array(job.output_lens)
+    return JobLengths(np.array(job.prompt_lens), outputs, None if job.every == 1 else weights)
