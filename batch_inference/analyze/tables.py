@@ -19,7 +19,7 @@ from batch_inference.core.result_file import load_result
 from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.secrets import redact, redact_text, redact_value
 from batch_inference.core.statistics import percentile
-from batch_inference.core.text import NO_REASON, plain, short_name
+from batch_inference.core.text import NO_REASON, plain, short_name, with_budget
 
 Row = dict[str, Any]
 
@@ -272,7 +272,7 @@ def _columns(settings: Sequence[MeasuredSetting], labels: Mapping[Path, str]) ->
         for name, cells in columns.items():
             cells += setting.columns.get(name) or [shared.get(name)] * setting.num_points
     columns["setting"] = [
-        name if budget is None else f"{name}, {budget} tokens per step"
+        name if budget is None else with_budget(name, budget)
         for name, budget in zip(columns["setting"], columns["tokens_per_step"], strict=True)
     ]
     return columns

@@ -41,8 +41,8 @@ class Measured:
 
     @cached_property
     def queue(self) -> QueueSummary | None:
-        """None for a batch point."""
-        if self.point.workload is None:
+        """None for a batch point, and where the times of its requests are not there."""
+        if self.point.workload is None or not all(run.requests.arrival_s for run in self.point.runs):
             return None
         # It needs numpy, and is slow to import.
         from batch_inference.core.queue_points import runs_of, summary_of

@@ -34,6 +34,11 @@ def listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
+def with_budget(name: str, tokens_per_step: object) -> str:
+    """tp_2, 2048 tokens per step"""
+    return f"{name}, {tokens_per_step} tokens per step"
+
+
 def counted(number: int, noun: str) -> str:
     """1 point, 2 points"""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.flags import PLAN_FLAGS, parse_flags, without_plan_flags
+from batch_inference.core.streams import say
 from batch_inference.launch.options import Options
-from batch_inference.launch.presets import Preset, Setting
+from batch_inference.launch.presets import Preset, Setting, without_lengths
+from batch_inference.measure.job_lengths import read_job
 
 EXPERIMENT, ANALYSIS = "batch_inference_experiment.py", "analyze_results.py"
+WORKLOAD = "examples/workload.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ def folder_of(preset: Preset, options: Options) -> str:
 
 def check_together(preset: Preset, options: Options) -> None:
     """Raises ConfigError for options that the preset does not allow, or needs."""
+    if options.job and not preset.is_demo:
+        raise ConfigError(f"--job: it is for quickstart; with {preset.name} give --prompts-file FILE")
+    if options.job and options.prompts_file:
+        raise ConfigError(
+            f"--prompts-file {options.prompts_file}: --job measures a workload of its own; drop one of them"
+        )
     if options.nnodes in (None, 1) and not options.is_over_nodes:
         return
     given = f"--nnodes: '{options.nnodes}'" if options.nnodes else f"--master-addr: '{options.master_addr}'"
@@ -79,7 +88,8 @@ def jobs_of(settings: Sequence[Setting], preset: Preset, options: Options, here:
     # Ports of its own: no setting meets what the one before may still be closing on node 0.
     ports = itertools.count(options.master_port + 1, 2)
     rank = options.node_rank or 0
-    return [job_of(setting, port, rank, preset, options, here) for setting, port in zip(settings, ports, strict=False)]
+    parts = [preset, *([preset.over(here.path(WORKLOAD))] if options.job else [])]
+    return [job_of(setting, next(ports), rank, part, options, here) for part in parts for setting in settings]
 
 
 def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Options, here: Here) -> Job:  # noqa: PLR0913
@@ -92,22 +102,32 @@ def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Opti
     # One that cannot be shared out evenly is skipped, and no error of the preset.
     elif setting.num_devices % setting.nodes == 0:
         backend += nodes
+    has_workload = options.prompts_file or any(word.startswith("--prompts-file") for word in options.flags)
+    of_preset = without_lengths(preset.flags) if has_workload else preset.flags
     flags = [
         "--name", setting.name, "--output-dir", folder_of(preset, options),
         "--tensor-parallel-size", str(setting.tp), "--pipeline-parallel-size", str(setting.pp),
-        "--data-parallel-size", str(setting.dp), *backend, *preset.flags,
-        *setting.flags_beside([*preset.flags, *options.flags]),
+        "--data-parallel-size", str(setting.dp), *backend, *of_preset,
+        *setting.flags_beside([*of_preset, *options.flags]),
     ]  # fmt: skip
     # In a folder of the user's own may lie results that took hours.
-    if preset.is_demo and not options.resume and options.output_dir is None:
+    if preset.is_demo and not (preset.goes_on or options.resume or options.output_dir):
         flags.append("--overwrite")
     flags += options.passed_on
-    config = parse_flags([*flags, *_plan_flags(options), *options.flags])[0]
+    config = _with_lengths(parse_flags([*flags, *_plan_flags(options), *options.flags])[0])
     if config.devices != options.devices:
         raise ConfigError("--devices: give it once and before --, because sizes of the preset may depend on it")
     flags += without_plan_flags(options.flags)
     words = (*start, here.path(EXPERIMENT), *flags)
     return Job(setting.name, words, config, setting, port)
+
+
+def _with_lengths(config: ExperimentConfig) -> ExperimentConfig:
+    """Of a workload how long its requests are, where its file is on this node. Raises ConfigError for one that is no
+    job."""
+    if config.prompts_file is None or (config.node_rank and not Path(config.prompts_file).exists()):
+        return config
+    return read_job(config, say)[0]
 
 
 def _plan_flags(options: Options) -> list[str]:

@@ -48,6 +48,8 @@ class Options:
     model: str = _flag("model", "MODEL")
     batch_sizes: tuple[int, ...] = _flag("batch_sizes", "N,N,..")
     seq_lens: tuple[int, ...] = _flag("seq_lens", "N,N,..")
+    prompts_file: str | None = _flag("prompts_file", "FILE")
+    job: bool = _option(False, "of quickstart: measure a small workload too, as a second part")
     output_dir: str | None = _option(
         None, f"folder of the result files (default: {_FLAGS['output_dir'].default})", "DIR", path_text
     )

@@ -22,7 +22,7 @@ from batch_inference.plan.memory import NOT_COUNTED
 from batch_inference.plan.model import ModelFacts, facts_of
 from batch_inference.plan.needs import Needs, memory_against, needs_of
 from batch_inference.plan.obstacles import devices_against, rules_against
-from batch_inference.plan.printed import by_whom
+from batch_inference.plan.printed import by_whom, grid_words, job_words
 from batch_inference.plan.said import Said
 
 _COLUMNS = ("setting", "devices", "replicas", "by")
@@ -169,7 +169,7 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, device
     """The table, what cannot run and why, and the commands for the rest. `nodes`: on which devices are."""
     needs = all_needs(jobs, devices)
     rows = table(jobs, needs) if jobs else []
-    head = [*_head(jobs[0].config, nodes, devices), _sources(jobs, needs)] if jobs else []
+    head = [*_head([one.config for one in jobs], nodes, devices), _sources(jobs, needs)] if jobs else []
     obstacles = [f"{one.job.name} cannot run: {one.reason}" for one in jobs if one.reason]
     can_run = [one.config for one in jobs if one.reason is None]
     left = None if any(config.packed for config in can_run) else time_left(can_run, devices.kind)
@@ -197,14 +197,20 @@ def _hidden(jobs: Iterable[PlannedJob]) -> str | None:
     return f"put in what is not written here: {listed(names)}" if names else None
 
 
-def _head(config: ExperimentConfig, nodes: str, devices: Devices) -> tuple[str, ...]:
+def _head(configs: Sequence[ExperimentConfig], nodes: str, devices: Devices) -> tuple[str, ...]:
+    config = configs[0]
     return (
         f"{config.model_shown} on {counted(len(devices), f'{devices.kind} device')}{nodes}",
-        f"{counted(len(list(config.points())), 'point')} each: batch sizes {listed(config.batch_sizes)} x lengths "
-        f"{listed(config.seq_lens)}, {config.max_tokens} output tokens",
+        *dict.fromkeys(_points_words(one) for one in configs),
         _WHY_TORCHRUN if nodes else "",
         _PACKED if config.packed else "",
     )
+
+
+def _points_words(config: ExperimentConfig) -> str:
+    if config.prompts_file:
+        return f"for each: {job_words(config)}"
+    return f"{counted(len(list(config.points())), 'point')} each: {grid_words(config)}"
 
 
 def _sources(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> str:

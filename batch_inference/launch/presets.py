@@ -6,7 +6,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from batch_inference.core.config import EXPERTS_FLAG, ConfigError, ExperimentConfig, wants_whole_experts
 from batch_inference.core.text import counted, listed, quoted
@@ -66,6 +66,11 @@ class Preset:
     flags: list[str] = field(default_factory=list)
     made_by: str | None = None
     is_demo: bool = False
+    goes_on: bool = False  # in the files of a first part
+
+    def over(self, workload: str) -> Preset:
+        """A second part: the same settings, over a workload."""
+        return replace(self, flags=[*without_lengths(self.flags), "--prompts-file", workload], goes_on=True)
 
     @property
     def folder(self) -> str | None:
@@ -79,6 +84,19 @@ class Preset:
         if words:
             raise ConfigError(f"{quoted(words[0])} is one word too many after the preset {self.name}")
         return self.settings
+
+
+def without_lengths(flags: Sequence[str]) -> list[str]:
+    """Those of a preset, for a workload, which has lengths of its own."""
+    kept: list[str] = []
+    rest = iter(flags)
+    for word in rest:
+        flag, equals, _ = word.partition("=")
+        if flag != "--seq-lens":
+            kept.append(word)
+        elif not equals:
+            next(rest, None)
+    return kept
 
 
 def read_table(text: str) -> dict[str, Preset]:

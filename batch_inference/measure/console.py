@@ -16,7 +16,7 @@ from batch_inference.core.files import open_regular
 from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.secrets import redact_text
 from batch_inference.core.streams import say
-from batch_inference.core.text import counted, plain, short, table, wrapped
+from batch_inference.core.text import counted, plain, short, table, with_budget, wrapped
 
 # Two that agree are the rule; more make a point take longer than the bar thinks.
 EXPECTED_WARMUPS = 2
@@ -151,7 +151,7 @@ def _shape(point: Point) -> str:
     """8 x 512, or of a workload 8 at once; with the tokens per step where they are an axis."""
     start = f"{point.batch_size} at once" if point.workload else f"{point.batch_size} x {point.seq_len}"
     budget = point.max_num_batched_tokens
-    return f"{start}, {budget} tokens per step" if budget else start
+    return with_budget(start, budget) if budget else start
 
 
 def key_words(point: Point) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.secrets import redact
-from batch_inference.core.text import listed, wrapped
+from batch_inference.core.text import counted, listed, wrapped
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import FILES, NOT_COUNTED
 from batch_inference.plan.model import ModelFacts
@@ -24,15 +24,20 @@ def setting_plan(
 ) -> list[str]:
     """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known. `said`: by vLLM."""
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
-    points = list(config.points())
     needs = needs_of(config, facts, devices, memory_gib, said)
     reason = devices_against(config, devices) or rules_against(config, facts, devices, said) or memory_against(needs)
     words = {
         "setting": f"{config.setting_name}: TP {tp} x PP {pp} x DP {dp} = {config.num_devices} of {len(devices)} "
         f"{devices.kind} devices",
         "model": config.model_shown,
-        "grid": f"batch sizes {listed(config.batch_sizes)} x lengths {listed(config.seq_lens)}, "
-        f"{config.max_tokens} output tokens: {len(points)} points, {config.runs_in_words} timed runs each",
+        **(
+            {"job": job_words(config)}
+            if config.prompts_file
+            else {
+                "grid": grid_words(config)
+                + f": {len(list(config.points()))} points, {config.runs_in_words} timed runs each"
+            }
+        ),
         "file": str(config.output_path),
         "memory": _memory_words(config, needs),
         "margin": NOT_COUNTED if needs.activations_counted is False else "",
@@ -42,6 +47,25 @@ def setting_plan(
         "verdict": f"cannot run: {reason}" if reason else "can run",
     }
     return [line for name, text in words.items() if text for line in wrapped(f"{name:<10}{text}", indent=10)]
+
+
+def grid_words(config: ExperimentConfig) -> str:
+    return (
+        f"batch sizes {listed(config.batch_sizes)} x lengths {listed(config.seq_lens)}, {config.max_tokens} output "
+        f"tokens{_budgets(config)}"
+    )
+
+
+def job_words(config: ExperimentConfig) -> str:
+    longest = f", the longest request takes {config.workload_longest} tokens" if config.workload_longest else ""
+    return (
+        f"{config.prompts_file}, {listed(config.batch_sizes)} requests at once{_budgets(config)}: "
+        f"{counted(len(list(config.points())), 'queue point')}{longest}"
+    )
+
+
+def _budgets(config: ExperimentConfig) -> str:
+    return f", {listed(config.budgets)} tokens per step" if len(config.budgets) > 1 else ""
 
 
 def by_whom(source: str) -> str:
@@ -56,6 +80,10 @@ def _memory_words(config: ExperimentConfig, needs: Needs) -> str:
     return "; ".join([*told, *needs.unknown]).removeprefix("memory ")
 
 
+def _of_length(config: ExperimentConfig, length: int) -> str:
+    return f"of {length} tokens" if config.prompts_file else f"of length {length}"
+
+
 def _known_words(config: ExperimentConfig, needs: Needs) -> Iterator[str]:
     weights_gib, pool_gib = needs.weights_gib, needs.pool_gib
     if needs.is_refused:
@@ -67,5 +95,7 @@ def _known_words(config: ExperimentConfig, needs: Needs) -> Iterator[str]:
     yield f"{needs.kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
     if pool_gib is not None:
         waves = needs.requests_in_one_wave or {}
-        told = ", ".join(f"{waves[length]} of length {length}" for length in config.seq_lens if length in waves)
+        told = ", ".join(
+            f"{waves[length]} {_of_length(config, length)}" for length in config.lengths if length in waves
+        )
         yield f"{pool_gib:.3g} GiB are there for it; requests that fit in one wave: {told}"
