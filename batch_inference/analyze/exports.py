@@ -14,8 +14,10 @@ import pandas as pd
 from batch_inference.analyze.answers import Analysis, Group
 from batch_inference.analyze.compare import PLACE, SetComparison, baseline_of
 from batch_inference.analyze.decide import Choice, Goal
+from batch_inference.analyze.jobs import JobAnswer, JobRow
 from batch_inference.analyze.tables import GROUP_BY, half_width, setting_labels
 from batch_inference.core.files import open_regular, write_whole
+from batch_inference.core.queue_runs import Interval
 
 # --- results.csv --------------------------------------------------------------------------------------------------
 
@@ -85,6 +87,7 @@ def _summary(analysis: Analysis, unreadable: Sequence[str]) -> dict[str, Any]:
         "unreadable": list(unreadable),
         "notes": list(analysis.notes),
         "settings": _settings(analysis),
+        "jobs": [_job(answer) for answer in analysis.jobs],
         "groups": [_group(group) for group in analysis.groups],
         "comparison": _comparison(analysis.comparison),
     }
@@ -115,6 +118,56 @@ def _group(group: Group) -> dict[str, Any]:
         "scaling": _records(scaled, (*PLACE, *_SCALING)),
         "pareto": _records(front, (*PLACE, "latency_mean_s", "output_tok_per_s_per_device")),
     }
+
+
+def _job(answer: JobAnswer) -> dict[str, Any]:
+    deadline = answer.deadline
+    return {
+        "requests": answer.requests,
+        "prompt_tokens": answer.prompt_tokens,
+        "output_tokens": answer.output_tokens,
+        "output_lengths": answer.output_lengths,
+        "prefixes_are_cached": answer.is_cached,
+        "fastest": [_job_row(row) for row in answer.rows],
+        "ties": [row.setting for row in answer.ties],
+        "not_forecast": answer.left_out,
+        "deadline": deadline
+        and {
+            "setting": deadline.row.setting,
+            "batch_size": deadline.row.point.batch_size,
+            "replicas": deadline.replicas,
+            "devices": deadline.devices,
+            "hours": _interval(deadline.hours),
+            "margin": deadline.margin,
+        },
+    }
+
+
+def _job_row(row: JobRow) -> dict[str, Any]:
+    point, found = row.point, row.forecast
+    return {
+        "setting": row.setting,
+        "num_devices": row.num_devices,
+        "batch_size": point.batch_size,
+        "max_num_batched_tokens": point.tokens_per_step,
+        "order": point.workload.order,
+        "verdict": point.verdict,
+        "sample_requests": point.requests,
+        "hours": _interval(row.hours),
+        "device_hours": _interval(row.device_hours),
+        "cost": _interval(row.cost),
+        "kwh": row.kwh,
+        "output_tok_per_s": row.output_tok_per_s,
+        "plateau_output_tok_per_s": _interval(found.output_tokens_per_s),
+        "drain_s": _interval(found.drain_s),
+        "imbalance": found.imbalance,
+        "method": found.method,
+        "batch_of_mean_lengths_over_plateau": row.grid_ratio,
+    }
+
+
+def _interval(interval: Interval | None) -> dict[str, float | None] | None:
+    return None if interval is None else {"value": interval.value, "low": interval.low, "high": interval.high}
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
