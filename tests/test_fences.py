@@ -23,7 +23,7 @@ MAY_IMPORT = {
 }
 # Packages that only these modules import.
 PLACES = {
-    "vllm": {"engine", "meta_device"},
+    "vllm": {"engine", "meta_device", "tokenizing"},
     "torch": {"engine", "ranks", "peaks", "meta_device", "stand_ins"},
     "ray": {"ray_cluster"},
 }

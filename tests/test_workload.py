@@ -39,7 +39,7 @@ HELLO = [{"role": "user", "content": "hello"}]
     [
         ({"prompt_tokens": 812, "output_tokens": 96}, Entry(812, output_tokens=96)),
         ({"prompt_tokens": 1}, Entry(1)),
-        ({"prompt": "hello", "output_tokens": 5}, Entry(prompt="hello", output_tokens=5)),
+        ({"prompt": "hello", "output_tokens": 5}, Entry(prompt="hello", output_tokens=5, is_question=True)),
         ({"prompt_token_ids": [0, 5, 7]}, Entry(prompt_token_ids=[0, 5, 7])),
         (chat(messages=HELLO, max_tokens=7), Entry(messages=HELLO, output_tokens=7)),
         (chat(messages=HELLO, max_tokens=7, max_completion_tokens=8), Entry(messages=HELLO, output_tokens=8)),

@@ -10,11 +10,13 @@ import contextlib
 import json
 import os
 import re
+import selectors
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from batch_inference.core.text import NO_REASON, plain
 
@@ -49,6 +51,49 @@ def ask_for_lines(
     return _whole_lines(done.stdout), _last_line(done.stderr) if done.returncode else None
 
 
+def ask_for_a_stream(module: str, question: str, *, silence_s: float) -> Iterator[Any]:
+    """Each of its lines as soon as it comes. Raises ChildError where it fails, or says nothing for so long."""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            _command(module), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment()
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(question.encode())
+            for line in _lines_within(process.stdout, silence_s):
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+            if process.wait(silence_s):
+                raise ChildError(_last_line(_end_of(errors)))
+        except subprocess.TimeoutExpired:
+            raise ChildError(_no_answer(silence_s)) from None
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _lines_within(pipe: IO[bytes], silence_s: float) -> Iterator[bytes]:
+    """Raises TimeoutExpired."""
+    rest = b""
+    with selectors.DefaultSelector() as selector, pipe:
+        selector.register(pipe, selectors.EVENT_READ)
+        while True:
+            if not selector.select(silence_s):
+                raise subprocess.TimeoutExpired("", silence_s)
+            read = os.read(pipe.fileno(), 1 << 20)
+            if not read:
+                return
+            *lines, rest = (rest + read).split(b"\n")
+            yield from lines
+
+
+def _end_of(file: IO[bytes]) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+    return file.read().decode(errors="replace")
+
+
 def python_path() -> str:
     """PYTHONPATH for our own processes: they find this package wherever the user is."""
     ours = str(Path(__file__).resolve().parents[2])
@@ -59,15 +104,23 @@ def _run(
     module: str, words: tuple[str, ...], question: str, timeout_s: float, environment: Mapping[str, str] | None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", f"batch_inference.{module}", *words],
+        [*_command(module), *words],
         input=question,
         capture_output=True,
         text=True,
         errors="replace",
         timeout=timeout_s,
-        env={**os.environ, **(environment or {}), "PYTHONPATH": python_path()},
+        env=_environment(environment),
         check=False,
     )
+
+
+def _command(module: str) -> list[str]:
+    return [sys.executable, "-P", "-m", f"batch_inference.{module}"]
+
+
+def _environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    return {**os.environ, **(more or {}), "PYTHONPATH": python_path()}
 
 
 def _no_answer(timeout_s: float) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO, cast
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.files import open_regular
@@ -25,6 +25,12 @@ _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _CHUNK = 1 << 20
 _LONGEST_ENTRY = 1 << 26  # characters: far more than any model takes
 _NO_JSON = "it is no JSON"
+# Of an OpenAI body, what changes which tokens a prompt is.
+_CHAT_OPTIONS = (
+    "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template_kwargs", "documents",
+    "reasoning_effort",
+)  # fmt: skip
+_COMPLETION_OPTIONS = ("add_special_tokens",)
 # vLLM's own names for ways to prescribe what an answer looks like.
 _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "tools")
 _HUMANS, _MODELS = ("human", "user"), ("gpt", "assistant", "chatgpt", "bard", "bing")
@@ -40,6 +46,8 @@ class Entry:
     messages: Sequence[dict[str, Any]] | None = None
     output_tokens: int | None = None  # None where the file does not say it
     output: str | None = None  # an answer of that length
+    is_question: bool = False  # the prompt is put into the chat template, as what a user says
+    options: Mapping[str, Any] = field(default_factory=dict)  # of an OpenAI body, that change the tokens
 
 
 class _BadLineError(Exception):
@@ -56,25 +64,42 @@ class Workload:
 
     path: Path
     skip_bad_lines: bool = False
-    flag: str = "--prompts-file"  # that named it
+    left_out: set[int] = field(default_factory=set)  # numbers of entries, from 0, that vLLM refuses
     bad_lines: int = 0
     refused: Counter[str] = field(default_factory=Counter)  # kind -> requests
+    # Token ids of entries that have been asked for, by their place among all that are given out.
+    ids: dict[int, Sequence[int] | None] = field(default_factory=dict, repr=False)
+    number: int = -1  # of the entry that was read last
+    place: str = ""  # likewise
+    _file: TextIO | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the reading that is going on, about."""
+        return self._file.buffer.tell() if self._file and not self._file.closed else 0
 
     def entries(self) -> Iterator[Entry]:
         """Raises ConfigError for a file that cannot be read or has no request, at its first bad line, and at its end
         for requests of a kind that is not measured; with `skip_bad_lines` both are left out."""
-        self.bad_lines, self.refused = 0, Counter()
+        self.bad_lines, self.refused, self.number = 0, Counter(), -1
         first: dict[str, str] = {}  # kind -> where
         usable = 0
         for where, document in self._documents():
             try:
-                yield entry_of(document)
-                usable += 1
+                entry = entry_of(document)
             except _BadLineError as error:
                 self._bad(where, str(error))
             except _RefusedError as error:
                 self.refused[str(error)] += 1
                 first.setdefault(str(error), where)
+            else:
+                self.number += 1
+                self.place = where
+                if self.number in self.left_out:
+                    self.bad_lines += 1
+                else:
+                    usable += 1
+                    yield entry
         if self.refused and not self.skip_bad_lines:
             kinds = listed(f"{count} {kind} (first: {first[kind]})" for kind, count in self.refused.items())
             raise ConfigError(f"{self.flag} {self.path}: not measured: {kinds}; leave them out with --skip-bad-lines")
@@ -87,6 +112,11 @@ class Workload:
         parts += [counted(self.bad_lines, "bad line")] if self.bad_lines else []
         return f"{self.flag} {self.path}: left out: {listed(parts)}" if parts else None
 
+    def leave_out(self, number: int, place: str, why: str) -> None:
+        """An entry that has been read, and that vLLM refuses; raises ConfigError unless bad lines are skipped."""
+        self._bad(place, why)
+        self.left_out.add(number)
+
     def _bad(self, where: str, why: str) -> None:
         if not self.skip_bad_lines:
             raise ConfigError(
@@ -98,6 +128,7 @@ class Workload:
         """(where, what is there) of each request."""
         try:
             with open_regular(self.path, "r", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                self._file = cast(TextIO, file)
                 start = _first_character(file)
                 if start == "[":
                     yield from self._of_array(file)
@@ -172,7 +203,8 @@ def entry_of(document: Any) -> Entry:
     if "prompt_token_ids" in document:
         return Entry(prompt_token_ids=_ids(document["prompt_token_ids"]), output_tokens=output_tokens)
     if "prompt" in document:
-        return Entry(prompt=_text(document["prompt"], "prompt"), output_tokens=output_tokens)
+        prompt = _text(document["prompt"], "prompt")
+        return Entry(prompt=prompt, output_tokens=output_tokens, is_question=True)
     prompt_tokens = _length(document, "prompt_tokens")
     if prompt_tokens is None:
         raise _BadLineError("it has none of body, conversations, prompt, prompt_token_ids and prompt_tokens")
@@ -193,11 +225,17 @@ def _of_openai(document: dict[str, Any]) -> Entry:
         _length(body, "max_completion_tokens") if body.get("max_completion_tokens") else _length(body, "max_tokens")
     )
     if url == _CHAT:
-        return Entry(messages=_messages(body.get("messages")), output_tokens=longest)
+        options = _options(body, _CHAT_OPTIONS)
+        return Entry(messages=_messages(body.get("messages")), output_tokens=longest, options=options)
     prompt = _only(body.get("prompt"))
     if isinstance(prompt, list):
         return Entry(prompt_token_ids=_ids(prompt), output_tokens=longest)
-    return Entry(prompt=_text(prompt, "prompt"), output_tokens=longest)
+    options = _options(body, _COMPLETION_OPTIONS)
+    return Entry(prompt=_text(prompt, "prompt"), output_tokens=longest, options=options)
+
+
+def _options(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: body[name] for name in names if body.get(name) is not None}
 
 
 def _only(prompt: Any) -> Any:
@@ -216,6 +254,16 @@ def _refuse_several_and_structured(body: dict[str, Any]) -> None:
     is_free = form is None or (isinstance(form, dict) and form.get("type") == "text")
     if not is_free or any(body.get(name) for name in _STRUCTURED):
         raise _RefusedError("with structured output")
+    _refuse_own_ways(body)
+
+
+def _refuse_own_ways(body: dict[str, Any]) -> None:
+    """`vllm run-batch` takes a chat template from its user alone."""
+    given = body.get("chat_template_kwargs")
+    if body.get("chat_template") or (isinstance(given, dict) and given.get("chat_template")):
+        raise _RefusedError("with a chat template of their own")
+    if body.get("truncate_prompt_tokens") is not None or body.get("suffix"):
+        raise _RefusedError("with a suffix or a prompt that is cut")
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:

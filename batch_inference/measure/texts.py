@@ -1,28 +1,300 @@
+"""How long the requests of a workload are, and the token ids of those that are run.
+
+Lengths and token ids are read here. Texts and chats go through vLLM's tokenizer, once, in a process of its own
+(`tokenizing`); the lengths are kept for the next setting. No text and no id of a workload is kept or logged anywhere.
+Python's own library alone, because a plan looks too.
+"""
+
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
+import json
+import re
+import sys
+import zlib
 from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from batch_inference.core.config import ConfigError
+from batch_inference.core.config import EXPERTS_FLAG, ConfigError, ExperimentConfig
+from batch_inference.core.failures import WorkFailedError
+from batch_inference.core.files import open_regular
+from batch_inference.core.installed_vllm import cache_home, keep, kept, kept_path, vllm_folder, vllm_version
+from batch_inference.core.secrets import redact
+from batch_inference.core.text import plain
+from batch_inference.core.workload import Entry, Workload
+from batch_inference.plan.by_vllm import hub_cache
+from batch_inference.plan.model_place import expanded
+
+# Importing vLLM takes 10 to 20 s, on a network disk much longer, and the hub may be asked for the tokenizer.
+_SILENCE_S = 600.0
+# Requests between two looks of the progress bar.
+_LOOK = 4096
+# Of a file in a model's folder: larger ones are weights.
+_LARGEST_BYTES = 64 << 20
+_ERROR = re.compile(r"[A-Za-z_][\w.]*")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lengths:
-    prompt_tokens: array
-    output_tokens: array
+    """In tokens, of each request in the order of the file."""
+
+    prompt_tokens: array[int]
+    output_tokens: array[int]  # 0 where the file does not say it
     content_hash: str
 
 
-def lengths_of(workload, config, say):
-    p, o = array("I"), array("I")
-    for e in workload.entries():
-        if e.prompt_tokens is None and e.prompt_token_ids is None:
-            raise ConfigError("texts later")
-        p.append(e.prompt_tokens or len(e.prompt_token_ids))
-        o.append(e.output_tokens or 0)
-    return Lengths(p, o, hashlib.sha256(workload.path.read_bytes()).hexdigest()[:16])
+class _TextsError(Exception):
+    """There are texts among the requests: a tokenizer is needed."""
 
 
-def ids_of(workload, config, indices):
-    return [None] * len(indices)
+def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str], None]) -> Lengths:
+    """Of all requests; what was left out is then known to `workload`. Raises ConfigError for a file that cannot be
+    used, or texts without a tokenizer, and WorkFailedError where vLLM's gives no answer."""
+    content_hash = _content_hash(workload)
+    here = _path_of(content_hash, [])
+    found = _kept(here, workload) or _kept(_path_of(content_hash, _tokenizer_words(config)), workload)
+    if found is None:
+        try:
+            found, path = _lengths_here(workload), here
+        except _TextsError:
+            say(
+                f"note: vLLM {vllm_version()} makes tokens of the texts of {workload.path}, once; importing it takes "
+                "some seconds"
+            )
+            found = _lengths_by_vllm(workload, config, say)
+            # A tokenizer that came from the hub is here only now.
+            path = _path_of(content_hash, _tokenizer_words(config))
+        _keep(found, workload, path)
+    return Lengths(*found, content_hash)
+
+
+def _content_hash(workload: Workload) -> str:
+    """Of the file, and of how bad lines are taken."""
+    try:
+        content = _content(workload.path)
+    except OSError:
+        return ""  # reading it says why
+    return hashlib.sha256(f"{content} {workload.skip_bad_lines}".encode()).hexdigest()[:32]
+
+
+def ids_of(workload: Workload, config: ExperimentConfig, indices: Sequence[int]) -> list[list[int] | None]:
+    """Of those requests, by their place in `lengths_of`; None where the file says a length alone. They stay in memory:
+    further points run the same, and more. Raises as `lengths_of`."""
+    wanted = set(indices) - workload.ids.keys()
+    if wanted:
+        try:
+            found = _ids_here(workload, wanted)
+        except _TextsError:
+            found = _ids_by_vllm(workload, config, wanted)
+        workload.ids.update(found)
+    known = (workload.ids[index] for index in indices)
+    return [list(ids) if ids is not None else None for ids in known]
+
+
+# --- without texts --------------------------------------------------------------------------------------------------
+
+
+def _lengths_here(workload: Workload) -> tuple[array[int], array[int]]:
+    prompts, outputs = array("I"), array("I")
+    with _progress(workload) as shown:
+        for number, entry in enumerate(workload.entries()):
+            ids = _ids_here_of(entry)
+            prompts.append(len(ids) if ids is not None else entry.prompt_tokens or 0)
+            outputs.append(entry.output_tokens or 0)
+            if number % _LOOK == 0:
+                shown(workload.bytes_read)
+    return prompts, outputs
+
+
+def _ids_here(workload: Workload, wanted: set[int]) -> dict[int, array[int] | None]:
+    found: dict[int, array[int] | None] = {}
+    for index, entry in enumerate(workload.entries()):
+        if index in wanted:
+            ids = _ids_here_of(entry)
+            found[index] = array("I", ids) if ids is not None else None
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+def _ids_here_of(entry: Entry) -> Sequence[int] | None:
+    if entry.prompt is not None or entry.messages is not None:
+        raise _TextsError
+    return entry.prompt_token_ids
+
+
+# --- by vLLM --------------------------------------------------------------------------------------------------------
+
+
+def _lengths_by_vllm(
+    workload: Workload, config: ExperimentConfig, say: Callable[[str], None]
+) -> tuple[array[int], array[int]]:
+    prompts, outputs = array("I"), array("I")
+    with _progress(workload) as shown:
+        for line in _lines(workload, config, None):
+            if "notes" in line:
+                workload.left_out, workload.bad_lines = set(line["left_out"]), line["bad_lines"]
+                workload.refused = Counter(line["refused"])
+                for note in line["notes"]:
+                    say(f"note: {note}")
+            else:
+                prompts.extend(line["prompt_tokens"])
+                outputs.extend(line["output_tokens"])
+                shown(line["bytes_read"])
+    return prompts, outputs
+
+
+def _ids_by_vllm(workload: Workload, config: ExperimentConfig, wanted: set[int]) -> dict[int, array[int] | None]:
+    # It leaves out what it left out when the lengths were found.
+    ids = [one for line in _lines(workload, config, sorted(wanted)) for one in line.get("ids", ())]
+    arrays = (array("I", one) if one is not None else None for one in ids)
+    return dict(zip(sorted(wanted), arrays, strict=True))
+
+
+def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | None) -> Iterator[dict[str, Any]]:
+    """What `tokenizing` says after it is ready."""
+    from batch_inference.core.child import ChildError, ask_for_a_stream
+
+    if vllm_folder() is None:
+        raise ConfigError(
+            f"--prompts-file {workload.path}: its texts need vLLM's tokenizer, and vLLM is not installed here; give "
+            "token ids (prompt_token_ids), or lengths alone (prompt_tokens)"
+        )
+    question = {
+        "path": str(workload.path),
+        "skip_bad_lines": workload.skip_bad_lines,
+        "left_out": sorted(workload.left_out),
+        "model": str(expanded(config.model)) if config.model.startswith("~") else config.model,
+        "trust_remote_code": config.trust_remote_code,
+        "engine_args": list(config.engine_args),
+        "wanted": wanted,
+    }
+    is_ready = False
+    try:
+        for line in ask_for_a_stream("measure.tokenizing", json.dumps(question), silence_s=_SILENCE_S):
+            if problem := line.get("problem"):
+                raise ConfigError(problem)
+            if is_ready:
+                yield line
+            is_ready = is_ready or "ready" in line
+    except ChildError as error:
+        # Once it has read the file, its last words may be of a request.
+        found = _ERROR.match(str(error))
+        reason = (found[0] if found else "no reason") if is_ready else str(error)
+        raise WorkFailedError(
+            f"--prompts-file {workload.path}: vLLM {vllm_version()} made no tokens of its texts ({plain(reason)})"
+        ) from None
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def _path_of(content_hash: str, words: Sequence[Any]) -> Path:
+    """One for each content, tokenizer and version of ours."""
+    identity = hashlib.sha256(json.dumps([content_hash, _code(), words]).encode(errors="replace")).hexdigest()[:24]
+    return cache_home() / "batch_inference" / "lengths" / f"{identity}.json"
+
+
+def _code() -> list[str]:
+    """That reads: another version of ours may read otherwise."""
+    room = Path(__file__).parent
+    return [_content(path) for path in (Path(__file__), room / "tokenizing.py", room.parent / "core" / "workload.py")]
+
+
+def _tokenizer_words(config: ExperimentConfig) -> list[Any]:
+    """What tells one tokenizer, with its chat template, from another."""
+    folder = vllm_folder()
+    # vLLM's flags are nearly all of no concern here, and one of them comes and goes within a preset.
+    flags = [word for word in redact(config.engine_args) if word != EXPERTS_FLAG]
+    names = dict.fromkeys(filter(None, (config.model, config.engine_word("--tokenizer"))))
+    files = [(name, _files_of(name, config.engine_word("--download-dir"))) for name in names]
+    return [str(kept_path(folder, "lengths")) if folder else "", flags, config.trust_remote_code, files]
+
+
+def _files_of(name: str, download_folder: str | None) -> list[tuple[str, str]]:
+    """Of a folder the content of its small files; of a hub name its snapshots, which have the name of their content."""
+    path = expanded(name)
+    with contextlib.suppress(OSError):  # too long to be a path, or not ours to read
+        if path.is_file():
+            return [(path.name, f"{path.stat().st_size} {path.stat().st_mtime_ns}")]
+        if path.is_dir():
+            files = (file for file in sorted([*path.glob("*"), *path.glob("*/*.jinja")]) if file.is_file())
+            return [(file.name, _content(file)) for file in files if file.stat().st_size <= _LARGEST_BYTES]
+    snapshots = [
+        file.name
+        for folder in filter(None, (download_folder, hub_cache()))
+        for file in sorted(Path(folder).glob(f"models--{name.replace('/', '--')}/snapshots/*"))
+    ]
+    return [(name, snapshot) for snapshot in snapshots]
+
+
+def _content(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path, "rb") as file:
+        while read := file.read(1 << 20):
+            digest.update(read)
+    return digest.hexdigest()
+
+
+def _keep(lengths: tuple[array[int], array[int]], workload: Workload, path: Path) -> None:
+    prompts, outputs = (base64.b64encode(zlib.compress(column.tobytes(), 1)).decode() for column in lengths)
+    left_out = {"left_out": sorted(workload.left_out), "bad_lines": workload.bad_lines, "refused": workload.refused}
+    keep({"prompt_tokens": prompts, "output_tokens": outputs, **left_out}, path)
+
+
+def _kept(path: Path, workload: Workload) -> tuple[array[int], array[int]] | None:
+    """None for what is no answer: a file may be anything."""
+    answer = kept(path)
+    try:
+        prompts, outputs = (_column(answer[name]) for name in ("prompt_tokens", "output_tokens"))
+        left_out, bad_lines, refused = set(answer["left_out"]), int(answer["bad_lines"]), Counter(answer["refused"])
+    except (TypeError, KeyError, ValueError, zlib.error):
+        return None
+    if not prompts or len(prompts) != len(outputs):
+        return None
+    workload.left_out, workload.bad_lines, workload.refused = left_out, bad_lines, refused
+    return prompts, outputs
+
+
+def _column(text: str) -> array[int]:
+    column = array("I")
+    column.frombytes(zlib.decompress(base64.b64decode(text)))
+    return column
+
+
+# --- what people see ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(workload: Workload) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, by how much of the file is read."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:  # a plan needs no package
+        yield lambda _: None
+        return
+    size = workload.path.stat().st_size
+    bar: Any = tqdm(
+        total=size,
+        file=sys.stderr,
+        leave=False,
+        dynamic_ncols=True,
+        desc=f"reading {workload.path.name}",
+        bar_format="{desc} |{bar}| {percentage:3.0f}%, {remaining} left",
+    )
+
+    def show(bytes_read: int) -> None:
+        bar.n = min(size, bytes_read)
+        bar.refresh()
+
+    with bar:
+        yield show

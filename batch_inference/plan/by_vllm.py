@@ -222,12 +222,12 @@ def _sources(config: ExperimentConfig) -> Iterator[Path]:
     """The folders that vLLM reads a model's config from, without the network."""
     for name in filter(None, (config.model, config.engine_word("--hf-config-path"))):
         yield expanded(name)
-        for folder in filter(None, (config.engine_word("--download-dir"), _hub_cache())):
+        for folder in filter(None, (config.engine_word("--download-dir"), hub_cache())):
             with contextlib.suppress(OSError, ValueError):  # too long to be a path, or none
                 yield from sorted(Path(folder).glob(f"models--{name.replace('/', '--')}/snapshots/*"))
 
 
-def _hub_cache() -> str:
+def hub_cache() -> str:
     """As huggingface_hub finds it."""
     home = os.environ.get("HF_HOME") or cache_home() / "huggingface"
     return os.environ.get("HF_HUB_CACHE") or f"{home}/hub"

@@ -1,0 +1,305 @@
+"""The texts of a workload as vLLM's own tokenizer and the model's chat template make token ids of them.
+
+    python -m batch_inference.measure.tokenizing <QUESTION     prints what `texts` reads, as lines of JSON
+
+Chats become what `vllm run-batch` sends to its engine, the prompts of vLLM's custom data set and of ShareGPT what
+`vllm bench` sends. In a process of its own: vLLM (0.26 to 0.33) makes the tokenizer, and takes its memory along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from batch_inference.core.config import ConfigError
+from batch_inference.core.text import in_short, plain, quoted
+from batch_inference.core.workload import Entry, Workload
+from batch_inference.measure.engine import parse_engine_flags
+
+# Tokenized at a time: enough for all cores, and little memory.
+_REQUESTS, _CHARACTERS = 256, 4 << 20
+# Batches that wait for the tokenizer, while the chat template makes more.
+_AHEAD = 2
+# A chat of it has no chat template: vLLM writes its tokens itself.
+_HARMONY = "gpt_oss"
+_NO_TEXTS = "give a --prompts-file of token ids (prompt_token_ids), or of lengths alone (prompt_tokens)"
+
+
+class _RefusedByVllmError(Exception):
+    """Why vLLM would answer a request with an error; no word of the request itself."""
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """A request on its way: ids where they are known already, else a text for the tokenizer."""
+
+    number: int  # of the entry, from 0
+    place: str
+    length: int | None = None  # where the file says it
+    ids: list[int] | None = None
+    text: str | None = None
+    add_special_tokens: bool = True
+    answer: str | None = None
+    answer_tokens: int = 0
+
+
+class Tokenizer:
+    """vLLM's, with what its server for OpenAI requests does around it."""
+
+    def __init__(self, model: str, engine_args: list[str], *, trust_remote_code: bool) -> None:
+        """Raises ConfigError where vLLM makes none."""
+        given = parse_engine_flags(engine_args)
+        self._flag = f"--tokenizer {given['tokenizer']}" if given.get("tokenizer") else f"--model {model}"
+        try:
+            self._renderer = _renderer({**given, "model": model, "trust_remote_code": trust_remote_code})
+        except Exception as error:
+            reason = plain(next(iter(str(error).strip().splitlines()), type(error).__name__))
+            raise ConfigError(
+                f"{self._flag}: vLLM finds no tokenizer for texts ({in_short(reason)}); give --tokenizer, a folder or "
+                f"a hub name, or {_NO_TEXTS}"
+            ) from error
+        self._tokenizer: Any = self._renderer.tokenizer
+        self._is_mistrals = _is_mistrals(self._tokenizer)
+        self.notes: list[str] = []
+
+    # --- before the tokenizer ---
+
+    def prompt_of(self, entry: Entry, number: int, place: str) -> _Prompt:
+        """Raises ConfigError where a chat has no template, and _RefusedByVllmError."""
+        prompt = _Prompt(number, place, answer=entry.output, answer_tokens=entry.output_tokens or 0)
+        if entry.messages is not None:
+            self._set_chat(prompt, entry)
+        elif entry.prompt is not None:
+            prompt.text = entry.prompt
+            if entry.is_question:
+                self._set_question(prompt, entry.prompt)
+            prompt.add_special_tokens = entry.options.get("add_special_tokens", True) is not False
+        else:
+            prompt.length = entry.prompt_tokens
+            prompt.ids = list(entry.prompt_token_ids) if entry.prompt_token_ids is not None else None
+        if prompt.text is not None and not _is_unicode(prompt.text):
+            raise _RefusedByVllmError("its text holds half a character (a lone surrogate)")
+        return prompt
+
+    def _set_chat(self, prompt: _Prompt, entry: Entry) -> None:
+        """As OnlineRenderer.preprocess_chat of vLLM's."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        try:
+            request = ChatCompletionRequest(model="", messages=list(entry.messages or ()), **entry.options)
+            if self._renderer.model_config.hf_config.model_type == _HARMONY:
+                prompt.ids = self._harmony_ids(request)
+                return
+            if self._is_mistrals:
+                _as_mistral_wants_it(request)
+            params = request.build_chat_params(None, "auto").with_defaults({"tokenize": self._is_mistrals})
+            _, rendered = self._renderer.render_messages(request.messages, params)
+        except Exception as error:
+            # Whatever it raises, its server answers the request with an error.
+            if type(error).__name__ == "ChatTemplateResolutionError":
+                raise self._no_template() from error
+            raise _RefusedByVllmError(f"vLLM refuses its chat ({self._why(error)})") from error
+        prompt.ids, prompt.text = rendered.get("prompt_token_ids"), rendered.get("prompt")
+        prompt.add_special_tokens = request.add_special_tokens
+
+    def _harmony_ids(self, request: Any) -> list[int]:
+        from vllm.renderers.online_renderer import OnlineRenderer
+
+        renderer = OnlineRenderer(
+            self._renderer.model_config,
+            self._renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+        )
+        _, (rendered,) = renderer._make_request_with_harmony(request, should_include_tools=False)
+        return list(rendered["prompt_token_ids"])
+
+    def _set_question(self, prompt: _Prompt, text: str) -> None:
+        """As CustomDataset of vLLM's, which puts every prompt into the chat template, and special tokens around it."""
+        if self._has_no_template():
+            self._note(f"{self._flag}: its tokenizer has no chat template; prompts are taken as they are")
+            return
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:
+            raise _RefusedByVllmError(f"the chat template refuses its prompt ({self._why(error)})") from error
+        prompt.text, prompt.ids = (rendered, None) if isinstance(rendered, str) else (None, list(rendered))
+
+    def _has_no_template(self) -> bool:
+        return not self._is_mistrals and not getattr(self._tokenizer, "chat_template", True)
+
+    def _no_template(self) -> ConfigError:
+        return ConfigError(
+            f"{self._flag}: its tokenizer has no chat template, and a chat needs one; give --tokenizer, a folder that "
+            f"has one (chat_template.jinja), or {_NO_TEXTS}"
+        )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _why(self, error: Exception) -> str:
+        """Without a word of the request, which would then stand in a log."""
+        if hasattr(error, "errors") and callable(error.errors):  # of pydantic: which field, and what is wrong with it
+            first = error.errors(include_input=False, include_context=False, include_url=False)[0]
+            return f"{in_short('.'.join(map(str, first['loc'][:2])))}: {first['type']}"
+        said = str(error)
+        template = getattr(self._tokenizer, "chat_template", None)
+        is_templates = isinstance(template, str) and said and said in template
+        return quoted(said) if is_templates else type(error).__name__
+
+    # --- the tokenizer ---
+
+    def finish(self, prompts: list[_Prompt]) -> list[_Prompt]:
+        """The same, with the tokens of all texts."""
+        for special in (True, False):
+            those = [prompt for prompt in prompts if prompt.text is not None and prompt.add_special_tokens is special]
+            texts = [prompt.text for prompt in those]
+            for prompt, ids in zip(those, self._ids(texts, add_special_tokens=special), strict=True):
+                prompt.ids, prompt.text = ids, None
+        answered = [prompt for prompt in prompts if prompt.answer]
+        for prompt, ids in zip(answered, self._ids([prompt.answer for prompt in answered]), strict=True):
+            prompt.answer, prompt.answer_tokens = None, len(ids)
+        return prompts
+
+    def _ids(self, texts: list[str | None], **how: bool) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenizer(texts, **how)["input_ids"] if texts else []
+        return ids
+
+
+def _renderer(settings: dict[str, Any]) -> Any:
+    """vLLM's own, for a model without anything but text."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.renderers.registry import renderer_from_config
+
+    if hasattr(EngineArgs, "language_model_only"):
+        settings = {"language_model_only": True, **settings}
+    model_config = EngineArgs(**{**settings, "skip_tokenizer_init": False}).create_model_config()
+    # Of a whole VllmConfig, for which vLLM would look for devices, it reads this.
+    parallel_config = SimpleNamespace(_api_process_rank=0, _api_process_count=1)
+    config = SimpleNamespace(
+        model_config=model_config, parallel_config=parallel_config, observability_config=SimpleNamespace()
+    )
+    return renderer_from_config(config)
+
+
+def _is_mistrals(tokenizer: Any) -> bool:
+    from vllm.utils.mistral import is_mistral_tokenizer
+
+    return bool(is_mistral_tokenizer(tokenizer))
+
+
+def _as_mistral_wants_it(request: Any) -> None:
+    from vllm.tokenizers import mistral
+
+    mistral.maybe_serialize_tool_calls(request)
+    mistral.truncate_tool_call_ids(request)
+    mistral.validate_request_params(request)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# --- a whole file ---------------------------------------------------------------------------------------------------
+
+
+def finished(workload: Workload, tokenizer: Tokenizer, wanted: set[int] | None) -> Iterator[list[_Prompt]]:
+    """All entries of a workload, or those `wanted`, by their place among all that are given out; in their order, some
+    at a time. The tokenizer works on some while the chat template makes the next: it is no Python, and needs no lock.
+    What vLLM refuses is left out. Raises ConfigError."""
+    waiting: deque[Future[list[_Prompt]]] = deque()
+    with ThreadPoolExecutor(1) as executor:
+        for batch in _batches(_prompts(workload, tokenizer, wanted)):
+            waiting.append(executor.submit(tokenizer.finish, batch))
+            if len(waiting) > _AHEAD:
+                yield _usable(waiting.popleft().result(), workload)
+        while waiting:
+            yield _usable(waiting.popleft().result(), workload)
+
+
+def _prompts(workload: Workload, tokenizer: Tokenizer, wanted: set[int] | None) -> Iterator[_Prompt]:
+    last = max(wanted) if wanted else None
+    for index, entry in enumerate(workload.entries()):
+        if wanted is None or index in wanted:
+            try:
+                yield tokenizer.prompt_of(entry, workload.number, workload.place)
+            except _RefusedByVllmError as error:
+                workload.leave_out(workload.number, workload.place, str(error))
+        if index == last:
+            return
+
+
+def _batches(prompts: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:
+    batch: list[_Prompt] = []
+    characters = 0
+    for prompt in prompts:
+        batch.append(prompt)
+        characters += len(prompt.text or "") + len(prompt.answer or "")
+        if len(batch) == _REQUESTS or characters > _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def _usable(prompts: list[_Prompt], workload: Workload) -> list[_Prompt]:
+    """Without those of no token, which no engine takes."""
+    for prompt in prompts:
+        if prompt.ids == []:
+            workload.leave_out(prompt.number, prompt.place, "vLLM's tokenizer makes no token of its prompt")
+    return [prompt for prompt in prompts if prompt.ids != []]
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+def _lines(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    workload = Workload(Path(asked["path"]), asked["skip_bad_lines"], set(asked["left_out"]))
+    tokenizer = Tokenizer(asked["model"], asked["engine_args"], trust_remote_code=asked["trust_remote_code"])
+    yield {"ready": True}
+    wanted = asked["wanted"]
+    for prompts in finished(workload, tokenizer, None if wanted is None else set(wanted)):
+        if wanted is None:
+            lengths = [prompt.length if prompt.ids is None else len(prompt.ids) for prompt in prompts]
+            told = {"prompt_tokens": lengths, "output_tokens": [prompt.answer_tokens for prompt in prompts]}
+        else:
+            told = {"ids": [prompt.ids for prompt in prompts]}
+        yield {**told, "bytes_read": workload.bytes_read}
+    yield {
+        "left_out": sorted(workload.left_out),
+        "bad_lines": workload.bad_lines,
+        "refused": dict(workload.refused),
+        "notes": tokenizer.notes,
+    }
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="true")
+    # Whatever else prints, prints elsewhere.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        try:
+            for line in _lines(asked):
+                print(json.dumps(line), file=answers, flush=True)
+        except ConfigError as error:
+            print(json.dumps({"problem": str(error)}), file=answers)
+
+
+if __name__ == "__main__":
+    main()
