@@ -71,6 +71,7 @@ class Workload:
     ids: dict[int, Sequence[int] | None] = field(default_factory=dict, repr=False)
     number: int = -1  # of the entry that was read last
     place: str = ""  # likewise
+    flag: str = "--prompts-file"  # that named it
     _file: TextIO | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -1,9 +1,9 @@
 """A stand-in for vLLM with the same names and strict keywords: `PYTHONPATH=tests/stub` puts it in vLLM's place.
 
 Loading takes STUB_LOAD_S seconds, a run STUB_RUN_S, and a step of a queue STUB_STEP_S. STUB_FLAGS are more flags that
-it knows, STUB_EXPECTS are arguments that it must get, as JSON, STUB_SAYS is said in the log and in the reason of a start
-that fails, and STUB_WRITES is written past Python, as another process does. STUB_MULTIMODAL is a model with images too, and STUB_LACKS
-a name that this version does not have yet. STUB_FAIL makes it misbehave:
+it knows, STUB_EXPECTS are arguments that it must get, as JSON, STUB_SAYS is said in the log and in the reason of a
+start that fails, and STUB_WRITES is written past Python, as another process does. STUB_MULTIMODAL is a model with
+images too, and STUB_LACKS a name that this version does not have yet. STUB_FAIL makes it misbehave:
   load          the engine does not start; the cause stands only in the log, as with vLLM
   run:N         batches of N requests fail with an out-of-memory error
   die:N         batches of N requests kill the process
