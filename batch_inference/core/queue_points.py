@@ -38,10 +38,11 @@ def runs_of(result: Result, point: Point) -> list[list[QueueRun]]:
     """Of each run of a point, the replicas."""
     engine = result.engine_of(point)
     budget = point.max_num_batched_tokens or (engine.max_num_batched_tokens if engine else None)
-    return [_replicas_of(run, point.batch_size, budget) for run in point.runs]
+    return [replicas_of(run, point.batch_size, budget) for run in point.runs]
 
 
-def _replicas_of(run: Run, batch_size: int, budget: int | None) -> list[QueueRun]:
+def replicas_of(run: Run, batch_size: int, budget: int | None) -> list[QueueRun]:
+    """`budget`: of tokens per step, where it is known."""
     requests = run.requests
     arrival_s = np.array(requests.arrival_s)
     scheduled_s, first_s, last_s = (

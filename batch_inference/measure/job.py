@@ -31,6 +31,7 @@ class JobFile:
     def __init__(self, config: ExperimentConfig, found: JobLengths) -> None:
         """Raises ConfigError for a sample that cannot be."""
         self.config = config
+        self.lengths = found
         self._workload, self.left_out = found.workload, found.left_out
         self._prompts, self._outputs = found.prompt_tokens, found.output_tokens
         self._of_prompts = Distribution(self._prompts)
@@ -83,8 +84,11 @@ class JobFile:
     def shares(self, key: PointKey, requests: int | None = None) -> list[list[Asked]]:
         """What each replica runs for a point, in the order of its queue; of the sample only so many `requests`, where
         it is said."""
-        drawn = self._first(min(requests or len(self), self.sample_size(key.batch_size)))
-        config = self.config
+        return self.shares_of(min(requests or len(self), self.sample_size(key.batch_size)))
+
+    def shares_of(self, requests: int) -> list[list[Asked]]:
+        """The same of a sample of so many requests."""
+        drawn, config = self._first(requests), self.config
         queue = ordered(drawn, self._prompts, self._outputs, workload_key(config).order, config.seed)
         prompts, outputs = ([column[index] for index in queue] for column in (self._prompts, self._outputs))
         ids = ids_of(self._workload, config, queue)
