@@ -88,7 +88,7 @@ def test_every_flag_has_its_default() -> None:
     assert (found.pop("allow_mixed"), found.pop("no_plots")) == (False, False)
     assert found == dict.fromkeys([
         "output_dir", "model", "setting", "max_latency_s", "max_ttft_s", "max_tpot_s", "device_hour_price", "baseline",
-        "compare", "fail_on_regression", "group_by", "plots",
+        "compare", "fail_on_regression", "group_by", "plots", "job", "job_requests", "deadline_hours",
     ])  # fmt: skip
 
 
@@ -96,13 +96,13 @@ def test_every_flag_is_read_as_what_it_means() -> None:
     words = (
         "--input a --output-dir b --model m --setting s,t --max-latency-s 1 --max-ttft-s 2 --max-tpot-s 3 "
         "--slo-percentile 90 --device-hour-price 4 --baseline tp_1 --compare old --fail-on-regression 0 "
-        "--group-by dtype,model --allow-mixed --plots ttft,tpot"
+        "--group-by dtype,model --allow-mixed --plots ttft,tpot --job j --job-requests 1e6 --deadline-hours 8"
     )
     assert vars(flags.parse(words.split())) == {
         "input": Path("a"), "output_dir": Path("b"), "model": "m", "setting": ("s", "t"), "max_latency_s": 1.0,
         "max_ttft_s": 2.0, "max_tpot_s": 3.0, "slo_percentile": 90.0, "device_hour_price": 4.0, "baseline": "tp_1",
         "compare": Path("old"), "fail_on_regression": 0.0, "group_by": ("dtype", "model"), "allow_mixed": True,
-        "no_plots": False, "plots": ("ttft", "tpot"),
+        "no_plots": False, "plots": ("ttft", "tpot"), "job": Path("j"), "job_requests": 1e6, "deadline_hours": 8.0,
     }  # fmt: skip
     assert flags.parse(["--input", "x", "--no-plots"]).plots == ()
 

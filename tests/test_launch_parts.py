@@ -45,7 +45,7 @@ STUDY, DEMO = Preset("study", "a comment", flags=["--max-tokens", "8"]), Preset(
 
 DEFAULTS = {
     "model": "meta-llama/Llama-2-7b-chat-hf", "batch_sizes": (1, 4, 8, 16), "seq_lens": (512, 1024, 2048),
-    "output_dir": None, "resume": False, "overwrite": False, "pack": False, "dry_run": False, "json": False,
+    "prompts_file": None, "job": False, "output_dir": None, "resume": False, "overwrite": False, "pack": False, "dry_run": False, "json": False,
     "devices": None, "device_memory_gib": None, "master_addr": None, "master_port": 29500, "nnodes": None,
     "node_rank": None, "wait_for_nodes_s": 600.0, "settle_s": 15.0, "meeting_secret": None, "help": False,
     "preset": None, "words": (), "passed_on": (), "flags": (),
@@ -168,7 +168,8 @@ def test_the_help_of_every_option_and_preset_is_as_it_is_shown() -> None:
         "layers) is skipped. PYTHON=/path/to/python chooses the Python that has vLLM.",
     ]  # fmt: skip
     assert [line[:24].rstrip() for line in shown if line[2] != " "] == [
-        "  --model MODEL", "  --batch-sizes N,N,..", "  --seq-lens N,N,..", "  --output-dir DIR", "  --resume",
+        "  --model MODEL", "  --batch-sizes N,N,..", "  --seq-lens N,N,..", "  --prompts-file FILE", "  --job",
+        "  --output-dir DIR", "  --resume",
         "  --overwrite", "  --pack", "  --dry-run", "  --json", "  --devices N", "  --device-memory-gib X",
         "  --master-addr HOST", "  --master-port PORT", "  --nnodes N", "  --node-rank N", "  --wait-for-nodes-s S",
         "  --settle-s S", "  --meeting-secret WORD", "  -h, --help",

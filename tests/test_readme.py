@@ -66,6 +66,7 @@ def test_every_command_is_understood(command: str, tmp_path: Path) -> None:
                 re.findall(r"^[a-z]+", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE)
             )
         case ["./run_batch_experiments.sh", *_]:
+            (tmp_path / "prompts.jsonl").write_text('{"prompt_tokens": 8, "output_tokens": 4}\n')
             check_plan(words[1:], tmp_path)
         case _:
             script, *options = words
