@@ -42,7 +42,7 @@ SORTED = ("longest-first", "shortest-first")
 # scatter by 1 to 2 % between runs.
 _RUN_TO_RUN = 0.01
 _Z_95 = 1.959964
-_FEWEST_GROUPS, _MOST_GROUPS = 6, 30
+_GROUPS_OF_A_PHASE, _MOST_GROUPS = 4, 30
 # A stretch counts by its seconds to this power: 1 is what independent steps have, and the others show where the costs
 # depend on it, as they do where a step does not cost the sum of its parts.
 _OTHER_POWERS = (0.0, 2.0)
@@ -148,16 +148,26 @@ def _queue(prompts: Integers, outputs: Integers, run: QueueRun, lag: int) -> Sim
 
 
 def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integers, str]:
-    """The number of the group to which each stretch belongs, and the method that this is."""
+    """The number of the group to which each stretch belongs, and the method that this is.
+
+    No group holds a whole phase: without any of the drain, say, nothing tells what few requests cost.
+    """
     numbers, method, count = [], BATCH_MEANS, 0
     for run, ends in zip(runs, ends_s, strict=True):
-        lives = phases_of(run).plateau_s / run.mean_life_s
+        phases = phases_of(run)
+        lives = phases.plateau_s / run.mean_life_s
         if lives < FEWEST_BATCHES:
             method = FITTED_STEPS
-        wanted = min(_MOST_GROUPS, max(_FEWEST_GROUPS, int(run.end_s / run.mean_life_s)), len(ends))
-        # By time, each group of equal length; numbers without a gap.
+        of_plateau = min(_MOST_GROUPS, max(_GROUPS_OF_A_PHASE, int(lives)))
         middles_s = (np.concatenate([[0.0], ends[:-1]]) + ends) / 2
-        _, number = np.unique(np.floor(middles_s / run.end_s * wanted), return_inverse=True)
+        edges_s = np.concatenate(
+            [
+                np.linspace(0, phases.ramp_end_s, _GROUPS_OF_A_PHASE, endpoint=False),
+                np.linspace(phases.ramp_end_s, phases.drain_start_s, of_plateau, endpoint=False),
+                np.linspace(phases.drain_start_s, phases.end_s, _GROUPS_OF_A_PHASE, endpoint=False),
+            ]
+        )
+        _, number = np.unique(np.searchsorted(edges_s, middles_s, side="right"), return_inverse=True)
         numbers.append(number + count)
         count += int(number.max()) + 1
     return np.concatenate(numbers), method
@@ -390,18 +400,29 @@ def _half_width(found: Measured, work: Floats, off: float) -> float:
     base = float(work @ _scaled_costs(found))
     if base <= 0:
         return 0.0
-    logs = np.log(np.maximum(found.left_out @ work, 1e-12) / base)
-    groups = len(logs)
-    error = math.sqrt((groups - 1) / groups * float(((logs - logs.mean()) ** 2).sum()))
+    error = _jackknife(np.log(np.maximum(found.left_out @ work, 1e-12) / base))
     others = np.log(np.maximum(found.reweighed @ work, 1e-12) / base)
     way = float(np.sqrt((others**2).mean()))
     return math.sqrt(
-        (t_quantile_95(max(groups - 1, 1)) * error) ** 2
+        error**2
         + (_Z_95 * _RUN_TO_RUN) ** 2
         + (_Z_95 * way) ** 2
         + found.off**2
         + off**2
     )
+
+
+def _jackknife(logs: Floats) -> float:
+    """Half width, of logarithms with one group left out each. Neighbours may err together: so the widest of what single
+    groups, pairs and threes of them say."""
+    effects, widest = logs - logs.mean(), 0.0
+    for together in (1, 2, 3):
+        sums = np.add.reduceat(effects, np.arange(0, len(effects), together))
+        count = len(sums)
+        if count >= 3:
+            error = math.sqrt((count - 1) / count * float(((sums - sums.mean()) ** 2).sum()))
+            widest = max(widest, t_quantile_95(count - 1) * error)
+    return widest
 
 
 def _scaled_costs(found: Measured) -> Floats:

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batch_inference.core.queue_runs import Floats, Integers, QueueRun, phases_of
+from batch_inference.core.queue_runs import Floats, Integers, QueueRun
 
 # Columns of a work array, shape (..., 4).
 STEPS, PROMPT, DECODE, CONTEXT = range(4)
 _PASSES = 60
 # Steps that one row of the fit spans: in fewer, it matters in which of two steps a prompt was read.
 _FEWEST_STEPS = 10
-_MOST_ROWS = 400
+_MOST_ROWS = 100
 # A step is planned while the one before it runs, so a place that becomes free is empty for one step. Seen is 0 or 1.
 USUAL_LAG = 1
-_LONGEST_LAG = 4
+_LONGEST_LAG = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,9 @@ class SeenWork:
 
     work: Floats  # (stretches, 4)
     ends_s: Floats  # (stretches,)
+    # The number of the step, counted from the start, in which each request made its first and last token: (requests,)
+    first_step: Floats
+    last_step: Floats
 
     @property
     def seconds(self) -> Floats:
@@ -74,7 +77,8 @@ def seen_work(run: QueueRun) -> SeenWork:
     offset -= np.bincount(last, run.prompt_tokens - so_far[first], len(edges_s))
     context = (np.cumsum(offset)[:-1] + decoding * (so_far[:-1] + so_far[1:]) / 2) * steps
     work = np.stack([steps, prompts, decoding * steps, context], axis=1)
-    return _put_together(work, edges_s)
+    starts, ends = _stretches(steps)
+    return SeenWork(np.add.reduceat(work, starts), edges_s[ends], so_far[first], so_far[last])
 
 
 def _places(run: QueueRun, edges_s: Floats) -> tuple[Integers, Integers]:
@@ -122,13 +126,13 @@ def _steps_between(run: QueueRun, edges_s: Floats, prompts: Floats) -> tuple[Flo
     return np.where(decoding > 0, steps, alone), decoding
 
 
-def _put_together(work: Floats, edges_s: Floats) -> SeenWork:
-    so_far = np.cumsum(work[:, STEPS])
-    steps = max(_FEWEST_STEPS, so_far[-1] / _MOST_ROWS)
-    number = np.floor((so_far - work[:, STEPS] / 2) / steps).astype(int)
+def _stretches(steps: Floats) -> tuple[Integers, Integers]:
+    """Where stretches of enough steps start and end."""
+    so_far = np.cumsum(steps)
+    length = max(_FEWEST_STEPS, so_far[-1] / _MOST_ROWS)
+    number = np.floor((so_far - steps / 2) / length).astype(int)
     starts = np.flatnonzero(np.diff(number, prepend=-1))
-    ends = np.append(starts[1:], len(work))
-    return SeenWork(np.add.reduceat(work, starts), edges_s[ends])
+    return starts, np.append(starts[1:], len(steps))
 
 
 # --- the fit ------------------------------------------------------------------------------------------------------
@@ -173,27 +177,25 @@ def costs_of(run: QueueRun) -> StepCosts:
 
 
 def lag_of(run: QueueRun, seen: SeenWork) -> int:
-    """Steps for which a place stays empty: what the run took beyond a simulation without lag, over the requests that
-    followed another one to its place."""
-    phases = phases_of(run)
-    if phases.plateau_s <= 0:
+    """Steps for which a place stays empty: the lag whose simulation has, between a last token and the first token of
+    the request that followed to that place, as many steps as the run had."""
+    if len(run.prompt_tokens) <= run.batch_size:
         return USUAL_LAG
-    window_s = (phases.ramp_end_s, phases.drain_start_s)
-    so_far = np.concatenate([[0.0], np.cumsum(seen.work[:, STEPS])])
-    steps = np.diff(np.interp(window_s, np.concatenate([[0.0], seen.ends_s]), so_far))[0]
-    decoding = np.clip(run.last_token_s, *window_s) - np.clip(run.first_token_s, *window_s)
-    followed = ((run.scheduled_s >= window_s[0]) & (run.scheduled_s <= window_s[1])).sum()
-    empty = (run.batch_size - decoding.sum() / phases.plateau_s) * steps / max(followed, 1)
-    reading = _reading_steps(run)
-    return int(np.clip(round(float(empty - reading)), 0, _LONGEST_LAG))
+    took = _steps_between_tokens(seen.last_step, seen.first_step, run.batch_size)
+    off = []
+    for lag in range(_LONGEST_LAG + 1):
+        queue = simulate_work(
+            run.prompt_tokens, run.output_tokens, run.batch_size, run.max_num_batched_tokens, lag_steps=lag
+        )
+        steps = np.cumsum(queue.work[:, STEPS])
+        off.append(abs(_steps_between_tokens(steps[queue.last], steps[queue.first], run.batch_size) - took))
+    return int(np.argmin(off))
 
 
-def _reading_steps(run: QueueRun) -> float:
-    """Steps from a request's place to its first token, of one that followed another, if there were no lag."""
-    seen = simulate_work(run.prompt_tokens, run.output_tokens, run.batch_size, run.max_num_batched_tokens, lag_steps=0)
-    later = slice(run.batch_size, None)
-    taken = seen.first[later] - seen.scheduled[later] + 1
-    return float(taken.mean()) if len(taken) else 1.0
+def _steps_between_tokens(last: Floats, first: Floats, batch_size: int) -> float:
+    """Median, over the requests that took the place of another one: they are as many as do not run at first."""
+    later = np.sort(first)[batch_size:]
+    return float(np.median(later - np.sort(last)[: len(later)]))
 
 
 # --- the queue of any requests ------------------------------------------------------------------------------------
