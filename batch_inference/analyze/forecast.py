@@ -24,11 +24,15 @@ from batch_inference.core.queue_runs import FEWEST_BATCHES, Floats, Integers, In
 from batch_inference.core.statistics import t_quantile_95
 from batch_inference.core.step_costs import (
     CONTEXT,
+    COSTS,
     DECODE,
     PROMPT,
+    READING,
     STEPS,
+    Columns,
     SimulatedWork,
     StepCosts,
+    columns_worth_it,
     fit_costs,
     lag_of,
     seen_work,
@@ -42,7 +46,7 @@ SORTED = ("longest-first", "shortest-first")
 # scatter by 1 to 2 % between runs.
 _RUN_TO_RUN = 0.01
 _Z_95 = 1.959964
-_GROUPS_OF_A_PHASE, _MOST_GROUPS = 4, 30
+_GROUPS_OF_A_PHASE, _FEWEST_GROUPS, _MOST_GROUPS = 4, 4, 30
 # A stretch counts by its seconds to this power: 1 is what independent steps have, and the others show where the costs
 # depend on it, as they do where a step does not cost the sum of its parts.
 _OTHER_POWERS = (0.0, 2.0)
@@ -52,6 +56,8 @@ _SIMULATED_REPLICAS = 4
 # Of queues where output lengths are drawn.
 _DRAWS = 24
 _NEAREST = 30
+# Of the noise: so few stretches say nothing, and so many costs were fitted to them.
+_FEWEST_STRETCHES, _FITTED = 7, 3
 # A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
 _FACTOR = 2.0
 _MOST_BEYOND = 0.02
@@ -88,14 +94,27 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """How far the seconds of a stretch are from what its work costs, as a share: standard deviations."""
+
+    short: float  # of a stretch however short
+    of_a_second: float  # of a long one, times the square root of its seconds
+
+    def of(self, seconds: float) -> float:
+        return min(self.short, self.of_a_second / math.sqrt(max(seconds, 1e-9)))
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What the runs of one sample, one for each replica, say about any job."""
 
     runs: Sequence[QueueRun]
     costs: StepCosts
     factors: Floats  # (replicas,): what each took over what its simulation takes
-    left_out: Floats  # (groups, 4): costs, fitted and scaled without one group each
-    reweighed: Floats  # (ways, 4): costs by other weights
+    left_out: Floats  # (groups, 5): costs, fitted and scaled without one group each
+    reweighed: Floats  # (ways, 5): costs by other weights
+    noise: Noise
+    seen_s: float  # seconds of all runs together
     off: float  # how far simulations are from the runs, as a share
     drain_off: float  # the same of the drain
     method: str
@@ -124,7 +143,8 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
     """The costs of all replicas are fitted together; each has a factor of its own."""
     seen = [seen_work(run) for run in runs]
     work, seconds = np.concatenate([one.work for one in seen]), np.concatenate([one.seconds for one in seen])
-    costs = fit_costs(work, seconds)
+    columns = columns_worth_it(work, seconds)
+    costs = fit_costs(work, seconds, columns)
     lag = round(float(np.median([lag_of(run, one) for run, one in zip(runs, seen, strict=True)])))
     queues = [_queue(run.prompt_tokens, run.output_tokens, run, lag) for run in runs]
     planned = np.array([queue.work.sum(axis=0) for queue in queues])
@@ -135,8 +155,10 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
         runs,
         StepCosts(*costs.tolist(), lag_steps=lag),
         took / (planned @ costs),
-        np.array([_without(work, seconds, groups != group) for group in range(groups.max() + 1)]),
-        np.array([_scaled(fit_costs(work, seconds, power), work, seconds) for power in _OTHER_POWERS]),
+        np.array([_scaled_fit(work[kept], seconds[kept], columns) for kept in groups != np.arange(groups.max() + 1)[:, None]]),
+        np.array([_scaled_fit(work, seconds, columns, power) for power in _OTHER_POWERS]),
+        _noise([one.seconds for one in seen], [one.work @ costs for one in seen]),
+        float(seconds.sum()),
         abs(math.log(float(scale / (planned @ costs).sum()))),
         _drain_off(runs, queues, costs),
         method,
@@ -173,15 +195,31 @@ def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integer
     return np.concatenate(numbers), method
 
 
-def _without(work: Floats, seconds: Floats, kept: Floats) -> Floats:
-    """Costs without some stretches, scaled to what the kept ones took."""
-    if not kept.any():
-        kept = np.ones(len(seconds), dtype=bool)
-    return _scaled(fit_costs(work[kept], seconds[kept]), work[kept], seconds[kept])
-
-
-def _scaled(costs: Floats, work: Floats, seconds: Floats) -> Floats:
+def _scaled_fit(work: Floats, seconds: Floats, columns: Columns, power: float = 1.0) -> Floats:
+    """Costs that make the seconds of all these stretches together."""
+    costs = fit_costs(work, seconds, columns, power)
     return costs * (seconds.sum() / max(float(work.sum(axis=0) @ costs), 1e-12))
+
+
+def _noise(took_s: Sequence[Floats], costs_s: Sequence[Floats]) -> Noise:
+    """Stretches are put together by twos, fours and so on, since neighbours may err together: what they make of a
+    second is the largest that any of these say."""
+    short, of_a_second = 0.0, 0.0
+    for together in (1, 2, 4, 8, 16, 32):
+        pairs = [_put_together(took, costs, together) for took, costs in zip(took_s, costs_s, strict=True)]
+        took, cost = (np.concatenate(values) for values in zip(*pairs, strict=True))
+        if len(took) < _FEWEST_STRETCHES:
+            break
+        # The fit has taken some of the scatter.
+        off = float(np.sqrt((np.log(took / np.maximum(cost, 1e-12)) ** 2).sum() / (len(took) - _FITTED)))
+        short = max(short, off)
+        of_a_second = max(of_a_second, off * math.sqrt(float(took.mean())))
+    return Noise(short, of_a_second)
+
+
+def _put_together(took_s: Floats, costs_s: Floats, together: int) -> tuple[Floats, Floats]:
+    starts = np.arange(0, len(took_s) - together + 1, together)
+    return tuple(np.add.reduceat(values, starts) for values in (took_s, costs_s))  # type: ignore[return-value]
 
 
 def _drain_off(runs: Sequence[QueueRun], queues: Sequence[SimulatedWork], costs: Floats) -> float:
@@ -195,7 +233,7 @@ def _drain_off(runs: Sequence[QueueRun], queues: Sequence[SimulatedWork], costs:
 
 @dataclass(frozen=True, slots=True)
 class _JobWork:
-    """Work of those replicas that are simulated, shape (replicas, 4) each."""
+    """Work of those replicas that are simulated, shape (replicas, 5) each."""
 
     whole: Floats
     drain: Floats
@@ -260,7 +298,7 @@ def _one_replica(
 ) -> tuple[Floats, Floats, Floats, float]:
     """Work of the whole, the drain and the plateau, and output tokens of the plateau."""
     prompts, made = job.prompt_tokens[chosen], outputs[chosen]
-    nothing = np.zeros(4)
+    nothing = np.zeros(COSTS)
     if not len(chosen):
         return nothing, nothing, nothing, 0.0
     queue = _queue(prompts, made, found.runs[0], found.costs.lag_steps)
@@ -274,8 +312,7 @@ def _one_replica(
     weights = job.weights * job.repeats / replicas
     between = _totals(job.prompt_tokens, outputs, weights) - _totals(prompts, made, np.ones(len(chosen)))
     if between[0] > 0:
-        empty = _empty_places(found, plateau, firsts) if plateau[STEPS] and not is_sorted else None
-        more = _between(np.maximum(between, 0), found, empty)
+        more = _between(np.maximum(between, 0), found, None if is_sorted else plateau, firsts)
         whole, plateau, made_there = whole + more, plateau + more, made_there + float(between[2])
     return whole, drain, plateau, made_there
 
@@ -287,20 +324,20 @@ def _totals(prompts: Integers, outputs: Integers, weights: Floats) -> Floats:
     return np.array([weights.sum(), weights @ prompts, weights @ outputs, weights @ context])
 
 
-def _empty_places(found: Measured, plateau: Floats, admitted: int) -> float:
-    """Steps for which a place makes no token, for each request: its prompt is read, or the one before it is over."""
-    return float(plateau[STEPS] * found.batch_size - plateau[DECODE]) / max(admitted, 1)
-
-
-def _between(totals: Floats, found: Measured, empty: float | None) -> Floats:
-    """Work of requests in the plateau: all places are taken, unless the budget of tokens is the limit."""
+def _between(totals: Floats, found: Measured, plateau: Floats | None, admitted: int) -> Floats:
+    """Work of requests in the plateau: all places are taken, unless the budget of tokens is the limit. The simulated
+    `plateau`, in which so many were admitted, says for how many steps a place makes no token, for each request: its
+    prompt is read, or the one before it is just over."""
     requests, prompts, outputs, context = totals
     budget = found.budget or math.inf
-    if empty is None:
-        empty = 1 + found.costs.lag_steps + prompts / max(requests, 1e-9) / budget
+    empty, reading = 1 + found.costs.lag_steps + prompts / max(requests, 1e-9) / budget, 1.0
+    if plateau is not None and plateau[STEPS] > 0 and admitted:
+        empty = float(plateau[STEPS] * found.batch_size - plateau[DECODE]) / admitted
+        reading = float(plateau[READING] / plateau[STEPS])
     steps = max((outputs - requests + empty * requests) / found.batch_size, (prompts + outputs) / budget)
-    work = np.zeros(4)
+    work = np.zeros(COSTS)
     work[STEPS], work[PROMPT], work[DECODE], work[CONTEXT] = steps, prompts, max(outputs - requests, 0.0), context
+    work[READING] = min(steps * reading, requests + prompts / budget)
     return work
 
 
@@ -390,23 +427,27 @@ def _interval(found: Measured, values: Floats, work: Floats, off: float) -> Inte
     if value <= 0:
         return Interval(0.0)
     half = _half_width(found, work, off)
+    if half is None:
+        return Interval(value)
     drawn = float(np.log(np.maximum(values, 1e-9)).std(ddof=1)) if len(values) > 1 else 0.0
     half = math.hypot(half, t_quantile_95(_DRAWS - 1) * drawn)
     return Interval(value, value * math.exp(-half), value * math.exp(half))
 
 
-def _half_width(found: Measured, work: Floats, off: float) -> float:
-    """As a share of the seconds of this work."""
+def _half_width(found: Measured, work: Floats, off: float) -> float | None:
+    """As a share of the seconds of this work; None where there are too few groups."""
     base = float(work @ _scaled_costs(found))
-    if base <= 0:
-        return 0.0
+    if base <= 0 or len(found.left_out) < _FEWEST_GROUPS:
+        return None
     error = _jackknife(np.log(np.maximum(found.left_out @ work, 1e-12) / base))
+    error = max(error, _Z_95 * found.noise.of(found.seen_s))
     others = np.log(np.maximum(found.reweighed @ work, 1e-12) / base)
     way = float(np.sqrt((others**2).mean()))
     return math.sqrt(
         error**2
-        + (_Z_95 * _RUN_TO_RUN) ** 2
+        + 2 * (_Z_95 * _RUN_TO_RUN) ** 2
         + (_Z_95 * way) ** 2
+        + (_Z_95 * found.noise.of(base)) ** 2
         + found.off**2
         + off**2
     )

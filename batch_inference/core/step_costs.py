@@ -1,7 +1,7 @@
 """What a step of the engine costs, fitted to a queue run, and the queue of any other requests at these costs.
 
-The work of a stretch of time is four numbers: steps, prompt tokens read, tokens made (one for each request that decodes
-in a step), and tokens of context that these look back on. Its seconds are the sum of each times its cost. Which work a
+The work of a stretch of time is five numbers: steps, prompt tokens read, tokens made (one for each request that decodes
+in a step), tokens of context that these look back on, and steps in which prompts are read. Its seconds are the sum of each times its cost. Which work a
 queue makes depends on the lengths alone, not on the costs: all requests wait from the start, and a place that becomes
 free is filled in the next step. So one simulation gives the seconds for any costs.
 
@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
-from batch_inference.core.queue_runs import Floats, Integers, QueueRun
+from batch_inference.core.queue_runs import Floats, Integers, QueueRun, phases_of
 
-# Columns of a work array, shape (..., 4).
-STEPS, PROMPT, DECODE, CONTEXT = range(4)
+# Columns of a work array, shape (..., 5).
+STEPS, PROMPT, DECODE, CONTEXT, READING = range(5)
+COSTS = 5
+Columns = tuple[int, ...]
+_ALWAYS, _WHERE_WORTH_IT = (STEPS, PROMPT, DECODE), (CONTEXT, READING)
 _PASSES = 60
-# Steps that one row of the fit spans: in fewer, it matters in which of two steps a prompt was read.
-_FEWEST_STEPS = 10
-_MOST_ROWS = 100
+# Steps that one row of the fit spans: in fewer than usual, it matters in which of two steps a prompt was read.
+_FEWEST_STEPS, _USUAL_STEPS = 4, 10
+_ROWS_OF_A_PHASE, _MOST_ROWS = 12, 100
+_FEWEST_ROWS = 12  # below which no cost is tried that may not be worth it
 # A step is planned while the one before it runs, so a place that becomes free is empty for one step. Seen is 0 or 1.
 USUAL_LAG = 1
 _LONGEST_LAG = 2
@@ -36,22 +41,31 @@ class StepCosts:
     per_prompt_token_s: float
     per_decode_s: float
     per_context_token_s: float
+    per_reading_step_s: float  # on top, for a step in which prompts are read: it may not be replayed as a graph
     lag_steps: int = USUAL_LAG  # for which a place stays empty
 
     def seconds(self, work: Floats) -> Floats:
-        """Of work of shape (..., 4)."""
+        """Of work of shape (..., 5)."""
         found: Floats = work @ self.as_array()
         return found
 
     def as_array(self) -> Floats:
-        return np.array([self.per_step_s, self.per_prompt_token_s, self.per_decode_s, self.per_context_token_s])
+        return np.array(
+            [
+                self.per_step_s,
+                self.per_prompt_token_s,
+                self.per_decode_s,
+                self.per_context_token_s,
+                self.per_reading_step_s,
+            ]
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class SeenWork:
     """What a run did and how long that took, in consecutive stretches of some steps each."""
 
-    work: Floats  # (stretches, 4)
+    work: Floats  # (stretches, 5)
     ends_s: Floats  # (stretches,)
     # The number of the step, counted from the start, in which each request made its first and last token: (requests,)
     first_step: Floats
@@ -76,8 +90,10 @@ def seen_work(run: QueueRun) -> SeenWork:
     offset = np.bincount(first, run.prompt_tokens - so_far[first], len(edges_s))
     offset -= np.bincount(last, run.prompt_tokens - so_far[first], len(edges_s))
     context = (np.cumsum(offset)[:-1] + decoding * (so_far[:-1] + so_far[1:]) / 2) * steps
-    work = np.stack([steps, prompts, decoding * steps, context], axis=1)
-    starts, ends = _stretches(steps)
+    chunks = np.ceil(prompts / (run.max_num_batched_tokens or np.inf))
+    reading = np.minimum(steps, np.maximum(chunks, prompts > 0))
+    work = np.stack([steps, prompts, decoding * steps, context, reading], axis=1)
+    starts, ends = _stretches(steps, np.searchsorted(edges_s, _phase_edges_s(run)))
     return SeenWork(np.add.reduceat(work, starts), edges_s[ends], so_far[first], so_far[last])
 
 
@@ -126,47 +142,68 @@ def _steps_between(run: QueueRun, edges_s: Floats, prompts: Floats) -> tuple[Flo
     return np.where(decoding > 0, steps, alone), decoding
 
 
-def _stretches(steps: Floats) -> tuple[Integers, Integers]:
-    """Where stretches of enough steps start and end."""
-    so_far = np.cumsum(steps)
-    length = max(_FEWEST_STEPS, so_far[-1] / _MOST_ROWS)
-    number = np.floor((so_far - steps / 2) / length).astype(int)
-    starts = np.flatnonzero(np.diff(number, prepend=-1))
-    return starts, np.append(starts[1:], len(steps))
+def _phase_edges_s(run: QueueRun) -> tuple[float, float]:
+    phases = phases_of(run)
+    return phases.ramp_end_s, phases.drain_start_s
+
+
+def _stretches(steps: Floats, phase_starts: Integers) -> tuple[Integers, Integers]:
+    """Where stretches of enough steps start and end. A short phase gets shorter ones, so that it is seen."""
+    longest = max(_USUAL_STEPS, steps.sum() / _MOST_ROWS)
+    starts = []
+    for start, end in itertools.pairwise(np.unique([0, *phase_starts, len(steps)]).tolist()):
+        so_far = np.cumsum(steps[start:end])
+        length = np.clip(so_far[-1] / _ROWS_OF_A_PHASE, _FEWEST_STEPS, longest)
+        number = np.floor((so_far - steps[start:end] / 2) / length).astype(int)
+        starts.append(start + np.flatnonzero(np.diff(number, prepend=-1)))
+    places = np.concatenate(starts)
+    return places, np.append(places[1:], len(steps))
 
 
 # --- the fit ------------------------------------------------------------------------------------------------------
 
 
-def fit_costs(work: Floats, seconds: Floats, power: float = 1.0) -> Floats:
-    """Costs of shape (4,), none below 0, by least squares; the context only where it improves the fit.
+def fit_costs(work: Floats, seconds: Floats, columns: Columns | None = None, power: float = 1.0) -> Floats:
+    """Costs of shape (5,), none below 0, by least squares; of those columns, or of those that are worth it.
 
     The variance of a stretch is as its seconds to this power: 1 for the sum of independent steps.
     """
-    weights = np.maximum(seconds, 1e-9) ** (-power / 2)
-    rows, values = work * weights[:, None], seconds * weights
-    plain, error = _non_negative(rows, values, (STEPS, PROMPT, DECODE))
-    full, full_error = _non_negative(rows, values, (STEPS, PROMPT, DECODE, CONTEXT))
-    # By Schwarz's criterion: one more cost has to be worth it.
+    return _non_negative(*_weighed(work, seconds, power), columns or columns_worth_it(work, seconds))[0]
+
+
+def columns_worth_it(work: Floats, seconds: Floats) -> Columns:
+    """By Schwarz's criterion; few stretches bear no cost beyond those that there always are."""
+    rows, values = _weighed(work, seconds, 1.0)
     count = len(seconds)
-    is_worth_it = count > 8 and full_error < error * np.exp(-np.log(count) / count)
-    return full if is_worth_it else plain
+
+    def score(columns: Columns) -> float:
+        error = _non_negative(rows, values, columns)[1]
+        return count * math.log(max(error, 1e-300)) + len(columns) * math.log(count)
+
+    most = len(_WHERE_WORTH_IT) if count > _FEWEST_ROWS else 0
+    choices = (_ALWAYS + more for size in range(most + 1) for more in itertools.combinations(_WHERE_WORTH_IT, size))
+    return min(choices, key=score)
 
 
-def _non_negative(rows: Floats, values: Floats, columns: tuple[int, ...]) -> tuple[Floats, float]:
-    """The best of all choices of columns whose costs are none below 0, and its sum of squares: with four columns,
+def _weighed(work: Floats, seconds: Floats, power: float) -> tuple[Floats, Floats]:
+    weights = np.maximum(seconds, 1e-9) ** (-power / 2)
+    return work * weights[:, None], seconds * weights
+
+
+def _non_negative(rows: Floats, values: Floats, columns: Columns) -> tuple[Floats, float]:
+    """The best of all choices of columns whose costs are none below 0, and its sum of squares: with five columns,
     trying all is simpler than any method, and exact."""
     scale = np.sqrt((rows**2).sum(axis=0))
     scale[scale == 0] = 1
     products, right = (rows / scale).T @ (rows / scale), (rows / scale).T @ values
-    best, least = np.zeros(4), float(values @ values)
+    best, least = np.zeros(COSTS), float(values @ values)
     for size in range(1, len(columns) + 1):
         for chosen in itertools.combinations(columns, size):
             some = np.ix_(chosen, chosen)
             costs = np.linalg.lstsq(products[some], right[list(chosen)], rcond=1e-10)[0]
             error = float(values @ values - right[list(chosen)] @ costs)
             if (costs >= 0).all() and error < least:
-                best, least = np.zeros(4), error
+                best, least = np.zeros(COSTS), error
                 best[list(chosen)] = costs
     return best / scale, max(least, 0.0)
 
@@ -203,7 +240,7 @@ def _steps_between_tokens(last: Floats, first: Floats, batch_size: int) -> float
 
 @dataclass(frozen=True, slots=True)
 class SimulatedWork:
-    """Blocks of one or more equal steps: their work, shape (blocks, 4), and each request's blocks, shape (requests,).
+    """Blocks of one or more equal steps: their work, shape (blocks, 5), and each request's blocks, shape (requests,).
 
     A request is scheduled at the start of its block, and makes its first and last token at the end of theirs.
     """
@@ -273,7 +310,7 @@ class _Scheduler:
         self.decoding = 0
         self.context = 0  # of the requests that decode: sum of prompt minus step of the first token
         self.step = 0
-        self.blocks: list[tuple[int, int, int, int]] = []
+        self.blocks: list[tuple[int, int, int, int, int]] = []
         count = len(prompts)
         self.scheduled, self.first, self.last = [0] * count, [0] * count, [0] * count
 
@@ -287,10 +324,10 @@ class _Scheduler:
                 # All places are empty for the lag: no step runs.
                 self.step += steps
                 continue
-            self.blocks.append((steps, read, self.decoding * steps, self._context(steps)))
+            self.blocks.append((steps, read, self.decoding * steps, self._context(steps), int(read > 0)))
             self._make_tokens(steps, started)
         return SimulatedWork(
-            np.array(self.blocks, dtype=float).reshape(-1, 4),
+            np.array(self.blocks, dtype=float).reshape(-1, COSTS),
             *(np.array(values, dtype=np.int64) for values in (self.scheduled, self.first, self.last)),
         )
 
