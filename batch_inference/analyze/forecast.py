@@ -58,6 +58,10 @@ _DRAWS = 24
 _NEAREST = 30
 # Of the noise: so few stretches say nothing, and so many costs were fitted to them.
 _FEWEST_STRETCHES, _FITTED = 7, 3
+_T_95 = t_quantile_95(_FEWEST_STRETCHES - 1)
+# A step is alike another one where its parts differ by this share of its cost. Where less than that share of the sample
+# is alike the job's plateau, the forecast is that uncertain.
+_ALIKE, _ENOUGH_ALIKE, _UNSEEN = 0.4, 0.2, 0.15
 # A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
 _FACTOR = 2.0
 _MOST_BEYOND = 0.02
@@ -114,7 +118,8 @@ class Measured:
     left_out: Floats  # (groups, 5): costs, fitted and scaled without one group each
     reweighed: Floats  # (ways, 5): costs by other weights
     noise: Noise
-    seen_s: float  # seconds of all runs together
+    work: Floats  # (stretches, 5), of all runs
+    seconds: Floats  # (stretches,)
     off: float  # how far simulations are from the runs, as a share
     drain_off: float  # the same of the drain
     method: str
@@ -155,10 +160,13 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
         runs,
         StepCosts(*costs.tolist(), lag_steps=lag),
         took / (planned @ costs),
-        np.array([_scaled_fit(work[kept], seconds[kept], columns) for kept in groups != np.arange(groups.max() + 1)[:, None]]),
+        np.array(
+            [_scaled_fit(work[kept], seconds[kept], columns) for kept in groups != np.arange(groups.max() + 1)[:, None]]
+        ),
         np.array([_scaled_fit(work, seconds, columns, power) for power in _OTHER_POWERS]),
         _noise([one.seconds for one in seen], [one.work @ costs for one in seen]),
-        float(seconds.sum()),
+        work,
+        seconds,
         abs(math.log(float(scale / (planned @ costs).sum()))),
         _drain_off(runs, queues, costs),
         method,
@@ -283,7 +291,9 @@ def _stand_ins(job: JobLengths, replica: int, replicas: int, size: int, batch_si
     itself, and before them some of all, evenly spread."""
     count = len(job.prompt_tokens)
     itself = count - int((job.weights != 1)[::-1].argmax()) if (job.weights != 1).any() else 0
-    last = np.arange(count - 1 - replica % max(count, 1), max(itself, 0) - 1, -replicas)[: max(2 * batch_size, size // 2)]
+    last = np.arange(count - 1 - replica % max(count, 1), max(itself, 0) - 1, -replicas)[
+        : max(2 * batch_size, size // 2)
+    ]
     last = last[last >= 0][::-1]
     end = int(last[0]) if len(last) else count
     wanted = min(size - len(last), end)
@@ -395,10 +405,11 @@ def _combined(found: Measured, works: Sequence[_JobWork], replicas: int) -> Fore
     seconds = np.array([float((work.whole @ costs * factors).max()) for work in works])
     slowest = [int((work.whole @ costs * factors).argmax()) for work in works]
     center = np.mean([work.whole[one] for work, one in zip(works, slowest, strict=True)], axis=0)
+    unseen = _unseen(found, np.mean([work.plateau.mean(axis=0) for work in works], axis=0))
     drains = np.array([float((work.drain @ costs * factors).max()) for work in works])
     drain = np.mean([work.drain.mean(axis=0) for work in works], axis=0)
     return Forecast(
-        _interval(found, seconds, center, 0.0),
+        _interval(found, seconds, center, unseen),
         _rate(found, works, replicas),
         _interval(found, drains, drain, found.drain_off),
         found.method,
@@ -440,17 +451,30 @@ def _half_width(found: Measured, work: Floats, off: float) -> float | None:
     if base <= 0 or len(found.left_out) < _FEWEST_GROUPS:
         return None
     error = _jackknife(np.log(np.maximum(found.left_out @ work, 1e-12) / base))
-    error = max(error, _Z_95 * found.noise.of(found.seen_s))
+    error = max(error, _T_95 * found.noise.of(float(found.seconds.sum())))
     others = np.log(np.maximum(found.reweighed @ work, 1e-12) / base)
     way = float(np.sqrt((others**2).mean()))
     return math.sqrt(
         error**2
         + 2 * (_Z_95 * _RUN_TO_RUN) ** 2
         + (_Z_95 * way) ** 2
-        + (_Z_95 * found.noise.of(base)) ** 2
+        + (_T_95 * found.noise.of(base)) ** 2
         + found.off**2
         + off**2
     )
+
+
+def _unseen(found: Measured, plateau: Floats) -> float:
+    """Half width, for steps unlike all that were seen: a queue of equal requests that is short reads prompts or makes
+    tokens, while a long one does both in each step, and then a step need not cost the sum of its parts."""
+    if plateau[STEPS] <= 0:
+        return 0.0
+    costs = found.costs.as_array()
+    usual = plateau / plateau[STEPS] * costs
+    seen = found.work / np.maximum(found.work[:, STEPS : STEPS + 1], 1e-9) * costs
+    is_alike = np.abs(seen - usual).sum(axis=1) <= _ALIKE * usual.sum()
+    share = float(found.seconds[is_alike].sum() / found.seconds.sum())
+    return _UNSEEN * max(0.0, 1 - share / _ENOUGH_ALIKE)
 
 
 def _jackknife(logs: Floats) -> float:

@@ -292,7 +292,9 @@ def simulate_work(
 
     Steps in which nothing comes or goes are one block, so the time taken goes by requests and not by tokens.
     """
-    return _Scheduler(prompt_tokens.tolist(), output_tokens.tolist(), batch_size, max_num_batched_tokens, lag_steps).run()
+    return _Scheduler(
+        prompt_tokens.tolist(), output_tokens.tolist(), batch_size, max_num_batched_tokens, lag_steps
+    ).run()
 
 
 class _Scheduler:
