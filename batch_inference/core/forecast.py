@@ -1,8 +1,7 @@
 """One measured sample of a job, to the hours of the whole job, with a 95 % interval.
 
-The job's work (core/step_costs.py) follows from its lengths alone: the beginning and the end of its queue are
-simulated, what lies between is its tokens. The seconds are that work at the costs that were fitted to the sample, times
-what the sample took over what its own simulation takes.
+The job's work (job_work.py) follows from its lengths alone. The seconds are that work at the costs that were fitted to
+the sample (step_costs.py), times what the sample took over what its own simulation takes.
 
 The interval holds: the costs' own error, by leaving out one stretch of the sample after the other (delete-a-group
 jackknife; where the plateau is long, a stretch is a batch as long as a request lives, and this is the method of batch
@@ -12,32 +11,19 @@ runs of the same are never equal; and, where output lengths are the model's own 
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 
+from batch_inference.core.job_work import JobLengths as JobLengths
+from batch_inference.core.job_work import JobWork, Places, job_work
 from batch_inference.core.queue_runs import FEWEST_BATCHES, Floats, Integers, Interval, QueueRun, phases_of
+from batch_inference.core.queue_simulation import READING, STEPS, SimulatedWork, simulate_work
 from batch_inference.core.statistics import t_quantile_95
-from batch_inference.core.step_costs import (
-    CONTEXT,
-    COSTS,
-    DECODE,
-    PROMPT,
-    READING,
-    STEPS,
-    Columns,
-    SimulatedWork,
-    StepCosts,
-    columns_worth_it,
-    fit_costs,
-    lag_of,
-    seen_work,
-    simulate_work,
-)
+from batch_inference.core.step_costs import StepCosts, columns_worth_it, fit_costs, lag_of, seen_work
 
 BATCH_MEANS, FITTED_STEPS = "batch means", "fitted steps"
 SORTED = ("longest-first", "shortest-first")
@@ -50,11 +36,12 @@ _GROUPS_OF_A_PHASE, _FEWEST_GROUPS, _MOST_GROUPS = 4, 4, 30
 # A stretch counts by its seconds to this power: 1 is what independent steps have, and the others show where the costs
 # depend on it, as they do where a step does not cost the sum of its parts.
 _OTHER_POWERS = (0.0, 2.0)
-# Requests that are simulated, over all replicas; and replicas that are.
-_SIMULATED = 40_000
-_SIMULATED_REPLICAS = 4
-# Of queues where output lengths are drawn.
-_DRAWS = 24
+# Requests that are simulated, over all replicas.
+_SIMULATED = 100_000
+# Where output lengths are drawn: so often, for so many requests, each from so many of the sample.
+_DRAWS = 16
+_SIMULATED_OF_A_DRAW = 5_000
+_LONGEST_DRAWN = 50_000
 _NEAREST = 30
 # Of the noise: so few stretches say nothing, and so many costs were fitted to them.
 _FEWEST_STRETCHES, _FITTED = 7, 3
@@ -65,24 +52,6 @@ _ALIKE, _ENOUGH_ALIKE, _UNSEEN = 0.4, 0.2, 0.15
 # A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
 _FACTOR = 2.0
 _MOST_BEYOND = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class JobLengths:
-    """Lengths of a job in the order in which they run; shape (entries,) each."""
-
-    prompt_tokens: Integers
-    output_tokens: Integers | None  # None: the model's own choice, not known
-    every: Floats | None = None  # so many requests does each entry stand for; None: 1
-    repeats: float = 1.0  # so often the whole comes
-
-    @property
-    def weights(self) -> Floats:
-        return np.ones(len(self.prompt_tokens)) if self.every is None else np.asarray(self.every, dtype=float)
-
-    @property
-    def requests(self) -> float:
-        return float(self.weights.sum()) * self.repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +94,9 @@ class Measured:
     method: str
 
     @property
-    def batch_size(self) -> int:
-        return self.runs[0].batch_size
-
-    @property
-    def budget(self) -> int | None:
-        return self.runs[0].max_num_batched_tokens
+    def places(self) -> Places:
+        first = self.runs[0]
+        return Places(first.batch_size, first.max_num_batched_tokens, self.costs.lag_steps)
 
 
 def too_small(runs: Sequence[QueueRun]) -> str | None:
@@ -155,21 +121,19 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
     planned = np.array([queue.work.sum(axis=0) for queue in queues])
     took = np.array([run.end_s for run in runs])
     groups, method = _groups(runs, [one.ends_s for one in seen])
-    scale = work.sum(axis=0) @ costs
+    without = groups != np.arange(groups.max() + 1)[:, None]
     return Measured(
-        runs,
-        StepCosts(*costs.tolist(), lag_steps=lag),
-        took / (planned @ costs),
-        np.array(
-            [_scaled_fit(work[kept], seconds[kept], columns) for kept in groups != np.arange(groups.max() + 1)[:, None]]
-        ),
-        np.array([_scaled_fit(work, seconds, columns, power) for power in _OTHER_POWERS]),
-        _noise([one.seconds for one in seen], [one.work @ costs for one in seen]),
-        work,
-        seconds,
-        abs(math.log(float(scale / (planned @ costs).sum()))),
-        _drain_off(runs, queues, costs),
-        method,
+        runs=runs,
+        costs=StepCosts.of(costs, lag),
+        factors=took / (planned @ costs),
+        left_out=np.array([fit_costs(work[kept], seconds[kept], columns) for kept in without]),
+        reweighed=np.array([fit_costs(work, seconds, columns, power) for power in _OTHER_POWERS]),
+        noise=_noise([one.seconds for one in seen], [one.work @ costs for one in seen]),
+        work=work,
+        seconds=seconds,
+        off=abs(math.log(float(seconds.sum() / (planned @ costs).sum()))),
+        drain_off=_drain_off(runs, queues, costs),
+        method=method,
     )
 
 
@@ -203,12 +167,6 @@ def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integer
     return np.concatenate(numbers), method
 
 
-def _scaled_fit(work: Floats, seconds: Floats, columns: Columns, power: float = 1.0) -> Floats:
-    """Costs that make the seconds of all these stretches together."""
-    costs = fit_costs(work, seconds, columns, power)
-    return costs * (seconds.sum() / max(float(work.sum(axis=0) @ costs), 1e-12))
-
-
 def _noise(took_s: Sequence[Floats], costs_s: Sequence[Floats]) -> Noise:
     """Stretches are put together by twos, fours and so on, since neighbours may err together: what they make of a
     second is the largest that any of these say."""
@@ -236,121 +194,6 @@ def _drain_off(runs: Sequence[QueueRun], queues: Sequence[SimulatedWork], costs:
     return abs(math.log(max(float(took.sum()), 1e-9) / max(float(planned.sum()), 1e-9)))
 
 
-# --- from a job's lengths to its work -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _JobWork:
-    """Work of those replicas that are simulated, shape (replicas, 5) each."""
-
-    whole: Floats
-    drain: Floats
-    plateau: Floats
-    plateau_outputs: Floats  # (replicas,)
-    imbalance: float
-
-
-def _job_work(
-    job: JobLengths, outputs: Integers, found: Measured, replicas: int, is_sorted: bool, most: int
-) -> _JobWork:
-    prompts = job.prompt_tokens
-    is_whole = job.every is None and job.repeats == 1 and len(prompts) <= most
-    simulated = replicas if is_whole else min(replicas, _SIMULATED_REPLICAS)
-    if is_whole:
-        share = share_out(prompts + outputs, replicas)
-        chosen = [np.flatnonzero(share == replica) for replica in range(replicas)]
-    else:
-        size = max(most // simulated, 4 * found.batch_size)
-        chosen = [_stand_ins(job, replica, replicas, size, found.batch_size) for replica in range(simulated)]
-    parts = [_one_replica(job, outputs, found, some, None if is_whole else replicas, is_sorted) for some in chosen]
-    tokens = np.array([(prompts + outputs)[some].sum() for some in chosen], dtype=float)
-    return _JobWork(
-        np.array([part[0] for part in parts]),
-        np.array([part[1] for part in parts]),
-        np.array([part[2] for part in parts]),
-        np.array([part[3] for part in parts]),
-        float(tokens.max() / max(tokens.mean(), 1.0) - 1) if is_whole else 0.0,
-    )
-
-
-def share_out(tokens: Integers, replicas: int) -> Integers:
-    """The replica of each request: in the order of the file, each to the one that has the fewest tokens so far."""
-    if replicas == 1:
-        return np.zeros(len(tokens), dtype=np.int64)
-    heap = [(0, replica) for replica in range(replicas)]
-    share = np.empty(len(tokens), dtype=np.int64)
-    for request, count in enumerate(tokens.tolist()):
-        load, replica = heap[0]
-        share[request] = replica
-        heapq.heapreplace(heap, (load + count, replica))
-    return share
-
-
-def _stand_ins(job: JobLengths, replica: int, replicas: int, size: int, batch_size: int) -> Integers:
-    """Entries, in order, that one replica's queue is simulated with: its own of the last ones that stand each for
-    itself, and before them some of all, evenly spread."""
-    count = len(job.prompt_tokens)
-    itself = count - int((job.weights != 1)[::-1].argmax()) if (job.weights != 1).any() else 0
-    last = np.arange(count - 1 - replica % max(count, 1), max(itself, 0) - 1, -replicas)[
-        : max(2 * batch_size, size // 2)
-    ]
-    last = last[last >= 0][::-1]
-    end = int(last[0]) if len(last) else count
-    wanted = min(size - len(last), end)
-    if wanted <= 0:
-        return last
-    spread = ((np.arange(wanted) + (replica + 0.5) / replicas) * (end / wanted)).astype(np.int64)
-    return np.concatenate([np.minimum(spread, end - 1), last])
-
-
-def _one_replica(
-    job: JobLengths, outputs: Integers, found: Measured, chosen: Integers, replicas: int | None, is_sorted: bool
-) -> tuple[Floats, Floats, Floats, float]:
-    """Work of the whole, the drain and the plateau, and output tokens of the plateau."""
-    prompts, made = job.prompt_tokens[chosen], outputs[chosen]
-    nothing = np.zeros(COSTS)
-    if not len(chosen):
-        return nothing, nothing, nothing, 0.0
-    queue = _queue(prompts, made, found.runs[0], found.costs.lag_steps)
-    whole, drain = queue.work.sum(axis=0), queue.work[queue.drain_block :].sum(axis=0)
-    start = int(queue.first[: found.batch_size].max()) + 1 if len(chosen) > found.batch_size else queue.drain_block
-    plateau = queue.work[start : queue.drain_block].sum(axis=0)
-    firsts = int(((queue.first >= start) & (queue.first < queue.drain_block)).sum())
-    made_there = float(plateau[DECODE] + firsts)
-    if replicas is None:
-        return whole, drain, plateau, made_there
-    weights = job.weights * job.repeats / replicas
-    between = _totals(job.prompt_tokens, outputs, weights) - _totals(prompts, made, np.ones(len(chosen)))
-    if between[0] > 0:
-        more = _between(np.maximum(between, 0), found, None if is_sorted else plateau, firsts)
-        whole, plateau, made_there = whole + more, plateau + more, made_there + float(between[2])
-    return whole, drain, plateau, made_there
-
-
-def _totals(prompts: Integers, outputs: Integers, weights: Floats) -> Floats:
-    """Requests, prompt tokens, output tokens and context looked back on, as sums."""
-    decodes = np.maximum(outputs - 1, 0).astype(float)
-    context = decodes * prompts + decodes * (decodes + 1) / 2
-    return np.array([weights.sum(), weights @ prompts, weights @ outputs, weights @ context])
-
-
-def _between(totals: Floats, found: Measured, plateau: Floats | None, admitted: int) -> Floats:
-    """Work of requests in the plateau: all places are taken, unless the budget of tokens is the limit. The simulated
-    `plateau`, in which so many were admitted, says for how many steps a place makes no token, for each request: its
-    prompt is read, or the one before it is just over."""
-    requests, prompts, outputs, context = totals
-    budget = found.budget or math.inf
-    empty, reading = 1 + found.costs.lag_steps + prompts / max(requests, 1e-9) / budget, 1.0
-    if plateau is not None and plateau[STEPS] > 0 and admitted:
-        empty = float(plateau[STEPS] * found.batch_size - plateau[DECODE]) / admitted
-        reading = float(plateau[READING] / plateau[STEPS])
-    steps = max((outputs - requests + empty * requests) / found.batch_size, (prompts + outputs) / budget)
-    work = np.zeros(COSTS)
-    work[STEPS], work[PROMPT], work[DECODE], work[CONTEXT] = steps, prompts, max(outputs - requests, 0.0), context
-    work[READING] = min(steps * reading, requests + prompts / budget)
-    return work
-
-
 # --- the forecast -------------------------------------------------------------------------------------------------
 
 
@@ -373,16 +216,13 @@ def forecast_from(
     return _combined(found, works, replicas)
 
 
-def _works(found: Measured, job: JobLengths, replicas: int, is_sorted: bool, seed: int) -> list[_JobWork]:
+def _works(found: Measured, job: JobLengths, replicas: int, is_sorted: bool, seed: int) -> list[JobWork]:
     """One, or several of drawn output lengths."""
     if job.output_tokens is not None:
-        return [_job_work(job, job.output_tokens, found, replicas, is_sorted, _SIMULATED)]
-    draw = np.random.default_rng(seed)
-    some = max(_SIMULATED // _DRAWS, 4 * found.batch_size)
-    return [
-        _job_work(job, _drawn_outputs(found.runs, job.prompt_tokens, draw), found, replicas, is_sorted, some)
-        for _ in range(_DRAWS)
-    ]
+        return [job_work(job, found.places, replicas, is_sorted, _SIMULATED)]
+    draw, job = np.random.default_rng(seed), job.thinned(_LONGEST_DRAWN)
+    drawn = (replace(job, output_tokens=_drawn_outputs(found.runs, job.prompt_tokens, draw)) for _ in range(_DRAWS))
+    return [job_work(one, found.places, replicas, is_sorted, _SIMULATED_OF_A_DRAW) for one in drawn]
 
 
 def _drawn_outputs(runs: Sequence[QueueRun], prompts: Integers, draw: np.random.Generator) -> Integers:
@@ -398,7 +238,7 @@ def _drawn_outputs(runs: Sequence[QueueRun], prompts: Integers, draw: np.random.
     return found
 
 
-def _combined(found: Measured, works: Sequence[_JobWork], replicas: int) -> Forecast:
+def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forecast:
     costs = found.costs.as_array()
     wholes = np.array([work.whole for work in works])
     factors = _factors(found, replicas, wholes.shape[1])
@@ -447,7 +287,7 @@ def _interval(found: Measured, values: Floats, work: Floats, off: float) -> Inte
 
 def _half_width(found: Measured, work: Floats, off: float) -> float | None:
     """As a share of the seconds of this work; None where there are too few groups."""
-    base = float(work @ _scaled_costs(found))
+    base = float(work @ found.costs.as_array())
     if base <= 0 or len(found.left_out) < _FEWEST_GROUPS:
         return None
     error = _jackknife(np.log(np.maximum(found.left_out @ work, 1e-12) / base))
@@ -471,8 +311,11 @@ def _unseen(found: Measured, plateau: Floats) -> float:
         return 0.0
     costs = found.costs.as_array()
     usual = plateau / plateau[STEPS] * costs
-    seen = found.work / np.maximum(found.work[:, STEPS : STEPS + 1], 1e-9) * costs
+    steps = np.maximum(found.work[:, STEPS], 1e-9)
+    seen = found.work / steps[:, None] * costs
     is_alike = np.abs(seen - usual).sum(axis=1) <= _ALIKE * usual.sum()
+    # Even where no cost was found for it: a step in which prompts are read is another one.
+    is_alike &= np.abs(found.work[:, READING] / steps - plateau[READING] / plateau[STEPS]) <= _ALIKE
     share = float(found.seconds[is_alike].sum() / found.seconds.sum())
     return _UNSEEN * max(0.0, 1 - share / _ENOUGH_ALIKE)
 
@@ -490,12 +333,7 @@ def _jackknife(logs: Floats) -> float:
     return widest
 
 
-def _scaled_costs(found: Measured) -> Floats:
-    """Of the same scale as those with a group left out."""
-    return found.costs.as_array()
-
-
-def _rate(found: Measured, works: Sequence[_JobWork], replicas: int) -> Interval | None:
+def _rate(found: Measured, works: Sequence[JobWork], replicas: int) -> Interval | None:
     """Output tokens per second of all replicas."""
     costs, factor = found.costs.as_array(), float(np.exp(np.log(found.factors).mean()))
     seconds = np.array([work.plateau.sum(axis=0) @ costs * factor for work in works])
