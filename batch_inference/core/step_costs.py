@@ -25,7 +25,7 @@ from batch_inference.core.queue_simulation import (
 )
 
 Columns = tuple[int, ...]
-_ALWAYS, _WHERE_WORTH_IT = (STEPS, PROMPT, DECODE), (CONTEXT, READING)
+_ALWAYS = (STEPS, PROMPT, DECODE)
 _PASSES = 60
 # Steps that one row of the fit spans: in fewer than usual, it matters in which of two steps a prompt was read.
 _FEWEST_STEPS, _USUAL_STEPS = 4, 10
@@ -208,8 +208,11 @@ def columns_worth_it(work: Floats, seconds: Floats) -> Columns:
         error = _non_negative(rows, values, columns)[1]
         return count * math.log(max(error, 1e-300)) + len(columns) * math.log(count)
 
-    most = len(_WHERE_WORTH_IT) if count > _FEWEST_ROWS else 0
-    choices = (_ALWAYS + more for size in range(most + 1) for more in itertools.combinations(_WHERE_WORTH_IT, size))
+    # At the start of a run all steps that read are full, so what one costs and what its tokens cost is the same.
+    read = int((work[:, READING] > 0).sum())
+    optional = [column for column, seen in ((CONTEXT, count), (READING, read)) if seen > _FEWEST_ROWS]
+    sizes = range(len(optional) + 1)
+    choices = (_ALWAYS + more for size in sizes for more in itertools.combinations(optional, size))
     return min(choices, key=score)
 
 
