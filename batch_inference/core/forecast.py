@@ -1,8 +1,7 @@
 """One measured sample of a job, to the hours of the whole job, with a 95 % interval.
 
-The job's work (core/step_costs.py) follows from its lengths alone: the beginning and the end of its queue are
-simulated, what lies between is its tokens. The seconds are that work at the costs that were fitted to the sample, times
-what the sample took over what its own simulation takes.
+The job's work (job_work.py) follows from its lengths alone. The seconds are that work at the costs that were fitted to
+the sample (step_costs.py), times what the sample took over what its own simulation takes.
 
 The interval holds: the costs' own error, by leaving out one stretch of the sample after the other (delete-a-group
 jackknife; where the plateau is long, a stretch is a batch as long as a request lives, and this is the method of batch
@@ -12,28 +11,19 @@ runs of the same are never equal; and, where output lengths are the model's own 
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 
+from batch_inference.core.job_work import JobLengths as JobLengths
+from batch_inference.core.job_work import JobWork, Places, job_work
 from batch_inference.core.queue_runs import FEWEST_BATCHES, Floats, Integers, Interval, QueueRun, phases_of
+from batch_inference.core.queue_simulation import READING, STEPS, SimulatedWork, simulate_work
 from batch_inference.core.statistics import t_quantile_95
-from batch_inference.core.step_costs import (
-    CONTEXT,
-    DECODE,
-    PROMPT,
-    STEPS,
-    SimulatedWork,
-    StepCosts,
-    fit_costs,
-    lag_of,
-    seen_work,
-    simulate_work,
-)
+from batch_inference.core.step_costs import StepCosts, columns_worth_it, fit_costs, lag_of, seen_work
 
 BATCH_MEANS, FITTED_STEPS = "batch means", "fitted steps"
 SORTED = ("longest-first", "shortest-first")
@@ -42,37 +32,26 @@ SORTED = ("longest-first", "shortest-first")
 # scatter by 1 to 2 % between runs.
 _RUN_TO_RUN = 0.01
 _Z_95 = 1.959964
-_FEWEST_GROUPS, _MOST_GROUPS = 6, 30
+_GROUPS_OF_A_PHASE, _FEWEST_GROUPS, _MOST_GROUPS = 4, 4, 30
 # A stretch counts by its seconds to this power: 1 is what independent steps have, and the others show where the costs
 # depend on it, as they do where a step does not cost the sum of its parts.
 _OTHER_POWERS = (0.0, 2.0)
-# Requests that are simulated, over all replicas; and replicas that are.
-_SIMULATED = 40_000
-_SIMULATED_REPLICAS = 4
-# Of queues where output lengths are drawn.
-_DRAWS = 24
+# Requests that are simulated, over all replicas.
+_SIMULATED = 100_000
+# Where output lengths are drawn: so often, for so many requests, each from so many of the sample.
+_DRAWS = 16
+_SIMULATED_OF_A_DRAW = 5_000
+_LONGEST_DRAWN = 50_000
 _NEAREST = 30
+# Of the noise: so few stretches say nothing, and so many costs were fitted to them.
+_FEWEST_STRETCHES, _FITTED = 7, 3
+_T_95 = t_quantile_95(_FEWEST_STRETCHES - 1)
+# A step is alike another one where its parts differ by this share of its cost. Where less than that share of the sample
+# is alike the job's plateau, the forecast is that uncertain.
+_ALIKE, _ENOUGH_ALIKE, _UNSEEN = 0.4, 0.2, 0.15
 # A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
 _FACTOR = 2.0
 _MOST_BEYOND = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class JobLengths:
-    """Lengths of a job in the order in which they run; shape (entries,) each."""
-
-    prompt_tokens: Integers
-    output_tokens: Integers | None  # None: the model's own choice, not known
-    every: Floats | None = None  # so many requests does each entry stand for; None: 1
-    repeats: float = 1.0  # so often the whole comes
-
-    @property
-    def weights(self) -> Floats:
-        return np.ones(len(self.prompt_tokens)) if self.every is None else np.asarray(self.every, dtype=float)
-
-    @property
-    def requests(self) -> float:
-        return float(self.weights.sum()) * self.repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,25 +67,36 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """How far the seconds of a stretch are from what its work costs, as a share: standard deviations."""
+
+    short: float  # of a stretch however short
+    of_a_second: float  # of a long one, times the square root of its seconds
+
+    def of(self, seconds: float) -> float:
+        return min(self.short, self.of_a_second / math.sqrt(max(seconds, 1e-9)))
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What the runs of one sample, one for each replica, say about any job."""
 
     runs: Sequence[QueueRun]
     costs: StepCosts
     factors: Floats  # (replicas,): what each took over what its simulation takes
-    left_out: Floats  # (groups, 4): costs, fitted and scaled without one group each
-    reweighed: Floats  # (ways, 4): costs by other weights
+    left_out: Floats  # (groups, 5): costs, fitted and scaled without one group each
+    reweighed: Floats  # (ways, 5): costs by other weights
+    noise: Noise
+    work: Floats  # (stretches, 5), of all runs
+    seconds: Floats  # (stretches,)
     off: float  # how far simulations are from the runs, as a share
     drain_off: float  # the same of the drain
     method: str
 
     @property
-    def batch_size(self) -> int:
-        return self.runs[0].batch_size
-
-    @property
-    def budget(self) -> int | None:
-        return self.runs[0].max_num_batched_tokens
+    def places(self) -> Places:
+        first = self.runs[0]
+        return Places(first.batch_size, first.max_num_batched_tokens, self.costs.lag_steps)
 
 
 def too_small(runs: Sequence[QueueRun]) -> str | None:
@@ -124,22 +114,26 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
     """The costs of all replicas are fitted together; each has a factor of its own."""
     seen = [seen_work(run) for run in runs]
     work, seconds = np.concatenate([one.work for one in seen]), np.concatenate([one.seconds for one in seen])
-    costs = fit_costs(work, seconds)
+    columns = columns_worth_it(work, seconds)
+    costs = fit_costs(work, seconds, columns)
     lag = round(float(np.median([lag_of(run, one) for run, one in zip(runs, seen, strict=True)])))
     queues = [_queue(run.prompt_tokens, run.output_tokens, run, lag) for run in runs]
     planned = np.array([queue.work.sum(axis=0) for queue in queues])
     took = np.array([run.end_s for run in runs])
     groups, method = _groups(runs, [one.ends_s for one in seen])
-    scale = work.sum(axis=0) @ costs
+    without = groups != np.arange(groups.max() + 1)[:, None]
     return Measured(
-        runs,
-        StepCosts(*costs.tolist(), lag_steps=lag),
-        took / (planned @ costs),
-        np.array([_without(work, seconds, groups != group) for group in range(groups.max() + 1)]),
-        np.array([_scaled(fit_costs(work, seconds, power), work, seconds) for power in _OTHER_POWERS]),
-        abs(math.log(float(scale / (planned @ costs).sum()))),
-        _drain_off(runs, queues, costs),
-        method,
+        runs=runs,
+        costs=StepCosts.of(costs, lag),
+        factors=took / (planned @ costs),
+        left_out=np.array([fit_costs(work[kept], seconds[kept], columns) for kept in without]),
+        reweighed=np.array([fit_costs(work, seconds, columns, power) for power in _OTHER_POWERS]),
+        noise=_noise([one.seconds for one in seen], [one.work @ costs for one in seen]),
+        work=work,
+        seconds=seconds,
+        off=abs(math.log(float(seconds.sum() / (planned @ costs).sum()))),
+        drain_off=_drain_off(runs, queues, costs),
+        method=method,
     )
 
 
@@ -148,152 +142,56 @@ def _queue(prompts: Integers, outputs: Integers, run: QueueRun, lag: int) -> Sim
 
 
 def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integers, str]:
-    """The number of the group to which each stretch belongs, and the method that this is."""
+    """The number of the group to which each stretch belongs, and the method that this is.
+
+    No group holds a whole phase: without any of the drain, say, nothing tells what few requests cost.
+    """
     numbers, method, count = [], BATCH_MEANS, 0
     for run, ends in zip(runs, ends_s, strict=True):
-        lives = phases_of(run).plateau_s / run.mean_life_s
+        phases = phases_of(run)
+        lives = phases.plateau_s / run.mean_life_s
         if lives < FEWEST_BATCHES:
             method = FITTED_STEPS
-        wanted = min(_MOST_GROUPS, max(_FEWEST_GROUPS, int(run.end_s / run.mean_life_s)), len(ends))
-        # By time, each group of equal length; numbers without a gap.
+        of_plateau = min(_MOST_GROUPS, max(_GROUPS_OF_A_PHASE, int(lives)))
         middles_s = (np.concatenate([[0.0], ends[:-1]]) + ends) / 2
-        _, number = np.unique(np.floor(middles_s / run.end_s * wanted), return_inverse=True)
+        edges_s = np.concatenate(
+            [
+                np.linspace(0, phases.ramp_end_s, _GROUPS_OF_A_PHASE, endpoint=False),
+                np.linspace(phases.ramp_end_s, phases.drain_start_s, of_plateau, endpoint=False),
+                np.linspace(phases.drain_start_s, phases.end_s, _GROUPS_OF_A_PHASE, endpoint=False),
+            ]
+        )
+        _, number = np.unique(np.searchsorted(edges_s, middles_s, side="right"), return_inverse=True)
         numbers.append(number + count)
         count += int(number.max()) + 1
     return np.concatenate(numbers), method
 
 
-def _without(work: Floats, seconds: Floats, kept: Floats) -> Floats:
-    """Costs without some stretches, scaled to what the kept ones took."""
-    if not kept.any():
-        kept = np.ones(len(seconds), dtype=bool)
-    return _scaled(fit_costs(work[kept], seconds[kept]), work[kept], seconds[kept])
+def _noise(took_s: Sequence[Floats], costs_s: Sequence[Floats]) -> Noise:
+    """Stretches are put together by twos, fours and so on, since neighbours may err together: what they make of a
+    second is the largest that any of these say."""
+    short, of_a_second = 0.0, 0.0
+    for together in (1, 2, 4, 8, 16, 32):
+        pairs = [_put_together(took, costs, together) for took, costs in zip(took_s, costs_s, strict=True)]
+        took, cost = (np.concatenate(values) for values in zip(*pairs, strict=True))
+        if len(took) < _FEWEST_STRETCHES:
+            break
+        # The fit has taken some of the scatter.
+        off = float(np.sqrt((np.log(took / np.maximum(cost, 1e-12)) ** 2).sum() / (len(took) - _FITTED)))
+        short = max(short, off)
+        of_a_second = max(of_a_second, off * math.sqrt(float(took.mean())))
+    return Noise(short, of_a_second)
 
 
-def _scaled(costs: Floats, work: Floats, seconds: Floats) -> Floats:
-    return costs * (seconds.sum() / max(float(work.sum(axis=0) @ costs), 1e-12))
+def _put_together(took_s: Floats, costs_s: Floats, together: int) -> tuple[Floats, Floats]:
+    starts = np.arange(0, len(took_s) - together + 1, together)
+    return tuple(np.add.reduceat(values, starts) for values in (took_s, costs_s))  # type: ignore[return-value]
 
 
 def _drain_off(runs: Sequence[QueueRun], queues: Sequence[SimulatedWork], costs: Floats) -> float:
     took = np.array([phases_of(run).drain_s for run in runs])
     planned = np.array([float(queue.work[queue.drain_block :].sum(axis=0) @ costs) for queue in queues])
     return abs(math.log(max(float(took.sum()), 1e-9) / max(float(planned.sum()), 1e-9)))
-
-
-# --- from a job's lengths to its work -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _JobWork:
-    """Work of those replicas that are simulated, shape (replicas, 4) each."""
-
-    whole: Floats
-    drain: Floats
-    plateau: Floats
-    plateau_outputs: Floats  # (replicas,)
-    imbalance: float
-
-
-def _job_work(
-    job: JobLengths, outputs: Integers, found: Measured, replicas: int, is_sorted: bool, most: int
-) -> _JobWork:
-    prompts = job.prompt_tokens
-    is_whole = job.every is None and job.repeats == 1 and len(prompts) <= most
-    simulated = replicas if is_whole else min(replicas, _SIMULATED_REPLICAS)
-    if is_whole:
-        share = share_out(prompts + outputs, replicas)
-        chosen = [np.flatnonzero(share == replica) for replica in range(replicas)]
-    else:
-        size = max(most // simulated, 4 * found.batch_size)
-        chosen = [_stand_ins(job, replica, replicas, size, found.batch_size) for replica in range(simulated)]
-    parts = [_one_replica(job, outputs, found, some, None if is_whole else replicas, is_sorted) for some in chosen]
-    tokens = np.array([(prompts + outputs)[some].sum() for some in chosen], dtype=float)
-    return _JobWork(
-        np.array([part[0] for part in parts]),
-        np.array([part[1] for part in parts]),
-        np.array([part[2] for part in parts]),
-        np.array([part[3] for part in parts]),
-        float(tokens.max() / max(tokens.mean(), 1.0) - 1) if is_whole else 0.0,
-    )
-
-
-def share_out(tokens: Integers, replicas: int) -> Integers:
-    """The replica of each request: in the order of the file, each to the one that has the fewest tokens so far."""
-    if replicas == 1:
-        return np.zeros(len(tokens), dtype=np.int64)
-    heap = [(0, replica) for replica in range(replicas)]
-    share = np.empty(len(tokens), dtype=np.int64)
-    for request, count in enumerate(tokens.tolist()):
-        load, replica = heap[0]
-        share[request] = replica
-        heapq.heapreplace(heap, (load + count, replica))
-    return share
-
-
-def _stand_ins(job: JobLengths, replica: int, replicas: int, size: int, batch_size: int) -> Integers:
-    """Entries, in order, that one replica's queue is simulated with: its own of the last ones that stand each for
-    itself, and before them some of all, evenly spread."""
-    count = len(job.prompt_tokens)
-    itself = count - int((job.weights != 1)[::-1].argmax()) if (job.weights != 1).any() else 0
-    last = np.arange(count - 1 - replica % max(count, 1), max(itself, 0) - 1, -replicas)[
-        : max(2 * batch_size, size // 2)
-    ]
-    last = last[last >= 0][::-1]
-    end = int(last[0]) if len(last) else count
-    wanted = min(size - len(last), end)
-    if wanted <= 0:
-        return last
-    spread = ((np.arange(wanted) + (replica + 0.5) / replicas) * (end / wanted)).astype(np.int64)
-    return np.concatenate([np.minimum(spread, end - 1), last])
-
-
-def _one_replica(
-    job: JobLengths, outputs: Integers, found: Measured, chosen: Integers, replicas: int | None, is_sorted: bool
-) -> tuple[Floats, Floats, Floats, float]:
-    """Work of the whole, the drain and the plateau, and output tokens of the plateau."""
-    prompts, made = job.prompt_tokens[chosen], outputs[chosen]
-    nothing = np.zeros(4)
-    if not len(chosen):
-        return nothing, nothing, nothing, 0.0
-    queue = _queue(prompts, made, found.runs[0], found.costs.lag_steps)
-    whole, drain = queue.work.sum(axis=0), queue.work[queue.drain_block :].sum(axis=0)
-    start = int(queue.first[: found.batch_size].max()) + 1 if len(chosen) > found.batch_size else queue.drain_block
-    plateau = queue.work[start : queue.drain_block].sum(axis=0)
-    firsts = int(((queue.first >= start) & (queue.first < queue.drain_block)).sum())
-    made_there = float(plateau[DECODE] + firsts)
-    if replicas is None:
-        return whole, drain, plateau, made_there
-    weights = job.weights * job.repeats / replicas
-    between = _totals(job.prompt_tokens, outputs, weights) - _totals(prompts, made, np.ones(len(chosen)))
-    if between[0] > 0:
-        empty = _empty_places(found, plateau, firsts) if plateau[STEPS] and not is_sorted else None
-        more = _between(np.maximum(between, 0), found, empty)
-        whole, plateau, made_there = whole + more, plateau + more, made_there + float(between[2])
-    return whole, drain, plateau, made_there
-
-
-def _totals(prompts: Integers, outputs: Integers, weights: Floats) -> Floats:
-    """Requests, prompt tokens, output tokens and context looked back on, as sums."""
-    decodes = np.maximum(outputs - 1, 0).astype(float)
-    context = decodes * prompts + decodes * (decodes + 1) / 2
-    return np.array([weights.sum(), weights @ prompts, weights @ outputs, weights @ context])
-
-
-def _empty_places(found: Measured, plateau: Floats, admitted: int) -> float:
-    """Steps for which a place makes no token, for each request: its prompt is read, or the one before it is over."""
-    return float(plateau[STEPS] * found.batch_size - plateau[DECODE]) / max(admitted, 1)
-
-
-def _between(totals: Floats, found: Measured, empty: float | None) -> Floats:
-    """Work of requests in the plateau: all places are taken, unless the budget of tokens is the limit."""
-    requests, prompts, outputs, context = totals
-    budget = found.budget or math.inf
-    if empty is None:
-        empty = 1 + found.costs.lag_steps + prompts / max(requests, 1e-9) / budget
-    steps = max((outputs - requests + empty * requests) / found.batch_size, (prompts + outputs) / budget)
-    work = np.zeros(4)
-    work[STEPS], work[PROMPT], work[DECODE], work[CONTEXT] = steps, prompts, max(outputs - requests, 0.0), context
-    return work
 
 
 # --- the forecast -------------------------------------------------------------------------------------------------
@@ -318,16 +216,13 @@ def forecast_from(
     return _combined(found, works, replicas)
 
 
-def _works(found: Measured, job: JobLengths, replicas: int, is_sorted: bool, seed: int) -> list[_JobWork]:
+def _works(found: Measured, job: JobLengths, replicas: int, is_sorted: bool, seed: int) -> list[JobWork]:
     """One, or several of drawn output lengths."""
     if job.output_tokens is not None:
-        return [_job_work(job, job.output_tokens, found, replicas, is_sorted, _SIMULATED)]
-    draw = np.random.default_rng(seed)
-    some = max(_SIMULATED // _DRAWS, 4 * found.batch_size)
-    return [
-        _job_work(job, _drawn_outputs(found.runs, job.prompt_tokens, draw), found, replicas, is_sorted, some)
-        for _ in range(_DRAWS)
-    ]
+        return [job_work(job, found.places, replicas, is_sorted, _SIMULATED)]
+    draw, job = np.random.default_rng(seed), job.thinned(_LONGEST_DRAWN)
+    drawn = (replace(job, output_tokens=_drawn_outputs(found.runs, job.prompt_tokens, draw)) for _ in range(_DRAWS))
+    return [job_work(one, found.places, replicas, is_sorted, _SIMULATED_OF_A_DRAW) for one in drawn]
 
 
 def _drawn_outputs(runs: Sequence[QueueRun], prompts: Integers, draw: np.random.Generator) -> Integers:
@@ -343,17 +238,18 @@ def _drawn_outputs(runs: Sequence[QueueRun], prompts: Integers, draw: np.random.
     return found
 
 
-def _combined(found: Measured, works: Sequence[_JobWork], replicas: int) -> Forecast:
+def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forecast:
     costs = found.costs.as_array()
     wholes = np.array([work.whole for work in works])
     factors = _factors(found, replicas, wholes.shape[1])
     seconds = np.array([float((work.whole @ costs * factors).max()) for work in works])
     slowest = [int((work.whole @ costs * factors).argmax()) for work in works]
     center = np.mean([work.whole[one] for work, one in zip(works, slowest, strict=True)], axis=0)
+    unseen = _unseen(found, np.mean([work.plateau.mean(axis=0) for work in works], axis=0))
     drains = np.array([float((work.drain @ costs * factors).max()) for work in works])
     drain = np.mean([work.drain.mean(axis=0) for work in works], axis=0)
     return Forecast(
-        _interval(found, seconds, center, 0.0),
+        _interval(found, seconds, center, unseen),
         _rate(found, works, replicas),
         _interval(found, drains, drain, found.drain_off),
         found.method,
@@ -382,36 +278,62 @@ def _interval(found: Measured, values: Floats, work: Floats, off: float) -> Inte
     if value <= 0:
         return Interval(0.0)
     half = _half_width(found, work, off)
+    if half is None:
+        return Interval(value)
     drawn = float(np.log(np.maximum(values, 1e-9)).std(ddof=1)) if len(values) > 1 else 0.0
     half = math.hypot(half, t_quantile_95(_DRAWS - 1) * drawn)
     return Interval(value, value * math.exp(-half), value * math.exp(half))
 
 
-def _half_width(found: Measured, work: Floats, off: float) -> float:
-    """As a share of the seconds of this work."""
-    base = float(work @ _scaled_costs(found))
-    if base <= 0:
-        return 0.0
-    logs = np.log(np.maximum(found.left_out @ work, 1e-12) / base)
-    groups = len(logs)
-    error = math.sqrt((groups - 1) / groups * float(((logs - logs.mean()) ** 2).sum()))
+def _half_width(found: Measured, work: Floats, off: float) -> float | None:
+    """As a share of the seconds of this work; None where there are too few groups."""
+    base = float(work @ found.costs.as_array())
+    if base <= 0 or len(found.left_out) < _FEWEST_GROUPS:
+        return None
+    error = _jackknife(np.log(np.maximum(found.left_out @ work, 1e-12) / base))
+    error = max(error, _T_95 * found.noise.of(float(found.seconds.sum())))
     others = np.log(np.maximum(found.reweighed @ work, 1e-12) / base)
     way = float(np.sqrt((others**2).mean()))
     return math.sqrt(
-        (t_quantile_95(max(groups - 1, 1)) * error) ** 2
-        + (_Z_95 * _RUN_TO_RUN) ** 2
+        error**2
+        + 2 * (_Z_95 * _RUN_TO_RUN) ** 2
         + (_Z_95 * way) ** 2
+        + (_T_95 * found.noise.of(base)) ** 2
         + found.off**2
         + off**2
     )
 
 
-def _scaled_costs(found: Measured) -> Floats:
-    """Of the same scale as those with a group left out."""
-    return found.costs.as_array()
+def _unseen(found: Measured, plateau: Floats) -> float:
+    """Half width, for steps unlike all that were seen: a queue of equal requests that is short reads prompts or makes
+    tokens, while a long one does both in each step, and then a step need not cost the sum of its parts."""
+    if plateau[STEPS] <= 0:
+        return 0.0
+    costs = found.costs.as_array()
+    usual = plateau / plateau[STEPS] * costs
+    steps = np.maximum(found.work[:, STEPS], 1e-9)
+    seen = found.work / steps[:, None] * costs
+    is_alike = np.abs(seen - usual).sum(axis=1) <= _ALIKE * usual.sum()
+    # Even where no cost was found for it: a step in which prompts are read is another one.
+    is_alike &= np.abs(found.work[:, READING] / steps - plateau[READING] / plateau[STEPS]) <= _ALIKE
+    share = float(found.seconds[is_alike].sum() / found.seconds.sum())
+    return _UNSEEN * max(0.0, 1 - share / _ENOUGH_ALIKE)
 
 
-def _rate(found: Measured, works: Sequence[_JobWork], replicas: int) -> Interval | None:
+def _jackknife(logs: Floats) -> float:
+    """Half width, of logarithms with one group left out each. Neighbours may err together: so the widest of what single
+    groups, pairs and threes of them say."""
+    effects, widest = logs - logs.mean(), 0.0
+    for together in (1, 2, 3):
+        sums = np.add.reduceat(effects, np.arange(0, len(effects), together))
+        count = len(sums)
+        if count >= 3:
+            error = math.sqrt((count - 1) / count * float(((sums - sums.mean()) ** 2).sum()))
+            widest = max(widest, t_quantile_95(count - 1) * error)
+    return widest
+
+
+def _rate(found: Measured, works: Sequence[JobWork], replicas: int) -> Interval | None:
     """Output tokens per second of all replicas."""
     costs, factor = found.costs.as_array(), float(np.exp(np.log(found.factors).mean()))
     seconds = np.array([work.plateau.sum(axis=0) @ costs * factor for work in works])

@@ -137,7 +137,8 @@ def done_by(times_s: Floats, starts_s: Floats, ends_s: Floats, amounts: Floats |
     moments_s = moments_s[order]
     speed = np.cumsum(np.concatenate([speeds, -speeds])[order])
     done = np.concatenate([[0.0], np.cumsum(speed[:-1] * np.diff(moments_s))])
-    return np.interp(times_s, moments_s, done)
+    found: Floats = np.interp(times_s, moments_s, done)
+    return found
 
 
 def _rate(done: Floats, edges_s: Floats) -> Interval:

@@ -1,33 +1,37 @@
-"""What a step of the engine costs, fitted to a queue run, and the queue of any other requests at these costs.
-
-The work of a stretch of time is four numbers: steps, prompt tokens read, tokens made (one for each request that decodes
-in a step), and tokens of context that these look back on. Its seconds are the sum of each times its cost. Which work a
-queue makes depends on the lengths alone, not on the costs: all requests wait from the start, and a place that becomes
-free is filled in the next step. So one simulation gives the seconds for any costs.
+"""What a step of the engine costs, fitted to a queue run: its seconds are the sum of each part of its work
+(queue_simulation.py) times the cost of that part.
 
 Needs numpy.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections import deque
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from batch_inference.core.queue_runs import Floats, Integers, QueueRun, phases_of
+from batch_inference.core.queue_runs import Floats, Integers, QueueRun, done_by, phases_of
+from batch_inference.core.queue_simulation import (
+    CONTEXT,
+    DECODE,
+    PROMPT,
+    READING,
+    STEPS,
+    USUAL_LAG,
+    WORK,
+    simulate_work,
+)
 
-# Columns of a work array, shape (..., 4).
-STEPS, PROMPT, DECODE, CONTEXT = range(4)
+Columns = tuple[int, ...]
+_ALWAYS = (STEPS, PROMPT, DECODE)
 _PASSES = 60
-# Steps that one row of the fit spans: in fewer, it matters in which of two steps a prompt was read.
-_FEWEST_STEPS = 10
-_MOST_ROWS = 400
-# A step is planned while the one before it runs, so a place that becomes free is empty for one step. Seen is 0 or 1.
-USUAL_LAG = 1
-_LONGEST_LAG = 4
+# Steps that one row of the fit spans: in fewer than usual, it matters in which of two steps a prompt was read.
+_FEWEST_STEPS, _USUAL_STEPS = 4, 10
+_ROWS_OF_A_PHASE, _MOST_ROWS = 12, 100
+_FEWEST_ROWS = 12  # below which no cost is tried that may not be worth it
+_LONGEST_LAG = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +40,64 @@ class StepCosts:
     per_prompt_token_s: float
     per_decode_s: float
     per_context_token_s: float
+    per_reading_step_s: float  # on top, for a step in which prompts are read: it may not be replayed as a graph
     lag_steps: int = USUAL_LAG  # for which a place stays empty
 
+    @classmethod
+    def of(cls, costs: Floats, lag_steps: int) -> StepCosts:
+        """Of costs of shape (5,), in the order of the columns of a work array."""
+        return cls(costs[STEPS], costs[PROMPT], costs[DECODE], costs[CONTEXT], costs[READING], lag_steps)
+
     def seconds(self, work: Floats) -> Floats:
-        """Of work of shape (..., 4)."""
+        """Of work of shape (..., 5)."""
         found: Floats = work @ self.as_array()
         return found
 
     def as_array(self) -> Floats:
-        return np.array([self.per_step_s, self.per_prompt_token_s, self.per_decode_s, self.per_context_token_s])
+        return np.array(
+            [
+                self.per_step_s,
+                self.per_prompt_token_s,
+                self.per_decode_s,
+                self.per_context_token_s,
+                self.per_reading_step_s,
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """Seconds from the start; shape (requests,)."""
+
+    scheduled_s: Floats
+    first_token_s: Floats
+    last_token_s: Floats
+    total_s: float
+
+
+def simulate(
+    costs: StepCosts,
+    prompt_tokens: Integers,
+    output_tokens: Integers,
+    batch_size: int,
+    max_num_batched_tokens: int | None,
+) -> Simulated:
+    """All requests wait from second 0, in the order of the arrays."""
+    queue = simulate_work(prompt_tokens, output_tokens, batch_size, max_num_batched_tokens, costs.lag_steps)
+    ends_s = np.cumsum(costs.seconds(queue.work))
+    starts_s = np.concatenate([[0.0], ends_s[:-1]])
+    return Simulated(starts_s[queue.scheduled], ends_s[queue.first], ends_s[queue.last], float(ends_s[-1]))
 
 
 @dataclass(frozen=True, slots=True)
 class SeenWork:
     """What a run did and how long that took, in consecutive stretches of some steps each."""
 
-    work: Floats  # (stretches, 4)
+    work: Floats  # (stretches, 5)
     ends_s: Floats  # (stretches,)
+    # The number of the step, counted from the start, in which each request made its first and last token: (requests,)
+    first_step: Floats
+    last_step: Floats
 
     @property
     def seconds(self) -> Floats:
@@ -73,8 +118,11 @@ def seen_work(run: QueueRun) -> SeenWork:
     offset = np.bincount(first, run.prompt_tokens - so_far[first], len(edges_s))
     offset -= np.bincount(last, run.prompt_tokens - so_far[first], len(edges_s))
     context = (np.cumsum(offset)[:-1] + decoding * (so_far[:-1] + so_far[1:]) / 2) * steps
-    work = np.stack([steps, prompts, decoding * steps, context], axis=1)
-    return _put_together(work, edges_s)
+    chunks = np.ceil(prompts / (run.max_num_batched_tokens or np.inf))
+    reading = np.minimum(steps, np.maximum(chunks, prompts > 0))
+    work = np.stack([steps, prompts, decoding * steps, context, reading], axis=1)
+    starts, ends = _stretches(steps, np.searchsorted(edges_s, _phase_edges_s(run)))
+    return SeenWork(np.add.reduceat(work, starts), edges_s[ends], so_far[first], so_far[last])
 
 
 def _places(run: QueueRun, edges_s: Floats) -> tuple[Integers, Integers]:
@@ -84,15 +132,12 @@ def _places(run: QueueRun, edges_s: Floats) -> tuple[Integers, Integers]:
 def _prompts_read(run: QueueRun, edges_s: Floats) -> Floats:
     """Prompt tokens read between the edges: in the step that makes the first token, and a prompt that one step cannot
     hold evenly from when it was scheduled."""
-    most = run.max_num_batched_tokens or np.inf
+    is_long = run.prompt_tokens > (run.max_num_batched_tokens or np.inf)
     first = np.searchsorted(edges_s, run.first_token_s)
-    is_long = run.prompt_tokens > most
     read = np.bincount(first, np.where(is_long, 0, run.prompt_tokens), len(edges_s))[1:]
-    for request in np.flatnonzero(is_long):
-        start_s, end_s = run.scheduled_s[request], run.first_token_s[request]
-        share = np.diff(np.clip((edges_s - start_s) / max(end_s - start_s, 1e-9), 0, 1))
-        read = read + run.prompt_tokens[request] * share
-    return read
+    long_ones = (run.scheduled_s[is_long], run.first_token_s[is_long], run.prompt_tokens[is_long])
+    found: Floats = read + np.diff(done_by(edges_s, *long_ones)) if is_long.any() else read
+    return found
 
 
 def _steps_between(run: QueueRun, edges_s: Floats, prompts: Floats) -> tuple[Floats, Floats]:
@@ -122,233 +167,100 @@ def _steps_between(run: QueueRun, edges_s: Floats, prompts: Floats) -> tuple[Flo
     return np.where(decoding > 0, steps, alone), decoding
 
 
-def _put_together(work: Floats, edges_s: Floats) -> SeenWork:
-    so_far = np.cumsum(work[:, STEPS])
-    steps = max(_FEWEST_STEPS, so_far[-1] / _MOST_ROWS)
-    number = np.floor((so_far - work[:, STEPS] / 2) / steps).astype(int)
-    starts = np.flatnonzero(np.diff(number, prepend=-1))
-    ends = np.append(starts[1:], len(work))
-    return SeenWork(np.add.reduceat(work, starts), edges_s[ends])
+def _phase_edges_s(run: QueueRun) -> tuple[float, float]:
+    phases = phases_of(run)
+    return phases.ramp_end_s, phases.drain_start_s
+
+
+def _stretches(steps: Floats, phase_starts: Integers) -> tuple[Integers, Integers]:
+    """Where stretches of enough steps start and end. A short phase gets shorter ones, so that it is seen."""
+    longest = max(_USUAL_STEPS, steps.sum() / _MOST_ROWS)
+    starts = []
+    for start, end in itertools.pairwise(np.unique([0, *phase_starts, len(steps)]).tolist()):
+        so_far = np.cumsum(steps[start:end])
+        length = np.clip(so_far[-1] / _ROWS_OF_A_PHASE, _FEWEST_STEPS, longest)
+        number = np.floor((so_far - steps[start:end] / 2) / length).astype(int)
+        starts.append(start + np.flatnonzero(np.diff(number, prepend=-1)))
+    places = np.concatenate(starts)
+    return places, np.append(places[1:], len(steps))
 
 
 # --- the fit ------------------------------------------------------------------------------------------------------
 
 
-def fit_costs(work: Floats, seconds: Floats, power: float = 1.0) -> Floats:
-    """Costs of shape (4,), none below 0, by least squares; the context only where it improves the fit.
+def fit_costs(work: Floats, seconds: Floats, columns: Columns | None = None, power: float = 1.0) -> Floats:
+    """Costs of shape (5,), none below 0, by least squares; of those columns, or of those that are worth it.
 
-    The variance of a stretch is as its seconds to this power: 1 for the sum of independent steps.
+    The variance of a stretch is as its seconds to this power: 1 for the sum of independent steps. The costs are scaled
+    to make the seconds of all stretches together.
     """
-    weights = np.maximum(seconds, 1e-9) ** (-power / 2)
-    rows, values = work * weights[:, None], seconds * weights
-    plain, error = _non_negative(rows, values, (STEPS, PROMPT, DECODE))
-    full, full_error = _non_negative(rows, values, (STEPS, PROMPT, DECODE, CONTEXT))
-    # By Schwarz's criterion: one more cost has to be worth it.
+    costs = _non_negative(*_weighed(work, seconds, power), columns or columns_worth_it(work, seconds))[0]
+    scaled: Floats = costs * (seconds.sum() / max(float(work.sum(axis=0) @ costs), 1e-12))
+    return scaled
+
+
+def columns_worth_it(work: Floats, seconds: Floats) -> Columns:
+    """By Schwarz's criterion; few stretches bear no cost beyond those that there always are."""
+    rows, values = _weighed(work, seconds, 1.0)
     count = len(seconds)
-    is_worth_it = count > 8 and full_error < error * np.exp(-np.log(count) / count)
-    return full if is_worth_it else plain
+
+    def score(columns: Columns) -> float:
+        error = _non_negative(rows, values, columns)[1]
+        return count * math.log(max(error, 1e-300)) + len(columns) * math.log(count)
+
+    # At the start of a run all steps that read are full, so what one costs and what its tokens cost is the same.
+    read = int((work[:, READING] > 0).sum())
+    optional = [column for column, seen in ((CONTEXT, count), (READING, read)) if seen > _FEWEST_ROWS]
+    sizes = range(len(optional) + 1)
+    choices = (_ALWAYS + more for size in sizes for more in itertools.combinations(optional, size))
+    return min(choices, key=score)
 
 
-def _non_negative(rows: Floats, values: Floats, columns: tuple[int, ...]) -> tuple[Floats, float]:
-    """The best of all choices of columns whose costs are none below 0, and its sum of squares: with four columns,
+def _weighed(work: Floats, seconds: Floats, power: float) -> tuple[Floats, Floats]:
+    weights = np.maximum(seconds, 1e-9) ** (-power / 2)
+    return work * weights[:, None], seconds * weights
+
+
+def _non_negative(rows: Floats, values: Floats, columns: Columns) -> tuple[Floats, float]:
+    """The best of all choices of columns whose costs are none below 0, and its sum of squares: with five columns,
     trying all is simpler than any method, and exact."""
     scale = np.sqrt((rows**2).sum(axis=0))
     scale[scale == 0] = 1
     products, right = (rows / scale).T @ (rows / scale), (rows / scale).T @ values
-    best, least = np.zeros(4), float(values @ values)
+    best, least = np.zeros(WORK), float(values @ values)
     for size in range(1, len(columns) + 1):
         for chosen in itertools.combinations(columns, size):
             some = np.ix_(chosen, chosen)
             costs = np.linalg.lstsq(products[some], right[list(chosen)], rcond=1e-10)[0]
             error = float(values @ values - right[list(chosen)] @ costs)
             if (costs >= 0).all() and error < least:
-                best, least = np.zeros(4), error
+                best, least = np.zeros(WORK), error
                 best[list(chosen)] = costs
     return best / scale, max(least, 0.0)
 
 
 def costs_of(run: QueueRun) -> StepCosts:
     seen = seen_work(run)
-    return StepCosts(*fit_costs(seen.work, seen.seconds).tolist(), lag_steps=lag_of(run, seen))
+    return StepCosts.of(fit_costs(seen.work, seen.seconds), lag_of(run, seen))
 
 
 def lag_of(run: QueueRun, seen: SeenWork) -> int:
-    """Steps for which a place stays empty: what the run took beyond a simulation without lag, over the requests that
-    followed another one to its place."""
-    phases = phases_of(run)
-    if phases.plateau_s <= 0:
+    """Steps for which a place stays empty: the lag whose simulation has, between a last token and the first token of
+    the request that followed to that place, as many steps as the run had."""
+    if len(run.prompt_tokens) <= run.batch_size:
         return USUAL_LAG
-    window_s = (phases.ramp_end_s, phases.drain_start_s)
-    so_far = np.concatenate([[0.0], np.cumsum(seen.work[:, STEPS])])
-    steps = np.diff(np.interp(window_s, np.concatenate([[0.0], seen.ends_s]), so_far))[0]
-    decoding = np.clip(run.last_token_s, *window_s) - np.clip(run.first_token_s, *window_s)
-    followed = ((run.scheduled_s >= window_s[0]) & (run.scheduled_s <= window_s[1])).sum()
-    empty = (run.batch_size - decoding.sum() / phases.plateau_s) * steps / max(followed, 1)
-    reading = _reading_steps(run)
-    return int(np.clip(round(float(empty - reading)), 0, _LONGEST_LAG))
-
-
-def _reading_steps(run: QueueRun) -> float:
-    """Steps from a request's place to its first token, of one that followed another, if there were no lag."""
-    seen = simulate_work(run.prompt_tokens, run.output_tokens, run.batch_size, run.max_num_batched_tokens, lag_steps=0)
-    later = slice(run.batch_size, None)
-    taken = seen.first[later] - seen.scheduled[later] + 1
-    return float(taken.mean()) if len(taken) else 1.0
-
-
-# --- the queue of any requests ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedWork:
-    """Blocks of one or more equal steps: their work, shape (blocks, 4), and each request's blocks, shape (requests,).
-
-    A request is scheduled at the start of its block, and makes its first and last token at the end of theirs.
-    """
-
-    work: Floats
-    scheduled: Integers
-    first: Integers
-    last: Integers
-
-    @property
-    def drain_block(self) -> int:
-        """From the start of this block on, no request waits."""
-        return int(self.scheduled.max())
-
-
-@dataclass(frozen=True, slots=True)
-class Simulated:
-    """Seconds from the start; shape (requests,)."""
-
-    scheduled_s: Floats
-    first_token_s: Floats
-    last_token_s: Floats
-    total_s: float
-
-
-def simulate(
-    costs: StepCosts,
-    prompt_tokens: Integers,
-    output_tokens: Integers,
-    batch_size: int,
-    max_num_batched_tokens: int | None,
-) -> Simulated:
-    """All requests wait from second 0, in the order of the arrays."""
-    queue = simulate_work(prompt_tokens, output_tokens, batch_size, max_num_batched_tokens, costs.lag_steps)
-    ends_s = np.cumsum(costs.seconds(queue.work))
-    starts_s = np.concatenate([[0.0], ends_s[:-1]])
-    return Simulated(starts_s[queue.scheduled], ends_s[queue.first], ends_s[queue.last], float(ends_s[-1]))
-
-
-def simulate_work(
-    prompt_tokens: Integers,
-    output_tokens: Integers,
-    batch_size: int,
-    max_num_batched_tokens: int | None,
-    lag_steps: int = USUAL_LAG,
-) -> SimulatedWork:
-    """A scheduler of continuous batches: in each step first every request that decodes makes a token, then prompts are
-    read within the budget of tokens, those begun before first, and then waiting requests come in, first in first out.
-
-    Steps in which nothing comes or goes are one block, so the time taken goes by requests and not by tokens.
-    """
-    return _Scheduler(
-        prompt_tokens.tolist(), output_tokens.tolist(), batch_size, max_num_batched_tokens, lag_steps
-    ).run()
-
-
-class _Scheduler:
-    def __init__(
-        self, prompts: list[int], outputs: list[int], batch_size: int, budget: int | None, lag_steps: int
-    ) -> None:
-        self.prompts, self.outputs = prompts, outputs
-        self.budget = budget or sum(prompts) + batch_size
-        self.lag = lag_steps
-        self.free = batch_size
-        self.freed: deque[tuple[int, int]] = deque()  # (step from which on, places)
-        self.waiting = 0  # the next request
-        self.reading: deque[list[int]] = deque()  # [request, prompt tokens left]
-        self.ends: list[tuple[int, int]] = []  # heap of (step of the last token, request)
-        self.decoding = 0
-        self.context = 0  # of the requests that decode: sum of prompt minus step of the first token
-        self.step = 0
-        self.blocks: list[tuple[int, int, int, int]] = []
-        count = len(prompts)
-        self.scheduled, self.first, self.last = [0] * count, [0] * count, [0] * count
-
-    def run(self) -> SimulatedWork:
-        while self.waiting < len(self.prompts) or self.reading or self.decoding:
-            while self.freed and self.freed[0][0] <= self.step:
-                self.free += self.freed.popleft()[1]
-            read, started = self._read_prompts()
-            steps = 1 if read else self._steps_alike()
-            if not read and not self.decoding:
-                # All places are empty for the lag: no step runs.
-                self.step += steps
-                continue
-            self.blocks.append((steps, read, self.decoding * steps, self._context(steps)))
-            self._make_tokens(steps, started)
-        return SimulatedWork(
-            np.array(self.blocks, dtype=float).reshape(-1, 4),
-            *(np.array(values, dtype=np.int64) for values in (self.scheduled, self.first, self.last)),
+    took = _steps_between_tokens(seen.last_step, seen.first_step, run.batch_size)
+    off = []
+    for lag in range(_LONGEST_LAG + 1):
+        queue = simulate_work(
+            run.prompt_tokens, run.output_tokens, run.batch_size, run.max_num_batched_tokens, lag_steps=lag
         )
+        steps = np.cumsum(queue.work[:, STEPS])
+        off.append(abs(_steps_between_tokens(steps[queue.last], steps[queue.first], run.batch_size) - took))
+    return int(np.argmin(off))
 
-    def _read_prompts(self) -> tuple[int, list[int]]:
-        """Prompt tokens of this step, and the requests whose prompt is read with it."""
-        left = self.budget - self.decoding
-        read, done = 0, []
-        while left > 0 and self.reading:
-            request, tokens = self.reading[0]
-            part = min(tokens, left)
-            self.reading[0][1] -= part
-            left, read = left - part, read + part
-            if part == tokens:
-                self.reading.popleft()
-                done.append(request)
-        while left > 0 and self.free and self.waiting < len(self.prompts):
-            request, tokens = self.waiting, self.prompts[self.waiting]
-            self.waiting += 1
-            self.free -= 1
-            self.scheduled[request] = len(self.blocks)
-            part = min(tokens, left)
-            left, read = left - part, read + part
-            if part == tokens:
-                done.append(request)
-            else:
-                self.reading.append([request, tokens - part])
-        return read, done
 
-    def _steps_alike(self) -> int:
-        """Until a request ends or a place becomes free."""
-        last = self.ends[0][0] + 1 if self.ends else None
-        if self.freed and self.waiting < len(self.prompts):
-            last = self.freed[0][0] if last is None else min(last, self.freed[0][0])
-        return 1 if last is None else max(1, last - self.step)
-
-    def _context(self, steps: int) -> int:
-        first, last = self.step, self.step + steps - 1
-        return steps * self.context + self.decoding * (first + last) * steps // 2
-
-    def _make_tokens(self, steps: int, started: list[int]) -> None:
-        block, step = len(self.blocks) - 1, self.step + steps - 1
-        self.step += steps
-        ended = 0
-        while self.ends and self.ends[0][0] <= step:
-            _, request = heapq.heappop(self.ends)
-            self.last[request] = block
-            outputs = self.outputs[request]
-            self.context -= self.prompts[request] - (step - outputs + 1)
-            self.decoding -= 1
-            ended += 1
-        for request in started:
-            self.first[request] = block
-            if self.outputs[request] <= 1:
-                self.last[request] = block
-                ended += 1
-                continue
-            heapq.heappush(self.ends, (step + self.outputs[request] - 1, request))
-            self.context += self.prompts[request] - step
-            self.decoding += 1
-        if ended:
-            self.freed.append((self.step + self.lag, ended))
+def _steps_between_tokens(last: Floats, first: Floats, batch_size: int) -> float:
+    """Median, over the requests that took the place of another one: they are as many as do not run at first."""
+    later = np.sort(first)[batch_size:]
+    return float(np.median(later - np.sort(last)[: len(later)]))
