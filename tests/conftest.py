@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib
 import importlib.util
 import os
 import random
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,6 +30,10 @@ from in_process import called
 # pytest every test.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Every worker imports and collects everything. seaborn does without scipy, of which it would load as much as pandas and
+# matplotlib are together; and there is no garbage before the tests.
+sys.modules |= {"scipy.stats": None, "scipy.cluster": None}
+gc.disable()
 
 # A limit for each test, longer than that of the fast ones in pyproject.toml.
 LIMITS_S = {"slow": 300, "vllm": 1200}
@@ -44,9 +50,9 @@ SMALL_GRID = ("--batch-sizes", "1,2", "--seq-lens", "8", "--max-tokens", "4", "-
 
 def pytest_collection_finish() -> None:
     """What is loaded now stays: the garbage collector need not look at all of it again and again."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def special() -> ModuleType:
+    """scipy.special, loaded where it is needed: it takes long, and every worker collects every file."""
+    return importlib.import_module("scipy.special")
 
 
 @pytest.fixture
