@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import importlib.util
+import json
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import jsonschema
 import pytest
 
 import batch_inference_experiment
@@ -40,6 +42,7 @@ LIMITS_S = {"slow": 300, "vllm": 1200}
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUB = REPOSITORY / "tests" / "stub"
+RESULT_SCHEMA = json.loads((REPOSITORY / "batch_inference" / "core" / "result.schema.json").read_text())
 # The user's own caches are neither read nor written.
 CACHE = Path(tempfile.mkdtemp(prefix="batch_inference_cache_"))
 # A vLLM that is installed is asked only where that is what is tested: it takes longer than all the fast tests.
@@ -132,6 +135,11 @@ def assert_answers_at_once(command: Sequence[str | Path], folder: Path, environm
     # What Python's own library tries to import and does not find counts for nothing.
     assert set(filter(importlib.util.find_spec, packages)) == {"batch_inference"}
     assert len(imported) < 12 * len(bare)
+
+
+def assert_as_the_schema_says(path: Path) -> None:
+    """A result file."""
+    jsonschema.Draft202012Validator(RESULT_SCHEMA).validate(json.loads(path.read_text()))
 
 
 def is_running(pid: int) -> bool:
