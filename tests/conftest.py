@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib
 import importlib.util
+import json
 import os
 import random
 import re
@@ -18,7 +20,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
+import jsonschema
 import pytest
 
 import batch_inference_experiment
@@ -28,12 +32,17 @@ from in_process import called
 # pytest every test.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Every worker imports and collects everything. seaborn does without scipy, of which it would load as much as pandas and
+# matplotlib are together; and there is no garbage before the tests.
+sys.modules |= {"scipy.stats": None, "scipy.cluster": None}
+gc.disable()
 
 # A limit for each test, longer than that of the fast ones in pyproject.toml.
 LIMITS_S = {"slow": 300, "vllm": 1200}
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUB = REPOSITORY / "tests" / "stub"
+RESULT_SCHEMA = json.loads((REPOSITORY / "batch_inference" / "core" / "result.schema.json").read_text())
 # The user's own caches are neither read nor written.
 CACHE = Path(tempfile.mkdtemp(prefix="batch_inference_cache_"))
 # A vLLM that is installed is asked only where that is what is tested: it takes longer than all the fast tests.
@@ -44,9 +53,9 @@ SMALL_GRID = ("--batch-sizes", "1,2", "--seq-lens", "8", "--max-tokens", "4", "-
 
 def pytest_collection_finish() -> None:
     """What is loaded now stays: the garbage collector need not look at all of it again and again."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,6 +68,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def special() -> ModuleType:
+    """scipy.special, loaded where it is needed: it takes long, and every worker collects every file."""
+    return importlib.import_module("scipy.special")
 
 
 @pytest.fixture
@@ -120,6 +135,11 @@ def assert_answers_at_once(command: Sequence[str | Path], folder: Path, environm
     # What Python's own library tries to import and does not find counts for nothing.
     assert set(filter(importlib.util.find_spec, packages)) == {"batch_inference"}
     assert len(imported) < 12 * len(bare)
+
+
+def assert_as_the_schema_says(path: Path) -> None:
+    """A result file."""
+    jsonschema.Draft202012Validator(RESULT_SCHEMA).validate(json.loads(path.read_text()))
 
 
 def is_running(pid: int) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import stdtr, stdtrit
 
 from batch_inference.analyze.compare import (
     SetComparison,
@@ -48,19 +48,19 @@ def pair(table: Any, one: Sequence[float], two: Sequence[float]) -> pd.Series[fl
 ONE, TWO = (1.0, 1.02, 0.97, 1.01), (1.1, 1.12, 1.06)
 
 
-def test_the_p_value_is_welchs_of_the_runs(table: Any) -> None:
+def test_the_p_value_is_welchs_of_the_runs(special: ModuleType, table: Any) -> None:
     one, two = (np.var(runs, ddof=1) / len(runs) for runs in (ONE, TWO))
     degrees = (one + two) ** 2 / (one**2 / 3 + two**2 / 2)
     t = abs(np.mean(ONE) - np.mean(TWO)) / math.sqrt(one + two)
-    assert pair(table, ONE, TWO)["p_value"] == pytest.approx(2 * stdtr(degrees, -t), rel=1e-3)
+    assert pair(table, ONE, TWO)["p_value"] == pytest.approx(2 * special.stdtr(degrees, -t), rel=1e-3)
 
 
-def test_the_interval_of_a_ratio_is_propagated(table: Any) -> None:
+def test_the_interval_of_a_ratio_is_propagated(special: ModuleType, table: Any) -> None:
     found = pair(table, ONE, TWO)
     assert found["ratio"] == pytest.approx(np.mean(TWO) / np.mean(ONE))
     one, two = (np.std(runs, ddof=1) / math.sqrt(len(runs)) / np.mean(runs) for runs in (ONE, TWO))
     degrees = (one**2 + two**2) ** 2 / (one**4 / 3 + two**4 / 2)
-    half = stdtrit(degrees, 0.975) * math.hypot(one, two) * found["ratio"]
+    half = special.stdtrit(degrees, 0.975) * math.hypot(one, two) * found["ratio"]
     assert found["ratio_ci95"] == pytest.approx(half, rel=1e-3)
 
 
@@ -403,10 +403,12 @@ def test_the_interval_of_a_ratio_does_not_depend_on_the_unit_of_time(table: Any,
 
 
 @pytest.mark.parametrize(("shift", "change"), [(0.014, "worse"), (0.0105, "no difference"), (-0.014, "better")])
-def test_five_percent_and_not_ten_is_what_counts_as_a_difference(table: Any, shift: float, change: str) -> None:
+def test_five_percent_and_not_ten_is_what_counts_as_a_difference(
+    special: ModuleType, table: Any, shift: float, change: str
+) -> None:
     before, now = [1.0, 1.008, 0.992, 1.004], [s + shift for s in (1.0, 1.008, 0.992, 1.004)]
     # As many runs, as far apart: Welch's test is Student's then, with six degrees of freedom.
-    p_value = float(2 * stdtr(6, -abs(shift) / math.sqrt(np.var(before, ddof=1) / 2)))
+    p_value = float(2 * special.stdtr(6, -abs(shift) / math.sqrt(np.var(before, ddof=1) / 2)))
     assert (p_value < 0.05) is (change != "no difference")
     assert p_value < 0.1
     old = table([make_result(points=[make_point(latencies_s=before)])], "old")

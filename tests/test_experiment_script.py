@@ -25,6 +25,7 @@ from conftest import (
     REPOSITORY,
     SMALL_GRID,
     assert_answers_at_once,
+    assert_as_the_schema_says,
     experiment_command,
     is_running,
     stub_environment,
@@ -37,6 +38,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def test_flags_become_a_result_file_a_log_and_a_table(experiment: Run, tmp_path: Path) -> None:
     done = experiment("-tp", "2", "--load-format", "dummy")
     assert done.returncode == 0, done.stderr
+    assert_as_the_schema_says(tmp_path / "tp_1_results.json")
     document = json.loads((tmp_path / "tp_1_results.json").read_text())
     assert document["status"] == "complete"
     assert [(point["batch_size"], point["status"]) for point in document["points"]] == [(1, "ok"), (2, "ok")]
@@ -169,6 +171,7 @@ def test_an_engine_that_does_not_start_is_exit_1_with_the_cause_and_the_log(expe
     assert done.returncode == 1
     assert "error: tp_1: ValueError: the planted reason" in done.stderr
     assert str(tmp_path / "tp_1_results.log") in done.stderr
+    assert_as_the_schema_says(tmp_path / "tp_1_results.json")
     assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "failed"
 
 
@@ -178,6 +181,7 @@ def test_a_failing_point_is_recorded_and_the_others_are_kept(
 ) -> None:
     done = experiment(STUB_FAIL=fail)
     assert done.returncode == 1
+    assert_as_the_schema_says(tmp_path / "tp_1_results.json")
     points = json.loads((tmp_path / "tp_1_results.json").read_text())["points"]
     assert [point["status"] for point in points] == ["ok", status]
     assert points[1]["log_tail"]
@@ -186,6 +190,7 @@ def test_a_failing_point_is_recorded_and_the_others_are_kept(
 @pytest.mark.parametrize(("fail", "said"), [("tokens", "output tokens came back"), ("prefix", "prefix cache")])
 def test_a_run_that_did_not_do_what_was_asked_is_invalid(experiment: Run, tmp_path: Path, fail: str, said: str) -> None:
     assert experiment(STUB_FAIL=fail).returncode == 0
+    assert_as_the_schema_says(tmp_path / "tp_1_results.json")
     point = json.loads((tmp_path / "tp_1_results.json").read_text())["points"][0]
     assert point["verdict"] == "invalid"
     assert said in point["verdict_reasons"][0]

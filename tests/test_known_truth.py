@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import analyze_results
 from batch_inference.core.results import Point
 from builders import make_point, make_result, save_all
+from in_process import called
 
 # Spread of the planted runs: half a percent, as on a quiet machine.
 NOISE = 0.005
@@ -29,6 +31,21 @@ def analyze(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
         return status, " ".join(capsys.readouterr().out.split())
 
     return run
+
+
+Analysed = tuple[Path, str]
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> Analysed:
+    """The folder of the truth, and what is said of it."""
+    folder = tmp_path_factory.mktemp("truth")
+    save_all(truth(), folder)
+    done = called(
+        analyze_results.main, ["analyze_results.py", "--input", str(folder), "--no-plots"], folder, os.environ
+    )
+    assert done.returncode == 0
+    return folder, " ".join(done.stdout.split())
 
 
 def planted(name: str, sizes: tuple[int, int, int], seconds: float, seed: int = 0, **changes: Any) -> Any:
@@ -58,13 +75,11 @@ def summary(folder: Path) -> Any:
     return json.loads((folder / "analysis" / "summary.json").read_text())
 
 
-def test_a_planted_winner_wins_in_words_and_numbers(analyze: Any, tmp_path: Path) -> None:
-    save_all(truth(), tmp_path)
-    status, text = analyze("--input", tmp_path)
-    assert status == 0
+def test_a_planted_winner_wins_in_words_and_numbers(analysed: Analysed) -> None:
+    folder, text = analysed
     for length, throughput in ((512, 6250), (2048, 1562)):
         (best,) = [
-            choice["best"] for choice in summary(tmp_path)["groups"][0]["best"]
+            choice["best"] for choice in summary(folder)["groups"][0]["best"]
             if (choice["seq_len"], choice["goal"]) == (length, "throughput")
         ]  # fmt: skip
         assert best["setting"] == "dp_4"
@@ -73,14 +88,13 @@ def test_a_planted_winner_wins_in_words_and_numbers(analyze: Any, tmp_path: Path
         assert 0 < best["ci95"] < 0.02 * throughput
         assert f"{length} throughput dp_4 4" in text
     for report in ("report.md", "report.html"):
-        assert "dp_4" in (tmp_path / "analysis" / report).read_text()
+        assert "dp_4" in (folder / "analysis" / report).read_text()
 
 
-def test_tp_against_pp_against_dp_is_what_was_planted(analyze: Any, tmp_path: Path) -> None:
-    save_all(truth(), tmp_path)
-    _, text = analyze("--input", tmp_path)
+def test_tp_against_pp_against_dp_is_what_was_planted(analysed: Analysed) -> None:
+    folder, text = analysed
     assert "TP, PP or DP? 4 devices, equal global batch size fastest of 4 points: DP=4 at 4" in text
-    rows = summary(tmp_path)["groups"][0]["tp_pp_or_dp"]
+    rows = summary(folder)["groups"][0]["tp_pp_or_dp"]
     assert len(rows) == 3 * 4
     for row in rows:
         true = {"TP=4": 1, "PP=4": 1, "DP=4": 2}[row["layout"]]
@@ -99,11 +113,10 @@ def test_a_planted_tie_is_called_a_tie(analyze: Any, tmp_path: Path) -> None:
     assert "TP=4 ≈ PP=4" in text or "PP=4 ≈ TP=4" in text
 
 
-def test_scaling_is_what_was_planted(analyze: Any, tmp_path: Path) -> None:
-    save_all(truth(), tmp_path)
-    _, text = analyze("--input", tmp_path)
+def test_scaling_is_what_was_planted(analysed: Analysed) -> None:
+    folder, text = analysed
     assert "Scaling against tp_1" in text
-    for row in summary(tmp_path)["groups"][0]["scaling"]:
+    for row in summary(folder)["groups"][0]["scaling"]:
         true = {"tp_1": 1, "tp_4": 1.6, "pp_4": 1.6, "dp_4": 3.2}[row["setting"]]
         assert row["speedup"] == pytest.approx(true, rel=0.03)
         assert row["scaling_efficiency"] == pytest.approx(true / row["num_devices"], rel=0.03)

@@ -51,6 +51,7 @@ from batch_inference.plan.place import Place
 from conftest import REPOSITORY, STUB, is_running, loaded_with, running_in, stub_environment
 
 ONE_CORE = Devices("cpu", ("0",))
+TwoByTwo = Callable[..., LocalReplicas]
 
 
 @pytest.fixture
@@ -274,34 +275,41 @@ def test_a_worker_that_nobody_hears_any_more_ends_what_it_has_started(tmp_path: 
 
 
 @pytest.fixture
-def two_by_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Starts TP=2 DP=2 on four GPUs; the variables of both replicas."""
-    for name, value in stub_environment().items():
-        monkeypatch.setenv(name, value)
-    made: list[LocalReplicas] = []
+def two_by_two(tmp_path: Path) -> TwoByTwo:
+    """TP=2 DP=2 on four GPUs."""
 
-    def start(changes: dict[str, Any] | None = None, **how: Any) -> list[dict[str, str]]:
+    def make(changes: dict[str, Any] | None = None, **how: Any) -> LocalReplicas:
         sizes = {"tensor_parallel_size": 2, "data_parallel_size": 2, "output_file": f"{tmp_path}/x.json"}
         config = ExperimentConfig(batch_sizes=(2,), seq_lens=(8,), **(sizes | (changes or {})))
-        made.append(LocalReplicas(config, Devices("gpu", ("0", "3", "5", "7")), **how))
-        assert len(made[0].start()) == 2
-        return [loaded_with(replica_log(tmp_path / "x.log", replica)) for replica in range(2)]
+        return LocalReplicas(config, Devices("gpu", ("0", "3", "5", "7")), **how)
 
-    yield start
-    for replicas in made:
+    return make
+
+
+def variables_of(replicas: LocalReplicas) -> list[dict[str, str]]:
+    """What both are given, with what they inherit. That it reaches them is looked at once, below."""
+    return [{**os.environ, **replicas._environment(number)} for number in range(2)]
+
+
+def test_each_replica_has_its_own_devices_ports_and_log(
+    two_by_two: TwoByTwo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in stub_environment().items():
+        monkeypatch.setenv(name, value)
+    replicas = two_by_two(coupled=False)
+    try:
+        assert len(replicas.start()) == 2
+        first, second = (loaded_with(replica_log(tmp_path / "x.log", replica)) for replica in range(2))
+    finally:
         replicas.close()
-
-
-def test_each_replica_has_its_own_devices_ports_and_log(two_by_two: Callable[..., list[dict[str, str]]]) -> None:
-    first, second = two_by_two(coupled=False)
     assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0,3", "5,7")
     assert abs(int(first["VLLM_PORT"]) - int(second["VLLM_PORT"])) >= 100
     # vLLM refuses coupled replicas of a dense model.
     assert "VLLM_DP_RANK" not in first
 
 
-def test_coupled_replicas_know_each_other(two_by_two: Callable[..., list[dict[str, str]]]) -> None:
-    first, second = two_by_two(coupled=True)
+def test_coupled_replicas_know_each_other(two_by_two: TwoByTwo) -> None:
+    first, second = variables_of(two_by_two(coupled=True))
     assert (first["VLLM_DP_RANK"], second["VLLM_DP_RANK"]) == ("0", "1")
     assert (first["VLLM_DP_RANK_LOCAL"], second["VLLM_DP_RANK_LOCAL"]) == ("0", "0")
     assert first["VLLM_DP_SIZE"] == second["VLLM_DP_SIZE"] == "2"
@@ -311,10 +319,10 @@ def test_coupled_replicas_know_each_other(two_by_two: Callable[..., list[dict[st
 
 
 def test_replicas_of_a_ray_cluster_that_is_joined_leave_the_devices_to_ray(
-    two_by_two: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+    two_by_two: TwoByTwo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    first, second = two_by_two({"distributed_executor_backend": "ray"}, ray_address="10.0.0.1:6379")
+    first, second = variables_of(two_by_two({"distributed_executor_backend": "ray"}, ray_address="10.0.0.1:6379"))
     assert first["RAY_ADDRESS"] == second["RAY_ADDRESS"] == "10.0.0.1:6379"
     assert "CUDA_VISIBLE_DEVICES" not in {**first, **second}
     # Processes of the cluster do not inherit our environment, and must find this package.
@@ -322,9 +330,9 @@ def test_replicas_of_a_ray_cluster_that_is_joined_leave_the_devices_to_ray(
 
 
 def test_replicas_without_a_ray_cluster_start_one_each_on_their_own_devices(
-    two_by_two: Callable[..., list[dict[str, str]]],
+    two_by_two: TwoByTwo,
 ) -> None:
-    first, second = two_by_two({"distributed_executor_backend": "ray"}, ray_address="local")
+    first, second = variables_of(two_by_two({"distributed_executor_backend": "ray"}, ray_address="local"))
     assert first["RAY_ADDRESS"] == second["RAY_ADDRESS"] == "local"
     assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0,3", "5,7")
 
@@ -351,10 +359,10 @@ def test_replicas_start_together_with_prompts_of_their_own(tmp_path: Path, monke
 
 
 def test_replicas_of_a_user_who_names_a_port_look_in_different_places_too(
-    two_by_two: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+    two_by_two: TwoByTwo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_PORT", "20000")
-    first, second = two_by_two(coupled=False)
+    first, second = variables_of(two_by_two(coupled=False))
     assert (first["VLLM_PORT"], second["VLLM_PORT"]) == ("20000", "20100")
 
 

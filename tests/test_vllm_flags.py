@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+import batch_inference_experiment
 from batch_inference.core import child, installed_vllm
 from batch_inference.core.config import ConfigError
 from batch_inference.core.installed_vllm import vllm_folder
 from batch_inference.measure import vllm_flags
 from batch_inference.measure.vllm_flags import cache_file, check_vllm_flags
 from conftest import REPOSITORY, STUB, assert_answers_at_once, experiment_command, stub_environment
+from in_process import called
 
 LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
 KNOWN = ["--load-format", "--kv-cache-dtype", "--compilation-config", "--quantization", "--no-async-scheduling"]
@@ -107,11 +109,12 @@ def test_a_vllm_that_gives_no_answer_is_left_to_check_its_flags(
 def test_both_programs_name_a_misspelt_flag_before_an_engine_loads(tmp_path: Path, words: tuple[str, ...]) -> None:
     environment = stub_environment(PYTHON=sys.executable, XDG_CACHE_HOME=str(tmp_path / "cache"))
     model = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64")
-    for command, notes in (
-        ([LAUNCHER, "custom", "TP=1", *model, *words, "--", "--quantisation", "fp8"], 1),
-        (experiment_command(tmp_path, "--seq-lens", "64", *words, "--quantisation", "fp8"), 0),
+    launcher = [LAUNCHER, "custom", "TP=1", *model, *words, "--", "--quantisation", "fp8"]
+    script = experiment_command(tmp_path, "--seq-lens", "64", *words, "--quantisation", "fp8")[1:]
+    for done, notes in (
+        (subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60), 1),
+        (called(batch_inference_experiment.main, script, tmp_path, environment), 0),
     ):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout) == (2, "")
         *said, last = done.stderr.splitlines()
         assert (len(said), last) == (notes, FOUND)

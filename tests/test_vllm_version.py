@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import batch_inference_experiment
 from batch_inference.core import child
 from batch_inference.core.config import ConfigError
 from batch_inference.core.installed_vllm import release_of
@@ -19,6 +20,7 @@ from batch_inference.measure import vllm_names, vllm_version
 from batch_inference.measure.vllm_version import FIRST, LAST, check_vllm_version
 from batch_inference.plan import stand_ins
 from conftest import REPOSITORY, STUB, experiment_command, stub_environment
+from in_process import called
 
 LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
 OLD = "vLLM 0.25.1 is not one of 0.26 to 0.33; it lacks "
@@ -188,17 +190,21 @@ def old_vllm(tmp_path: Path) -> dict[str, str]:
     return stub_environment(PYTHONPATH=f"{metadata.parent.parent}:{STUB}", XDG_CACHE_HOME=cache, PYTHON=sys.executable)
 
 
+def script(folder: Path, environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
+    return called(batch_inference_experiment.main, experiment_command(folder, *flags)[1:], folder, environment)
+
+
 def test_both_programs_measure_with_a_version_that_nobody_tried_and_say_so(
     tmp_path: Path, old_vllm: dict[str, str]
 ) -> None:
     grid = ("--batch-sizes", "1", "--seq-lens", "8")
     model = ("--model", str(REPOSITORY / "models" / "tiny-llama"))
     looks = "note: looking once into vLLM 0.25.1, which nobody has tried; importing it takes some seconds"
-    for command, notes in (
-        (experiment_command(tmp_path, *grid), 1),
-        ([LAUNCHER, "custom", "TP=1", *model, *grid, "--output-dir", str(tmp_path / "sweep")], 0),
+    launcher = [LAUNCHER, "custom", "TP=1", *model, *grid, "--output-dir", str(tmp_path / "sweep")]
+    for done, notes in (
+        (script(tmp_path, old_vllm, *grid), 1),
+        (subprocess.run(launcher, cwd=tmp_path, env=old_vllm, capture_output=True, text=True, timeout=60), 0),
     ):
-        done = subprocess.run(command, cwd=tmp_path, env=old_vllm, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         lines = done.stderr.splitlines()
         assert lines.count(looks) == notes
@@ -210,16 +216,17 @@ def test_both_programs_measure_with_a_version_that_nobody_tried_and_say_so(
 def test_both_programs_end_at_once_where_no_engine_can_be_started(tmp_path: Path, old_vllm: dict[str, str]) -> None:
     model = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64")
     environment = {**old_vllm, "STUB_LACKS": "compilation_counter"}
-    for command in ([LAUNCHER, "custom", "TP=1", *model], experiment_command(tmp_path, "--seq-lens", "64")):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    launcher = [LAUNCHER, "custom", "TP=1", *model]
+    for done in (
+        subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60),
+        script(tmp_path, environment, "--seq-lens", "64"),
+    ):
         assert (done.returncode, done.stdout) == (2, "")
         error = done.stderr.splitlines()[-1]
         assert error.startswith("error: vLLM 0.25.1 lacks vllm.compilation.counter.compilation_counter, which ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "site"]
     # A plan starts none.
-    plan = subprocess.run(
-        experiment_command(tmp_path, "--seq-lens", "64", "--dry-run"), env=environment, capture_output=True, timeout=60
-    )
+    plan = script(tmp_path, environment, "--seq-lens", "64", "--dry-run")
     assert plan.returncode == 0
 
 
