@@ -1,7 +1,7 @@
-"""`vllm bench throughput` itself, which also says how long its requests were: the flags are its own.
+"""`vllm bench throughput` itself, which also says what it ran: the flags are its own.
 
-Without the `vllm bench` command around it, as bench_latency.py. The prompt and output tokens of each request of the
-timed run, in the order of its queue, go to the file named by the variable LENGTHS.
+Without the `vllm bench` command around it, as bench_latency.py. To the file named by the variable RAN go, of the timed
+run, the prompt and output tokens of each request in the order of the queue, and the engine's steps that gave a token.
 """
 
 import json
@@ -16,20 +16,29 @@ def main() -> None:
     from vllm.benchmarks.throughput import add_cli_args
     from vllm.benchmarks.throughput import main as bench_throughput
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.output_processor import OutputProcessor
 
-    last: list[Any] = []  # of the calls: a warm-up comes before the timed run
-    generate = LLM.generate
+    steps = 0
+    last: list[Any] = []  # outputs of a call: a warm-up comes before the timed run
+    generate, process_outputs = LLM.generate, OutputProcessor.process_outputs
 
     def kept(*args: Any, **keywords: Any) -> Any:
+        nonlocal steps
+        steps = 0
         last[:] = generate(*args, **keywords)
         return list(last)
 
-    LLM.generate = kept
+    def counted(self: Any, outputs: Any, *args: Any, **keywords: Any) -> Any:
+        nonlocal steps
+        steps += bool(outputs)
+        return process_outputs(self, outputs, *args, **keywords)
+
+    LLM.generate, OutputProcessor.process_outputs = kept, counted
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     bench_throughput(parser.parse_args(sys.argv[1:]))
     lengths = [(len(output.prompt_token_ids), len(output.outputs[0].token_ids)) for output in last]
-    Path(os.environ["LENGTHS"]).write_text(json.dumps(lengths))
+    Path(os.environ["RAN"]).write_text(json.dumps({"lengths": lengths, "steps": steps}))
 
 
 if __name__ == "__main__":  # vLLM's own processes import this file again

@@ -213,20 +213,19 @@ def bench(args: argparse.Namespace, queue: Queue) -> dict[Limit, list[Ran]]:
 
 
 def bench_of(args: argparse.Namespace, queue: Queue, limit: Limit) -> Ran:
-    answer, ran = (args.output_dir / f"bench_{limit.stem}{end}.json" for end in ("", "_lengths"))
+    answer, ran = (args.output_dir / f"bench_{limit.stem}{end}.json" for end in ("", "_ran"))
     command = [sys.executable, "benchmarks/bench_throughput.py", *AS_OURS_OF_TEXTS]
     command += [*shared_flags(args, queue), "--max-num-seqs", str(limit.batch_size), "--tokenizer", args.tokenizer]
     command += ["--max-num-batched-tokens", str(limit.budget)] if limit.budget else []
     command += ["--backend", "vllm", "--dataset-name", "sharegpt", "--dataset-path", str(queue.sharegpt_file)]
     command += ["--num-prompts", str(len(queue.lengths)), "--disable-detokenize"]
     command += ["--num-warmups", str(WARMUP_LIVES * limit.batch_size), "--output-json", str(answer)]
-    call(command, args.output_dir / f"bench_{limit.stem}.txt", LENGTHS=str(ran))
-    told = json.loads(answer.read_text())
-    lengths = [(prompt, output) for prompt, output in json.loads(ran.read_text())]
-    wrong = list(differences(lengths, queue.lengths))
+    call(command, args.output_dir / f"bench_{limit.stem}.txt", RAN=str(ran))
+    told, watched = json.loads(answer.read_text()), json.loads(ran.read_text())
+    wrong = list(differences([(prompt, output) for prompt, output in watched["lengths"]], queue.lengths))
     if (told["num_requests"], told["total_num_tokens"]) != (len(queue.lengths), queue.tokens):
         wrong.append(f"it says {told['num_requests']} requests and {told['total_num_tokens']} tokens")
-    return Ran(told["elapsed_time"], wrong)
+    return Ran(told["elapsed_time"], wrong, watched["steps"])
 
 
 def shared_flags(args: argparse.Namespace, queue: Queue) -> list[str]:
@@ -334,7 +333,7 @@ def table(args: argparse.Namespace, queue: Queue, rows: list[dict[str, Any]]) ->
         *(f"{way} tok/s" for way in WAYS),
         *(f"together / {way}" for way in WAYS[1:]),
     ]
-    heads += ["largest spread of the starts", "steps together", "steps alone"]
+    heads += ["largest spread of the starts", *(f"steps {way}" for way in WAYS)]
     return [*lines, "", markdown_row(heads), f"|{'---|' * len(heads)}", *map(markdown, rows)]
 
 
@@ -342,7 +341,7 @@ def markdown(row: dict[str, Any]) -> str:
     speeds = [shown(row.get(f"{way}_tokens_per_s"), ".1f") for way in WAYS]
     ratios = [shown(row[f"to_{way}"], ".3f") for way in WAYS[1:]]
     spreads = [row[f"{way}_spread"] for way in WAYS if row.get(f"{way}_spread") is not None]
-    steps = [shown(row[f"{way}_steps"], ".0f") for way in WAYS[:2]]
+    steps = [shown(row.get(f"{way}_steps"), ".0f") for way in WAYS]
     budget = row["budget"] or "vLLM's own"
     return markdown_row([row["batch_size"], budget, *speeds, *ratios, shown(max(spreads, default=None), ".1%"), *steps])
 

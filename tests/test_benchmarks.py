@@ -206,12 +206,14 @@ def test_ratios_of_queues_and_what_is_wrong_with_them(load: Any) -> None:
     measured = {
         "together": {own: ran(10, 9, 11, steps=70), other: ran(5, steps=30)},
         "alone": {own: ran(10, 10, 9.9, steps=71), other: ran(5.2, steps=30)},
-        "bench": {own: ran(10.4), other: ran(5, wrong=["9 requests ran"])},
+        "bench": {own: ran(10.4, steps=72), other: ran(5, wrong=["9 requests ran"])},
     }
     rows = [fidelity.row_of(limit, measured, tokens=1000) for limit in (own, other)]
     assert [row["to_alone"] for row in rows] == pytest.approx([1.0, 1.04])
     assert [row["to_bench"] for row in rows] == pytest.approx([1.04, 1.0])
-    assert fidelity.markdown(rows[0]) == "| 2 | vLLM's own | 100.0 | 100.0 | 96.2 | 1.000 | 1.040 | 20.0% | 70 | 71 |"
+    assert (
+        fidelity.markdown(rows[0]) == "| 2 | vLLM's own | 100.0 | 100.0 | 96.2 | 1.000 | 1.040 | 20.0% | 70 | 71 | 72 |"
+    )
     assert fidelity.is_close(rows[0], 0.05)
     assert not fidelity.is_close(rows[0], 0.02)
     assert not fidelity.is_close(rows[1], 0.02)
@@ -224,5 +226,5 @@ def test_without_a_tokenizer_there_is_no_bench_to_compare(load: Any) -> None:
     measured = {"together": {limit: [fidelity.Ran(10.0, [])]}, "alone": {limit: []}}
     row = fidelity.row_of(limit, measured, tokens=1000)
     assert row["to_bench"] is None
-    assert fidelity.markdown(row) == "| 2 | vLLM's own | 100.0 |  |  |  |  | 0.0% |  |  |"
+    assert fidelity.markdown(row) == "| 2 | vLLM's own | 100.0 |  |  |  |  | 0.0% |  |  |  |"
     assert list(fidelity.what_is_wrong(measured)) == ["alone, 2 at once: it was not measured"]
