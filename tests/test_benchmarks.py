@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from batch_inference.core.results import Timeline
 from builders import make_point, make_result, make_run
-from conftest import REPOSITORY
+from conftest import REPOSITORY, stub_environment
 
 
 @pytest.fixture
@@ -228,3 +229,53 @@ def test_without_a_tokenizer_there_is_no_bench_to_compare(load: Any) -> None:
     assert row["to_bench"] is None
     assert fidelity.markdown(row) == "| 2 | vLLM's own | 100.0 |  |  |  |  | 0.0% |  |  |  |"
     assert list(fidelity.what_is_wrong(measured)) == ["alone, 2 at once: it was not measured"]
+
+
+def test_what_vllm_bench_says_is_held_against_the_file(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    fidelity = load("queue_fidelity")
+    told: dict[str, Any] = {"elapsed_time": 4.0, "num_requests": 2, "total_num_tokens": 26}
+    commands = []
+
+    def call(command: list[str], log: Path, **variables: str) -> None:
+        commands.append(command)
+        Path(command[command.index("--output-json") + 1]).write_text(json.dumps(told))
+        Path(variables["RAN"]).write_text(json.dumps({"lengths": [[8, 4], [9, 5]], "steps": 6}))
+
+    monkeypatch.setattr(fidelity, "call", call)
+    args = Namespace(model="m", tokenizer="t", seed=0, output_dir=tmp_path, engine_flags=["--enforce-eager"])
+    queue = fidelity.Queue([(8, 4), (9, 5)], 0, tmp_path / "own", tmp_path / "shared", 0.1)
+    assert fidelity.bench_of(args, queue, fidelity.Limit(2, 256)) == fidelity.Ran(4.0, [], 6)
+    given = dict(itertools.pairwise(commands[0]))
+    assert given["--max-num-seqs"] == "2"
+    assert given["--max-num-batched-tokens"] == "256"
+    assert given["--num-warmups"] == "4"
+    assert given["--max-model-len"] == "14"
+    assert {"--enforce-eager", "--no-enable-prefix-caching", "--disable-detokenize"} <= given.keys()
+    assert "--skip-tokenizer-init" not in given
+    told["num_requests"] = 1  # though the lengths are right
+    assert fidelity.bench_of(args, queue, fidelity.Limit(2, None)).wrong == ["it says 1 requests and 26 tokens"]
+
+
+def test_all_limits_on_one_load_and_each_on_its_own(tmp_path: Path) -> None:
+    """By the stand-in for vLLM; the time of its steps is no matter here."""
+    done = queue_fidelity(tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "queue_fidelity.json").read_text())
+    assert [(row["batch_size"], row["budget"]) for row in document["points"]] == [(2, None), (4, None)]
+    assert len(document["runs"]) == 4
+    assert all(row["together_steps"] == row["alone_steps"] for row in document["points"])
+    assert (tmp_path / "queue_fidelity.md").read_text() == done.stdout
+
+
+def test_a_token_too_few_is_told(tmp_path: Path) -> None:
+    done = queue_fidelity(tmp_path, STUB_FAIL="tokens")
+    assert done.returncode == 1
+    assert "wrong: alone, 4 at once: 40 requests of 3408 tokens were run in place of 40 of 3409\n" in done.stderr
+
+
+def queue_fidelity(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/queue_fidelity.py", "--model", "models/tiny-llama", "--batch-sizes", "2,4"]
+    command += ["--requests", "40", "--rounds", "1", "--tolerance", "100", "--output-dir", str(folder)]
+    command += ["--", "--load-format", "dummy"]
+    environment = stub_environment(**variables)
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
