@@ -236,7 +236,7 @@ def test_what_vllm_bench_says_is_held_against_the_file(load: Any, tmp_path: Path
     told: dict[str, Any] = {"elapsed_time": 4.0, "num_requests": 2, "total_num_tokens": 26}
     commands = []
 
-    def call(command: list[str], log: Path, **variables: str) -> None:
+    def call(command: list[str], _: Path, **variables: str) -> None:
         commands.append(command)
         Path(command[command.index("--output-json") + 1]).write_text(json.dumps(told))
         Path(variables["RAN"]).write_text(json.dumps({"lengths": [[8, 4], [9, 5]], "steps": 6}))
