@@ -25,7 +25,10 @@ from batch_inference.measure.engine_process import quiet_environment  # noqa: E4
 
 Point = tuple[int, int]  # batch size, prompt length
 # What our script gives to vLLM itself.
-AS_OURS = ("--gpu-memory-utilization", "0.8", "--skip-tokenizer-init")
+_MEMORY = ("--gpu-memory-utilization", "0.8")
+AS_OURS = (*_MEMORY, "--skip-tokenizer-init")
+# The same for a tool whose prompts are texts, and which would keep the prefixes that they share.
+AS_OURS_OF_TEXTS = (*_MEMORY, "--no-enable-prefix-caching")
 
 
 def add_flags(parser: argparse.ArgumentParser, *, output_dir: str, max_tokens: int, num_runs: int) -> None:
@@ -51,6 +54,11 @@ def shared_flags(args: argparse.Namespace) -> list[str]:
         "--max-model-len": max(length for _, length in args.points) + args.max_tokens,
         "--max-num-seqs": max(batch for batch, _ in args.points),
     }
+    return with_sizes(args, sizes)
+
+
+def with_sizes(args: argparse.Namespace, sizes: dict[str, int]) -> list[str]:
+    """The model and the engine flags; sizes that these do not have come from `sizes`."""
     missing = [(flag, str(size)) for flag, size in sizes.items() if flag not in args.engine_flags]
     return ["--model", args.model, *itertools.chain(*missing), *args.engine_flags]
 

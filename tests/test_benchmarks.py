@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
+import random
+import re
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -11,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from builders import make_point, make_result
-from conftest import REPOSITORY
+from batch_inference.core.results import Timeline
+from builders import make_point, make_result, make_run
+from conftest import REPOSITORY, stub_environment
 
 
 @pytest.fixture
@@ -92,3 +98,184 @@ def test_both_tools_find_the_same_caches(load: Any, tmp_path: Path, monkeypatch:
     first, second = folder(cold=True), folder(cold=True)
     assert first.endswith("/triton")
     assert first != second
+
+
+# --- a queue against engines of their own, and against `vllm bench throughput` ----------------------------------------
+
+
+class Tokenizer:
+    """Words of two letters, with the space before them; any other text is a token for each letter, and every text
+    begins with a token of its own. The last word comes back as letters."""
+
+    def __init__(self) -> None:
+        letters = "abcdefghijklmnopqrst"
+        words = [f" {first}{second}" for first in letters for second in "abcdefgh"]
+        self.vocabulary = ["<s>", *letters, " ", *words]
+
+    def decode(self, ids: list[int]) -> str:
+        (number,) = ids
+        return self.vocabulary[number]
+
+    def __call__(self, text: str) -> Namespace:
+        known = self.vocabulary[:-1]
+        pieces = [[piece] if piece in known else list(piece) for piece in re.findall(" [a-z]+|[a-z]+", text)]
+        return Namespace(input_ids=[known.index(piece) for piece in ["<s>", *itertools.chain(*pieces)]])
+
+
+def test_texts_are_as_long_as_asked(load: Any) -> None:
+    """And hold no token that the model has not, which has fewer than the tokenizer."""
+    tokenizer = Tokenizer()
+    texts = load("known_texts").KnownTexts(tokenizer, vocab_size=150, seed=0)
+    for tokens in (4, 5, 300):
+        ids = tokenizer(texts.text(tokens)).input_ids
+        assert len(ids) == tokens
+        assert max(ids) < 150
+    assert texts.text(30) != texts.text(30)
+    with pytest.raises(ValueError, match="a text of 1 tokens has 2"):
+        texts.text(1)
+
+
+def test_a_tokenizer_without_words_is_refused(load: Any) -> None:
+    with pytest.raises(ValueError, match="only 0 words of one token"):
+        load("known_texts").KnownTexts(Tokenizer(), vocab_size=22, seed=0)
+
+
+def test_requests_are_in_order_once_vllm_has_shuffled_them(load: Any) -> None:
+    pairs = [(f"prompt {number}", f"answer {number}") for number in range(20)]
+    entries = load("known_texts").sharegpt(pairs, seed=3)
+    # As vLLM's ShareGPTDataset does.
+    random.seed(3)
+    random.shuffle(entries)
+    assert [tuple(turn["value"] for turn in entry["conversations"]) for entry in entries] == pairs
+
+
+def test_what_vllm_would_drop_is_left_out(load: Any, tmp_path: Path) -> None:
+    file = tmp_path / "lengths.csv"
+    file.write_text("prompt_tokens,output_tokens\n8,4\n3,8\n8,3\n1025,4\n1024,1025\n1024,1024\n9,9\n9,10\n")
+    args = Namespace(prompts_file=file, requests=3, batch_sizes=[2], output_dir=tmp_path, tokenizer=None)
+    queue = load("queue_fidelity").make_queue(args)
+    assert queue.lengths == [(8, 4), (1024, 1024), (9, 9)]
+    assert queue.left_out == 4
+    asked = [json.loads(line) for line in queue.own_file.read_text().splitlines()]
+    assert asked[0] == {"prompt_tokens": 8, "output_tokens": 4}
+    args.requests = 5
+    with pytest.raises(ValueError, match=r"--requests 5: .*lengths\.csv has 4 lengths"):
+        load("queue_fidelity").make_queue(args)
+
+
+def test_other_requests_than_asked_are_wrong(load: Any) -> None:
+    differences = load("queue_fidelity").differences
+    asked = [(8, 4), (9, 5)]
+    assert not list(differences([(8, 4), (9, 5)], asked))
+    assert list(differences([(8, 4)], asked)) == ["1 requests of 12 tokens were run in place of 2 of 26"]
+    assert list(differences([(8, 4), (9, 6)], asked)) == ["2 requests of 27 tokens were run in place of 2 of 26"]
+    (same_counts,) = differences([(9, 5), (8, 4)], asked)
+    assert same_counts == "requests were run in another order, or with other lengths"
+
+
+def test_a_run_over_its_limits_is_wrong(load: Any) -> None:
+    """Two requests of 100 + 3 tokens: at most 20 tokens in each of 14 steps, or all prompts in the first of 3."""
+    fidelity = load("queue_fidelity")
+    lengths = [(100, 3), (100, 3)]
+    queue = Namespace(lengths=lengths)
+
+    def wrong(prompts: list[int], outputs: list[int], running: int) -> list[str]:
+        steps = len(prompts)
+        line = Timeline(
+            [0.1 * step for step in range(steps)], [1] * steps, prompts, outputs, [2.0] * steps, [0] * steps
+        )
+        run = make_run(2.0, requests=2, seq_len=100, max_tokens=3, counters={"peak_running": running})
+        run.requests.prompt_tokens = [100, 100]
+        run.replicas[0].timeline = line
+        ran = fidelity.ran_by_us(run, fidelity.Limit(2, 20), queue)
+        assert ran.steps == steps
+        return list(ran.wrong)
+
+    one_by_one = [0] * 4 + [100] + [0] * 5 + [100] + [0] * 3, [0] * 4 + [1] * 3 + [0] * 3 + [1] * 3 + [0]
+    assert wrong(*one_by_one, running=2) == []
+    assert wrong(*one_by_one, running=1) == ["1 requests ran at once"]
+    assert wrong([200, 0, 0], [2, 2, 2], running=2) == ["182 tokens more than the budget of so many steps"]
+
+
+def test_ratios_of_queues_and_what_is_wrong_with_them(load: Any) -> None:
+    fidelity = load("queue_fidelity")
+    own, other = fidelity.Limit(2, None), fidelity.Limit(8, 256)
+
+    def ran(*seconds: float, steps: int | None = None, wrong: Any = ()) -> list[Any]:
+        return [fidelity.Ran(elapsed_s, list(wrong), steps) for elapsed_s in seconds]
+
+    measured = {
+        "together": {own: ran(10, 9, 11, steps=70), other: ran(5, steps=30)},
+        "alone": {own: ran(10, 10, 9.9, steps=71), other: ran(5.2, steps=30)},
+        "bench": {own: ran(10.4, steps=72), other: ran(5, wrong=["9 requests ran"])},
+    }
+    rows = [fidelity.row_of(limit, measured, tokens=1000) for limit in (own, other)]
+    assert [row["to_alone"] for row in rows] == pytest.approx([1.0, 1.04])
+    assert [row["to_bench"] for row in rows] == pytest.approx([1.04, 1.0])
+    assert (
+        fidelity.markdown(rows[0]) == "| 2 | vLLM's own | 100.0 | 100.0 | 96.2 | 1.000 | 1.040 | 20.0% | 70 | 71 | 72 |"
+    )
+    assert fidelity.is_close(rows[0], 0.05)
+    assert not fidelity.is_close(rows[0], 0.02)
+    assert not fidelity.is_close(rows[1], 0.02)
+    assert list(fidelity.what_is_wrong(measured)) == ["bench, 8 at once, 256 tokens per step: 9 requests ran"]
+
+
+def test_without_a_tokenizer_there_is_no_bench_to_compare(load: Any) -> None:
+    fidelity = load("queue_fidelity")
+    limit = fidelity.Limit(2, None)
+    measured = {"together": {limit: [fidelity.Ran(10.0, [])]}, "alone": {limit: []}}
+    row = fidelity.row_of(limit, measured, tokens=1000)
+    assert row["to_bench"] is None
+    assert fidelity.markdown(row) == "| 2 | vLLM's own | 100.0 |  |  |  |  | 0.0% |  |  |  |"
+    assert list(fidelity.what_is_wrong(measured)) == ["alone, 2 at once: it was not measured"]
+
+
+def test_what_vllm_bench_says_is_held_against_the_file(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    fidelity = load("queue_fidelity")
+    told: dict[str, Any] = {"elapsed_time": 4.0, "num_requests": 2, "total_num_tokens": 26}
+    commands = []
+
+    def call(command: list[str], _: Path, **variables: str) -> None:
+        commands.append(command)
+        Path(command[command.index("--output-json") + 1]).write_text(json.dumps(told))
+        Path(variables["RAN"]).write_text(json.dumps({"lengths": [[8, 4], [9, 5]], "steps": 6}))
+
+    monkeypatch.setattr(fidelity, "call", call)
+    args = Namespace(model="m", tokenizer="t", seed=0, output_dir=tmp_path, engine_flags=["--enforce-eager"])
+    queue = fidelity.Queue([(8, 4), (9, 5)], 0, tmp_path / "own", tmp_path / "shared", 0.1)
+    assert fidelity.bench_of(args, queue, fidelity.Limit(2, 256)) == fidelity.Ran(4.0, [], 6)
+    given = dict(itertools.pairwise(commands[0]))
+    assert given["--max-num-seqs"] == "2"
+    assert given["--max-num-batched-tokens"] == "256"
+    assert given["--num-warmups"] == "4"
+    assert given["--max-model-len"] == "14"
+    assert {"--enforce-eager", "--no-enable-prefix-caching", "--disable-detokenize"} <= given.keys()
+    assert "--skip-tokenizer-init" not in given
+    told["num_requests"] = 1  # though the lengths are right
+    assert fidelity.bench_of(args, queue, fidelity.Limit(2, None)).wrong == ["it says 1 requests and 26 tokens"]
+
+
+def test_all_limits_on_one_load_and_each_on_its_own(tmp_path: Path) -> None:
+    """By the stand-in for vLLM; the time of its steps is no matter here."""
+    done = queue_fidelity(tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "queue_fidelity.json").read_text())
+    assert [(row["batch_size"], row["budget"]) for row in document["points"]] == [(2, None), (4, None)]
+    assert len(document["runs"]) == 4
+    assert all(row["together_steps"] == row["alone_steps"] for row in document["points"])
+    assert (tmp_path / "queue_fidelity.md").read_text() == done.stdout
+
+
+def test_a_token_too_few_is_told(tmp_path: Path) -> None:
+    done = queue_fidelity(tmp_path, STUB_FAIL="tokens")
+    assert done.returncode == 1
+    assert "wrong: alone, 4 at once: 40 requests of 3408 tokens were run in place of 40 of 3409\n" in done.stderr
+
+
+def queue_fidelity(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/queue_fidelity.py", "--model", "models/tiny-llama", "--batch-sizes", "2,4"]
+    command += ["--requests", "40", "--rounds", "1", "--tolerance", "100", "--output-dir", str(folder)]
+    command += ["--", "--load-format", "dummy"]
+    environment = stub_environment(**variables)
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
