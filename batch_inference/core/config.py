@@ -14,6 +14,7 @@ from batch_inference.core.secrets import redact, redact_value
 from batch_inference.core.values import (
     FROM_FILE,
     ORDERS,
+    OWN_END,
     batch_sizes,
     device_count,
     fraction,
@@ -314,9 +315,10 @@ class ExperimentConfig:
         return (self.workload_hash or "", self.output_lengths, self.order, self.caches_prefixes)
 
     def points(self) -> Iterator[Shape]:
-        """What tells the points of the sweep apart, batch sizes innermost; a workload has lengths of its own."""
-        workload = self.workload
-        lengths = ((None, None),) if workload else tuple((length, self.max_tokens) for length in self.seq_lens)
+        """What tells the points of the sweep apart, batch sizes innermost; a workload has lengths of its own, and where
+        the model ends its outputs they have a limit."""
+        workload, limit = self.workload, self.max_tokens if self.output_lengths == OWN_END else None
+        lengths = ((None, limit),) if workload else tuple((length, self.max_tokens) for length in self.seq_lens)
         for budget, (seq_len, max_tokens), batch_size in itertools.product(self.budgets, lengths, self.batch_sizes):
             yield batch_size, seq_len, max_tokens, workload, budget
 
