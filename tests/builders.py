@@ -24,7 +24,9 @@ from batch_inference.core.results import (
     Result,
     Run,
     StoredConfig,
+    Timeline,
     Warmup,
+    WorkloadKey,
 )
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import ModelFacts
@@ -84,6 +86,64 @@ def make_point(
     return Point(batch_size, seq_len, max_tokens, **{"status": "ok", "verdict": "valid", "runs": runs, **changes})
 
 
+def make_queue_run(
+    batch_size: int, shares: Sequence[int], *, life_s: float = 1.0, prompt: int = 100, output: int = 10, **changes: Any
+) -> Run:
+    """Replicas with so many requests each, all alike: `batch_size` start together, have their first token at once, and
+    hand their places on to the next after `life_s`."""
+    rounds = [[number // batch_size for number in range(share)] for share in shares]
+    scheduled_s = [round_ * life_s for of_replica in rounds for round_ in of_replica]
+    requests = Requests(
+        ttft_s=scheduled_s,
+        latency_s=[start_s + life_s for start_s in scheduled_s],
+        queue_s=scheduled_s,
+        output_tokens=[output] * len(scheduled_s),
+        arrival_s=[0.0] * len(scheduled_s),
+        prompt_tokens=[prompt] * len(scheduled_s),
+    )
+    replicas = [
+        ReplicaRun(
+            number, 0.0, (of_replica[-1] + 1) * life_s, len(of_replica) * prompt, len(of_replica) * output,
+            len(of_replica), make_timeline(batch_size, of_replica[-1] + 1, life_s, prompt, output),
+        )
+        for number, of_replica in enumerate(rounds)
+    ]  # fmt: skip
+    return make_run(
+        max(replica.end_s for replica in replicas),
+        prompt_tokens=sum(requests.prompt_tokens),
+        output_tokens=sum(requests.output_tokens),
+        times=requests,
+        replicas=replicas,
+        counters={"peak_running": batch_size, "miscounted": 0, **changes.pop("counters", {})},
+        **changes,
+    )
+
+
+def make_timeline(batch_size: int, rounds: int, life_s: float, prompt: int, output: int) -> Timeline:
+    """Ten intervals for each round, of which all are as fast."""
+    count = 10 * rounds
+    return Timeline(
+        end_s=[life_s * (number + 1) / 10 for number in range(count)],
+        steps=[1] * count,
+        prompt_tokens=[batch_size * prompt // 10] * count,
+        output_tokens=[batch_size * output // 10] * count,
+        running=[float(batch_size)] * count,
+        waiting=[0] * count,
+    )
+
+
+def make_queue_point(
+    batch_size: int = 2, shares: Sequence[int] = (24,), *, order: Any = "given", **changes: Any
+) -> Point:
+    """A point of one run; what is no part of it are `changes` of the point."""
+    of_run = {
+        name: changes.pop(name) for name in ("life_s", "prompt", "output", "counters", "memory") if name in changes
+    }
+    changes = {"runs": [make_queue_run(batch_size, shares, **of_run)], "warmups": [Warmup(1.0)], **changes}
+    workload = WorkloadKey("abc", "file", order)
+    return Point(batch_size, None, None, **{"status": "ok", "verdict": "valid", "workload": workload, **changes})
+
+
 def make_result(
     name: str = "tp_1",
     points: Sequence[Point] = (),
@@ -119,7 +179,7 @@ def make_config(sizes: tuple[int, int, int], points: Sequence[Point]) -> dict[st
         "data_parallel_size": sizes[2],
         "distributed_executor_backend": None,
         "batch_sizes": sorted({point.batch_size for point in points}) or [1],
-        "seq_lens": sorted({point.seq_len for point in points}) or [64],
+        "seq_lens": sorted({point.seq_len for point in points if point.seq_len}) or [64],
         "max_tokens": 32,
         "max_model_len": None,
         "dtype": "auto",

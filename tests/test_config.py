@@ -34,6 +34,10 @@ from conftest import REPOSITORY
 GOLDEN = REPOSITORY / "tests" / "golden"
 
 
+# A file is not looked at before all flags are.
+JOB = ("--prompts-file", "no_such_file.jsonl")
+
+
 def test_defaults_are_those_of_the_readme() -> None:
     config, notes = parse_flags([])
     assert config == ExperimentConfig()
@@ -132,6 +136,28 @@ def test_the_number_of_runs_is_exact_or_has_bounds(argv: list[str], fewest: int,
         (["\x1b[31m"], "'\\x1b[31m' is no flag"),
         (["--load-format", "\x1b[31m"], "'\\x1b[31m' holds characters that steer a terminal"),
         (["--hf-overrides", '{"a":\r1}'], "holds characters that steer a terminal"),
+        (["--sample", "0", *JOB], "--sample: '0' was given, a whole number of at least 1"),
+        (["--sample", "9"], "--sample 9: it is for a workload; give --prompts-file FILE too, or drop it"),
+        (["--order", "shuffled"], "--order shuffled: it is for a workload"),
+        (["--output-lengths", "eos"], "--output-lengths eos: it is for a workload"),
+        (["--output-lengths", "7"], "--output-lengths 7: it is for a workload"),
+        (["--skip-bad-lines"], "--skip-bad-lines: it is for a workload"),
+        (["--output-lengths", "0", *JOB], "--output-lengths: '0' was given, file, eos or a number of tokens of at"),
+        (["--output-lengths", "long", *JOB], "--output-lengths: 'long' was given, file, eos or a number"),
+        (["--output-lengths", "134217729", *JOB], "--output-lengths: '134217729' was given, at most 134217728"),
+        (["--order", "random", *JOB], "--order: 'random' was given, one of given, shuffled, longest-first, short"),
+        (["--prompts-file", ""], "--prompts-file: ''"),
+        (["--prompts-file", "a\x1b[31m"], "--prompts-file: 'a\\x1b[31m'"),
+        (["--seq-lens", "8,16", *JOB], "--seq-lens 8,16: a workload has lengths of its own; drop it, or --prompts"),
+        (["--seq-lens=512,1024,2048", *JOB], "--seq-lens 512,1024,2048: a workload"),  # as it is anyway, and yet
+        (["--output-lengths", "eos", "--load-format", "dummy", *JOB], "--load-format dummy has no end of its own"),
+        (["--output-lengths=eos", "--load_format=dummy", *JOB], "--load-format dummy has no end of its own"),
+        (["--scheduler-cls", "a.B", *JOB], "--scheduler-cls a.B: several batch sizes of a workload"),
+        (["--scheduler_cls=a.B", "--max-num-batched-tokens", "64,128"], "--scheduler-cls a.B: several batch sizes"),
+        (["--max-num-batched-tokens", "64,0"], "--max-num-batched-tokens: '64,0' was given, a number of tokens"),
+        (["--max-num-batched-tokens", "64,,128"], "--max-num-batched-tokens: '64,,128'"),
+        (["--max-num-batched-tokens", "64,2147483648"], "at most 2147483647"),
+        (["--worker-extension-cls", "a.B", *JOB], "--worker-extension-cls cannot be passed on"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_flag_and_the_value(argv: list[str], said: str) -> None:
@@ -595,3 +621,140 @@ def test_words_are_one_of_those_and_lists_keep_their_order() -> None:
 def test_a_value_may_hold_the_sign_that_joins_it_with_its_flag() -> None:
     config = ExperimentConfig(engine_args=("--x", "a=b_c", "--y=d=e_f"))
     assert [config.engine_word(flag) for flag in ("--x", "--y")] == ["a=b_c", "d=e_f"]
+
+
+# --- workloads and tokens per step ------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_of_a_workload_reaches_its_field() -> None:
+    words = "--prompts-file w.jsonl --output-lengths 7 --sample 100 --order longest-first --skip-bad-lines"
+    config, notes = parse_flags(words.split())
+    asked = (config.prompts_file, config.output_lengths, config.sample, config.order, config.skip_bad_lines)
+    assert asked == ("w.jsonl", 7, 100, "longest-first", True)
+    assert notes == []
+    assert [parse_flags([*JOB, "--output-lengths", word])[0].output_lengths for word in ("file", "eos")] == [
+        "file",
+        "eos",
+    ]
+    # With weights, and one load for one size, these are the user's.
+    parse_flags([*JOB, "--output-lengths", "eos", "--load-format", "auto"])
+    parse_flags([*JOB, "--batch-sizes", "4", "--scheduler-cls", "a.B"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes", "note"),
+    [
+        ("2048", 2048, None),
+        ("2048,8192", (2048, 8192), None),
+        ("16K, 2k", (16_384, 2000), None),
+        ("64,128,64", (64, 128), "--max-num-batched-tokens: repeats dropped, 64,128 is measured"),
+        # One is no axis.
+        ("64,64", 64, "--max-num-batched-tokens: repeats dropped, 64 is measured"),
+    ],
+)
+def test_tokens_of_a_step_may_be_an_axis(text: str, sizes: Any, note: str | None) -> None:
+    config, notes = parse_flags(["--max-num-batched-tokens", text])
+    assert config.max_num_batched_tokens == sizes
+    assert notes == ([note] if note else [])
+    many = isinstance(sizes, tuple)
+    assert config.budgets == (sizes if many else (None,))
+    assert config.largest_budget == (max(sizes) if many else sizes)
+
+
+def test_an_axis_of_tokens_per_step_is_no_setting_and_one_size_is() -> None:
+    """So that points of another axis go on in the same file."""
+    plain, one, two = (ExperimentConfig(max_num_batched_tokens=tokens) for tokens in (None, 64, 128))
+    axis, other = (ExperimentConfig(max_num_batched_tokens=tokens) for tokens in ((64, 128), (64, 256)))
+    assert axis.settings_hash() == other.settings_hash() == plain.settings_hash()
+    assert len({plain.settings_hash(), one.settings_hash(), two.settings_hash()}) == 3
+    # Two nodes must be told the same.
+    assert len({config.arguments_hash() for config in (plain, one, two, axis, other)}) == 5
+
+
+def test_points_of_an_axis_are_all_combinations_batch_sizes_innermost() -> None:
+    config = ExperimentConfig(batch_sizes=(1, 4), seq_lens=(8, 16), max_tokens=2, max_num_batched_tokens=(64, 32))
+    assert list(config.points()) == [
+        (batch, length, 2, None, tokens) for tokens in (64, 32) for length in (8, 16) for batch in (1, 4)
+    ]
+
+
+def test_points_of_a_workload_are_told_apart_by_its_content_and_what_is_asked_of_it() -> None:
+    config = ExperimentConfig(
+        prompts_file="w", workload_hash="abc", batch_sizes=(4, 8), max_num_batched_tokens=(64, 32)
+    )
+    workload = ("abc", "file", "given", False)
+    assert config.workload == workload
+    assert list(config.points()) == [
+        (batch, None, None, workload, tokens) for tokens in (64, 32) for batch in (4, 8)
+    ]  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {"workload_hash": "other"},
+        {"output_lengths": 7},
+        {"output_lengths": "eos"},
+        {"output_lengths": "eos", "max_tokens": 7},
+        {"order": "longest-first"},
+        {"engine_args": ("--enable-prefix-caching",)},
+    ]
+    points = {tuple(dataclasses.replace(config, **change).points()) for change in [{}, *changes]}
+    assert len(points) == 7
+    # How many are run, where the file lies and the limit of what has a length of its own are no part of them.
+    same: list[dict[str, Any]] = [{"sample": 9}, {"prompts_file": "v"}, {"max_tokens": 7}, {"skip_bad_lines": True}]
+    assert {tuple(dataclasses.replace(config, **change).points()) for change in same} == {tuple(config.points())}
+
+
+@pytest.mark.parametrize(
+    ("words", "is_cached"),
+    [
+        ((), False),
+        (("--enable-prefix-caching",), True),
+        (("--enable_prefix_caching",), True),
+        (("--no-enable-prefix-caching",), False),
+        (("--no_enable_prefix_caching",), False),
+        (("--enable-prefix-caching", "--block-size", "16", "--no-enable-prefix-caching"), False),
+        (("--no-enable-prefix-caching", "--enable-prefix-caching"), True),
+    ],
+)
+def test_prefixes_are_cached_where_the_last_word_says_so(words: tuple[str, ...], is_cached: bool) -> None:
+    config, _ = parse_flags([*JOB, *words])
+    assert config.workload is not None
+    assert (config.workload[3], config.caches_prefixes) == (is_cached, is_cached)
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"workload_longest": 300}, 300),
+        ({"workload_longest": 300, "max_model_len": 4096}, 300),
+        # Read by another process: no more than the limit is known, or nothing.
+        ({"max_model_len": 512}, 512),
+        ({"max_model_len": AUTO_LENGTH}, 1),
+        ({}, 1),
+    ],
+)
+def test_a_plan_is_made_for_the_longest_request_of_a_workload(changes: dict[str, Any], longest: int) -> None:
+    """And never for the lengths of a grid that nobody asked for."""
+    config = ExperimentConfig(prompts_file="w.jsonl", **changes)
+    assert (config.lengths, config.request_tokens, config.longest_request) == ((longest,), (longest,), longest)
+
+
+def test_limits_are_changed_where_points_take_less_than_the_engine_holds() -> None:
+    def changes(**fields: Any) -> bool:
+        return ExperimentConfig(**fields).changes_limits
+
+    job = {"prompts_file": "w.jsonl"}
+    assert [changes(), changes(batch_sizes=(4,)), changes(max_num_seqs=64), changes(max_num_batched_tokens=64)] == [
+        False
+    ] * 4
+    assert changes(max_num_batched_tokens=(64, 128))
+    assert changes(**job)
+    assert not changes(**job, batch_sizes=(4,))
+    assert not changes(**job, batch_sizes=(4,), max_num_seqs=4)
+    assert not changes(**job, batch_sizes=(4, 8), max_num_seqs=4)
+    assert changes(**job, batch_sizes=(4,), max_num_seqs=8)
+    assert changes(**job, batch_sizes=(4,), max_num_batched_tokens=(64, 128))
+
+
+def test_a_workload_by_another_path_is_the_same_for_two_nodes_and_by_another_name_is_not() -> None:
+    one, moved, other = (ExperimentConfig(prompts_file=path) for path in ("/a/w.jsonl", "b/w.jsonl", "/a/v.jsonl"))
+    assert one.arguments_hash() == moved.arguments_hash() != other.arguments_hash()
+    assert one.arguments()["--prompts-file"] == "w.jsonl"

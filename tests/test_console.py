@@ -15,8 +15,8 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
 from batch_inference.core.results import EngineInfo, Point, Requests
 from batch_inference.core.text import wrapped
-from batch_inference.measure.console import Console, closing_table, point_words
-from builders import make_point, make_result, make_run
+from batch_inference.measure.console import Console, closing_table, key_words, point_words
+from builders import make_point, make_queue_point, make_result, make_run
 
 
 def shown(point: Point) -> str:
@@ -237,3 +237,122 @@ def test_a_point_of_which_a_number_is_unknown_is_its_status_and_reason() -> None
         point.summary = {**point.summary, name: None}
         assert point_words(point) == "ok: why"
         make_result(points=[point])
+
+
+# --- queues and tokens per step ---------------------------------------------------------------------------------------
+
+
+def test_a_queue_point_is_its_plateau_its_time_and_its_drain() -> None:
+    # 4 at once, 12 rounds of 1 s, of 10 tokens each.
+    assert shown(make_queue_point(4, (48,))) == (
+        "40.00 tok/s ±0.0% on the plateau, 48 requests in 12.0 s, drain 1.0 s, 60.0 GiB, valid"
+    )
+    run = make_queue_point(4, (48,)).runs[0]
+    run.memory.used_gib = None
+    assert "GiB" not in shown(make_queue_point(4, runs=[run]))
+
+
+def test_a_queue_without_a_plateau_is_its_rate_over_all() -> None:
+    point = make_queue_point(4, (3,), verdict="suspect")
+    assert shown(point) == "30.00 tok/s over all, 3 requests in 1.00 s, drain 1.0 s, 60.0 GiB, suspect"
+    assert shown(make_queue_point(4, (1,))).startswith("10.00 tok/s over all, 1 request in ")
+
+
+def test_an_interval_that_is_not_known_is_left_out() -> None:
+    point = make_queue_point(4, (48,))
+    make_result(points=[point])
+    point.summary["plateau_ci95_tok_per_s"] = None
+    assert point_words(point).startswith("40.00 tok/s on the plateau, ")
+
+
+def test_a_failed_queue_point_is_its_reason() -> None:
+    assert shown(make_queue_point(4, status="oom", verdict=None, reason="CUDA out of memory", runs=[])) == (
+        "oom: CUDA out of memory"
+    )
+
+
+@pytest.mark.parametrize(
+    ("point", "shape", "key"),
+    [
+        (make_point(8, 512), "8 x 512", "batch_size 8, seq_len 512"),
+        (
+            make_point(8, 512, max_num_batched_tokens=2048),
+            "8 x 512, 2048 tokens per step",
+            "batch_size 8, seq_len 512, max_num_batched_tokens 2048",
+        ),
+        (make_queue_point(8), "8 at once", "batch_size 8"),
+        (
+            make_queue_point(8, max_num_batched_tokens=64),
+            "8 at once, 64 tokens per step",
+            "batch_size 8, max_num_batched_tokens 64",
+        ),
+    ],
+)
+def test_a_point_is_shown_by_all_that_tells_it_from_others(
+    point: Point, shape: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console()
+    console.start(ExperimentConfig(num_runs=3), 1, [])
+    console.restarting(point)
+    console.close()
+    assert f"      {shape}: the engine is started again" in capsys.readouterr().err
+    assert ", ".join(key_words(point)) == key
+
+
+def test_the_legend_says_what_the_numbers_of_a_queue_are(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.start(ExperimentConfig(prompts_file="w.jsonl"), 2, [])
+    console.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "  requests at once: output throughput on the plateau ±95 % interval, time, memory"
+
+
+def test_every_column_of_a_queue_shows_what_its_heading_says() -> None:
+    # 12 rounds of 2 s, 4 at once, 10 tokens each; and a sample that never fills its places.
+    points = [
+        make_queue_point(4, (48,), life_s=2.0),
+        make_queue_point(16, (8,), verdict="suspect"),
+        make_queue_point(32, status="oom", verdict=None, runs=[]),
+    ]
+    head, _, *rows = closing_table(make_result(points=points)).splitlines()
+    assert re.split(r"  +", head) == [
+        "at once", "tok/s", "± tok/s", "over all", "time s", "drain s", "GiB", "verdict",
+    ]  # fmt: skip
+    assert [row.split() for row in rows] == [
+        ["4", "20.00", "0.0000", "20.00", "24.00", "2.000", "60.00", "valid"],
+        ["16", "80.00", "1.000", "1.000", "60.00", "suspect"],
+        ["32", "oom"],
+    ]
+
+
+def test_tables_of_batches_and_queues_stand_apart_each_with_its_tokens_per_step_where_there_are_some() -> None:
+    points = [
+        make_point(16384, 131072, max_tokens=4096, max_num_batched_tokens=131072),
+        make_queue_point(16384, (16384,), output=100_000, max_num_batched_tokens=131072),
+        make_queue_point(4),
+    ]
+    first, second = closing_table(make_result(points=points)).split("\n\n")
+    assert re.split(r"  +", first.splitlines()[0].strip()) == [
+        "batch", "length", "per step", "tok/s", "latency s", "± s", "GiB", "runs", "verdict",
+    ]  # fmt: skip
+    assert re.split(r"  +", second.splitlines()[0])[:3] == ["at once", "per step", "tok/s"]
+    assert max(len(line) for part in (first, second) for line in part.splitlines()) <= 80
+    # Where one point has none of its own, its cell is empty.
+    assert second.splitlines()[-1].split()[0] == "4"
+    assert "per step" not in closing_table(make_result(points=[make_point(), make_queue_point(4)]))
+
+
+def test_the_bar_of_a_queue_goes_on_and_names_its_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console, point = Console(), make_queue_point(4, (48,))
+    make_result(points=[point])
+    console.start(ExperimentConfig(prompts_file="w.jsonl"), 2, [])
+    console.running(make_queue_point(4, runs=[], warmups=[]), "warmup", 0)
+    console.running(make_queue_point(4, runs=[]), "run", 0)
+    console.point_done(point)
+    console.close()
+    bars = re.findall(r"(4 at once, [\w-]+ \d).*?(\d+)% after", terminal.getvalue())
+    assert {what for what, _ in bars} == {"4 at once, warm-up 1", "4 at once, run 1"}
+    assert [int(percent) for _, percent in bars] == sorted(int(percent) for _, percent in bars)
+    assert bars[-1][1] == "50"

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace as replace_config
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,14 +26,19 @@ from batch_inference.measure.engine import (
     parse_engine_flags,
 )
 from batch_inference.measure.hardware import Reading
+from batch_inference.measure.limits import SCHEDULER
+from batch_inference.measure.messages import Asked, Outcome
 from batch_inference.measure.tokenizer_files import added_ids
 from batch_inference.measure.vllm_objects import (
+    Step,
     StepWatch,
+    add_queue,
     compile_cache_of,
     count_outputs,
     effective_settings,
     kv_bytes_of,
     special_ids,
+    timeline_of,
     weights_bytes_of,
     with_workers,
 )
@@ -700,3 +706,250 @@ def test_the_workers_of_a_node_serve_node_0_until_it_ends(monkeypatch: pytest.Mo
         ({"usage_context": "llm", "headless": True}, {"monitor_workers": False}),
         {"inline": True},
     ]
+
+
+# --- queues -----------------------------------------------------------------------------------------------------------
+
+Loader = Callable[..., Engine]
+WORKLOAD = {"prompts_file": "job.jsonl", "workload_longest": 200, "workload_hash": "abc"}
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
+    """An engine on the stub vLLM, in this process; it is imported anew, because it reads its variables then."""
+    monkeypatch.syspath_prepend(str(STUB))
+    monkeypatch.setenv("STUB_STEP_S", "0")
+    monkeypatch.setenv("BATCH_INFERENCE_LIMITS", "")
+    made: list[Engine] = []
+
+    def load(fail: str = "", **changes: Any) -> Engine:
+        forget_vllm()
+        monkeypatch.setenv("STUB_FAIL", fail)
+        made.append(Engine(ExperimentConfig(**{"batch_sizes": (2, 8), **WORKLOAD, **changes}), time.monotonic()))
+        return made[-1]
+
+    before = forget_vllm()
+    yield load
+    for one in made:
+        one.close()
+    forget_vllm()
+    sys.modules.update(before)
+
+
+def forget_vllm() -> dict[str, Any]:
+    """What was imported of it."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "vllm"}
+
+
+def queue_of(*sizes: tuple[int, int]) -> list[Asked]:
+    return [Asked(prompt, tokens) for prompt, tokens in sizes]
+
+
+def ran(one: Engine, asked: list[Asked], *, ends_itself: bool = False) -> Outcome:
+    return one.run_queue(one.make_queue(asked, [0, "run", 0]), asked, lambda: None, ends_itself=ends_itself)
+
+
+def test_prompts_of_a_queue_are_as_long_as_asked_and_ids_of_a_text_are_as_they_are(loaded: Loader) -> None:
+    one = loaded()
+    asked = [Asked(7, 3), Asked([4, 4, 9], 5), Asked(12, 1), Asked([1], 1)]
+    prompts = [prompt["prompt_token_ids"] for prompt in one.make_queue(asked, [0, "run", 0])]
+    assert [len(prompt) for prompt in prompts] == [7, 3, 12, 1]
+    assert (prompts[1], prompts[3]) == ([4, 4, 9], [1])
+    # No special id among those that are made, and nothing that two of them share.
+    assert not {1, 2} & {*prompts[0], *prompts[2]}
+    assert prompts[0] != prompts[2][:7]
+    again, other = (
+        [prompt["prompt_token_ids"] for prompt in one.make_queue(asked, [0, "run", index])] for index in (0, 1)
+    )
+    assert again == prompts
+    assert (other[0] != prompts[0], other[1]) == (True, prompts[1])
+
+
+def test_every_request_of_a_queue_is_counted_against_what_it_was_asked_for(loaded: Loader) -> None:
+    asked = queue_of((7, 3), (20, 9), (5, 1), (8, 4))
+    outcome = ran(loaded(), asked)
+    assert outcome.requests.prompt_tokens == [7, 20, 5, 8]
+    assert outcome.requests.output_tokens == [3, 9, 1, 4]
+    assert (outcome.prompt_tokens, outcome.output_tokens, outcome.miscounted) == (40, 17, 0)
+    requests = outcome.requests
+    assert all(arrival_s >= 0 for arrival_s in requests.arrival_s)
+    for latency_s, ttft_s, queue_s in zip(requests.latency_s, requests.ttft_s, requests.queue_s, strict=True):
+        assert latency_s >= ttft_s >= queue_s >= 0
+    assert ran(loaded("tokens"), asked).miscounted == 1
+
+
+def test_no_more_requests_run_at_once_than_a_point_says_and_as_many_as_it_was_loaded_for_afterwards(
+    loaded: Loader,
+) -> None:
+    one, asked = loaded(), queue_of(*[(5, 6)] * 24)
+    peaks = []
+    for limit in (2, 8, 3, 1, None, 99):
+        one.limit(limit, None)
+        peaks.append(ran(one, asked).peak_running)
+    assert peaks == [2, 8, 3, 1, 8, 8]
+
+
+def test_fewer_tokens_in_a_step_make_more_steps_of_the_same_tokens(loaded: Loader) -> None:
+    one, asked = loaded(max_num_batched_tokens=(64, 512)), queue_of(*[(60, 4)] * 24)
+    lines = []
+    for tokens in (64, 512, None):
+        one.limit(8, tokens)
+        outcome = ran(one, asked)
+        assert outcome.timeline is not None
+        lines.append(outcome.timeline)
+        assert (sum(lines[-1].prompt_tokens), sum(lines[-1].output_tokens)) == (24 * 60, 24 * 4)
+    few, many, as_loaded = (sum(line.steps) for line in lines)
+    assert few > many == as_loaded
+
+
+def test_the_steps_of_a_queue_are_those_of_its_own_run(loaded: Loader) -> None:
+    one, asked = loaded(), queue_of(*[(5, 6)] * 16)
+    one.limit(8, None)
+    for _ in range(2):
+        line = ran(one, asked).timeline
+        assert line is not None
+        # Two rounds of 8, of 6 steps each.
+        assert (sum(line.steps), max(line.running)) == (12, 8.0)
+        assert line.waiting[-1] == 0
+        assert line.end_s == sorted(line.end_s)
+        assert line.end_s[0] >= 0
+
+
+def test_a_model_that_ends_itself_may_stay_below_and_not_above(loaded: Loader) -> None:
+    asked = queue_of(*[(5, 6)] * 6)
+    outcome = ran(loaded(), asked, ends_itself=True)
+    # Of the stub every third ends after two tokens.
+    assert outcome.requests.output_tokens == [2, 6, 6, 2, 6, 6]
+    assert outcome.miscounted == 0
+
+
+def test_a_replica_may_have_an_empty_queue(loaded: Loader) -> None:
+    one = loaded()
+    one.limit(2, None)
+    outcome = ran(one, [])
+    assert (outcome.prompt_tokens, outcome.output_tokens, outcome.miscounted, outcome.peak_running) == (0, 0, 0, None)
+    assert outcome.timeline is not None
+    assert outcome.timeline.steps == []
+    assert outcome.end_s >= outcome.start_s
+
+
+@pytest.mark.parametrize(
+    "switch", [("--enable-prefix-caching",), ("--no-enable-prefix-caching", "--enable_prefix_caching")]
+)
+def test_a_run_finds_no_prompt_of_another_run_in_the_cache(switch: tuple[str, ...], loaded: Loader) -> None:
+    """A warm-up and every point have the same prompts."""
+    one, asked = loaded(engine_args=switch), [Asked([5, 6, 7], 2), Asked([5, 6, 7], 2), Asked([8, 9], 2)]
+    assert one.info.enable_prefix_caching
+    # What its own requests share counts, and no more.
+    assert [ran(one, asked).prefix_cache_hit_tokens for _ in range(3)] == [3, 3, 3]
+
+
+def test_a_cache_that_cannot_be_emptied_is_no_cache_to_measure_with(loaded: Loader) -> None:
+    one = loaded("prefix-stays", engine_args=("--enable-prefix-caching",))
+    with pytest.raises(RuntimeError, match="did not empty its prefix cache"):
+        ran(one, queue_of((5, 2)))
+    # Where nothing is cached, nothing is emptied.
+    off = loaded("prefix-stays", engine_args=("--enable-prefix-caching", "--no-enable-prefix-caching"))
+    assert ran(off, [Asked([5, 6], 2)] * 2).prefix_cache_hit_tokens == 0
+
+
+@pytest.mark.usefixtures("stub_vllm")
+@pytest.mark.parametrize(
+    ("changes", "slots", "tokens", "limited"),
+    [
+        ({}, 8, None, False),  # batches
+        (WORKLOAD, 8, None, True),
+        ({**WORKLOAD, "batch_sizes": (8,)}, 8, None, False),
+        ({**WORKLOAD, "batch_sizes": (8,), "max_num_seqs": 16}, 16, None, True),
+        ({**WORKLOAD, "batch_sizes": (8,), "max_num_seqs": 4}, 4, None, False),
+        ({**WORKLOAD, "max_num_batched_tokens": 512}, 8, 512, True),
+        ({"max_num_batched_tokens": (64, 512, 256)}, 8, 512, True),
+        ({**WORKLOAD, "batch_sizes": (8,), "max_num_batched_tokens": (64, 512)}, 8, 512, True),
+    ],
+)
+def test_an_engine_is_loaded_for_the_largest_and_obeys_where_a_point_has_less(
+    changes: dict[str, Any], slots: int, tokens: int | None, limited: bool
+) -> None:
+    settings = engine_settings(ExperimentConfig(**{"batch_sizes": (2, 8), **changes}))
+    assert (settings["max_num_seqs"], settings["max_num_batched_tokens"]) == (slots, tokens)
+    assert settings.get("scheduler_cls") == (SCHEDULER if limited else None)
+    assert settings["max_model_len"] == (200 if "prompts_file" in changes else 2176)
+
+
+@pytest.mark.usefixtures("stub_vllm")
+def test_prefixes_may_be_cached_for_a_workload_alone() -> None:
+    words = ("--enable_prefix_caching",)
+    assert engine_settings(ExperimentConfig(engine_args=words, **WORKLOAD))["enable_prefix_caching"] is True
+    with pytest.raises(ConfigError, match="--enable-prefix-caching cannot be passed on"):
+        engine_settings(ExperimentConfig(engine_args=words))
+
+
+# --- what vLLM's objects say of a queue -------------------------------------------------------------------------------
+
+
+def test_requests_that_came_back_otherwise_are_counted() -> None:
+    def miscounted(sizes: list[tuple[int, int]], *, ends_itself: bool = False) -> int | None:
+        outputs = [output(prompt=prompt, tokens=tokens, ttft_s=0.1, decode_s=0.1) for prompt, tokens in sizes]
+        outcome = count_outputs(outputs, 0.0, 1.0)
+        add_queue(outcome, outputs, [(5, 3)] * len(sizes), time.time(), ends_itself=ends_itself)
+        return outcome.miscounted
+
+    assert miscounted([(5, 3), (5, 3)]) == 0
+    assert miscounted([(5, 2), (5, 4), (4, 3), (6, 3), (5, 3)]) == 4
+    # At most so many, and one at least.
+    assert miscounted([(5, 2), (5, 1), (5, 3)], ends_itself=True) == 0
+    assert miscounted([(5, 0), (5, 4), (4, 3)], ends_itself=True) == 3
+
+
+def test_an_arrival_is_told_from_the_start_and_is_never_before_it() -> None:
+    outputs = [output(prompt=5, tokens=3, ttft_s=0.4, decode_s=1.0) for _ in range(2)]
+    began_s = 1000.0
+    outputs[0].metrics.arrival_time, outputs[1].metrics.arrival_time = 1000.25, 999.99
+    outcome = count_outputs(outputs, 0.0, 1.0)
+    add_queue(outcome, outputs, [(5, 3)] * 2, began_s, ends_itself=False)
+    assert outcome.requests.arrival_s == [0.25, 0.0]
+
+
+def test_steps_are_put_together_in_intervals_of_half_a_second() -> None:
+    steps = [
+        Step(10.1, 50, 0, 4, 7), Step(10.4, 0, 4, 4, 6), Step(10.5, 0, 4, 3, 6), Step(10.9, 20, 3, 2, 5),
+        Step(70.0, 0, 1, 1, 0),
+    ]  # fmt: skip
+    line = timeline_of(steps, 10.0)
+    assert line.end_s == pytest.approx([0.4, 0.9, 60.0])
+    assert line.steps == [2, 2, 1]
+    assert line.prompt_tokens == [50, 20, 0]
+    assert line.output_tokens == [4, 7, 1]
+    assert line.running == [4.0, 2.5, 1.0]
+    assert line.waiting == [6, 5, 0]
+
+
+def test_a_short_run_has_a_hundred_intervals_and_one_without_steps_none() -> None:
+    line = timeline_of([Step(number / 1000, 0, 1, 1, 0) for number in range(1, 1001)], 0.0)
+    assert 100 <= len(line.steps) <= 101
+    assert sum(line.steps) == sum(line.output_tokens) == 1000
+    assert timeline_of([], 5.0).end_s == []
+    # Of no length at all.
+    assert timeline_of([Step(5.0, 3, 1, 1, 0)], 5.0).steps == [1]
+
+
+def test_a_step_runs_also_those_that_end_in_it() -> None:
+    manager = SimpleNamespace(record=lambda **_: None)
+    watch = StepWatch(manager)
+    for running, ended, waiting in ((3, 0, 9), (1, 2, 4)):
+        manager.record(
+            scheduler_stats=SimpleNamespace(num_running_reqs=running, num_waiting_reqs=waiting, kv_cache_usage=0.1),
+            iteration_stats=SimpleNamespace(
+                finished_requests=[None] * ended, num_prompt_tokens=11, num_generation_tokens=3
+            ),
+        )
+    # What is said without a step is none.
+    manager.record(
+        scheduler_stats=SimpleNamespace(num_running_reqs=0, num_waiting_reqs=0, kv_cache_usage=0.0),
+        iteration_stats=None,
+    )
+    line = watch.timeline(0.0)
+    assert (sum(line.steps), sum(line.prompt_tokens), sum(line.output_tokens), line.waiting[-1]) == (2, 22, 6, 4)
+    assert max(line.running) == 3.0
+    watch.forget()
+    assert watch.timeline(0.0).steps == []

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from array import array
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,15 +38,19 @@ from batch_inference.core.results import (
     WorkerInfo,
 )
 from batch_inference.core.text import short
+from batch_inference.core.workload import Workload
 from batch_inference.measure import experiment
+from batch_inference.measure import job as job_module
 from batch_inference.measure.combine import as_warmup, combine
 from batch_inference.measure.console import Console, closing_table
 from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.experiment import Experiment
 from batch_inference.measure.hardware import Reading, Seen
-from batch_inference.measure.messages import Outcome, Prepare
-from batch_inference.measure.resume import has_runs_enough, is_enough, set_aside_engine, starting_result
-from builders import make_point, make_result, make_run
+from batch_inference.measure.job import FEWEST_REQUESTS, LIVES, JobFile
+from batch_inference.measure.job_lengths import JobLengths
+from batch_inference.measure.messages import Outcome, Prepare, Queue
+from batch_inference.measure.resume import has_runs_enough, is_enough, keep_job, set_aside_engine, starting_result
+from builders import make_point, make_queue_point, make_queue_run, make_result, make_run, make_timeline
 
 ENGINE = EngineInfo(
     vllm_version="0.32.0",
@@ -1006,3 +1011,332 @@ def test_runs_are_counted_where_a_number_was_asked_for_and_judged_where_not(
 ) -> None:
     asked = dataclasses.replace(config, num_runs=num_runs, target_ci=0.02, max_runs=5)
     assert has_runs_enough(make_point(latencies_s=latencies_s), asked) is enough
+
+
+# --- queues -----------------------------------------------------------------------------------------------------------
+
+
+class QueueReplicas(FakeReplicas):
+    """Whose requests start together, as many as may run at once, and take a second each. What is asked is written
+    down; that of `fail_at` (batch size, phase) fails."""
+
+    def __init__(self, *, fail_queue: tuple[int, str] | None = None, miscounted: int = 0, replicas: int = 1) -> None:
+        super().__init__(replicas=replicas)
+        self.fail_queue, self.miscounted = fail_queue, miscounted
+        self.asked: list[Queue] = []
+
+    def prepare(self, prompts: Any) -> None:
+        self.prompts = prompts
+        self.asked.append(prompts)
+
+    def run(self) -> list[Outcome]:
+        queue: Any = self.prompts
+        phase = queue.stream[-2]
+        if self.fail_queue == (queue.batch_size, phase):
+            raise self.error
+        return [self._ran(share, queue.batch_size) for share in queue.shares]
+
+    def _ran(self, share: list[Any], batch_size: int) -> Outcome:
+        starts_s = [float(number // batch_size) for number in range(len(share))]
+        outputs = [one.max_tokens for one in share]
+        prompts = [one.prompt if isinstance(one.prompt, int) else len(one.prompt) for one in share]
+        requests = Requests(
+            ttft_s=starts_s, latency_s=[start_s + 1 for start_s in starts_s], queue_s=starts_s, output_tokens=outputs,
+            arrival_s=[0.0] * len(share), prompt_tokens=prompts,
+        )  # fmt: skip
+        rounds = -(-len(share) // batch_size)
+        return Outcome(
+            0.0, float(rounds) or 1e-3, sum(prompts), sum(outputs), requests, 0, miscounted=self.miscounted,
+            timeline=make_timeline(batch_size, rounds, 1.0, 100, 10), peak_running=min(batch_size, len(share)) or None,
+        )  # fmt: skip
+
+    @property
+    def measured(self) -> list[tuple[int, str, int]]:
+        """Batch size, phase and requests of each run."""
+        return [(one.batch_size, str(one.stream[-2]), sum(map(len, one.shares))) for one in self.asked]
+
+
+@pytest.fixture
+def job(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> ExperimentConfig:
+    """What is asked of a workload of 500 requests of 100 and 10 tokens."""
+    monkeypatch.setattr(job_module, "ids_of", lambda _workload, _config, indices: [None] * len(indices))
+    return dataclasses.replace(config, prompts_file="job.jsonl", workload_hash="abc", workload_longest=110)
+
+
+def queued(config: ExperimentConfig, replicas: FakeReplicas, requests: int = 500) -> Result:
+    outputs = config.output_lengths if isinstance(config.output_lengths, int) else 10
+    lengths = array("I", [100] * requests), array("I", [outputs] * requests)
+    found = JobFile(config, JobLengths(Workload(Path("job.jsonl")), *lengths, None))
+    result = starting_result(config, Environment(started_at="then"))
+    Experiment(config, result, FakeMonitor(), Console(), found).run(replicas)  # type: ignore[arg-type]
+    on_disk = load_result(config.output_path)
+    assert [replace(point, runs=[], warmups=[]) for point in on_disk.points] == result.points
+    return on_disk
+
+
+def test_all_batch_sizes_of_a_queue_are_measured_on_one_load_by_one_run_each(job: ExperimentConfig) -> None:
+    replicas = QueueReplicas()
+    result = queued(job, replicas)
+    assert replicas.starts == 1
+    assert replicas.measured == [
+        (1, "warmup", 2), (1, "run", FEWEST_REQUESTS), (4, "warmup", 8), (4, "run", 4 * LIVES),
+    ]  # fmt: skip
+    assert [(point.batch_size, point.seq_len, point.max_tokens) for point in result.points] == [
+        (1, None, None), (4, None, None),
+    ]  # fmt: skip
+    assert [(point.verdict, len(point.runs), len(point.warmups)) for point in result.points] == [("valid", 1, 1)] * 2
+    # 4 x 10 tokens of each second.
+    assert [point.summary["plateau_output_tok_per_s"] for point in result.points] == [10.0, 40.0]
+    assert result.status == "complete"
+
+
+def test_every_run_of_a_queue_has_a_stream_of_its_own(job: ExperimentConfig) -> None:
+    replicas = QueueReplicas()
+    queued(dataclasses.replace(job, num_runs=2, warmup_runs=2), replicas)
+    streams = {tuple(one.stream) for one in replicas.asked}
+    assert len(streams) == len(replicas.asked) == 2 * (2 + 2)
+    assert not any(one.ends_itself for one in replicas.asked)
+
+
+def test_as_many_runs_and_warmups_of_a_queue_as_asked_are_made(job: ExperimentConfig) -> None:
+    result = queued(dataclasses.replace(job, num_runs=2, warmup_runs=3), QueueReplicas())
+    assert [(len(point.runs), len(point.warmups)) for point in result.points] == [(2, 3)] * 2
+    assert [point.verdict for point in result.points] == ["valid", "valid"]
+
+
+def test_the_file_says_which_job_it_is_and_how_well_the_sample_stands_for_it(job: ExperimentConfig) -> None:
+    result = queued(job, QueueReplicas())
+    (told,) = result.jobs
+    assert (told.content_hash, told.output_lengths, told.requests, told.longest) == ("abc", "file", 500, 110)
+    point = result.points[1]
+    assert point.workload is not None
+    assert point.workload.as_tuple() == ("abc", "file", "given", False)
+    assert point.sample is not None
+    assert (point.sample.prompts.requests, point.sample.prompt_difference.distance) == (48, 0.0)
+    (part,) = point.runs[0].replicas
+    assert part.requests == 48
+    assert part.timeline is not None
+    assert sum(part.timeline.output_tokens) == 480
+
+
+def test_the_shares_of_replicas_and_what_they_took_are_kept(job: ExperimentConfig) -> None:
+    replicas = QueueReplicas(replicas=2)
+    result = queued(dataclasses.replace(job, data_parallel_size=2, batch_sizes=(4,)), replicas)
+    assert [len(share) for share in replicas.asked[-1].shares] == [48, 48]
+    (point,) = result.points
+    assert [part.requests for part in point.runs[0].replicas] == [48, 48]
+    assert len(point.runs[0].requests.arrival_s) == 96
+    assert (point.summary["plateau_output_tok_per_s"], point.summary["imbalance"]) == (80.0, 0.0)
+
+
+def test_a_replica_without_a_request_is_no_failure(job: ExperimentConfig) -> None:
+    few = dataclasses.replace(job, data_parallel_size=3, batch_sizes=(4,))
+    (point,) = queued(few, QueueReplicas(replicas=3), requests=2).points
+    assert [part.requests for part in point.runs[0].replicas] == [1, 1, 0]
+    assert point.status == "ok"
+    # Neither is the sample too small, where it is all there is.
+    assert point.verdict_reasons == []
+
+
+@pytest.mark.parametrize(
+    ("change", "measured"),
+    [
+        ({}, []),
+        ({"sample": 40}, []),  # the earlier run has more
+        ({"sample": 60}, [(4, "warmup", 8), (4, "run", 60)]),
+        ({"num_runs": 2}, [(4, "warmup", 8), (4, "run", 48), (4, "run", 48)]),
+        ({"batch_sizes": (4, 8)}, [(8, "warmup", 16), (8, "run", 96)]),
+        ({"warmup_runs": 2}, [(4, "warmup", 8), (4, "warmup", 8), (4, "run", 48)]),
+        ({"target_ci": 0.0001}, []),  # a queue has its interval in itself
+    ],
+)
+def test_a_queue_point_is_measured_again_where_more_is_asked(
+    change: dict[str, Any], measured: list[Any], job: ExperimentConfig
+) -> None:
+    first = dataclasses.replace(job, batch_sizes=(4,))
+    before = queued(first, QueueReplicas())
+    replicas = QueueReplicas()
+    after = queued(dataclasses.replace(first, **change), replicas)
+    assert replicas.measured == measured
+    if not measured:
+        assert after == before
+    # In place of the earlier one, and not beside it.
+    assert [point.batch_size for point in after.points] == sorted({4, *change.get("batch_sizes", ())})
+
+
+@pytest.mark.parametrize(
+    ("change", "jobs"),
+    [
+        ({"workload_hash": "other"}, [("abc", "file"), ("other", "file")]),
+        ({"order": "longest-first"}, [("abc", "file")]),
+        ({"output_lengths": 7}, [("abc", "file"), ("abc", 7)]),
+        ({"output_lengths": "eos"}, [("abc", "file"), ("abc", "eos")]),
+        ({"max_num_batched_tokens": (64, 128)}, [("abc", "file")]),
+    ],
+)
+def test_what_is_another_workload_or_another_way_through_it_is_another_point_of_the_same_file(
+    change: dict[str, Any], jobs: list[Any], job: ExperimentConfig
+) -> None:
+    before = queued(dataclasses.replace(job, batch_sizes=(4,)), QueueReplicas())
+    replicas = QueueReplicas()
+    after = queued(dataclasses.replace(job, batch_sizes=(4,), **change), replicas)
+    new = len(change.get("max_num_batched_tokens", (None,)))
+    assert len(after.points) == 1 + new
+    assert replace(after.points[0], engine=None) == before.points[0]
+    assert len({point.key for point in after.points}) == 1 + new
+    assert [(one.content_hash, one.output_lengths) for one in after.jobs] == jobs
+    # And both are kept from now on.
+    again = QueueReplicas()
+    queued(dataclasses.replace(job, batch_sizes=(4,), **change), again)
+    queued(dataclasses.replace(job, batch_sizes=(4,)), again)
+    assert again.asked == []
+
+
+def test_batches_and_queues_go_into_one_file(config: ExperimentConfig, job: ExperimentConfig) -> None:
+    run(config, FakeReplicas())
+    result = queued(job, QueueReplicas())
+    assert [(point.batch_size, point.seq_len) for point in result.points] == [(1, 8), (4, 8), (1, None), (4, None)]
+    shown = closing_table(result)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert [line.split()[0] for line in shown.splitlines() if line and line[0] != "-"] == [
+        "batch", "1", "4", "at", "1", "4",
+    ]  # fmt: skip
+    again = FakeReplicas()
+    run(config, again)
+    assert again.calls == []
+
+
+def test_counts_that_are_wrong_make_a_queue_point_invalid_and_it_is_measured_again(job: ExperimentConfig) -> None:
+    before = queued(job, QueueReplicas(miscounted=2))
+    assert [point.verdict for point in before.points] == ["invalid", "invalid"]
+    assert before.points[0].verdict_reasons == ["2 requests came back with other numbers of tokens than were asked"]
+    after = queued(job, QueueReplicas())
+    assert [point.verdict for point in after.points] == ["valid", "valid"]
+    assert len(after.jobs) == 1
+
+
+def test_a_queue_that_loses_its_engine_implies_larger_ones_of_the_same_queue(job: ExperimentConfig) -> None:
+    wide = dataclasses.replace(job, batch_sizes=(2, 4, 8), max_num_batched_tokens=(64, 128))
+    replicas = QueueReplicas(fail_queue=(4, "run"))
+    result = queued(wide, replicas)
+    found = [(point.batch_size, point.max_num_batched_tokens, point.status) for point in result.points]
+    assert found == [
+        (2, 64, "ok"), (4, 64, "oom"), (8, 64, "skipped"), (2, 128, "ok"), (4, 128, "oom"), (8, 128, "skipped"),
+    ]  # fmt: skip
+    assert result.points[2].reason == "implied by batch_size 4: oom_run"
+    assert result.restarts == 1
+    assert [one.max_num_batched_tokens for one in replicas.asked] == [64] * 4 + [128] * 4
+
+
+def test_the_model_may_end_its_outputs_where_that_is_asked_for(job: ExperimentConfig) -> None:
+    replicas = QueueReplicas()
+    result = queued(dataclasses.replace(job, output_lengths="eos", batch_sizes=(4,)), replicas)
+    assert {one.ends_itself for one in replicas.asked} == {True}
+    (point,) = result.points
+    assert point.max_tokens == 4  # what it may take at most
+    assert point.sample is not None
+    assert (point.sample.outputs, point.sample.output_difference, result.jobs[0].output_tokens) == (None, None, None)
+    # Another limit may end other outputs.
+    again = QueueReplicas()
+    assert (
+        len(queued(dataclasses.replace(job, output_lengths="eos", batch_sizes=(4,), max_tokens=5), again).points) == 2
+    )
+
+
+def test_two_budgets_make_two_points_of_a_batch(config: ExperimentConfig) -> None:
+    prepared: list[tuple[int, int | None]] = []
+
+    class Recorder(FakeReplicas):
+        def prepare(self, prompts: Prepare) -> None:
+            prepared.append((prompts.batch_size, prompts.max_num_batched_tokens))
+            super().prepare(prompts)
+
+    result = run(dataclasses.replace(config, max_num_batched_tokens=(64, 128), num_runs=3), Recorder())
+    assert list(dict.fromkeys(prepared)) == [(1, 64), (4, 64), (1, 128), (4, 128)]
+    assert [(point.batch_size, point.max_num_batched_tokens, point.verdict) for point in result.points] == [
+        (1, 64, "valid"), (4, 64, "valid"), (1, 128, "valid"), (4, 128, "valid"),
+    ]  # fmt: skip
+    # A third goes on, and none is measured twice.
+    before = len(prepared)
+    grown = run(dataclasses.replace(config, max_num_batched_tokens=(64, 256), num_runs=3), Recorder())
+    assert {tokens for _, tokens in prepared[before:]} == {256}
+    assert len(grown.points) == 6
+    assert max(map(len, closing_table(grown).splitlines())) <= 80
+
+
+def test_an_interrupted_job_keeps_its_finished_queue_points(job: ExperimentConfig) -> None:
+    class Interrupted(QueueReplicas):
+        def run(self) -> list[Outcome]:
+            if self.prompts.batch_size == 4 and self.prompts.stream[-2] == "run":
+                raise KeyboardInterrupt
+            return super().run()
+
+    with pytest.raises(KeyboardInterrupt):
+        queued(job, Interrupted())
+    on_disk = load_result(job.output_path)
+    assert (on_disk.status, [point.batch_size for point in on_disk.points]) == ("partial", [1])
+    assert [one.content_hash for one in on_disk.jobs] == ["abc"]
+    rest = QueueReplicas()
+    assert len(queued(job, rest).points) == 2
+    assert {batch_size for batch_size, *_ in rest.measured} == {4}
+
+
+def test_a_queue_point_is_enough_where_a_run_has_as_many_requests_as_are_asked(config: ExperimentConfig) -> None:
+    point = make_queue_point(2, (24,))
+    for requests, num_runs, enough in (
+        (24, None, True),
+        (25, None, False),
+        (1, None, True),
+        (24, 1, True),
+        (24, 2, False),
+    ):
+        asked = dataclasses.replace(config, num_runs=num_runs)
+        assert has_runs_enough(point, asked, requests) is enough
+        assert is_enough(point, asked, requests) is enough
+    point.runs.append(make_queue_run(2, (20,)))
+    two = dataclasses.replace(config, num_runs=2)
+    assert [has_runs_enough(point, two, requests) for requests in (20, 21)] == [True, False]
+
+
+def test_a_job_is_kept_as_long_as_a_point_of_it_is_there(job: ExperimentConfig) -> None:
+    result = queued(dataclasses.replace(job, batch_sizes=(4,)), QueueReplicas())
+    (first,) = result.jobs
+    other, newer = replace(first, content_hash="other"), replace(first, requests=7)
+    keep_job(result, other)
+    assert result.jobs == [first, other]
+    # Described anew, it stands once; and that of no point is forgotten.
+    keep_job(result, newer)
+    assert result.jobs == [newer]
+    result.points = []
+    keep_job(result, other)
+    assert result.jobs == [other]
+
+
+def test_no_token_id_of_a_text_is_in_the_file(job: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_module, "ids_of", lambda _workload, _config, indices: [[987654321] * 100 for _ in indices])
+    replicas = QueueReplicas()
+    queued(job, replicas)
+    assert replicas.asked[0].shares[0][0].prompt == [987654321] * 100
+    for path in job.output_path.parent.iterdir():
+        assert b"987654321" not in path.read_bytes()
+
+
+def test_replicas_of_a_queue_are_joined_by_the_common_start() -> None:
+    requests = Requests([0.5], [1.0], [0.25], [10], arrival_s=[0.125], prompt_tokens=[100])
+    line = make_timeline(1, 1, 1.0, 100, 10)
+    parts = [
+        Outcome(start_s, start_s + 1.0, 100, 10, requests, 0, timeline=line, miscounted=wrong, peak_running=1)
+        for start_s, wrong in ((0.0, 1), (0.5, 2))
+    ]
+    joined = combine(parts, UNREAD, UNREAD, Seen())
+    assert joined.requests.arrival_s == [0.125, 0.625]
+    assert joined.requests.prompt_tokens == [100, 100]
+    assert (joined.counters.miscounted, joined.latency_s) == (3, 1.5)
+    timelines = [part.timeline for part in joined.replicas]
+    assert [part.requests for part in joined.replicas] == [1, 1]
+    assert all(timelines)
+    assert [timeline.end_s[0] for timeline in timelines if timeline] == [0.1, 0.6]
+    # What a replica itself has told stays as it was.
+    assert line.end_s[0] == 0.1
+    batch = combine([outcome(1, 8, 4, 1.0)], UNREAD, UNREAD, Seen())
+    assert (batch.replicas[0].requests, batch.replicas[0].timeline, batch.counters.miscounted) == (None, None, None)

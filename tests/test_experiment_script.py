@@ -414,3 +414,249 @@ def test_a_multimodal_model_is_measured_on_text_and_the_file_says_how(
     prompts = re.findall(r"^prompts (.*)$", (tmp_path / "tp_1_results.log").read_text(), re.MULTILINE)
     # 5 stands for an image, in the config above that of the text.
     assert not {1, 2, 5} & {int(number) for line in prompts for number in re.findall(r"\d+", line)}
+
+
+# --- workloads --------------------------------------------------------------------------------------------------------
+
+QUEUE_GRID = ("--batch-sizes", "2,4")
+
+
+def write_job(folder: Path, count: int = 120, name: str = "job.jsonl") -> Path:
+    """Lengths alone; the longest request of 120 takes 70 tokens."""
+    path = folder / name
+    lengths = [{"prompt_tokens": 1 + number * 7 % 60, "output_tokens": 1 + number % 12} for number in range(count)]
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in lengths))
+    return path
+
+
+def points_of(folder: Path) -> list[dict[str, Any]]:
+    points: list[dict[str, Any]] = json.loads((folder / "tp_1_results.json").read_text())["points"]
+    return points
+
+
+def test_a_workload_becomes_a_queue_point_for_each_batch_size_on_one_load(experiment: Run, tmp_path: Path) -> None:
+    path = write_job(tmp_path)
+    done = experiment("--prompts-file", str(path), "-dp", "2", "--seed", "3", grid=QUEUE_GRID)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "tp_1_results.json").read_text())
+    (job,) = document["jobs"]
+    assert (job["requests"], job["longest"], job["output_lengths"]) == (120, 70, "file")
+    assert job["prompt_lens"] == [1 + number * 7 % 60 for number in range(120)]
+    assert document["engine"]["max_model_len"] == 70
+    assert document["engine"]["max_num_seqs"] == 4
+    points = document["points"]
+    assert [(point["batch_size"], point["status"]) for point in points] == [(2, "ok"), (4, "ok")]
+    # 64 of 120, and then no more than there are: 2 replicas x 12 lives of 4 requests.
+    assert [len(point["runs"][0]["requests"]["output_tokens"]) for point in points] == [64, 96]
+    for point in points:
+        (run,) = point["runs"]
+        shares = [replica["requests"] for replica in run["replicas"]]
+        assert sum(shares) == len(run["requests"]["output_tokens"]) == point["sample"]["prompts"]["requests"]
+        assert run["counters"]["miscounted"] == 0
+        assert run["counters"]["peak_running"] == point["batch_size"]
+        assert sum(sum(replica["timeline"]["output_tokens"]) for replica in run["replicas"]) == run["output_tokens"]
+        assert max(max(replica["timeline"]["running"]) for replica in run["replicas"]) <= point["batch_size"]
+    for name in ("tp_1_results.log", "tp_1_results.replica_1.log"):
+        assert (tmp_path / name).read_text().count("stub vLLM is loading") == 1
+    table = done.stdout.splitlines()
+    assert table[0].split()[:3] == ["at", "once", "tok/s"]
+    assert [line.split()[0] for line in table[2:4]] == ["2", "4"]
+    assert "[2/2] 4 at once: " in done.stderr
+
+
+def test_points_of_a_workload_are_kept_and_other_ones_are_added(experiment: Run, tmp_path: Path) -> None:
+    path = str(write_job(tmp_path))
+    assert experiment("--prompts-file", path, grid=QUEUE_GRID).returncode == 0
+    before = points_of(tmp_path)
+    again = experiment("--prompts-file", path, grid=QUEUE_GRID, STUB_FAIL="load")
+    assert (again.returncode, "nothing is left to measure" in " ".join(again.stderr.split())) == (0, True)
+    other = str(write_job(tmp_path, 100, "other.jsonl"))
+    for flags in (("--prompts-file", other), ("--prompts-file", path, "--output-lengths", "5")):
+        assert experiment(*flags, "--batch-sizes", "2", grid=()).returncode == 0
+    points = points_of(tmp_path)
+    assert [{**point, "engine": None} for point in points[:2]] == before
+    assert len({json.dumps([point["batch_size"], point["workload"]]) for point in points}) == len(points) == 4
+    assert {tuple(point["runs"][0]["requests"]["output_tokens"]) for point in points[3:]} == {(5,) * 32}
+
+
+def test_requests_that_come_back_otherwise_make_a_queue_point_invalid(experiment: Run, tmp_path: Path) -> None:
+    done = experiment("--prompts-file", str(write_job(tmp_path)), grid=QUEUE_GRID, STUB_FAIL="tokens")
+    assert done.returncode == 0, done.stderr
+    assert [point["verdict"] for point in points_of(tmp_path)] == ["invalid", "invalid"]
+    said = "1 request came back with other numbers of tokens than were asked"
+    assert points_of(tmp_path)[0]["verdict_reasons"][0] == said
+    assert said in done.stderr
+
+
+def test_the_model_may_end_its_outputs_where_it_has_weights(experiment: Run, tmp_path: Path) -> None:
+    path = str(write_job(tmp_path))
+    done = experiment("--prompts-file", path, "--output-lengths", "eos", "--max-tokens", "9", grid=QUEUE_GRID)
+    assert done.returncode == 0, done.stderr
+    (point, _) = points_of(tmp_path)
+    # Of the stub every third request ends after two tokens.
+    assert sorted(set(point["runs"][0]["requests"]["output_tokens"])) == [2, 9]
+    assert (point["max_tokens"], point["runs"][0]["counters"]["miscounted"]) == (9, 0)
+
+
+def test_tokens_per_step_are_points_of_their_own_with_a_workload_and_without(experiment: Run, tmp_path: Path) -> None:
+    budgets = ("--max-num-batched-tokens", "16,256")
+    done = experiment("--prompts-file", str(write_job(tmp_path)), *budgets, "--batch-sizes", "4", grid=())
+    assert done.returncode == 0, done.stderr
+    small, large = points_of(tmp_path)
+    assert (small["max_num_batched_tokens"], large["max_num_batched_tokens"]) == (16, 256)
+    steps = [sum(point["runs"][0]["replicas"][0]["timeline"]["steps"]) for point in (small, large)]
+    assert steps[0] > steps[1]
+    assert json.loads((tmp_path / "tp_1_results.json").read_text())["engine"]["max_num_batched_tokens"] == 256
+    done = experiment(*budgets)
+    assert done.returncode == 0, done.stderr
+    sizes = ("seq_len", "batch_size", "max_num_batched_tokens")
+    assert [tuple(point[name] for name in sizes) for point in points_of(tmp_path)[2:]] == [
+        (8, 1, 16), (8, 2, 16), (8, 1, 256), (8, 2, 256),
+    ]  # fmt: skip
+
+
+def test_prefixes_that_are_cached_are_a_part_of_the_point(experiment: Run, tmp_path: Path) -> None:
+    path = str(write_job(tmp_path))
+    done = experiment("--prompts-file", path, "--enable_prefix_caching", grid=QUEUE_GRID)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "tp_1_results.json").read_text())
+    assert document["engine"]["enable_prefix_caching"] is True
+    assert {point["workload"]["is_cached"] for point in document["points"]} == {True}
+    # Of lengths alone no two prompts are alike.
+    assert [point["summary"]["prefix_hit_share"] for point in document["points"]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "flags", "said"),
+    [
+        ("", (), "{file}: it has no usable request; give one on each line"),
+        ("\n \n", (), "{file}: it has no usable request; give one on each line"),
+        ("[]", (), "{file}: it has no usable request; give one on each line"),
+        (
+            '{"prompt_tokens": 8, "output_tokens": 4}\n{"prompt',
+            (),
+            "{file}, line 2: it is no JSON; mend it, or leave it out with --skip-bad-lines",
+        ),
+        (
+            '{"prompt_tokens": 8, "output_tokens": 4}\n\n{"prompt_tokens": 0, "output_tokens": 4}\n',
+            (),
+            "{file}, line 3: its prompt_tokens '0' is no number of tokens from 1 to 134217728; mend it, or leave it "
+            "out with --skip-bad-lines",
+        ),
+        (
+            '{"prompt_tokens": 8, "output_tokens": -4}',
+            (),
+            "{file}, line 1: its output_tokens '-4' is no number of tokens from 1 to 134217728; mend it, or leave it "
+            "out with --skip-bad-lines",
+        ),
+        ('{"prompt_tokens": 0}', ("--skip-bad-lines",), "{file}: it has no usable request; give one on each line"),
+        ("prompt_tokens,output_tokens\n8,x\n", (), "{file}, line 2: its output_tokens 'x' is no number of tokens from"),
+        (
+            "a,b\n1,2\n",
+            (),
+            "{file}, line 1: 'a,b' begins neither JSON nor a CSV with the columns prompt_tokens, output",
+        ),
+        (
+            '{"prompt_tokens": 8}\n',
+            (),
+            "{file}: 1 request of 1 says no output length (first: request 1); give --output-lengths N, or eos",
+        ),
+        (
+            '{"prompt_tokens": 2000, "output_tokens": 49}\n',
+            (),
+            "{file}: its longest request takes 2049 tokens, over the model's 2048; shorten the requests",
+        ),
+        (
+            '{"prompt_tokens": 8, "output_tokens": 4}\n',
+            ("--max-model-len", "11"),
+            "{file}: its longest request takes 12 tokens, over --max-model-len 11; raise it or shorten the requests",
+        ),
+        (
+            '{"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}}\n',
+            (),
+            "{file}: not measured: 1 for embeddings (first: line 1); leave them out with --skip-bad-lines",
+        ),
+    ],
+)
+def test_a_file_that_is_no_job_is_one_line_that_names_it_and_the_place(
+    experiment: Run, tmp_path: Path, lines: str, flags: tuple[str, ...], said: str
+) -> None:
+    path = tmp_path / "job"
+    path.write_text(lines)
+    done = experiment("--prompts-file", str(path), *flags, grid=QUEUE_GRID)
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said.format(file=f"error: --prompts-file {path}") in error
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("tp_1*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--sample", "121"), "--sample 121: {file} has 120 requests; lower it, or drop it to run what is needed"),
+        (("--sample", "7"), "--sample 7: with 4 at once on 1 replica there is no plateau below 8; raise it, or lower"),
+        (("--sample", "15", "-dp", "2"), "--sample 15: with 4 at once on 2 replicas there is no plateau below 16"),
+        (("--seq-lens", "8"), "--seq-lens 8: a workload has lengths of its own; drop it, or --prompts-file"),
+        (("--output-lengths", "eos", "--load-format", "dummy"), "--output-lengths eos: a model of --load-format dummy"),
+        (("--scheduler-cls", "a.B"), "--scheduler-cls a.B: several batch sizes of a workload"),
+    ],
+)
+def test_what_is_wrong_with_what_is_asked_of_a_job_is_one_line(
+    experiment: Run, tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
+    path = write_job(tmp_path)
+    done = experiment("--prompts-file", str(path), *flags, grid=QUEUE_GRID)
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: {said.format(file=path)}")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "tp_1_results.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "absent"])
+def test_what_is_no_file_is_no_workload(experiment: Run, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "job"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    done = experiment("--prompts-file", str(path), grid=QUEUE_GRID)
+    why = {"folder": "Is a directory", "fifo": "it is no regular file", "absent": "No such file or directory"}[kind]
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: --prompts-file {path}: it cannot be read ({why}); give a file\n",
+    )
+
+
+def test_what_is_left_out_of_a_job_stands_in_the_file(experiment: Run, tmp_path: Path) -> None:
+    path = write_job(tmp_path)
+    path.write_text(path.read_text() + "no JSON\n" + '{"url": "/v1/embeddings", "body": {}}\n')
+    done = experiment("--prompts-file", str(path), "--skip-bad-lines", grid=QUEUE_GRID)
+    assert done.returncode == 0, done.stderr
+    (job,) = json.loads((tmp_path / "tp_1_results.json").read_text())["jobs"]
+    assert job["requests"] == 120
+    assert job["left_out"].endswith("left out: 1 for embeddings, 1 bad line")
+
+
+def test_a_job_smaller_than_its_places_runs_as_a_whole(experiment: Run, tmp_path: Path) -> None:
+    """Also where a replica has nothing to do."""
+    path = write_job(tmp_path, 1)
+    done = experiment("--prompts-file", str(path), "-dp", "2", grid=QUEUE_GRID)
+    assert done.returncode == 0, done.stderr
+    for point in points_of(tmp_path):
+        assert [replica["requests"] for replica in point["runs"][0]["replicas"]] == [1, 0]
+        assert not any("places" in reason or "too small" in reason for reason in point["verdict_reasons"])
+
+
+@pytest.mark.parametrize("flags", [("--max-model-len", "512"), ("--max-model-len", "auto")])
+def test_a_node_that_knows_the_length_needs_no_workload_of_its_own(
+    experiment: Run, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """And is not held against the lengths of a grid that nobody asked for, of which the longest is over the model's."""
+    nodes = ("--nnodes", "2", "-tp", "2", "--master-addr", "127.0.0.1", "--node-rank", "1", "--dry-run")
+    absent = ("--prompts-file", str(tmp_path / "absent"))
+    done = experiment(*absent, *nodes, *flags, grid=QUEUE_GRID)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "verdict   can run"), done.stdout
+    done = experiment(*absent, *nodes, grid=QUEUE_GRID)
+    assert (done.returncode, "it cannot be read" in done.stderr) == (2, True)

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from batch_inference.core.metrics import METRIC_BY_NAME, METRICS, Measured, markdown_table, summarise
 from batch_inference.core.results import EngineInfo, LoadTimes, Peaks, Requests
-from builders import make_point, make_result, make_run
+from builders import make_point, make_queue_point, make_result, make_run
 
 # Two replicas of TP=2, two requests each: 4 requests of 100 prompt and 10 output tokens, in two runs of 2 s and 3 s.
 RUNS = [
@@ -135,10 +135,47 @@ EXPECTED = {
     "mbu": 0.3,  # 3e12 / (5 s x 2e12)
     "load_s": 40.0,
 }
+# Two replicas, two requests at once on each, all of 100 prompt and 10 output tokens and of 1 s: 12 rounds on one, 13 on
+# the other. There is no step in which a place is free.
+QUEUE_POINT = make_queue_point(2, (24, 26), counters={"prefix_cache_hit_tokens": 1250})
+QUEUE_RESULT = make_result("dp_2", [QUEUE_POINT], (1, 1, 2))
+QUEUE_EXPECTED = {
+    "plateau_output_tok_per_s": 40.0,  # 2 replicas x 2 x 10
+    "plateau_ci95_tok_per_s": 0.0,  # every round is like any other, and there are more than ten
+    "plateau_prompt_tok_per_s": 400.0,
+    "plateau_requests_per_s": 4.0,
+    "ramp_s": 0.0,
+    "drain_s": 1.0,  # the last round of either
+    "imbalance": 0.04,  # 26 x 110 / (25 x 110) - 1
+    "prefix_hit_share": 0.25,  # 1250 / 5000
+}
 
 
 def test_every_metric_has_a_number_worked_out_by_hand() -> None:
-    assert set(EXPECTED) == {metric.name for metric in METRICS}
+    assert set(EXPECTED | QUEUE_EXPECTED) == {metric.name for metric in METRICS}
+    assert not set(EXPECTED) & set(QUEUE_EXPECTED)
+
+
+@pytest.mark.parametrize("name", QUEUE_EXPECTED)
+def test_a_metric_of_a_queue_is_what_its_definition_says_and_a_batch_has_none(name: str) -> None:
+    formula = METRIC_BY_NAME[name].formula
+    assert formula(Measured(QUEUE_RESULT, QUEUE_POINT)) == pytest.approx(QUEUE_EXPECTED[name])
+    # Of a batch too it can be counted what came from a cache.
+    assert formula(Measured(RESULT, POINT)) == (0.0 if name == "prefix_hit_share" else None)
+
+
+def test_a_queue_has_no_waves_and_the_numbers_of_the_whole_too() -> None:
+    numbers = summarise(QUEUE_RESULT, QUEUE_POINT)
+    assert (numbers["waves"], numbers["kv_use"], numbers["running_requests"]) == (None, None, 2)
+    # 50 requests in 13 s.
+    assert numbers["output_tok_per_s"] == pytest.approx(500 / 13)
+    assert numbers["request_latency_p50_s"] == pytest.approx(7.0)  # of the queue, waiting included
+
+
+def test_a_queue_that_never_has_all_places_taken_has_no_plateau() -> None:
+    numbers = summarise(QUEUE_RESULT, make_queue_point(4, (3,)))
+    assert {numbers[name] for name in QUEUE_EXPECTED if name.startswith("plateau")} == {None}
+    assert numbers["drain_s"] == 1.0
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -33,6 +33,7 @@ from batch_inference.measure.engine_process import (
 )
 from batch_inference.measure.hardware import Reading
 from batch_inference.measure.messages import (
+    Asked,
     Done,
     Join,
     Joined,
@@ -40,6 +41,7 @@ from batch_inference.measure.messages import (
     Loaded,
     Outcome,
     Prepare,
+    Queue,
     Ready,
     Start,
 )
@@ -641,7 +643,7 @@ class FakeProcess:
 
     def send(self, command: Any) -> None:
         self.sent.append(command)
-        answers = {Load: Loaded(EngineInfo("0.32.0")), Prepare: Ready()}
+        answers = {Load: Loaded(EngineInfo("0.32.0")), Prepare: Ready(), Queue: Ready()}
         self.answers.append([answers[type(command)]] if type(command) in answers else [])
 
     def replies(self) -> list[Any]:
@@ -753,3 +755,35 @@ def test_nothing_is_told_of_how_vllm_is_used_unless_the_user_wants_it(
 ) -> None:
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", given) if given else monkeypatch.delenv("VLLM_NO_USAGE_STATS", False)
     assert quiet_environment()["VLLM_NO_USAGE_STATS"] == (given or "1")
+
+
+# --- queues -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_replica_is_told_its_own_share_of_a_queue_alone(no_process: list[FakeProcess], tmp_path: Path) -> None:
+    """The shares of others may be large."""
+    config = ExperimentConfig(data_parallel_size=3, output_file=f"{tmp_path}/x.json")
+    made = LocalReplicas(config, Devices("gpu", ("0", "1", "2")))
+    made.start()
+    shares = [[Asked(8, 4), Asked(9, 2)], [Asked([5, 6], 3)], []]
+    queue = Queue(shares, 4, [0, "queue"], ends_itself=True, max_num_batched_tokens=64)
+    made.prepare(queue)
+    told = [one.sent[-1] for one in no_process]
+    assert [command.shares for command in told] == [
+        [shares[0], [], []], [[], shares[1], []], [[], [], []],
+    ]  # fmt: skip
+    # Where it stands says whose it is; all else is as it was said.
+    assert {(one.batch_size, tuple(one.stream), one.ends_itself, one.max_num_batched_tokens) for one in told} == {
+        (4, (0, "queue"), True, 64)
+    }
+    assert queue.shares == shares
+    made.close()
+
+
+def test_rank_0_of_torchrun_is_told_all_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TorchrunReplicas(ExperimentConfig(data_parallel_size=2), {}, Place(0, 2, 0, 2))
+    told: list[Any] = []
+    monkeypatch.setattr(made, "_all", lambda *words: told.append(words[0]) or [])
+    queue = Queue([[Asked(8, 4)], [Asked(9, 1)]], 4, [0])
+    made.prepare(queue)
+    assert told == [queue]

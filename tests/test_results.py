@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from batch_inference.core import result_file
@@ -34,9 +35,10 @@ from batch_inference.core.results import (
     Requests,
     StoredConfig,
     WorkloadKey,
+    workload_key,
 )
 from batch_inference.core.values import MOST_DEVICES
-from builders import make_point, make_result, make_run
+from builders import make_point, make_queue_point, make_result, make_run
 
 
 @pytest.fixture
@@ -401,6 +403,39 @@ def test_every_size_of_a_stored_grid_is_one(name: str) -> None:
         for sizes in ((size, 1), (1, size)):
             with pytest.raises(ValueError, match=f"^{name} holds {size}, which is no size$"):
                 StoredConfig(**{name: sizes})
+
+
+def test_what_a_queue_has_beside_is_there_of_every_request_or_of_none() -> None:
+    lists: dict[str, Any] = {key: [1] for key in ("ttft_s", "latency_s", "queue_s", "output_tokens")}
+    for name in ("arrival_s", "prompt_tokens"):
+        Requests(**lists, **{name: [1]})
+        with pytest.raises(ValueError, match=r"^its lists are not equally long$"):
+            Requests(**lists, **{name: [1, 1]})
+
+
+@pytest.mark.parametrize("name", WorkloadKey.__struct_fields__)
+def test_the_workload_of_a_point_is_as_a_configuration_has_it(name: str) -> None:
+    config = ExperimentConfig(prompts_file="w", workload_hash="abc", output_lengths=7, order="shuffled")
+    key = workload_key(config)
+    assert key == WorkloadKey("abc", 7, "shuffled", is_cached=False)
+    assert key.as_tuple() == config.workload
+    cached = dataclasses.replace(config, engine_args=("--enable-prefix-caching",))
+    assert workload_key(cached) == WorkloadKey("abc", 7, "shuffled", is_cached=True)
+    others = {"content_hash": "x", "output_lengths": "eos", "order": "given", "is_cached": True}
+    assert msgspec.structs.replace(key, **{name: others[name]}) != key
+
+
+def test_a_queue_point_is_loaded_as_it_was_saved(path: Path) -> None:
+    result = make_result(points=[make_queue_point(2, (24, 26))], sizes=(1, 1, 2))
+    save_result(result, path)
+    assert load_result(path) == result
+
+
+def test_an_order_that_is_none_is_refused_where_it_stands(path: Path) -> None:
+    save_result(make_result(points=[make_queue_point()]), path)
+    path.write_text(path.read_text().replace('"order":"given"', '"order":"random"'))
+    with pytest.raises(ResultFileError, match=r"points\[0\]\.workload\.order"):
+        load_result(path)
 
 
 @pytest.mark.parametrize("name", ["ttft_s", "latency_s", "queue_s", "output_tokens"])

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import msgspec
 import pytest
 
 from batch_inference.core.metrics import summarise
 from batch_inference.core.result_file import ResultFileError, json_schema, load_result, save_result
 from batch_inference.core.results import SCHEMA_VERSION, PointKey, WorkloadKey
-from builders import make_point, make_result, make_run
+from builders import make_point, make_queue_point, make_result, make_run
 from conftest import REPOSITORY, RESULT_SCHEMA, assert_as_the_schema_says
 
 GOLDEN = sorted((REPOSITORY / "tests" / "golden").glob("*.json"))
@@ -63,14 +62,11 @@ def test_everything_that_a_run_may_hold_is_in_the_schema(tmp_path: Path) -> None
 
 def test_a_queue_point_is_told_apart_by_its_workload_and_its_budget(tmp_path: Path) -> None:
     workload = WorkloadKey("sha256:1", output_lengths="file", order="longest-first")
-    shape = {"batch_size": 64, "seq_len": None, "max_tokens": None}
-    points = [
-        msgspec.structs.replace(make_point(64), **shape, workload=workload, max_num_batched_tokens=budget)
-        for budget in (2048, 8192)
-    ]
+    points = [make_queue_point(64, (640,), workload=workload, max_num_batched_tokens=budget) for budget in (2048, 8192)]
     path = tmp_path / "tp_1_results.json"
-    save_result(make_result(points=points, config={"seq_lens": [64]}), path)
+    save_result(make_result(points=points), path)
     assert_as_the_schema_says(path)
+    assert load_result(path).points == points
     first, second = load_result(path).points
     assert first.key == PointKey(64, None, None, workload, 2048) != second.key
     assert first.tokens_per_request is None

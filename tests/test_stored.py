@@ -12,7 +12,7 @@ from test_launcher import Launcher
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import FAILURES, SAME_FOR_ALL
-from batch_inference.core.results import Failure, Point, Result, StoredConfig
+from batch_inference.core.results import Failure, Point, Result, StoredConfig, WorkloadKey
 from batch_inference.core.text import about_time
 from batch_inference.launch import stored as launch_stored
 from batch_inference.launch.stored import (
@@ -26,7 +26,7 @@ from batch_inference.launch.stored import (
     time_left,
 )
 from batch_inference.measure import locks
-from builders import make_point, make_result, save_all
+from builders import make_point, make_queue_point, make_result, save_all
 
 CONFIG = ExperimentConfig(batch_sizes=(1, 4), seq_lens=(64,), max_tokens=32)
 
@@ -325,3 +325,35 @@ def test_files_are_read_in_the_order_of_their_names_and_all_of_them(tmp_path: Pa
     (tmp_path / "a0.json").write_text("{")
     (tmp_path / "b.txt").write_text("no result")
     assert [one.name for one in stored_in(tmp_path)] == ["a", "b", "c"]
+
+
+def test_queue_points_are_told_apart_by_their_workload_and_their_tokens_per_step(tmp_path: Path) -> None:
+    config = in_folder(tmp_path, prompts_file="w.jsonl", workload_hash="abc", batch_sizes=(2, 4))
+    assert open_points(config) == 2
+    result = measured(config)
+    result.points = [
+        make_queue_point(2, workload=WorkloadKey("abc", "file", "given")),
+        make_queue_point(4, workload=WorkloadKey("abc", "file", "given"), max_num_batched_tokens=64),
+    ]
+    save_all([result], tmp_path)
+    assert open_points(config) == 1
+    changes: list[tuple[dict[str, object], int]] = [
+        ({"workload_hash": "other"}, 2),
+        ({"order": "shuffled"}, 2),
+        ({"output_lengths": "eos"}, 2),
+        ({"output_lengths": 7}, 2),
+        ({"max_num_batched_tokens": (64, 128)}, 3),
+        ({"prompts_file": None, "workload_hash": None}, 2),
+        ({"prompts_file": "elsewhere.jsonl", "sample": 100, "max_tokens": 7}, 1),
+    ]
+    for change, count in changes:
+        assert open_points(dataclasses.replace(config, **change)) == count, change  # type: ignore[arg-type]
+
+
+def test_batches_with_tokens_per_step_of_their_own_are_other_points(tmp_path: Path) -> None:
+    config = in_folder(tmp_path, batch_sizes=(1,), max_num_batched_tokens=(64, 128))
+    result = measured(config)
+    result.points = [make_point(1, 64, max_num_batched_tokens=64), make_point(1, 64)]
+    save_all([result], tmp_path)
+    assert open_points(config) == 1
+    assert open_points(dataclasses.replace(config, max_num_batched_tokens=None)) == 0

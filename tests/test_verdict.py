@@ -10,10 +10,11 @@ import pytest
 from msgspec.structs import replace
 
 from batch_inference.core import verdict
-from batch_inference.core.results import Point, Verdict, Warmup
+from batch_inference.core.lengths import Lengths
+from batch_inference.core.results import Job, Point, Verdict, Warmup, WorkloadKey
 from batch_inference.core.statistics import relative_ci95, trend
 from batch_inference.core.verdict import is_settled, judge, was_packed
-from builders import make_point, make_result, make_run
+from builders import make_point, make_queue_point, make_result, make_run
 
 STEADY = [{"latency_s": 1.0}, {"latency_s": 1.0}]
 COUNTERS = {"preemptions": 0, "prefix_cache_hit_tokens": 0}
@@ -28,6 +29,17 @@ def measured(batch_size: int = 1, latencies_s: Sequence[float] = (1.0, 1.001, 0.
     point = make_point(batch_size, latencies_s=latencies_s, warmups=[*STEADY])
     if changes:
         point.runs[-1] = make_run(latencies_s[-1], **{"requests": batch_size, **changes})
+    return point
+
+
+def queued(*, slower: float = 0.0, order: str = "given", shares: Sequence[int] = (48,), **changes: Any) -> Point:
+    """A queue point with nothing against it, except that its plateau becomes slower by such a share, evenly."""
+    point = make_queue_point(4, shares, order=order, **changes)
+    for run in point.runs:
+        for replica in run.replicas:
+            assert replica.timeline is not None
+            count = len(replica.timeline.output_tokens)
+            replica.timeline.output_tokens = [round(10_000 * (1 - slower * number / count)) for number in range(count)]
     return point
 
 
@@ -78,6 +90,17 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
     ),
     "_not_alone": (measured(clocks={"other_processes": 1}), "suspect", "another process was on the devices"),
     "_waves": (measured(9), "suspect", "ran in waves: batch_size 9 is over max_num_seqs 8"),
+    "_empty_places": (
+        queued(counters={"peak_running": 2}),
+        "suspect",
+        "of 4 places at most 2 were taken: the first end while prompts of others wait",
+    ),
+    "_no_plateau": (
+        make_queue_point(4, (3,)),
+        "suspect",
+        "sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample",
+    ),
+    "_unsteady_plateau": (queued(slower=0.2), "suspect", "plateau not steady: it becomes slower, by "),
     "_packed": (measured(), "suspect", "packed: other settings ran beside it"),
 }
 # What makes a fault of a point that is like any other.
@@ -327,6 +350,15 @@ def test_every_reason_is_said_to_the_letter() -> None:
         "_throttled": ["clocks were throttled: hw_slowdown, sw_thermal_slowdown; see to cooling and power"],
         "_not_alone": ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"],
         "_waves": ["ran in waves: batch_size 9 is over max_num_seqs 8"],
+        "_empty_places": [
+            "of 4 places at most 2 were taken: the first end while prompts of others wait for their turn in the tokens "
+            "per step"
+        ],
+        "_no_plateau": ["sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample"],
+        "_unsteady_plateau": [
+            "plateau not steady: it becomes slower, by 20% from its beginning to its end; raise --sample, or give "
+            "--order shuffled"
+        ],
         "_packed": ["packed: other settings ran beside it; measure what decides again without --pack"],
     }
 
@@ -395,3 +427,113 @@ def test_of_a_workload_no_steps_of_prompts_are_counted(unknown: str) -> None:
     assert judged(point, {"seq_lens": [64]}, max_num_batched_tokens=16)[0] == [
         "ran in waves: at most 5 of 8 requests ran at once"
     ]
+
+
+# --- of a queue -------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_queue_point_is_valid_by_one_run_and_one_warmup() -> None:
+    """Whatever its requests are like: nothing of a shape is held against it."""
+    assert judged(queued()) == ([], "valid")
+    assert judged(queued(shares=(48, 40)), max_num_seqs=4) == ([], "valid")
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(1, "1 request came back"), (7, "7 requests came back")])
+def test_requests_of_a_queue_with_other_counts_than_asked_make_it_invalid(wrong: int, said: str) -> None:
+    reasons, found = judged(queued(counters={"miscounted": wrong}))
+    assert reasons == [f"{said} with other numbers of tokens than were asked"]
+    assert found == "invalid"
+
+
+def test_prefixes_may_come_from_the_cache_where_that_was_asked_for() -> None:
+    point = queued(counters={"prefix_cache_hit_tokens": 16})
+    assert judged(point) == (["16 prompt tokens came from the prefix cache"], "invalid")
+    point.workload = WorkloadKey("abc", "file", "given", is_cached=True)
+    assert judged(point) == ([], "valid")
+
+
+@pytest.mark.parametrize(
+    ("engine", "kv_use", "why"),
+    [
+        ({"max_num_seqs": 3}, 0.5, "--max-num-seqs is 3"),
+        ({"max_num_seqs": 8}, 0.95, "the KV cache was full"),
+        ({}, None, "the first end while prompts of others wait for their turn in the tokens per step"),
+    ],
+)
+def test_why_places_of_a_queue_stay_empty_is_said(engine: dict[str, Any], kv_use: float | None, why: str) -> None:
+    """And not also that a larger sample would have a plateau."""
+    point = queued(counters={"peak_running": 3}, memory={"peak_kv_use": kv_use}, shares=(8,))
+    assert judged(point, **engine)[0] == [f"of 4 places at most 3 were taken: {why}"]
+
+
+def test_a_replica_with_fewer_requests_than_places_leaves_none_empty() -> None:
+    point = make_queue_point(4, (48, 2), counters={"peak_running": 2})
+    assert not any("places" in reason for reason in judged(point)[0])
+
+
+def job_of(requests: int, content_hash: str = "abc") -> Job:
+    lengths = Lengths(requests, 100.0, 0.0, [100] * 6, 100)
+    return Job(content_hash, "file", requests, 100, 100, 200, 1, 1, [100], [100], lengths, lengths)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "reasons"),
+    [
+        ([job_of(4)], ["sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample"]),
+        ([job_of(3)], []),  # the whole job ran
+        (
+            [job_of(9), job_of(3, "another")],
+            ["sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample"],
+        ),
+    ],
+)
+def test_a_job_that_ran_as_a_whole_needs_no_plateau(jobs: list[Job], reasons: list[str]) -> None:
+    point = make_queue_point(4, (3,))
+    assert judge(make_result(points=[point], jobs=jobs), point)[0] == reasons
+
+
+@pytest.mark.parametrize(
+    ("slower", "order", "said"),
+    [
+        (0.02, "given", None),
+        (0.2, "given", "slower"),
+        (0.2, "shuffled", "slower"),
+        (-0.2, "given", "faster"),
+        # Those have no steady plateau, and nobody expects one.
+        (0.2, "longest-first", None),
+        (0.2, "shortest-first", None),
+    ],
+)
+def test_a_plateau_that_is_not_steady_has_a_direction(slower: float, order: str, said: str | None) -> None:
+    reasons, _ = judged(queued(slower=slower, order=order))
+    assert [reason.split(",")[0].split()[-1] for reason in reasons] == ([said] if said else [])
+
+
+def test_the_plateau_of_any_replica_may_be_the_one_that_is_not_steady() -> None:
+    point = queued(shares=(48, 48))
+    timelines = [replica.timeline for replica in point.runs[0].replicas]
+    assert timelines[1] is not None
+    timelines[1].output_tokens = [10_000 - 20 * number for number in range(len(timelines[1].output_tokens))]
+    assert len(judged(point)[0]) == 1
+
+
+def test_ramp_and_drain_and_a_short_plateau_have_no_trend() -> None:
+    point = queued(slower=0.2)
+    timeline = point.runs[0].replicas[0].timeline
+    assert timeline is not None
+    full = len(timeline.running) - 20
+    timeline.running = [4.0] * full + [1.0] * 20  # what drains is slow
+    timeline.output_tokens = [10_000] * full + [1_000] * 20
+    assert judged(point) == ([], "valid")
+    timeline.running = [4.0] * 20 + [1.0] * (len(timeline.running) - 20)
+    timeline.output_tokens = [10_000 - 100 * number for number in range(len(timeline.running))]
+    assert judged(point) == ([], "valid")
+
+
+def test_warmups_and_runs_of_a_queue_that_differ_are_none_of_a_batchs_reasons() -> None:
+    """A warm-up is a part of the queue: it takes another time, and one is enough."""
+    assert judged(queued(warmups=[Warmup(9.0), Warmup(1.0)])) == ([], "valid")
+
+
+def test_a_queue_that_is_too_short_to_time_asks_for_a_larger_sample() -> None:
+    assert judged(queued(life_s=0.0005))[0] == ["runs under 10 ms are too short to time; raise --sample"]

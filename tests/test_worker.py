@@ -21,6 +21,7 @@ from batch_inference.measure import worker as worker_module
 from batch_inference.measure.hardware import Reading
 from batch_inference.measure.messages import (
     AnyCommand,
+    Asked,
     Close,
     Done,
     Failed,
@@ -30,11 +31,13 @@ from batch_inference.measure.messages import (
     Loaded,
     Outcome,
     Prepare,
+    Queue,
     Ready,
     Reply,
     Serve,
     Served,
     Start,
+    command_from,
     encode,
 )
 from batch_inference.measure.worker import Worker
@@ -42,6 +45,8 @@ from batch_inference.plan.place import Place
 
 CONFIG = ExperimentConfig(model="org/model")
 PREPARE = Prepare(2, 8, 4, [0, "run", 3])
+# Of two replicas: lengths of prompts, and ids of one.
+QUEUE = Queue([[Asked(8, 4), Asked([5, 6], 3)], [Asked(9, 1)]], 2, [0, "queue", 2, "run", 3], max_num_batched_tokens=64)
 
 
 def outcome() -> Outcome:
@@ -71,6 +76,15 @@ class FakeEngine:
 
     def run(self, prompts: Any, max_tokens: int, wait: Callable[[], None]) -> Outcome:
         self.told.append(("run", prompts, max_tokens))
+        wait()
+        return outcome()
+
+    def make_queue(self, *words: Any) -> list[Any]:
+        self.told.append(("queue", *words))
+        return [{"prompt_token_ids": [8]}]
+
+    def run_queue(self, prompts: Any, asked: Any, wait: Callable[[], None], *, ends_itself: bool) -> Outcome:
+        self.told.append(("run_queue", prompts, asked, ends_itself))
         wait()
         return outcome()
 
@@ -323,3 +337,70 @@ def test_the_end_of_a_group_leaves_none_of_its_shared_memory(monkeypatch: pytest
     monkeypatch.setattr(worker_module, "remove", done.append)
     worker_module._end_group()
     assert done == [{"of 4321"}, (4321, signal.SIGKILL)]
+
+
+# --- queues -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replica", [0, 1])
+def test_a_queue_is_the_share_of_its_replica_with_the_limits_of_the_point(replica: int) -> None:
+    sent = led(Worker(0.0), Load(CONFIG, replica), QUEUE, Start(), Close())
+    assert sent[1:] == [[Ready()], [Done(outcome())]]
+    (engine,) = FakeEngine.made
+    share = QUEUE.shares[replica]
+    assert engine.told == [
+        ("queue", share, [0, "queue", 2, "run", 3, replica]),
+        ("limit", 2, 64),
+        ("run_queue", [{"prompt_token_ids": [8]}], share, False),
+    ]
+
+
+def test_a_batch_after_a_queue_runs_as_the_engine_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[Any] = []
+    monkeypatch.setattr(FakeEngine, "limit", lambda _self, *words: limits.append(words))
+    led(Worker(0.0), Load(CONFIG, 0), QUEUE, Start(), PREPARE, Start(), Close())
+    assert limits == [(2, 64), (None, None)]
+    (engine,) = FakeEngine.made
+    assert [told[0] for told in engine.told] == ["queue", "run_queue", "prompts", "run"]
+
+
+def test_a_batch_may_have_tokens_per_step_of_its_own() -> None:
+    led(Worker(0.0), Load(CONFIG, 0), Prepare(2, 8, 4, [0], 512), Close())
+    assert FakeEngine.made[0].told[-1] == ("limit", None, 512)
+
+
+def test_the_model_may_end_the_outputs_of_a_queue() -> None:
+    queue_ = Queue([[Asked(8, 4)]], 1, [0], ends_itself=True)
+    led(Worker(0.0), Load(CONFIG, 0), queue_, Start(), Close())
+    assert FakeEngine.made[0].told[-1] == ("run_queue", [{"prompt_token_ids": [8]}], [Asked(8, 4)], True)
+
+
+def test_nothing_runs_before_it_is_prepared() -> None:
+    sent = led(Worker(0.0), Load(CONFIG, 0), Start(), Close())
+    assert sent[1] == [Failed("RuntimeError: nothing is prepared", usage=False)]
+
+
+@pytest.mark.parametrize(("rank", "replica"), [(0, 0), (1, 0), (2, 1), (3, 1)])
+def test_ranks_of_torchrun_take_the_share_of_their_replica(rank: int, replica: int, fakes: SimpleNamespace) -> None:
+    """Rank 0 says the shares of all, and every rank of a replica runs the same."""
+    config = ExperimentConfig(
+        tensor_parallel_size=2, data_parallel_size=2, distributed_executor_backend="external_launcher"
+    )
+    fakes.ranks = FakeRanks(heard=(Load(config, 0), QUEUE, Start(), Close()))
+    Worker(0.0, Place(rank, 4, rank, 4)).follow(config)
+    (engine,) = FakeEngine.made
+    told = [words for words in engine.told if words[0] in ("queue", "run_queue", "limit")]
+    share = QUEUE.shares[replica]
+    assert told == [
+        ("queue", share, [0, "queue", 2, "run", 3, replica]),
+        ("limit", 2, 64),
+        ("run_queue", [{"prompt_token_ids": [8]}], share, False),
+    ]
+
+
+def test_a_queue_is_one_line_and_comes_out_as_it_went_in() -> None:
+    """Lengths as numbers and ids as lists, of however many requests."""
+    line = encode(QUEUE)
+    assert b"\n" not in line
+    assert command_from(line) == QUEUE
+    assert b"[8,4],[[5,6],3]" in line

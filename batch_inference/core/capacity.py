@@ -19,8 +19,8 @@ def running_requests(result: Result, point: Point) -> int | None:
 
 
 def waves(point: Point, running: int | None) -> int | None:
-    """`running`: of `running_requests`."""
-    return None if running is None else math.ceil(point.batch_size / running)
+    """`running`: of `running_requests`. None of a queue, in which one request takes the place of another."""
+    return None if running is None or point.workload else math.ceil(point.batch_size / running)
 
 
 def request_slots(result: Result, point: Point) -> int | None:

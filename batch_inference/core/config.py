@@ -14,6 +14,7 @@ from batch_inference.core.secrets import redact, redact_value
 from batch_inference.core.values import (
     FROM_FILE,
     ORDERS,
+    OWN_END,
     batch_sizes,
     device_count,
     fraction,
@@ -226,13 +227,16 @@ class ExperimentConfig:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """What a plan is made for: the prompt lengths of the grid, or the longest request of a workload."""
-        return (self.workload_longest,) if self.workload_longest else self.seq_lens
+        """What a plan is made for: the prompt lengths of the grid, or the longest request of a workload. Where another
+        process has read it, no more is known than --max-model-len."""
+        if self.prompts_file is None:
+            return self.seq_lens
+        return (self.workload_longest or max(1, self.max_model_len or 1),)
 
     @property
     def request_tokens(self) -> tuple[int, ...]:
         """Prompt and output of a request of each of the `lengths`."""
-        return self.lengths if self.workload_longest else tuple(length + self.max_tokens for length in self.seq_lens)
+        return self.lengths if self.prompts_file else tuple(length + self.max_tokens for length in self.seq_lens)
 
     @property
     def budgets(self) -> tuple[int | None, ...]:
@@ -299,17 +303,22 @@ class ExperimentConfig:
         return wants_whole_experts(self.engine_args)
 
     @property
+    def caches_prefixes(self) -> bool:
+        """Whether prefixes that requests share are computed once."""
+        return _is_on(PREFIX_FLAG, self.engine_args)
+
+    @property
     def workload(self) -> Workload | None:
         """What of a workload tells points apart."""
         if self.prompts_file is None:
             return None
-        is_cached = PREFIX_FLAG in self.engine_args
-        return (self.workload_hash or "", self.output_lengths, self.order, is_cached)
+        return (self.workload_hash or "", self.output_lengths, self.order, self.caches_prefixes)
 
     def points(self) -> Iterator[Shape]:
-        """What tells the points of the sweep apart, batch sizes innermost; a workload has lengths of its own."""
-        workload = self.workload
-        lengths = ((None, None),) if workload else tuple((length, self.max_tokens) for length in self.seq_lens)
+        """What tells the points of the sweep apart, batch sizes innermost; a workload has lengths of its own, and where
+        the model ends its outputs they have a limit."""
+        workload, limit = self.workload, self.max_tokens if self.output_lengths == OWN_END else None
+        lengths = ((None, limit),) if workload else tuple((length, self.max_tokens) for length in self.seq_lens)
         for budget, (seq_len, max_tokens), batch_size in itertools.product(self.budgets, lengths, self.batch_sizes):
             yield batch_size, seq_len, max_tokens, workload, budget
 
@@ -360,9 +369,13 @@ class ExperimentConfig:
 
 
 def wants_whole_experts(words: Iterable[str]) -> bool:
-    """By the words of a command line, of which the last counts, as vLLM reads them."""
-    known = {EXPERTS_FLAG: True, "-ep": True, EXPERTS_FLAG.replace("--", "--no-", 1): False}
-    said = [known[flag] for flag in (word.replace("_", "-") for word in words) if flag in known]
+    return _is_on(EXPERTS_FLAG, words, short="-ep")
+
+
+def _is_on(flag: str, words: Iterable[str], short: str | None = None) -> bool:
+    """A switch of vLLM, by the words of a command line, of which the last counts, as vLLM reads them."""
+    known = {flag: True, short: True, flag.replace("--", "--no-", 1): False}
+    said = [known[word] for word in (word.replace("_", "-") for word in words) if word in known]
     return bool(said and said[-1])
 
 

@@ -203,7 +203,7 @@ class Point(Struct):
 
     batch_size: Size  # requests handed to each replica, or running at most on each
     seq_len: Size | None  # prompt length in tokens, exact; None where a workload has lengths of its own
-    max_tokens: Size | None  # output tokens of each request, exact; None likewise
+    max_tokens: Size | None  # output tokens of each request, exact; None likewise; most where the model ends them
     status: PointStatus
     workload: WorkloadKey | None = None
     sample: Sample | None = None  # of a queue point

@@ -11,6 +11,7 @@ from batch_inference.core.capacity import request_slots, requests_in_kv_cache, r
 from batch_inference.core.metrics import run_latencies_s
 from batch_inference.core.results import Point, Result, Timeline, Verdict, Warmup
 from batch_inference.core.statistics import is_steady, relative_ci95, trend
+from batch_inference.core.text import counted
 
 # A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
 STEADY_WITHIN = 0.05
@@ -24,6 +25,8 @@ UNLIKE_WARMUPS = 0.15
 SHORTEST_RUN_S = 0.01
 # Clocks of different machines differ by far less.
 LONGER_THAN_PASSED = 0.01
+# Below it vLLM finds room for another request; a block or two of the last ones may stay free.
+FULL_KV_CACHE = 0.9
 # What its reason begins with.
 _PACKED = "packed"
 # Reasons of NVML for a clock below the highest that are no fault: it is set so, or nothing is to be done. A GPU at its
@@ -56,13 +59,13 @@ def _token_counts(result: Result, point: Point) -> list[str]:
     if point.seq_len is None or point.max_tokens is None:
         # Of a workload, whose counts are checked where its requests are known.
         wrong = sum(run.counters.miscounted or 0 for run in point.runs)
-        return [f"{wrong} requests came back with other numbers of tokens than were asked"] if wrong else []
+        return [f"{counted(wrong, 'request')} came back with other numbers of tokens than were asked"] if wrong else []
     requests = point.batch_size * result.data_parallel_size
     asked = (requests * point.seq_len, requests * point.max_tokens)
-    counted = {(run.prompt_tokens, run.output_tokens) for run in point.runs} - {asked}
+    came = {(run.prompt_tokens, run.output_tokens) for run in point.runs} - {asked}
     return [
         f"{prompt} prompt and {output} output tokens came back, {asked[0]} and {asked[1]} were asked"
-        for prompt, output in sorted(counted)
+        for prompt, output in sorted(came)
     ]
 
 
@@ -97,13 +100,31 @@ def _waves(result: Result, point: Point) -> list[str]:
     slots, in_cache = request_slots(result, point), requests_in_kv_cache(result, point)
     if slots and slots < batch_size:
         return [f"ran in waves: batch_size {batch_size} is over max_num_seqs {slots}"]
-    if point.workload:
-        return [f"the KV cache holds {running} of these requests, not {batch_size}"]
     if in_cache and in_cache < batch_size:
         return [f"ran in waves: the KV cache holds {in_cache} of {batch_size} requests"]
     if _ends_while_prompts_wait(result, point):
         return []
     return [f"ran in waves: at most {running} of {batch_size} requests ran at once"]
+
+
+def _empty_places(result: Result, point: Point) -> list[str]:
+    """Of a queue, in which fewer ran at once than were to."""
+    running, places = running_requests(result, point), _places(point)
+    if point.workload is None or running is None or running >= places:
+        return []
+    slots, kv_use = request_slots(result, point), max((run.memory.peak_kv_use or 0.0 for run in point.runs), default=0)
+    if slots and slots < places:
+        why = f"--max-num-seqs is {slots}"
+    elif kv_use >= FULL_KV_CACHE:
+        why = "the KV cache was full"
+    else:
+        why = "the first end while prompts of others wait for their turn in the tokens per step"
+    return [f"of {places} places at most {running} were taken: {why}"]
+
+
+def _places(point: Point) -> int:
+    """Of each replica: it may have fewer requests in all."""
+    return min([point.batch_size, *(part.requests for run in point.runs for part in run.replicas if part.requests)])
 
 
 def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
@@ -118,8 +139,10 @@ def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
 
 
 def _no_plateau(result: Result, point: Point) -> list[str]:
-    """Of a sample; a job that ran as a whole needs none."""
+    """Of a sample; a job that ran as a whole needs none, and where places stay empty it is no matter of the sample."""
     if point.workload is None or point.summary.get("plateau_output_tok_per_s") is not None:
+        return []
+    if _empty_places(result, point):
         return []
     ran = len(point.runs[0].requests.output_tokens)
     job = next((one for one in result.jobs if one.content_hash == point.workload.content_hash), None)
@@ -216,7 +239,8 @@ def _unlike_warmups(_: Result, point: Point) -> list[str]:
 def _too_short(_: Result, point: Point) -> list[str]:
     if min(run_latencies_s(point)) >= SHORTEST_RUN_S:
         return []
-    return [f"runs under {SHORTEST_RUN_S * 1000:.0f} ms are too short to time; raise --max-tokens"]
+    raised = "--sample" if point.workload else "--max-tokens"
+    return [f"runs under {SHORTEST_RUN_S * 1000:.0f} ms are too short to time; raise {raised}"]
 
 
 def _throttled(_: Result, point: Point) -> list[str]:
@@ -246,6 +270,6 @@ _Check = Callable[[Result, Point], list[str]]
 _PARTS = 10  # of a plateau
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits, _longer_than_passed)
 _SUSPECT: tuple[_Check, ...] = (
-    _preempted, _waves, _no_plateau, _unsteady_plateau, _never_steady, _compiled_late, _wide_interval, _drift,
-    _unlike_warmups, _too_short, _throttled, _not_alone, _packed,
+    _preempted, _waves, _empty_places, _no_plateau, _unsteady_plateau, _never_steady, _compiled_late, _wide_interval,
+    _drift, _unlike_warmups, _too_short, _throttled, _not_alone, _packed,
 )  # fmt: skip

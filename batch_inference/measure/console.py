@@ -222,7 +222,10 @@ def closing_table(result: Result) -> str:
     tables = []
     if batches:
         budgets = any(point.max_num_batched_tokens for point in batches)
-        tables.append(_points_table(batches, {"batch": "batch_size", "length": "seq_len"}, _BATCH_COLUMNS, budgets))
+        # Both are in the file; with another size there is no room for them.
+        dropped = ("TTFT s", "TPOT s") if budgets else ()
+        columns = {name: metric for name, metric in _BATCH_COLUMNS.items() if name not in dropped}
+        tables.append(_points_table(batches, {"batch": "batch_size", "length": "seq_len"}, columns, budgets))
     if queues:
         budgets = any(point.max_num_batched_tokens for point in queues)
         tables.append(_points_table(queues, {"at once": "batch_size"}, _QUEUE_COLUMNS, budgets))

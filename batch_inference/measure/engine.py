@@ -339,6 +339,8 @@ class Engine:
         self, prompts: list[dict[str, list[int]]], params: Any, wait: Callable[[], None]
     ) -> tuple[Outcome, list[Any], float]:
         """What was counted, vLLM's outputs, and the start by the wall clock."""
+        if self._config.caches_prefixes:
+            self._forget_prefixes()
         before = self._counters()
         self._steps.forget()
         wait()
@@ -352,6 +354,11 @@ class Engine:
         outcome.memory_bytes_per_device = counted.get("memory_bytes_per_device")
         outcome.peak_running, outcome.peak_kv_use = self._steps.running, self._steps.kv_use
         return outcome, outputs, began_s
+
+    def _forget_prefixes(self) -> None:
+        """Of earlier runs, which may have had the same prompts: a run is to find what its own requests share."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prefix cache, in which the prompts of the run before are")
 
     def read_devices(self) -> Reading:
         """Memory and energy of the devices of every worker, read where they are."""

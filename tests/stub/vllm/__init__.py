@@ -10,6 +10,7 @@ images too, and STUB_LACKS a name that this version does not have yet. STUB_FAIL
   compile:N     every third batch of N requests compiles a kernel, as the log says
   tokens        one output token is missing
   prefix        prompt tokens come from the prefix cache
+  prefix-stays  and it cannot be emptied
   hang          the first run never ends
 """
 
@@ -100,6 +101,7 @@ class LLM:
         mark = os.environ.get("FAULT_TEST")  # of the test whose sweep this is
         self.queue = SharedMemory(f"psm_{mark}_{os.getpid()}" if mark else None, create=True, size=16)
         self.calls = 0
+        self.cached = set()
         config = _vllm_config(args)
         config.scheduler_config.get_scheduler_cls = lambda: Scheduler
         kind = Scheduler
@@ -149,12 +151,23 @@ class LLM:
             *(SimpleNamespace(name=f"vllm:estimated_{n}_per_gpu", value=v * self.calls) for n, v in work.items()),
         ]
 
+    def reset_prefix_cache(self):
+        self.cached.clear()
+        return FAIL != "prefix-stays"
+
+    def _cached_tokens(self, prompt):
+        if FAIL == "prefix":
+            return 16
+        was_cached = self.args.enable_prefix_caching and tuple(prompt) in self.cached
+        self.cached.add(tuple(prompt))
+        return len(prompt) if was_cached else 0
+
     def generate(self, prompts, sampling_params, use_tqdm):
         assert use_tqdm is False
         is_queue = isinstance(sampling_params, list)
-        limits = [params.max_tokens for params in sampling_params] if is_queue else []
-        tokens = limits or [sampling_params.max_tokens] * len(prompts)
-        longest = max(len(prompt["prompt_token_ids"]) + of for prompt, of in zip(prompts, tokens, strict=True))
+        params = sampling_params if is_queue else [sampling_params] * len(prompts)
+        sizes = (len(prompt["prompt_token_ids"]) + of.max_tokens for prompt, of in zip(prompts, params, strict=True))
+        longest = max(sizes, default=0)
         assert longest <= self.llm_engine.vllm_config.model_config.max_model_len
         print("prompts", *(prompt["prompt_token_ids"] for prompt in prompts), flush=True)
         _misbehave(len(prompts))
@@ -224,7 +237,7 @@ class LLM:
                     last_token_ts=done[index][1],
                     first_token_latency=stamps[index][2],
                 ),
-                16 if FAIL == "prefix" else 0,
+                self._cached_tokens(prompt),
             )
             for index, prompt in enumerate(prompts)
         ]
