@@ -45,7 +45,8 @@ STUDY, DEMO = Preset("study", "a comment", flags=["--max-tokens", "8"]), Preset(
 
 DEFAULTS = {
     "model": "meta-llama/Llama-2-7b-chat-hf", "batch_sizes": (1, 4, 8, 16), "seq_lens": (512, 1024, 2048),
-    "prompts_file": None, "job": False, "output_dir": None, "resume": False, "overwrite": False, "pack": False, "dry_run": False, "json": False,
+    "prompts_file": None, "job": False, "output_dir": None, "resume": False, "overwrite": False, "pack": False,
+    "dry_run": False, "json": False,
     "devices": None, "device_memory_gib": None, "master_addr": None, "master_port": 29500, "nnodes": None,
     "node_rank": None, "wait_for_nodes_s": 600.0, "settle_s": 15.0, "meeting_secret": None, "help": False,
     "preset": None, "words": (), "passed_on": (), "flags": (),

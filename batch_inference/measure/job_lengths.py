@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.flags import check_longest
@@ -34,34 +33,12 @@ def read_job(config: ExperimentConfig, say: Callable[[str], None]) -> tuple[Expe
     """The configuration, which then knows the longest request. Raises ConfigError for a file that says no job, or not
     the one that is asked for."""
     assert config.prompts_file is not None
-    asked = dataclasses.replace(config, name=None, output_file=None, **_SAME_JOB)
-    if asked not in _read:
-        _read[asked] = _read_job(config, say)
-    read, found = _read[asked]
-    config = dataclasses.replace(config, workload_longest=read.workload_longest, workload_hash=read.workload_hash)
-    check_longest(config)
-    return config, found
-
-
-# Settings of a preset ask for the same job. What is not asked of it is left out of the comparison.
-_SAME_JOB: dict[str, Any] = {
-    "tensor_parallel_size": 1,
-    "pipeline_parallel_size": 1,
-    "data_parallel_size": 1,
-    "nnodes": 1,
-    "distributed_executor_backend": None,
-    "max_model_len": None,
-}
-_read: dict[ExperimentConfig, tuple[ExperimentConfig, JobLengths]] = {}
-
-
-def _read_job(config: ExperimentConfig, say: Callable[[str], None]) -> tuple[ExperimentConfig, JobLengths]:
-    assert config.prompts_file is not None
     workload = Workload(Path(config.prompts_file), config.skip_bad_lines)
     found = lengths_of(workload, config, say)
     outputs = _output_lengths(found.output_tokens, config)
     longest = max(map(sum, zip(found.prompt_tokens, outputs, strict=True)))
     config = dataclasses.replace(config, workload_longest=longest, workload_hash=found.content_hash)
+    check_longest(config)
     return config, JobLengths(workload, found.prompt_tokens, outputs, workload.told())
 
 
