@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
 """Whole jobs against what samples of them forecast.
 
+    python benchmarks/forecast.py --model models/tiny-llama --settings TP=1,TP=2,DP=2,PP=2 -- --load-format dummy
     python benchmarks/forecast.py --recorded FOLDER
+
+The first makes jobs of several mixes of lengths, runs of each a sample and then all of it on the same engine, forecasts
+the job from the sample, and says how each ranks the settings; it writes the table, and every request's times in
+milliseconds, to --output-dir.
 
 FOLDER holds recordings of one job, as JSON: job*.json of all of it, sample*.json of samples. Each has `wall`, the
 seconds that it took, and `rows`, one for each request: prompt tokens, output tokens, and the moments at which it was
 scheduled and had its first and last token, in seconds by one clock; of several replicas, `replicas` holds a list of
-such rows each. The job's rows are in the order in which it ran. From a sample alone, and the job's lengths, its seconds are
-forecast and compared to those that it took.
+such rows each. The job's rows are in the order in which it ran. From a sample alone, and the job's lengths, its seconds
+are forecast and compared to those that it took.
 
 Exit code 1 where the median error is above 5 %, or less than 90 % of the intervals hold the truth.
 """
@@ -15,21 +20,24 @@ Exit code 1 where the median error is above 5 %, or less than 90 % of the interv
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from batch_inference.core.forecast import JobLengths, forecast, too_small  # noqa: E402
-from batch_inference.core.queue_runs import Interval, QueueRun  # noqa: E402
+from ways import save
+from whole_jobs import add_flags, measured, stamps
+
+from batch_inference.core.forecast import JobLengths, forecast, too_small
+from batch_inference.core.queue_runs import Interval, QueueRun
 
 MOST_ERROR, LEAST_HELD = 0.05, 0.9
 
@@ -62,6 +70,18 @@ class Row:
     forecast_s: Interval
     true_s: float
     method: str
+    job_requests: int = 0
+    setting: str = ""
+    mix: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Requests per second, by forecast."""
+        return self.job_requests / self.forecast_s.value
+
+    @property
+    def true_rate(self) -> float:
+        return self.job_requests / self.true_s
 
     @property
     def error(self) -> float:
@@ -76,17 +96,67 @@ class Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recorded", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--recorded", type=Path, metavar="FOLDER")
     parser.add_argument("--batch-size", type=int, default=256, help="where a recording has no `batch_size` (256)")
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, help="where it has no `max_num_batched_tokens` (8192)"
     )
+    add_flags(parser)
     flags = parser.parse_args()
+    if (flags.recorded is None) == (flags.model is None):
+        parser.error("either --recorded FOLDER or --model MODEL is needed")
+    if flags.model:
+        return whole_jobs(flags)
     rows = list(recorded_rows(flags.recorded, flags.batch_size, flags.max_num_batched_tokens))
     if not rows:
         parser.error(f"--recorded {flags.recorded}: no job*.json with a sample*.json beside it that is large enough")
     print("\n".join(table(rows)))
     return 0 if is_good(rows) else 1
+
+
+def whole_jobs(flags: argparse.Namespace) -> int:
+    rows, times = [], {}
+    for one in measured(flags):
+        row = compare(
+            Recording(one.name, one.replicas(one.sample), one.sample.latency_s),
+            Recording(one.name, one.replicas(one.whole), one.whole.latency_s),
+        )
+        # Not in the order in which it ran, but as the file has it.
+        lengths = JobLengths(np.array(one.job.lengths.prompt_tokens), np.array(one.job.lengths.output_tokens))
+        found = forecast(one.replicas(one.sample), lengths, len(one.sample.replicas))
+        row = replace(row, job=f"{len(one.job)} requests", forecast_s=found.seconds, setting=one.setting, mix=one.mix)
+        rows.append(row)
+        times[one.name] = {"sample": stamps(one.sample), "job": stamps(one.whole)}
+        print(table([row])[2], file=sys.stderr, flush=True)
+    told = [asdict(row) | {"error": row.error, "is_held": row.is_held} for row in rows]
+    text = "\n".join([f"{flags.model}, {flags.requests_at_once} requests at once on each replica.", "",
+                      *table(rows), "", *ranking(rows)])  # fmt: skip
+    save(flags.output_dir, "forecast", {"argv": sys.argv, "jobs": told, "times": times}, text)
+    return 0 if is_good(rows) else 1
+
+
+def ranking(rows: Sequence[Row]) -> list[str]:
+    """Of each mix the settings by forecast and by whole job, as far as intervals do not overlap."""
+    lines = []
+    for mix in dict.fromkeys(row.mix for row in rows):
+        pairs = list(itertools.combinations([row for row in rows if row.mix == mix], 2))
+        apart = [(one, two) for one, two in pairs if are_apart(one, two)]
+        alike = [1 for one, two in apart if (one.rate > two.rate) == (one.true_rate > two.true_rate)]
+        if apart:
+            lines.append(f"- {mix}: of {len(apart)} pairs of settings whose intervals do not overlap, {len(alike)} "
+                         "rank as their whole jobs do.")  # fmt: skip
+    return lines
+
+
+def are_apart(one: Row, two: Row) -> bool:
+    """By requests per second: with replicas a job has more of them."""
+    ends = []
+    for row in (one, two):
+        low, high = row.forecast_s.low, row.forecast_s.high
+        if low is None or high is None:
+            return False
+        ends.append((row.job_requests / high, row.job_requests / low))
+    return ends[0][0] > ends[1][1] or ends[1][0] > ends[0][1]
 
 
 def recorded_rows(folder: Path, batch_size: int, budget: int) -> Iterable[Row]:
@@ -120,7 +190,8 @@ def compare(sample: Recording, job: Recording) -> Row:
     """The job's seconds from the sample's run and the job's lengths."""
     found = forecast(sample.runs, job.lengths, len(job.runs))
     requests = sum(len(run.prompt_tokens) for run in sample.runs)
-    return Row(sample.name, job.name, requests, found.seconds, job.seconds, found.method)
+    asked = sum(len(run.prompt_tokens) for run in job.runs)
+    return Row(sample.name, job.name, requests, found.seconds, job.seconds, found.method, asked)
 
 
 def median_error(rows: Sequence[Row]) -> float:
