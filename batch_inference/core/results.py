@@ -216,6 +216,7 @@ class Point(Struct):
     warmups: list[Warmup] = []
     runs: list[Run] = []
     summary: dict[str, float | None] = {}
+    plateau_interval_by: str | None = None  # of a queue point: the method, "batch means" or "fitted steps"
     engine: int | None = None  # which of `earlier_engines` measured it; None: the last one
 
     @property

@@ -136,7 +136,8 @@ def _prompts_read(run: QueueRun, edges_s: Floats) -> Floats:
     first = np.searchsorted(edges_s, run.first_token_s)
     read = np.bincount(first, np.where(is_long, 0, run.prompt_tokens), len(edges_s))[1:]
     long_ones = (run.scheduled_s[is_long], run.first_token_s[is_long], run.prompt_tokens[is_long])
-    found: Floats = read + np.diff(done_by(edges_s, *long_ones)) if is_long.any() else read.astype(float)
+    of_long = np.diff(done_by(edges_s, *long_ones)) if is_long.any() else np.zeros(len(read))
+    found: Floats = read + of_long
     return found
 
 
