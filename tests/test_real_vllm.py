@@ -25,11 +25,13 @@ GRID = ("--batch-sizes", "1,3", "--seq-lens", "16,40", "--max-tokens", "9", "--n
 SMALL_ENGINE = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864")
 
 
-def measure(folder: Path, *flags: str, launcher: tuple[str, ...] = (), **variables: str) -> dict[str, Any]:
+def measure(
+    folder: Path, *flags: str, launcher: tuple[str, ...] = (), grid: tuple[str, ...] = GRID, **variables: str
+) -> dict[str, Any]:
     """Run the script as a user would; its result file."""
     file = folder / "tp_1_results.json"
     script = "batch_inference_experiment.py"
-    command = [sys.executable, *launcher, script, "--model", MODEL, *SMALL_ENGINE, *GRID, *flags]
+    command = [sys.executable, *launcher, script, "--model", MODEL, *SMALL_ENGINE, *grid, *flags]
     done = subprocess.run(
         [*command, "--output-file", str(file)], cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
         env={**os.environ, **variables},
@@ -110,6 +112,34 @@ def check_times(run: dict[str, Any]) -> None:
         # The process that submits may see the first token late, where the machine is busy; two clocks mixed up would be
         # off by years.
         assert latency_s < 2 * run["latency_s"]
+
+
+def test_a_queue_keeps_its_limits_on_one_load(tmp_path: Path) -> None:
+    """Which vLLM is never told: its scheduler is, in a process of its own."""
+    workload = tmp_path / "workload.jsonl"
+    lengths = [{"prompt_tokens": 8 + 7 * number % 60, "output_tokens": 3 + number % 9} for number in range(64)]
+    workload.write_text("".join(f"{json.dumps(one)}\n" for one in lengths))
+    queue = ("--prompts-file", str(workload), "--batch-sizes", "2,5", "--max-num-batched-tokens", "64,512")
+    document = measure(tmp_path, grid=queue)
+
+    assert document["engine"]["max_num_seqs"] == 5
+    assert document["engine"]["max_num_batched_tokens"] == 512
+    points = {(point["batch_size"], point["max_num_batched_tokens"]): point for point in document["points"]}
+    assert list(points) == [(2, 64), (5, 64), (2, 512), (5, 512)]
+    steps = {}
+    for key, point in points.items():
+        (run,) = point["runs"]
+        counters, (replica,) = run["counters"], run["replicas"]
+        assert (counters["miscounted"], counters["peak_running"]) == (0, key[0])
+        assert len(run["requests"]["output_tokens"]) == replica["requests"] == (32 if key[0] == 2 else 60)
+        timeline = replica["timeline"]
+        assert sum(timeline["output_tokens"]) == run["output_tokens"]
+        assert sum(timeline["prompt_tokens"]) == run["prompt_tokens"]
+        assert timeline["waiting"][-1] == 0
+        steps[key] = sum(timeline["steps"])
+        assert point["summary"]["plateau_output_tok_per_s"] > 0
+    # The prompts of five requests are more than a step of 64 tokens takes.
+    assert steps[5, 64] > steps[5, 512]
 
 
 def test_a_misspelt_vllm_flag_is_found_by_vllms_own_parser(tmp_path: Path) -> None:
