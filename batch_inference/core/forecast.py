@@ -12,15 +12,23 @@ runs of the same are never equal; and, where output lengths are the model's own 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 
 from batch_inference.core.job_work import JobLengths as JobLengths
 from batch_inference.core.job_work import JobWork, Places, job_work
-from batch_inference.core.queue_runs import FEWEST_BATCHES, Floats, Integers, Interval, QueueRun, phases_of
+from batch_inference.core.queue_runs import (
+    FEWEST_BATCHES,
+    Floats,
+    Integers,
+    Interval,
+    QueueRun,
+    phases_of,
+    places_taken,
+)
 from batch_inference.core.queue_simulation import READING, STEPS, SimulatedWork, simulate_work
 from batch_inference.core.statistics import t_quantile_95
 from batch_inference.core.step_costs import StepCosts, columns_worth_it, fit_costs, lag_of, seen_work
@@ -93,10 +101,7 @@ class Measured:
     drain_off: float  # the same of the drain
     method: str
 
-    @property
-    def places(self) -> Places:
-        first = self.runs[0]
-        return Places(first.batch_size, first.max_num_batched_tokens, self.costs.lag_steps)
+    places: Places
 
 
 def too_small(runs: Sequence[QueueRun]) -> str | None:
@@ -112,12 +117,16 @@ def too_small(runs: Sequence[QueueRun]) -> str | None:
 
 def measured(runs: Sequence[QueueRun]) -> Measured:
     """The costs of all replicas are fitted together; each has a factor of its own."""
+    runs = [replace(run, batch_size=places_taken(run)) for run in runs]
     seen = [seen_work(run) for run in runs]
     work, seconds = np.concatenate([one.work for one in seen]), np.concatenate([one.seconds for one in seen])
     columns = columns_worth_it(work, seconds)
     costs = fit_costs(work, seconds, columns)
-    lag = round(float(np.median([lag_of(run, one) for run, one in zip(runs, seen, strict=True)])))
-    queues = [_queue(run.prompt_tokens, run.output_tokens, run, lag) for run in runs]
+    lag = _median([lag_of(run, one) for run, one in zip(runs, seen, strict=True)])
+    queues = [
+        simulate_work(run.prompt_tokens, run.output_tokens, run.batch_size, run.max_num_batched_tokens, lag)
+        for run in runs
+    ]
     planned = np.array([queue.work.sum(axis=0) for queue in queues])
     took = np.array([run.end_s for run in runs])
     groups, method = _groups(runs, [one.ends_s for one in seen])
@@ -134,11 +143,12 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
         off=abs(math.log(float(seconds.sum() / (planned @ costs).sum()))),
         drain_off=_drain_off(runs, queues, costs),
         method=method,
+        places=Places(_median([run.batch_size for run in runs]), runs[0].max_num_batched_tokens, lag),
     )
 
 
-def _queue(prompts: Integers, outputs: Integers, run: QueueRun, lag: int) -> SimulatedWork:
-    return simulate_work(prompts, outputs, run.batch_size, run.max_num_batched_tokens, lag)
+def _median(values: Sequence[int]) -> int:
+    return round(statistics.median(values))
 
 
 def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integers, str]:
@@ -269,7 +279,7 @@ def _factors(found: Measured, replicas: int, simulated: int) -> Floats:
 
 def _largest_of(count: int) -> float:
     """Mean of the largest of so many standard normal values (Blom 1958)."""
-    return 0.0 if count == 1 else NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+    return 0.0 if count == 1 else statistics.NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def _interval(found: Measured, values: Floats, work: Floats, off: float) -> Interval:
