@@ -250,22 +250,25 @@ def _drawn_outputs(runs: Sequence[QueueRun], prompts: Integers, draw: np.random.
 
 def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forecast:
     costs = found.costs.as_array()
-    wholes = np.array([work.whole for work in works])
-    factors = _factors(found, replicas, wholes.shape[1])
-    seconds = np.array([float((work.whole @ costs * factors).max()) for work in works])
-    slowest = [int((work.whole @ costs * factors).argmax()) for work in works]
-    center = np.mean([work.whole[one] for work, one in zip(works, slowest, strict=True)], axis=0)
-    unseen = _unseen(found, np.mean([work.plateau.mean(axis=0) for work in works], axis=0))
-    drains = np.array([float((work.drain @ costs * factors).max()) for work in works])
-    drain = np.mean([work.drain.mean(axis=0) for work in works], axis=0)
+    factors = _factors(found, replicas, len(works[0].whole))
+    plateau = np.mean([work.plateau.mean(axis=0) for work in works], axis=0)
+    alike = _alike(found, plateau)
+    # Of each draw, of each replica.
+    each_s = np.array([(work.whole + alike.more * work.plateau) @ costs * factors for work in works])
+    drains_s = np.array([work.drain @ costs * factors for work in works])
+    whole, drain = (np.mean([part.mean(axis=0) for part in parts], axis=0) for parts in _parts(works))
     return Forecast(
-        _interval(found, seconds, center, unseen),
-        _rate(found, works, replicas),
-        _interval(found, drains, drain, found.drain_off),
+        _interval(found, each_s.max(axis=1), whole, alike.half_width),
+        _rate(found, works, replicas, alike),
+        _interval(found, drains_s.max(axis=1), drain, found.drain_off),
         found.method,
         replicas,
         float(np.mean([work.imbalance for work in works])),
     )
+
+
+def _parts(works: Sequence[JobWork]) -> tuple[list[Floats], list[Floats]]:
+    return [work.whole for work in works], [work.drain for work in works]
 
 
 def _factors(found: Measured, replicas: int, simulated: int) -> Floats:
@@ -301,11 +304,11 @@ def _half_width(found: Measured, work: Floats, off: float) -> float | None:
     if base <= 0 or len(found.left_out) < _FEWEST_GROUPS:
         return None
     error = _jackknife(np.log(np.maximum(found.left_out @ work, 1e-12) / base))
-    error = max(error, _T_95 * found.noise.of(float(found.seconds.sum())))
     others = np.log(np.maximum(found.reweighed @ work, 1e-12) / base)
     way = float(np.sqrt((others**2).mean()))
     return math.sqrt(
         error**2
+        + (_T_95 * found.noise.of(float(found.seconds.sum()))) ** 2
         + 2 * (_Z_95 * _RUN_TO_RUN) ** 2
         + (_Z_95 * way) ** 2
         + (_T_95 * found.noise.of(base)) ** 2
@@ -314,20 +317,32 @@ def _half_width(found: Measured, work: Floats, off: float) -> float | None:
     )
 
 
-def _unseen(found: Measured, plateau: Floats) -> float:
-    """Half width, for steps unlike all that were seen: a queue of equal requests that is short reads prompts or makes
-    tokens, while a long one does both in each step, and then a step need not cost the sum of its parts."""
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """What the stretches whose steps are like those of a job's plateau say about its seconds."""
+
+    more: float  # that it takes, as a share
+    half_width: float
+
+
+def _alike(found: Measured, plateau: Floats) -> _Alike:
+    """A step need not cost the sum of its parts. So the plateau takes what stretches alike took over their costs, as
+    far as that is more than noise. Where hardly any was like it, that is an error by itself: a short queue of equal
+    requests, say, either reads prompts or makes tokens, while a long one does both in each step."""
     if plateau[STEPS] <= 0:
-        return 0.0
+        return _Alike(0.0, 0.0)
     costs = found.costs.as_array()
     usual = plateau / plateau[STEPS] * costs
     steps = np.maximum(found.work[:, STEPS], 1e-9)
-    seen = found.work / steps[:, None] * costs
-    is_alike = np.abs(seen - usual).sum(axis=1) <= _ALIKE * usual.sum()
+    parts = found.work / steps[:, None] * costs
+    is_alike = np.abs(parts - usual).sum(axis=1) <= _ALIKE * usual.sum()
     # Even where no cost was found for it: a step in which prompts are read is another one.
     is_alike &= np.abs(found.work[:, READING] / steps - plateau[READING] / plateau[STEPS]) <= _ALIKE
-    share = float(found.seconds[is_alike].sum() / found.seconds.sum())
-    return _UNSEEN * max(0.0, 1 - share / _ENOUGH_ALIKE)
+    took_s, cost_s = float(found.seconds[is_alike].sum()), float((found.work[is_alike] @ costs).sum())
+    share = took_s / float(found.seconds.sum())
+    off = math.log(took_s / cost_s) if cost_s > 0 else 0.0
+    true = off * max(0.0, 1 - (found.noise.of(took_s) / off) ** 2) if off else 0.0
+    return _Alike(math.expm1(true), math.hypot(true / 2, _UNSEEN * max(0.0, 1 - share / _ENOUGH_ALIKE)))
 
 
 def _jackknife(logs: Floats) -> float:
@@ -343,16 +358,15 @@ def _jackknife(logs: Floats) -> float:
     return widest
 
 
-def _rate(found: Measured, works: Sequence[JobWork], replicas: int) -> Interval | None:
+def _rate(found: Measured, works: Sequence[JobWork], replicas: int, alike: _Alike) -> Interval | None:
     """Output tokens per second of all replicas."""
-    costs, factor = found.costs.as_array(), float(np.exp(np.log(found.factors).mean()))
-    seconds = np.array([work.plateau.sum(axis=0) @ costs * factor for work in works])
+    costs = found.costs.as_array() * float(np.exp(np.log(found.factors).mean())) * (1 + alike.more)
+    plateaus = np.array([work.plateau.sum(axis=0) for work in works])
+    seconds = plateaus @ costs
     if not (seconds > 0).all():
         return None
-    simulated = len(works[0].whole)
     rates = np.array([work.plateau_outputs.sum() for work in works]) / seconds * replicas
-    work = np.mean([one.plateau.sum(axis=0) for one in works], axis=0) / simulated
-    return _interval(found, rates, work, 0.0)
+    return _interval(found, rates, plateaus.mean(axis=0) / len(works[0].whole), alike.half_width)
 
 
 # --- other questions ----------------------------------------------------------------------------------------------

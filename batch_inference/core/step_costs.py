@@ -145,9 +145,7 @@ def _pieces(run: QueueRun) -> _Pieces:
     first, last = np.split(edge_of[number[1:]], 2)
     count = len(edges_s)
     change = np.bincount(first, minlength=count) - np.bincount(last, minlength=count)
-    return _Pieces(
-        run, edges_s, first, last, np.cumsum(change)[:-1].astype(float), _prompts_read(run, edges_s, first)
-    )
+    return _Pieces(run, edges_s, first, last, np.cumsum(change)[:-1].astype(float), _prompts_read(run, edges_s, first))
 
 
 def _prompts_read(run: QueueRun, edges_s: Floats, first: Integers) -> Floats:
