@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import queue_truth
 from queue_truth import COSTS, MIXES, lognormal, narrow, queue_run
 
 from batch_inference.core.queue_runs import Integers, QueueRun, done_by, phases_of, places_taken, plateau_rates
@@ -84,19 +85,21 @@ def test_a_plateau_of_few_lives_has_no_batch_means() -> None:
     assert rates.output_tokens.low is None
 
 
-def test_the_interval_by_batch_means_holds_the_rate_of_a_longer_run() -> None:
+def test_the_interval_by_batch_means_holds_the_rate_of_a_longer_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same engine at the same clocks: neighbours err together, runs do not."""
+    monkeypatch.setattr(queue_truth, "RUN_NOISE", 0.0)
     held = 0
-    for seed in range(40):
+    for seed in range(20):
         draw = np.random.default_rng(seed)
         rates = plateau_rates(queue_run(lognormal(400, draw), 8, draw))
-        truth = plateau_rates(queue_run(lognormal(4000, draw), 8, draw))
+        truth = plateau_rates(queue_run(lognormal(2000, draw), 8, draw))
         assert rates is not None
         assert truth is not None
         low, high = rates.output_tokens.low, rates.output_tokens.high
         assert low is not None
         assert high is not None
         held += low <= truth.output_tokens.value <= high
-    assert held >= 34
+    assert held >= 17
 
 
 def test_fewer_places_than_asked_where_something_else_is_the_limit() -> None:
@@ -236,8 +239,8 @@ def test_costs_are_found_again(mix: str) -> None:
 def test_a_step_that_reads_costs_more_where_that_is_seen() -> None:
     costs = np.array([4e-3, 2e-6, 10e-6, 0, 6e-3])
     found = costs_of(queue_run(mixed(400), 16, costs=costs))
-    assert found.per_reading_step_s == pytest.approx(6e-3, rel=0.15)
-    assert found.per_step_s == pytest.approx(4e-3, rel=0.15)
+    assert found.per_reading_step_s == pytest.approx(6e-3, rel=0.25)
+    assert found.per_step_s == pytest.approx(4e-3, rel=0.05)
 
 
 def test_no_cost_is_below_zero() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from batch_inference.core.job_work import JobLengths as JobLengths
 from batch_inference.core.job_work import JobWork, Places, job_work
 from batch_inference.core.queue_runs import (
-    FEWEST_BATCHES,
+    BATCHES,
     Floats,
     Integers,
     Interval,
@@ -57,6 +57,8 @@ _T_95 = t_quantile_95(_FEWEST_STRETCHES - 1)
 # A step is alike another one where its parts differ by this share of its cost. Where less than that share of the sample
 # is alike the job's plateau, the forecast is that uncertain.
 _ALIKE, _ENOUGH_ALIKE, _UNSEEN = 0.4, 0.2, 0.15
+# Half width: few requests run in a drain, so a step more or less, or the size of a graph, makes a difference.
+_DRAIN = 0.06
 # A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
 _FACTOR = 2.0
 _MOST_BEYOND = 0.02
@@ -160,7 +162,7 @@ def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integer
     for run, ends in zip(runs, ends_s, strict=True):
         phases = phases_of(run)
         lives = phases.plateau_s / run.mean_life_s
-        if lives < FEWEST_BATCHES:
+        if lives < BATCHES:
             method = FITTED_STEPS
         of_plateau = min(_MOST_GROUPS, max(_GROUPS_OF_A_PHASE, int(lives)))
         middles_s = (np.concatenate([[0.0], ends[:-1]]) + ends) / 2
@@ -260,7 +262,7 @@ def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forec
     return Forecast(
         _interval(found, each_s.max(axis=1), whole, alike.half_width),
         _rate(found, works, replicas, alike),
-        _interval(found, drains_s.max(axis=1), drain, found.drain_off),
+        _interval(found, drains_s.max(axis=1), drain, math.hypot(found.drain_off, _DRAIN)),
         found.method,
         replicas,
         float(np.mean([work.imbalance for work in works])),

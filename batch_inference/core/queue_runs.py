@@ -21,8 +21,8 @@ _SHARE_OF_FULL = 0.95
 _USUALLY = 0.9  # of all moments before the drain, as many run or fewer
 # In mean lives of a request: a shorter plateau is an accident.
 _SHORTEST_PLATEAU = 0.25
-# Means of stretches about as long as a request lives are nearly independent; fewer of them say little.
-FEWEST_BATCHES = 10
+# Means of stretches as long as a request lives, or longer, are nearly independent; fewer of them say little.
+BATCHES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +132,11 @@ def places_taken(run: QueueRun) -> int:
 
 
 def plateau_rates(run: QueueRun) -> PlateauRates | None:
-    """By batch means where the plateau lasts FEWEST_BATCHES mean lives or more, else without interval."""
+    """By batch means where the plateau lasts BATCHES mean lives or more, else without interval."""
     phases = phases_of(run)
     if phases.plateau_s <= 0:
         return None
-    batches = max(1, int(phases.plateau_s / run.mean_life_s))
+    batches = BATCHES if phases.plateau_s >= BATCHES * run.mean_life_s else 1
     edges_s = np.linspace(phases.ramp_end_s, phases.drain_start_s, batches + 1)
     # Tokens of outputs come evenly from the first to the last, prompts are read from scheduled to the first.
     one = np.ones(len(run.prompt_tokens))
@@ -163,5 +163,5 @@ def done_by(times_s: Floats, starts_s: Floats, ends_s: Floats, amounts: Floats |
 def _rate(done: Floats, edges_s: Floats) -> Interval:
     batches = np.diff(done) / np.diff(edges_s)
     value = float(batches.mean())
-    half_width = ci95_half_width(batches.tolist()) if len(batches) >= FEWEST_BATCHES else None
+    half_width = ci95_half_width(batches.tolist())
     return Interval(value) if half_width is None else Interval(value, value - half_width, value + half_width)
