@@ -10,9 +10,9 @@ milliseconds, to --output-dir.
 
 FOLDER holds recordings of one job, as JSON: job*.json of all of it, sample*.json of samples. Each has `wall`, the
 seconds that it took, and `rows`, one for each request: prompt tokens, output tokens, and the moments at which it was
-scheduled and had its first and last token, in seconds by one clock; of several replicas, `replicas` holds a list of
-such rows each. The job's rows are in the order in which it ran. From a sample alone, and the job's lengths, its seconds
-are forecast and compared to those that it took.
+scheduled and had its first and last token, in seconds by one clock; of several replicas, `replicas` has a list of such
+rows for each. From a sample alone, and the lengths of the job's requests in the order in which they ran, the job's
+seconds are forecast, and compared to those that it took.
 
 Exit code 1 where the median error is above 5 %, or less than 90 % of the intervals hold the truth.
 """

@@ -12,15 +12,23 @@ runs of the same are never equal; and, where output lengths are the model's own 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 
 from batch_inference.core.job_work import JobLengths as JobLengths
 from batch_inference.core.job_work import JobWork, Places, job_work
-from batch_inference.core.queue_runs import FEWEST_BATCHES, Floats, Integers, Interval, QueueRun, phases_of
+from batch_inference.core.queue_runs import (
+    BATCHES,
+    Floats,
+    Integers,
+    Interval,
+    QueueRun,
+    phases_of,
+    places_taken,
+)
 from batch_inference.core.queue_simulation import READING, STEPS, SimulatedWork, simulate_work
 from batch_inference.core.statistics import t_quantile_95
 from batch_inference.core.step_costs import StepCosts, columns_worth_it, fit_costs, lag_of, seen_work
@@ -49,6 +57,8 @@ _T_95 = t_quantile_95(_FEWEST_STRETCHES - 1)
 # A step is alike another one where its parts differ by this share of its cost. Where less than that share of the sample
 # is alike the job's plateau, the forecast is that uncertain.
 _ALIKE, _ENOUGH_ALIKE, _UNSEEN = 0.4, 0.2, 0.15
+# Half width: few requests run in a drain, so a step more or less, or the size of a graph, makes a difference.
+_DRAIN = 0.06
 # A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
 _FACTOR = 2.0
 _MOST_BEYOND = 0.02
@@ -93,10 +103,7 @@ class Measured:
     drain_off: float  # the same of the drain
     method: str
 
-    @property
-    def places(self) -> Places:
-        first = self.runs[0]
-        return Places(first.batch_size, first.max_num_batched_tokens, self.costs.lag_steps)
+    places: Places
 
 
 def too_small(runs: Sequence[QueueRun]) -> str | None:
@@ -112,12 +119,16 @@ def too_small(runs: Sequence[QueueRun]) -> str | None:
 
 def measured(runs: Sequence[QueueRun]) -> Measured:
     """The costs of all replicas are fitted together; each has a factor of its own."""
+    runs = [replace(run, batch_size=places_taken(run)) for run in runs]
     seen = [seen_work(run) for run in runs]
     work, seconds = np.concatenate([one.work for one in seen]), np.concatenate([one.seconds for one in seen])
     columns = columns_worth_it(work, seconds)
     costs = fit_costs(work, seconds, columns)
-    lag = round(float(np.median([lag_of(run, one) for run, one in zip(runs, seen, strict=True)])))
-    queues = [_queue(run.prompt_tokens, run.output_tokens, run, lag) for run in runs]
+    lag = _median([lag_of(run, one) for run, one in zip(runs, seen, strict=True)])
+    queues = [
+        simulate_work(run.prompt_tokens, run.output_tokens, run.batch_size, run.max_num_batched_tokens, lag)
+        for run in runs
+    ]
     planned = np.array([queue.work.sum(axis=0) for queue in queues])
     took = np.array([run.end_s for run in runs])
     groups, method = _groups(runs, [one.ends_s for one in seen])
@@ -134,11 +145,12 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
         off=abs(math.log(float(seconds.sum() / (planned @ costs).sum()))),
         drain_off=_drain_off(runs, queues, costs),
         method=method,
+        places=Places(_median([run.batch_size for run in runs]), runs[0].max_num_batched_tokens, lag),
     )
 
 
-def _queue(prompts: Integers, outputs: Integers, run: QueueRun, lag: int) -> SimulatedWork:
-    return simulate_work(prompts, outputs, run.batch_size, run.max_num_batched_tokens, lag)
+def _median(values: Sequence[int]) -> int:
+    return round(statistics.median(values))
 
 
 def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integers, str]:
@@ -150,7 +162,7 @@ def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integer
     for run, ends in zip(runs, ends_s, strict=True):
         phases = phases_of(run)
         lives = phases.plateau_s / run.mean_life_s
-        if lives < FEWEST_BATCHES:
+        if lives < BATCHES:
             method = FITTED_STEPS
         of_plateau = min(_MOST_GROUPS, max(_GROUPS_OF_A_PHASE, int(lives)))
         middles_s = (np.concatenate([[0.0], ends[:-1]]) + ends) / 2
@@ -240,22 +252,25 @@ def _drawn_outputs(runs: Sequence[QueueRun], prompts: Integers, draw: np.random.
 
 def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forecast:
     costs = found.costs.as_array()
-    wholes = np.array([work.whole for work in works])
-    factors = _factors(found, replicas, wholes.shape[1])
-    seconds = np.array([float((work.whole @ costs * factors).max()) for work in works])
-    slowest = [int((work.whole @ costs * factors).argmax()) for work in works]
-    center = np.mean([work.whole[one] for work, one in zip(works, slowest, strict=True)], axis=0)
-    unseen = _unseen(found, np.mean([work.plateau.mean(axis=0) for work in works], axis=0))
-    drains = np.array([float((work.drain @ costs * factors).max()) for work in works])
-    drain = np.mean([work.drain.mean(axis=0) for work in works], axis=0)
+    factors = _factors(found, replicas, len(works[0].whole))
+    plateau = np.mean([work.plateau.mean(axis=0) for work in works], axis=0)
+    alike = _alike(found, plateau)
+    # Of each draw, of each replica.
+    each_s = np.array([(work.whole + alike.more * work.plateau) @ costs * factors for work in works])
+    drains_s = np.array([work.drain @ costs * factors for work in works])
+    whole, drain = (np.mean([part.mean(axis=0) for part in parts], axis=0) for parts in _parts(works))
     return Forecast(
-        _interval(found, seconds, center, unseen),
-        _rate(found, works, replicas),
-        _interval(found, drains, drain, found.drain_off),
+        _interval(found, each_s.max(axis=1), whole, alike.half_width),
+        _rate(found, works, replicas, alike),
+        _interval(found, drains_s.max(axis=1), drain, math.hypot(found.drain_off, _DRAIN)),
         found.method,
         replicas,
         float(np.mean([work.imbalance for work in works])),
     )
+
+
+def _parts(works: Sequence[JobWork]) -> tuple[list[Floats], list[Floats]]:
+    return [work.whole for work in works], [work.drain for work in works]
 
 
 def _factors(found: Measured, replicas: int, simulated: int) -> Floats:
@@ -269,7 +284,7 @@ def _factors(found: Measured, replicas: int, simulated: int) -> Floats:
 
 def _largest_of(count: int) -> float:
     """Mean of the largest of so many standard normal values (Blom 1958)."""
-    return 0.0 if count == 1 else NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+    return 0.0 if count == 1 else statistics.NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def _interval(found: Measured, values: Floats, work: Floats, off: float) -> Interval:
@@ -291,11 +306,11 @@ def _half_width(found: Measured, work: Floats, off: float) -> float | None:
     if base <= 0 or len(found.left_out) < _FEWEST_GROUPS:
         return None
     error = _jackknife(np.log(np.maximum(found.left_out @ work, 1e-12) / base))
-    error = max(error, _T_95 * found.noise.of(float(found.seconds.sum())))
     others = np.log(np.maximum(found.reweighed @ work, 1e-12) / base)
     way = float(np.sqrt((others**2).mean()))
     return math.sqrt(
         error**2
+        + (_T_95 * found.noise.of(float(found.seconds.sum()))) ** 2
         + 2 * (_Z_95 * _RUN_TO_RUN) ** 2
         + (_Z_95 * way) ** 2
         + (_T_95 * found.noise.of(base)) ** 2
@@ -304,20 +319,32 @@ def _half_width(found: Measured, work: Floats, off: float) -> float | None:
     )
 
 
-def _unseen(found: Measured, plateau: Floats) -> float:
-    """Half width, for steps unlike all that were seen: a queue of equal requests that is short reads prompts or makes
-    tokens, while a long one does both in each step, and then a step need not cost the sum of its parts."""
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """What the stretches whose steps are like those of a job's plateau say about its seconds."""
+
+    more: float  # that it takes, as a share
+    half_width: float
+
+
+def _alike(found: Measured, plateau: Floats) -> _Alike:
+    """A step need not cost the sum of its parts. So the plateau takes what stretches alike took over their costs, as
+    far as that is more than noise. Where hardly any was like it, that is an error by itself: a short queue of equal
+    requests, say, either reads prompts or makes tokens, while a long one does both in each step."""
     if plateau[STEPS] <= 0:
-        return 0.0
+        return _Alike(0.0, 0.0)
     costs = found.costs.as_array()
     usual = plateau / plateau[STEPS] * costs
     steps = np.maximum(found.work[:, STEPS], 1e-9)
-    seen = found.work / steps[:, None] * costs
-    is_alike = np.abs(seen - usual).sum(axis=1) <= _ALIKE * usual.sum()
+    parts = found.work / steps[:, None] * costs
+    is_alike = np.abs(parts - usual).sum(axis=1) <= _ALIKE * usual.sum()
     # Even where no cost was found for it: a step in which prompts are read is another one.
     is_alike &= np.abs(found.work[:, READING] / steps - plateau[READING] / plateau[STEPS]) <= _ALIKE
-    share = float(found.seconds[is_alike].sum() / found.seconds.sum())
-    return _UNSEEN * max(0.0, 1 - share / _ENOUGH_ALIKE)
+    took_s, cost_s = float(found.seconds[is_alike].sum()), float((found.work[is_alike] @ costs).sum())
+    share = took_s / float(found.seconds.sum())
+    off = math.log(took_s / cost_s) if cost_s > 0 else 0.0
+    true = off * max(0.0, 1 - (found.noise.of(took_s) / off) ** 2) if off else 0.0
+    return _Alike(math.expm1(true), math.hypot(true / 2, _UNSEEN * max(0.0, 1 - share / _ENOUGH_ALIKE)))
 
 
 def _jackknife(logs: Floats) -> float:
@@ -333,16 +360,15 @@ def _jackknife(logs: Floats) -> float:
     return widest
 
 
-def _rate(found: Measured, works: Sequence[JobWork], replicas: int) -> Interval | None:
+def _rate(found: Measured, works: Sequence[JobWork], replicas: int, alike: _Alike) -> Interval | None:
     """Output tokens per second of all replicas."""
-    costs, factor = found.costs.as_array(), float(np.exp(np.log(found.factors).mean()))
-    seconds = np.array([work.plateau.sum(axis=0) @ costs * factor for work in works])
+    costs = found.costs.as_array() * float(np.exp(np.log(found.factors).mean())) * (1 + alike.more)
+    plateaus = np.array([work.plateau.sum(axis=0) for work in works])
+    seconds = plateaus @ costs
     if not (seconds > 0).all():
         return None
-    simulated = len(works[0].whole)
     rates = np.array([work.plateau_outputs.sum() for work in works]) / seconds * replicas
-    work = np.mean([one.plateau.sum(axis=0) for one in works], axis=0) / simulated
-    return _interval(found, rates, work, 0.0)
+    return _interval(found, rates, plateaus.mean(axis=0) / len(works[0].whole), alike.half_width)
 
 
 # --- other questions ----------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from batch_inference.core.statistics import ci95_half_width
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# The plateau ends where the request that takes the place of one that ended does not come: after so many mean lives.
-# Between the end of one and the start of the next lies a step or two, in which one request fewer runs.
+# Between the last token of one request and the first of the next one at its place lies a step or two.
 _SHARE_OF_FULL = 0.95
-# Below that a plateau is an accident. In mean lives of a request.
+_USUALLY = 0.9  # of all moments before the drain, as many run or fewer
+# In mean lives of a request: a shorter plateau is an accident.
 _SHORTEST_PLATEAU = 0.25
-# Means of stretches about as long as a request lives are nearly independent; fewer of them say little.
-FEWEST_BATCHES = 10
+# Means of stretches as long as a request lives, or longer, are nearly independent; fewer of them say little.
+BATCHES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,36 +88,55 @@ class PlateauRates:
 
 
 def phases_of(run: QueueRun) -> Phases:
-    """The ramp ends when batch_size requests make tokens; the drain begins when the last one has been scheduled.
+    """The ramp ends when nearly as many requests make tokens as usually do while others wait: batch_size, unless
+    prompts or the KV cache are the limit. The drain begins when the last request has been scheduled.
 
-    Without a plateau (the sample never fills batch_size, or only for a moment) the ramp ends where the drain begins.
+    Without a plateau (the sample fills all places never, or only for a moment) the ramp ends where the drain begins.
     """
     drain_start_s = float(run.scheduled_s.max())
-    ramp_end_s = _first_full_s(run)
-    if ramp_end_s is None or drain_start_s - ramp_end_s < _SHORTEST_PLATEAU * run.mean_life_s:
+    ramp_end_s = _first_full_s(run, drain_start_s)
+    if drain_start_s - ramp_end_s < _SHORTEST_PLATEAU * run.mean_life_s:
         ramp_end_s = drain_start_s
     return Phases(ramp_end_s, drain_start_s, run.end_s)
 
 
-def _first_full_s(run: QueueRun) -> float | None:
-    """When so many requests run, and the prompts of the first ones are read, that all places but a few are taken."""
-    full = math.ceil(_SHARE_OF_FULL * run.batch_size)
-    if len(run.scheduled_s) < full:
-        return None
-    times_s = np.concatenate([run.first_token_s, run.last_token_s])
-    change = np.concatenate([np.ones(len(run.first_token_s)), -np.ones(len(run.last_token_s))])
-    # Of one moment, the ends come first.
+def _first_full_s(run: QueueRun, until_s: float) -> float:
+    times_s, running = _running(run.first_token_s, run.last_token_s)
+    before = running[: np.searchsorted(times_s, until_s)]
+    if not len(before) or before.max() < 1:
+        return until_s
+    usual = _SHARE_OF_FULL * np.quantile(before, _USUALLY)
+    return float(times_s[(before >= usual).argmax()])
+
+
+def _running(starts_s: Floats, ends_s: Floats) -> tuple[Floats, Integers]:
+    """Moments in rising order, and how many run from each to the next."""
+    times_s = np.concatenate([starts_s, ends_s])
+    change = np.concatenate([np.ones(len(starts_s), dtype=np.int64), -np.ones(len(ends_s), dtype=np.int64)])
+    # Of one moment the ends come first.
     order = np.lexsort((change, times_s))
-    is_full = np.cumsum(change[order]) >= full
-    return float(times_s[order][is_full.argmax()]) if is_full.any() else None
+    return times_s[order], np.cumsum(change[order])
+
+
+def places_taken(run: QueueRun) -> int:
+    """How many requests run at once while others wait: batch_size, or fewer where something else is the limit, and then
+    on the mean of the plateau."""
+    _, running = _running(run.scheduled_s, run.last_token_s)
+    phases = phases_of(run)
+    if running.max() >= run.batch_size or phases.plateau_s <= 0:
+        return run.batch_size
+    lives_s = np.clip(run.last_token_s, phases.ramp_end_s, phases.drain_start_s) - np.clip(
+        run.scheduled_s, phases.ramp_end_s, phases.drain_start_s
+    )
+    return max(1, math.ceil(float(lives_s.sum()) / phases.plateau_s))
 
 
 def plateau_rates(run: QueueRun) -> PlateauRates | None:
-    """By batch means where the plateau lasts FEWEST_BATCHES mean lives or more, else without interval."""
+    """By batch means where the plateau lasts BATCHES mean lives or more, else without interval."""
     phases = phases_of(run)
     if phases.plateau_s <= 0:
         return None
-    batches = max(1, int(phases.plateau_s / run.mean_life_s))
+    batches = BATCHES if phases.plateau_s >= BATCHES * run.mean_life_s else 1
     edges_s = np.linspace(phases.ramp_end_s, phases.drain_start_s, batches + 1)
     # Tokens of outputs come evenly from the first to the last, prompts are read from scheduled to the first.
     one = np.ones(len(run.prompt_tokens))
@@ -144,5 +163,5 @@ def done_by(times_s: Floats, starts_s: Floats, ends_s: Floats, amounts: Floats |
 def _rate(done: Floats, edges_s: Floats) -> Interval:
     batches = np.diff(done) / np.diff(edges_s)
     value = float(batches.mean())
-    half_width = ci95_half_width(batches.tolist()) if len(batches) >= FEWEST_BATCHES else None
+    half_width = ci95_half_width(batches.tolist())
     return Interval(value) if half_width is None else Interval(value, value - half_width, value + half_width)

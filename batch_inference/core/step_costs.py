@@ -26,7 +26,8 @@ from batch_inference.core.queue_simulation import (
 
 Columns = tuple[int, ...]
 _ALWAYS = (STEPS, PROMPT, DECODE)
-_PASSES = 60
+_ROUNDS, _PASSES = 3, 100
+_SHORTEST_STEP_S = 1e-4
 # Steps that one row of the fit spans: in fewer than usual, it matters in which of two steps a prompt was read.
 _FEWEST_STEPS, _USUAL_STEPS = 4, 10
 _ROWS_OF_A_PHASE, _MOST_ROWS = 12, 100
@@ -108,73 +109,104 @@ class SeenWork:
 
 
 def seen_work(run: QueueRun) -> SeenWork:
-    """Split where a token came first or last, then put together to stretches of _FEWEST_STEPS steps or more."""
-    edges_s = np.unique(np.concatenate([[0.0], run.first_token_s, run.last_token_s]))
-    prompts = _prompts_read(run, edges_s)
-    steps, decoding = _steps_between(run, edges_s, prompts)
-    so_far = np.concatenate([[0.0], np.cumsum(steps)])
-    first, last = _places(run, edges_s)
-    # A request that made its first token in step f looks in step t back on its prompt and on t - f tokens.
-    offset = np.bincount(first, run.prompt_tokens - so_far[first], len(edges_s))
-    offset -= np.bincount(last, run.prompt_tokens - so_far[first], len(edges_s))
-    context = (np.cumsum(offset)[:-1] + decoding * (so_far[:-1] + so_far[1:]) / 2) * steps
-    chunks = np.ceil(prompts / (run.max_num_batched_tokens or np.inf))
-    reading = np.minimum(steps, np.maximum(chunks, prompts > 0))
-    work = np.stack([steps, prompts, decoding * steps, context, reading], axis=1)
-    starts, ends = _stretches(steps, np.searchsorted(edges_s, _phase_edges_s(run)))
-    return SeenWork(np.add.reduceat(work, starts), edges_s[ends], so_far[first], so_far[last])
+    """Split where a token came first or last, then put together to stretches of some steps each."""
+    pieces = _pieces(run)
+    steps = _fitted_steps(pieces, np.diff(pieces.edges_s))
+    for _ in range(_ROUNDS):
+        # What the requests leave open is as it would be at the costs so far.
+        work = _work(pieces, steps)
+        starts, ends = _stretches(pieces, steps)
+        costs = fit_costs(np.add.reduceat(work, starts), np.diff(pieces.edges_s[ends], prepend=0.0), _ALWAYS)
+        steps = _fitted_steps(pieces, _steps_at(costs, pieces))
+    starts, ends = _stretches(pieces, steps)
+    so_far = _so_far(steps)
+    work = np.add.reduceat(_work(pieces, steps), starts)
+    return SeenWork(work, pieces.edges_s[ends], so_far[pieces.first], so_far[pieces.last])
 
 
-def _places(run: QueueRun, edges_s: Floats) -> tuple[Integers, Integers]:
-    return np.searchsorted(edges_s, run.first_token_s), np.searchsorted(edges_s, run.last_token_s)
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """A run between the moments at which tokens came first or last, which are ends of steps."""
+
+    run: QueueRun
+    edges_s: Floats  # (pieces + 1,)
+    first: Integers  # (requests,): the edge at which each made its first token
+    last: Integers
+    decoding: Floats  # (pieces,): requests that make a token in each step
+    prompts: Floats  # (pieces,): prompt tokens read
 
 
-def _prompts_read(run: QueueRun, edges_s: Floats) -> Floats:
+def _pieces(run: QueueRun) -> _Pieces:
+    times_s, number = np.unique(np.concatenate([[0.0], run.first_token_s, run.last_token_s]), return_inverse=True)
+    # Moments of one step that rounding has told apart are one.
+    is_other = np.diff(times_s, prepend=-1.0) > _SHORTEST_STEP_S
+    edge_of = np.cumsum(is_other) - 1
+    edges_s = times_s[np.append(np.flatnonzero(is_other)[1:] - 1, len(times_s) - 1)]
+    first, last = np.split(edge_of[number[1:]], 2)
+    count = len(edges_s)
+    change = np.bincount(first, minlength=count) - np.bincount(last, minlength=count)
+    return _Pieces(run, edges_s, first, last, np.cumsum(change)[:-1].astype(float), _prompts_read(run, edges_s, first))
+
+
+def _prompts_read(run: QueueRun, edges_s: Floats, first: Integers) -> Floats:
     """Prompt tokens read between the edges: in the step that makes the first token, and a prompt that one step cannot
     hold evenly from when it was scheduled."""
     is_long = run.prompt_tokens > (run.max_num_batched_tokens or np.inf)
-    first = np.searchsorted(edges_s, run.first_token_s)
-    read = np.bincount(first, np.where(is_long, 0, run.prompt_tokens), len(edges_s))[1:]
-    long_ones = (run.scheduled_s[is_long], run.first_token_s[is_long], run.prompt_tokens[is_long])
-    of_long = np.diff(done_by(edges_s, *long_ones)) if is_long.any() else np.zeros(len(read))
-    found: Floats = read + of_long
-    return found
+    read = np.bincount(first, np.where(is_long, 0.0, run.prompt_tokens), len(edges_s))[1:].astype(float)
+    if is_long.any():
+        long_ones = (run.scheduled_s[is_long], run.first_token_s[is_long], run.prompt_tokens[is_long])
+        read = read + np.diff(done_by(edges_s, *long_ones))
+    return read
 
 
-def _steps_between(run: QueueRun, edges_s: Floats, prompts: Floats) -> tuple[Floats, Floats]:
-    """Steps between the edges, and the requests that decode there: each made one token in each step between its first
-    and its last. Where none decodes, the steps that the prompts need.
+def _fitted_steps(pieces: _Pieces, guess: Floats) -> Floats:
+    """Steps in each piece, from a guess of any scale. A request that decodes makes one token in each step, so between
+    its first and its last are as many as it made; where none decodes, there are as many as the prompts need.
 
-    Steps fit every request by expectation maximisation (Richardson 1972, Lucy 1974): each stretch is multiplied by the
-    mean, over the requests that decode in it, of tokens made over steps so far.
+    By expectation maximisation (Richardson 1972, Lucy 1974): each piece is multiplied by the mean, over the requests
+    that decode in it, of tokens made over steps so far.
     """
-    count = len(edges_s)
-    first, last = _places(run, edges_s)
-    decodes = last > first
-    first, last = first[decodes], last[decodes]
-    made = (run.output_tokens[decodes] - 1).astype(float)
-    decoding = np.cumsum(np.bincount(first, minlength=count) - np.bincount(last, minlength=count))[:-1].astype(float)
-    lengths_s = np.diff(edges_s)
-    budget = run.max_num_batched_tokens or np.inf
-    alone = np.maximum(1.0, prompts / budget)
-    if not len(made) or made.sum() <= 0:
-        return alone, decoding
-    steps = lengths_s * made.sum() / (edges_s[last] - edges_s[first]).sum()
-    for _ in range(_PASSES):
-        so_far = np.concatenate([[0.0], np.cumsum(steps)])
+    decodes = pieces.last > pieces.first
+    first, last = pieces.first[decodes], pieces.last[decodes]
+    made = (pieces.run.output_tokens[decodes] - 1).astype(float)
+    count, is_known = len(pieces.edges_s), pieces.decoding > 0
+    steps = np.where(is_known, guess, np.maximum(1.0, pieces.prompts / (pieces.run.max_num_batched_tokens or np.inf)))
+    for _ in range(_PASSES if len(made) else 0):
+        so_far = _so_far(steps)
         ratio = made / np.maximum(so_far[last] - so_far[first], 1e-9)
         total = np.cumsum(np.bincount(first, ratio, count) - np.bincount(last, ratio, count))[:-1]
-        steps = np.where(decoding > 0, steps * np.maximum(total, 0) / np.maximum(decoding, 1), steps)
-    return np.where(decoding > 0, steps, alone), decoding
+        steps = np.where(is_known, steps * np.maximum(total, 0) / np.maximum(pieces.decoding, 1), steps)
+    return steps
 
 
-def _phase_edges_s(run: QueueRun) -> tuple[float, float]:
-    phases = phases_of(run)
-    return phases.ramp_end_s, phases.drain_start_s
+def _so_far(steps: Floats) -> Floats:
+    return np.concatenate([[0.0], np.cumsum(steps)])
 
 
-def _stretches(steps: Floats, phase_starts: Integers) -> tuple[Integers, Integers]:
-    """Where stretches of enough steps start and end. A short phase gets shorter ones, so that it is seen."""
+def _steps_at(costs: Floats, pieces: _Pieces) -> Floats:
+    """Steps in each piece if its seconds were at these costs; without context, and half a step at least."""
+    left_s = np.diff(pieces.edges_s) - costs[PROMPT] * pieces.prompts
+    steps: Floats = np.maximum(left_s / np.maximum(costs[STEPS] + costs[DECODE] * pieces.decoding, 1e-9), 0.5)
+    return steps
+
+
+def _work(pieces: _Pieces, steps: Floats) -> Floats:
+    """Of each piece: shape (pieces, 5)."""
+    run, so_far, count = pieces.run, _so_far(steps), len(pieces.edges_s)
+    # A request that made its first token in step f looks in step t back on its prompt and on t - f tokens.
+    offset = run.prompt_tokens - so_far[pieces.first]
+    offsets = np.cumsum(np.bincount(pieces.first, offset, count) - np.bincount(pieces.last, offset, count))[:-1]
+    context = (offsets + pieces.decoding * (so_far[:-1] + so_far[1:]) / 2) * steps
+    chunks = np.ceil(pieces.prompts / (run.max_num_batched_tokens or np.inf))
+    reading = np.minimum(steps, np.maximum(chunks, pieces.prompts > 0))
+    return np.stack([steps, pieces.prompts, pieces.decoding * steps, context, reading], axis=1)
+
+
+def _stretches(pieces: _Pieces, steps: Floats) -> tuple[Integers, Integers]:
+    """Pieces at which stretches of enough steps start, and edges at which they end. A short phase gets shorter ones, so
+    that it is seen."""
+    phases = phases_of(pieces.run)
+    phase_starts = np.searchsorted(pieces.edges_s, (phases.ramp_end_s, phases.drain_start_s))
     longest = max(_USUAL_STEPS, steps.sum() / _MOST_ROWS)
     starts = []
     for start, end in itertools.pairwise(np.unique([0, *phase_starts, len(steps)]).tolist()):
