@@ -324,8 +324,9 @@ def test_each_order_has_a_facet_that_of_the_file_first() -> None:
     assert titles == ["order: given", "order: longest-first", "order: shuffled"]
 
 
-def test_without_a_plateau_the_whole_sample_is_drawn() -> None:
+def test_without_a_plateau_the_whole_sample_is_drawn_and_the_legend_says_why() -> None:
     figure = job_throughput(table([row(plateau=None)]))
+    assert legend_labels(figure)[-1] == "no mark: the sample has no plateau"
     (axes,) = figure.axes
     assert [line.get_xydata().tolist() for line in axes.lines if line.get_gid() == "thin"] == [[[8, 80]]]
     assert axes.get_ylim()[1] > 80

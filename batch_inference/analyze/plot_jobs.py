@@ -163,7 +163,7 @@ def job_cost(points: pd.DataFrame) -> Figure:
     first = points.iloc[0]
     axes.set_xlabel(f"Time of the job [{first['unit']}]")
     axes.set_ylabel("Cost of the job" if first["is_priced"] else f"Device time of the job [device-{first['unit']}]")
-    _label_points(axes, points, shown, best)
+    _label_points(axes, shown, best)
     return figure
 
 
@@ -186,9 +186,9 @@ def _upright_axis(axes: Axes, low: float, high: float) -> None:
         axes.set_ylim(0, 1.07 * high)
 
 
-def _label_points(axes: Axes, points: pd.DataFrame, shown: pd.DataFrame, best: pd.DataFrame) -> None:
+def _label_points(axes: Axes, shown: pd.DataFrame, best: pd.DataFrame) -> None:
     """The points of the front first, because there may be no room for all."""
-    several_orders = points["order"].nunique() > 1
+    several_orders = shown["order"].nunique() > 1
     ordered = pd.concat([shown[shown.index.isin(best.index)], shown[~shown.index.isin(best.index)]])
     rows: list[Any] = list(ordered.itertuples())
     labels = [((row.time, row.cost), _text(row, several_orders)) for row in rows]
@@ -199,7 +199,7 @@ def _label_points(axes: Axes, points: pd.DataFrame, shown: pd.DataFrame, best: p
     corners = zip(best["time"].tolist(), best["cost"].tolist(), strict=True)
     for (x, y), (next_x, next_y) in pairwise(corners):
         lines += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
-    label_marks(axes, labels, zip(points["time"].tolist(), points["cost"].tolist(), strict=True), lines)
+    label_marks(axes, labels, [place for place, _ in labels], lines)
 
 
 def _text(row: Any, several_orders: bool) -> str:
@@ -215,6 +215,8 @@ def job_throughput(points: pd.DataFrame) -> Figure:
     budgets = sorted(points["tokens_per_step"].dropna().unique())
     thin = Line2D([], [], color="0.35", linewidth=0.6, label="thin line: over the whole sample, with its drain")
     handles = [*handles_of(points, shown), *_budget_handles(budgets), thin]
+    if points[PLATEAU].isna().any():
+        handles.append(Line2D([], [], linestyle="", label="no mark: the sample has no plateau"))
     title = _THROUGHPUT + _of_many(points, _OTHERS)
     figure, grid = new_figure(points, title, len(orders), 3.6 if len(orders) == 1 else 2.9, handles)
     for axes, order in zip(grid, orders, strict=True):
@@ -248,7 +250,7 @@ def _draw_line(axes: Axes, line: pd.DataFrame, look: Look) -> None:
     whole, plateau = line["whole"].to_numpy(dtype=float), line[PLATEAU].to_numpy(dtype=float)
     style = {"color": look["color"], "linestyle": look["linestyle"]}
     # A single one would not be seen without its dot.
-    axes.plot(batches, whole, linewidth=0.6, marker=".", markersize=2.5, gid="thin", **style)
+    axes.plot(batches, whole, linewidth=0.6, marker=".", markersize=3.5, gid="thin", **style)
     axes.plot(batches, plateau, linewidth=1.4, **style)
     draw_bars(axes, batches, plateau, look, yerr=line["_half"].to_numpy(dtype=float))
     draw_marks(axes, line, "batch_size", PLATEAU, look)

@@ -117,7 +117,7 @@ def _words(setting: str, order: str, point: QueuePoint, width: int) -> list[str]
     words = [with_budget(at_once, point.tokens_per_step) if point.tokens_per_step else at_once]
     words += [order] if order != "given" else []
     words += ["suspect"] if point.verdict != "valid" else []
-    return [short_name(setting, width - 4), *textwrap.wrap("; ".join(words), width)]
+    return [short_name(setting, width - 4), *textwrap.wrap("; ".join(words), width, break_on_hyphens=False)]
 
 
 def _handles(points: Iterable[QueuePoint]) -> list[Any]:
