@@ -84,9 +84,10 @@ def check_plots(names: Sequence[str] | None) -> None:
     """Raises UsageError for a plot that there is not."""
     if not names:
         return
+    from batch_inference.analyze.plot_jobs import JOB_PLOTS
     from batch_inference.analyze.plots import PLOTS
 
-    known = [name for name, _, _ in PLOTS]
+    known = [name for name, _, _ in (*JOB_PLOTS, *PLOTS)]
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"--plots {in_short(','.join(unknown))}: no such plot; choose of {', '.join(known)}")
 

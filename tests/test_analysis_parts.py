@@ -459,8 +459,8 @@ def test_the_files_are_named_in_order_and_old_ones_go(tmp_path: Path, monkeypatc
         (folder / name).write_text(f"batch_inference analyze_results.py: {name}")
     asked: list[Any] = []
 
-    def drawn(groups: Any, where: Path, names: Any) -> Any:
-        asked.append((len(groups), where, names))
+    def drawn(groups: Any, where: Path, names: Any, jobs: Any) -> Any:
+        asked.append((len(groups), where, names, jobs))
         return [("P", folder / "p.png")], ["Q: why"]
 
     monkeypatch.setattr(plots, "write_plots", drawn)
@@ -470,7 +470,7 @@ def test_the_files_are_named_in_order_and_old_ones_go(tmp_path: Path, monkeypatc
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "a.png", "p.svg"])
     report.write_report(analysis, [], folder)
     report.write_report(analysis, [], folder, ())
-    assert asked == [(1, folder, ["p"]), (1, folder, None)]
+    assert asked == [(1, folder, ["p"], []), (1, folder, None, [])]
 
 
 def test_of_many_settings_ten_are_named_as_baselines(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_what_draws_is_needed_where_something_is_drawn(
 
 
 def test_a_plot_is_one_that_there_is() -> None:
-    known = [name for name, _, _ in plots.PLOTS]
+    known = [name for name, _, _ in (*plots.JOB_PLOTS, *plots.PLOTS)]
     for names in (None, [], known, known[-1:]):
         script.check_plots(names)
     with pytest.raises(UsageError) as caught:

@@ -376,7 +376,7 @@ def test_an_output_file_that_cannot_be_written_is_refused(analyze: Run, folder: 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--plots", "throughput,speed"), "--plots speed: no such plot; choose of throughput,"),
+        (("--plots", "throughput,speed"), "--plots speed: no such plot; choose of job_timeline,"),
         (("--plots", ","), "--plots"),
         (("--plots", "memory", "--no-plots"), "not allowed with"),
         (("--max-ttft-s", "0"), "--max-ttft-s: 0 is not above 0"),

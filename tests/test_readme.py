@@ -15,7 +15,7 @@ from test_launcher import Launcher
 
 import analyze_results
 from batch_inference.analyze.flags import build_parser
-from batch_inference.analyze.plots import PLOTS
+from batch_inference.analyze.plots import JOB_PLOTS, PLOTS
 from batch_inference.core import failures
 from batch_inference.core.config import ExperimentConfig, flag_of
 from batch_inference.core.flags import parse_flags
@@ -141,7 +141,7 @@ def test_the_analysis_that_is_shown_is_what_the_program_says_of_the_files(tmp_pa
 
 
 def test_every_plot_and_every_dependency_is_named() -> None:
-    assert all(f"`{name}.png`" in section("Analyse") for name, _, _ in PLOTS)
+    assert all(f"`{name}.png`" in section("Analyse") for name, _, _ in (*JOB_PLOTS, *PLOTS))
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     for package in (re.split(r"[<>=~]", line)[0] for line in lines if line and not line.startswith("#")):
         assert package.lower() in section("Dependencies").lower()

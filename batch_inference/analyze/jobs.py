@@ -27,6 +27,8 @@ from batch_inference.core.sharing import Order, ordered
 _RUN_TO_RUN = 0.02
 # A batch point whose lengths are this near to the job's mean ones shows what a grid of fixed lengths would have said.
 _NEAR = 0.1
+# Points alike in this are ranked together. The output length of a batch is none of theirs.
+ALIKE = tuple(name for name in GROUP_BY if name != "max_tokens")
 _HOUR_S = 3600.0
 _J_PER_KWH = 3.6e6
 
@@ -125,8 +127,8 @@ def job_answers(
 
 
 def _group_of(setting: MeasuredSetting, point: QueuePoint) -> tuple[Any, ...]:
-    """Points alike in this are ranked together. The output length of a batch is none of theirs."""
-    alike = tuple(setting.shared.get(name) for name in GROUP_BY if name != "max_tokens")
+    """The values of ALIKE, and what the points ran."""
+    alike = tuple(map(setting.shared.get, ALIKE))
     return (*alike, point.workload.content_hash, str(point.workload.output_lengths), point.workload.is_cached)
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from batch_inference.analyze.plot_style import (
     FACETS,
@@ -29,6 +30,7 @@ from batch_inference.analyze.plot_style import (
     value_axis,
 )
 
+Floats = NDArray[np.float64]
 GLOBAL_BATCH = "Global batch size [requests]"
 
 
@@ -102,9 +104,13 @@ def _draw_line(axes: Axes, points: pd.DataFrame, curve: Curve, look: Look) -> No
     if curve.thin is not None:
         axes.plot(batches, points[curve.thin].to_numpy(dtype=float), color=look["color"], linewidth=0.6, gid="thin")
     if "_half" in points:
-        errors = points["_half"].to_numpy(dtype=float)
-        axes.errorbar(batches, values, errors, fmt="none", ecolor=look["color"], elinewidth=1, capsize=2.5)
+        draw_bars(axes, batches, values, look, yerr=points["_half"].to_numpy(dtype=float))
     draw_marks(axes, points, curve.x, curve.y, look)
+
+
+def draw_bars(axes: Axes, x: Floats, y: Floats, look: Look, **errors: Floats) -> None:
+    """Intervals: `errors` are xerr and yerr, as matplotlib takes them."""
+    axes.errorbar(x, y, fmt="none", ecolor=look["color"], elinewidth=1, capsize=2.5, **errors)  # type: ignore[arg-type]
 
 
 def draw_marks(axes: Axes, points: pd.DataFrame, x: str, y: str, look: Look) -> None:

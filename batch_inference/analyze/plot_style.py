@@ -42,13 +42,14 @@ STYLE = {
 # seaborn's colour-blind palette without its two palest colours, which vanish on white.
 _PALETTE = [color for index, color in enumerate(sns.color_palette("colorblind")) if index not in (6, 8)]
 _MARKERS: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
-_DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 REFERENCE: dict[str, Any] = {"color": "0.25", "linewidth": 1, "linestyle": (0, (1, 1)), "zorder": 1.5}
 BESIDE: dict[str, Any] = {"xytext": (-3, 3), "textcoords": "offset points", "ha": "right"}
 
 
-NOTHING_MEASURED = "no point was measured"
+FRONT = "front: no point is better in both"
+NOTHING_MEASURED, NO_QUEUE_POINT = "no point was measured", "no queue point was measured"
 
 
 class NothingToShowError(Exception):
@@ -70,7 +71,7 @@ def looks(points: pd.DataFrame) -> dict[str, Look]:
     """Colour, marker and dash of every setting of the analysis: the same for every group."""
     names = list(points["setting"].cat.categories)
     return {
-        name: {"color": color, "marker": marker, "linestyle": _DASHES[index // len(_PALETTE) % len(_DASHES)]}
+        name: {"color": color, "marker": marker, "linestyle": DASHES[index // len(_PALETTE) % len(DASHES)]}
         for index, (name, color, marker) in enumerate(zip(names, cycle(_PALETTE), cycle(_MARKERS), strict=False))
     }
 
@@ -129,10 +130,15 @@ def of_many(points: pd.DataFrame, others: str = "range of the others") -> str:
     settings, lengths, shown = points["setting"].nunique(), points["seq_len"].nunique(), len(named(points))
     words = []
     if shown < settings:
-        words.append(f"{shown} of the best of {settings} settings, grey: {others}")
+        words.append(of_settings(shown, settings, others))
     if lengths > FACETS:
         words.append(f"{FACETS} of {lengths} prompt lengths")
     return f" ({'; '.join(words)})" if words else ""
+
+
+def of_settings(shown: int, settings: int, others: str | None = None) -> str:
+    """Of a title; `others`: what is grey."""
+    return f"{shown} of the best of {settings} settings" + (f", grey: {others}" if others else "")
 
 
 # --- the sheet ----------------------------------------------------------------------------------------------------
@@ -183,10 +189,10 @@ def _legend_size(handles: Sequence[Any]) -> tuple[int, float]:
 
 def subtitle_of(points: pd.DataFrame) -> str:
     """What the points were measured on, for the subtitle."""
-    names = ("device_name", "model", "vllm_version", "dtype", "quantization", "max_tokens")
-    words = {"vllm_version": "vLLM {}", "max_tokens": "{} output tokens"}
+    names = ("device_name", "model", "vllm_version", "dtype", "quantization", "max_tokens", "job")
+    words = {"vllm_version": "vLLM {}", "max_tokens": "{} output tokens", "job": "job of {}"}
     # More than one value only where the user allows unlike things together.
-    known = {name: list(map(str, points[name].dropna().unique()))[:3] for name in names}
+    known = {name: list(map(str, points[name].dropna().unique()))[:3] for name in names if name in points}
     return " · ".join(
         words.get(name, "{}").format(" + ".join(short_name(value, 60) for value in values))
         for name, values in known.items()
@@ -235,6 +241,13 @@ def plain_log(axes: Axes, which: Literal["x", "y"], steps: tuple[int, ...] = (1,
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def in_short(value: float, _: int | None = None) -> str:
+    """12000 is 12k, for ticks where there is room for five characters; never in powers of ten."""
+    letter, size = next(((letter, size) for letter, size in (("M", 1e6), ("k", 1e3)) if value >= 10 * size), ("", 1.0))
+    # Six digits: what is beyond is the noise of computing ticks.
+    return np.format_float_positional(value / size, precision=6, unique=False, fractional=False, trim="-") + letter
 
 
 def batch_axis(axes: Axes, batches: pd.Series[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from matplotlib.lines import Line2D
 from batch_inference.analyze.answers import Group, mixed_mark
 from batch_inference.analyze.compare import baseline_of, halves
 from batch_inference.analyze.files import mark_of
+from batch_inference.analyze.plot_jobs import JOB_PLOTS
 from batch_inference.analyze.plot_lines import (
     GLOBAL_BATCH,
     Curve,
@@ -29,6 +31,8 @@ from batch_inference.analyze.plot_lines import (
 from batch_inference.analyze.plot_memory import memory
 from batch_inference.analyze.plot_style import (
     DPI,
+    FRONT,
+    NO_QUEUE_POINT,
     NOTHING_MEASURED,
     REFERENCE,
     STYLE,
@@ -136,7 +140,7 @@ def pareto(points: pd.DataFrame) -> Figure:
     x, y = "latency_mean_s", "output_tok_per_s_per_device"
     measured = measured_points(points, y)
     title = "Pareto front: throughput per device against latency" + of_many(measured, "the others")
-    front = Line2D([], [], color="0.25", linewidth=1, label="front: no point is better in both")
+    front = Line2D([], [], color="0.25", linewidth=1, label=FRONT)
     figure, grid = length_grid(measured, title, [*handles_of(measured, named(measured)), front])
     look, shown = looks(measured), named(measured)
     for axes, here in grid:
@@ -250,31 +254,62 @@ PLOTS: tuple[tuple[str, str, Callable[[pd.DataFrame], Figure]], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """What a plot is drawn of: a group of like points, or a job."""
+
+    points: pd.DataFrame
+    of_which: str  # of several; of a title and of why there is no plot
+    mark: str  # what the title ends with
+    file_end: str
+
+
 def write_plots(
-    groups: Sequence[Group], folder: Path, names: Sequence[str] | None = None
+    groups: Sequence[Group],
+    folder: Path,
+    names: Sequence[str] | None = None,
+    jobs: Sequence[tuple[str, pd.DataFrame]] = (),
 ) -> tuple[list[tuple[str, Path]], list[str]]:
-    """A PNG and an SVG per plot and group of like things: (title, path of the PNG) of each, and why each of the
-    others was not drawn. `names` picks plots; None is all of them."""
+    """A PNG and an SVG per plot and group of like things, those of `jobs` (job_tables) first: (title, path of the PNG)
+    of each, and why each of the others was not drawn. `names` picks plots; None is all of them."""
     written, missing = [], []
-    tables = named_first([group.points for group in groups])
+    of_jobs, of_groups = _sheets(groups, jobs)
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # A name in a script that the font lacks is no news to the user.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        for name, title, draw in PLOTS:
-            if names is not None and name not in names:
-                continue
-            if not groups:
-                missing.append(f"{title}: {NOTHING_MEASURED}")
-            for group, points in zip(groups, tables, strict=True):
-                of_group = f" (group {group.number})" if len(groups) > 1 else ""
-                mark = of_group + mixed_mark(group.mixed)
-                path = folder / f"{name}{f'_group_{group.number}' if of_group else ''}.png"
-                try:
-                    _save(draw(points.assign(_mark=mark, _about=subtitle_of(points))), path)
-                    written.append((title + mark, path))
-                except NothingToShowError as reason:
-                    missing.append(f"{title}{of_group}: {reason}")
+        for plots, sheets, nothing in ((JOB_PLOTS, of_jobs, NO_QUEUE_POINT), (PLOTS, of_groups, NOTHING_MEASURED)):
+            for name, title, draw in plots:
+                if names is not None and name not in names:
+                    continue
+                # What nobody asked for is no news: a job without a grid, or a grid without a job.
+                if not sheets and (names is not None or not (jobs or plots is JOB_PLOTS)):
+                    missing.append(f"{title}: {nothing}")
+                for sheet in sheets:
+                    path = folder / f"{name}{sheet.file_end}.png"
+                    try:
+                        _save(draw(sheet.points), path)
+                        written.append((title + sheet.mark, path))
+                    except NothingToShowError as reason:
+                        missing.append(f"{title}{sheet.of_which}: {reason}")
     return written, missing
+
+
+def _sheets(groups: Sequence[Group], jobs: Sequence[tuple[str, pd.DataFrame]]) -> tuple[list[Sheet], list[Sheet]]:
+    tables = named_first([*(points for _, points in jobs), *(group.points for group in groups)])
+    of_jobs = [
+        _sheet(points, mark, mark, f"_{number}" if number > 1 else "")
+        for number, ((mark, _), points) in enumerate(zip(jobs, tables, strict=False), 1)
+    ]
+    of_groups = []
+    for group, points in zip(groups, tables[len(jobs) :], strict=True):
+        of_group = f" (group {group.number})" if len(groups) > 1 else ""
+        file_end = f"_group_{group.number}" if of_group else ""
+        of_groups.append(_sheet(points, of_group, of_group + mixed_mark(group.mixed), file_end))
+    return of_jobs, of_groups
+
+
+def _sheet(points: pd.DataFrame, of_which: str, mark: str, file_end: str) -> Sheet:
+    return Sheet(points.assign(_mark=mark, _about=subtitle_of(points)), of_which, mark, file_end)
 
 
 def _save(figure: Figure, path: Path) -> None:

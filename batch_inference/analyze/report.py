@@ -63,9 +63,10 @@ def _draw(analysis: Analysis, folder: Path, names: Sequence[str] | None) -> tupl
     if names is not None and not names:
         return [], []
     # A slow import, and not needed without plots.
+    from batch_inference.analyze.plot_jobs import job_tables
     from batch_inference.analyze.plots import write_plots
 
-    return write_plots(analysis.groups, folder, names)
+    return write_plots(analysis.groups, folder, names, job_tables(analysis))
 
 
 def _remove_parquet(folder: Path) -> None:
