@@ -17,7 +17,6 @@ from batch_inference.core.results import EngineInfo, Point, Result, WorkloadKey
 from batch_inference.core.secrets import redact_text
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, plain, short, table, wrapped
-from batch_inference.core.values import FROM_FILE, OWN_END
 
 # Two that agree are the rule; more make a point take longer than the bar thinks.
 EXPECTED_WARMUPS = 2
@@ -206,7 +205,7 @@ _BATCH_COLUMNS = {
     "GiB": "memory_used_gib",
     "runs": "runs",
 }
-_LENGTHS_FROM: dict[str | int, str] = {FROM_FILE: "output lengths of the file", OWN_END: "outputs end by themselves"}
+_LENGTHS_FROM: dict[str | int, str] = {"file": "output lengths of the file", "eos": "outputs end by themselves"}
 _QUEUE_COLUMNS = {
     "tok/s": "plateau_output_tok_per_s",
     "± tok/s": "plateau_ci95_tok_per_s",
