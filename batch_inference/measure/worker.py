@@ -227,11 +227,13 @@ def _read_commands(command_fd: int, commands: Commands) -> None:
     Reads with os.read and never through a file object: on GPUs vLLM forks its EngineCore while this thread waits, and
     the child would wait for ever for the lock that a file object holds while it reads (so it was with sys.stdin).
     """
-    buffer = b""
+    begun: list[bytes] = []  # of a line, which may be as long as the prompts of a whole sample
     while chunk := os.read(command_fd, 1 << 16):
-        *lines, buffer = (buffer + chunk).split(b"\n")
-        for line in lines:
-            commands.put(command_from(line))
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            commands.put(command_from(b"".join([*begun, end])))
+            begun.clear()
+        begun.append(rest)
     _end_group()
 
 
