@@ -35,6 +35,7 @@ from batch_inference.measure.messages import (
     Failed,
     Join,
     Joined,
+    Lines,
     Load,
     Loaded,
     Outcome,
@@ -227,13 +228,10 @@ def _read_commands(command_fd: int, commands: Commands) -> None:
     Reads with os.read and never through a file object: on GPUs vLLM forks its EngineCore while this thread waits, and
     the child would wait for ever for the lock that a file object holds while it reads (so it was with sys.stdin).
     """
-    begun: list[bytes] = []  # of a line, which may be as long as the prompts of a whole sample
+    lines = Lines()
     while chunk := os.read(command_fd, 1 << 16):
-        *ends, rest = chunk.split(b"\n")
-        for end in ends:
-            commands.put(command_from(b"".join([*begun, end])))
-            begun.clear()
-        begun.append(rest)
+        for line in lines.ended_by(chunk):
+            commands.put(command_from(line))
     _end_group()
 
 
