@@ -13,7 +13,8 @@ import pytest
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
-from batch_inference.core.results import EngineInfo, Point, Requests
+from batch_inference.core.lengths import Lengths
+from batch_inference.core.results import EngineInfo, Job, Point, Requests, WorkloadKey
 from batch_inference.core.text import wrapped
 from batch_inference.measure.console import Console, closing_table, key_words, point_words
 from builders import make_point, make_queue_point, make_result, make_run
@@ -314,7 +315,7 @@ def test_every_column_of_a_queue_shows_what_its_heading_says() -> None:
         make_queue_point(16, (8,), verdict="suspect"),
         make_queue_point(32, status="oom", verdict=None, runs=[]),
     ]
-    head, _, *rows = closing_table(make_result(points=points)).splitlines()
+    _, head, _, *rows = closing_table(make_result(points=points)).splitlines()
     assert re.split(r"  +", head) == [
         "at once", "tok/s", "± tok/s", "over all", "time s", "drain s", "GiB", "verdict",
     ]  # fmt: skip
@@ -335,7 +336,7 @@ def test_tables_of_batches_and_queues_stand_apart_each_with_its_tokens_per_step_
     assert re.split(r"  +", first.splitlines()[0].strip()) == [
         "batch", "length", "per step", "tok/s", "latency s", "± s", "GiB", "runs", "verdict",
     ]  # fmt: skip
-    assert re.split(r"  +", second.splitlines()[0])[:3] == ["at once", "per step", "tok/s"]
+    assert re.split(r"  +", second.splitlines()[1])[:3] == ["at once", "per step", "tok/s"]
     assert max(len(line) for part in (first, second) for line in part.splitlines()) <= 80
     # Where one point has none of its own, its cell is empty.
     assert second.splitlines()[-1].split()[0] == "4"
@@ -356,3 +357,25 @@ def test_the_bar_of_a_queue_goes_on_and_names_its_point(monkeypatch: pytest.Monk
     assert {what for what, _ in bars} == {"4 at once, warm-up 1", "4 at once, run 1"}
     assert [int(percent) for _, percent in bars] == sorted(int(percent) for _, percent in bars)
     assert bars[-1][1] == "50"
+
+
+def test_every_workload_and_every_way_through_it_has_a_table_that_says_which() -> None:
+    lengths = Lengths(500, 100.0, 0.0, [100] * 6, 100)
+    job = Job("abcdef0123456789", "file", 500, 100, 100, 200, 1, 1, [100], [100], lengths, lengths)
+    keys = [
+        WorkloadKey("abcdef0123456789", "file", "given"),
+        WorkloadKey("abcdef0123456789", "file", "longest-first"),
+        WorkloadKey("abcdef0123456789", "eos", "given"),
+        WorkloadKey("0123456789abcdef", 64, "shuffled", is_cached=True),
+    ]
+    points = [make_queue_point(batch_size, workload=key) for batch_size in (2, 4) for key in keys]
+    tables = closing_table(make_result(points=points, jobs=[job])).split("\n\n")
+    assert [table.splitlines()[0] for table in tables] == [
+        "workload abcdef01 of 500 requests, output lengths of the file, order given",
+        "workload abcdef01 of 500 requests, output lengths of the file, order",
+        "workload abcdef01, outputs end by themselves, order given",
+        "workload 01234567, 64 output tokens each, order shuffled, prefixes cached",
+    ]
+    assert tables[1].splitlines()[1] == "  longest-first"
+    assert [[line.split()[0] for line in table.splitlines()[-2:]] for table in tables] == [["2", "4"]] * 4
+    assert max(len(line) for table in tables for line in table.splitlines()) <= 80

@@ -765,6 +765,18 @@ def test_prompts_of_a_queue_are_as_long_as_asked_and_ids_of_a_text_are_as_they_a
     assert (other[0] != prompts[0], other[1]) == (True, prompts[1])
 
 
+def test_ids_that_are_none_of_the_model_are_refused_and_not_told(loaded: Loader) -> None:
+    one = loaded()
+    assert one.make_queue([Asked([0, 99], 3)], [0]) == [{"prompt_token_ids": [0, 99]}]
+    for wrong in (100, 31_415_926):
+        with pytest.raises(ConfigError) as caught:
+            one.make_queue([Asked([5], 3), Asked([4, wrong, 4], 3), Asked(7, 3)], [0])
+        assert str(caught.value) == (
+            "--prompts-file job.jsonl: it has token ids that are not among the 100 of the model; give those of its own "
+            "tokenizer"
+        )
+
+
 def test_every_request_of_a_queue_is_counted_against_what_it_was_asked_for(loaded: Loader) -> None:
     asked = queue_of((7, 3), (20, 9), (5, 1), (8, 4))
     outcome = ran(loaded(), asked)

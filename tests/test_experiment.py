@@ -1199,7 +1199,7 @@ def test_batches_and_queues_go_into_one_file(config: ExperimentConfig, job: Expe
     shown = closing_table(result)
     assert max(map(len, shown.splitlines())) <= 80
     assert [line.split()[0] for line in shown.splitlines() if line and line[0] != "-"] == [
-        "batch", "1", "4", "at", "1", "4",
+        "batch", "1", "4", "workload", "at", "1", "4",
     ]  # fmt: skip
     again = FakeReplicas()
     run(config, again)

@@ -459,8 +459,9 @@ def test_a_workload_becomes_a_queue_point_for_each_batch_size_on_one_load(experi
     for name in ("tp_1_results.log", "tp_1_results.replica_1.log"):
         assert (tmp_path / name).read_text().count("stub vLLM is loading") == 1
     table = done.stdout.splitlines()
-    assert table[0].split()[:3] == ["at", "once", "tok/s"]
-    assert [line.split()[0] for line in table[2:4]] == ["2", "4"]
+    assert table[0] == (f"workload {job['content_hash'][:8]} of 120 requests, output lengths of the file, order given")
+    assert table[1].split()[:3] == ["at", "once", "tok/s"]
+    assert [line.split()[0] for line in table[3:5]] == ["2", "4"]
     assert "[2/2] 4 at once: " in done.stderr
 
 

@@ -915,6 +915,13 @@ def test_replicas_are_compared_where_they_meet_any_other() -> None:
     assert overview.uncompared(jobs)[0].endswith("add up to 56, 64, 192; add 1, 3 to --batch-sizes")
 
 
+def test_replicas_of_a_job_are_compared_whatever_runs_at_once() -> None:
+    settings = (Setting(16, 1, 1), Setting(1, 1, 16))
+    flags = f"--batch-sizes 6,4,2,8 -- --prompts-file {REPOSITORY}/examples/workload.jsonl"
+    jobs = [one_planned(flags, setting) for setting in settings]
+    assert overview.uncompared(jobs) == []
+
+
 def test_what_is_hidden_in_commands_is_named_where_they_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overview, "placeholders", lambda words: [f"<{words[0]}>", "<both>"])
     monkeypatch.setattr(overview, "redact", lambda words: words)

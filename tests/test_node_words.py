@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -197,3 +198,16 @@ def test_a_line_between_nodes_is_kept_alive() -> None:
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
     ]
+
+
+def test_nodes_that_have_read_unlike_workloads_disagree_on_the_longest_request() -> None:
+    """Theirs would be engines of other lengths. One that is told the length needs no workload."""
+    config = ExperimentConfig(prompts_file="/a/w.jsonl", workload_longest=90, tensor_parallel_size=2, nnodes=2)
+    ours = nodes.arguments_of(config)
+
+    def said(**changes: Any) -> tuple[str, str] | None:
+        return nodes.other_arguments(nodes.arguments_of(replace(config, **changes)), ours)
+
+    assert said(prompts_file="/b/w.jsonl", workload_longest=70) == ("--max-model-len 70", "--max-model-len 90")
+    assert said(prompts_file="/b/w.jsonl") is None
+    assert said(workload_longest=None, max_model_len=90) is None

@@ -21,12 +21,14 @@ EXTERNAL = ("--distributed-executor-backend", "external_launcher")
 
 
 def torchrun(folder: Path, processes: int, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    _, script, *words = experiment_command(folder, *SMALL_GRID, *EXTERNAL, *flags)
+    _, *words = experiment_command(folder, *SMALL_GRID, *EXTERNAL, *flags)
+    return torchrun_words(folder, processes, *words, **variables)
+
+
+def torchrun_words(folder: Path, processes: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = stub_environment(OMP_NUM_THREADS="1", **variables)
-    return subprocess.run(
-        [*launcher, script, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=90
-    )
+    return subprocess.run([*launcher, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=90)
 
 
 def document(folder: Path) -> dict[str, Any]:
@@ -112,3 +114,38 @@ def test_a_plan_under_torchrun_is_printed_once(tmp_path: Path) -> None:
     done = torchrun(tmp_path, 2, "-tp", "2", "--dry-run")
     assert done.returncode == 0
     assert done.stdout.count("verdict   can run") == 1
+
+
+def test_replicas_of_a_workload_take_their_shares_and_rank_0_alone_reads_it(tmp_path: Path) -> None:
+    workload = tmp_path / "job.jsonl"
+    lengths = [{"prompt_tokens": 1 + number % 9, "output_tokens": 1 + number % 5} for number in range(100)]
+    workload.write_text("".join(f"{json.dumps(one)}\n" for one in lengths))
+    script = experiment_command(tmp_path, "--batch-sizes", "2,4", *EXTERNAL, "-dp", "2")
+    script += ["--prompts-file", str(workload), "--max-num-batched-tokens", "16,64"]
+    done = torchrun_words(tmp_path, 2, *script[1:])
+    assert done.returncode == 0, done.stderr
+    points = document(tmp_path)["points"]
+    assert [(point["batch_size"], point["max_num_batched_tokens"]) for point in points] == [
+        (2, 16), (4, 16), (2, 64), (4, 64),
+    ]  # fmt: skip
+    for point in points:
+        (run,) = point["runs"]
+        shares = [replica["requests"] for replica in run["replicas"]]
+        assert len(shares) == 2
+        assert sum(shares) == len(run["requests"]["output_tokens"]) == point["sample"]["prompts"]["requests"]
+        assert run["counters"]["miscounted"] == 0
+        # Each rank has a scheduler of its own, and each obeys.
+        assert run["counters"]["peak_running"] == point["batch_size"]
+        assert all(max(replica["timeline"]["running"]) <= point["batch_size"] for replica in run["replicas"])
+    logs = [(tmp_path / name).read_text() for name in ("tp_1_results.log", "tp_1_results.rank_1.log")]
+    prompts = [[line for line in log.splitlines() if line.startswith("prompts ")] for log in logs]
+    assert not set(prompts[0]) & set(prompts[1])
+
+
+def test_a_wrong_workload_is_said_once_and_every_rank_ends(tmp_path: Path) -> None:
+    done = torchrun_words(
+        tmp_path, 2, *experiment_command(tmp_path, *EXTERNAL, "-dp", "2", "--prompts-file", str(tmp_path / "x"))[1:]
+    )
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: --prompts-file {tmp_path}/x: it cannot be read (No such file or directory); give a file"]

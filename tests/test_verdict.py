@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,16 @@ def queued(*, slower: float = 0.0, order: str = "given", shares: Sequence[int] =
             assert replica.timeline is not None
             count = len(replica.timeline.output_tokens)
             replica.timeline.output_tokens = [round(10_000 * (1 - slower * number / count)) for number in range(count)]
+    return point
+
+
+def jerky(order: str = "given", **changes: Any) -> Point:
+    """A queue point whose requests take 1.6 s and 0.4 s by turns, on a plateau that is as fast at its end."""
+    point = queued(order=order, **changes)
+    requests = point.runs[0].requests
+    for name in ("ttft_s", "latency_s", "queue_s"):
+        times_s = [time_s + 0.6 * math.sin(math.pi * time_s / 2) for time_s in getattr(requests, name)]
+        setattr(requests, name, times_s)
     return point
 
 
@@ -100,6 +111,7 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
         "suspect",
         "sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample",
     ),
+    "_wide_plateau": (jerky(), "suspect", "plateau: the 95 % interval of its throughput is over ±10%"),
     "_unsteady_plateau": (queued(slower=0.2), "suspect", "plateau not steady: it becomes slower, by "),
     "_packed": (measured(), "suspect", "packed: other settings ran beside it"),
 }
@@ -355,6 +367,7 @@ def test_every_reason_is_said_to_the_letter() -> None:
             "per step"
         ],
         "_no_plateau": ["sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample"],
+        "_wide_plateau": ["plateau: the 95 % interval of its throughput is over ±10%; raise --sample"],
         "_unsteady_plateau": [
             "plateau not steady: it becomes slower, by 20% from its beginning to its end; raise --sample, or give "
             "--order shuffled"
@@ -435,7 +448,7 @@ def test_of_a_workload_no_steps_of_prompts_are_counted(unknown: str) -> None:
 def test_a_good_queue_point_is_valid_by_one_run_and_one_warmup() -> None:
     """Whatever its requests are like: nothing of a shape is held against it."""
     assert judged(queued()) == ([], "valid")
-    assert judged(queued(shares=(48, 40)), max_num_seqs=4) == ([], "valid")
+    assert judged(queued(shares=(48, 52)), max_num_seqs=4) == ([], "valid")
 
 
 @pytest.mark.parametrize(("wrong", "said"), [(1, "1 request came back"), (7, "7 requests came back")])
@@ -455,15 +468,15 @@ def test_prefixes_may_come_from_the_cache_where_that_was_asked_for() -> None:
 @pytest.mark.parametrize(
     ("engine", "kv_use", "why"),
     [
-        ({"max_num_seqs": 3}, 0.5, "--max-num-seqs is 3"),
+        ({"max_num_seqs": 2}, 0.5, "--max-num-seqs is 2"),
         ({"max_num_seqs": 8}, 0.95, "the KV cache was full"),
         ({}, None, "the first end while prompts of others wait for their turn in the tokens per step"),
     ],
 )
 def test_why_places_of_a_queue_stay_empty_is_said(engine: dict[str, Any], kv_use: float | None, why: str) -> None:
     """And not also that a larger sample would have a plateau."""
-    point = queued(counters={"peak_running": 3}, memory={"peak_kv_use": kv_use}, shares=(8,))
-    assert judged(point, **engine)[0] == [f"of 4 places at most 3 were taken: {why}"]
+    point = make_queue_point(4, (3,), counters={"peak_running": 2}, memory={"peak_kv_use": kv_use})
+    assert judged(point, **engine)[0] == [f"of 3 places at most 2 were taken: {why}"]
 
 
 def test_a_replica_with_fewer_requests_than_places_leaves_none_empty() -> None:
@@ -537,3 +550,13 @@ def test_warmups_and_runs_of_a_queue_that_differ_are_none_of_a_batchs_reasons() 
 
 def test_a_queue_that_is_too_short_to_time_asks_for_a_larger_sample() -> None:
     assert judged(queued(life_s=0.0005))[0] == ["runs under 10 ms are too short to time; raise --sample"]
+
+
+def test_a_plateau_that_is_hardly_known_is_held_against_samples_in_an_order_that_has_one() -> None:
+    for point in (jerky("longest-first"), jerky("shortest-first")):
+        assert judged(point) == ([], "valid")
+    assert len(judged(jerky("shuffled"))[0]) == 1
+    whole = jerky()
+    assert judge(make_result(points=[whole], jobs=[job_of(48)]), whole) == ([], "valid")
+    part = jerky()
+    assert len(judge(make_result(points=[part], jobs=[job_of(49)]), part)[0]) == 1

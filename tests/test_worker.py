@@ -27,6 +27,7 @@ from batch_inference.measure.messages import (
     Failed,
     Join,
     Joined,
+    Lines,
     Load,
     Loaded,
     Outcome,
@@ -404,3 +405,31 @@ def test_a_queue_is_one_line_and_comes_out_as_it_went_in() -> None:
     assert b"\n" not in line
     assert command_from(line) == QUEUE
     assert b"[8,4],[[5,6],3]" in line
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_lines_are_the_same_in_whatever_pieces_they_come(size: int) -> None:
+    whole = b"first\n\nthird line\nnot yet"
+    lines = Lines()
+    pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
+    assert [line for piece in pieces for line in lines.ended_by(piece)] == [b"first", b"", b"third line"]
+    assert lines.ended_by(b"") == []
+    assert lines.ended_by(b" ended\n") == [b"not yet ended"]
+
+
+def test_a_long_line_takes_no_more_than_its_share() -> None:
+    """The ids of a sample are tens of millions of characters: what has come is looked at once, and not with every
+    piece."""
+    looked_at = 0
+
+    class Piece(bytes):
+        def split(self, *words: Any) -> list[bytes]:
+            nonlocal looked_at
+            looked_at += len(self)
+            return super().split(*words)
+
+    lines = Lines()
+    for _ in range(1000):
+        assert lines.ended_by(Piece(b"x" * 100)) == []
+    (line,) = lines.ended_by(Piece(b"\n"))
+    assert (len(line), looked_at) == (100_000, 100_001)

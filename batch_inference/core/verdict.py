@@ -142,15 +142,28 @@ def _no_plateau(result: Result, point: Point) -> list[str]:
     """Of a sample; a job that ran as a whole needs none, and where places stay empty it is no matter of the sample."""
     if point.workload is None or point.summary.get("plateau_output_tok_per_s") is not None:
         return []
-    if _empty_places(result, point):
+    if _empty_places(result, point) or _ran_as_a_whole(result, point):
         return []
     ran = len(point.runs[0].requests.output_tokens)
-    job = next((one for one in result.jobs if one.content_hash == point.workload.content_hash), None)
-    if job and ran >= job.requests:
-        return []
     return [
         f"sample too small for a plateau: {ran} requests, {point.batch_size} at once on each replica; raise --sample"
     ]
+
+
+def _ran_as_a_whole(result: Result, point: Point) -> bool:
+    """Whether a queue point's sample is the job itself."""
+    of_job = (one.requests for one in result.jobs if point.workload and one.content_hash == point.workload.content_hash)
+    return len(point.runs[0].requests.output_tokens) >= next(of_job, math.inf)
+
+
+def _wide_plateau(result: Result, point: Point) -> list[str]:
+    """Of a sample whose order lets it have a steady one."""
+    rate, half = (point.summary.get(name) for name in ("plateau_output_tok_per_s", "plateau_ci95_tok_per_s"))
+    if point.workload is None or point.workload.order.endswith("first") or not rate or half is None:
+        return []
+    if half <= WIDEST_INTERVAL * rate or _ran_as_a_whole(result, point):
+        return []
+    return [f"plateau: the 95 % interval of its throughput is over ±{WIDEST_INTERVAL:.0%}; raise --sample"]
 
 
 def _unsteady_plateau(_: Result, point: Point) -> list[str]:
@@ -270,6 +283,6 @@ _Check = Callable[[Result, Point], list[str]]
 _PARTS = 10  # of a plateau
 _INVALID: tuple[_Check, ...] = (_token_counts, _prefix_hits, _longer_than_passed)
 _SUSPECT: tuple[_Check, ...] = (
-    _preempted, _waves, _empty_places, _no_plateau, _unsteady_plateau, _never_steady, _compiled_late, _wide_interval,
-    _drift, _unlike_warmups, _too_short, _throttled, _not_alone, _packed,
+    _preempted, _waves, _empty_places, _no_plateau, _wide_plateau, _unsteady_plateau, _never_steady, _compiled_late,
+    _wide_interval, _drift, _unlike_warmups, _too_short, _throttled, _not_alone, _packed,
 )  # fmt: skip

@@ -143,8 +143,9 @@ def _by(one: PlannedJob, nnodes: int) -> str:
 
 
 def uncompared(jobs: Iterable[PlannedJob]) -> list[str]:
-    """The settings with replicas whose batches never add up to one that another setting on as many devices has."""
-    runnable = [one.job for one in jobs if one.reason is None]
+    """The settings with replicas whose batches never add up to one that another setting on as many devices has. Over a
+    workload all do the same job, however many requests run at once."""
+    runnable = [one.job for one in jobs if one.reason is None and one.config.prompts_file is None]
     lines = []
     for job in runnable:
         config = job.config

@@ -13,7 +13,7 @@ from typing import Any
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
 from batch_inference.core.files import open_regular
-from batch_inference.core.results import EngineInfo, Point, Result
+from batch_inference.core.results import EngineInfo, Point, Result, WorkloadKey
 from batch_inference.core.secrets import redact_text
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, plain, short, table, with_budget, wrapped
@@ -205,6 +205,7 @@ _BATCH_COLUMNS = {
     "GiB": "memory_used_gib",
     "runs": "runs",
 }
+_LENGTHS_FROM: dict[str | int, str] = {"file": "output lengths of the file", "eos": "outputs end by themselves"}
 _QUEUE_COLUMNS = {
     "tok/s": "plateau_output_tok_per_s",
     "± tok/s": "plateau_ci95_tok_per_s",
@@ -216,7 +217,7 @@ _QUEUE_COLUMNS = {
 
 
 def closing_table(result: Result) -> str:
-    """Every point of a setting, within 80 columns; batches and queues apart, where a file has both."""
+    """Every point of a setting, within 80 columns; batches apart, and queues of each workload and order."""
     queues = [point for point in result.points if point.workload]
     batches = [point for point in result.points if not point.workload]
     tables = []
@@ -226,10 +227,26 @@ def closing_table(result: Result) -> str:
         dropped = ("TTFT s", "TPOT s") if budgets else ()
         columns = {name: metric for name, metric in _BATCH_COLUMNS.items() if name not in dropped}
         tables.append(_points_table(batches, {"batch": "batch_size", "length": "seq_len"}, columns, budgets))
-    if queues:
-        budgets = any(point.max_num_batched_tokens for point in queues)
-        tables.append(_points_table(queues, {"at once": "batch_size"}, _QUEUE_COLUMNS, budgets))
+    for workload in dict.fromkeys(point.workload for point in queues if point.workload):
+        points = [point for point in queues if point.workload == workload]
+        budgets = any(point.max_num_batched_tokens for point in points)
+        heading = "\n".join(wrapped(_workload_words(result, workload), indent=2))
+        tables.append(f"{heading}\n{_points_table(points, {'at once': 'batch_size'}, _QUEUE_COLUMNS, budgets)}")
     return "\n\n".join(tables)
+
+
+def _workload_words(result: Result, workload: WorkloadKey) -> str:
+    """Which requests a table of queue points is about, and how they were run."""
+    names = ("content_hash", "output_lengths")
+    known = (one for one in result.jobs if all(getattr(one, name) == getattr(workload, name) for name in names))
+    job = next(known, None)
+    words = [
+        f"workload {workload.content_hash[:8]}" + (f" of {counted(job.requests, 'request')}" if job else ""),
+        _LENGTHS_FROM.get(workload.output_lengths) or f"{workload.output_lengths} output tokens each",
+        f"order {workload.order}",
+        "prefixes cached" if workload.is_cached else "",
+    ]
+    return ", ".join(filter(None, words))
 
 
 def _points_table(

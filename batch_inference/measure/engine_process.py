@@ -30,6 +30,7 @@ from batch_inference.measure.messages import (
     Close,
     Command,
     Failed,
+    Lines,
     encode,
     replies_from,
 )  # fmt: skip
@@ -135,7 +136,8 @@ class EngineProcess:
         os.close(replies_write)
         self._commands = os.fdopen(commands_write, "wb", buffering=0)
         self._replies = os.fdopen(replies_read, "rb", buffering=0)
-        self._buffer = b""
+        self._pieces = Lines()
+        self._lines: list[bytes] = []  # that are whole
         self.log_since = LogMark(log_path)
         self._parts: dict[int, str] = {}
         self._shared_memory: set[Path] = set()
@@ -163,17 +165,16 @@ class EngineProcess:
 
     def replies(self) -> list[AnyReply]:
         """The next replies, one per rank; nothing where none are there. Raises as `_receive` does."""
-        if b"\n" not in self._buffer:
+        if not self._lines:
             readable, _, _ = select.select([self._replies], [], [], 0)
             chunk = os.read(self._replies.fileno(), 1 << 16) if readable else b""
-            self._buffer += chunk
+            self._lines = self._pieces.ended_by(chunk)
             if not chunk:
                 self._check_alive()
-        if b"\n" not in self._buffer:
+        if not self._lines:
             return []
-        line, _, self._buffer = self._buffer.partition(b"\n")
         try:
-            replies = replies_from(line)
+            replies = replies_from(self._lines.pop(0))
         except msgspec.ValidationError as error:
             raise self._failure(f"what the engine answered cannot be: {error}") from error
         for reply in replies:

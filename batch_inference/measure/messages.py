@@ -157,6 +157,22 @@ def encode(message: Struct | Sequence[Struct]) -> bytes:
         return json.dumps(msgspec.to_builtins(message)).encode()
 
 
+class Lines:
+    """Puts lines together that come in pieces. They may be long: ids of many prompts, times of many requests."""
+
+    def __init__(self) -> None:
+        self._begun: list[bytes] = []
+
+    def ended_by(self, piece: bytes) -> list[bytes]:
+        *ends, rest = piece.split(b"\n")
+        lines = []
+        for end in ends:
+            lines.append(b"".join([*self._begun, end]))
+            self._begun = []
+        self._begun.append(rest)
+        return lines
+
+
 def command_from(line: bytes) -> AnyCommand:
     return _decoded(line, _COMMAND)
 

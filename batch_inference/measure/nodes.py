@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Annotated
 
@@ -183,13 +184,19 @@ def meet(config: ExperimentConfig, say: Callable[[str], None]) -> Nodes:
     """Wait for the nodes of a setting, a minute at most. Raises NodesError in every node where they do not fit."""
     deadline_s = time.monotonic() + TIMEOUT_S
     own = Introduction(
-        config.node_rank, own_host(), config.arguments(), installed_vllm(), len(find_devices()),
+        config.node_rank, own_host(), arguments_of(config), installed_vllm(), len(find_devices()),
         config.devices_per_node,
     )  # fmt: skip
     if own.node > 0:
         return attend(config.master_addr or "", config.master_port, own, deadline_s)
     with contextlib.closing(open_door(config.master_port, say)) as door:
         return gather(door, own, config.nnodes, deadline_s)
+
+
+def arguments_of(config: ExperimentConfig) -> dict[str, str]:
+    """What nodes must agree on. Of a workload, which each of them reads that isn't told a length, also how long its
+    requests are: their engines are made for that."""
+    return replace(config, max_model_len=config.max_model_len or config.workload_longest).arguments()
 
 
 def own_host() -> str:

@@ -35,6 +35,7 @@ from batch_inference.measure.messages import (
     Failed,
     Join,
     Joined,
+    Lines,
     Load,
     Loaded,
     Outcome,
@@ -227,10 +228,9 @@ def _read_commands(command_fd: int, commands: Commands) -> None:
     Reads with os.read and never through a file object: on GPUs vLLM forks its EngineCore while this thread waits, and
     the child would wait for ever for the lock that a file object holds while it reads (so it was with sys.stdin).
     """
-    buffer = b""
+    lines = Lines()
     while chunk := os.read(command_fd, 1 << 16):
-        *lines, buffer = (buffer + chunk).split(b"\n")
-        for line in lines:
+        for line in lines.ended_by(chunk):
             commands.put(command_from(line))
     _end_group()
 

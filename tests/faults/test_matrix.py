@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,16 @@ class Launched(Sweep):
         return [LAUNCHER, *words]
 
 
+class Queued(Sweep):
+    """Over a workload, as three queue points."""
+
+    def command(self, *flags: str) -> list[str]:
+        workload = self.folder / "job.jsonl"
+        workload.write_text('{"prompt_tokens": 5, "output_tokens": 3}\n' * 40)
+        words = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), "--prompts-file", str(workload)]
+        return [*words, "--batch-sizes", "1,2,3", "--model", MODEL, "--output-file", str(self.file), *flags]
+
+
 class NodeOfTwo(Launched):
     """By the launcher on one of two nodes, which measure the grid together."""
 
@@ -65,6 +76,29 @@ def test_a_signal_to_the_script(
     outcome = judged(sweep)
     assert outcome.exit_code == SIGNALS[number]
     assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_in_the_middle_of_a_job(
+    tmp_path: Path, judged: Callable[..., Outcome], number: signal.Signals
+) -> None:
+    """Queue points that were measured stay, and a second sweep measures the rest alone."""
+    sweep = start(tmp_path, by=Queued, STUB_STEP_S="0.02", STUB_LOAD_S="0")
+    sweep.wait_for(lambda: "[2/3] 2 at once" in sweep.errors())
+    sweep.process.send_signal(number)
+    outcome = judged(sweep, resume=False)
+    assert (outcome.exit_code, outcome.orphans, outcome.problems) == (SIGNALS[number], 0, [])
+    before = sweep.document()
+    assert before is not None
+    assert [(point["batch_size"], point["status"]) for point in before["points"]] == [(1, "ok"), (2, "ok")]
+    assert [job["requests"] for job in before["jobs"]] == [40]
+    again = start(tmp_path, "--resume", by=Queued, STUB_LOAD_S="0")
+    assert judged(again, resume=False).exit_code == 0
+    after = again.document()
+    assert after is not None
+    assert [{**point, "engine": None} for point in after["points"][:2]] == before["points"]
+    assert [(point["batch_size"], point["status"]) for point in after["points"][2:]] == [(3, "ok")]
+    assert "2 of 3 points are kept" in again.errors()
 
 
 @pytest.mark.parametrize("trial", range(8))
