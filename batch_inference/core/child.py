@@ -84,6 +84,7 @@ def _lines_within(pipe: IO[bytes], silence_s: float) -> Iterator[bytes]:
                 raise subprocess.TimeoutExpired("", silence_s)
             read = os.read(pipe.fileno(), 1 << 20)
             if not read:
+                yield rest
                 return
             *lines, rest = (rest + read).split(b"\n")
             yield from lines

@@ -38,6 +38,7 @@ _LOOK = 4096
 # Of a file in a model's folder: larger ones are weights.
 _LARGEST_BYTES = 64 << 20
 _ERROR = re.compile(r"[A-Za-z_][\w.]*")
+WITHOUT_TEXTS = "a --prompts-file of token ids (prompt_token_ids) or of lengths alone (prompt_tokens)"
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str]
                 f"note: vLLM {vllm_version()} makes tokens of the texts of {workload.path}, once; importing it takes "
                 "some seconds"
             )
-            found = _lengths_by_vllm(workload, config, say)
+            found = _lengths_by_vllm(workload, config)
             # A tokenizer that came from the hub is here only now.
             path = _path_of(content_hash, _tokenizer_words(config))
         _keep(found, workload, path)
+    for note in workload.notes:
+        say(f"note: {note}")
     return Lengths(*found, content_hash)
 
 
@@ -132,22 +135,24 @@ def _ids_here_of(entry: Entry) -> Sequence[int] | None:
 # --- by vLLM --------------------------------------------------------------------------------------------------------
 
 
-def _lengths_by_vllm(
-    workload: Workload, config: ExperimentConfig, say: Callable[[str], None]
-) -> tuple[array[int], array[int]]:
+def _lengths_by_vllm(workload: Workload, config: ExperimentConfig) -> tuple[array[int], array[int]]:
     prompts, outputs = array("I"), array("I")
     with _progress(workload) as shown:
         for line in _lines(workload, config, None):
             if "notes" in line:
-                workload.left_out, workload.bad_lines = set(line["left_out"]), line["bad_lines"]
-                workload.refused = Counter(line["refused"])
-                for note in line["notes"]:
-                    say(f"note: {note}")
+                _remember(workload, line)
             else:
                 prompts.extend(line["prompt_tokens"])
                 outputs.extend(line["output_tokens"])
                 shown(line["bytes_read"])
     return prompts, outputs
+
+
+def _remember(workload: Workload, said: dict[str, Any]) -> None:
+    """What was left out. Raises TypeError, KeyError and ValueError for what says nothing of it."""
+    left_out, bad_lines, refused = set(said["left_out"]), int(said["bad_lines"]), Counter(said["refused"])
+    workload.notes = [str(note) for note in said["notes"]]
+    workload.left_out, workload.bad_lines, workload.refused = left_out, bad_lines, refused
 
 
 def _ids_by_vllm(workload: Workload, config: ExperimentConfig, wanted: set[int]) -> dict[int, array[int] | None]:
@@ -164,7 +169,7 @@ def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | Non
     if vllm_folder() is None:
         raise ConfigError(
             f"--prompts-file {workload.path}: its texts need vLLM's tokenizer, and vLLM is not installed here; give "
-            "token ids (prompt_token_ids), or lengths alone (prompt_tokens)"
+            f"{WITHOUT_TEXTS}"
         )
     question = {
         "path": str(workload.path),
@@ -245,7 +250,7 @@ def _content(path: Path) -> str:
 def _keep(lengths: tuple[array[int], array[int]], workload: Workload, path: Path) -> None:
     prompts, outputs = (base64.b64encode(zlib.compress(column.tobytes(), 1)).decode() for column in lengths)
     left_out = {"left_out": sorted(workload.left_out), "bad_lines": workload.bad_lines, "refused": workload.refused}
-    keep({"prompt_tokens": prompts, "output_tokens": outputs, **left_out}, path)
+    keep({"prompt_tokens": prompts, "output_tokens": outputs, **left_out, "notes": workload.notes}, path)
 
 
 def _kept(path: Path, workload: Workload) -> tuple[array[int], array[int]] | None:
@@ -253,12 +258,11 @@ def _kept(path: Path, workload: Workload) -> tuple[array[int], array[int]] | Non
     answer = kept(path)
     try:
         prompts, outputs = (_column(answer[name]) for name in ("prompt_tokens", "output_tokens"))
-        left_out, bad_lines, refused = set(answer["left_out"]), int(answer["bad_lines"]), Counter(answer["refused"])
+        if not prompts or len(prompts) != len(outputs):
+            return None
+        _remember(workload, answer)
     except (TypeError, KeyError, ValueError, zlib.error):
         return None
-    if not prompts or len(prompts) != len(outputs):
-        return None
-    workload.left_out, workload.bad_lines, workload.refused = left_out, bad_lines, refused
     return prompts, outputs
 
 
