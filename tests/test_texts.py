@@ -21,7 +21,7 @@ from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.workload import Workload
 from batch_inference.measure import texts
 from batch_inference.measure.texts import Lengths, ids_of, lengths_of
-from conftest import REPOSITORY
+from conftest import REPOSITORY, STUB
 
 END = {"left_out": [], "bad_lines": 0, "refused": {}, "notes": []}
 Vllm = Callable[..., list[dict[str, Any]]]
@@ -230,6 +230,29 @@ def test_a_tokenizer_that_fails_says_nothing_of_the_texts(
     with pytest.raises(WorkFailedError) as caught:
         lengths(workload, config_of(tmp_path))
     assert str(caught.value) == f"--prompts-file {workload.path}: vLLM 0.32.0 made no tokens of its texts ({reason})"
+
+
+def test_a_file_that_has_changed_since_is_not_measured(tmp_path: Path, vllm: Vllm) -> None:
+    config = config_of(tmp_path)
+    for documents, others in ((LENGTHS, (*LENGTHS, TEXT)), ([TEXT] * 2, [TEXT] * 3)):
+        vllm({"ready": True}, {"ids": [[1]], "prompt_tokens": [1], "output_tokens": [1], "bytes_read": 5}, END)
+        workload = workload_of(tmp_path, *documents)
+        lengths(workload, config)
+        for index in (0, 5):
+            workload_of(tmp_path, *others)
+            with pytest.raises(WorkFailedError, match="it is not what it was when its lengths were read; start again"):
+                ids_of(workload, config, [index])
+
+
+def test_a_vllm_without_what_is_needed_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the stub renders nothing."""
+    monkeypatch.setattr(texts, "vllm_folder", lambda: STUB / "vllm")
+    monkeypatch.setenv("PYTHONPATH", str(STUB))
+    config = config_of(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        lengths(workload_of(tmp_path, TEXT), config)
+    begin = f"--model {config.model}: vLLM finds no tokenizer for texts (No module named 'vllm."
+    assert str(caught.value).startswith(begin)
 
 
 def test_texts_where_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

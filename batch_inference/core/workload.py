@@ -68,6 +68,7 @@ class Workload:
     left_out: set[int] = field(default_factory=set)  # numbers of entries, from 0, that vLLM refuses
     bad_lines: int = 0
     refused: Counter[str] = field(default_factory=Counter)  # kind -> requests
+    stamp: tuple[int, int] | None = None  # of the file, when the lengths of its requests were read
     notes: list[str] = field(default_factory=list)  # on how vLLM took its texts
     # Token ids of entries that have been asked for, by their place among all that are given out.
     ids: dict[int, Sequence[int] | None] = field(default_factory=dict, repr=False)

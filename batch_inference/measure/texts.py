@@ -16,7 +16,7 @@ import sys
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class _TextsError(Exception):
 def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str], None]) -> Lengths:
     """Of all requests; what was left out is then known to `workload`. Raises ConfigError for a file that cannot be
     used, or texts without a tokenizer, and WorkFailedError where vLLM's gives no answer."""
-    content_hash = _content_hash(workload)
+    workload.stamp, content_hash = _stamp(workload.path), _content_hash(workload)
     here = _path_of(content_hash, [])
     found = _kept(here, workload) or _kept(_path_of(content_hash, _tokenizer_words(config)), workload)
     if found is None:
@@ -95,9 +95,21 @@ def ids_of(workload: Workload, config: ExperimentConfig, indices: Sequence[int])
             found = _ids_here(workload, wanted)
         except _TextsError:
             found = _ids_by_vllm(workload, config, wanted)
+        if found.keys() != wanted or workload.stamp not in (None, _stamp(workload.path)):
+            raise WorkFailedError(
+                f"--prompts-file {workload.path}: it is not what it was when its lengths were read; start again"
+            )
         workload.ids.update(found)
     known = (workload.ids[index] for index in indices)
     return [list(ids) if ids is not None else None for ids in known]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 # --- without texts --------------------------------------------------------------------------------------------------
@@ -137,8 +149,8 @@ def _ids_here_of(entry: Entry) -> Sequence[int] | None:
 
 def _lengths_by_vllm(workload: Workload, config: ExperimentConfig) -> tuple[array[int], array[int]]:
     prompts, outputs = array("I"), array("I")
-    with _progress(workload) as shown:
-        for line in _lines(workload, config, None):
+    with _progress(workload) as shown, contextlib.closing(_lines(workload, config, None)) as lines:
+        for line in lines:
             if "notes" in line:
                 _remember(workload, line)
             else:
@@ -157,12 +169,14 @@ def _remember(workload: Workload, said: dict[str, Any]) -> None:
 
 def _ids_by_vllm(workload: Workload, config: ExperimentConfig, wanted: set[int]) -> dict[int, array[int] | None]:
     # It leaves out what it left out when the lengths were found.
-    ids = [one for line in _lines(workload, config, sorted(wanted)) for one in line.get("ids", ())]
-    arrays = (array("I", one) if one is not None else None for one in ids)
-    return dict(zip(sorted(wanted), arrays, strict=True))
+    found: list[array[int] | None] = []
+    with contextlib.closing(_lines(workload, config, sorted(wanted))) as lines:
+        for line in lines:
+            found += (array("I", ids) if ids is not None else None for ids in line.get("ids", ()))
+    return dict(zip(sorted(wanted), found, strict=False))
 
 
-def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | None) -> Iterator[dict[str, Any]]:
+def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | None) -> Generator[dict[str, Any]]:
     """What `tokenizing` says after it is ready."""
     from batch_inference.core.child import ChildError, ask_for_a_stream
 
@@ -181,13 +195,15 @@ def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | Non
         "wanted": wanted,
     }
     is_ready = False
+    stream = ask_for_a_stream("measure.tokenizing", json.dumps(question), silence_s=_SILENCE_S)
     try:
-        for line in ask_for_a_stream("measure.tokenizing", json.dumps(question), silence_s=_SILENCE_S):
-            if problem := line.get("problem"):
-                raise ConfigError(problem)
-            if is_ready:
-                yield line
-            is_ready = is_ready or "ready" in line
+        with contextlib.closing(stream) as lines:
+            for line in lines:
+                if problem := line.get("problem"):
+                    raise ConfigError(problem)
+                if is_ready:
+                    yield line
+                is_ready = is_ready or "ready" in line
     except ChildError as error:
         # Once it has read the file, its last words may be of a request.
         found = _ERROR.match(str(error))
