@@ -80,3 +80,40 @@ def test_a_process_of_its_own_has_our_environment_and_what_is_asked_for_and_find
         {**ours, "env": {"A": "1", "B": "1", "PYTHONPATH": "/ours:/theirs"}},
         {**ours, "env": {"A": "1", "B": "2", "PYTHONPATH": "/ours:/theirs"}},
     ]
+
+
+# --- a stream of lines ----------------------------------------------------------------------------------------------
+
+
+def stream_of(program: str, monkeypatch: pytest.MonkeyPatch, question: str = "", silence_s: float = 30.0) -> Any:
+    monkeypatch.setattr(child, "_command", lambda module: [sys.executable, "-c", program, module])
+    return child.ask_for_a_stream("measure.tokenizing", question, silence_s=silence_s)
+
+
+def test_lines_come_as_they_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It waits for its own end: whoever reads has the lines before.
+    program = "import sys, time\nprint(sys.stdin.read(), flush=True)\nprint('no JSON\\n[2', end=']', flush=True)\n"
+    stream = stream_of(f"{program}print(flush=True)\ntime.sleep(600)", monkeypatch, '{"a": 1}')
+    assert [next(stream), next(stream)] == [{"a": 1}, [2]]
+    stream.close()
+
+
+def test_long_lines_are_whole_and_a_last_one_needs_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import json, sys\nfor _ in range(3): print(json.dumps([7] * 10**6))\nprint(0, end='')"
+    assert list(stream_of(program, monkeypatch)) == [[7] * 10**6] * 3 + [0]
+
+
+def test_who_fails_says_why_after_its_lines_and_reads_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import os, sys\nprint(1, flush=True)\nos.close(0)\nprint('x' * 10**6, file=sys.stderr)\nraise ValueError('a')"
+    )
+    stream = stream_of(program, monkeypatch, question="0" * 10**7)
+    assert next(stream) == 1
+    with pytest.raises(ChildError, match=r"^ValueError: a$"):
+        next(stream)
+
+
+def test_who_is_silent_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("import time\ntime.sleep(600)", "import os, time\nos.close(1)\ntime.sleep(600)"):
+        with pytest.raises(ChildError, match=r"^no answer within 1 s$"):
+            list(stream_of(program, monkeypatch, silence_s=1.0))

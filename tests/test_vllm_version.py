@@ -138,7 +138,7 @@ def imported_from_vllm(module: str) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("module", ["measure/engine", "plan/meta_device"])
+@pytest.mark.parametrize("module", ["measure/engine", "measure/tokenizing", "plan/meta_device"])
 def test_every_name_that_is_imported_is_looked_for(module: str) -> None:
     names = {**vllm_names.NEEDED, **vllm_names.OTHERS}
     looked_for = {

@@ -45,6 +45,14 @@ HELLO = [{"role": "user", "content": "hello"}]
         (chat(messages=HELLO, max_tokens=7, max_completion_tokens=8), Entry(messages=HELLO, output_tokens=8)),
         (chat(messages=HELLO, n=1, response_format={"type": "text"}), Entry(messages=HELLO)),
         (
+            chat(messages=HELLO, add_generation_prompt=False, chat_template_kwargs={"a": 1}, top_p=0.5, documents=None),
+            Entry(messages=HELLO, options={"add_generation_prompt": False, "chat_template_kwargs": {"a": 1}}),
+        ),
+        (
+            {"url": "/v1/completions", "body": {"prompt": "a", "add_special_tokens": False, "reasoning_effort": "low"}},
+            Entry(prompt="a", options={"add_special_tokens": False}),
+        ),
+        (
             chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}]),
             Entry(messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}]),
         ),
@@ -115,6 +123,10 @@ REFUSED = [
     chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
     {"url": "/v1/embeddings", "body": {"input": "a"}},
     {"url": "/v1/completions", "body": {"prompt": ["a", "b"]}},
+    chat(messages=HELLO, chat_template="{{ messages }}"),
+    chat(messages=HELLO, chat_template_kwargs={"chat_template": "a"}),
+    chat(messages=HELLO, truncate_prompt_tokens=5),
+    {"url": "/v1/completions", "body": {"prompt": "a", "suffix": "b"}},
 ]
 
 
@@ -123,7 +135,8 @@ def test_what_is_not_measured_is_counted_and_refused_at_the_end(tmp_path: Path) 
     text = "\n".join(map(json.dumps, lines))
     assert said(tmp_path, text) == (
         "FILE: not measured: 2 with n over 1 (first: line 2), 2 with structured output (first: line 3), 1 with images "
-        "or other media (first: line 5), 1 for embeddings (first: line 6), 1 with several prompts (first: line 7); "
+        "or other media (first: line 5), 1 for embeddings (first: line 6), 1 with several prompts (first: line 7), 2 "
+        "with a chat template of their own (first: line 8), 2 with a suffix or a prompt that is cut (first: line 10); "
         "leave them out with --skip-bad-lines"
     )
 

@@ -14,7 +14,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,7 +51,7 @@ def ask_for_lines(
     return _whole_lines(done.stdout), _last_line(done.stderr) if done.returncode else None
 
 
-def ask_for_a_stream(module: str, question: str, *, silence_s: float) -> Iterator[Any]:
+def ask_for_a_stream(module: str, question: str, *, silence_s: float) -> Generator[Any]:
     """Each of its lines as soon as it comes. Raises ChildError where it fails, or says nothing for so long."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -84,6 +84,7 @@ def _lines_within(pipe: IO[bytes], silence_s: float) -> Iterator[bytes]:
                 raise subprocess.TimeoutExpired("", silence_s)
             read = os.read(pipe.fileno(), 1 << 20)
             if not read:
+                yield rest
                 return
             *lines, rest = (rest + read).split(b"\n")
             yield from lines

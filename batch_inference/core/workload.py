@@ -67,17 +67,20 @@ class Workload:
     left_out: set[int] = field(default_factory=set)  # numbers of entries, from 0, that vLLM refuses
     bad_lines: int = 0
     refused: Counter[str] = field(default_factory=Counter)  # kind -> requests
+    stamp: tuple[int, int] | None = None  # of the file, when the lengths of its requests were read
+    notes: list[str] = field(default_factory=list)  # on how vLLM took its texts
     # Token ids of entries that have been asked for, by their place among all that are given out.
     ids: dict[int, Sequence[int] | None] = field(default_factory=dict, repr=False)
     number: int = -1  # of the entry that was read last
     place: str = ""  # likewise
     flag: str = "--prompts-file"  # that named it
     _file: TextIO | None = field(default=None, repr=False, compare=False)
+    _bytes: int = 0  # of the last reading, when it ended
 
     @property
     def bytes_read(self) -> int:
         """Of the reading that is going on, about."""
-        return self._file.buffer.tell() if self._file and not self._file.closed else 0
+        return self._file.buffer.tell() if self._file and not self._file.closed else self._bytes
 
     def entries(self) -> Iterator[Entry]:
         """Raises ConfigError for a file that cannot be read or has no request, at its first bad line, and at its end
@@ -137,6 +140,7 @@ class Workload:
                     yield from self._of_lines(file)
                 elif start:
                     yield from self._of_table(file)
+                self._bytes = self.bytes_read
         except OSError as error:
             raise ConfigError(f"{self.flag} {self.path}: it cannot be read ({error.strerror}); give a file") from error
 

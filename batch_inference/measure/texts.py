@@ -16,7 +16,7 @@ import sys
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ _LOOK = 4096
 # Of a file in a model's folder: larger ones are weights.
 _LARGEST_BYTES = 64 << 20
 _ERROR = re.compile(r"[A-Za-z_][\w.]*")
+WITHOUT_TEXTS = "a --prompts-file of token ids (prompt_token_ids) or of lengths alone (prompt_tokens)"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class _TextsError(Exception):
 def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str], None]) -> Lengths:
     """Of all requests; what was left out is then known to `workload`. Raises ConfigError for a file that cannot be
     used, or texts without a tokenizer, and WorkFailedError where vLLM's gives no answer."""
-    content_hash = _content_hash(workload)
+    workload.stamp, content_hash = _stamp(workload.path), _content_hash(workload)
     here = _path_of(content_hash, [])
     found = _kept(here, workload) or _kept(_path_of(content_hash, _tokenizer_words(config)), workload)
     if found is None:
@@ -67,10 +68,12 @@ def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str]
                 f"note: vLLM {vllm_version()} makes tokens of the texts of {workload.path}, once; importing it takes "
                 "some seconds"
             )
-            found = _lengths_by_vllm(workload, config, say)
+            found = _lengths_by_vllm(workload, config)
             # A tokenizer that came from the hub is here only now.
             path = _path_of(content_hash, _tokenizer_words(config))
         _keep(found, workload, path)
+    for note in workload.notes:
+        say(f"note: {note}")
     return Lengths(*found, content_hash)
 
 
@@ -92,9 +95,21 @@ def ids_of(workload: Workload, config: ExperimentConfig, indices: Sequence[int])
             found = _ids_here(workload, wanted)
         except _TextsError:
             found = _ids_by_vllm(workload, config, wanted)
+        if found.keys() != wanted or workload.stamp not in (None, _stamp(workload.path)):
+            raise WorkFailedError(
+                f"--prompts-file {workload.path}: it is not what it was when its lengths were read; start again"
+            )
         workload.ids.update(found)
     known = (workload.ids[index] for index in indices)
     return [list(ids) if ids is not None else None for ids in known]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 # --- without texts --------------------------------------------------------------------------------------------------
@@ -132,17 +147,12 @@ def _ids_here_of(entry: Entry) -> Sequence[int] | None:
 # --- by vLLM --------------------------------------------------------------------------------------------------------
 
 
-def _lengths_by_vllm(
-    workload: Workload, config: ExperimentConfig, say: Callable[[str], None]
-) -> tuple[array[int], array[int]]:
+def _lengths_by_vllm(workload: Workload, config: ExperimentConfig) -> tuple[array[int], array[int]]:
     prompts, outputs = array("I"), array("I")
-    with _progress(workload) as shown:
-        for line in _lines(workload, config, None):
+    with _progress(workload) as shown, contextlib.closing(_lines(workload, config, None)) as lines:
+        for line in lines:
             if "notes" in line:
-                workload.left_out, workload.bad_lines = set(line["left_out"]), line["bad_lines"]
-                workload.refused = Counter(line["refused"])
-                for note in line["notes"]:
-                    say(f"note: {note}")
+                _remember(workload, line)
             else:
                 prompts.extend(line["prompt_tokens"])
                 outputs.extend(line["output_tokens"])
@@ -150,21 +160,30 @@ def _lengths_by_vllm(
     return prompts, outputs
 
 
+def _remember(workload: Workload, said: dict[str, Any]) -> None:
+    """What was left out. Raises TypeError, KeyError and ValueError for what says nothing of it."""
+    left_out, bad_lines, refused = set(said["left_out"]), int(said["bad_lines"]), Counter(said["refused"])
+    workload.notes = [str(note) for note in said["notes"]]
+    workload.left_out, workload.bad_lines, workload.refused = left_out, bad_lines, refused
+
+
 def _ids_by_vllm(workload: Workload, config: ExperimentConfig, wanted: set[int]) -> dict[int, array[int] | None]:
     # It leaves out what it left out when the lengths were found.
-    ids = [one for line in _lines(workload, config, sorted(wanted)) for one in line.get("ids", ())]
-    arrays = (array("I", one) if one is not None else None for one in ids)
-    return dict(zip(sorted(wanted), arrays, strict=True))
+    found: list[array[int] | None] = []
+    with contextlib.closing(_lines(workload, config, sorted(wanted))) as lines:
+        for line in lines:
+            found += (array("I", ids) if ids is not None else None for ids in line.get("ids", ()))
+    return dict(zip(sorted(wanted), found, strict=False))
 
 
-def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | None) -> Iterator[dict[str, Any]]:
+def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | None) -> Generator[dict[str, Any]]:
     """What `tokenizing` says after it is ready."""
     from batch_inference.core.child import ChildError, ask_for_a_stream
 
     if vllm_folder() is None:
         raise ConfigError(
             f"--prompts-file {workload.path}: its texts need vLLM's tokenizer, and vLLM is not installed here; give "
-            "token ids (prompt_token_ids), or lengths alone (prompt_tokens)"
+            f"{WITHOUT_TEXTS}"
         )
     question = {
         "path": str(workload.path),
@@ -176,13 +195,15 @@ def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | Non
         "wanted": wanted,
     }
     is_ready = False
+    stream = ask_for_a_stream("measure.tokenizing", json.dumps(question), silence_s=_SILENCE_S)
     try:
-        for line in ask_for_a_stream("measure.tokenizing", json.dumps(question), silence_s=_SILENCE_S):
-            if problem := line.get("problem"):
-                raise ConfigError(problem)
-            if is_ready:
-                yield line
-            is_ready = is_ready or "ready" in line
+        with contextlib.closing(stream) as lines:
+            for line in lines:
+                if problem := line.get("problem"):
+                    raise ConfigError(problem)
+                if is_ready:
+                    yield line
+                is_ready = is_ready or "ready" in line
     except ChildError as error:
         # Once it has read the file, its last words may be of a request.
         found = _ERROR.match(str(error))
@@ -245,7 +266,7 @@ def _content(path: Path) -> str:
 def _keep(lengths: tuple[array[int], array[int]], workload: Workload, path: Path) -> None:
     prompts, outputs = (base64.b64encode(zlib.compress(column.tobytes(), 1)).decode() for column in lengths)
     left_out = {"left_out": sorted(workload.left_out), "bad_lines": workload.bad_lines, "refused": workload.refused}
-    keep({"prompt_tokens": prompts, "output_tokens": outputs, **left_out}, path)
+    keep({"prompt_tokens": prompts, "output_tokens": outputs, **left_out, "notes": workload.notes}, path)
 
 
 def _kept(path: Path, workload: Workload) -> tuple[array[int], array[int]] | None:
@@ -253,12 +274,11 @@ def _kept(path: Path, workload: Workload) -> tuple[array[int], array[int]] | Non
     answer = kept(path)
     try:
         prompts, outputs = (_column(answer[name]) for name in ("prompt_tokens", "output_tokens"))
-        left_out, bad_lines, refused = set(answer["left_out"]), int(answer["bad_lines"]), Counter(answer["refused"])
+        if not prompts or len(prompts) != len(outputs):
+            return None
+        _remember(workload, answer)
     except (TypeError, KeyError, ValueError, zlib.error):
         return None
-    if not prompts or len(prompts) != len(outputs):
-        return None
-    workload.left_out, workload.bad_lines, workload.refused = left_out, bad_lines, refused
     return prompts, outputs
 
 

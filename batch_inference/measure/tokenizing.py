@@ -20,9 +20,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from batch_inference.core.config import ConfigError
-from batch_inference.core.text import in_short, plain, quoted
+from batch_inference.core.text import in_short, quoted
 from batch_inference.core.workload import Entry, Workload
 from batch_inference.measure.engine import parse_engine_flags
+from batch_inference.measure.texts import WITHOUT_TEXTS
 
 # Tokenized at a time: enough for all cores, and little memory.
 _REQUESTS, _CHARACTERS = 256, 4 << 20
@@ -30,7 +31,6 @@ _REQUESTS, _CHARACTERS = 256, 4 << 20
 _AHEAD = 2
 # A chat of it has no chat template: vLLM writes its tokens itself.
 _HARMONY = "gpt_oss"
-_NO_TEXTS = "give a --prompts-file of token ids (prompt_token_ids), or of lengths alone (prompt_tokens)"
 
 
 class _RefusedByVllmError(Exception):
@@ -61,10 +61,10 @@ class Tokenizer:
         try:
             self._renderer = _renderer({**given, "model": model, "trust_remote_code": trust_remote_code})
         except Exception as error:
-            reason = plain(next(iter(str(error).strip().splitlines()), type(error).__name__))
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :")
             raise ConfigError(
-                f"{self._flag}: vLLM finds no tokenizer for texts ({in_short(reason)}); give --tokenizer, a folder or "
-                f"a hub name, or {_NO_TEXTS}"
+                f"{self._flag}: vLLM finds no tokenizer for texts ({in_short(reason)}); give --tokenizer (a folder or "
+                f"a hub name), or {WITHOUT_TEXTS}"
             ) from error
         self._tokenizer: Any = self._renderer.tokenizer
         self._is_mistrals = _is_mistrals(self._tokenizer)
@@ -141,8 +141,8 @@ class Tokenizer:
 
     def _no_template(self) -> ConfigError:
         return ConfigError(
-            f"{self._flag}: its tokenizer has no chat template, and a chat needs one; give --tokenizer, a folder that "
-            f"has one (chat_template.jinja), or {_NO_TEXTS}"
+            f"{self._flag}: its tokenizer has no chat template, and a chat needs one; give --tokenizer (a folder "
+            f"that has one, as chat_template.jinja), or {WITHOUT_TEXTS}"
         )
 
     def _note(self, text: str) -> None:
@@ -201,11 +201,11 @@ def _is_mistrals(tokenizer: Any) -> bool:
 
 
 def _as_mistral_wants_it(request: Any) -> None:
-    from vllm.tokenizers import mistral
+    from vllm.tokenizers.mistral import maybe_serialize_tool_calls, truncate_tool_call_ids, validate_request_params
 
-    mistral.maybe_serialize_tool_calls(request)
-    mistral.truncate_tool_call_ids(request)
-    mistral.validate_request_params(request)
+    maybe_serialize_tool_calls(request)
+    truncate_tool_call_ids(request)
+    validate_request_params(request)
 
 
 def _is_unicode(text: str) -> bool:

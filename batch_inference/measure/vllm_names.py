@@ -30,7 +30,7 @@ NEEDED = {
         "RequestStateStats.first_token_ts", "RequestStateStats.last_token_ts",
     ),
 }  # fmt: skip
-# For several nodes, and for the plan by vLLM.
+# For several nodes, for the plan by vLLM, and for the texts of a workload.
 OTHERS = {
     "vllm.usage.usage_lib": ("UsageContext.LLM_CLASS",),
     "vllm.v1.executor.multiproc_executor": ("MultiprocExecutor",),
@@ -49,6 +49,12 @@ OTHERS = {
     "vllm.model_executor.layers.attention_layer_base": ("AttentionLayerBase",),
     "vllm.utils.torch_utils": ("set_default_torch_dtype",),
     "vllm.v1.core.kv_cache_utils": ("get_kv_cache_configs", "get_max_concurrency_for_kv_cache_config"),
+    "vllm.renderers.registry": ("renderer_from_config",),
+    "vllm.renderers.base": ("BaseRenderer.render_messages",),
+    "vllm.renderers.online_renderer": ("OnlineRenderer._make_request_with_harmony",),
+    "vllm.entrypoints.openai.chat_completion.protocol": ("ChatCompletionRequest.build_chat_params",),
+    "vllm.utils.mistral": ("is_mistral_tokenizer",),
+    "vllm.tokenizers.mistral": ("maybe_serialize_tool_calls", "truncate_tool_call_ids", "validate_request_params"),
 }
 
 
