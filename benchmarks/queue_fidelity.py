@@ -311,6 +311,7 @@ def document(args: argparse.Namespace, queue: Queue, measured: Measured, rows: l
         "ids_s": queue.ids_s,
         "tolerance": args.tolerance,
         "vllm_version": result.engine.vllm_version if result.engine else None,
+        "multiprocess_engine": result.engine.multiprocess_engine if result.engine else None,
         "cpu_name": result.environment.cpu_name,
         "devices": [device.name for device in result.environment.devices],
         "argv": sys.argv,
