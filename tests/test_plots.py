@@ -365,12 +365,14 @@ def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any)
     assert "tp_8_pp_4_dp_4" in names
     look = looks(points)
     assert len({to_hex(look[name]["color"]) for name in names}) == plot_style.NAMED
-    for draw in (plots.throughput, plots.latency, plots.pareto):
-        figure = draw(points)
+    figures = {draw: draw(points) for draw in (plots.throughput, plots.latency, plots.pareto)}
+    for figure in figures.values():
         assert f"{plot_style.NAMED} of the best of 36 settings, grey:" in texts(figure).replace("\n", " ")
         assert len(legend_labels(figure)) <= plot_style.NAMED + 2
     (band,) = [
-        item for item in plots.latency(points).axes[0].collections if type(item).__name__ == "FillBetweenPolyCollection"
+        item
+        for item in figures[plots.latency].axes[0].collections
+        if type(item).__name__ == "FillBetweenPolyCollection"
     ]
     low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
     others = points[~points["setting"].isin(names)]["latency_p50_s"]
