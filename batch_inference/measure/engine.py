@@ -292,8 +292,8 @@ class Engine:
         return [{"prompt_token_ids": prompt} for prompt in prompts]
 
     def make_queue(self, asked: Sequence[Asked], seed_parts: Sequence[object]) -> list[dict[str, list[int]]]:
-        """The prompts of a queue: ids as they are, and of what is a length alone as many ids. Raises ConfigError for ids
-        that are none of the model."""
+        """The prompts of a queue: ids as they are, and of what is a length alone as many ids. Raises ConfigError for
+        ids that are none of the model."""
         largest = max((max(one.prompt, default=0) for one in asked if isinstance(one.prompt, list)), default=0)
         if largest >= self._vocab_size:
             # A GPU would end the engine at them. Which they are is not told: they are of the user's own text.
