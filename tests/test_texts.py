@@ -107,6 +107,8 @@ def test_what_was_found_is_kept_with_what_was_left_out(tmp_path: Path, monkeypat
     found, told = lengths(workload, config), workload.told()
     assert told is not None
     assert "1 for embeddings, 1 bad line" in told
+    assert ids_of(workload, config, [0]) == [None]
+    assert workload.told() == told
     monkeypatch.setattr(Workload, "entries", no_reading)
     again = Workload(workload.path, skip_bad_lines=True)
     assert (lengths(again, config), again.told()) == (found, told)

@@ -103,6 +103,7 @@ def test_a_table_of_lengths(tmp_path: Path) -> None:
         ('{"prompt": "a", "output_tokens": "many"}', "FILE, line 1: its output_tokens 'many' is no number of tokens"),
         ('{"prompt": ""}', "FILE, line 1: its prompt is no text; mend it"),
         ('{"prompt_token_ids": [1, -1]}', "FILE, line 1: its token ids are no list of numbers"),
+        ('{"prompt_token_ids": [1, 9999999999]}', "FILE, line 1: its token ids are no list of numbers"),
         ("{}", "FILE, line 1: it has none of body, conversations, prompt, prompt_token_ids and prompt_tokens; mend"),
         ("[3]", "FILE, entry 1: it is no object; mend"),
         ('{"body": 3}', "FILE, line 1: its body is no object; mend"),

@@ -24,6 +24,7 @@ _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # Of a JSON array, read at a time.
 _CHUNK = 1 << 20
 _LONGEST_ENTRY = 1 << 26  # characters: far more than any model takes
+_IDS = range(1 << 31)  # of tokens: far more than any vocabulary has
 _NO_JSON = "it is no JSON"
 # Of an OpenAI body, what changes which tokens a prompt is.
 _CHAT_OPTIONS = (
@@ -300,7 +301,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def _ids(value: Any) -> list[int]:
-    if not isinstance(value, list) or not value or not all(type(one) is int and one >= 0 for one in value):
+    if not isinstance(value, list) or not value or not all(type(one) is int and one in _IDS for one in value):
         raise _BadLineError("its token ids are no list of numbers")
     return value
 

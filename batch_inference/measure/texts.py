@@ -57,6 +57,7 @@ class _TextsError(Exception):
 def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str], None]) -> Lengths:
     """Of all requests; what was left out is then known to `workload`. Raises ConfigError for a file that cannot be
     used, or texts without a tokenizer, and WorkFailedError where vLLM's gives no answer."""
+    workload.left_out, workload.notes, workload.ids = set(), [], {}
     workload.stamp, content_hash = _stamp(workload.path), _content_hash(workload)
     here = _path_of(content_hash, [])
     found = _kept(here, workload) or _kept(_path_of(content_hash, _tokenizer_words(config)), workload)
@@ -129,7 +130,9 @@ def _lengths_here(workload: Workload) -> tuple[array[int], array[int]]:
 
 def _ids_here(workload: Workload, wanted: set[int]) -> dict[int, array[int] | None]:
     found: dict[int, array[int] | None] = {}
-    for index, entry in enumerate(workload.entries()):
+    # A reading of its own: one that stops early has not counted all that is left out.
+    again = Workload(workload.path, workload.skip_bad_lines, workload.left_out)
+    for index, entry in enumerate(again.entries()):
         if index in wanted:
             ids = _ids_here_of(entry)
             found[index] = array("I", ids) if ids is not None else None
