@@ -78,7 +78,7 @@ def main() -> int:
         here = look_around(config, place, job)
         work = choose(config, here)
         if place is None or place.leads:
-            say_notes(notes)
+            say_notes([*notes, *([job.left_out] if job and job.left_out else [])])
         return work(config, here)
     except ConfigError as error:
         # Every rank of a node finds the same; one says it.

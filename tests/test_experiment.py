@@ -1340,3 +1340,17 @@ def test_replicas_of_a_queue_are_joined_by_the_common_start() -> None:
     assert line.end_s[0] == 0.1
     batch = combine([outcome(1, 8, 4, 1.0)], UNREAD, UNREAD, Seen())
     assert (batch.replicas[0].requests, batch.replicas[0].timeline, batch.counters.miscounted) == (None, None, None)
+
+
+def test_what_was_begun_beside_is_waited_for_and_raises_there() -> None:
+    done: list[str] = []
+    wait = experiment._begun(lambda: done.append("read"))
+    wait()
+    assert done == ["read"]
+
+    def fail() -> None:
+        raise ConfigError("no template")
+
+    wait = experiment._begun(fail)
+    with pytest.raises(ConfigError, match="no template"):
+        wait()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 from msgspec.structs import replace
@@ -125,7 +127,11 @@ class Experiment:
     def _measure_open_points(self, replicas: Replicas) -> None:
         try:
             self._console.loading(self._config)
+            # vLLM is imported once more to read texts, which takes about as long as an engine's start.
+            wait_for_texts = _begun(self._job.read_texts) if self._job else None
             self._keep_engine(replicas.start())
+            if wait_for_texts:
+                wait_for_texts()
             self._save()
             self._measure_grid(replicas)
             self.result.environment.ended_at = now()
@@ -329,6 +335,27 @@ class Experiment:
     def _forget_runs(self) -> None:
         """They are in the file: those of many points would not fit in memory."""
         self.result.points = [_light(point) for point in self.result.points]
+
+
+def _begun(work: Callable[[], None]) -> Callable[[], None]:
+    """Start it beside, and give what waits for its end, and raises what it raised. An interruption does not wait."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def wait() -> None:
+        thread.join()
+        if raised:
+            raise raised[0]
+
+    return wait
 
 
 def _light(point: Point) -> Point:

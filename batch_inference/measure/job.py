@@ -81,6 +81,10 @@ class JobFile:
             outputs.difference_from(self._of_outputs) if outputs and self._of_outputs else None,
         )
 
+    def read_texts(self) -> None:
+        """Of the largest sample, at once; those of the others are then known. Raises ConfigError, WorkFailedError."""
+        ids_of(self._workload, self.config, self._first(max(map(self.sample_size, self.config.batch_sizes))))
+
     def shares(self, key: PointKey, requests: int | None = None) -> list[list[Asked]]:
         """What each replica runs for a point, in the order of its queue; of the sample only so many `requests`, where
         it is said."""
