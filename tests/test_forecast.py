@@ -263,6 +263,16 @@ def test_the_slowest_replica_decides() -> None:
     )
 
 
+def test_runs_that_scatter_make_the_interval_wide() -> None:
+    """Three runs of one replica, by 6 % apart, as pipelines do: another one may be anywhere between and beyond."""
+    run, job = two_replicas()[0], JobLengths(*lognormal(4000, np.random.default_rng(5)))
+    names = ("scheduled_s", "first_token_s", "last_token_s")
+    runs = [replace(run, **{name: getattr(run, name) * times for name in names}) for times in (0.94, 1.0, 1.06)]
+    scattered, steady = forecast(runs, job, 1), forecast([run] * 3, job, 1)
+    assert scattered.seconds.value == pytest.approx(steady.seconds.value, rel=0.01)
+    assert half_width(steady.seconds) < 0.05 < 0.11 < half_width(scattered.seconds)
+
+
 def test_a_giant_unbalances_the_shares() -> None:
     prompts, outputs = np.full(40, 10), np.full(40, 10)
     prompts[39] = 1000

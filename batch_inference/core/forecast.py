@@ -89,11 +89,11 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the runs of one sample, one for each replica, say about any job."""
+    """What the runs of one sample say about any job: one for each replica, or, run after run, all of these."""
 
     runs: Sequence[QueueRun]
     costs: StepCosts
-    factors: Floats  # (replicas,): what each took over what its simulation takes
+    factors: Floats  # (runs,): what each took over what its simulation takes
     left_out: Floats  # (groups, 5): costs, fitted and scaled without one group each
     reweighed: Floats  # (ways, 5): costs by other weights
     noise: Noise
@@ -104,6 +104,7 @@ class Measured:
     method: str
 
     places: Places
+    between_runs: float  # standard deviation of a run of a job against the mean of these, as a share
 
 
 def too_small(runs: Sequence[QueueRun]) -> str | None:
@@ -146,6 +147,7 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
         drain_off=_drain_off(runs, queues, costs),
         method=method,
         places=Places(_median([run.batch_size for run in runs]), runs[0].max_num_batched_tokens, lag),
+        between_runs=_RUN_TO_RUN * math.sqrt(2),
     )
 
 
@@ -224,6 +226,7 @@ def forecast_from(
     found: Measured, job: JobLengths, replicas: int | None = None, order: str = "given", seed: int = 0
 ) -> Forecast:
     replicas = replicas or len(found.runs)
+    found = replace(found, between_runs=_between_runs(found, replicas))
     works = _works(found, job, replicas, order in SORTED, seed)
     return _combined(found, works, replicas)
 
@@ -275,11 +278,21 @@ def _parts(works: Sequence[JobWork]) -> tuple[list[Floats], list[Floats]]:
 
 def _factors(found: Measured, replicas: int, simulated: int) -> Floats:
     """Of the simulated replicas. Where other ones are meant than were measured, the slowest of them decides."""
-    if replicas == len(found.factors) == simulated:
-        return found.factors
-    spread = float(np.log(found.factors).std(ddof=1)) if len(found.factors) > 1 else _RUN_TO_RUN
-    mean = float(np.exp(np.log(found.factors).mean()))
-    return np.full(simulated, mean * math.exp(spread * _largest_of(replicas)))
+    logs = np.log(found.factors)
+    if simulated == replicas and len(logs) % replicas == 0:
+        each: Floats = np.exp(logs.reshape(-1, replicas).mean(axis=0))
+        return each
+    spread = float(logs.std(ddof=1)) if len(logs) > 1 else _RUN_TO_RUN
+    return np.full(simulated, math.exp(float(logs.mean()) + spread * _largest_of(replicas)))
+
+
+def _between_runs(found: Measured, replicas: int) -> float:
+    logs = np.log(found.factors)
+    if len(logs) <= replicas or len(logs) % replicas:
+        return _RUN_TO_RUN * math.sqrt(2)
+    runs = logs.reshape(-1, replicas)
+    spread = math.sqrt(float(runs.var(axis=0, ddof=1).mean()))
+    return max(_RUN_TO_RUN, spread) * math.sqrt(1 + 1 / len(runs))
 
 
 def _largest_of(count: int) -> float:
@@ -311,7 +324,7 @@ def _half_width(found: Measured, work: Floats, off: float) -> float | None:
     return math.sqrt(
         error**2
         + (_T_95 * found.noise.of(float(found.seconds.sum()))) ** 2
-        + 2 * (_Z_95 * _RUN_TO_RUN) ** 2
+        + (_Z_95 * found.between_runs) ** 2
         + (_Z_95 * way) ** 2
         + (_T_95 * found.noise.of(base)) ** 2
         + found.off**2
