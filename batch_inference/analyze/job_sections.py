@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from batch_inference.analyze.answers import Analysis
-from batch_inference.analyze.jobs import Deadline, JobAnswer, JobRow, gains_of_orders
+from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow, gains_of_orders
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.wording import SUSPECT_LINE, few, with_interval
 from batch_inference.core.queue_runs import Interval
-from batch_inference.core.text import counted, short
+from batch_inference.core.text import counted, plain, short
 from batch_inference.core.values import OWN_END
 
 # Below so many hours a job is told in minutes, and below so many minutes in seconds.
@@ -21,8 +21,7 @@ _UNITS = (("h", 1.0), ("min", 60.0), ("s", 3600.0))
 
 def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
     """The fastest first; of what it stands on, and what it leaves out, lines below."""
-    several = len(analysis.jobs) > 1
-    title = "For this job" + (f": {few_words(answer)}" if several else "")
+    title = "For this job" + (f": {told_apart(answer, analysis.jobs)}" if len(analysis.jobs) > 1 else "")
     has_orders = len({row.point.workload.order for row in answer.rows}) > 1
     has_budgets = any(row.point.tokens_per_step for row in answer.rows)
     has_price, has_energy = analysis.question.price is not None, any(row.kwh is not None for row in answer.rows)
@@ -53,6 +52,16 @@ def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
         [*answer.left_out, *_lines(answer)],
         more=len(answer.rows) - len(rows),
     )
+
+
+def told_apart(answer: JobAnswer, answers: Sequence[JobAnswer]) -> str:
+    """What of the job, and of what it was measured on, is not as in the others."""
+    unlike = [
+        f"{name} {'unknown' if answer.group[place] is None else plain(answer.group[place])}"
+        for place, name in enumerate(ALIKE)
+        if len({str(other.group[place]) for other in answers}) > 1
+    ]
+    return ", ".join([few_words(answer), *unlike])
 
 
 def few_words(answer: JobAnswer) -> str:

@@ -56,7 +56,7 @@ class Tokenizer:
 
     def __init__(self, model: str, engine_args: list[str], *, trust_remote_code: bool) -> None:
         """Raises ConfigError where vLLM makes none."""
-        given = parse_engine_flags(engine_args)
+        given = parse_engine_flags(engine_args, may_cache_prefixes=True)
         self._flag = f"--tokenizer {given['tokenizer']}" if given.get("tokenizer") else f"--model {model}"
         try:
             self._renderer = _renderer({**given, "model": model, "trust_remote_code": trust_remote_code})
