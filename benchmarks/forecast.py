@@ -2,11 +2,12 @@
 """Whole jobs against what samples of them forecast.
 
     python benchmarks/forecast.py --model models/tiny-llama --settings TP=1,TP=2,DP=2,PP=2 -- --load-format dummy
+    python benchmarks/forecast.py --again results/forecast/forecast.json
     python benchmarks/forecast.py --recorded FOLDER
 
 The first makes jobs of several mixes of lengths, runs of each a sample and then all of it on the same engine, forecasts
-the job from the sample, and says how each ranks the settings; it writes the table, and every request's times in
-milliseconds, to --output-dir.
+the job from the sample, and says how each ranks the settings; it writes the table, and every
+request's times in milliseconds, to --output-dir. The second forecasts from these times once more.
 
 FOLDER holds recordings of one job, as JSON: job*.json of all of it, sample*.json of samples. Each has `wall`, the
 seconds that it took, and `rows`, one for each request: prompt tokens, output tokens, and the moments at which it was
@@ -34,10 +35,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ways import save
-from whole_jobs import add_flags, measured, stamps
+from whole_jobs import add_flags, measured, sizes_of, stamps
 
 from batch_inference.core.forecast import JobLengths, forecast, too_small
-from batch_inference.core.queue_runs import Interval, QueueRun
+from batch_inference.core.queue_runs import Interval, QueueRun, usual_scatter
+from batch_inference.plan.devices import find_devices
 
 MOST_ERROR, LEAST_HELD = 0.05, 0.9
 
@@ -97,14 +99,17 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recorded", type=Path, metavar="FOLDER")
+    parser.add_argument("--again", type=Path, metavar="FILE")
     parser.add_argument("--batch-size", type=int, default=256, help="where a recording has no `batch_size` (256)")
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, help="where it has no `max_num_batched_tokens` (8192)"
     )
     add_flags(parser)
     flags = parser.parse_args()
-    if (flags.recorded is None) == (flags.model is None):
-        parser.error("either --recorded FOLDER or --model MODEL is needed")
+    if sum(one is not None for one in (flags.recorded, flags.model, flags.again)) != 1:
+        parser.error("one of --model MODEL, --recorded FOLDER and --again FILE is needed")
+    if flags.again:
+        return again(flags.again, parser)
     if flags.model:
         return whole_jobs(flags)
     rows = list(recorded_rows(flags.recorded, flags.batch_size, flags.max_num_batched_tokens))
@@ -128,10 +133,42 @@ def whole_jobs(flags: argparse.Namespace) -> int:
         rows.append(row)
         times[one.name] = {"sample": stamps(one.sample), "job": stamps(one.whole)}
         print(table([row])[2], file=sys.stderr, flush=True)
-    told = [asdict(row) | {"error": row.error, "is_held": row.is_held} for row in rows]
+    return told(rows, flags, {"argv": sys.argv, "times": times})
+
+
+def again(path: Path, parser: argparse.ArgumentParser) -> int:
+    """From the times that an earlier run has written."""
+    document = json.loads(path.read_text())
+    flags = parser.parse_args(document["argv"][1:])
+    flags.output_dir = path.parent
+    rows = []
+    for before in document["jobs"]:
+        name = before["sample"]
+        seconds = {"sample": 0.0, "job": before["true_s"]}  # how long a sample took is in its times
+        sample, job = (
+            Recording(name, stamped(document["times"][name][part], flags.requests_at_once, before["setting"]), took_s)
+            for part, took_s in seconds.items()
+        )
+        row = compare(sample, job)
+        rows.append(replace(row, job=before["job"], setting=before["setting"], mix=before["mix"]))
+    return told(rows, flags, document)
+
+
+def stamped(lines: Sequence[Sequence[float]], at_once: int, setting: str) -> list[QueueRun]:
+    """What `stamps` wrote, on a machine like this one."""
+    scatter = usual_scatter(find_devices().kind, int(sizes_of(setting).get("PP", "1")))
+    columns = np.array(lines)
+    replicas = (columns[columns[:, 0] == replica] for replica in np.unique(columns[:, 0]))
+    return [
+        QueueRun(*one[:, 1:3].astype(np.int64).T, *(one[:, 3:] / 1000).T, at_once, None, scatter) for one in replicas
+    ]
+
+
+def told(rows: Sequence[Row], flags: argparse.Namespace, document: dict[str, Any]) -> int:
+    jobs = [asdict(row) | {"error": row.error, "is_held": row.is_held} for row in rows]
     text = "\n".join([f"{flags.model}, {flags.requests_at_once} requests at once on each replica.", "",
                       *table(rows), "", *ranking(rows)])  # fmt: skip
-    save(flags.output_dir, "forecast", {"argv": sys.argv, "jobs": told, "times": times}, text)
+    save(flags.output_dir, "forecast", {**document, "jobs": jobs}, text)
     return 0 if is_good(rows) else 1
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.queue_points import replicas_of
-from batch_inference.core.queue_runs import QueueRun
+from batch_inference.core.queue_runs import QueueRun, usual_scatter
 from batch_inference.core.results import Run
 from batch_inference.measure.combine import combine
 from batch_inference.measure.hardware import Seen, monitor
@@ -70,7 +70,9 @@ class Measured:
         return f"{self.setting}, {self.mix}"
 
     def replicas(self, run: Run) -> list[QueueRun]:
-        return replicas_of(run, self.batch_size, None)
+        kind, stages = find_devices().kind, self.job.config.pipeline_parallel_size
+        scatter = usual_scatter(kind, stages)
+        return [replace(one, scatter=scatter) for one in replicas_of(run, self.batch_size, None)]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +84,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mean-prompt", type=float, default=40)
     parser.add_argument("--mean-output", type=float, default=12)
     parser.add_argument("--mixes", default="narrow,lognormal,two humps,one giant,long outputs")
+    parser.add_argument("--jobs-of-each", type=int, default=1, help="of each mix, with other lengths (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("results/forecast"))
     parser.add_argument("engine_flags", nargs="*", help="vLLM's engine flags, after --")
@@ -99,7 +102,10 @@ def measured(args: argparse.Namespace) -> Iterator[Measured]:
 
 def of_setting(args: argparse.Namespace, setting: str, number: int) -> Iterator[Measured]:
     """Of each mix a warm-up, a sample, then the whole job."""
-    jobs = {mix: made(args, setting, mix, number) for mix in args.mixes.split(",")}
+    names = [(mix, again) for again in range(args.jobs_of_each) for mix in args.mixes.split(",")]
+    jobs = {
+        f"{mix} {again + 1}" if again else mix: made(args, setting, mix, f"{number}/{again}") for mix, again in names
+    }
     longest = max(job.config.longest_request for job in jobs.values())
     config = replace(next(iter(jobs.values())).config, workload_longest=longest)
     replicas = LocalReplicas(config, find_devices().slice_for(0, config.num_devices))
@@ -116,11 +122,16 @@ def of_setting(args: argparse.Namespace, setting: str, number: int) -> Iterator[
         replicas.close()
 
 
-def made(args: argparse.Namespace, setting: str, mix: str, number: int) -> JobFile:
-    sizes = dict(part.split("=") for part in setting.split("+"))
+def sizes_of(setting: str) -> dict[str, str]:
+    """TP=2+DP=2 -> {"TP": "2", "DP": "2"}"""
+    return dict(part.split("=") for part in setting.split("+"))
+
+
+def made(args: argparse.Namespace, setting: str, mix: str, number: str) -> JobFile:
+    sizes = sizes_of(setting)
     flags = {"TP": "--tensor-parallel-size", "PP": "--pipeline-parallel-size", "DP": "--data-parallel-size"}
     count = args.sample * args.requests_at_once * int(sizes.get("DP", "1"))
-    path = args.output_dir / f"{setting}_{mix.replace(' ', '_')}.jsonl"
+    path = args.output_dir / f"{setting}_{mix}_{number}.jsonl".replace(" ", "_").replace("/", "_")
     draw, source = mixes(args.mean_prompt, args.mean_output)[mix], random.Random(f"{args.seed}/{number}/{mix}")
     with path.open("w") as file:
         for _ in range(count * args.times):

@@ -23,8 +23,8 @@ from batch_inference.core.forecast import (
 from batch_inference.core.queue_runs import Interval
 from batch_inference.core.sharing import Order, ordered
 
-# Of a job that was run as a whole: what another run of it may differ by.
-_RUN_TO_RUN = 0.02
+# Half width of the 95 % interval of what two equal runs differ by, in standard deviations of one.
+_TWO_RUNS = 1.96 * math.sqrt(2)
 # A batch point whose lengths are this near to the job's mean ones shows what a grid of fixed lengths would have said.
 _NEAR = 0.1
 # Points alike in this are ranked together. The output length of a batch is none of theirs.
@@ -180,7 +180,8 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
     if point.is_whole_job and question.lengths is None and question.requests is None:
         # It was run: nothing is to be forecast but how much another run may differ.
         took_s = point.latency_s
-        found = replace(found, seconds=Interval(took_s, took_s * (1 - _RUN_TO_RUN), took_s * (1 + _RUN_TO_RUN)))
+        half = _TWO_RUNS * point.runs[0].scatter
+        found = replace(found, seconds=Interval(took_s, took_s * (1 - half), took_s * (1 + half)))
     return JobRow(
         setting=label,
         num_devices=setting.num_devices,

@@ -36,9 +36,6 @@ from batch_inference.core.step_costs import StepCosts, columns_worth_it, fit_cos
 BATCH_MEANS, FITTED_STEPS = "batch means", "fitted steps"
 SORTED = ("longest-first", "shortest-first")
 
-# Standard deviation of the same job run again on the same engine, as a share: what one run cannot tell. TP and DP
-# scatter by 1 to 2 % between runs.
-_RUN_TO_RUN = 0.01
 _Z_95 = 1.959964
 _GROUPS_OF_A_PHASE, _FEWEST_GROUPS, _MOST_GROUPS = 4, 4, 30
 # A stretch counts by its seconds to this power: 1 is what independent steps have, and the others show where the costs
@@ -147,7 +144,7 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
         drain_off=_drain_off(runs, queues, costs),
         method=method,
         places=Places(_median([run.batch_size for run in runs]), runs[0].max_num_batched_tokens, lag),
-        between_runs=_RUN_TO_RUN * math.sqrt(2),
+        between_runs=runs[0].scatter * math.sqrt(2),
     )
 
 
@@ -282,17 +279,17 @@ def _factors(found: Measured, replicas: int, simulated: int) -> Floats:
     if simulated == replicas and len(logs) % replicas == 0:
         each: Floats = np.exp(logs.reshape(-1, replicas).mean(axis=0))
         return each
-    spread = float(logs.std(ddof=1)) if len(logs) > 1 else _RUN_TO_RUN
+    spread = float(logs.std(ddof=1)) if len(logs) > 1 else found.runs[0].scatter
     return np.full(simulated, math.exp(float(logs.mean()) + spread * _largest_of(replicas)))
 
 
 def _between_runs(found: Measured, replicas: int) -> float:
     logs = np.log(found.factors)
     if len(logs) <= replicas or len(logs) % replicas:
-        return _RUN_TO_RUN * math.sqrt(2)
+        return found.runs[0].scatter * math.sqrt(2)
     runs = logs.reshape(-1, replicas)
     spread = math.sqrt(float(runs.var(axis=0, ddof=1).mean()))
-    return max(_RUN_TO_RUN, spread) * math.sqrt(1 + 1 / len(runs))
+    return max(found.runs[0].scatter, spread) * math.sqrt(1 + 1 / len(runs))
 
 
 def _largest_of(count: int) -> float:

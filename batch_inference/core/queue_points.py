@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
 
 from batch_inference.core.forecast import BATCH_MEANS, FITTED_STEPS, JobLengths, forecast, too_small
-from batch_inference.core.queue_runs import Interval, QueueRun, phases_of, plateau_rates
+from batch_inference.core.queue_runs import Interval, QueueRun, phases_of, plateau_rates, usual_scatter
 from batch_inference.core.results import Point, Result, Run
 
 
@@ -44,7 +44,11 @@ def runs_of(result: Result, point: Point) -> list[list[QueueRun]]:
     """Of each run of a point, the replicas."""
     engine = result.engine_of(point)
     budget = point.max_num_batched_tokens or (engine.max_num_batched_tokens if engine else None)
-    return [replicas_of(run, point.batch_size, budget) for run in point.runs]
+    scatter = usual_scatter(result.environment.device_kind, result.config.pipeline_parallel_size)
+    return [
+        [replace(replica, scatter=scatter) for replica in replicas_of(run, point.batch_size, budget)]
+        for run in point.runs
+    ]
 
 
 def replicas_of(run: Run, batch_size: int, budget: int | None) -> list[QueueRun]:
@@ -116,5 +120,8 @@ def _relative_by_fitted_steps(run: Sequence[QueueRun]) -> float:
         for name in ("prompt_tokens", "output_tokens", "scheduled_s")
     )
     order = np.argsort(scheduled_s, kind="stable")
-    rate = forecast(run, JobLengths(prompts[order], outputs[order])).output_tokens_per_s
+    # Of this very run: that another would differ is no part of it.
+    rate = forecast(
+        [replace(replica, scatter=0.0) for replica in run], JobLengths(prompts[order], outputs[order])
+    ).output_tokens_per_s
     return rate.high / rate.value - 1 if rate and rate.high is not None else 1.0
