@@ -19,7 +19,10 @@ def measured(analysis: Analysis) -> Section:
     names = {"model": "model", "device": "device_name", "vLLM": "vllm_version", "dtype": "dtype",
              "output tokens": "max_tokens", "host": "host"}  # fmt: skip
     pairs = [
-        (label, _names(points[column].dropna())) for label, column in names.items() if column not in analysis.unlike
+        # Queue points have no output length of their own.
+        (label, _names((analysis.points if column == "max_tokens" else points)[column].dropna()))
+        for label, column in names.items()
+        if column not in analysis.unlike
     ]
     pairs.insert(0, ("files", _files(analysis)))
     lines = [*analysis.notes, *_groups(analysis)]

@@ -279,8 +279,11 @@ def _columns(settings: Sequence[MeasuredSetting], labels: Mapping[Path, str]) ->
 
 
 def batch_points(table: pd.DataFrame) -> pd.DataFrame:
-    """Without the queue points, which are ranked for their job alone."""
-    return table[table["workload"].isna()]
+    """Without the queue points, which are ranked for their job alone, and have no lengths of their own."""
+    points = table[table["workload"].isna()]
+    whole = [name for name in ("seq_len", "max_tokens") if len(points) < len(table) and points[name].notna().all()]
+    # In one piece again: each column is one of its own after that.
+    return points.astype(dict.fromkeys(whole, int)).copy() if whole else points
 
 
 def setting_labels(settings: Sequence[MeasuredSetting]) -> dict[Path, str]:

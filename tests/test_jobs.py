@@ -1,0 +1,248 @@
+"""What queue points answer for a job, and how it is said."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import analyze_results
+from batch_inference.analyze.flags import UsageError
+from batch_inference.analyze.job_file import lengths_in
+from batch_inference.analyze.jobs import JobAnswer, JobError, JobQuestion, gains_of_orders, job_answers
+from batch_inference.analyze.queues import lengths_of_job
+from batch_inference.analyze.tables import load_setting
+from batch_inference.core.forecast import JobLengths
+from batch_inference.core.lengths import Distribution
+from batch_inference.core.results import Job, Point, Result, WorkloadKey
+from builders import make_point, make_queue_point, make_result, save_all
+
+# The queue of `make_queue_point`: each request 8 prompt and 4 output tokens.
+PROMPT, OUTPUT = 8, 4
+
+
+def job(requests: int = 480, output: int | None = OUTPUT, **changes: Any) -> Job:
+    prompts, outputs = [PROMPT] * requests, [output or 1] * requests
+    values: dict[str, Any] = {
+        "content_hash": "abc", "output_lengths": "file", "requests": requests, "prompt_tokens": sum(prompts),
+        "output_tokens": sum(outputs) if output else None, "longest": PROMPT + (output or 1), "every": 1,
+        "last": requests, "prompt_lens": prompts, "output_lens": outputs if output else None,
+        "prompts": Distribution(prompts).summary(), "outputs": Distribution(outputs).summary() if output else None,
+    }  # fmt: skip
+    return Job(**{**values, **changes})
+
+
+def queue(batch_size: int = 2, requests: int = 48, *, life_s: float = 1.0, replicas: int = 1, **changes: Any) -> Point:
+    shares = (requests,) * replicas
+    point = make_queue_point(batch_size, shares, life_s=life_s, prompt=PROMPT, output=OUTPUT, **changes)
+    times, count = point.runs[0].requests, requests * replicas
+    # Places that take turns, and not all in one step.
+    starts_s = [life_s * (index % requests) / batch_size for index in range(count)]
+    times.queue_s = starts_s
+    times.ttft_s = [start_s + life_s / OUTPUT for start_s in starts_s]
+    times.latency_s = [start_s + life_s for start_s in starts_s]
+    return point
+
+
+def setting(
+    name: str, *points: Point, sizes: tuple[int, int, int] = (1, 1, 1), jobs: Sequence[Job] = (), **changes: Any
+) -> Result:
+    return make_result(name, points, sizes, jobs=list(jobs or [job()]), **changes)
+
+
+def answers(tmp_path: Path, *results: Result, **asked: Any) -> list[JobAnswer]:
+    loaded = [load_setting(path) for path in save_all(list(results), tmp_path)]
+    return job_answers(loaded, lambda one: one.name, JobQuestion(**asked))
+
+
+def answer(tmp_path: Path, *results: Result, **asked: Any) -> JobAnswer:
+    (found,) = answers(tmp_path, *results, **asked)
+    return found
+
+
+def test_the_hours_of_a_job_are_its_requests_at_the_samples_pace(tmp_path: Path) -> None:
+    # Two at once, each a second: two requests a second, and 480 of them.
+    found = answer(tmp_path, setting("tp_1", queue()), price=3.0)
+    (row,) = found.rows
+    assert found.requests == 480
+    assert row.hours.value * 3600 == pytest.approx(240, rel=0.03)
+    assert row.hours.low is not None
+    assert row.hours.high is not None
+    assert row.hours.low < 240 / 3600 < row.hours.high
+    assert row.cost is not None
+    assert row.cost.value == pytest.approx(3 * row.hours.value)
+    assert row.output_tok_per_s == pytest.approx(480 * OUTPUT / 240, rel=0.03)
+
+
+def test_the_fastest_comes_first_and_what_may_be_as_fast_is_a_tie(tmp_path: Path) -> None:
+    slow, fast = setting("tp_1", queue(life_s=2.0)), setting("tp_2", queue(life_s=1.0), sizes=(2, 1, 1))
+    near = setting("pp_2", queue(life_s=1.001), sizes=(1, 2, 1))
+    found = answer(tmp_path, slow, near, fast)
+    assert [row.setting for row in found.rows] == ["tp_2", "pp_2", "tp_1"]
+    assert [row.setting for row in found.ties] == ["pp_2"]
+    assert found.best is found.rows[0]
+    # Half as many devices for twice as long: the slow one costs no more, and is not the fastest.
+    assert [row.device_hours.value / row.hours.value for row in found.rows] == pytest.approx([2, 2, 1])
+
+
+def test_replicas_share_the_job(tmp_path: Path) -> None:
+    found = answer(tmp_path, setting("dp_2", queue(replicas=2), sizes=(1, 1, 2)))
+    (row,) = found.rows
+    assert (row.num_devices, row.devices_per_replica) == (2, 1)
+    assert row.hours.value * 3600 == pytest.approx(120, rel=0.05)
+
+
+def test_more_requests_take_as_much_longer(tmp_path: Path) -> None:
+    once = answer(tmp_path, setting("tp_1", queue())).rows[0]
+    often = answer(tmp_path, setting("tp_1", queue()), requests=480e6)
+    assert often.requests == 480e6
+    assert often.rows[0].hours.value == pytest.approx(1e6 * once.hours.value, rel=0.03)
+    assert often.prompt_tokens == 480e6 * PROMPT
+
+
+def test_a_job_that_was_run_is_not_forecast(tmp_path: Path) -> None:
+    whole = queue(requests=48)
+    found = answer(tmp_path, setting("tp_1", whole, jobs=[job(48)]))
+    (row,) = found.rows
+    assert row.point.is_whole_job
+    assert row.hours.value * 3600 == pytest.approx(whole.runs[0].latency_s)
+
+
+def test_another_job_is_forecast_and_one_unlike_all_that_was_measured_is_refused(tmp_path: Path) -> None:
+    def lengths(prompt: int, output: int) -> JobLengths:
+        return JobLengths(np.full(960, prompt), np.full(960, output))
+
+    found = answer(tmp_path, setting("tp_1", queue()), lengths=lengths(PROMPT, OUTPUT), name="other.jsonl")
+    assert found.rows[0].hours.value * 3600 == pytest.approx(480, rel=0.03)
+    with pytest.raises(JobError, match=r"^--job other\.jsonl: not forecast from tp_1: .+"):
+        answer(tmp_path, setting("tp_1", queue()), lengths=lengths(100 * PROMPT, OUTPUT), name="other.jsonl")
+
+
+def test_a_sample_smaller_than_what_runs_at_once_is_left_out_and_named(tmp_path: Path) -> None:
+    found = answer(tmp_path, setting("tp_1", queue(batch_size=64, requests=48), queue(batch_size=2)))
+    assert [row.point.batch_size for row in found.rows] == [2]
+    assert re.fullmatch(r"tp_1, 64 at once: no forecast, .*; raise --sample", found.left_out[0])
+
+
+def test_points_with_cached_prefixes_are_never_ranked_with_others(tmp_path: Path) -> None:
+    cached = queue(workload=WorkloadKey("abc", "file", "given", is_cached=True))
+    found = answers(tmp_path, setting("tp_1", queue(), cached))
+    assert [(one.is_cached, len(one.rows)) for one in found] == [(False, 1), (True, 1)]
+
+
+def test_other_content_and_other_output_lengths_are_other_jobs(tmp_path: Path) -> None:
+    points = [
+        queue(workload=WorkloadKey(content, lengths, "given")) for content, lengths in (("abc", "file"), ("d", 7))
+    ]
+    jobs = [job(), job(content_hash="d", output_lengths=7)]
+    assert [one.output_lengths for one in answers(tmp_path, setting("tp_1", *points, jobs=jobs))] == ["file", 7]
+
+
+def test_an_invalid_point_answers_nothing(tmp_path: Path) -> None:
+    assert answers(tmp_path, setting("tp_1", queue(verdict="invalid"))) == []
+
+
+def test_what_an_order_saves_is_said_where_both_were_measured(tmp_path: Path) -> None:
+    found = answer(tmp_path, setting("tp_1", queue(life_s=1.0), queue(life_s=0.8, order="longest-first")))
+    ((where, order, saved),) = gains_of_orders(found)
+    assert (where, order) == ("tp_1, 2 at once", "longest-first")
+    assert saved == pytest.approx(0.2, abs=0.02)
+
+
+def test_a_batch_of_the_mean_lengths_is_held_against_the_plateau(tmp_path: Path) -> None:
+    near, far = make_point(2, PROMPT, max_tokens=OUTPUT), make_point(2, 10 * PROMPT, max_tokens=OUTPUT)
+    (row,) = answer(tmp_path, setting("tp_1", queue(), near, far)).rows
+    plateau = row.point.summary["plateau_output_tok_per_s"]
+    assert plateau
+    assert near.summary["output_tok_per_s"]
+    assert row.grid_ratio == pytest.approx(near.summary["output_tok_per_s"] / plateau)
+    assert answer(tmp_path, setting("tp_1", queue(), far)).rows[0].grid_ratio is None
+
+
+def test_a_deadline_asks_for_the_fewest_devices_that_are_in_time(tmp_path: Path) -> None:
+    both = (setting("tp_1", queue()), setting("tp_2", queue(life_s=0.9), sizes=(2, 1, 1)))
+    found = answer(tmp_path, *both, deadline_h=100 / 3600)
+    deadline = found.deadline
+    assert deadline is not None
+    # 240 s on one device: three of them, and hardly faster on two each.
+    assert (deadline.row.setting, deadline.devices) == ("tp_1", 3)
+    assert deadline.hours.high is not None
+    assert deadline.margin == pytest.approx(1 - deadline.hours.high * 36)
+    late = answer(tmp_path, *both, deadline_h=0.1 / 3600)
+    assert (late.deadline, late.is_late) == (None, True)
+
+
+def test_thinned_lengths_weigh_as_much_as_the_job_has_requests() -> None:
+    thinned = job(requests=1003, every=10, last=3, prompt_lens=[PROMPT] * 103, output_lens=[OUTPUT] * 103)
+    lengths = lengths_of_job(thinned)
+    assert lengths.requests == pytest.approx(1003)
+    assert list(lengths.weights[-4:]) == [10, 1, 1, 1]
+
+
+# --- the files and what is said ------------------------------------------------------------------------------------
+
+
+def analysed(tmp_path: Path, capsys: pytest.CaptureFixture[str], results: Sequence[Result], *flags: str) -> str:
+    save_all(list(results), tmp_path / "r")
+    code = analyze_results.main(["--input", str(tmp_path / "r"), "--no-plots", *flags])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out
+
+
+def test_the_job_comes_first_with_its_hours_cost_and_deadline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [setting("tp_1", queue(), make_point(2, PROMPT, max_tokens=OUTPUT))]
+    said = analysed(tmp_path, capsys, results, "--device-hour-price", "36", "--deadline-hours", "0.03")
+    assert said.startswith("For this job\n  job      480 requests: 3,840 prompt and 1,920 output tokens\n")
+    text = " ".join(said.split())
+    assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
+    assert re.search(r"deadline: 3 replicas of tp_1, 2 at once on each, so 3 devices, take 1\.3\d* ±[\d.]+ min: at the "
+                     r"upper end \d+% of the time is left", text)  # fmt: skip
+    assert " output tokens 4 " in text
+    assert max(map(len, said.partition("\n\n/")[0].splitlines())) <= 80
+    (one,) = json.loads((tmp_path / "r" / "analysis" / "summary.json").read_text())["jobs"]
+    assert (one["requests"], one["fastest"][0]["batch_size"], one["deadline"]["devices"]) == (480, 2, 3)
+    rows = (tmp_path / "r" / "analysis" / "results.csv").read_text().splitlines()
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ("--job-requests", "7"),
+            "--job-requests 7.0: --input {} has no queue point; measure with --prompts-file first",
+        ),
+        (
+            ("--deadline-hours", "7"),
+            "--deadline-hours 7.0: --input {} has no queue point; measure with --prompts-file first",
+        ),
+    ],
+)
+def test_a_question_about_a_job_needs_a_queue_point(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: Sequence[str], told: str
+) -> None:
+    save_all([make_result(points=[make_point(1)])], tmp_path)
+    assert analyze_results.main(["--input", str(tmp_path), "--no-plots", *flags]) == 2
+    assert capsys.readouterr().err == f"error: {told.format(tmp_path)}\n"
+
+
+def test_a_file_of_another_job_needs_both_lengths(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.csv", tmp_path / "bad.jsonl"
+    good.write_text("prompt_tokens,output_tokens\n8,4\n9,5\n")
+    lengths = lengths_in(good)
+    assert (lengths.prompt_tokens.tolist(), lengths.output_tokens.tolist()) == ([8, 9], [4, 5])  # type: ignore[union-attr]
+    bad.write_text('{"prompt": "hello", "output_tokens": 4}\n')
+    with pytest.raises(
+        UsageError, match=r"^--job .*bad\.jsonl, request 1: its prompt has no length; give lengths alone"
+    ):
+        lengths_in(bad)
+    with pytest.raises(UsageError, match=r"^--job .*none\.jsonl: it cannot be read"):
+        lengths_in(tmp_path / "none.jsonl")
