@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from known_texts import KnownTexts, Lengths, is_kept, sharegpt
-from ways import AS_OURS_OF_TEXTS, REPOSITORY, call, listed, markdown_row, save, with_sizes
+from ways import AS_OURS_OF_TEXTS, REPOSITORY, call, keep, listed, markdown_row, with_sizes
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.result_file import load_result
@@ -95,14 +95,17 @@ def main() -> int:
         return 2
     ways = WAYS if args.tokenizer else WAYS[:2]
     measured: Measured = {way: {limit: [] for limit in args.limits} for way in ways}
-    for number in range(args.rounds):
+    for number in range(1, args.rounds + 1):
         for way in ways:
-            print(f"round {number + 1}: {way} ...", file=sys.stderr, flush=True)
+            print(f"round {number}: {way} ...", file=sys.stderr, flush=True)
             for limit, runs in MEASURES[way](args, queue).items():
                 measured[way][limit] += runs
-    rows = [row_of(limit, measured, queue.tokens) for limit in args.limits]
+        # A round takes minutes: whoever stops after some has those.
+        rows = [row_of(limit, measured, queue.tokens) for limit in args.limits]
+        shown = "\n".join(table(args, queue, rows, rounds=number))
+        keep(folder, args.name, document(args, queue, measured, rows), shown)
+    print(shown)
     wrong = dict.fromkeys(what_is_wrong(measured))
-    save(folder, args.name, document(args, queue, measured, rows), "\n".join(table(args, queue, rows)))
     for line in wrong:
         print(f"wrong: {line}", file=sys.stderr)
     return 1 if wrong or not all(is_close(row, args.tolerance) for row in rows) else 0
@@ -318,11 +321,11 @@ def document(args: argparse.Namespace, queue: Queue, measured: Measured, rows: l
     }
 
 
-def table(args: argparse.Namespace, queue: Queue, rows: list[dict[str, Any]]) -> list[str]:
+def table(args: argparse.Namespace, queue: Queue, rows: list[dict[str, Any]], rounds: int) -> list[str]:
     prompts, outputs = (sum(column) for column in zip(*queue.lengths, strict=True))
     lines = [
         f"{args.model}, {len(queue.lengths)} requests of {prompts} prompt and {outputs} output tokens, medians of "
-        f"{args.rounds} engine starts each."
+        f"{rounds} engine starts each."
     ]
     if queue.ids_s is not None:
         lines[0] += (
@@ -339,15 +342,17 @@ def table(args: argparse.Namespace, queue: Queue, rows: list[dict[str, Any]]) ->
 
 
 def markdown(row: dict[str, Any]) -> str:
-    speeds = [shown(row.get(f"{way}_tokens_per_s"), ".1f") for way in WAYS]
-    ratios = [shown(row[f"to_{way}"], ".3f") for way in WAYS[1:]]
+    speeds = [as_text(row.get(f"{way}_tokens_per_s"), ".1f") for way in WAYS]
+    ratios = [as_text(row[f"to_{way}"], ".3f") for way in WAYS[1:]]
     spreads = [row[f"{way}_spread"] for way in WAYS if row.get(f"{way}_spread") is not None]
-    steps = [shown(row.get(f"{way}_steps"), ".0f") for way in WAYS]
+    steps = [as_text(row.get(f"{way}_steps"), ".0f") for way in WAYS]
     budget = row["budget"] or "vLLM's own"
-    return markdown_row([row["batch_size"], budget, *speeds, *ratios, shown(max(spreads, default=None), ".1%"), *steps])
+    return markdown_row(
+        [row["batch_size"], budget, *speeds, *ratios, as_text(max(spreads, default=None), ".1%"), *steps]
+    )
 
 
-def shown(value: float | None, form: str) -> str:
+def as_text(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
