@@ -86,7 +86,12 @@ def renderer(monkeypatch: pytest.MonkeyPatch) -> Renderer:
     made = Renderer()
     monkeypatch.setattr(tokenizing, "_renderer", lambda _: made)
     monkeypatch.setattr(tokenizing, "_is_mistrals", lambda _: False)
-    monkeypatch.setattr(tokenizing, "parse_engine_flags", lambda words: dict([words]) if words else {})
+
+    def parsed(words: Any, *, may_cache_prefixes: bool) -> dict[str, Any]:
+        assert may_cache_prefixes
+        return dict([words]) if words else {}
+
+    monkeypatch.setattr(tokenizing, "parse_engine_flags", parsed)
     monkeypatch.setitem(sys.modules, PROTOCOL, SimpleNamespace(ChatCompletionRequest=Request))
     return made
 
