@@ -256,6 +256,7 @@ def test_what_vllm_bench_says_is_held_against_the_file(load: Any, tmp_path: Path
     assert fidelity.bench_of(args, queue, fidelity.Limit(2, None)).wrong == ["it says 1 requests and 26 tokens"]
 
 
+@pytest.mark.slow
 def test_all_limits_on_one_load_and_each_on_its_own(tmp_path: Path) -> None:
     """By the stand-in for vLLM; the time of its steps is no matter here."""
     done = queue_fidelity(tmp_path)
@@ -267,6 +268,7 @@ def test_all_limits_on_one_load_and_each_on_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "queue_fidelity.md").read_text() == done.stdout
 
 
+@pytest.mark.slow
 def test_a_token_too_few_is_told(tmp_path: Path) -> None:
     done = queue_fidelity(tmp_path, STUB_FAIL="tokens")
     assert done.returncode == 1
