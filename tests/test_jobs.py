@@ -198,7 +198,8 @@ def analysed(tmp_path: Path, capsys: pytest.CaptureFixture[str], results: Sequen
 def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = [setting("tp_1", queue(), make_point(2, PROMPT, max_tokens=OUTPUT))]
+    doubtful = make_point(2, PROMPT, max_tokens=OUTPUT, verdict="suspect", verdict_reasons=["runs differ"])
+    results = [setting("tp_1", queue(), doubtful)]
     said = analysed(tmp_path, capsys, results, "--device-hour-price", "36", "--deadline-hours", "0.03")
     assert said.startswith("For this job\n  job      480 requests: 3,840 prompt and 1,920 output tokens\n")
     text = " ".join(said.split())
@@ -206,6 +207,7 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert re.search(r"deadline: 3 replicas of tp_1, 2 at once on each, so 3 devices, take 1\.3\d* ±[\d.]+ min: at the "
                      r"upper end \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
+    assert "tp_1: suspect, batch 2 x length 8: runs differ" in text
     assert max(map(len, said.partition("\n\n/")[0].splitlines())) <= 80
     (one,) = json.loads((tmp_path / "r" / "analysis" / "summary.json").read_text())["jobs"]
     assert (one["requests"], one["fastest"][0]["batch_size"], one["deadline"]["devices"]) == (480, 2, 3)

@@ -92,6 +92,8 @@ def _where(rows: pd.DataFrame) -> str:
     """batch 1, 4 x length 512; single points are not named where the shapes make no full grid."""
     if rows["workload"].notna().any():
         return f"{listed(sorted(rows['batch_size'].unique()))} at once"
+    # Beside queue points, which have none, lengths are no whole numbers to pandas.
+    rows = rows.astype({"seq_len": int})
     batches, lengths = sorted(rows["batch_size"].unique()), sorted(rows["seq_len"].unique())
     if len(rows) < len(batches) * len(lengths):
         points = zip(rows["batch_size"], rows["seq_len"], strict=True)
