@@ -32,7 +32,7 @@ from batch_inference.core.forecast import (
 from batch_inference.core.queue_runs import Integers, Interval, QueueRun, phases_of
 from conftest import REPOSITORY
 
-RECORDED = REPOSITORY / "tests" / "golden" / "queue_h100"
+RECORDED = REPOSITORY / "tests" / "queue_h100"
 SAMPLES = ("sample_256_0", "sample_512_0", "sample_512_1")
 
 
