@@ -948,6 +948,7 @@ def test_a_short_run_has_a_hundred_intervals_and_one_without_steps_none() -> Non
 def test_a_step_runs_also_those_that_end_in_it() -> None:
     manager = SimpleNamespace(record=lambda **_: None)
     watch = StepWatch(manager)
+    watch.forget(keeps_steps=True)
     for running, ended, waiting in ((3, 0, 9), (1, 2, 4)):
         manager.record(
             scheduler_stats=SimpleNamespace(num_running_reqs=running, num_waiting_reqs=waiting, kv_cache_usage=0.1),

@@ -314,6 +314,7 @@ class Engine:
 
     def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, wait: Callable[[], None]) -> Outcome:
         """Submit one batch when `wait` returns, wait for its end, and count what came back."""
+        self._steps.forget()
         return self._run(prompts, self._params(max_tokens), wait)[0]
 
     def run_queue(
@@ -326,6 +327,7 @@ class Engine:
     ) -> Outcome:
         """The same for a queue of requests with lengths of their own; `ends_itself`: the model may end an output."""
         params = [self._params(one.max_tokens, ends_itself=ends_itself) for one in asked]
+        self._steps.forget(keeps_steps=True)
         outcome, outputs, began_s = self._run(prompts, params, wait)
         lengths = [
             (len(prompt["prompt_token_ids"]), one.max_tokens) for prompt, one in zip(prompts, asked, strict=True)
@@ -350,7 +352,6 @@ class Engine:
         if self._config.caches_prefixes:
             self._forget_prefixes()
         before = self._counters()
-        self._steps.forget()
         wait()
         start_s, began_s = time.monotonic(), time.time()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)

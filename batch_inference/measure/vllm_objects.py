@@ -91,7 +91,9 @@ class StepWatch:
         logger_manager.record = self.record
         self.forget()
 
-    def forget(self) -> None:
+    def forget(self, *, keeps_steps: bool = False) -> None:
+        """Before a run; a queue alone needs its steps, and nothing is added to those of a batch."""
+        self._keeps_steps = keeps_steps
         self._running, self._kv_use = 0, 0.0
         self._steps: list[Step] = []
 
@@ -115,7 +117,7 @@ class StepWatch:
             ended = len(iteration_stats.finished_requests) if iteration_stats else 0
             running = scheduler_stats.num_running_reqs + ended
             self._running = max(self._running, running)
-            if iteration_stats:
+            if self._keeps_steps and iteration_stats:
                 self._steps.append(
                     Step(
                         time.monotonic(),
