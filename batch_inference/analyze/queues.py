@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
 
 from batch_inference.core.forecast import JobLengths
-from batch_inference.core.metrics import summarise
+from batch_inference.core.metrics import Summary
 from batch_inference.core.queue_points import runs_of
 from batch_inference.core.queue_runs import Phases, QueueRun, phases_of
 from batch_inference.core.results import Job, Point, Result, Timeline, WorkloadKey
@@ -38,18 +38,19 @@ class QueuePoint:
         return self.requests >= self.job.requests
 
 
-def queue_points(result: Result) -> Iterator[QueuePoint]:
+def queue_points(result: Result, summaries: Sequence[Summary]) -> Iterator[QueuePoint]:
     """Those that are no reason for doubt but invalid ones, and whose job the file holds."""
     jobs = {(job.content_hash, job.output_lengths): job for job in result.jobs}
-    for point in result.points:
+    for point, summary in zip(result.points, summaries, strict=True):
         if point.workload is None or point.status != "ok" or point.verdict == "invalid":
             continue
         job = jobs.get((point.workload.content_hash, point.workload.output_lengths))
         if job and all(run.requests.arrival_s for run in point.runs):
-            yield _queue_point(result, point, point.workload, job)
+            yield _queue_point(result, point, job, summary)
 
 
-def _queue_point(result: Result, point: Point, workload: WorkloadKey, job: Job) -> QueuePoint:
+def _queue_point(result: Result, point: Point, job: Job, summary: Summary) -> QueuePoint:
+    assert point.workload is not None
     runs = runs_of(result, point)
     energies = [run.energy_j for run in point.runs if run.energy_j is not None]
     latency_s = fmean(run.latency_s for run in point.runs)
@@ -57,14 +58,14 @@ def _queue_point(result: Result, point: Point, workload: WorkloadKey, job: Job) 
     return QueuePoint(
         batch_size=point.batch_size,
         tokens_per_step=point.max_num_batched_tokens,
-        workload=workload,
+        workload=point.workload,
         job=job,
         verdict=str(point.verdict),
         replicas=result.data_parallel_size,
         runs=[replica for run in runs for replica in run],
         requests=len(point.runs[-1].requests.output_tokens),
         latency_s=latency_s,
-        summary=summarise(result, point),
+        summary=summary,
         power_w=fmean(energies) / latency_s if len(energies) == len(point.runs) else None,
         timelines=timelines,
         phases=[phases_of(replica) for replica in runs[-1]],

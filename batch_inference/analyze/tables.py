@@ -14,7 +14,7 @@ import msgspec
 import pandas as pd
 
 from batch_inference.analyze.queues import QueuePoint, queue_points
-from batch_inference.core.metrics import METRICS, run_latencies_s, summarise, tpots_s, ttfts_s
+from batch_inference.core.metrics import METRICS, Summary, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import EngineInfo, Point, Result
 from batch_inference.core.secrets import redact, redact_text, redact_value
@@ -87,6 +87,8 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
     load_s = result.engine.load_s.total_s if result.engine else None
     failure = result.failure.reason if result.failure else NO_REASON
     shared = _shared(result, result.engine)
+    # Computed again from the raw runs: what a file says of itself is not trusted.
+    summaries = [summarise(result, point) for point in result.points]
     return MeasuredSetting(
         path=path,
         file=(file := _cell(path.relative_to(top) if top else path.name)),
@@ -100,8 +102,12 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         failure=_cell(redact_text(failure)) if result.status == "failed" else None,
         shared=shared,
         # Lists of numbers go from process to process much faster than a dict for each point.
-        columns={**_identity(file, result), **_numbers(result, percent), **_of_earlier_engines(result, shared)},
-        queues=list(queue_points(result)),
+        columns={
+            **_identity(file, result),
+            **_numbers(result, summaries, percent),
+            **_of_earlier_engines(result, shared),
+        },
+        queues=list(queue_points(result, summaries)),
     )
 
 
@@ -129,9 +135,7 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
     }
 
 
-def _numbers(result: Result, percent: float) -> dict[str, list[Any]]:
-    """The metrics, computed again from the raw runs: what a file says of itself is not trusted."""
-    summaries = [summarise(result, point) for point in result.points]
+def _numbers(result: Result, summaries: Sequence[Summary], percent: float) -> dict[str, list[Any]]:
     columns = {metric.name: [summary[metric.name] for summary in summaries] for metric in METRICS}
     for prefix, durations_s in DURATIONS.items():
         name = percentile_column(prefix, percent)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from batch_inference.core.queue_points import Plateau, QueueSummary
 
 Better = Literal["higher", "lower"]
+Summary = dict[str, float | None]  # of every metric by its name
 
 
 class Measured:
