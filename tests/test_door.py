@@ -177,7 +177,7 @@ def test_a_flood_does_not_keep_a_node_out(server: socket.socket, monkeypatch: py
         lines: list[socket.socket] = []
         while not is_over.is_set():
             with contextlib.suppress(OSError):
-                lines.append(socket.create_connection(address))
+                lines.append(socket.create_connection(address, timeout=1))  # waits where none is let in now
                 calls += 1
             if len(lines) > 200:
                 lines.pop(0).close()
