@@ -922,6 +922,20 @@ def test_an_arrival_is_told_from_the_start_and_is_never_before_it() -> None:
     assert outcome.requests.arrival_s == [0.25, 0.0]
 
 
+def test_moments_of_a_queue_are_by_the_clock_of_the_engine() -> None:
+    """Two requests that the engine took into one step, heard of 0.3 s apart: by a process that was busy submitting."""
+    outputs = [output(prompt=5, tokens=3, ttft_s=0.4, decode_s=1.0) for _ in range(2)]
+    for one, arrival_s, delay_s in zip(outputs, (1000.0, 1000.1), (0.0, 0.3), strict=True):
+        one.metrics.arrival_time = arrival_s
+        one.metrics.first_token_latency = 1000.4 + delay_s - arrival_s
+    outcome = count_outputs(outputs, 0.0, 2.0)
+    add_queue(outcome, outputs, [(5, 3)] * 2, 1000.0, ends_itself=False)
+    requests = outcome.requests
+    for since_s, from_start_s in ((requests.queue_s, 0.1), (requests.ttft_s, 0.4), (requests.latency_s, 1.4)):
+        moments_s = [arrival_s + value for arrival_s, value in zip(requests.arrival_s, since_s, strict=True)]
+        assert moments_s == pytest.approx([from_start_s] * 2)
+
+
 def test_steps_are_put_together_in_intervals_of_half_a_second() -> None:
     steps = [
         Step(10.1, 50, 0, 4, 7), Step(10.4, 0, 4, 4, 6), Step(10.5, 0, 4, 3, 6), Step(10.9, 20, 3, 2, 5),

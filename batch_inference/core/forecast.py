@@ -56,6 +56,8 @@ _T_95 = t_quantile_95(_FEWEST_STRETCHES - 1)
 _ALIKE, _ENOUGH_ALIKE, _UNSEEN = 0.4, 0.2, 0.15
 # Half width: few requests run in a drain, so a step more or less, or the size of a graph, makes a difference.
 _DRAIN = 0.06
+# Of steps that read prompts a simulation has so many times those that were seen, as a logarithm.
+_OTHER_READING = 0.4
 # A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
 _FACTOR = 2.0
 _MOST_BEYOND = 0.02
@@ -120,14 +122,17 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
     runs = [replace(run, batch_size=places_taken(run)) for run in runs]
     seen = [seen_work(run) for run in runs]
     work, seconds = np.concatenate([one.work for one in seen]), np.concatenate([one.seconds for one in seen])
-    columns = columns_worth_it(work, seconds)
-    costs = fit_costs(work, seconds, columns)
     lag = _median([lag_of(run, one) for run, one in zip(runs, seen, strict=True)])
     queues = [
         simulate_work(run.prompt_tokens, run.output_tokens, run.batch_size, run.max_num_batched_tokens, lag)
         for run in runs
     ]
     planned = np.array([queue.work.sum(axis=0) for queue in queues])
+    columns = columns_worth_it(work, seconds)
+    if abs(math.log(planned[:, READING].sum() / work[:, READING].sum())) > _OTHER_READING:
+        # Which steps read prompts was not seen, as where moments are blurred: their cost would be an accident.
+        columns = tuple(column for column in columns if column != READING)
+    costs = fit_costs(work, seconds, columns)
     took = np.array([run.end_s for run in runs])
     groups, method = _groups(runs, [one.ends_s for one in seen])
     without = groups != np.arange(groups.max() + 1)[:, None]

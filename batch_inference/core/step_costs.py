@@ -33,6 +33,7 @@ _FEWEST_STEPS, _USUAL_STEPS = 4, 10
 _ROWS_OF_A_PHASE, _MOST_ROWS = 12, 100
 _FEWEST_ROWS = 12  # below which no cost is tried that may not be worth it
 _LONGEST_LAG = 2
+_LEAST_OF_USUAL = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +251,10 @@ def columns_worth_it(work: Floats, seconds: Floats) -> Columns:
 
 
 def _weighed(work: Floats, seconds: Floats, power: float) -> tuple[Floats, Floats]:
-    weights = np.maximum(seconds, 1e-9) ** (-power / 2)
+    # A stretch whose end was seen late or early, not one that was short by nature, has next to no seconds: what steps
+    # usually take is their least.
+    usual_s = work[:, STEPS] * (seconds.sum() / max(float(work[:, STEPS].sum()), 1e-9))
+    weights = np.maximum(seconds, _LEAST_OF_USUAL * usual_s) ** (-power / 2)
     return work * weights[:, None], seconds * weights
 
 

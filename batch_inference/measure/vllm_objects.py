@@ -210,10 +210,21 @@ def timeline_of(steps: Sequence[Step], start_s: float) -> Timeline:
 def add_queue(
     outcome: Outcome, outputs: Sequence[Any], asked: Sequence[tuple[int, int]], began_s: float, *, ends_itself: bool
 ) -> None:
-    """The lengths and the arrival of each request of a queue, and whether they are as `asked`: prompt and output tokens
-    of each. `began_s`: by the wall clock, as vLLM's arrivals. `ends_itself`: the model may end an output before."""
+    """The lengths and times of each request of a queue, and whether they are as `asked`: prompt and output tokens of
+    each. `began_s`: by the wall clock, as vLLM's arrivals. `ends_itself`: the model may end an output before.
+
+    The process that submits thousands of requests hears of first tokens late, of each by another delay. So the times
+    are the engine's own, by one clock: moved so far that no token was heard before it was made.
+    """
     requests = outcome.requests
     requests.arrival_s = [max(0.0, output.metrics.arrival_time - began_s) for output in outputs]
+    stats = [output.metrics for output in outputs]
+    heard_s = [since + ttft_s for since, ttft_s in zip(requests.arrival_s, requests.ttft_s, strict=True)]
+    ahead_s = min((heard - one.first_token_ts for heard, one in zip(heard_s, stats, strict=True)), default=0.0)
+    waits_s = [ahead_s - arrival_s for arrival_s in requests.arrival_s]
+    requests.queue_s = [max(0.0, one.scheduled_ts + wait_s) for one, wait_s in zip(stats, waits_s, strict=True)]
+    requests.ttft_s = [one.first_token_ts + wait_s for one, wait_s in zip(stats, waits_s, strict=True)]
+    requests.latency_s = [one.last_token_ts + wait_s for one, wait_s in zip(stats, waits_s, strict=True)]
     requests.prompt_tokens = [len(output.prompt_token_ids) for output in outputs]
     came = zip(requests.prompt_tokens, requests.output_tokens, strict=True)
     outcome.miscounted = sum(
