@@ -41,12 +41,12 @@ def metric_text(row: Mapping[Hashable, Any], metric: str, unit: str = "") -> str
 
 
 def with_interval(value: float, half: float | None, decimals: int = 9) -> str:
-    """Digits as far as the interval allows, at most so many decimals: two of it, and the value as far as those. The
-    interval is rounded up."""
+    """Digits as far as the interval allows, at most so many decimals: two of it, and the value as far as those, but of
+    the value two at least. The interval is rounded up."""
     if not half or value == 0:
         return short(value)
-    four_digits = 3 - math.floor(math.log10(abs(value)))
-    decimals = min(decimals, 1 - math.floor(math.log10(half)), four_digits + 1)
+    first_digit = -math.floor(math.log10(abs(value)))
+    decimals = min(decimals, max(1 - math.floor(math.log10(half)), first_digit + 1), first_digit + 4)
     rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
     shown = max(0, decimals)
     return f"{round(value, decimals):.{shown}f} ±{rounded_up:.{shown}f}"
