@@ -16,6 +16,7 @@ shopt -s inherit_errexit
 #   flags --max-tokens 32   flags for all of its settings
 #   demo                    one node; replaces what is in its own folder; ends with the analysis
 #   made_by NAME            settings made by Python: MADE_BY in batch_inference/launch/presets.py
+#   search                  settings and batch sizes are searched: batch_inference/launch/best.py
 #
 # $prefix stands before names of our own files; it is empty where the user is in the checkout.
 
@@ -26,12 +27,7 @@ preset_tensor-parallel() { for n in 1 2 4 8; do setting "TP=$n"; done; }
 preset_pipeline-parallel() { for n in 1 2 4; do setting "PP=$n"; done; }
 
 # TP2_PP2, TP4_PP2, TP2_PP4, TP4_PP4
-preset_mixed-parallel() {
-  setting TP=2 PP=2
-  setting TP=4 PP=2
-  setting TP=2 PP=4
-  setting TP=4 PP=4
-}
+preset_mixed-parallel() { for pp in 2 4; do for tp in 2 4; do setting "TP=$tp" "PP=$pp"; done; done; }
 
 # DP=1, 2, 4
 preset_data-parallel() { for n in 1 2 4; do setting "DP=$n"; done; }
@@ -66,6 +62,9 @@ preset_expert-parallel() {
 # one setting: TP=x PP=y DP=z, any of them; experts
 preset_custom() { made_by custom; }
 
+# searches the best setting of all devices
+preset_best() { search; }
+
 # a first try: a tiny model at TP=1, 2, analysed
 preset_quickstart() {
   demo
@@ -81,6 +80,7 @@ setting() { line setting "$@"; }
 flags() { line flags "$@"; }
 demo() { line demo; }
 made_by() { line made_by "$1"; }
+search() { line search; }
 
 # A line of the table: its words, a unit separator after each, and a record separator at the end.
 line() {

@@ -261,7 +261,8 @@ MEASURED = {
 ASKED = {
     "batch_sizes": (2,), "seq_lens": (8,), "max_tokens": 9, "num_runs": 5, "target_ci": 0.1, "max_runs": 20,
     "warmup_runs": 2, "prompts_file": "w.jsonl", "output_lengths": 7, "sample": 9, "order": "shuffled",
-    "skip_bad_lines": True,
+    "skip_bad_lines": True, "goal": "latency", "to_beat": (1.0,), "max_latency_s": 1.0, "max_ttft_s": 1.0,
+    "max_tpot_s": 1.0,
 }  # fmt: skip
 OTHERS = {
     "node_rank": 1, "master_addr": "a", "master_port": 1, "output_dir": "x", "output_file": "x.json", "name": "x",
@@ -527,7 +528,7 @@ def test_the_defaults_are_these() -> None:
         "seq_lens": (512, 1024, 2048), "max_tokens": 128, "dtype": "auto", "gpu_memory_utilization": 0.8,
         "temperature": 0.8, "top_p": 0.95, "target_ci": 0.02, "max_runs": 10, "warmup_runs": 1,
         "output_dir": "experiment_results", "startup_timeout": 1800, "point_timeout": 900, "engine_args": (),
-        "output_lengths": "file", "order": "given",
+        "output_lengths": "file", "order": "given", "goal": "throughput",
     }  # fmt: skip
 
 
@@ -544,7 +545,8 @@ def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pyte
         "--max-num-seqs": "not given", "--max-num-batched-tokens": "not given", "--gpu-memory-utilization": "0.8",
         "--temperature": "0.8", "--top-p": "0.95", "--num-runs": "4", "--target-ci": "0.02", "--max-runs": "10",
         "--warmup-runs": "1", "--seed": "0", "--enforce-eager": "False", "--trust-remote-code": "False",
-        "--output-lengths": "file", "--sample": "not given", "--order": "given",
+        "--output-lengths": "file", "--sample": "not given", "--goal": "throughput", "--to-beat": "not given", "--max-latency-s": "not given",
+        "--max-ttft-s": "not given", "--max-tpot-s": "not given", "--order": "given",
         "--prompts-file": "not given", "--skip-bad-lines": "False", "vLLM's flags": "--a-b c_d -q b",
     }  # fmt: skip
     # A folder is the same one by any name; a hub name is no folder.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
@@ -61,7 +62,7 @@ def test_every_line_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     failed = Point(8192, 131072, 32, "oom", reason="torch.OutOfMemoryError: " + "CUDA out of memory. " * 9)
     make_result(points=[large, failed])
     console = Console()
-    measure(console, [large] * 99)
+    measure(console, [replace(large, batch_size=size) for size in range(4096 - 98, 4097)])
     console.repeating(large)
     console.point_done(failed)
     printed = capsys.readouterr().err

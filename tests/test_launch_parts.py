@@ -45,7 +45,9 @@ STUDY, DEMO = Preset("study", "a comment", flags=["--max-tokens", "8"]), Preset(
 
 DEFAULTS = {
     "model": "meta-llama/Llama-2-7b-chat-hf", "batch_sizes": (1, 4, 8, 16), "seq_lens": (512, 1024, 2048),
-    "prompts_file": None, "job": False, "output_dir": None, "resume": False, "overwrite": False, "pack": False,
+    "prompts_file": None, "goal": "throughput", "max_latency_s": None, "max_ttft_s": None, "max_tpot_s": None,
+    "budget_device_minutes": None, "device_hour_price": None, "job": False,
+    "output_dir": None, "resume": False, "overwrite": False, "pack": False,
     "dry_run": False, "json": False,
     "devices": None, "device_memory_gib": None, "master_addr": None, "master_port": 29500, "nnodes": None,
     "node_rank": None, "wait_for_nodes_s": 600.0, "settle_s": 15.0, "meeting_secret": None, "help": False,
@@ -169,8 +171,9 @@ def test_the_help_of_every_option_and_preset_is_as_it_is_shown() -> None:
         "layers) is skipped. PYTHON=/path/to/python chooses the Python that has vLLM.",
     ]  # fmt: skip
     assert [line[:24].rstrip() for line in shown if line[2] != " "] == [
-        "  --model MODEL", "  --batch-sizes N,N,..", "  --seq-lens N,N,..", "  --prompts-file FILE", "  --job",
-        "  --output-dir DIR", "  --resume",
+        "  --model MODEL", "  --batch-sizes N,N,..", "  --seq-lens N,N,..", "  --prompts-file FILE",
+        "  --goal GOAL", "  --max-latency-s S", "  --max-ttft-s S", "  --max-tpot-s S", "  --budget-device-minute",
+        "  --device-hour-price PR", "  --job", "  --output-dir DIR", "  --resume",
         "  --overwrite", "  --pack", "  --dry-run", "  --json", "  --devices N", "  --device-memory-gib X",
         "  --master-addr HOST", "  --master-port PORT", "  --nnodes N", "  --node-rank N", "  --wait-for-nodes-s S",
         "  --settle-s S", "  --meeting-secret WORD", "  -h, --help",
@@ -178,7 +181,7 @@ def test_the_help_of_every_option_and_preset_is_as_it_is_shown() -> None:
     text = " ".join(" ".join(shown).split())
     defaults = [part.partition(")")[0] for part in text.split("(default: ")[1:]]
     assert defaults == [
-        "meta-llama/Llama-2-7b-chat-hf", "1,4,8,16", "512,1024,2048", "experiment_results", "29500",
+        "meta-llama/Llama-2-7b-chat-hf", "1,4,8,16", "512,1024,2048", "throughput", "experiment_results", "29500",
         "as few of those that come as hold it",
         "SLURM_NODEID; else 0 where HOST is an address of this machine, and the others as they come", "600", "15",
     ]  # fmt: skip
@@ -816,7 +819,12 @@ def test_how_to_analyse_is_a_line_to_be_pasted(capsys: pytest.CaptureFixture[str
 
 def test_the_help_of_an_option_begins_in_one_column() -> None:
     lines = options_help()
-    assert all(line[23:24] in (" ", "D") and line[24] != " " for line in lines if "--meeting-secret" not in line)
+    usual = [
+        line
+        for line in lines
+        if line.split()[0] not in ("--meeting-secret", "--budget-device-minutes", "--device-hour-price")
+    ]
+    assert all(line[23:24] in (" ", "D") and line[24] != " " for line in usual)
     assert "  --pack                run settings side by side where devices are free; their" in lines
 
 

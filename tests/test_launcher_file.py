@@ -381,6 +381,7 @@ def test_the_presets_of_the_file_are_these() -> None:
             [["TP=N"], ["TP=N", "experts"], ["DP=N", "experts"], ["TP=2", "DP=N/2", "experts"]],
         ),
         ("custom", "one setting: TP=x PP=y DP=z, any of them; experts", []),
+        ("best", "searches the best setting of all devices", []),
         ("quickstart", "a first try: a tiny model at TP=1, 2, analysed", [["TP=1"], ["TP=2"]]),
     ]
     special = [(one.name, one.made_by, one.is_demo, one.flags) for one in presets.values() if one.flags or one.made_by]

@@ -41,6 +41,7 @@ from batch_inference.analyze.plot_style import (
     value_axis,
 )
 from batch_inference.analyze.plot_timeline import PLATEAU, timeline
+from batch_inference.core.text import on_each
 
 _TIMELINE = "Throughput over time"
 _COST = "Cost of the job against its time"
@@ -231,7 +232,7 @@ def job_throughput(points: pd.DataFrame) -> Figure:
     values = points[[PLATEAU, "whole"]].astype(float)
     highest = (values[PLATEAU] + points["_half"].fillna(0)).max()
     _upright_axis(figure.axes[0], values.min().min(), values.max().max() if pd.isna(highest) else highest)
-    each = " on each replica" if (points["replicas"] > 1).any() else ""
+    each = on_each(int(points["replicas"].max()))
     label_outside(figure.axes, f"Requests at once{each}", axis_label("output_tok_per_s"))
     return figure
 

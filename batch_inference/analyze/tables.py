@@ -43,6 +43,7 @@ _LONGEST_CELL = 32_000
 # How a file is written is no setting, and a point has its own batch_size and seq_len.
 _NOT_IN_ROWS = {
     "output_dir", "output_file", "overwrite", "resume", "verbose", "dry_run", "devices", "batch_sizes", "seq_lens",
+    "goal", "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s",
     "prompts_file", "output_lengths", "sample", "order", "skip_bad_lines", "workload_longest", "workload_hash",
 }  # fmt: skip
 

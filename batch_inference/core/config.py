@@ -13,8 +13,10 @@ from batch_inference.core.errors import CleanError
 from batch_inference.core.secrets import redact, redact_value
 from batch_inference.core.values import (
     FROM_FILE,
+    GOALS,
     ORDERS,
     OWN_END,
+    Doublings,
     batch_sizes,
     device_count,
     fraction,
@@ -23,6 +25,7 @@ from batch_inference.core.values import (
     interval,
     name_text,
     node_number,
+    numbers,
     output_lengths,
     path_text,
     port,
@@ -87,10 +90,23 @@ class ExperimentConfig:
     master_port: int = _flag(29500, "port of node 0; the next one must be free too", port, measured=False)
     batch_sizes: tuple[int, ...] = _flag(
         (1, 4, 8, 16),
-        "requests handed to each replica at once; of a workload, that run at once",
+        "requests handed to each replica at once; of a workload, that run at once; auto: the best is searched",
         batch_sizes,
         measured=False,
     )
+    goal: str = _flag(GOALS[0], "of --batch-sizes auto: what is best", choices=GOALS, measured=False)
+    to_beat: tuple[float, ...] | None = _flag(
+        None,
+        "the same: tok/s, or batches/s, for each prompt length: a best size below it gets no more runs",
+        numbers,
+        measured=False,
+        metavar="X,X,..",
+    )
+    max_latency_s: float | None = _flag(
+        None, "of --batch-sizes auto: the most that the p99 of a request's latency may be", seconds, measured=False
+    )
+    max_ttft_s: float | None = _flag(None, "the same of its time to first token", seconds, measured=False)
+    max_tpot_s: float | None = _flag(None, "the same of its time per output token", seconds, measured=False)
     seq_lens: tuple[int, ...] = _flag((512, 1024, 2048), "prompt lengths in tokens", prompt_lengths, measured=False)
     max_tokens: int = _flag(128, "output tokens of each request, exact", token_count, measured=False)
     prompts_file: str | None = _flag(
@@ -239,6 +255,16 @@ class ExperimentConfig:
         return self.lengths if self.prompts_file else tuple(length + self.max_tokens for length in self.seq_lens)
 
     @property
+    def searches(self) -> bool:
+        """Whether the best of the batch sizes is searched, and not all are measured."""
+        return isinstance(self.batch_sizes, Doublings)
+
+    @property
+    def least_batch(self) -> int:
+        """What a plan must hold: of a search the smallest size, since it ends where memory does."""
+        return min(self.batch_sizes) if self.searches else max(self.batch_sizes)
+
+    @property
     def budgets(self) -> tuple[int | None, ...]:
         """Tokens per engine step, where they are an axis of the sweep; else None, and the engine has its own."""
         return self.max_num_batched_tokens if isinstance(self.max_num_batched_tokens, tuple) else (None,)
@@ -353,7 +379,8 @@ class ExperimentConfig:
         """Equal where two processes are about to measure the same: settings and grid, by flag."""
         names = (
             "model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs",
-            "output_lengths", "sample", "order", "skip_bad_lines", "max_num_batched_tokens",
+            "output_lengths", "sample", "order", "skip_bad_lines", "max_num_batched_tokens", "goal", "to_beat",
+            "max_latency_s", "max_ttft_s", "max_tpot_s",
         )  # fmt: skip
         # A model may lie elsewhere on another node, where it has the same name; so may a workload, of which node 0
         # sends what is run.

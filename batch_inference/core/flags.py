@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from batch_inference.core.config import MIN_RUNS, PREFIX_FLAG, ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.config import MIN_RUNS, PREFIX_FLAG, ConfigError, ExperimentConfig, as_compared, flag_of
 from batch_inference.core.parser import Parser
 from batch_inference.core.secrets import dashed_secret, left_placeholder
 from batch_inference.core.text import has_control, quoted
-from batch_inference.core.values import AUTO_LENGTH, LONGEST_NAME_BYTES, OWN_END, one_of, without_value
+from batch_inference.core.values import AUTO, AUTO_LENGTH, LONGEST_NAME_BYTES, OWN_END, one_of, without_value
 
 # Beside a result file lie its lock, its journal, its logs and what is not whole yet, named after it.
 _LONGEST_FILE_NAME_BYTES = LONGEST_NAME_BYTES - 35
@@ -130,7 +130,7 @@ def _drop_repeats(values: dict[str, Any]) -> list[str]:
         unique = tuple(dict.fromkeys(values[name]))
         if len(unique) < len(values[name]):
             notes.append(f"{flag_of(name)}: repeats dropped, {','.join(map(str, unique))} is measured")
-        values[name] = unique
+            values[name] = unique
     if isinstance(budgets := values["max_num_batched_tokens"], tuple) and len(budgets) == 1:
         values["max_num_batched_tokens"] = budgets[0]
     return notes
@@ -206,6 +206,7 @@ def unknown_flag_message(flag: str, vllm_flags: Sequence[str]) -> str:
 def _check_together(config: ExperimentConfig) -> None:
     if config.overwrite and config.resume:
         raise ConfigError("--overwrite and --resume exclude each other; give one of them")
+    _check_search(config)
     _check_workload(config)
     if config.prompts_file is None:
         check_longest(config)
@@ -215,6 +216,14 @@ def _check_together(config: ExperimentConfig) -> None:
     _check_runs(config)
     _check_backend(config)
     _check_nodes(config)
+
+
+def _check_search(config: ExperimentConfig) -> None:
+    for name in () if config.searches else ("goal", "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s"):
+        if (value := getattr(config, name)) != getattr(ExperimentConfig, name):
+            raise ConfigError(
+                f"{flag_of(name)} {as_compared(value)}: it is for --batch-sizes {AUTO}; give that too, or drop it"
+            )
 
 
 def check_longest(config: ExperimentConfig) -> None:

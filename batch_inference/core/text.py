@@ -39,6 +39,11 @@ def with_budget(name: str, tokens_per_step: object) -> str:
     return f"{name}, {tokens_per_step} tokens per step"
 
 
+def on_each(replicas: int) -> str:
+    """What follows a batch size, which is that of one replica."""
+    return " on each replica" if replicas > 1 else ""
+
+
 def counted(number: int, noun: str) -> str:
     """1 point, 2 points"""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -24,6 +24,8 @@ LONGEST_NAME_BYTES = 255
 # Of --output-lengths and --order.
 FROM_FILE, OWN_END = "file", "eos"
 ORDERS = ("given", "shuffled", "longest-first", "shortest-first")
+# Of --goal.
+THROUGHPUT, PER_DEVICE, LATENCY_GOAL, COST = GOALS = ("throughput", "per-device", "latency", "cost")
 
 
 _MOST_DIGITS = 40
@@ -82,7 +84,19 @@ def list_of(parse_one: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]
     return parse
 
 
-batch_sizes = list_of(request_count)
+class Doublings(tuple[int, ...]):
+    """`--batch-sizes auto`: the sizes among which the best is searched, in rising order."""
+
+
+AUTO = "auto"
+AUTO_SIZES = Doublings(2**power for power in range(11))
+_batch_sizes = list_of(request_count)
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    return AUTO_SIZES if text == AUTO else _batch_sizes(text)
+
+
 prompt_lengths = list_of(token_count)
 
 
@@ -158,6 +172,15 @@ def _above_0(high: float) -> Callable[[str], float]:
 
 
 seconds = _above_0(MOST_SECONDS)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Separated by commas; none is below 0."""
+    return tuple(
+        _number_in(0, 1e12, "numbers of at least 0 are needed", low_is_allowed=True)(one) for one in text.split(",")
+    )
+
+
 gib = _above_0(MOST_GIB)
 fraction = _above_0(1)
 interval = _number_in(0, 1, "a fraction above 0 and up to 1 is needed, like 0.02 for ±2 %")

@@ -20,6 +20,7 @@ from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from batch_inference.core.secrets import remember
 from batch_inference.core.streams import say, say_notes, secure_streams, show
+from batch_inference.launch.best import Best, as_search, check_search, report, settings_to_search
 from batch_inference.launch.console import Outcomes, say_how_to_analyse, say_outcomes
 from batch_inference.launch.jobs import ANALYSIS, Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
 from batch_inference.launch.options import Options, parse_options
@@ -34,6 +35,7 @@ from batch_inference.measure.hub import fetch_models
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.measure.vllm_version import check_vllm_version
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices
+from batch_inference.plan.model import facts_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def work(preset: Preset, options: Options, here: Here, argv: Sequence[str], processes: Processes) -> int:
-    devices = devices_elsewhere(options.devices) if options.devices else find_devices()
+    devices = devices_elsewhere(options.devices) if options.devices and options.dry_run else find_devices()
+    if preset.is_search and options.devices and options.devices < len(devices):
+        devices = devices.slice_for(0, options.devices)
     nodes = alike(len(devices), options.nnodes if options.is_over_nodes else 1)
     jobs, left_out = plan_jobs(preset, options, here, devices, nodes)
     check_vllm_flags((word for one in jobs for word in one.config.engine_args), say)
@@ -76,6 +80,8 @@ def work(preset: Preset, options: Options, here: Here, argv: Sequence[str], proc
     fetch_models(to_be_fetched(jobs), say)
     if options.is_over_nodes:
         return work_over_nodes(preset, options, here, devices, processes)
+    if preset.is_search:
+        return find_best(Best(preset, options, here, devices, processes), jobs)
     say_notes([*left_out, *uncompared(jobs)])
     return close(run_jobs(jobs, options, devices, processes), preset, options, here, processes)
 
@@ -112,6 +118,8 @@ def plan_jobs(
     preset: Preset, options: Options, here: Here, devices: Devices, nodes: NodeDevices
 ) -> tuple[list[PlannedJob], list[str]]:
     """The settings, and a line for each that is left out or may become another. Raises ConfigError."""
+    if preset.is_search:
+        return plan_search(preset, options, here, devices), []
     settings, left_out = settings_of(preset, options, nodes.total, nodes.spread)
     if not nodes.are_all and has_n(preset, options):
         left_out.append(
@@ -122,6 +130,28 @@ def plan_jobs(
     if options.is_over_nodes:
         jobs = [replace(one, reason=nodes.obstacle(one.job.setting) or one.reason) for one in jobs]
     return jobs, left_out
+
+
+def plan_search(preset: Preset, options: Options, here: Here, devices: Devices) -> list[PlannedJob]:
+    """All settings that may be loaded. Raises ConfigError."""
+    check_search(options, devices)
+    options = as_search(options)
+    one = job_of(Setting(1, 1, 1), 0, 0, preset, options, here)
+    facts = facts_of(one.config)
+    settings = settings_to_search(options, len(devices), has_experts=facts is not None and facts.is_moe)
+    return planned(jobs_of(settings, preset, options, here), devices, say)
+
+
+def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
+    """The exit code: 1 where nothing is found."""
+    if all(one.reason for one in jobs):
+        for one in jobs:
+            say(f"{one.job.name} skipped: {one.reason}")
+        return none_can_run(best.preset)
+    best.run(jobs)
+    say_how_to_analyse(best.here, folder_of(best.preset, best.options))
+    shown = show("\n".join(report(best)))
+    return shown if best.is_answered else 1
 
 
 def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Options, devices: Devices) -> int:
@@ -161,12 +191,16 @@ def check_packages(jobs: Sequence[PlannedJob], preset: Preset) -> None:
     check_vllm_version(say)  # its warning is for each setting to say
 
 
+def none_can_run(preset: Preset) -> int:
+    say(f"error: no setting of {preset.name} can run on this machine")
+    return 1
+
+
 def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, processes: Processes) -> int:
     """The closing report, and the exit code."""
     say_outcomes(outcomes)
     if outcomes.none_ran:
-        say(f"error: no setting of {preset.name} can run on this machine")
-        return 1
+        return none_can_run(preset)
     folder = folder_of(preset, options)
     if not preset.is_demo:
         if outcomes.done or is_anything_measured(Path(folder)):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
-from batch_inference.core.flags import PLAN_FLAGS, parse_flags, without_plan_flags
+from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.flags import PLAN_FLAGS, devices_without_plan, parse_flags, without_plan_flags
 from batch_inference.core.streams import say
 from batch_inference.launch.options import Options
 from batch_inference.launch.presets import Preset, Setting, without_lengths
@@ -53,6 +53,8 @@ def folder_of(preset: Preset, options: Options) -> str:
 
 def check_together(preset: Preset, options: Options) -> None:
     """Raises ConfigError for options that the preset does not allow, or needs."""
+    if not preset.is_search:
+        _check_no_search(preset, options)
     if options.job and not preset.is_demo:
         raise ConfigError(f"--job: it is for quickstart; with {preset.name} give --prompts-file FILE")
     if options.job and options.prompts_file:
@@ -66,6 +68,14 @@ def check_together(preset: Preset, options: Options) -> None:
         raise ConfigError(f"{given} was given, {preset.name} is for one node")
     if options.master_addr is None:
         raise ConfigError(f"{given} was given, --master-addr HOST is needed too")
+
+
+def _check_no_search(preset: Preset, options: Options) -> None:
+    if options.devices and not options.dry_run:
+        raise devices_without_plan(options.devices)
+    for name in ("budget_device_minutes", "device_hour_price"):
+        if (value := getattr(options, name)) is not None:
+            raise ConfigError(f"{flag_of(name)} {value:g}: it is for best, {preset.name} was given; leave it out")
 
 
 def nodes_in_words(options: Options) -> str:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from batch_inference.core.config import MEETING_SECRET, ConfigError, ExperimentConfig, flag_of
-from batch_inference.core.flags import devices_without_plan
-from batch_inference.core.text import quoted, wrapped
-from batch_inference.core.values import non_empty, path_text, seconds
+from batch_inference.core.text import listed, quoted, wrapped
+from batch_inference.core.values import GOALS, non_empty, one_of, path_text, seconds
 
 _FLAGS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
 _NEED_NODES = ("master_port", "node_rank", "wait_for_nodes_s", "settle_s", "meeting_secret")
@@ -49,6 +48,16 @@ class Options:
     batch_sizes: tuple[int, ...] = _flag("batch_sizes", "N,N,..")
     seq_lens: tuple[int, ...] = _flag("seq_lens", "N,N,..")
     prompts_file: str | None = _flag("prompts_file", "FILE")
+    goal: str = _option(
+        GOALS[0], f"of best, and of --batch-sizes auto: {listed(GOALS)}", "GOAL", one_of(GOALS), gives="--goal"
+    )
+    max_latency_s: float | None = _flag("max_latency_s", "S")
+    max_ttft_s: float | None = _flag("max_ttft_s", "S")
+    max_tpot_s: float | None = _flag("max_tpot_s", "S")
+    budget_device_minutes: float | None = _option(
+        None, "of best: it ends before it takes more, devices x minutes", "B", seconds
+    )
+    device_hour_price: float | None = _option(None, "of best: of one device, for --goal cost", "PRICE", seconds)
     job: bool = _option(False, "of quickstart: measure a small workload too, as a second part")
     output_dir: str | None = _option(
         None, f"folder of the result files (default: {_FLAGS['output_dir'].default})", "DIR", path_text
@@ -60,7 +69,12 @@ class Options:
     )
     dry_run: bool = _flag("dry_run", help_text="print the plan and the commands, and stop", is_passed_on=False)
     json: bool = _option(False, "with --dry-run: the plan as JSON, a list with an object for each setting")
-    devices: int | None = _flag("devices", "N", is_passed_on=False)
+    devices: int | None = _flag(
+        "devices",
+        "N",
+        help_text="of best: use so many; with --dry-run: plan for so many GPUs instead of this machine's devices",
+        is_passed_on=False,
+    )
     device_memory_gib: float | None = _flag("device_memory_gib", "X", is_passed_on=False)
     master_addr: str | None = _flag(
         "master_addr",
@@ -164,11 +178,9 @@ def _value_of(flag: str, text: str) -> Any:
 
 
 def _check_plan(given: dict[str, Any]) -> None:
-    """Raises ConfigError for what belongs to a plan, where none is asked for."""
+    """Raises ConfigError for what belongs to a plan, where none is asked for. --devices is also a word of a search."""
     if "dry_run" in given:
         return
-    if "devices" in given:
-        raise devices_without_plan(given["devices"])
     if "json" in given:
         raise ConfigError("--json: it is the form of a plan; add --dry-run")
 
@@ -197,6 +209,9 @@ def options_help() -> list[str]:
     lines = []
     for flag, field in _OPTIONS.items():
         heading = f"  -h, {flag}" if flag == "--help" else f"  {flag} {field.metadata['metavar'] or ''}"
+        if len(heading) >= _COLUMN:
+            lines.append(heading.rstrip())
+            heading = ""
         lines += wrapped(f"{heading:<{_COLUMN}}{field.metadata['help']}{_default_of(field)}", indent=_COLUMN)
     return lines
 

@@ -146,6 +146,7 @@ def uncompared(jobs: Iterable[PlannedJob]) -> list[str]:
     """The settings with replicas whose batches never add up to one that another setting on as many devices has. Over a
     workload all do the same job, however many requests run at once."""
     runnable = [one.job for one in jobs if one.reason is None and one.config.prompts_file is None]
+    runnable = [job for job in runnable if not job.config.searches]
     lines = []
     for job in runnable:
         config = job.config

@@ -65,6 +65,7 @@ class Preset:
     settings: list[list[str]] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
     made_by: str | None = None
+    is_search: bool = False
     is_demo: bool = False
     goes_on: bool = False  # in the files of a first part
 
@@ -111,8 +112,8 @@ def read_table(text: str) -> dict[str, Preset]:
                 preset.settings.append(words)
             case ["flags", *words]:
                 preset.flags += words
-            case ["demo"]:
-                preset.is_demo = True
+            case [("demo" | "search") as what]:
+                setattr(preset, f"is_{what}", True)
             case ["made_by", name]:
                 if name not in MADE_BY:
                     raise ConfigError(f"preset {preset.name}: 'made_by {name}': known are {listed(MADE_BY)}")

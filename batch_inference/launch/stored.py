@@ -103,6 +103,25 @@ def failure_since(config: ExperimentConfig, since_s: float) -> str | None:
     return None
 
 
+def result_of(config: ExperimentConfig) -> Result | None:
+    """What lies in the folder with the settings of `config`, the newest if there are several."""
+    from batch_inference.core.result_file import ResultFileError, load_result, read_heading
+
+    folder = folder_of(config)
+    with contextlib.suppress(OSError):
+        paths = [path for path in folder.glob("*.json") if not path.name.startswith(".")]
+        for path in sorted(paths, key=lambda one: one.stat().st_mtime, reverse=True):
+            heading = read_heading(path)
+            if (
+                heading
+                and heading.name == config.setting_name
+                and heading.config.same_settings() == config.same_settings()
+            ):
+                with contextlib.suppress(ResultFileError):
+                    return load_result(path)
+    return None
+
+
 def measured_by(config: ExperimentConfig) -> str | None:
     """Who is measuring this setting into this folder now; None where nobody does."""
     from batch_inference.measure.locks import holders_in, purpose_of

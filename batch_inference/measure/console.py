@@ -13,7 +13,7 @@ from typing import Any
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE
 from batch_inference.core.files import open_regular
-from batch_inference.core.results import EngineInfo, Point, Result, WorkloadKey
+from batch_inference.core.results import EngineInfo, Point, PointKey, Result, WorkloadKey
 from batch_inference.core.secrets import redact_text
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, plain, short, table, with_budget, wrapped
@@ -32,7 +32,8 @@ class Console:
         self._bar: Any = None
         self._log: LogFollower | None = None
         self._number = 0
-        self._total = 0
+        self._total: int | None = 0
+        self._told: set[PointKey] = set()
         self._expected_runs = 0
         self._loading_since_s = 0.0
 
@@ -59,15 +60,17 @@ class Console:
     def all_there(self, config: ExperimentConfig, kept: Sequence[Point]) -> None:
         self._wrapped(f"{config.setting_name}: {_kept_words(config, kept, len(kept))}: nothing is left to measure")
 
-    def start(self, config: ExperimentConfig, total: int, kept: Sequence[Point]) -> None:
+    def start(self, config: ExperimentConfig, total: int | None, kept: Sequence[Point]) -> None:
+        """`total`: None where it is searched which points are measured."""
         # Imported here: --help and --dry-run show no bar.
         from tqdm import tqdm
 
         done, fewest_runs = len(kept), config.fewest_runs
         if kept:
-            self._wrapped(f"  {_kept_words(config, kept, total)}")
+            self._wrapped(f"  {_kept_words(config, kept, total or done)}")
         self.note(_QUEUE_LEGEND if config.prompts_file else _BATCH_LEGEND)
         self._number, self._total, self._expected_runs = done, total, EXPECTED_WARMUPS + fewest_runs
+        self._told = {point.key for point in kept}
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -76,7 +79,9 @@ class Console:
             dynamic_ncols=True,
             disable=None,
             smoothing=0,
-            bar_format="{desc} |{bar}| {percentage:3.0f}% after {elapsed}, {remaining} left",
+            bar_format="{desc} |{bar}| {percentage:3.0f}% after {elapsed}, {remaining} left"
+            if total
+            else "{desc}, after {elapsed}",
         )
 
     def running(self, point: Point, phase: str, index: int) -> None:
@@ -93,8 +98,11 @@ class Console:
         self._wrapped(f"      {_shape(point)}: the engine is started again")
 
     def point_done(self, point: Point) -> None:
-        self._number += 1
-        self._wrapped(f"  [{self._number}/{self._total}] {_shape(point)}: {point_words(point)}")
+        # One that is gone on with is told again.
+        self._number += point.key not in self._told
+        self._told.add(point.key)
+        number = f"{self._number}/{self._total}" if self._total else str(self._number)
+        self._wrapped(f"  [{number}] {_shape(point)}: {point_words(point)}")
         advice = [f"{point.failure}: {ADVICE[point.failure]}"] if point.failure else []
         for line in [*point.verdict_reasons, *advice]:
             self._wrapped(f"      {line}")

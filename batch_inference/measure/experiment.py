@@ -27,6 +27,7 @@ from batch_inference.core.results import (
 )
 from batch_inference.core.values import OWN_END
 from batch_inference.core.verdict import is_settled, judge
+from batch_inference.measure.climbing import Climbing, InTurn
 from batch_inference.measure.combine import as_warmup, combine
 from batch_inference.measure.console import Console, key_words
 from batch_inference.measure.engine_process import ReplicaError
@@ -37,7 +38,7 @@ from batch_inference.measure.messages import Prepare, Queue
 from batch_inference.measure.nodes import Nodes
 from batch_inference.measure.peaks import datasheet_peaks
 from batch_inference.measure.replicas import Replicas, joined_readings
-from batch_inference.measure.resume import has_runs_enough, is_enough, keep_job, set_aside_engine
+from batch_inference.measure.resume import has_runs_enough, is_enough, is_warm, keep_job, set_aside_engine
 
 MAX_WARMUPS = 5
 # Requests of a queue's warm-up, for each that runs at once.
@@ -71,10 +72,8 @@ class Experiment:
         self._engine_is_lost = False  # and has nothing to end in order
         self._file = GrowingFile(config.output_path, result)
         self._lost: list[Point] = []  # points that failed in this sweep
-        self._done = {
-            point.key for point in result.points if is_enough(point, config, self._requests(point.batch_size))
-        }
         self.result = result
+        self._order = self._begin()
         if job:
             keep_job(result, job.described())
 
@@ -89,7 +88,7 @@ class Experiment:
                 self._save()
             else:
                 # The other ranks of a torchrun job still wait for a word: `close` says it.
-                self._console.all_there(self._config, self._kept())
+                self._console.all_there(self._config, self._kept)
                 self.result.status = "complete"
                 self._forget_runs()
         except (KeyboardInterrupt, SystemExit):
@@ -113,7 +112,7 @@ class Experiment:
     @property
     def is_open(self) -> bool:
         """Whether anything is left to measure."""
-        return bool(self._open_points())
+        return self._order.next_point() is not None
 
     @property
     def is_whole(self) -> bool:
@@ -138,13 +137,16 @@ class Experiment:
         except ReplicaError as error:
             self._fail(error)
 
-    def _open_points(self) -> list[PointKey]:
-        return [key for key in self._grid() if key not in self._done]
-
-    def _kept(self) -> list[Point]:
-        """Points of the grid that an earlier sweep has measured well enough."""
-        grid = set(self._grid())
-        return [point for point in self.result.points if point.key in grid & self._done]
+    def _begin(self) -> InTurn | Climbing:
+        """What is to be measured, and beside it what an earlier sweep has measured well enough."""
+        config, points, grid = self._config, self.result.points, self._grid()
+        if config.searches:
+            climbing = Climbing(config, grid, [point for point in points if is_warm(point, config)])
+            self._kept = climbing.kept
+            return climbing
+        done = {point.key for point in points if is_enough(point, config, self._requests(point.batch_size))}
+        self._kept = [point for point in points if point.key in set(grid) & done]
+        return InTurn([key for key in grid if key not in done])
 
     def _grid(self) -> list[PointKey]:
         workload = workload_key(self._config) if self._job else None
@@ -173,17 +175,16 @@ class Experiment:
         self._console.loaded(self.result.engine)
 
     def _measure_grid(self, replicas: Replicas) -> None:
-        open_points = self._open_points()
-        self._console.start(self._config, len(self._grid()), self._kept())
+        self._console.start(self._config, None if self._config.searches else len(self._grid()), self._kept)
         losses: list[Point] = []  # engines lost one after the other
-        for number, key in enumerate(open_points):
-            point = _point(key, "ok", self._implied_by(key))
+        while (planned := self._order.next_point()) is not None:
+            point = planned.so_far or _point(planned.key, "ok", self._implied_by(planned.key))
             if point.reason:
                 point.status = "skipped"
                 self._add(point)
                 continue
             try:
-                self._measure(point, replicas)
+                self._measure(point, replicas, planned.runs)
                 losses = []
             except ReplicaError as error:
                 self._lose(point, error)
@@ -192,13 +193,17 @@ class Experiment:
             self._engine_is_lost = bool(losses)
             if not losses:
                 continue
-            rest = open_points[number + 1 :]
-            needed = any(self._implied_by(key) is None for key in rest)
-            if needed and (reason := self._recover(replicas, losses)):
-                for key in rest:
+            if self._is_engine_needed() and (reason := self._recover(replicas, losses)):
+                for key in self._order.rest:
                     self._keep(_point(key, "skipped", reason))
                 return
         self.result.status = "complete"
+
+    def _is_engine_needed(self) -> bool:
+        """Whether anything is left that has not failed already, by what another has shown."""
+        if self._order.rest:
+            return any(self._implied_by(key) is None for key in self._order.rest)
+        return self._order.next_point() is not None
 
     def _implied_by(self, key: PointKey) -> str | None:
         """A smaller batch of the same length that lost its engine: a larger one needs more of everything."""
@@ -249,6 +254,7 @@ class Experiment:
             point.plateau_interval_by = interval_method(self.result, point)
         if point.status == "ok":
             point.verdict_reasons, point.verdict = judge(self.result, point)
+        self._order.told(point)
         self._keep(point)
         self._console.point_done(point)
 
@@ -261,12 +267,13 @@ class Experiment:
         self._file.add(point)
         self.result.points = [one for one in self.result.points if one.key != point.key] + [_light(point)]
 
-    def _measure(self, point: Point, replicas: Replicas) -> None:
+    def _measure(self, point: Point, replicas: Replicas, runs: int | None) -> None:
+        """`runs`: how many are enough; None for as many as are asked."""
         if self._job:
             point.sample = self._job.sample(point.batch_size)
         self._warm_up(point, replicas)
         repeated = 0
-        while not has_runs_enough(point, self._config, self._requests(point.batch_size)):
+        while not self._has_enough(point, runs):
             run = self._run(point, replicas, "run", len(point.runs) + repeated)
             # Whether a run counts is decided by what vLLM says of it, never by how long it took: a run that is slow
             # for no known reason stays.
@@ -277,6 +284,11 @@ class Experiment:
                 self._warm_up(point, replicas)
             else:
                 point.runs.append(run)
+
+    def _has_enough(self, point: Point, runs: int | None) -> bool:
+        if runs is not None:
+            return len(point.runs) >= runs
+        return has_runs_enough(point, self._config, self._requests(point.batch_size))
 
     def _warm_up(self, point: Point, replicas: Replicas) -> None:
         """Until steady; a run that compiled a kernel is the first of a new series. A queue is warm after one short run:

@@ -28,8 +28,12 @@ def starting_result(config: ExperimentConfig, environment: Environment) -> Resul
 
 def is_enough(point: Point, config: ExperimentConfig, requests: int | None = None) -> bool:
     """Whether a point that was measured before needs nothing more of what is asked now; `requests`: of a queue."""
-    warm = len(point.warmups) >= config.warmup_runs
-    return warm and has_runs_enough(point, config, requests) and (config.packed or not was_packed(point))
+    return is_warm(point, config) and has_runs_enough(point, config, requests)
+
+
+def is_warm(point: Point, config: ExperimentConfig) -> bool:
+    """Whether its runs count, however few they are."""
+    return len(point.warmups) >= config.warmup_runs and (config.packed or not was_packed(point))
 
 
 def has_runs_enough(point: Point, config: ExperimentConfig, requests: int | None = None) -> bool:

@@ -64,7 +64,7 @@ def _by_vllm(config: ExperimentConfig, said: Said) -> Needs:
         source=said.by,
         unknown=(f"KV cache unknown: {said.unknown}",) if said.unknown else (),
         max_model_len=said.longest,
-        kv_gib=said.kv_gib[largest] * max(config.batch_sizes) if said.kv_gib else None,
+        kv_gib=said.kv_gib[largest] * config.least_batch if said.kv_gib else None,
         pool_gib=said.pool_gib,
         activations_counted=None if asked_gib(config) is not None or (said.pool_gib or 0) <= 0 else False,
     )
@@ -83,7 +83,7 @@ def _by_formula(
         ),
         source=memory.source,
         unknown=((f"not by {said.by}: {said.unknown}",) if said else ()) + memory.unknown,
-        kv_gib=per_token and per_token * max(config.batch_sizes) * config.longest_request / GIB,
+        kv_gib=per_token and per_token * config.least_batch * config.longest_request / GIB,
         pool_gib=memory.pool_gib,
         activations_counted=False if memory.lacks_activations else None,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.secrets import redact
 from batch_inference.core.text import counted, listed, wrapped
+from batch_inference.core.values import AUTO
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import FILES, NOT_COUNTED
 from batch_inference.plan.model import ModelFacts
@@ -51,7 +52,7 @@ def setting_plan(
 
 def grid_words(config: ExperimentConfig) -> str:
     return (
-        f"batch sizes {listed(config.batch_sizes)} x lengths {listed(config.seq_lens)}, {config.max_tokens} output "
+        f"batch sizes {batch_words(config)} x lengths {listed(config.seq_lens)}, {config.max_tokens} output "
         f"tokens{_budgets(config)}"
     )
 
@@ -59,9 +60,13 @@ def grid_words(config: ExperimentConfig) -> str:
 def job_words(config: ExperimentConfig) -> str:
     longest = f", the longest request takes {config.workload_longest} tokens" if config.workload_longest else ""
     return (
-        f"{config.prompts_file}, {listed(config.batch_sizes)} requests at once{_budgets(config)}: "
+        f"{config.prompts_file}, {batch_words(config)} requests at once{_budgets(config)}: "
         f"{counted(len(list(config.points())), 'queue point')}{longest}"
     )
+
+
+def batch_words(config: ExperimentConfig) -> str:
+    return f"{AUTO} (up to {max(config.batch_sizes)})" if config.searches else listed(config.batch_sizes)
 
 
 def _budgets(config: ExperimentConfig) -> str:

@@ -1,0 +1,316 @@
+"""Which setting to load next, so that the best is found without loading all; and why the others cannot win.
+
+Settings are taken in the order of what they can be at most. That is infinite before anything is measured, and then what
+the bounds below leave: each holds for a reason, at every batch size, and is checked against recorded studies by the
+tests. A setting is left when it can be no better than the best one measured, by more than a tie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from batch_inference.core.climb import Tried, best_of
+
+# Of the best: no difference that anybody would load an engine for, and what an interval is asked to be.
+TIE = 0.02
+
+# Why a setting can be no better. Tested against recorded studies; docs/best.md has the reasons in full.
+SPLIT = "{times} times the devices of {base}, so at most {times} times its work, at any batch size"
+REPLICA = "a batch takes as long as on one of its replicas, {base}"
+STAGED = "a batch passes all stages, and takes as long as a stage's part of it on {base}"
+DIVIDED = "{times} times the devices of {base}, so at least 1/{times} of its time"
+BOTH = "a batch passes all stages, and takes at least 1/{times} of a stage's part of it on {base}"
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """Sizes of a setting."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    experts: bool = False  # shared out whole: replicas then wait for each other
+
+    @property
+    def num_devices(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def replica(self) -> Layout:
+        """What one of its replicas is, where they do not need each other; else itself."""
+        return self if self.experts else replace(self, dp=1)
+
+    def __str__(self) -> str:
+        sizes = {"TP": self.tp, "PP": self.pp, "DP": self.dp}
+        words = [f"{key}={size}" for key, size in sizes.items() if size > 1] or ["TP=1"]
+        return " ".join([*words, *(["experts"] if self.experts else [])])
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is the better the higher it is: throughput (of all devices, or per device), or batches per second."""
+
+    is_latency: bool = False
+    is_per_device: bool = False
+
+    def value(self, layout: Layout, throughput: float) -> float:
+        return throughput / layout.num_devices if self.is_per_device and not self.is_latency else throughput
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a load has measured. The values of `tried` are tokens per second of all its devices, or batches per second
+    where the shortest batch time is asked for."""
+
+    layout: Layout
+    tried: Sequence[Tried]
+    is_exhausted: bool  # no larger batch could be better
+    is_alone: bool = True  # nothing ran beside it
+
+    @property
+    def best(self) -> Tried | None:
+        return best_of(self.tried)
+
+    @property
+    def most(self) -> float:
+        """What it does at most at any batch size; infinite where that is not known."""
+        if not self.is_exhausted:
+            return math.inf
+        return max(one.value + one.half for one in self.tried)
+
+    def at(self, batch_size: int) -> Tried | None:
+        return next((one for one in self.tried if one.batch_size == batch_size), None)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a setting can be at most, in the unit of the goal, and why."""
+
+    most: float
+    why: str = ""
+    base: Layout | None = None
+    times: int = 1
+
+    def __str__(self) -> str:
+        return self.why.format(base=self.base, times=self.times)
+
+
+@dataclass(frozen=True)
+class Load:
+    """An engine to be started: at which batch sizes; None where they are to be searched."""
+
+    layout: Layout
+    sizes: tuple[int, ...] | None = None
+    lengths: tuple[int | None, ...] = ()  # of prompts
+    # What it must reach, for each length, to be worth more runs than its place needs: in the values of its `Tried`.
+    to_beat: tuple[float, ...] = ()
+
+
+@dataclass
+class Race:
+    """Of the settings at one prompt length."""
+
+    goal: Goal
+    candidates: Sequence[Layout]  # that may be the answer
+    feasible: frozenset[Layout]  # candidates and replicas of them that can be loaded
+    found: dict[Layout, Found] = field(default_factory=dict)
+    lost: dict[Layout, str] = field(default_factory=dict)  # that could not be loaded, and why
+
+    # --- what is known ---------------------------------------------------------------------------------------------
+
+    def best(self) -> Found | None:
+        """Of the candidates that were measured."""
+        known = [one for one in self._found_candidates() if one.best]
+        return max(known, key=self.value_of, default=None)
+
+    def value_of(self, found: Found) -> float:
+        """In the unit of the goal; `found` has a best."""
+        return self.goal.value(found.layout, found.best.value) if found.best else -math.inf
+
+    def half_of(self, found: Found) -> float:
+        return self.goal.value(found.layout, found.best.half) if found.best else 0.0
+
+    def ties(self) -> list[Found]:
+        """Measured candidates whose interval overlaps that of the best."""
+        best = self.best()
+        if best is None:
+            return []
+        low = self.value_of(best) - self.half_of(best)
+        others = (one for one in self._found_candidates() if one.best and one is not best)
+        return [one for one in others if self.value_of(one) + self.half_of(one) >= low]
+
+    def nearest(self) -> tuple[Layout, Tried] | None:
+        """What misses the limits by least."""
+        known = [(layout, one) for layout, found in self.found.items() for one in found.tried]
+        return min(known, key=lambda pair: pair[1].excess, default=None)
+
+    def _found_candidates(self) -> Iterator[Found]:
+        return (self.found[layout] for layout in self.candidates if layout in self.found)
+
+    def bound(self, layout: Layout) -> Bound:
+        """The lowest of all that are known."""
+        return min(self._bounds(layout), key=lambda one: one.most, default=Bound(math.inf))
+
+    def _bounds(self, layout: Layout) -> Iterator[Bound]:
+        for base in self.found.values():
+            if layout != base.layout and not layout.experts and not base.layout.experts and base.best:
+                yield from self._bounds_by(layout, base)
+
+    def _bounds_by(self, layout: Layout, base: Found) -> Iterator[Bound]:
+        if self.goal.is_latency:
+            yield from _shortest_times(layout, base)
+        elif times := _times(layout, base.layout):
+            # No step of a layer takes less than its share of one device's time; talking to each other takes more.
+            yield Bound(self.goal.value(layout, times * base.most), SPLIT, base.layout, times)
+
+    def estimate(self, layout: Layout) -> float | None:
+        """What independent replicas do, by one of them; None where none was measured."""
+        one = self.found.get(layout.replica)
+        if layout in self.found or one is None or one.best is None or layout.replica == layout:
+            return None
+        times = 1 if self.goal.is_latency else layout.dp
+        return self.goal.value(layout, one.best.value * times)
+
+    # --- what is next ----------------------------------------------------------------------------------------------
+
+    def open(self) -> list[Layout]:
+        """Candidates that may still win, the most hopeful first."""
+        enough = -math.inf
+        if (best := self.best()) is not None:
+            value = self.value_of(best)
+            enough = value + max(self.half_of(best), TIE * value)
+        left = [
+            one
+            for one in self.candidates
+            if one in self.feasible and one not in self.found and not {one, one.replica} & set(self.lost)
+            and self.bound(one).most > enough
+        ]  # fmt: skip
+        return sorted(left, key=self._hope)
+
+    def _hope(self, layout: Layout) -> tuple[float, float, int, int, int]:
+        most, estimate = self.bound(layout).most, self.estimate(layout)
+        # Of those that can be as good, first the one that is known to be, then small ones, which tell most of others.
+        rough = -round(math.log(most) / TIE) if 0 < most < math.inf else -most
+        # Many replicas for throughput, few for the shortest time.
+        dp = layout.dp if self.goal.is_latency else -layout.dp
+        return (rough, 0 if estimate is not None else 1, layout.replica.num_devices, layout.pp, dp)
+
+    def next_load(self) -> Load | None:
+        """None where the best is found."""
+        hopeful = self.open()
+        return self._load_for(hopeful[0]) if hopeful else None
+
+    def to_beat(self, layout: Layout) -> float:
+        """What a setting must do so that it, or several of it, are as good as the best; 0 where nothing is known."""
+        best = self.best()
+        if best is None:
+            return 0.0
+        value = self.value_of(best) - self.half_of(best)
+        times = [self._times_of(one, layout) for one in self.candidates if layout in (one, one.replica)]
+        return value / max(times, default=1.0)
+
+    def _times_of(self, candidate: Layout, layout: Layout) -> float:
+        """The candidate's value over the throughput of `layout`, which it is made of."""
+        if self.goal.is_latency:
+            return 1.0
+        return self.goal.value(candidate, candidate.num_devices / layout.num_devices)
+
+    def wants(self, layout: Layout) -> bool:
+        """Whether a load of it would tell something."""
+        if layout in self.found or layout in self.lost:
+            return False
+        return any(layout in (one, one.replica) for one in self.open())
+
+    def loads_beside(self, first: Load, devices: int) -> list[Load]:
+        """`first`, and others that are needed whatever it finds, and fit beside it on so many devices."""
+        free, loads = devices - first.layout.num_devices, [first]
+        for one in self.open():
+            load = self._load_for(one)
+            is_needed = math.isinf(self.bound(one).most) and not self._is_told_by(
+                one, [other.layout for other in loads]
+            )
+            if is_needed and load.layout.num_devices <= free:
+                loads.append(load)
+                free -= load.layout.num_devices
+        return loads
+
+    def _is_told_by(self, layout: Layout, others: Iterable[Layout]) -> bool:
+        """Whether one of these may bound it."""
+        return any(other == layout or _times(layout.replica, other) for other in others)
+
+    def _load_for(self, layout: Layout) -> Load:
+        """What is to be loaded to know more of it: one replica first."""
+        if layout.replica not in self.found and layout.replica in self.feasible:
+            return Load(layout.replica)
+        return self.load_of(layout)
+
+    def load_of(self, layout: Layout) -> Load:
+        """Of a setting whose replica is known, at the size that is the best there."""
+        one = self.found.get(layout.replica)
+        return Load(layout, (one.best.batch_size,) if one and one.best else None)
+
+
+@dataclass
+class Search:
+    """Races of several prompt lengths, which share their loads."""
+
+    races: dict[int | None, Race]  # by prompt length; None for a workload
+
+    def next_loads(self, devices: int) -> list[Load]:
+        """Side by side on so many devices; none where all is found."""
+        for race in self.races.values():
+            if load := race.next_load():
+                return [self._for_all(one) for one in race.loads_beside(load, devices)]
+        return []
+
+    def _for_all(self, load: Load) -> Load:
+        wanted = {length: race for length, race in self.races.items() if race.wants(load.layout)}
+        loads = [race.load_of(load.layout) for race in wanted.values()]
+        sizes = None
+        if all(one.sizes for one in loads):
+            sizes = tuple(sorted({size for one in loads for size in one.sizes or ()}))
+        to_beat = tuple(race.to_beat(load.layout) for race in wanted.values())
+        return Load(load.layout, sizes, tuple(wanted), to_beat)
+
+
+def _times(layout: Layout, base: Layout) -> int:
+    """How many times the devices of `base`, where `layout` is that setting divided further; else 0."""
+    sizes = zip((layout.tp, layout.pp, layout.dp), (base.tp, base.pp, base.dp), strict=True)
+    if any(size % of_base for size, of_base in sizes):
+        return 0
+    return layout.num_devices // base.num_devices
+
+
+def _shortest_times(layout: Layout, base: Found) -> Iterator[Bound]:
+    """Bounds of batches per second, at the batch size of the best."""
+    best, other = base.best, base.layout
+    if best is None:
+        return
+    if layout.dp > 1 and layout.replica == other:
+        yield Bound(best.value + best.half, REPLICA, other)
+    if other.pp > 1 or other.dp > 1 or layout.tp % other.tp:
+        return
+    # Of the part of a batch that fills one stage; of a single request, all of it.
+    part = base.at(max(1, best.batch_size // layout.pp))
+    if part and layout.replica != other:
+        times = layout.tp // other.tp
+        why = STAGED if times == 1 else DIVIDED if layout.pp == 1 else BOTH
+        yield Bound(times * (part.value + part.half), why, other, times)
+
+
+def layouts(devices: int, *, exactly: bool = True, most_tp: int | None = None) -> list[Layout]:
+    """All TP x PP x DP on so many devices, or one replica on as many or fewer."""
+    found = []
+    for total in [devices] if exactly else range(1, devices + 1):
+        for tp in _divisors(total):
+            for pp in _divisors(total // tp):
+                dp = total // tp // pp
+                if exactly or dp == 1:
+                    found.append(Layout(tp, pp, dp))
+    return [one for one in found if most_tp is None or one.tp <= most_tp]
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]

@@ -1,0 +1,311 @@
+"""The preset `best`: loads one setting after the other, as core/race.py chooses them, until none can win any more.
+
+All that is measured lies in the usual result files, and is taken from there where it was measured before: an engine is
+started only for what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from batch_inference.core.climb import Climb, Tried
+from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search, layouts
+from batch_inference.core.streams import say
+from batch_inference.core.text import counted, listed, on_each, short, wrapped
+from batch_inference.core.values import AUTO, AUTO_SIZES, COST, LATENCY_GOAL, PER_DEVICE
+from batch_inference.launch.jobs import Here, Job, job_of
+from batch_inference.launch.options import Options
+from batch_inference.launch.overview import PlannedJob
+from batch_inference.launch.presets import Preset, Setting
+from batch_inference.launch.processes import Processes
+from batch_inference.launch.stored import result_of
+from batch_inference.plan.devices import Devices
+
+# Results need installed packages, and the plan answers without them.
+if TYPE_CHECKING:
+    from batch_inference.core.results import Result
+
+# What a load is told anew: flags of the search, and the sizes.
+_OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--goal", "--max-latency-s", "--max-ttft-s", "--max-tpot-s", "--packed")
+# No engine of a real model starts faster.
+_LEAST_START_S = 10.0
+# Runs and warm-ups of a point that is measured as a study does it.
+_RUNS_OF_A_STUDY = 5
+
+
+def check_search(options: Options, devices: Devices) -> None:
+    """Raises ConfigError for what `best` does not take, or needs."""
+    if options.nnodes not in (None, 1) or options.is_over_nodes:
+        given = f"--nnodes {options.nnodes}" if options.nnodes else f"--master-addr {options.master_addr}"
+        raise ConfigError(f"{given}: best is for one node; leave it out, and give presets to more")
+    if options.batch_sizes != Options.batch_sizes and options.batch_sizes != AUTO_SIZES:
+        raise ConfigError(f"--batch-sizes {listed(options.batch_sizes)}: best searches them; leave it out")
+    if options.goal == COST and options.device_hour_price is None:
+        raise ConfigError(f"--goal {COST}: a price is needed too; give --device-hour-price PRICE")
+    if options.devices and not options.dry_run and options.devices > len(devices):
+        raise ConfigError(f"--devices {options.devices}: there are {len(devices)} ({devices.kind}); lower it")
+    budget_s = (options.budget_device_minutes or float("inf")) * 60 / len(devices)
+    if budget_s < _LEAST_START_S:
+        raise ConfigError(
+            f"--budget-device-minutes {options.budget_device_minutes:g}: on {counted(len(devices), 'device')} this is "
+            f"{budget_s:.2g} s, in which no engine starts; raise it"
+        )
+
+
+def as_search(options: Options) -> Options:
+    """As the settings of a search are planned."""
+    given = AUTO in options.passed_on
+    return options if given else replace(options, passed_on=(*options.passed_on, "--batch-sizes", AUTO))
+
+
+def settings_to_search(options: Options, devices: int, *, has_experts: bool) -> list[Setting]:
+    """Candidates, and replicas of them, which are loaded first."""
+    chosen = candidates(options.goal, devices, has_experts=has_experts)
+    needed = dict.fromkeys([*(one.replica for one in chosen), *chosen])
+    return [_setting(layout) for layout in sorted(needed, key=lambda one: (one.num_devices, one.pp, one.dp))]
+
+
+def candidates(goal: str, devices: int, *, has_experts: bool) -> list[Layout]:
+    """For what one device does, any number of them; else those that use all."""
+    exactly = goal not in (PER_DEVICE, COST)
+    found = layouts(devices, exactly=exactly)
+    if has_experts and devices > 1:
+        found += [replace(one, experts=True) for one in layouts(devices) if one.pp == 1]
+    return found
+
+
+def _setting(layout: Layout) -> Setting:
+    return Setting(layout.tp, layout.pp, layout.dp, experts=layout.experts)
+
+
+def _layout(setting: Setting) -> Layout:
+    return Layout(setting.tp, setting.pp, setting.dp, setting.experts)
+
+
+@dataclass
+class Best:
+    """One search."""
+
+    preset: Preset
+    options: Options
+    here: Here
+    devices: Devices
+    processes: Processes
+    jobs: dict[Layout, PlannedJob] = field(default_factory=dict)
+    search: Search = field(default_factory=lambda: Search({}))
+    walls_s: list[float] = field(default_factory=list)  # of the loads
+    loads: int = 0
+    used_s: float = 0.0
+    ended_by_budget: bool = False
+    failed: list[Job] = field(default_factory=list)
+
+    @property
+    def is_answered(self) -> bool:
+        return all(race.best() for race in self.search.races.values())
+
+    def run(self, jobs: Sequence[PlannedJob]) -> None:
+        """Until nothing is open, or the budget is used. Raises SystemExit after a signal, and with 2 where what the
+        user asked is wrong for every setting."""
+        self.jobs = {_layout(one.job.setting): one for one in jobs}
+        self.search = self._search_among(jobs[0].config)
+        while loads := self.search.next_loads(len(self.devices)):
+            if self._is_over_budget():
+                self.ended_by_budget = True
+                return
+            began_s = time.monotonic()
+            for load, job, code in self._measured(loads):
+                self._keep(load, job, code)
+            wall_s = time.monotonic() - began_s
+            self.walls_s.append(wall_s)
+            self.used_s += wall_s
+            self.loads += len(loads)
+
+    def _search_among(self, first: ExperimentConfig) -> Search:
+        goal = self.options.goal
+        has_experts = any(layout.experts for layout in self.jobs)
+        chosen = candidates(goal, len(self.devices), has_experts=has_experts)
+        feasible = frozenset(layout for layout, one in self.jobs.items() if one.reason is None)
+        lengths: tuple[int | None, ...] = (None,) if first.prompts_file else first.seq_lens
+        what = Goal(goal == LATENCY_GOAL, goal in (PER_DEVICE, COST))
+        return Search({length: Race(what, chosen, feasible) for length in lengths})
+
+    def _is_over_budget(self) -> bool:
+        budget = self.options.budget_device_minutes
+        if budget is None:
+            return False
+        expected_s = fmean(self.walls_s) if self.walls_s else 0.0
+        return (self.used_s + expected_s) * len(self.devices) / 60 > budget
+
+    def _measured(self, loads: Sequence[Load]) -> Iterator[tuple[Load, Job, int]]:
+        beside = len(loads) > 1
+        jobs = [self._job_of(load, beside=beside) for load in loads]
+        for load, job in zip(loads, jobs, strict=True):
+            sizes = f"{listed(load.sizes)} at once" if load.sizes else "batch sizes searched"
+            say(f"[{self.loads + 1}] {job.name}, {sizes} -> {job.config.output_path}")
+        if not beside:
+            yield loads[0], jobs[0], self.processes.run(jobs[0].words)
+            return
+        # It needs installed packages, and --help does not.
+        from batch_inference.launch.packing import Packing
+
+        of_job = {job.name: load for load, job in zip(loads, jobs, strict=True)}
+        for job, code in Packing(jobs, self.devices, self.processes).run():
+            yield of_job[job.name], job, code
+        self.processes.end_if_stopped()
+
+    def _job_of(self, load: Load, *, beside: bool) -> Job:
+        kept, rest = [], iter(self.options.passed_on)
+        for word in rest:
+            if word not in _OWN_FLAGS:
+                kept.append(word)
+            elif word != "--packed":
+                next(rest, None)
+        sizes = ["--batch-sizes", ",".join(map(str, load.sizes))] if load.sizes else self._search_flags(load)
+        lengths = ["--seq-lens", ",".join(map(str, load.lengths))] if load.lengths != (None,) else []
+        packed = ["--packed"] if beside else []
+        options = replace(self.options, passed_on=(*kept, *lengths, *sizes, *packed), devices=None)
+        return job_of(_setting(load.layout), 0, 0, self.preset, options, self.here)
+
+    def _search_flags(self, load: Load) -> list[str]:
+        words = ["--batch-sizes", AUTO, "--goal", self.options.goal]
+        if any(load.to_beat):
+            words += ["--to-beat", ",".join(f"{value:.6g}" for value in load.to_beat)]
+        for name in ("max_latency_s", "max_ttft_s", "max_tpot_s"):
+            if (value := getattr(self.options, name)) is not None:
+                words += [flag_of(name), f"{value:g}"]
+        return words
+
+    def _keep(self, load: Load, job: Job, code: int) -> None:
+        if code == 2 and not any(race.found for race in self.search.races.values()):
+            raise SystemExit(2)  # a flag or a model that is wrong for the first is wrong for all
+        if code:
+            self.failed.append(job)
+        result = result_of(job.config)
+        for length in load.lengths:
+            race = self.search.races[length]
+            tried = tried_in(result, job.config, length, self.options) if result else []
+            if tried:
+                climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL)
+                race.found[load.layout] = Found(
+                    load.layout, tried, climb.is_exhausted(tried) and load.sizes is None, is_alone=not job.config.packed
+                )
+            else:
+                why = result.failure.reason if result and result.failure else "nothing was measured"
+                race.lost[load.layout] = f"{why}; see {job.config.log_path}"
+
+
+def tried_in(result: Result, config: ExperimentConfig, length: int | None, options: Options) -> list[Tried]:
+    from batch_inference.core.tried import limits_of, tried_of
+
+    points = [
+        point
+        for point in result.points
+        if point.status == "ok" and point.verdict != "invalid" and point.seq_len == length
+        and (point.workload.as_tuple() if point.workload else None) == config.workload
+        and (length is None or point.max_tokens == config.max_tokens)
+    ]  # fmt: skip
+    return tried_of(points, options.goal, limits_of(options))
+
+
+# --- what is said in the end ------------------------------------------------------------------------------------------
+
+
+def report(best: Best) -> list[str]:
+    """The answer for each prompt length, the others, what was not loaded and why, and what it took."""
+    lines = []
+    for length, race in best.search.races.items():
+        what = f"{best.options.goal}, " + ("this workload" if length is None else f"prompts of {length} tokens")
+        found = race.best()
+        lines.append(f"Best for {what}: " + (_named(found) if found else "none"))
+        texts = [*_loaded(best, race), *_not_loaded(best, race)]
+        lines += [line for text in texts for line in wrapped(f"  {text}", indent=6)] + [""]
+    return [*lines, *wrapped(_took(best), indent=2)]
+
+
+def _named(found: Found) -> str:
+    size = f"{found.best.batch_size} at once" if found.best else "no size"
+    return f"{found.layout}, {size}{on_each(found.layout.dp)}"
+
+
+def _loaded(best: Best, race: Race) -> Iterator[str]:
+    """The best first, what is as good, and then the others."""
+    first, ties = race.best(), race.ties()
+    if first is None:
+        if nearest := race.nearest():
+            layout, tried = nearest
+            yield (
+                f"no batch size that was tried keeps {_limits(best.options)}; the nearest is {layout} with "
+                f"{tried.batch_size} at once, {short(tried.excess, 3)} times its limit"
+            )
+        return
+    yield _value(best, race, first)
+    for found in sorted(race.found.values(), key=race.value_of, reverse=True):
+        if found is first or not found.best:
+            continue
+        word = "as good, by its interval: " if found in ties else ""
+        yield f"{word}{_named(found)}: {_value(best, race, found)}"
+
+
+def _value(best: Best, race: Race, found: Found) -> str:
+    """In the unit of the goal, with its interval."""
+    value, half = race.value_of(found), race.half_of(found)
+    if best.options.goal == LATENCY_GOAL:
+        return f"{_with_half(1 / value, half / value**2)} s for a batch"
+    words = f"{_with_half(value, half)} tok/s" + _per_device(best)
+    if best.options.device_hour_price is None or found.best is None:
+        return words
+    cost = best.options.device_hour_price * found.layout.num_devices / 3600 / found.best.value * 1e6
+    return f"{words}, {short(cost)} for a million output tokens"
+
+
+def _with_half(value: float, half: float) -> str:
+    return f"{short(value)} ±{half / value:.1%}" if math.isfinite(half) else short(value)
+
+
+def _per_device(best: Best) -> str:
+    return " per device" if best.options.goal in (PER_DEVICE, COST) else ""
+
+
+def _not_loaded(best: Best, race: Race) -> Iterator[str]:
+    """Those with the same reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for layout in race.candidates:
+        if layout not in race.found:
+            by_reason.setdefault(_why_not(best, race, layout), []).append(str(layout))
+    for why, names in by_reason.items():
+        yield f"not loaded: {listed(names)}: {why}"
+
+
+def _why_not(best: Best, race: Race, layout: Layout) -> str:
+    if reason := best.jobs[layout].reason:
+        return f"cannot run: {reason}"
+    for one in (layout, layout.replica):
+        if one in race.lost:
+            return race.lost[one]
+    bound = race.bound(layout)
+    if best.ended_by_budget and layout in race.open():
+        return "the budget ended before"
+    if best.options.goal == LATENCY_GOAL:
+        return f"{short(1 / bound.most)} s or longer: {bound}"
+    return f"at most {short(bound.most)} tok/s{_per_device(best)}: {bound}"
+
+
+def _limits(options: Options) -> str:
+    names = ("max_latency_s", "max_ttft_s", "max_tpot_s")
+    given = ((flag_of(name), getattr(options, name)) for name in names)
+    return listed(f"{flag} {value:g}" for flag, value in given if value is not None)
+
+
+def _took(best: Best) -> str:
+    devices = len(best.devices)
+    used = f"{best.used_s * devices / 60:.1f} device-minutes ({counted(devices, 'device')}, {best.used_s:.0f} s)"
+    words = f"Used {used}, {counted(best.loads, 'load')} of {counted(len(best.jobs), 'setting')}"
+    if best.ended_by_budget:
+        words += f"; the budget of {best.options.budget_device_minutes:g} has ended the search"
+    return words

@@ -1,0 +1,109 @@
+"""Which point of a load is next: those of the grid in turn, or with `--batch-sizes auto` each by what those before it
+have shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from batch_inference.core.climb import Climb, Tried, best_of
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.results import Point, PointKey
+from batch_inference.core.tried import limits_of, tried_of
+from batch_inference.core.values import LATENCY_GOAL
+from batch_inference.measure.resume import has_runs_enough
+
+# On the way to the best; the first point has one more, so that something is known of how much runs differ.
+_RUNS_ON_THE_WAY = 2
+
+
+@dataclass(frozen=True)
+class Next:
+    """A point to be measured. `runs`: how many are enough; None for as many as --target-ci asks."""
+
+    key: PointKey
+    runs: int | None = None
+    so_far: Point | None = None  # with the runs that it has from this load
+
+
+class InTurn:
+    """The points of the grid that are still open."""
+
+    def __init__(self, keys: Sequence[PointKey]) -> None:
+        self.rest = list(keys)
+
+    def next_point(self) -> Next | None:
+        return Next(self.rest[0]) if self.rest else None
+
+    def told(self, point: Point) -> None:
+        """A point that was measured, with its runs, or lost."""
+        self.rest.remove(point.key)
+
+
+class Climbing:
+    """`keys`: of all that may be measured. `measured`: points of earlier loads, with their runs."""
+
+    def __init__(self, config: ExperimentConfig, keys: Sequence[PointKey], measured: Sequence[Point]) -> None:
+        self._config = config
+        # The sizes of each length, or budget.
+        self._ways: dict[tuple[object, ...], list[PointKey]] = {}
+        for key in keys:
+            self._ways.setdefault(_way_of(key), []).append(key)
+        self._points = {point.key: point for point in measured if _way_of(point.key) in self._ways}
+        self._of_this_load: set[PointKey] = set()
+        self._lost: set[PointKey] = set()
+        self.rest: list[PointKey] = []  # nobody knows which would have been next
+
+    def told(self, point: Point) -> None:
+        """A point that was measured, with its runs, or lost."""
+        if point.status == "ok":
+            self._points[point.key] = point
+            self._of_this_load.add(point.key)
+        else:
+            self._lost.add(point.key)
+
+    def next_point(self) -> Next | None:
+        """None where the best of each length is found and has runs enough."""
+        return next(filter(None, map(self._next_of, self._ways.values())), None)
+
+    @property
+    def kept(self) -> list[Point]:
+        return list(self._points.values())
+
+    def _next_of(self, keys: Sequence[PointKey]) -> Next | None:
+        points = [point for key, point in self._points.items() if _way_of(key) == _way_of(keys[0])]
+        tried = tried_of(points, self._config.goal, limits_of(self._config))
+        lost = [key.batch_size for key in self._lost if _way_of(key) == _way_of(keys[0])]
+        tried += [Tried(size, 0.0, 0.0, fits=False, excess=math.inf) for size in lost]
+        climb = Climb([key.batch_size for key in keys], rises=self._config.goal != LATENCY_GOAL)
+        size = climb.next_size(tried)
+        if size is not None:
+            runs = None if self._config.num_runs or keys[0].workload else _RUNS_ON_THE_WAY + (not points)
+            return Next(_of_size(keys[0], size), runs)
+        best = best_of(tried)
+        if best is None or best.batch_size in lost or best.value + best.half < self._to_beat(keys[0].seq_len):
+            return None
+        key = _of_size(keys[0], best.batch_size)
+        if self._has_enough(self._points[key]):
+            return None
+        # Runs of two engines are never put together.
+        return Next(key, so_far=self._points[key] if key in self._of_this_load else None)
+
+    def _to_beat(self, seq_len: int | None) -> float:
+        config = self._config
+        lengths: Sequence[int | None] = (None,) if config.prompts_file else config.seq_lens
+        return dict(zip(lengths, config.to_beat or (), strict=False)).get(seq_len, 0.0)
+
+    def _has_enough(self, point: Point) -> bool:
+        return point.workload is not None or has_runs_enough(point, self._config)
+
+
+def _way_of(key: PointKey) -> tuple[object, ...]:
+    return (key.seq_len, key.max_tokens, key.workload, key.max_num_batched_tokens)
+
+
+def _of_size(key: PointKey, size: int) -> PointKey:
+    return replace(key, batch_size=size)

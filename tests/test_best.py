@@ -1,0 +1,215 @@
+"""The preset `best`, with recorded results in place of engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_launcher import Launcher, config_of
+
+from batch_inference.core.config import ConfigError
+from batch_inference.core.metrics import summarise
+from batch_inference.core.race import Layout
+from batch_inference.core.result_file import load_result, save_result
+from batch_inference.core.results import Failure, StoredConfig
+from batch_inference.core.values import AUTO_SIZES
+from batch_inference.launch import best as searching
+from batch_inference.launch.__main__ import plan_search
+from batch_inference.launch.best import Best, candidates, check_search, report, settings_to_search
+from batch_inference.launch.jobs import Here, Job
+from batch_inference.launch.options import parse_options
+from batch_inference.launch.presets import Preset
+from batch_inference.plan.devices import Devices
+from conftest import REPOSITORY
+
+RECORDED = REPOSITORY / "tests" / "h100x4"
+BEST = Preset("best", "", is_search=True)
+HERE = Here("python", "")
+FOUR = Devices("gpu", ("0", "1", "2", "3"))
+
+
+class Engines:
+    """In place of the processes of the launcher: measuring is to write what was recorded."""
+
+    def __init__(self, broken: Sequence[str] = (), took_s: float = 60.0) -> None:
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+        self._broken = broken
+        self._took_s = took_s
+        self.now_s = 0.0
+
+    def run(self, words: Sequence[str]) -> int:
+        config = config_of(list(words))
+        self.now_s += self._took_s
+        self.calls.append((config.setting_name, tuple(config.batch_sizes)))
+        if config.setting_name == "pp_2_dp_2":  # was not recorded
+            return 1
+        result = load_result(RECORDED / f"{config.setting_name}_results.json")
+        result.config, result.name = StoredConfig.of(config), config.setting_name
+        if config.setting_name in self._broken:
+            result.points, result.failure = [], Failure("oom_load", "out of memory while loading", [])
+            result.status = "failed"
+        if not config.searches:
+            result.points = [point for point in result.points if point.batch_size in config.batch_sizes]
+        for point in result.points:
+            point.summary = summarise(result, point)
+        save_result(result, config.output_path)
+        return int(config.setting_name in self._broken)
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def end_if_stopped(self) -> None:
+        pass
+
+
+class Side:
+    """Settings side by side, one after the other."""
+
+    def __init__(self, jobs: Sequence[Job], devices: Devices, engines: Engines) -> None:
+        self._jobs, self._engines = jobs, engines
+        assert sum(job.config.num_devices for job in jobs) <= len(devices)
+        assert all(job.config.packed for job in jobs)
+
+    def run(self) -> Iterator[tuple[Job, int]]:
+        return ((job, self._engines.run(job.words)) for job in self._jobs)
+
+
+def searched(
+    tmp_path: Path, line: str = "", monkeypatch: pytest.MonkeyPatch | None = None, **engines: Any
+) -> tuple[Best, Engines]:
+    """`monkeypatch`: to have the clock of the engines."""
+    words = f"best --model {REPOSITORY}/models/llama-3.1-8b --seq-lens 512 --output-dir {tmp_path} {line}"
+    options, fake = parse_options(words.split()), Engines(**engines)
+    if monkeypatch:
+        monkeypatch.setattr(searching, "time", fake)
+    best = Best(BEST, options, HERE, FOUR, fake)  # type: ignore[arg-type]
+    best.run(plan_search(BEST, options, HERE, FOUR))
+    return best, fake
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be asked for the plan; and no processes."""
+    monkeypatch.setattr("batch_inference.launch.packing.Packing", Side)
+    monkeypatch.setattr("batch_inference.launch.overview.ask_vllm", lambda settings, *_: [None] * len(settings))
+
+
+def test_one_replica_and_four_of_them_are_loaded_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, engines = searched(tmp_path, "", monkeypatch)
+    assert engines.calls == [("tp_1", tuple(AUTO_SIZES)), ("dp_4", (256,))]
+    assert best.is_answered
+    assert "\n".join(report(best)) == (
+        "Best for throughput, prompts of 512 tokens: DP=4, 256 at once on each replica\n"
+        "  25494 ±0.5% tok/s\n"
+        "  TP=1, 256 at once: 6416 ±0.5% tok/s\n"
+        "  not loaded: PP=2 DP=2, PP=4, TP=2 DP=2, TP=2 PP=2, TP=4: at most 25785 tok/s:\n"
+        "      4 times the devices of TP=1, so at most 4 times its work, at any batch\n"
+        "      size\n"
+        "\n"
+        "Used 8.0 device-minutes (4 devices, 120 s), 2 loads of 9 settings"
+    )
+
+
+def test_what_was_measured_is_in_the_usual_files(tmp_path: Path) -> None:
+    searched(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["dp_4_results.json", "tp_1_results.json"]
+
+
+def test_for_the_shortest_time_one_request_is_enough(tmp_path: Path) -> None:
+    """The recorded grid begins at 16: its smallest size stands for it."""
+    best, engines = searched(tmp_path, "--goal latency")
+    assert ("tp_4", tuple(AUTO_SIZES)) in engines.calls
+    first = report(best)[:2]
+    assert first[0].startswith("Best for latency, prompts of 512 tokens: TP=4, ")
+    assert first[1].endswith(" s for a batch")
+
+
+def test_for_one_device_the_price_is_said(tmp_path: Path) -> None:
+    best, engines = searched(tmp_path, "--goal cost --device-hour-price 2.5")
+    assert [name for name, _ in engines.calls] == ["tp_1"]
+    # 2.5 / 3600 s / 6416 tok/s x 10^6
+    assert report(best)[1] == "  6416 ±0.5% tok/s per device, 0.1082 for a million output tokens"
+
+
+def test_a_setting_that_cannot_be_loaded_is_named_with_its_reason(tmp_path: Path) -> None:
+    best, engines = searched(tmp_path, broken=["tp_1"])
+    said = " ".join(" ".join(report(best)).split())
+    assert "not loaded: DP=4, PP=2 DP=2" not in said
+    assert "DP=4: out of memory while loading; see" in said
+    assert best.is_answered
+    assert [job.name for job in best.failed] == ["tp_1", "pp_2_dp_2"]
+    assert ("tp_2", tuple(AUTO_SIZES)) in engines.calls
+
+
+def test_a_budget_ends_the_search_before_it_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, engines = searched(tmp_path, "--budget-device-minutes 7.9", monkeypatch)
+    assert len(engines.calls) == 1  # four minutes each
+    said = " ".join(" ".join(report(best)).split())
+    assert "Best for throughput, prompts of 512 tokens: none" in said
+    assert "DP=4, PP=4" in said or "the budget ended before" in said
+    assert said.endswith("the budget of 7.9 has ended the search")
+    assert not best.is_answered
+
+
+def test_limits_that_nothing_keeps_name_the_nearest(tmp_path: Path) -> None:
+    best, _ = searched(tmp_path, "--max-latency-s 0.1")
+    said = " ".join(" ".join(report(best)).split())
+    assert "no batch size that was tried keeps --max-latency-s 0.1; the nearest is TP=4 with 16 at once, 5." in said
+
+
+def test_limits_are_told_to_each_load_and_kept(tmp_path: Path) -> None:
+    best, _ = searched(tmp_path, "--max-latency-s 2")
+    (race,) = best.search.races.values()
+    found = race.best()
+    assert found is not None
+    assert found.best is not None
+    assert found.best.excess <= 1
+
+
+def test_candidates_are_all_ways_to_use_the_devices() -> None:
+    assert len(candidates("throughput", 8, has_experts=False)) == 10
+    assert all(one.num_devices == 8 for one in candidates("latency", 8, has_experts=False))
+    assert all(one.dp == 1 for one in candidates("per-device", 8, has_experts=False))
+    with_experts = candidates("throughput", 4, has_experts=True)
+    assert {one for one in with_experts if one.experts} == {
+        Layout(4, 1, 1, True), Layout(2, 1, 2, True), Layout(1, 1, 4, True)
+    }  # fmt: skip
+    settings = settings_to_search(parse_options(["best"]), 4, has_experts=False)
+    assert {one.name for one in settings} == {
+        "tp_1", "tp_2", "tp_4", "pp_2", "pp_4", "dp_4", "tp_2_pp_2", "tp_2_dp_2", "pp_2_dp_2"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--nnodes 2 --master-addr h", "--nnodes 2: best is for one node"),
+        ("--master-addr h", "--master-addr h: best is for one node"),
+        ("--batch-sizes 1,2", "--batch-sizes 1, 2: best searches them"),
+        ("--goal cost", "--goal cost: a price is needed too; give --device-hour-price PRICE"),
+        ("--devices 5", "--devices 5: there are 4 (gpu); lower it"),
+        (
+            "--budget-device-minutes 0.6",
+            "--budget-device-minutes 0.6: on 4 devices this is 9 s, in which no engine starts",
+        ),
+    ],
+)
+def test_what_a_search_does_not_take_is_one_line(line: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_search(parse_options(["best", *line.split()]), FOUR)
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("flag", ["--budget-device-minutes", "--device-hour-price"])
+def test_its_options_are_of_no_other_preset(tmp_path: Path, flag: str) -> None:
+    done = Launcher(tmp_path)("tensor-parallel", flag, "5")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {flag} 5: it is for best, tensor-parallel was given; leave it out\n"
+
+
+def test_its_plan_names_all_settings_that_may_be_loaded(tmp_path: Path) -> None:
+    done = Launcher(tmp_path)("best", "--dry-run", "--model", f"{REPOSITORY}/models/llama-3.1-8b", DEVICES="4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--batch-sizes auto") == 9

@@ -1,0 +1,126 @@
+"""Which batch size is tried next."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from batch_inference.core.climb import Climb, Tried, best_of, pooled_halves
+from batch_inference.core.values import AUTO_SIZES, batch_sizes
+
+Curve = Callable[[int], float]
+
+
+def saturating(size: int) -> float:
+    return size / (1 + size / 100)
+
+
+def climbed(
+    curve: Curve,
+    *,
+    noise: float = 0.01,
+    fits: Callable[[int], bool] = lambda _: True,
+    keeps: Callable[[int], bool] = lambda _: True,
+    climb: Climb | None = None,
+) -> list[Tried]:
+    climb, tried = climb or Climb(AUTO_SIZES), []
+    while (size := climb.next_size(tried)) is not None:
+        assert size not in [one.batch_size for one in tried]
+        value = curve(size)
+        tried.append(Tried(size, value, noise * value, fits(size), 0.0 if keeps(size) else 2.0))
+    return tried
+
+
+def sizes_of(tried: list[Tried]) -> list[int]:
+    return [one.batch_size for one in tried]
+
+
+def best_size(tried: list[Tried]) -> int | None:
+    best = best_of(tried)
+    return best.batch_size if best else None
+
+
+def test_sizes_double_while_each_gains_more_than_chance() -> None:
+    assert sizes_of(climbed(saturating)) == [16, 32, 64, 128, 256, 512, 1024]
+    # 64 to 128 gains 44 %, and what is known of each is ±30 %.
+    assert sizes_of(climbed(saturating, noise=0.3)) == [16, 32, 64, 128]
+
+
+def test_memory_ends_the_climb_and_the_sizes_below_are_tried() -> None:
+    tried = climbed(
+        lambda size: saturating(min(size, 200)) * (1 if size <= 200 else 0.8), fits=lambda size: size <= 200
+    )
+    assert sizes_of(tried) == [16, 32, 64, 128, 256, 192, 224]
+    assert best_size(tried) == 192
+    assert not Climb(AUTO_SIZES).is_exhausted(tried)
+
+
+@pytest.mark.parametrize(("most", "best"), [(50, 48), (20, 20), (5, 5), (1, 1), (0, None)])
+def test_a_limit_ends_the_climb_and_the_best_below_it_is_found(most: int, best: int | None) -> None:
+    tried = climbed(saturating, keeps=lambda size: size <= most)
+    assert best_size(tried) == best
+    assert not Climb(AUTO_SIZES).is_exhausted(tried)
+
+
+def test_throughput_that_falls_again_is_searched_on_both_sides() -> None:
+    tried = climbed(lambda size: saturating(size) - 0.0002 * size * size, noise=0.001)
+    best = best_size(tried)
+    assert best is not None
+    assert 160 <= best <= 288  # the summit is at 219
+    assert Climb(AUTO_SIZES).is_exhausted(tried)
+    # The best of all is below where the climb begins.
+    assert best_size(climbed(lambda size: min(size, 4) - size / 1000)) in (4, 6)
+
+
+def test_a_summit_is_looked_for_only_where_it_can_be_higher_than_chance() -> None:
+    def flat(size: int) -> float:
+        return 100 - (math.log2(size) - 6.2) ** 2
+
+    assert sizes_of(climbed(flat, noise=0.002)) == [16, 32, 64, 128]
+    assert set(sizes_of(climbed(flat, noise=1e-5))) - set(AUTO_SIZES)
+
+
+def test_for_the_shortest_time_the_smallest_batch_is_measured_alone() -> None:
+    assert sizes_of(climbed(saturating, climb=Climb(AUTO_SIZES, rises=False))) == [1]
+
+
+def test_only_sizes_that_are_there_are_tried_where_others_may_not() -> None:
+    climb = Climb([4, 8, 24], between=lambda _: False)
+    assert sizes_of(climbed(saturating, climb=climb)) == [24, 8]
+    assert sizes_of(climbed(saturating, climb=Climb([4]))) == [4]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_best_is_within_two_percent_of_the_true_one(seed: int) -> None:
+    """Curves that rise to a summit and fall, with runs that differ."""
+    draw = random.Random(seed)
+    half_at, falls_at = 2 ** draw.uniform(2, 9), 2 ** draw.uniform(5, 12)
+
+    def curve(size: int) -> float:
+        return size / (size + half_at) / (1 + (size / falls_at) ** 2)
+
+    tried, climb = list[Tried](), Climb(AUTO_SIZES)
+    while (size := climb.next_size(tried)) is not None:
+        tried.append(Tried(size, curve(size) * draw.gauss(1, 0.002), curve(size) * 0.004))
+    best = best_size(tried)
+    assert best is not None
+    assert curve(best) >= 0.98 * max(map(curve, range(1, 1025)))
+    assert len(tried) <= 12
+
+
+def test_one_spread_is_taken_for_all_points() -> None:
+    apart = pooled_halves([[1.0, 1.02, 0.98], [2.0, 2.0]])
+    assert apart[0] * math.sqrt(3) == pytest.approx(apart[1] * math.sqrt(2))
+    # Two degrees of freedom from the first, one from the second.
+    assert apart[0] == pytest.approx(3.182 * math.sqrt(0.0008 / 3) / math.sqrt(3), rel=1e-3)
+    assert pooled_halves([[1.0], [2.0]]) == [math.inf, math.inf]
+
+
+def test_auto_is_a_word_of_batch_sizes() -> None:
+    assert batch_sizes("auto") is AUTO_SIZES
+    assert list(AUTO_SIZES) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    with pytest.raises(ValueError, match="whole numbers"):
+        batch_sizes("automatic")
