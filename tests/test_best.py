@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,17 @@ from batch_inference.core.results import Failure, StoredConfig
 from batch_inference.core.values import AUTO_SIZES
 from batch_inference.launch import best as searching
 from batch_inference.launch.__main__ import plan_search
-from batch_inference.launch.best import Best, candidates, check_search, report, settings_to_search
-from batch_inference.launch.jobs import Here, Job
+from batch_inference.launch.best import (
+    Best,
+    candidates,
+    check_search,
+    report,
+    settings_to_search,
+    what_best_saves,
+)
+from batch_inference.launch.jobs import Here, Job, job_of
 from batch_inference.launch.options import parse_options
-from batch_inference.launch.presets import Preset
+from batch_inference.launch.presets import Preset, Setting
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY
 
@@ -108,7 +116,8 @@ def test_one_replica_and_four_of_them_are_loaded_and_no_more(tmp_path: Path, mon
         "      4 times the devices of TP=1, so at most 4 times its work, at any batch\n"
         "      size\n"
         "\n"
-        "Used 8.0 device-minutes (4 devices, 120 s), 2 loads of 9 settings"
+        "Used 8.0 device-minutes (4 devices, 120 s) for 2 loads; a study of all settings\n"
+        "  at these batch sizes takes about 45"
     )
 
 
@@ -166,6 +175,20 @@ def test_limits_are_told_to_each_load_and_kept(tmp_path: Path) -> None:
     assert found is not None
     assert found.best is not None
     assert found.best.excess <= 1
+
+
+def test_a_study_says_in_the_end_what_a_search_would_have_taken(tmp_path: Path) -> None:
+    options, engines = parse_options(["study", "--seq-lens", "512", "--output-dir", str(tmp_path)]), Engines()
+    settings = [Setting(1, 1, 1), Setting(2, 1, 1), Setting(4, 1, 1), Setting(1, 1, 4), Setting(1, 4, 1)]
+    jobs = [job_of(setting, 0, 0, Preset("study", ""), options, HERE) for setting in settings]
+    for job in jobs:
+        engines.run([*job.words, "--batch-sizes", "16,32,64,128,256"])
+    said = what_best_saves(jobs)
+    assert said is not None
+    assert re.fullmatch(
+        r"best would have found the highest throughput with 2 engine starts, in about \d\d% of this time", said
+    )
+    assert what_best_saves(jobs[:3]) is None
 
 
 def test_candidates_are_all_ways_to_use_the_devices() -> None:

@@ -545,8 +545,8 @@ def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pyte
         "--max-num-seqs": "not given", "--max-num-batched-tokens": "not given", "--gpu-memory-utilization": "0.8",
         "--temperature": "0.8", "--top-p": "0.95", "--num-runs": "4", "--target-ci": "0.02", "--max-runs": "10",
         "--warmup-runs": "1", "--seed": "0", "--enforce-eager": "False", "--trust-remote-code": "False",
-        "--output-lengths": "file", "--sample": "not given", "--goal": "throughput", "--to-beat": "not given", "--max-latency-s": "not given",
-        "--max-ttft-s": "not given", "--max-tpot-s": "not given", "--order": "given",
+        "--goal": "throughput", "--to-beat": "not given", "--max-latency-s": "not given", "--max-ttft-s": "not given",
+        "--max-tpot-s": "not given", "--output-lengths": "file", "--sample": "not given", "--order": "given",
         "--prompts-file": "not given", "--skip-bad-lines": "False", "vLLM's flags": "--a-b c_d -q b",
     }  # fmt: skip
     # A folder is the same one by any name; a hub name is no folder.

@@ -217,6 +217,8 @@ def _wide_interval(result: Result, point: Point) -> list[str]:
     if point.workload:
         return []  # in a single run: what is known of its plateau says so
     width, asked = relative_ci95(run_latencies_s(point)), result.config
+    if asked.num_runs is None and len(point.runs) < asked.fewest_runs:
+        return [f"{counted(len(point.runs), 'run')}: it lies on the way to the best batch size (--batch-sizes auto)"]
     if width is None:
         return ["a single run has no interval; raise --num-runs"]
     if asked.num_runs is None and width > asked.target_ci:

@@ -20,7 +20,7 @@ from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from batch_inference.core.secrets import remember
 from batch_inference.core.streams import say, say_notes, secure_streams, show
-from batch_inference.launch.best import Best, as_search, check_search, report, settings_to_search
+from batch_inference.launch.best import Best, as_search, check_search, report, settings_to_search, what_best_saves
 from batch_inference.launch.console import Outcomes, say_how_to_analyse, say_outcomes
 from batch_inference.launch.jobs import ANALYSIS, Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
 from batch_inference.launch.options import Options, parse_options
@@ -202,6 +202,8 @@ def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, proc
     if outcomes.none_ran:
         return none_can_run(preset)
     folder = folder_of(preset, options)
+    if saved := what_best_saves(outcomes.done):
+        say(saved)
     if not preset.is_demo:
         if outcomes.done or is_anything_measured(Path(folder)):
             say_how_to_analyse(here, folder)

@@ -37,6 +37,7 @@ _OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--goal", "--max-latency-s", "--max
 _LEAST_START_S = 10.0
 # Runs and warm-ups of a point that is measured as a study does it.
 _RUNS_OF_A_STUDY = 5
+_SETTINGS_OF_A_STUDY = 4
 
 
 def check_search(options: Options, devices: Devices) -> None:
@@ -104,6 +105,9 @@ class Best:
     used_s: float = 0.0
     ended_by_budget: bool = False
     failed: list[Job] = field(default_factory=list)
+    starts_s: list[float] = field(default_factory=list)
+    # Of every point measured, by what tells it from others of a setting: the mean time of a batch.
+    batches_s: dict[tuple[int | None, int], list[float]] = field(default_factory=dict)
 
     @property
     def is_answered(self) -> bool:
@@ -134,6 +138,23 @@ class Best:
         lengths: tuple[int | None, ...] = (None,) if first.prompts_file else first.seq_lens
         what = Goal(goal == LATENCY_GOAL, goal in (PER_DEVICE, COST))
         return Search({length: Race(what, chosen, feasible) for length in lengths})
+
+    def _note_times(self, result: Result) -> None:
+        """For what a study of all would take."""
+        if result.engine and result.engine.load_s and result.engine.load_s.total_s:
+            self.starts_s.append(result.engine.load_s.total_s)
+        for point in result.points:
+            if (batch_s := point.summary.get("latency_mean_s")) is not None:
+                self.batches_s.setdefault((point.seq_len, point.batch_size), []).append(batch_s)
+
+    def study_s(self) -> float | None:
+        """About what all settings that can win would take, at all sizes that were tried; None where no engine was
+        started."""
+        settings = {one for race in self.search.races.values() for one in race.candidates if one in race.feasible}
+        if not self.starts_s:
+            return None
+        points_s = sum(_RUNS_OF_A_STUDY * fmean(times) for times in self.batches_s.values())
+        return len(settings) * (fmean(self.starts_s) + points_s)
 
     def _is_over_budget(self) -> bool:
         budget = self.options.budget_device_minutes
@@ -187,6 +208,8 @@ class Best:
         if code:
             self.failed.append(job)
         result = result_of(job.config)
+        if result:
+            self._note_times(result)
         for length in load.lengths:
             race = self.search.races[length]
             tried = tried_in(result, job.config, length, self.options) if result else []
@@ -211,6 +234,25 @@ def tried_in(result: Result, config: ExperimentConfig, length: int | None, optio
         and (length is None or point.max_tokens == config.max_tokens)
     ]  # fmt: skip
     return tried_of(points, options.goal, limits_of(options))
+
+
+def what_best_saves(done: Sequence[Job]) -> str | None:
+    """In the end of a study: what a search for the same answer would have taken. None for few settings."""
+    if len(done) < _SETTINGS_OF_A_STUDY or any(job.config.prompts_file or job.config.packed for job in done):
+        return None
+    from batch_inference.launch.replay import replayed, study_of
+
+    results = [result for job in done if (result := result_of(job.config))]
+    study = study_of(results)
+    # Of one that was gone on with nobody knows how long it took.
+    is_whole = all(one.environment.ended_at and not one.environment.resumed_from for one in results)
+    if len(study.settings) < _SETTINGS_OF_A_STUDY or not is_whole or not study.lengths:
+        return None
+    answer = replayed(study, Goal())
+    return (
+        f"best would have found the highest throughput with {counted(answer.loads, 'engine start')}, in about "
+        f"{answer.wall_s / study.wall_s:.0%} of this time"
+    )
 
 
 # --- what is said in the end ------------------------------------------------------------------------------------------
@@ -305,7 +347,9 @@ def _limits(options: Options) -> str:
 def _took(best: Best) -> str:
     devices = len(best.devices)
     used = f"{best.used_s * devices / 60:.1f} device-minutes ({counted(devices, 'device')}, {best.used_s:.0f} s)"
-    words = f"Used {used}, {counted(best.loads, 'load')} of {counted(len(best.jobs), 'setting')}"
+    words = f"Used {used} for {counted(best.loads, 'load')}"
+    if study_s := best.study_s():
+        words += f"; a study of all settings at these batch sizes takes about {study_s * devices / 60:.3g}"
     if best.ended_by_budget:
         words += f"; the budget of {best.options.budget_device_minutes:g} has ended the search"
     return words

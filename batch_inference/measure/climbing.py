@@ -17,7 +17,7 @@ from batch_inference.core.values import LATENCY_GOAL
 from batch_inference.measure.resume import has_runs_enough
 
 # On the way to the best; the first point has one more, so that something is known of how much runs differ.
-_RUNS_ON_THE_WAY = 2
+RUNS_ON_THE_WAY = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Climbing:
         climb = Climb([key.batch_size for key in keys], rises=self._config.goal != LATENCY_GOAL)
         size = climb.next_size(tried)
         if size is not None:
-            runs = None if self._config.num_runs or keys[0].workload else _RUNS_ON_THE_WAY + (not points)
+            runs = None if self._config.num_runs or keys[0].workload else RUNS_ON_THE_WAY + (not points)
             return Next(_of_size(keys[0], size), runs)
         best = best_of(tried)
         if best is None or best.batch_size in lost or best.value + best.half < self._to_beat(keys[0].seq_len):

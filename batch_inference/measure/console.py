@@ -98,11 +98,12 @@ class Console:
         self._wrapped(f"      {_shape(point)}: the engine is started again")
 
     def point_done(self, point: Point) -> None:
-        # One that is gone on with is told again.
-        self._number += point.key not in self._told
+        is_new = point.key not in self._told
+        self._number += is_new
         self._told.add(point.key)
         number = f"{self._number}/{self._total}" if self._total else str(self._number)
-        self._wrapped(f"  [{number}] {_shape(point)}: {point_words(point)}")
+        more = "" if is_new else ", more runs"
+        self._wrapped(f"  [{number}] {_shape(point)}{more}: {point_words(point)}")
         advice = [f"{point.failure}: {ADVICE[point.failure]}"] if point.failure else []
         for line in [*point.verdict_reasons, *advice]:
             self._wrapped(f"      {line}")

@@ -1,0 +1,205 @@
+"""The search of `best` over what was measured already: how long it would have taken, and what it would have found.
+
+A run takes what one of the measured ones of its point took, an engine start what it took, and batch sizes are those
+that were measured.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from statistics import fmean
+
+from batch_inference.core.climb import Climb, Tried, pooled_halves
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.metrics import run_latencies_s
+from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search
+from batch_inference.core.results import Point, Result
+from batch_inference.core.statistics import is_narrow
+from batch_inference.measure.climbing import RUNS_ON_THE_WAY
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A setting of a study."""
+
+    layout: Layout
+    result: Result
+
+    @cached_property
+    def start_s(self) -> float:
+        load_s = self.result.engine.load_s if self.result.engine else None
+        return load_s.total_s if load_s and load_s.total_s else 0.0
+
+    @cached_property
+    def wall_s(self) -> float:
+        begin, end = self.result.environment.started_at, self.result.environment.ended_at
+        return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds() if begin and end else 0.0
+
+    @cached_property
+    def beside_s(self) -> float:
+        """Neither start nor runs: to close the engine, and what lies between runs."""
+        return max(0.0, self.wall_s - self.start_s - sum(map(seconds_of, self.result.points)))
+
+    def points(self, seq_len: int) -> dict[int, Point]:
+        return {
+            point.batch_size: point for point in self.result.points if point.seq_len == seq_len and point.status == "ok"
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    settings: dict[Layout, Recorded]
+
+    @property
+    def devices(self) -> int:
+        return max(layout.num_devices for layout in self.settings)
+
+    @property
+    def wall_s(self) -> float:
+        return sum(one.wall_s for one in self.settings.values())
+
+    @property
+    def lengths(self) -> list[int]:
+        """Those at which every setting was measured."""
+        of_each = [
+            {point.seq_len for point in one.result.points if point.status == "ok"} for one in self.settings.values()
+        ]
+        return sorted(length for length in set.intersection(*of_each) if length)
+
+    def candidates(self, goal: Goal) -> list[Layout]:
+        """Those that the search would choose among: all devices, or for what one device does, any number."""
+        return [
+            layout
+            for layout in self.settings
+            if (goal.is_per_device and layout.replica == layout) or layout.num_devices == self.devices
+        ]
+
+
+@dataclass(frozen=True)
+class Replay:
+    distances: dict[int, float]  # by prompt length: below the true best, as a share
+    wall_s: float
+    loads: int
+
+
+def study_of(results: Iterable[Result]) -> Study:
+    settings = {}
+    for result in results:
+        layout = layout_of(result)
+        settings[layout] = Recorded(layout, result)
+    return Study(settings)
+
+
+def layout_of(result: Result) -> Layout:
+    config = result.config
+    return Layout(
+        config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size,
+        config.enable_expert_parallel,
+    )  # fmt: skip
+
+
+def replayed(study: Study, goal: Goal, draw: random.Random | None = None) -> Replay:
+    races: dict[int | None, Race] = {
+        length: Race(goal, study.candidates(goal), frozenset(study.settings)) for length in study.lengths
+    }
+    search, wall_s, count = Search(races), 0.0, 0
+    while loads := search.next_loads(study.devices):
+        walls_s = []
+        for load in loads:
+            recorded = study.settings[load.layout]
+            took_s = recorded.start_s + recorded.beside_s
+            for length, to_beat in zip(load.lengths, load.to_beat, strict=True):
+                assert length is not None
+                found, runs_s = measured(recorded, load, goal, length, to_beat, draw)
+                races[length].found[load.layout] = replace(found, is_alone=len(loads) == 1)
+                took_s += runs_s
+            walls_s.append(took_s)
+        wall_s, count = wall_s + max(walls_s), count + len(loads)
+    distances = {length: distance(study, goal, length, race) for length, race in races.items() if length}
+    return Replay(distances, wall_s, count)
+
+
+def distance(study: Study, goal: Goal, seq_len: int, race: Race) -> float:
+    """Of the chosen point from the best of the whole grid, by the means that were recorded."""
+    best = race.best()
+    assert best is not None
+    assert best.best is not None
+    truth = {
+        (layout, size): goal.value(layout, true_value(point, layout, goal))
+        for layout in race.candidates
+        for size, point in study.settings[layout].points(seq_len).items()
+    }
+    return 1 - truth[best.layout, best.best.batch_size] / max(truth.values())
+
+
+def measured(  # noqa: PLR0913 - a load, and what it is asked
+    recorded: Recorded, load: Load, goal: Goal, seq_len: int, to_beat: float, draw: random.Random | None
+) -> tuple[Found, float]:
+    """As one engine load does, and the seconds of its runs: few of each size, and of the best as many as its interval
+    needs."""
+    points = recorded.points(seq_len)
+    sizes = sorted(points)
+    asked = [size for size in load.sizes or () if size in points] or sizes
+    climb = Climb(asked, rises=not goal.is_latency, between=lambda _: False)
+    runs: dict[int, list[float]] = {}
+    tried: list[Tried] = []
+    took_s = 0.0
+    while (size := climb.next_size(tried)) is not None:
+        runs[size] = [run_of(points[size], draw) for _ in range(RUNS_ON_THE_WAY + (not runs))]
+        took_s += sum(runs[size]) + warmup_s(points[size])
+        tried = tried_of(points, runs, recorded.layout, goal)
+    first = max(tried, key=lambda one: one.value)
+    best, is_asked = first.batch_size, first.value + first.half >= to_beat
+    while is_asked and not _has_enough(runs[best]):
+        runs[best].append(run_of(points[best], draw))
+        took_s += runs[best][-1]
+    tried = tried_of(points, runs, recorded.layout, goal)
+    return Found(recorded.layout, tried, climb.is_exhausted(tried)), took_s
+
+
+def _has_enough(runs: list[float]) -> bool:
+    if len(runs) <= RUNS_ON_THE_WAY:
+        return False
+    return len(runs) >= ExperimentConfig.max_runs or is_narrow(runs, ExperimentConfig.target_ci)
+
+
+def tried_of(points: dict[int, Point], runs: dict[int, list[float]], layout: Layout, goal: Goal) -> list[Tried]:
+    found = []
+    for (size, seconds), half in zip(runs.items(), pooled_halves(list(runs.values())), strict=True):
+        value = value_of(points[size], layout, goal, fmean(seconds))
+        fits = (points[size].summary.get("waves") or 1) <= 1
+        found.append(Tried(size, value, value * half, fits, runs=len(seconds)))
+    return found
+
+
+def value_of(point: Point, layout: Layout, goal: Goal, latency_s: float) -> float:
+    """Output tokens per second of all replicas, or batches per second."""
+    if goal.is_latency:
+        return 1 / latency_s
+    return point.batch_size * (point.max_tokens or 1) * layout.dp / latency_s
+
+
+def true_value(point: Point, layout: Layout, goal: Goal) -> float:
+    return value_of(point, layout, goal, fmean(run_latencies_s(point)))
+
+
+def run_of(point: Point, draw: random.Random | None) -> float:
+    """One of the measured ones, spread as far from their mean as those of a sample are; without `draw` their mean."""
+    runs = run_latencies_s(point)
+    middle, wider = fmean(runs), math.sqrt(len(runs) / max(1, len(runs) - 1))
+    if draw is None:
+        return middle
+    return middle + wider * (draw.choice(runs) - middle)
+
+
+def warmup_s(point: Point) -> float:
+    return sum(warmup.latency_s for warmup in point.warmups)
+
+
+def seconds_of(point: Point) -> float:
+    return sum(run_latencies_s(point)) + warmup_s(point)
