@@ -111,12 +111,14 @@ def test_the_best_is_within_two_percent_of_the_true_one(seed: int) -> None:
     assert len(tried) <= 12
 
 
-def test_one_spread_is_taken_for_all_points() -> None:
-    apart = pooled_halves([[1.0, 1.02, 0.98], [2.0, 2.0]])
-    assert apart[0] * math.sqrt(3) == pytest.approx(apart[1] * math.sqrt(2))
+def test_a_size_shares_its_spread_with_its_neighbours() -> None:
+    apart = pooled_halves({16: [1.0, 1.02, 0.98], 32: [2.0, 2.0], 128: [4.0, 4.4]})
+    assert apart[16] * math.sqrt(3) == pytest.approx(apart[32] * math.sqrt(2))
     # Two degrees of freedom from the first, one from the second.
-    assert apart[0] == pytest.approx(3.182 * math.sqrt(0.0008 / 3) / math.sqrt(3), rel=1e-3)
-    assert pooled_halves([[1.0], [2.0]]) == [math.inf, math.inf]
+    assert apart[16] == pytest.approx(3.182 * math.sqrt(0.0008 / 3) / math.sqrt(3), rel=1e-3)
+    # Twice as large at most: this one has its own alone.
+    assert apart[128] == pytest.approx(12.706 * 0.2 * math.sqrt(2) / 4.2 / math.sqrt(2), rel=1e-3)
+    assert pooled_halves({1: [1.0], 2: [2.0]}) == {1: math.inf, 2: math.inf}
 
 
 def test_auto_is_a_word_of_batch_sizes() -> None:

@@ -7,7 +7,7 @@ double while each gains more than chance would; then the neighbours of the best 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from batch_inference.core.statistics import t_quantile_95
@@ -36,18 +36,26 @@ class Tried:
         return self.excess <= 1
 
 
-def pooled_halves(runs_s: Sequence[Sequence[float]]) -> list[float]:
-    """Of each point's mean latency the half width of its 95 % interval, as a share of it. One spread is taken for all
-    points, since two runs of each tell little by themselves; infinite where nothing was run twice."""
-    squares, degrees = 0.0, 0
-    for runs in runs_s:
-        middle = math.fsum(runs) / len(runs)
-        squares += math.fsum((run / middle - 1) ** 2 for run in runs)
-        degrees += len(runs) - 1
-    if not degrees:
-        return [math.inf] * len(runs_s)
-    spread = t_quantile_95(degrees) * math.sqrt(squares / degrees)
-    return [spread / math.sqrt(len(runs)) for runs in runs_s]
+def pooled_halves(runs_s: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """Batch size -> the half width of the 95 % interval of its mean latency, as a share of it.
+
+    Two runs tell little by themselves: so the spread is that of a size and its neighbours, up to twice and half of it.
+    Larger batches vary less. Infinite where nothing was run twice.
+    """
+    spreads = {size: _squares(runs) for size, runs in runs_s.items()}
+    halves = {}
+    for size, runs in runs_s.items():
+        near = [spreads[other] for other in runs_s if size <= 2 * other <= 4 * size]
+        degrees = sum(count for _, count in near)
+        squares = math.fsum(one for one, _ in near)
+        halves[size] = t_quantile_95(degrees) * math.sqrt(squares / degrees / len(runs)) if degrees else math.inf
+    return halves
+
+
+def _squares(runs: Sequence[float]) -> tuple[float, int]:
+    """The sum of squared distances from the mean, as shares of it, and its degrees of freedom."""
+    middle = math.fsum(runs) / len(runs)
+    return math.fsum((run / middle - 1) ** 2 for run in runs), len(runs) - 1
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from batch_inference.core.climb import Tried, best_of
 
 # Of the best: no difference that anybody would load an engine for, and what an interval is asked to be.
 TIE = 0.02
+# A bound is this many half widths of a 95 % interval above what was measured: it is looked at after each load again,
+# and holds at all looks together.
+SURE = 2.0
 
 # Why a setting can be no better. Tested against recorded studies; docs/best.md has the reasons in full.
 SPLIT = "{times} times the devices of {base}, so at most {times} times its work, at any batch size"
@@ -78,7 +81,7 @@ class Found:
         """What it does at most at any batch size; infinite where that is not known."""
         if not self.is_exhausted:
             return math.inf
-        return max(one.value + one.half for one in self.tried)
+        return max(one.value + SURE * one.half for one in self.tried)
 
     def at(self, batch_size: int) -> Tried | None:
         return next((one for one in self.tried if one.batch_size == batch_size), None)
@@ -289,7 +292,7 @@ def _shortest_times(layout: Layout, base: Found) -> Iterator[Bound]:
     if best is None:
         return
     if layout.dp > 1 and layout.replica == other:
-        yield Bound(best.value + best.half, REPLICA, other)
+        yield Bound(best.value + SURE * best.half, REPLICA, other)
     if other.pp > 1 or other.dp > 1 or layout.tp % other.tp:
         return
     # Of the part of a batch that fills one stage; of a single request, all of it.
@@ -297,7 +300,7 @@ def _shortest_times(layout: Layout, base: Found) -> Iterator[Bound]:
     if part and layout.replica != other:
         times = layout.tp // other.tp
         why = STAGED if times == 1 else DIVIDED if layout.pp == 1 else BOTH
-        yield Bound(times * (part.value + part.half), why, other, times)
+        yield Bound(times * (part.value + SURE * part.half), why, other, times)
 
 
 def layouts(devices: int, *, exactly: bool = True, most_tp: int | None = None) -> list[Layout]:

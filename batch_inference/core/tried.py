@@ -32,10 +32,10 @@ def limits_of(asked: Limits) -> dict[str, float]:
 def tried_of(points: Sequence[Point], goal: str, limits: Mapping[str, float]) -> list[Tried]:
     """Of points of one setting that differ in the batch size alone, and have their runs and their summary. `limits`:
     metric -> the most that it may be; an unknown number keeps none."""
-    halves = pooled_halves([run_latencies_s(point) for point in points])
+    halves = pooled_halves({point.batch_size: run_latencies_s(point) for point in points})
     found = []
-    for point, relative in zip(points, halves, strict=True):
-        value, half = _value(point, goal, relative)
+    for point in points:
+        value, half = _value(point, goal, halves[point.batch_size])
         excess = max((_over(point.summary.get(name), most) for name, most in limits.items()), default=0.0)
         fits = (point.summary.get("waves") or 1) <= 1
         found.append(Tried(point.batch_size, value, half, fits, excess, len(point.runs)))

@@ -170,7 +170,8 @@ def _has_enough(runs: list[float]) -> bool:
 
 def tried_of(points: dict[int, Point], runs: dict[int, list[float]], layout: Layout, goal: Goal) -> list[Tried]:
     found = []
-    for (size, seconds), half in zip(runs.items(), pooled_halves(list(runs.values())), strict=True):
+    for size, half in pooled_halves(runs).items():
+        seconds = runs[size]
         value = value_of(points[size], layout, goal, fmean(seconds))
         fits = (points[size].summary.get("waves") or 1) <= 1
         found.append(Tried(size, value, value * half, fits, runs=len(seconds)))
