@@ -28,6 +28,7 @@ from batch_inference.analyze.compare import (
 )
 from batch_inference.analyze.tables import half_width, load_setting, point_table
 from batch_inference.core.results import Point, Result
+from batch_inference.core.statistics import STOPPED_BY_ITSELF
 from builders import make_point, make_result, make_sweep, save_all
 
 
@@ -39,9 +40,13 @@ def table(tmp_path: Path) -> Any:
     return build
 
 
-def pair(table: Any, one: Sequence[float], two: Sequence[float]) -> pd.Series[float]:
+FIXED = {"num_runs": 1}  # or another number, of which all are made: intervals are Student's t
+
+
+def pair(table: Any, one: Sequence[float], two: Sequence[float], config: dict[str, Any] = FIXED) -> pd.Series[float]:
     """Throughput of `one` over that of `two`, of runs with these latencies."""
-    points = table([make_result("a", [make_point(latencies_s=one)]), make_result("b", [make_point(latencies_s=two)])])
+    runs = {"a": one, "b": two}
+    points = table([make_result(name, [make_point(latencies_s=runs[name])], config=config) for name in runs])
     return ratios(points.iloc[[0]], points.iloc[[1]]).iloc[0]
 
 
@@ -64,12 +69,19 @@ def test_the_interval_of_a_ratio_is_propagated(special: ModuleType, table: Any) 
     assert found["ratio_ci95"] == pytest.approx(half, rel=1e-3)
 
 
+def test_runs_that_stopped_by_themselves_tell_less(table: Any) -> None:
+    fixed, adaptive = pair(table, ONE, TWO), pair(table, ONE, TWO, config={})
+    assert adaptive["ratio_ci95"] == pytest.approx(STOPPED_BY_ITSELF * fixed["ratio_ci95"])
+    assert 0 < fixed["p_value"] < adaptive["p_value"] < 0.05
+
+
 @pytest.mark.slow
 def test_the_interval_covers_the_true_ratio_as_often_as_it_says(tmp_path: Path) -> None:
     random, covered = np.random.default_rng(1), 0
     points = [make_point(batch, latencies_s=random.normal(1, 0.03, 4)) for batch in range(1, 401)]
     others = [make_point(batch, latencies_s=random.normal(2, 0.01, 3)) for batch in range(1, 401)]
-    paths = save_all([make_result("a", points), make_result("b", others)], tmp_path)
+    results = [make_result(name, made, config=FIXED) for name, made in (("a", points), ("b", others))]
+    paths = save_all(results, tmp_path)
     one, two = (point_table([load_setting(path)]) for path in paths)
     found = ratios(one, two)
     covered = int(((found["ratio"] - 2).abs() <= found["ratio_ci95"]).sum())
@@ -89,7 +101,7 @@ def test_runs_without_spread_are_equal_or_are_not(table: Any) -> None:
 
 
 def test_the_interval_of_throughput_is_as_wide_as_that_of_latency(table: Any) -> None:
-    points = table([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0])])])
+    points = table([make_result(points=[make_point(latencies_s=[1.0, 2.0, 3.0])], config=FIXED)])
     row = points.iloc[0]
     assert half_width(row, "latency_mean_s") == pytest.approx(4.303 / math.sqrt(3))
     assert half_width(row, "output_tok_per_s") == pytest.approx(16 * 4.303 / math.sqrt(3) / 2)
@@ -411,8 +423,8 @@ def test_five_percent_and_not_ten_is_what_counts_as_a_difference(
     p_value = float(2 * special.stdtr(6, -abs(shift) / math.sqrt(np.var(before, ddof=1) / 2)))
     assert (p_value < 0.05) is (change != "no difference")
     assert p_value < 0.1
-    old = table([make_result(points=[make_point(latencies_s=before)])], "old")
-    found = compare_sets(table([make_result(points=[make_point(latencies_s=now)])]), old)
+    old = table([make_result(points=[make_point(latencies_s=before)], config=FIXED)], "old")
+    found = compare_sets(table([make_result(points=[make_point(latencies_s=now)], config=FIXED)]), old)
     assert found.points["change"].tolist() == [change]
     assert found.points["p_holm"].tolist() == pytest.approx([p_value], rel=1e-2)
 

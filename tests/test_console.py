@@ -48,7 +48,7 @@ class Terminal(io.StringIO):
 
 def test_a_point_is_one_line_of_all_that_matters() -> None:
     point = make_point(64, 2048, latencies_s=[1.0, 1.01, 0.99], max_tokens=128)
-    assert shown(point) == "8192 tok/s ±2.5%, 1.00 s, TTFT 0.100 s, 60.0 GiB, valid"
+    assert shown(point) == "8192 tok/s ±3.5%, 1.00 s, TTFT 0.100 s, 60.0 GiB, valid"
 
 
 def test_what_is_unknown_is_left_out() -> None:
@@ -129,8 +129,8 @@ def test_the_log_is_shown_while_it_grows_and_may_appear_later(tmp_path: Path, mo
 
 
 def test_the_interval_is_a_share_of_the_latency() -> None:
-    # 12.706 x 0.2828 / sqrt(2) = 2.541 s, of 4 s
-    assert shown(make_point(latencies_s=[4.2, 3.8])).startswith("8.000 tok/s ±63.5%, 4.00 s, ")
+    # 1.4 x 12.706 x 0.2828 / sqrt(2) = 3.558 s, of 4 s
+    assert shown(make_point(latencies_s=[4.2, 3.8])).startswith("8.000 tok/s ±88.9%, 4.00 s, ")
 
 
 def test_what_is_kept_and_what_is_doubtful_of_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,9 +185,9 @@ def test_every_column_of_the_closing_table_shows_what_its_heading_says() -> None
     runs = [make_run(run_s, requests=2, times=times, memory={"used_gib": [61.5, 60.0]}) for run_s in (2.0, 3.0, 4.0)]
     result = make_result(points=[make_point(2, runs=runs), Point(4, 64, 32, "oom", reason="x")])
     head, _, first, second = closing_table(result).splitlines()
-    # 192 tokens in 9 s; 4.303 x 1 / sqrt(3); (0.5 + 0.25) / 2; (1.5 + 1.75) / 2 / 31
+    # 192 tokens in 9 s; 1.4 x 4.303 x 1 / sqrt(3); (0.5 + 0.25) / 2; (1.5 + 1.75) / 2 / 31
     assert " ".join(head.split()) == "batch length tok/s latency s ± s TTFT s TPOT s GiB runs verdict"
-    assert first.split() == ["2", "64", "21.33", "3.000", "2.484", "0.3750", "0.0524", "61.50", "3", "valid"]
+    assert first.split() == ["2", "64", "21.33", "3.000", "3.478", "0.3750", "0.0524", "61.50", "3", "valid"]
     assert second.split() == ["4", "64", "oom"]
 
 
@@ -222,7 +222,7 @@ def test_what_is_shown_of_a_sweep_line_by_line(capsys: pytest.CaptureFixture[str
         "  1 of 3 points is kept from x.json",
         "  batch x length: output throughput ±95 % interval, latency, TTFT, memory",
         *wrapped("      2 x 8: vLLM compiled a kernel during a run: a warm-up, and repeated", indent=6),
-        "  [2/3] 2 x 8: 64.00 tok/s ±2.5%, 1.00 s, TTFT 0.100 s, 60.0 GiB, suspect",
+        "  [2/3] 2 x 8: 64.00 tok/s ±3.5%, 1.00 s, TTFT 0.100 s, 60.0 GiB, suspect",
         "      first reason",
         "      second reason",
         "      4 x 16: the engine is started again",

@@ -212,5 +212,5 @@ def test_every_value_of_the_summary_has_its_own_interval(analyze: Any, tmp_path:
     analyze("--input", tmp_path)
     chosen = [choice["best"] for choice in summary(tmp_path)["groups"][0]["best"]]
     assert len(chosen) == 3
-    # All go with the latency of the same runs: 1 s, give or take 2.5 %.
-    assert [one["ci95"] / one["value"] for one in chosen] == pytest.approx([0.02484] * 3, rel=0.01)
+    # All go with the latency of the same runs, which stopped by themselves: 1 s, give or take 1.4 times 2.5 %.
+    assert [one["ci95"] / one["value"] for one in chosen] == pytest.approx([0.03478] * 3, rel=0.01)

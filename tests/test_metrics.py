@@ -96,7 +96,7 @@ EXPECTED = {
     "latency_p90_s": 2.9,
     "latency_p99_s": 2.99,
     "runs": 2,
-    "latency_ci95_s": 6.353,  # 12.706 x sqrt(0.5) / sqrt(2)
+    "latency_ci95_s": 8.8942,  # 1.4 x 12.706 x sqrt(0.5) / sqrt(2)
     "ttft_mean_s": 0.3,
     "ttft_p50_s": 0.3,
     "ttft_p90_s": 0.4,  # sorted: .2 .2 .3 .3 .3 .3 .4 .4; rank 6.3

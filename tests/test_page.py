@@ -146,7 +146,7 @@ def test_every_column_of_all_points_shows_what_its_heading_says(page: Any) -> No
     assert cells == {
         "group": "1", "setting": "dp_2", "devices": "2", "length": "64", "batch": "101", "global batch": "202",
         "output tok/s": short(tok_per_s), "per device": short(tok_per_s / 2),
-        "latency s": "502.0", "± s": "25.41",  # 12.706 x 2.828 / 1.414
+        "latency s": "502.0", "± s": "35.58",  # 1.4 x 12.706 x 2.828 / 1.414
         "TTFT p50 s": "51.00", "TTFT p99 s": "100.0", "TPOT p50 s": "5.100", "TPOT p99 s": "10.00",
         "efficiency": short(efficiency), "status": "ok", "verdict": "valid",
     }  # fmt: skip

@@ -112,7 +112,7 @@ def test_throughput_is_drawn_with_its_interval(table: Any) -> None:
     (axes,) = plots.throughput(table([make_result(points=[make_point(1, 8, [1.0, 2.0, 3.0])])])).axes
     assert lines(axes) == [[(1, 16.0)]]
     (bar,) = axes.collections[0].get_segments()
-    half = 16 * 4.303 / math.sqrt(3) / 2
+    half = 1.4 * 16 * 4.303 / math.sqrt(3) / 2
     assert [float(y) for _, y in bar] == pytest.approx([16 - half, 16 + half])
     assert axes.get_ylabel() == "Output throughput [tok/s]"
 

@@ -49,7 +49,8 @@ class _Runs:
 
 def _runs(points: pd.DataFrame) -> _Runs:
     mean, half, runs = (_column(points, name) for name in MEASURED[1:])
-    # The interval is Student's quantile times the standard error: division gives the error back.
+    # The interval is Student's quantile times the standard error: division gives the error back, and a larger one
+    # where the runs decided themselves when they were enough.
     return _Runs(mean, half / quantiles_95(np.where(runs > 1, runs - 1, np.nan)), runs)
 
 

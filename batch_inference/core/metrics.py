@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from batch_inference.core.capacity import padded_batch_size, running_requests, waves
 from batch_inference.core.results import EngineInfo, Peaks, Point, Result, Run
 from batch_inference.core.sharing import imbalance
-from batch_inference.core.statistics import ci95_half_width, mean, percentile_of_sorted
+from batch_inference.core.statistics import STOPPED_BY_ITSELF, ci95_half_width, mean, percentile_of_sorted
 
 if TYPE_CHECKING:
     from batch_inference.core.queue_points import Plateau, QueueSummary
@@ -255,8 +255,9 @@ METRICS: tuple[Metric, ...] = (
     *_distribution("latency", "Batch latency", lambda measured: measured.latencies_s,
                    "time from the common start to the last replica's end, over the runs"),
     Metric("latency_ci95_s", "s", "Batch latency, 95 % CI (±)", None,
-           lambda measured: ci95_half_width(measured.latencies_s),
-           "Student's t x standard deviation / sqrt(runs); unknown for one run"),
+           lambda measured: ci95_half_width(measured.latencies_s, measured.result.is_adaptive(measured.point)),
+           f"Student's t x standard deviation / sqrt(runs), {STOPPED_BY_ITSELF} times that where the runs decided "
+           "themselves when they were enough; unknown for one run"),
     Metric("runs", "count", "Timed runs", None, lambda measured: len(measured.point.runs),
            "timed runs of the point, warm-ups not counted"),
     *_distribution("ttft", "Time to first token (TTFT)", lambda measured: measured.ttfts_s,

@@ -421,6 +421,10 @@ class Result(Struct):
         """The engine that measured the point."""
         return self.engine if point.engine is None else self.earlier_engines[point.engine]
 
+    def is_adaptive(self, point: Point) -> bool:
+        """Whether the runs of the point decided themselves how many there are. Those of a queue never do."""
+        return self.config.num_runs is None and point.workload is None
+
     @property
     def data_parallel_size(self) -> int:
         return self.config.data_parallel_size

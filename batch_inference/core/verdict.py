@@ -216,14 +216,14 @@ def _compiled_late(_: Result, point: Point) -> list[str]:
 def _wide_interval(result: Result, point: Point) -> list[str]:
     if point.workload:
         return []  # in a single run: what is known of its plateau says so
-    width, asked = relative_ci95(run_latencies_s(point)), result.config
+    width, asked = relative_ci95(run_latencies_s(point), result.is_adaptive(point)), result.config
     if asked.num_runs is None and len(point.runs) < asked.fewest_runs:
         return [f"{counted(len(point.runs), 'run')}: it lies on the way to the best batch size (--batch-sizes auto)"]
     if width is None:
         return ["a single run has no interval; raise --num-runs"]
     if asked.num_runs is None and width > asked.target_ci:
         target = f"{asked.target_ci * 100:.3g}%"
-        return [f"runs differ: after {asked.max_runs} the 95 % interval is over ±{target}; raise --max-runs"]
+        return [f"runs differ: after {len(point.runs)} the 95 % interval is over ±{target}; raise --max-runs"]
     if width > WIDEST_INTERVAL:
         return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
     return []
