@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
 from batch_inference.core.capacity import request_slots, requests_in_kv_cache, running_requests, waves
+from batch_inference.core.config import MIN_RUNS
 from batch_inference.core.metrics import run_latencies_s
 from batch_inference.core.results import Point, Result, Timeline, Verdict, Warmup
 from batch_inference.core.statistics import is_steady, relative_ci95, trend
@@ -217,7 +218,7 @@ def _wide_interval(result: Result, point: Point) -> list[str]:
     if point.workload:
         return []  # in a single run: what is known of its plateau says so
     width, asked = relative_ci95(run_latencies_s(point), result.is_adaptive(point)), result.config
-    if asked.num_runs is None and len(point.runs) < asked.fewest_runs:
+    if asked.searches and len(point.runs) <= MIN_RUNS and (width is None or width > asked.target_ci):
         return [f"{counted(len(point.runs), 'run')}: it lies on the way to the best batch size (--batch-sizes auto)"]
     if width is None:
         return ["a single run has no interval; raise --num-runs"]
