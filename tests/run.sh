@@ -43,8 +43,8 @@ coverage_of() {
 
 ran=false
 chosen=$#
-# Some wait for a process or a clock: two workers more than there are cores, eight at most.
-workers=$(($(nproc) + 2))
+# Some wait for a process or a clock: a worker more than there are cores, eight at most. Each more imports all again.
+workers=$(($(nproc) + 1))
 ((workers <= 8)) || workers=8
 fast_part=(pytest -q -m "not vllm and not slow" -n "$workers" --dist worksteal --durations=3 "$@")
 if $fast || ((chosen)); then

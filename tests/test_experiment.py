@@ -1087,6 +1087,7 @@ def test_all_batch_sizes_of_a_queue_are_measured_on_one_load_by_one_run_each(job
     assert [(point.verdict, len(point.runs), len(point.warmups)) for point in result.points] == [("valid", 1, 1)] * 2
     # 4 x 10 tokens of each second.
     assert [point.summary["plateau_output_tok_per_s"] for point in result.points] == [10.0, 40.0]
+    assert [point.plateau_interval_by for point in result.points] == ["batch means"] * 2
     assert result.status == "complete"
 
 

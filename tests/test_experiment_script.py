@@ -129,11 +129,11 @@ def test_wrong_use_is_one_line_and_exit_2_with_nothing_loaded(
 def test_a_wrong_vllm_flag_leaves_no_result_file_behind(experiment: Run, tmp_path: Path) -> None:
     assert experiment("--quantisation", "fp8").returncode == 2
     assert not (tmp_path / "tp_1_results.json").exists()
-    assert experiment("--quantization", "fp8").returncode == 0
+    assert experiment("--quantization", "fp8", "--dry-run").returncode == 0
 
 
 def test_repeats_are_noted_and_dropped(experiment: Run) -> None:
-    done = experiment("--batch-sizes", "1,1,2")
+    done = experiment("--batch-sizes", "1,1,2", "--dry-run")
     assert done.returncode == 0
     assert "note: --batch-sizes: repeats dropped, 1,2 is measured" in done.stderr
 
@@ -187,7 +187,10 @@ def test_a_failing_point_is_recorded_and_the_others_are_kept(
     assert points[1]["log_tail"]
 
 
-@pytest.mark.parametrize(("fail", "said"), [("tokens", "output tokens came back"), ("prefix", "prefix cache")])
+@pytest.mark.parametrize(
+    ("fail", "said"),
+    [("tokens", "output tokens came back"), pytest.param("prefix", "prefix cache", marks=pytest.mark.slow)],
+)
 def test_a_run_that_did_not_do_what_was_asked_is_invalid(experiment: Run, tmp_path: Path, fail: str, said: str) -> None:
     assert experiment(STUB_FAIL=fail).returncode == 0
     assert_as_the_schema_says(tmp_path / "tp_1_results.json")
@@ -398,10 +401,13 @@ def _children(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("stub", "expected"),
     [
-        ({}, (None, True)),
+        # The way to each is looked at where the engine is (test_engine.py).
+        pytest.param({}, (None, True), marks=pytest.mark.slow),
         ({"STUB_MULTIMODAL": "1"}, (True, True)),
-        ({"STUB_MULTIMODAL": "internvl"}, (True, False)),
-        ({"STUB_MULTIMODAL": "1", "STUB_LACKS": "language_model_only"}, (None, False)),
+        pytest.param({"STUB_MULTIMODAL": "internvl"}, (True, False), marks=pytest.mark.slow),
+        pytest.param(
+            {"STUB_MULTIMODAL": "1", "STUB_LACKS": "language_model_only"}, (None, False), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_multimodal_model_is_measured_on_text_and_the_file_says_how(
@@ -465,6 +471,7 @@ def test_a_workload_becomes_a_queue_point_for_each_batch_size_on_one_load(experi
     assert "[2/2] 4 at once: " in done.stderr
 
 
+@pytest.mark.slow
 def test_points_of_a_workload_are_kept_and_other_ones_are_added(experiment: Run, tmp_path: Path) -> None:
     path = str(write_job(tmp_path))
     assert experiment("--prompts-file", path, grid=QUEUE_GRID).returncode == 0
@@ -480,6 +487,7 @@ def test_points_of_a_workload_are_kept_and_other_ones_are_added(experiment: Run,
     assert {tuple(point["runs"][0]["requests"]["output_tokens"]) for point in points[3:]} == {(5,) * 32}
 
 
+@pytest.mark.slow
 def test_requests_that_come_back_otherwise_make_a_queue_point_invalid(experiment: Run, tmp_path: Path) -> None:
     done = experiment("--prompts-file", str(write_job(tmp_path)), grid=QUEUE_GRID, STUB_FAIL="tokens")
     assert done.returncode == 0, done.stderr
@@ -489,6 +497,7 @@ def test_requests_that_come_back_otherwise_make_a_queue_point_invalid(experiment
     assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_the_model_may_end_its_outputs_where_it_has_weights(experiment: Run, tmp_path: Path) -> None:
     path = str(write_job(tmp_path))
     done = experiment("--prompts-file", path, "--output-lengths", "eos", "--max-tokens", "9", grid=QUEUE_GRID)
@@ -499,6 +508,7 @@ def test_the_model_may_end_its_outputs_where_it_has_weights(experiment: Run, tmp
     assert (point["max_tokens"], point["runs"][0]["counters"]["miscounted"]) == (9, 0)
 
 
+@pytest.mark.slow
 def test_tokens_per_step_are_points_of_their_own_with_a_workload_and_without(experiment: Run, tmp_path: Path) -> None:
     budgets = ("--max-num-batched-tokens", "16,256")
     done = experiment("--prompts-file", str(write_job(tmp_path)), *budgets, "--batch-sizes", "4", grid=())
@@ -516,6 +526,7 @@ def test_tokens_per_step_are_points_of_their_own_with_a_workload_and_without(exp
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_prefixes_that_are_cached_are_a_part_of_the_point(experiment: Run, tmp_path: Path) -> None:
     path = str(write_job(tmp_path))
     done = experiment("--prompts-file", path, "--enable_prefix_caching", grid=QUEUE_GRID)
@@ -630,6 +641,7 @@ def test_what_is_no_file_is_no_workload(experiment: Run, tmp_path: Path, kind: s
     )
 
 
+@pytest.mark.slow
 def test_what_is_left_out_of_a_job_stands_in_the_file(experiment: Run, tmp_path: Path) -> None:
     path = write_job(tmp_path)
     path.write_text(path.read_text() + "no JSON\n" + '{"url": "/v1/embeddings", "body": {}}\n')
@@ -640,6 +652,7 @@ def test_what_is_left_out_of_a_job_stands_in_the_file(experiment: Run, tmp_path:
     assert job["left_out"].endswith("left out: 1 for embeddings, 1 bad line")
 
 
+@pytest.mark.slow
 def test_a_job_smaller_than_its_places_runs_as_a_whole(experiment: Run, tmp_path: Path) -> None:
     """Also where a replica has nothing to do."""
     path = write_job(tmp_path, 1)

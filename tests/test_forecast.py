@@ -196,11 +196,12 @@ def test_arithmetic_gives_what_a_simulation_of_all_gives(mix: str, order: str, m
     assert summed.output_tokens_per_s.value == pytest.approx(simulated.output_tokens_per_s.value, rel=0.01)
 
 
-def test_prompts_are_the_limit_where_the_budget_is() -> None:
+def test_prompts_are_the_limit_where_the_budget_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """2,000 prompt tokens and 4 output tokens a request, 2,048 in a step: one request a step, whatever the places."""
+    monkeypatch.setattr(forecasting, "_SIMULATED", 1000)
     run = queue_run((np.full(100, 2000), np.full(100, 4)), 16)
-    found = forecast([run], JobLengths(np.full(300_000, 2000), np.full(300_000, 4)))
-    assert found.seconds.value == pytest.approx(3000 * run.end_s, rel=0.05)
+    found = forecast([run], JobLengths(np.full(30_000, 2000), np.full(30_000, 4)))
+    assert found.seconds.value == pytest.approx(300 * run.end_s, rel=0.05)
 
 
 def test_a_billion_requests_take_no_more_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,9 +330,10 @@ def test_no_replicas_are_in_time_for_the_longest_request() -> None:
 # --- outputs of the model's own choice ----------------------------------------------------------------------------
 
 
-def test_outputs_that_nobody_knows_are_drawn_from_the_sample() -> None:
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 26), marks=pytest.mark.slow)])
+def test_outputs_that_nobody_knows_are_drawn_from_the_sample(seeds: range) -> None:
     held = []
-    for seed in range(6):
+    for seed in seeds:
         draw = np.random.default_rng(seed)
         run, job = (queue_run(lognormal(count, draw), 8, draw) for count in (160, 1600))
         known, unknown = (
@@ -339,7 +341,7 @@ def test_outputs_that_nobody_knows_are_drawn_from_the_sample() -> None:
         )
         held.append(is_held(unknown.seconds, job.end_s))
         assert half_width(unknown.seconds) > 1.2 * half_width(known.seconds)
-    assert sum(held) >= 5
+    assert sum(held) >= 0.9 * len(held)
 
 
 def test_long_prompts_keep_their_outputs() -> None:

@@ -902,6 +902,21 @@ def test_what_is_known_of_some_settings_is_shown_and_the_rest_is_unknown(monkeyp
         assert line in shown
 
 
+def test_the_needs_of_a_setting_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def needs(config: ExperimentConfig, *_: Any) -> Needs:
+        looked.append(config.tensor_parallel_size)
+        return Needs(1.0, source="formula")
+
+    monkeypatch.setattr(overview, "needs_of", needs)
+    jobs = [one_planned("", Setting(size, 1, 1)).job for size in (1, 2)]
+    found = overview.planned(jobs, EIGHT, print)
+    assert [one["weights_gib"] for one in json.loads(overview.plan_as_json(found, EIGHT))] == [1.0, 1.0]
+    assert overview.plan(found, [], "", EIGHT)
+    assert looked == [1, 2]
+
+
 def test_settings_that_are_all_refused_have_no_memory_to_show() -> None:
     jobs = [one_planned("--seq-lens 42")]
     assert [row.split() for row in overview.table(jobs, [Needs(source="vLLM 9.9")])] == [

@@ -489,14 +489,18 @@ def test_an_interrupted_setting_stops_all(launcher: Launcher, code: str) -> None
     assert launcher.names() == ["tp_1", "tp_2"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--pack",)], ids=["in_turn", "packed"])
+# Each signal, and each way to run settings with two signals; the rest of the pairs are slow.
 @pytest.mark.parametrize(
-    ("signal_number", "to_group", "code"),
+    ("signal_number", "to_group", "code", "flags"),
     [
-        (signal.SIGINT, True, 130),  # as a terminal sends it, to the launcher's whole group
-        (signal.SIGINT, False, 130),
-        (signal.SIGTERM, False, 143),
-        (signal.SIGHUP, False, 129),
+        (signal.SIGINT, True, 130, ()),  # as a terminal sends it, to the launcher's whole group
+        (signal.SIGINT, False, 130, ("--pack",)),
+        (signal.SIGTERM, False, 143, ()),
+        (signal.SIGHUP, False, 129, ("--pack",)),
+        pytest.param(signal.SIGINT, True, 130, ("--pack",), marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, False, 130, (), marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, 143, ("--pack",), marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, False, 129, (), marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from batch_inference.core.metrics import METRIC_BY_NAME, METRICS, Measured, markdown_table, summarise
+from batch_inference.core.forecast import BATCH_MEANS
+from batch_inference.core.metrics import (
+    METRIC_BY_NAME,
+    METRICS,
+    Measured,
+    markdown_table,
+    summarise,
+    summary_and_method,
+)
 from batch_inference.core.results import EngineInfo, LoadTimes, Peaks, Requests
 from builders import make_point, make_queue_point, make_result, make_run
 
@@ -170,6 +178,13 @@ def test_a_queue_has_no_waves_and_the_numbers_of_the_whole_too() -> None:
     # 50 requests in 13 s.
     assert numbers["output_tok_per_s"] == pytest.approx(500 / 13)
     assert numbers["request_latency_p50_s"] == pytest.approx(7.0)  # of the queue, waiting included
+
+
+def test_where_the_interval_of_a_plateau_is_from_is_told_with_the_numbers() -> None:
+    assert summary_and_method(QUEUE_RESULT, QUEUE_POINT) == (summarise(QUEUE_RESULT, QUEUE_POINT), BATCH_MEANS)
+    # Without a plateau, of a batch, and of what failed there is none.
+    for point in (make_queue_point(4, (3,)), make_point(), make_point(status="oom", verdict=None, runs=[])):
+        assert summary_and_method(RESULT, point)[1] is None
 
 
 def test_a_queue_that_never_has_all_places_taken_has_no_plateau() -> None:

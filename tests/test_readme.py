@@ -134,10 +134,20 @@ def test_the_tables_of_measurements_are_those_that_the_programs_wrote() -> None:
         assert table == (REPOSITORY / name).read_text(), name
 
 
-def test_the_analysis_that_is_shown_is_what_the_program_says_of_the_files(tmp_path: Path) -> None:
-    shown = re.search(r"```\n(Best\n.*?)```", section("Analyse"), re.DOTALL)
+@pytest.mark.parametrize(
+    ("title", "first", "flags"),
+    [
+        ("Analyse", "Best", "--input docs/h100/study"),
+        ("A job of your own", "For this job", "--input docs/h200/job --device-hour-price 2.5"),
+    ],
+)
+def test_the_analysis_that_is_shown_is_what_the_program_says_of_the_files(
+    title: str, first: str, flags: str, tmp_path: Path
+) -> None:
+    shown = re.search(rf"```\n({first}\n.*?)```", section(title), re.DOTALL)
     assert shown is not None
-    command = ["analyze_results.py", "--input", "docs/h100/study", "--no-plots", "--output-dir", str(tmp_path)]
+    assert f"python analyze_results.py {flags}" in section(title)
+    command = ["analyze_results.py", *flags.split(), "--no-plots", "--output-dir", str(tmp_path)]
     done = called(analyze_results.main, command, REPOSITORY, os.environ)
     assert done.stdout.startswith(shown[1]), "paste the beginning of what it prints"
 

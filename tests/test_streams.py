@@ -24,7 +24,7 @@ from batch_inference.core.streams import print_kept, say, secure_streams, show
 secure_streams()
 numbers = os.pipe()
 for _ in range(3):
-    say("progress\\n" * 20_000)
+    say("progress\\n" * 8_000)
     {what}
 open("seen", "w").write(f"{{min(numbers) > 2}} {{[os.get_inheritable(number) for number in range(3)]}}")
 """

@@ -526,6 +526,21 @@ def test_a_plateau_that_is_not_steady_has_a_direction(slower: float, order: str,
     assert [reason.split(",")[0].split()[-1] for reason in reasons] == ([said] if said else [])
 
 
+@pytest.mark.parametrize(
+    ("requests", "order", "advice"),
+    [
+        (49, "given", "; raise --sample, or give --order shuffled"),
+        (49, "shuffled", "; raise --sample"),
+        (48, "given", "; give --order shuffled"),  # the whole job ran
+        (48, "shuffled", ""),
+    ],
+)
+def test_what_makes_a_plateau_steadier_is_said_as_far_as_it_can_be_done(requests: int, order: str, advice: str) -> None:
+    point = queued(slower=0.2, order=order)
+    (reason,), _ = judge(make_result(points=[point], jobs=[job_of(requests)]), point)
+    assert reason.endswith(f"to its end{advice}")
+
+
 def test_the_plateau_of_any_replica_may_be_the_one_that_is_not_steady() -> None:
     point = queued(shares=(48, 48))
     timelines = [replica.timeline for replica in point.runs[0].replicas]

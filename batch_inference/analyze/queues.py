@@ -40,11 +40,10 @@ class QueuePoint:
 
 def queue_points(result: Result, summaries: Sequence[Summary]) -> Iterator[QueuePoint]:
     """Those that are no reason for doubt but invalid ones, and whose job the file holds."""
-    jobs = {(job.content_hash, job.output_lengths): job for job in result.jobs}
     for point, summary in zip(result.points, summaries, strict=True):
         if point.workload is None or point.status != "ok" or point.verdict == "invalid":
             continue
-        job = jobs.get((point.workload.content_hash, point.workload.output_lengths))
+        job = result.job_of(point.workload)
         if job and all(run.requests.arrival_s for run in point.runs):
             yield _queue_point(result, point, job, summary)
 

@@ -50,6 +50,12 @@ class Measured:
 
         return summary_of(runs_of(self.result, self.point))
 
+    @property
+    def plateau_interval_by(self) -> str | None:
+        """Where the interval of its plateau is from; None where it has none."""
+        plateau = self.queue.plateau if self.queue else None
+        return None if plateau is None or _plateau_ci95(plateau) is None else plateau.method
+
 
 Formula = Callable[[Measured], float | None]
 
@@ -66,12 +72,17 @@ class Metric:
     definition: str  # the formula in words, for the README
 
 
-def summarise(result: Result, point: Point) -> dict[str, float | None]:
+def summarise(result: Result, point: Point) -> Summary:
     """Every metric of a point; all None for one that failed, though some of its runs may be there."""
+    return summary_and_method(result, point)[0]
+
+
+def summary_and_method(result: Result, point: Point) -> tuple[Summary, str | None]:
+    """And where the interval of its plateau is from."""
     if point.status != "ok" or not point.runs:
-        return dict.fromkeys(metric.name for metric in METRICS)
+        return dict.fromkeys(metric.name for metric in METRICS), None
     measured = Measured(result, point)
-    return {metric.name: metric.formula(measured) for metric in METRICS}
+    return {metric.name: metric.formula(measured) for metric in METRICS}, measured.plateau_interval_by
 
 
 def run_latencies_s(point: Point) -> list[float]:

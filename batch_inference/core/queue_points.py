@@ -34,12 +34,6 @@ class QueueSummary:
     drain_s: float
 
 
-def interval_method(result: Result, point: Point) -> str | None:
-    """Of the plateau of a queue point; None where it has none."""
-    plateau = summary_of(runs_of(result, point)).plateau
-    return plateau.method if plateau else None
-
-
 def runs_of(result: Result, point: Point) -> list[list[QueueRun]]:
     """Of each run of a point, the replicas."""
     engine = result.engine_of(point)

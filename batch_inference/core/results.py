@@ -141,6 +141,10 @@ class Warmup(Struct):
     reason: str | None = None  # of a timed run that was moved here: why
 
 
+# What tells the jobs of a file apart: the content of the workload, and where output lengths are from.
+JobKey = tuple[str, str | int]
+
+
 class Job(Struct):
     """The requests of a workload, of which a sample is run: their lengths alone, in the order of the file."""
 
@@ -158,6 +162,10 @@ class Job(Struct):
     prompts: Lengths
     outputs: Lengths | None
     left_out: str | None = None
+
+    @property
+    def key(self) -> JobKey:
+        return self.content_hash, self.output_lengths
 
 
 class Sample(Struct):
@@ -181,6 +189,11 @@ class WorkloadKey(Struct, frozen=True):
     def as_tuple(self) -> Workload:
         """As ExperimentConfig.workload."""
         return self.content_hash, self.output_lengths, self.order, self.is_cached
+
+    @property
+    def job(self) -> JobKey:
+        """The key of the job that the requests are of."""
+        return self.content_hash, self.output_lengths
 
 
 def workload_key(config: ExperimentConfig) -> WorkloadKey:
@@ -424,6 +437,9 @@ class Result(Struct):
     def is_adaptive(self, point: Point) -> bool:
         """Whether the runs of the point decided themselves how many there are. Those of a queue never do."""
         return self.config.num_runs is None and point.workload is None
+
+    def job_of(self, workload: WorkloadKey) -> Job | None:
+        return next((job for job in self.jobs if job.key == workload.job), None)
 
     @property
     def data_parallel_size(self) -> int:

@@ -153,8 +153,8 @@ def _no_plateau(result: Result, point: Point) -> list[str]:
 
 def _ran_as_a_whole(result: Result, point: Point) -> bool:
     """Whether a queue point's sample is the job itself."""
-    of_job = (one.requests for one in result.jobs if point.workload and one.content_hash == point.workload.content_hash)
-    return len(point.runs[0].requests.output_tokens) >= next(of_job, math.inf)
+    job = result.job_of(point.workload) if point.workload else None
+    return job is not None and len(point.runs[0].requests.output_tokens) >= job.requests
 
 
 def _wide_plateau(result: Result, point: Point) -> list[str]:
@@ -167,7 +167,7 @@ def _wide_plateau(result: Result, point: Point) -> list[str]:
     return [f"plateau: the 95 % interval of its throughput is over ±{WIDEST_INTERVAL:.0%}; raise --sample"]
 
 
-def _unsteady_plateau(_: Result, point: Point) -> list[str]:
+def _unsteady_plateau(result: Result, point: Point) -> list[str]:
     """A trend over the plateau that is larger than DRIFT_OVER and than its own interval. Sorted requests have one."""
     if point.workload is None or point.workload.order.endswith("first"):
         return []
@@ -179,9 +179,17 @@ def _unsteady_plateau(_: Result, point: Point) -> list[str]:
                 how = "faster" if change[0] > 0 else "slower"
                 return [
                     f"plateau not steady: it becomes {how}, by {abs(change[0]) / fmean(rates):.0%} from its beginning "
-                    "to its end; raise --sample, or give --order shuffled"
+                    f"to its end{_steadier(result, point)}"
                 ]
     return []
+
+
+def _steadier(result: Result, point: Point) -> str:
+    """What would help; nothing of ours where the whole job ran, its requests already shuffled."""
+    in_given_order = point.workload is not None and point.workload.order == "given"
+    advice = [] if _ran_as_a_whole(result, point) else ["raise --sample"]
+    advice += ["give --order shuffled"] if in_given_order else []
+    return f"; {', or '.join(advice)}" if advice else ""
 
 
 def _plateau_rates(timeline: Timeline | None, batch_size: int) -> list[float]:

@@ -43,6 +43,7 @@ class PlannedJob:
     facts: ModelFacts | None
     reason: str | None  # why it cannot run here
     said: Said | None = None  # by vLLM
+    needs: Needs | None = None  # None: not looked at yet
 
     @property
     def config(self) -> ExperimentConfig:
@@ -59,7 +60,7 @@ def planned(jobs: Sequence[Job], devices: Devices, say: Callable[[str], None]) -
     answers = ask_vllm(settings, devices, say)
     found = [PlannedJob(job, known, None, said) for job, known, said in zip(jobs, facts, answers, strict=True)]
     return [
-        replace(one, reason=_obstacle(one, devices) or memory_against(need))
+        replace(one, reason=_obstacle(one, devices) or memory_against(need), needs=need)
         for one, need in zip(found, all_needs(found, devices), strict=True)
     ]
 
@@ -87,9 +88,11 @@ def _infeasible(
 
 
 def all_needs(jobs: Sequence[PlannedJob], devices: Devices) -> list[Needs]:
+    """Of each job; looked at once."""
     here_gib = smallest_memory_gib(devices)
     return [
-        needs_of(one.config, one.facts, devices, one.config.device_memory_gib or here_gib, one.said) for one in jobs
+        one.needs or needs_of(one.config, one.facts, devices, one.config.device_memory_gib or here_gib, one.said)
+        for one in jobs
     ]
 
 

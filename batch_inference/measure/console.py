@@ -246,9 +246,7 @@ def closing_table(result: Result) -> str:
 
 def _workload_words(result: Result, workload: WorkloadKey) -> str:
     """Which requests a table of queue points is about, and how they were run."""
-    names = ("content_hash", "output_lengths")
-    known = (one for one in result.jobs if all(getattr(one, name) == getattr(workload, name) for name in names))
-    job = next(known, None)
+    job = result.job_of(workload)
     words = [
         f"workload {workload.content_hash[:8]}" + (f" of {counted(job.requests, 'request')}" if job else ""),
         _LENGTHS_FROM.get(workload.output_lengths) or f"{workload.output_lengths} output tokens each",

@@ -12,8 +12,7 @@ from msgspec.structs import replace
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import classify
 from batch_inference.core.growing_file import GrowingFile
-from batch_inference.core.metrics import summarise
-from batch_inference.core.queue_points import interval_method
+from batch_inference.core.metrics import summary_and_method
 from batch_inference.core.results import (
     EngineInfo,
     Failure,
@@ -249,9 +248,7 @@ class Experiment:
         return None
 
     def _add(self, point: Point) -> None:
-        point.summary = summarise(self.result, point)
-        if point.summary["plateau_ci95_tok_per_s"] is not None:
-            point.plateau_interval_by = interval_method(self.result, point)
+        point.summary, point.plateau_interval_by = summary_and_method(self.result, point)
         if point.status == "ok":
             point.verdict_reasons, point.verdict = judge(self.result, point)
         self._order.told(point)

@@ -49,11 +49,8 @@ def has_runs_enough(point: Point, config: ExperimentConfig, requests: int | None
 
 def keep_job(result: Result, job: Job) -> None:
     """Beside those of earlier sweeps whose points are still there."""
-    used = {(point.workload.content_hash, point.workload.output_lengths) for point in result.points if point.workload}
-    new = (job.content_hash, job.output_lengths)
-    names = [(one.content_hash, one.output_lengths) for one in result.jobs]
-    old = [one for one, name in zip(result.jobs, names, strict=True) if name != new and name in used]
-    result.jobs = [*old, job]
+    used = {point.workload.job for point in result.points if point.workload}
+    result.jobs = [*(one for one in result.jobs if one.key != job.key and one.key in used), job]
 
 
 def set_aside_engine(result: Result) -> None:
