@@ -39,7 +39,7 @@ def batch_s(size: int) -> float:
 
 def loaded(config: ExperimentConfig, kept: list[Point] | None = None, lost_at: int = 10_000) -> list[tuple[int, int]]:
     """Sizes in the order in which they are measured, and the runs of each."""
-    climbing, order = Climbing(config, keys(config), kept or []), []
+    climbing, order = Climbing(config, make_result(), keys(config), kept or []), []
     while (planned := climbing.next_point()) is not None:
         size = planned.key.batch_size
         if size >= lost_at:
@@ -73,7 +73,7 @@ def test_what_an_earlier_load_measured_is_not_measured_again() -> None:
     assert [pair for pair in loaded(config, points) if pair[0] in AUTO_SIZES] == []
     # Runs of two engines are never put together: the best has too few, and is measured anew.
     few = [measured(key, [batch_s(key.batch_size)] * 2) for key in keys(config) if 16 <= key.batch_size <= 256]
-    climbing = Climbing(config, keys(config), few)
+    climbing = Climbing(config, make_result(), keys(config), few)
     planned = climbing.next_point()
     while planned is not None and planned.key.batch_size not in AUTO_SIZES:
         climbing.told(measured(planned.key, [batch_s(planned.key.batch_size)] * 2))
@@ -90,7 +90,7 @@ def test_a_size_that_lost_its_engine_is_the_last_one() -> None:
 
 def test_each_length_has_a_search_of_its_own() -> None:
     config = ExperimentConfig(**{**SEARCH, "seq_lens": (64, 128), "goal": "latency"})
-    climbing = Climbing(config, keys(config), [])
+    climbing = Climbing(config, make_result(), keys(config), [])
     seen = []
     while (planned := climbing.next_point()) is not None:
         climbing.told(measured(planned.key, [1.0, 1.0, 1.0]))

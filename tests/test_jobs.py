@@ -15,9 +15,9 @@ import analyze_results
 from batch_inference.analyze.flags import UsageError
 from batch_inference.analyze.job_file import lengths_in
 from batch_inference.analyze.jobs import JobAnswer, JobError, JobQuestion, gains_of_orders, job_answers
-from batch_inference.analyze.queues import lengths_of_job
 from batch_inference.analyze.tables import load_setting
 from batch_inference.core.forecast import JobLengths
+from batch_inference.core.job_times import lengths_of_job
 from batch_inference.core.lengths import Distribution
 from batch_inference.core.results import Job, Point, Result, WorkloadKey
 from builders import make_point, make_queue_point, make_result, save_all

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
-from batch_inference.analyze.queues import QueuePoint, lengths_of_job
+from batch_inference.analyze.queues import QueuePoint
 from batch_inference.analyze.tables import GROUP_BY, MeasuredSetting
 from batch_inference.core.forecast import (
     Forecast,
@@ -20,11 +18,9 @@ from batch_inference.core.forecast import (
     replicas_for_deadline,
     too_small,
 )
+from batch_inference.core.job_times import as_it_was_run, in_order, lengths_of_job, made_tokens, total
 from batch_inference.core.queue_runs import Interval
-from batch_inference.core.sharing import Order, ordered
 
-# Half width of the 95 % interval of what two equal runs differ by, in standard deviations of one.
-_TWO_RUNS = 1.96 * math.sqrt(2)
 # A batch point whose lengths are this near to the job's mean ones shows what a grid of fixed lengths would have said.
 _NEAR = 0.1
 # Points alike in this are ranked together. The output length of a batch is none of theirs.
@@ -152,8 +148,8 @@ def _answer(
     answer = JobAnswer(
         group,
         job.requests,
-        _total(job, job.prompt_tokens),
-        None if job.output_tokens is None else _total(job, job.output_tokens),
+        total(job, job.prompt_tokens),
+        None if job.output_tokens is None else total(job, job.output_tokens),
         first.workload.is_cached,
         first.workload.output_lengths,
         rows,
@@ -171,17 +167,10 @@ def _asked_job(point: QueuePoint, question: JobQuestion) -> JobLengths:
     return replace(job, repeats=question.requests / job.requests) if question.requests else job
 
 
-def _total(job: JobLengths, tokens: Any) -> float:
-    return float(job.weights @ tokens) * job.repeats
-
-
 def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLengths, question: JobQuestion) -> JobRow:
     found = forecast(point.runs, in_order(job, point.workload.order), point.replicas, point.workload.order)
     if point.is_whole_job and question.lengths is None and question.requests is None:
-        # It was run: nothing is to be forecast but how much another run may differ.
-        took_s = point.latency_s
-        half = _TWO_RUNS * point.runs[0].scatter
-        found = replace(found, seconds=Interval(took_s, took_s * (1 - half), took_s * (1 + half)))
+        found = as_it_was_run(found, point.latency_s, point.runs)
     return JobRow(
         setting=label,
         num_devices=setting.num_devices,
@@ -189,32 +178,10 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
         point=point,
         forecast=found,
         hours=scaled(found.seconds, 1 / _HOUR_S),
-        output_tok_per_s=_made_tokens(job, point) / found.seconds.value,
+        output_tok_per_s=made_tokens(job, point.runs) / found.seconds.value,
         price=question.price,
         grid_ratio=_grid_ratio(setting, point),
     )
-
-
-def _made_tokens(job: JobLengths, point: QueuePoint) -> float:
-    """Output tokens of the job; where nobody knows them, as many for each request as the sample made."""
-    if job.output_tokens is not None:
-        return _total(job, job.output_tokens)
-    return job.requests * float(np.concatenate([run.output_tokens for run in point.runs]).mean())
-
-
-def in_order(job: JobLengths, order: str) -> JobLengths:
-    """The lengths as they would be queued. Where nobody knows the outputs, that of the file has to do."""
-    if order == "given" or job.output_tokens is None:
-        return job
-    queue = ordered(range(len(job.prompt_tokens)), job.prompt_tokens.tolist(), job.output_tokens.tolist(),
-                    _as_order(order), 0)  # fmt: skip
-    every = None if job.every is None else np.asarray(job.every)[queue]
-    return replace(job, prompt_tokens=job.prompt_tokens[queue], output_tokens=job.output_tokens[queue], every=every)
-
-
-def _as_order(order: str) -> Order:
-    orders: tuple[Order, ...] = ("given", "shuffled", "longest-first", "shortest-first")
-    return next(one for one in orders if one == order)
 
 
 def _grid_ratio(setting: MeasuredSetting, point: QueuePoint) -> float | None:

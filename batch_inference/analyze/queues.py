@@ -6,9 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
-from batch_inference.core.forecast import JobLengths
 from batch_inference.core.metrics import Summary
 from batch_inference.core.queue_points import runs_of
 from batch_inference.core.queue_runs import Phases, QueueRun, phases_of
@@ -69,15 +66,3 @@ def _queue_point(result: Result, point: Point, job: Job, summary: Summary) -> Qu
         timelines=timelines,
         phases=[phases_of(replica) for replica in runs[-1]],
     )
-
-
-def lengths_of_job(job: Job) -> JobLengths:
-    """In the order of the file."""
-    weights = np.full(len(job.prompt_lens), float(job.every))
-    weights[len(weights) - job.last :] = 1.0
-    bulk = job.requests - job.last
-    thinned = len(weights) - job.last
-    if thinned:  # the last step may be a short one
-        weights[:thinned] = bulk / thinned
-    outputs = None if job.output_lens is None else np.array(job.output_lens)
-    return JobLengths(np.array(job.prompt_lens), outputs, None if job.every == 1 else weights)

@@ -210,7 +210,7 @@ class Race:
         best = self.best()
         if best is None:
             return 0.0
-        value = self.value_of(best) - self.half_of(best)
+        value = max(0.0, self.value_of(best) - self.half_of(best))
         times = [self._times_of(one, layout) for one in self.candidates if layout in (one, one.replica)]
         return value / max(times, default=1.0)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from batch_inference.core.climb import Tried, pooled_halves
 from batch_inference.core.metrics import run_latencies_s
-from batch_inference.core.results import Point
+from batch_inference.core.results import Point, Result
 from batch_inference.core.values import LATENCY_GOAL
 
 
@@ -29,13 +29,13 @@ def limits_of(asked: Limits) -> dict[str, float]:
     return {f"{name}_p99_s": value for name, value in most.items() if value is not None}
 
 
-def tried_of(points: Sequence[Point], goal: str, limits: Mapping[str, float]) -> list[Tried]:
-    """Of points of one setting that differ in the batch size alone, and have their runs and their summary. `limits`:
+def tried_of(result: Result, points: Sequence[Point], goal: str, limits: Mapping[str, float]) -> list[Tried]:
+    """Of points of `result` that differ in the batch size alone, and have their runs and their summary. `limits`:
     metric -> the most that it may be; an unknown number keeps none."""
     halves = pooled_halves({point.batch_size: run_latencies_s(point) for point in points})
     found = []
     for point in points:
-        value, half = _value(point, goal, halves[point.batch_size])
+        value, half = _value(result, point, goal, halves[point.batch_size])
         excess = max((_over(point.summary.get(name), most) for name, most in limits.items()), default=0.0)
         fits = (point.summary.get("waves") or 1) <= 1
         found.append(Tried(point.batch_size, value, half, fits, excess, len(point.runs)))
@@ -46,14 +46,21 @@ def _over(value: float | None, most: float) -> float:
     return math.inf if value is None else value / most
 
 
-def _value(point: Point, goal: str, relative: float) -> tuple[float, float]:
-    """The higher the better, with the half width of its interval. A run of a queue has that in itself."""
-    summary = point.summary
-    if goal == LATENCY_GOAL:
-        value = 1 / (summary["latency_mean_s"] or math.inf)
-        return value, value * relative
-    plateau, half = summary.get("plateau_output_tok_per_s"), summary.get("plateau_ci95_tok_per_s")
-    if plateau is not None:
-        return plateau, half or 0.0
-    value = summary["output_tok_per_s"] or 0.0
+def _value(result: Result, point: Point, goal: str, relative: float) -> tuple[float, float]:
+    """The higher the better, with the half width of its interval."""
+    if point.workload is not None:
+        return _value_of_job(result, point)
+    batch_s, throughput = (point.summary[name] for name in ("latency_mean_s", "output_tok_per_s"))
+    value = 1 / batch_s if batch_s and goal == LATENCY_GOAL else throughput or 0.0
     return value, value * relative
+
+
+def _value_of_job(result: Result, point: Point) -> tuple[float, float]:
+    """A run of a queue has its interval in itself. A point that says nothing of the job is no answer."""
+    # It needs numpy, and is slow to import.
+    from batch_inference.core.job_times import job_throughput
+
+    found = job_throughput(result, point)
+    if found is None:
+        return 0.0, math.inf
+    return found.value, math.inf if found.high is None else found.high - found.value

@@ -47,6 +47,10 @@ def check_search(options: Options, devices: Devices) -> None:
         raise ConfigError(f"{given}: best is for one node; leave it out, and give presets to more")
     if options.batch_sizes != Options.batch_sizes and options.batch_sizes != AUTO_SIZES:
         raise ConfigError(f"--batch-sizes {listed(options.batch_sizes)}: best searches them; leave it out")
+    if options.goal == LATENCY_GOAL and options.prompts_file:
+        raise ConfigError(
+            f"--goal {LATENCY_GOAL}: a workload is one job, which takes least where throughput is highest; leave it out"
+        )
     if options.goal == COST and options.device_hour_price is None:
         raise ConfigError(f"--goal {COST}: a price is needed too; give --device-hour-price PRICE")
     if options.devices and not options.dry_run and options.devices > len(devices):
@@ -233,7 +237,7 @@ def tried_in(result: Result, config: ExperimentConfig, length: int | None, optio
         and (point.workload.as_tuple() if point.workload else None) == config.workload
         and (length is None or point.max_tokens == config.max_tokens)
     ]  # fmt: skip
-    return tried_of(points, options.goal, limits_of(options))
+    return tried_of(result, points, options.goal, limits_of(options))
 
 
 def what_best_saves(done: Sequence[Job]) -> str | None:
@@ -299,7 +303,8 @@ def _value(best: Best, race: Race, found: Found) -> str:
     value, half = race.value_of(found), race.half_of(found)
     if best.options.goal == LATENCY_GOAL:
         return f"{_with_half(1 / value, half / value**2)} s for a batch"
-    words = f"{_with_half(value, half)} tok/s" + _per_device(best)
+    over_all = " over all of the job" if best.options.prompts_file else ""
+    words = f"{_with_half(value, half)} tok/s{_per_device(best)}{over_all}"
     if best.options.device_hour_price is None or found.best is None:
         return words
     cost = best.options.device_hour_price * found.layout.num_devices / 3600 / found.best.value * 1e6

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from batch_inference.core.climb import Climb, Tried, best_of
 from batch_inference.core.config import ExperimentConfig
-from batch_inference.core.results import Point, PointKey
+from batch_inference.core.results import Point, PointKey, Result
 from batch_inference.core.tried import limits_of, tried_of
 from batch_inference.core.values import LATENCY_GOAL
 from batch_inference.measure.resume import has_runs_enough
@@ -44,10 +44,13 @@ class InTurn:
 
 
 class Climbing:
-    """`keys`: of all that may be measured. `measured`: points of earlier loads, with their runs."""
+    """`keys`: of all that may be measured. `measured`: points of earlier loads, with their runs. `result`: which all
+    points belong to."""
 
-    def __init__(self, config: ExperimentConfig, keys: Sequence[PointKey], measured: Sequence[Point]) -> None:
-        self._config = config
+    def __init__(
+        self, config: ExperimentConfig, result: Result, keys: Sequence[PointKey], measured: Sequence[Point]
+    ) -> None:
+        self._config, self._result = config, result
         # The sizes of each length, or budget.
         self._ways: dict[tuple[object, ...], list[PointKey]] = {}
         for key in keys:
@@ -75,7 +78,7 @@ class Climbing:
 
     def _next_of(self, keys: Sequence[PointKey]) -> Next | None:
         points = [point for key, point in self._points.items() if _way_of(key) == _way_of(keys[0])]
-        tried = tried_of(points, self._config.goal, limits_of(self._config))
+        tried = tried_of(self._result, points, self._config.goal, limits_of(self._config))
         lost = [key.batch_size for key in self._lost if _way_of(key) == _way_of(keys[0])]
         tried += [Tried(size, 0.0, 0.0, fits=False, excess=math.inf) for size in lost]
         climb = Climb([key.batch_size for key in keys], rises=self._config.goal != LATENCY_GOAL)

@@ -140,7 +140,8 @@ class Experiment:
         """What is to be measured, and beside it what an earlier sweep has measured well enough."""
         config, points, grid = self._config, self.result.points, self._grid()
         if config.searches:
-            climbing = Climbing(config, grid, [point for point in points if is_warm(point, config)])
+            grid = [key for key in grid if not self._job or self._job.fills(key.batch_size)] or grid[:1]
+            climbing = Climbing(config, self.result, grid, [point for point in points if is_warm(point, config)])
             self._kept = climbing.kept
             return climbing
         done = {point.key for point in points if is_enough(point, config, self._requests(point.batch_size))}

@@ -49,6 +49,10 @@ class JobFile:
         replicas = self.config.data_parallel_size
         return min(len(self), self.config.sample or replicas * max(FEWEST_REQUESTS, LIVES * batch_size))
 
+    def fills(self, batch_size: int) -> bool:
+        """Whether its sample is enough for a plateau of so many requests at once."""
+        return self.sample_size(batch_size) >= FEWEST_LIVES * batch_size * self.config.data_parallel_size
+
     def described(self) -> Job:
         key, last = workload_key(self.config), min(len(self), _LAST)
         every = max(1, -(-(len(self) - last) // _BULK))
@@ -83,7 +87,8 @@ class JobFile:
 
     def read_texts(self) -> None:
         """Of the largest sample, at once; those of the others are then known. Raises ConfigError, WorkFailedError."""
-        ids_of(self._workload, self.config, self._first(max(map(self.sample_size, self.config.batch_sizes))))
+        sizes = [size for size in self.config.batch_sizes if not self.config.searches or self.fills(size)]
+        ids_of(self._workload, self.config, self._first(max(map(self.sample_size, sizes or self.config.batch_sizes))))
 
     def shares(self, key: PointKey, requests: int | None = None) -> list[list[Asked]]:
         """What each replica runs for a point, in the order of its queue; of the sample only so many `requests`, where
@@ -120,7 +125,7 @@ class JobFile:
                 f"--sample {sample}: {config.prompts_file} has {counted(len(self), 'request')}; lower it, or drop it "
                 "to run what is needed"
             )
-        largest, replicas = max(config.batch_sizes), config.data_parallel_size
+        largest, replicas = config.least_batch, config.data_parallel_size
         if sample < min(len(self), FEWEST_LIVES * largest * replicas):
             raise ConfigError(
                 f"--sample {sample}: with {largest} at once on {counted(replicas, 'replica')} there is no plateau "

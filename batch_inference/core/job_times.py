@@ -1,0 +1,87 @@
+"""How long a whole job takes by one of its queue points: what an analysis says, and what a search compares.
+
+Needs numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import numpy as np
+
+from batch_inference.core.forecast import Forecast, JobLengths, forecast, too_small
+from batch_inference.core.queue_points import runs_of
+from batch_inference.core.queue_runs import Interval, QueueRun
+from batch_inference.core.results import Job, Point, Result
+from batch_inference.core.sharing import Order, ordered
+
+# Half width of the 95 % interval of what two equal runs differ by, in standard deviations of one.
+_TWO_RUNS = 1.96 * math.sqrt(2)
+
+
+def job_throughput(result: Result, point: Point) -> Interval | None:
+    """Output tokens per second over all of the job; None where the point says nothing about it."""
+    job = result.job_of(point.workload) if point.workload else None
+    if job is None or point.workload is None or not all(run.requests.arrival_s for run in point.runs):
+        return None
+    runs = [replica for run in runs_of(result, point) for replica in run]
+    if too_small(runs):
+        return None
+    lengths, order = lengths_of_job(job), point.workload.order
+    found = forecast(runs, in_order(lengths, order), result.data_parallel_size, order)
+    seconds = found.seconds
+    if len(point.runs[-1].requests.output_tokens) >= job.requests:
+        seconds = as_it_was_run(found, fmean(run.latency_s for run in point.runs), runs).seconds
+    tokens = made_tokens(lengths, runs)
+    low, high = seconds.low, seconds.high
+    if low is None or high is None:
+        return Interval(tokens / seconds.value)
+    return Interval(tokens / seconds.value, tokens / high, tokens / low)
+
+
+def as_it_was_run(found: Forecast, took_s: float, runs: Sequence[QueueRun]) -> Forecast:
+    """Of a job that was run as a whole: nothing is to be forecast but how much another run may differ."""
+    half = _TWO_RUNS * runs[0].scatter
+    return replace(found, seconds=Interval(took_s, took_s * (1 - half), took_s * (1 + half)))
+
+
+def made_tokens(job: JobLengths, runs: Sequence[QueueRun]) -> float:
+    """Output tokens of the job; where nobody knows them, as many for each request as the sample made."""
+    if job.output_tokens is not None:
+        return total(job, job.output_tokens)
+    return job.requests * float(np.concatenate([run.output_tokens for run in runs]).mean())
+
+
+def total(job: JobLengths, tokens: object) -> float:
+    """Of all its requests; `tokens` has an entry for each of its lengths."""
+    return float(job.weights @ np.asarray(tokens)) * job.repeats
+
+
+def lengths_of_job(job: Job) -> JobLengths:
+    """In the order of the file."""
+    weights = np.full(len(job.prompt_lens), float(job.every))
+    weights[len(weights) - job.last :] = 1.0
+    bulk = job.requests - job.last
+    thinned = len(weights) - job.last
+    if thinned:  # the last step may be a short one
+        weights[:thinned] = bulk / thinned
+    outputs = None if job.output_lens is None else np.array(job.output_lens)
+    return JobLengths(np.array(job.prompt_lens), outputs, None if job.every == 1 else weights)
+
+
+def in_order(job: JobLengths, order: str) -> JobLengths:
+    """The lengths as they would be queued. Where nobody knows the outputs, that of the file has to do."""
+    if order == "given" or job.output_tokens is None:
+        return job
+    queue = ordered(range(len(job.prompt_tokens)), job.prompt_tokens.tolist(), job.output_tokens.tolist(),
+                    _as_order(order), 0)  # fmt: skip
+    every = None if job.every is None else np.asarray(job.every)[queue]
+    return replace(job, prompt_tokens=job.prompt_tokens[queue], output_tokens=job.output_tokens[queue], every=every)
+
+
+def _as_order(order: str) -> Order:
+    orders: tuple[Order, ...] = ("given", "shuffled", "longest-first", "shortest-first")
+    return next(one for one in orders if one == order)
