@@ -143,7 +143,7 @@ def plan_search(preset: Preset, options: Options, here: Here, devices: Devices) 
 
 
 def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
-    """The exit code: 1 where nothing is found."""
+    """The exit code: 1 where nothing is found, and where a setting that was loaded has failed."""
     if all(one.reason for one in jobs):
         for one in jobs:
             say(f"{one.job.name} skipped: {one.reason}")
@@ -151,7 +151,7 @@ def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
     best.run(jobs)
     say_how_to_analyse(best.here, folder_of(best.preset, best.options))
     shown = show("\n".join(report(best)))
-    return shown if best.is_answered else 1
+    return shown if best.is_answered and not best.failed else 1
 
 
 def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Options, devices: Devices) -> int:
