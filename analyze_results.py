@@ -127,11 +127,13 @@ def write(analysis: Analysis, unreadable: list[str], folder: Path, flags: Namesp
     from batch_inference.analyze.report import write_report
     from batch_inference.analyze.to_use import write_to_use
 
+    into = folder_to_use(flags.input, flags.output_dir)
     try:
-        to_use = write_to_use(analysis, flags.goal, folder_to_use(flags.input, flags.output_dir))
-        return write_report(analysis, unreadable, folder, flags.plots, to_use)
+        to_use = write_to_use(analysis, flags.goal, into)
+        into = folder
+        return write_report(analysis, unreadable, into, flags.plots, to_use)
     except OSError as error:
-        raise not_this_folder(folder, f"cannot be written to: {error.strerror}") from error
+        raise not_this_folder(into, f"cannot be written to: {error.strerror}") from error
 
 
 def gate(analysis: Analysis, percent: float | None) -> int:

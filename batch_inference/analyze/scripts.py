@@ -144,7 +144,7 @@ def answer(requests, path, replica=0):
                 file.write(json.dumps(row, ensure_ascii=False) + "\\n")
             file.flush()
     if COUPLED:
-        time.sleep(5)  # the others may still wait for this one's last step
+        time.sleep(1)  # the others may still wait for this one's last step
 
 
 def run_replicas(requests, answers):

@@ -14,6 +14,7 @@ images too, and STUB_LACKS a name that this version does not have yet. STUB_FAIL
   hang          the first run never ends
 """
 
+import atexit
 import importlib
 import json
 import multiprocessing
@@ -100,6 +101,8 @@ class LLM:
         # Its processes talk through shared memory, whose owner removes it at an orderly end.
         mark = os.environ.get("FAULT_TEST")  # of the test whose sweep this is
         self.queue = SharedMemory(f"psm_{mark}_{os.getpid()}" if mark else None, create=True, size=16)
+        # A process that ends in order takes its engine along.
+        atexit.register(self._shut_down)
         self.calls = 0
         self.cached = set()
         config = _vllm_config(args)
@@ -117,6 +120,7 @@ class LLM:
         )
 
     def _shut_down(self):
+        atexit.unregister(self._shut_down)
         self.queue.close()
         self.queue.unlink()
         if self.core:
