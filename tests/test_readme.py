@@ -135,8 +135,9 @@ def test_the_tables_of_the_performance_page_are_those_that_the_programs_wrote() 
 def test_the_analysis_that_is_shown_is_what_the_program_says_of_the_files(tmp_path: Path) -> None:
     shown = re.search(r"```\n(Best\n.*?)```", section("Analyse"), re.DOTALL)
     assert shown is not None
-    command = ["analyze_results.py", "--input", "docs/h100/study", "--no-plots", "--output-dir", str(tmp_path)]
-    done = called(analyze_results.main, command, REPOSITORY, os.environ)
+    files = str(REPOSITORY / "docs" / "h100" / "study")
+    command = ["analyze_results.py", "--input", files, "--no-plots", "--output-dir", "h100"]
+    done = called(analyze_results.main, command, tmp_path, os.environ)
     assert done.stdout.startswith(shown[1]), "paste the beginning of what it prints"
 
 

@@ -18,6 +18,7 @@ import pytest
 from test_jobs import queue, setting
 
 import analyze_results
+from batch_inference.analyze import decide, flags
 from batch_inference.analyze.answers import Analysis, Question, analyse
 from batch_inference.analyze.decide import Limits
 from batch_inference.analyze.engine_setting import EngineSetting, engine_setting
@@ -25,6 +26,7 @@ from batch_inference.analyze.engine_words import settings_of_words
 from batch_inference.analyze.jobs import JobQuestion
 from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.page import as_html
+from batch_inference.analyze.report import write_report
 from batch_inference.analyze.sections import Section
 from batch_inference.analyze.tables import load_setting
 from batch_inference.analyze.terminal import as_text
@@ -63,7 +65,13 @@ def written(results: Sequence[Result], folder: Path, goal: str = "throughput", *
 
 def setting_of(point: Point | None = None, **changes: Any) -> EngineSetting:
     point = point or make_point(64, 512)
-    return engine_setting(make_result("s", [point], changes.pop("sizes", (1, 1, 1)), **changes), point)
+    return of_point(make_result("s", [point], changes.pop("sizes", (1, 1, 1)), **changes), point)
+
+
+def of_point(result: Result, point: Point) -> EngineSetting:
+    engine = result.engine_of(point)
+    assert engine
+    return engine_setting(result, point, engine)
 
 
 # --- which point --------------------------------------------------------------------------------------------------
@@ -97,6 +105,10 @@ def test_a_goal_has_its_own_winner(goal: str, name: str, batch_size: int, tmp_pa
     found = won([one, two], tmp_path, goal, price=2.0)
     assert (found.name, found.batch_size) == (name, batch_size)
     assert found.why.startswith(f"best {goal.replace('-', ' ')} ")
+
+
+def test_the_goals_of_the_flag_are_those_of_the_decision() -> None:
+    assert tuple(goal.name.replace(" ", "-") for goal in decide.GOALS) == flags.GOALS
 
 
 def test_the_winner_keeps_the_limits_and_says_so(tmp_path: Path) -> None:
@@ -136,7 +148,7 @@ def test_a_budget_that_is_an_axis_is_the_points_own(tmp_path: Path) -> None:
     found = won([result], tmp_path)
     assert (found.name, found.tokens_per_step) == ("tp_1, 8192 tokens per step", 8192)
     assert [found.is_of(point) for point in result.points] == [False, True]
-    assert engine_setting(result, points[0]).values["max_num_batched_tokens"] == 2048
+    assert of_point(result, points[0]).values["max_num_batched_tokens"] == 2048
 
 
 def test_a_job_goes_before_a_grid_and_a_deadline_before_the_fastest(tmp_path: Path) -> None:
@@ -200,7 +212,7 @@ def test_of_a_batch_in_waves_as_many_run_as_ran() -> None:
 def test_an_earlier_engine_of_the_file_is_the_one_that_counts() -> None:
     earlier = EngineInfo("0.30.0", dtype="float16", max_num_seqs=8)
     result = make_result("s", [make_point(4, 512, engine=0), make_point(4, 64)], earlier_engines=[earlier])
-    assert [engine_setting(result, point).values["dtype"] for point in result.points] == ["float16", "bfloat16"]
+    assert [of_point(result, point).values["dtype"] for point in result.points] == ["float16", "bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -379,6 +391,11 @@ def test_what_an_earlier_analysis_wrote_goes_and_what_others_wrote_stays(tmp_pat
     written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
     assert sorted(path.name for path in best.iterdir()) == ["notes.txt", "run.py", "vllm_config.yaml"]
     (best / "run.py").write_text("print('my own')")
+    to_use = written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
+    assert (best / "run.py").read_text() == "print('my own')"
+    assert to_use.files == [best / "vllm_config.yaml"]
+    assert to_use.section.lines == [f"run.py in {best} is not of this program, and was left as it is."]
+    assert [words[0] for words in to_use.section.commands] == ["vllm", "vllm"]
     none = analysed([make_result("tp_2_nodes_2", [make_point(1, 64, verdict="invalid")])], tmp_path / "in")
     assert write_to_use(none, "throughput", best) is None
     assert sorted(path.name for path in best.iterdir()) == ["notes.txt", "run.py"]
@@ -421,16 +438,35 @@ def test_a_long_command_fits_a_terminal() -> None:
 
 def test_the_program_writes_them_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_all([grid("tp_1", {(1, 64): 1, (4, 64): 2}), grid("tp_2", {(1, 64): 0.5}, (2, 1, 1))], tmp_path)
-    for flags, folder, at_once in (
+    for words, folder, at_once in (
         (["--input", str(tmp_path)], tmp_path / "best", 4),
         (["--input", str(tmp_path), "--goal", "latency"], tmp_path / "best", 1),
         (["--input", str(tmp_path / "tp_1_results.json")], tmp_path / "best_tp_1", 4),
         (["--input", str(tmp_path), "--output-dir", str(tmp_path / "out")], tmp_path / "out" / "best", 4),
     ):
-        assert analyze_results.main([*flags, "--no-plots"]) == 0
+        assert analyze_results.main([*words, "--no-plots"]) == 0
         assert f"max-num-seqs: {at_once}\n" in (folder / "vllm_config.yaml").read_text()
         assert str(folder / "run.py") in capsys.readouterr().out
         assert not [path for path in folder.iterdir() if path.suffix == ".json"]
+
+
+def test_the_summary_has_it_for_scripts(tmp_path: Path) -> None:
+    save_all([grid("dp_2", {(4, 64): 1}, (1, 1, 2))], tmp_path)
+    assert analyze_results.main(["--input", str(tmp_path), "--no-plots"]) == 0
+    assert json.loads((tmp_path / "analysis" / "summary.json").read_text())["to_use"] == {
+        "setting": "dp_2", "because": "best throughput at length 64", "max_num_seqs": 4, "replicas": 2,
+        "devices_per_replica": 1, "replicas_in_time": None,
+        "files": [str(tmp_path / "best" / name) for name in ("vllm_config.yaml", "run.py")],
+    }  # fmt: skip
+
+
+def test_a_folder_whose_name_is_no_text_is_a_folder(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff\n"))
+    analysis = analysed([grid("dp_2", {(4, 64): 1}, (1, 1, 2))], folder)
+    to_use = write_to_use(analysis, "throughput", folder / "best")
+    assert to_use
+    assert "run.py" in write_report(analysis, [], folder, (), to_use)
+    assert (folder / "best" / "run.py").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,9 +490,9 @@ def run(
     written([result], tmp_path)
     (tmp_path / "requests.jsonl").write_text("".join(f"{json.dumps(request)}\n" for request in requests))
     command = [sys.executable, "best/run.py", "requests.jsonl", "answers.jsonl"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=stub_environment(**variables), capture_output=True, text=True, timeout=50
-    )
+    # Each line in one piece, whoever else prints.
+    environment = stub_environment(PYTHONUNBUFFERED="", **variables)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50)
     answers = tmp_path / "answers.jsonl"
     return done, [json.loads(line) for line in answers.read_text().splitlines()] if answers.exists() else []
 

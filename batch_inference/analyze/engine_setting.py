@@ -10,7 +10,7 @@ from typing import Any
 from batch_inference.analyze.engine_words import settings_of_words
 from batch_inference.core.results import EngineInfo, Point, Result, StoredConfig
 from batch_inference.core.secrets import placeholders, redact, redact_value
-from batch_inference.core.text import listed
+from batch_inference.core.text import listed, plain
 from batch_inference.core.values import AUTO_LENGTH
 
 # The user's own words on graphs go before ours.
@@ -32,8 +32,9 @@ class EngineSetting:
     notes: list[str] = field(default_factory=list)  # what is not as it was measured
 
 
-def engine_setting(result: Result, point: Point) -> EngineSetting:
-    config, engine = result.config, result.engine_of(point)
+def engine_setting(result: Result, point: Point, engine: EngineInfo) -> EngineSetting:
+    """`engine`: the one that measured the point."""
+    config = result.config
     words = redact(config.engine_args)
     given, unknown = settings_of_words(words)
     is_dummy = given.get("load_format") == "dummy"
@@ -56,34 +57,33 @@ def engine_setting(result: Result, point: Point) -> EngineSetting:
     )
 
 
-def _values(config: StoredConfig, engine: EngineInfo | None, point: Point) -> tuple[dict[str, Any], dict[str, str]]:
+def _values(config: StoredConfig, engine: EngineInfo, point: Point) -> tuple[dict[str, Any], dict[str, str]]:
     """None is what vLLM decides."""
     # What vLLM made of it is what was measured; the share of a device on the CPU is its own number.
-    used = engine or EngineInfo("unknown")
     asked_length = None if config.max_model_len == AUTO_LENGTH else config.max_model_len
-    slots = used.max_num_seqs or config.max_num_seqs or point.batch_size
+    slots = engine.max_num_seqs or config.max_num_seqs or point.batch_size
     why = {
         "max_num_seqs": "requests at once, as at the best point",
         "max_model_len": "prompt and output of the longest request that was measured for; raise it for longer ones",
     }
     budget = point.max_num_batched_tokens or config.largest_budget
-    if budget is None and used.max_num_batched_tokens:
+    if budget is None and engine.max_num_batched_tokens:
         why["max_num_batched_tokens"] = "what vLLM's LLM took, and was measured; its server may take another"
-    if used.language_model_only:
+    if engine.language_model_only:
         why["language_model_only"] = "measured on text; leave it out for images, which then take memory"
     return {
         "model": _model(config),
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "distributed_executor_backend": _backend(config),
-        "max_model_len": used.max_model_len or asked_length,
+        "max_model_len": engine.max_model_len or asked_length,
         "max_num_seqs": min(point.batch_size, slots),
-        "max_num_batched_tokens": budget or used.max_num_batched_tokens,
-        "dtype": used.dtype or config.dtype,
-        "gpu_memory_utilization": used.gpu_memory_utilization or config.gpu_memory_utilization,
+        "max_num_batched_tokens": budget or engine.max_num_batched_tokens,
+        "dtype": engine.dtype or config.dtype,
+        "gpu_memory_utilization": engine.gpu_memory_utilization or config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager or None,
         "trust_remote_code": config.trust_remote_code or None,
-        "language_model_only": used.language_model_only or None,
+        "language_model_only": engine.language_model_only or None,
     }, why
 
 
@@ -99,10 +99,10 @@ def _backend(config: StoredConfig) -> str | None:
     return "mp" if config.devices_per_replica > 1 else None
 
 
-def _keep_graphs(values: dict[str, Any], why: dict[str, str], engine: EngineInfo | None) -> None:
+def _keep_graphs(values: dict[str, Any], why: dict[str, str], engine: EngineInfo) -> None:
     """An engine captures graphs for up to twice the requests that it may run at once: one that is loaded for fewer has
     fewer, and was 6 to 12 % slower than the same point on the larger one."""
-    if engine is None or engine.enforce_eager or engine.cudagraph_mode in (None, "NONE"):
+    if engine.enforce_eager or engine.cudagraph_mode in (None, "NONE"):
         return
     largest = max(engine.cudagraph_capture_sizes, default=0)
     if largest and values["max_num_seqs"] < (engine.max_num_seqs or 0):
@@ -113,13 +113,13 @@ def _keep_graphs(values: dict[str, Any], why: dict[str, str], engine: EngineInfo
         )
 
 
-def _notes(config: StoredConfig, engine: EngineInfo | None, *, is_dummy: bool, unknown: list[str]) -> Iterator[str]:
+def _notes(config: StoredConfig, engine: EngineInfo, *, is_dummy: bool, unknown: list[str]) -> Iterator[str]:
     if is_dummy:
         yield "It was measured with dummy weights (--load-format dummy); these files load the model's own."
     for name in placeholders([config.model, *config.engine_args]):
         yield f"{name} stands for a value that is written nowhere: put it in its place."
     if unknown:
-        yield f"Left out, because its long name is not known: {listed(unknown)}."
+        yield f"Left out, because its long name is not known: {plain(listed(unknown))}."
     if config.distributed_executor_backend == "external_launcher" or (
         engine and engine.executor == "external_launcher"
     ):

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from batch_inference.analyze.sections import Section
 from batch_inference.analyze.wording import HEADING, not_drawn
-from batch_inference.core.text import escaped as one_line
-from batch_inference.core.text import table_in_markdown
+from batch_inference.core.text import plain, table_in_markdown
 
 
 def as_markdown(sections: Sequence[Section], plots: Sequence[tuple[str, Path]], missing: Sequence[str]) -> str:
@@ -30,7 +29,7 @@ def _blocks(section: Section) -> Iterator[str]:
     yield section.rest
     yield _list(section.lines)
     yield (
-        "\n".join(["```bash", *(one_line(" ".join(words)) for words in section.commands), "```"])
+        "\n".join(["```bash", *(plain(" ".join(words)) for words in section.commands), "```"])
         if section.commands
         else ""
     )

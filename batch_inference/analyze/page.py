@@ -11,8 +11,7 @@ import pandas as pd
 
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.wording import HEADING, not_drawn
-from batch_inference.core.text import escaped as one_line
-from batch_inference.core.text import short
+from batch_inference.core.text import plain, short
 
 # The page allows itself no network at all, so that no name from a file can fetch anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -104,7 +103,7 @@ def _section(section: Section) -> str:
     pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in section.pairs)
     table = _table(section) if section.rows else ""
     above = f"<h2>{escape(section.title)}</h2>" + (f"<dl>{pairs}</dl>" if pairs else "") + table
-    commands = "".join(f"<pre>{escape(one_line(' '.join(words)))}</pre>" for words in section.commands)
+    commands = "".join(f"<pre>{escape(plain(' '.join(words)))}</pre>" for words in section.commands)
     return above + _list(section.lines) + commands
 
 

@@ -57,7 +57,7 @@ def write_report(
     sections = sections_of(analysis, to_use)
     page, report, results, summary = (folder / name for name in ("report.html", "report.md", "results.csv", SUMMARY))
     write_results_csv(analysis.rows, results)
-    write_summary_json(analysis, unreadable, summary)
+    write_summary_json(analysis, unreadable, summary, to_use)
     write_whole(report, [as_markdown(sections, drawn, missing)])
     write_whole(page, [as_html(sections, analysis.points, drawn, missing)])
     _remove_parquet(folder)

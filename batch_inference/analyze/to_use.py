@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,16 @@ from batch_inference.core.text import counted
 CONFIG, RUN, RAY = "vllm_config.yaml", "run.py", "ray_data.py"
 # In the first lines of what this program wrote, and may remove.
 MARK = "Written by analyze_results.py of batch_inference, anew each time: copy it before you change it."
+_HEAD = 1000  # characters
 _REQUESTS, _ANSWERS = "requests.jsonl", "answers.jsonl"
 
 
 @dataclass(frozen=True)
 class ToUse:
-    """The section of the report, and the files that it names."""
+    """What was chosen, the section of the report, and the files that it names."""
 
+    chosen: Winner
+    setting: EngineSetting
     section: Section
     files: list[Path]
 
@@ -38,31 +41,33 @@ def write_to_use(analysis: Analysis, goal_word: str, folder: Path) -> ToUse | No
     Raises OSError where a file cannot be written.
     """
     chosen = winner(analysis, goal_word)
-    texts = {}
-    section = Section("")
-    if chosen:
-        try:
-            setting, version = _measured(chosen)
-        except ResultFileError:  # removed since it was read
-            chosen = None
-        else:
-            texts = _texts(chosen, setting, version)
-            section = _section(chosen, setting, folder, texts)
-    _remove_others(folder, texts)
-    if not chosen:
+    measured = _measured(chosen) if chosen else None
+    if chosen is None or measured is None:
+        _remove_others(folder, ())
         return None
+    setting, version = measured
+    texts = _texts(chosen, setting, version)
+    foreign = [name for name in texts if (folder / name).exists() and not _is_ours(folder / name)]
+    texts = {name: text for name, text in texts.items() if name not in foreign}
+    _remove_others(folder, texts)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_whole(folder / name, [text])
-    return ToUse(section, [folder / name for name in texts])
+    section = _section(chosen, setting, folder, texts)
+    section.lines.extend(f"{name} in {folder} is not of this program, and was left as it is." for name in foreign)
+    return ToUse(chosen, setting, section, [folder / name for name in texts])
 
 
-def _measured(chosen: Winner) -> tuple[EngineSetting, str]:
-    """Read again: of all the files, only the winner's words and engine are needed."""
-    result = load_result(chosen.setting.path)
-    point = next(point for point in result.points if chosen.is_of(point))
-    engine = result.engine_of(point)
-    return engine_setting(result, point), engine.vllm_version if engine else "unknown"
+def _measured(chosen: Winner) -> tuple[EngineSetting, str] | None:
+    """The setting, and vLLM's version. Read again: of all the files, only the winner's words and engine are needed.
+    None for a file that was changed or removed since."""
+    try:
+        result = load_result(chosen.setting.path)
+    except ResultFileError:
+        return None
+    point = next((point for point in result.points if chosen.is_of(point)), None)
+    engine = result.engine_of(point) if point else None
+    return (engine_setting(result, point, engine), engine.vllm_version) if point and engine else None
 
 
 def _texts(chosen: Winner, setting: EngineSetting, version: str) -> dict[str, str]:
@@ -113,9 +118,15 @@ def _commands(setting: EngineSetting, folder: Path, texts: dict[str, str]) -> It
             yield ["python", shlex.quote(str(folder / name)), _REQUESTS, target]
 
 
-def _remove_others(folder: Path, texts: dict[str, str]) -> None:
+def _remove_others(folder: Path, names: Container[str]) -> None:
     """What an earlier analysis wrote, and this one does not."""
     for name in (CONFIG, RUN, RAY):
-        path = folder / name
-        if name not in texts and path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")[:500]:
-            path.unlink()
+        if name not in names and _is_ours(folder / name):
+            (folder / name).unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return MARK in file.read(_HEAD)

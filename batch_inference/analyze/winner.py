@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -94,20 +95,21 @@ def _of_choices(analysis: Analysis, group: Group, choices: Sequence[Choice]) -> 
     """That of the longest prompts: what fits them fits shorter ones."""
     choice = max(choices, key=lambda one: one.seq_len)
     best = choice.best or {}
-    points = group.points
-    here = points["setting"] == best["setting"]
-    for name in ("batch_size", "seq_len", "max_tokens"):
-        here &= points[name] == best[name]
-    row = points[here].iloc[0]
-    setting = next(one for one in analysis.settings if one.file == row["file"])
-    budget = row["tokens_per_step"]
+    rows = group.points
+    for name in ("setting", "batch_size", "seq_len", "max_tokens"):
+        rows = rows[rows[name].isna() if pd.isna(best[name]) else rows[name] == best[name]]
+    row = rows.iloc[0]
     limits = str(analysis.question.limits)
     return Winner(
-        setting, str(best["setting"]), int(best["batch_size"]), None if pd.isna(budget) else int(budget),
-        int(best["seq_len"]), int(best["max_tokens"]),
+        next(one for one in analysis.settings if one.file == row["file"]), str(best["setting"]),
+        int(best["batch_size"]), _known(row["tokens_per_step"]), int(best["seq_len"]), _known(best["max_tokens"]),
         why=f"best {choice.goal.name} at length {choice.seq_len}" + (f" with {limits}" if limits else ""),
         is_suspect=best["verdict"] == "suspect", notes=tuple(_notes(analysis, group, choices, choice)),
     )  # fmt: skip
+
+
+def _known(value: Any) -> int | None:
+    return None if pd.isna(value) else int(value)
 
 
 def _notes(analysis: Analysis, group: Group, choices: Sequence[Choice], chosen: Choice) -> Iterator[str]:
