@@ -236,6 +236,12 @@ def test_what_a_value_says_more_than_itself_is_written_too() -> None:
     assert "language_model_only" in found.why
 
 
+@pytest.mark.parametrize(("model", "written_as"), [("~/m", "/home/me/m"), ("~no.such/m", "~no.such/m"), ("m~", "m~")])
+def test_a_home_is_the_one_of_whoever_analyses(model: str, written_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert setting_of(config={"model": model}).values["model"] == written_as
+
+
 def test_dummy_weights_are_for_measuring_alone() -> None:
     found = setting_of(config={"engine_args": ["--load-format", "dummy", "--kv-cache-dtype", "fp8"]})
     assert (found.values["kv_cache_dtype"], "load_format" in found.values) == ("fp8", False)

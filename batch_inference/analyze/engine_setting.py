@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,9 +89,11 @@ def _values(config: StoredConfig, engine: EngineInfo, point: Point) -> tuple[dic
 
 
 def _model(config: StoredConfig) -> str:
-    # Neither a shell nor vLLM reads a ~ in a file.
     model = redact_value(config.model)
-    return str(Path(model).expanduser()) if model.startswith("~") else model
+    if model.startswith("~"):  # which neither a shell nor vLLM reads in a file
+        with contextlib.suppress(RuntimeError):  # a user that is not here
+            return str(Path(model).expanduser())
+    return model
 
 
 def _backend(config: StoredConfig) -> str | None:
