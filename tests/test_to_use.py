@@ -656,10 +656,15 @@ def test_ray_gets_what_was_found_whatever_it_calls_it(
     }  # fmt: skip
     sampling = {"temperature": 0.8, "top_p": 0.95, "max_tokens": 32}
     assert how["preprocess"]({"prompt": "a", "output_tokens": 5}) == {
+        "custom_id": None,
         "prompt": "a",
         "sampling_params": sampling | {"max_tokens": 5},
     }
-    assert how["preprocess"]({"body": {"messages": CHAT}}) == {"messages": CHAT, "sampling_params": sampling}
+    assert how["preprocess"]({"body": {"messages": CHAT}, "custom_id": "x"}) == {
+        "custom_id": "x",
+        "messages": CHAT,
+        "sampling_params": sampling,
+    }
     assert how["postprocess"]({"generated_text": "b", "custom_id": 7}) == {"custom_id": 7, "text": "b"}
 
 

@@ -275,7 +275,9 @@ def asked(row):
     limits = (body.get(key) for key in ("max_completion_tokens", "max_tokens", "output_tokens"))
     most = next(filter(None, limits), SAMPLING["max_tokens"])
     what = "messages" if body.get("messages") is not None else "prompt"
-    return {what: body[what], "sampling_params": {**SAMPLING, "max_tokens": int(most)}}
+    # What is in a row goes along to `answered`.
+    sampling = {**SAMPLING, "max_tokens": int(most)}
+    return {"custom_id": row.get("custom_id"), what: body[what], "sampling_params": sampling}
 
 
 def answered(row):
