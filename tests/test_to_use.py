@@ -530,6 +530,7 @@ def test_requests_of_every_kind_are_answered(tmp_path: Path) -> None:
     assert loaded(done, "CUDA_VISIBLE_DEVICES") == ["0,1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine_args", [[], ["--enable-expert-parallel"]], ids=["independent", "coupled"])
 def test_replicas_share_the_requests_and_the_devices(engine_args: list[str], tmp_path: Path) -> None:
     """64 of each are submitted together; the last two are too few for all."""
@@ -551,6 +552,7 @@ def test_replicas_share_the_requests_and_the_devices(engine_args: list[str], tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "best", "in", "requests.jsonl"]
 
 
+@pytest.mark.slow
 def test_on_a_cpu_replicas_have_cores_of_their_own(tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two replicas need two cores")
@@ -578,6 +580,7 @@ def test_a_bad_request_is_named_before_an_engine_loads(line: str, told: str, tmp
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{told}\n")
 
 
+@pytest.mark.slow
 def test_a_replica_that_fails_loses_no_answers_of_the_others(tmp_path: Path) -> None:
     requests = [{"prompt": "a"}] * 3
     done, answers = run(grid("dp_2", {(4, 64): 1}, (1, 1, 2)), requests, tmp_path, STUB_FAIL="run:1")
@@ -680,9 +683,7 @@ def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:
 def test_the_real_ray_builds_the_processor(tmp_path: Path) -> None:
     python = os.environ.get("RAY_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import ray.data.llm"], capture_output=True).returncode:
-        pytest.skip(
-            "Ray Data is not installed: pip install 'ray[data]' msgpack, or RAY_PYTHON=/of/an/environment/python"
-        )
+        pytest.skip("Ray Data is not installed: pip install 'ray[data]', or RAY_PYTHON=/of/an/environment/python")
     path = for_a_deadline(tmp_path, model=str(REPOSITORY / "models" / "tiny-llama"))
     program = (
         "import ray_data\nprocessor = ray_data.make_processor(is_chat=True)\n"
