@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batch_inference.analyze.files import default_folder, find_files, make_folder, not_this_folder
+from batch_inference.analyze.files import default_folder, find_files, folder_to_use, make_folder, not_this_folder
 from batch_inference.analyze.flags import UsageError, parse
 from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.signals import EXIT_CODES, end_in_order
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         check_plots(flags.plots)
         analysis = ask(settings, flags, earlier, notes)
         folder = make_folder(flags.output_dir or default_folder(flags.input))
-        text = write(analysis, unreadable, folder, flags.plots)
+        text = write(analysis, unreadable, folder, flags)
     except UsageError as error:
         return wrong_use(str(error))
     for problem in unreadable:
@@ -122,14 +122,18 @@ def job_question(settings: list[MeasuredSetting], flags: Namespace) -> JobQuesti
     return JobQuestion(lengths, name, flags.job_requests, flags.deadline_hours, flags.device_hour_price)
 
 
-def write(analysis: Analysis, unreadable: list[str], folder: Path, plots: Sequence[str] | None) -> str:
+def write(analysis: Analysis, unreadable: list[str], folder: Path, flags: Namespace) -> str:
     """The text for the terminal. Raises UsageError where the files of the analysis cannot be written."""
     from batch_inference.analyze.report import write_report
+    from batch_inference.analyze.to_use import write_to_use
 
+    into = folder_to_use(flags.input, flags.output_dir)
     try:
-        return write_report(analysis, unreadable, folder, plots)
+        to_use = write_to_use(analysis, flags.goal, into)
+        into = folder
+        return write_report(analysis, unreadable, into, flags.plots, to_use)
     except OSError as error:
-        raise not_this_folder(folder, f"cannot be written to: {error.strerror}") from error
+        raise not_this_folder(into, f"cannot be written to: {error.strerror}") from error
 
 
 def gate(analysis: Analysis, percent: float | None) -> int:

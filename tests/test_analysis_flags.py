@@ -86,6 +86,7 @@ def test_every_flag_has_its_default() -> None:
     assert found.pop("input") == Path("x")
     assert found.pop("slo_percentile") == 99.0
     assert (found.pop("allow_mixed"), found.pop("no_plots")) == (False, False)
+    assert found.pop("goal") == "throughput"
     assert found == dict.fromkeys([
         "output_dir", "model", "setting", "max_latency_s", "max_ttft_s", "max_tpot_s", "device_hour_price", "baseline",
         "compare", "fail_on_regression", "group_by", "plots", "job", "job_requests", "deadline_hours",
@@ -96,13 +97,15 @@ def test_every_flag_is_read_as_what_it_means() -> None:
     words = (
         "--input a --output-dir b --model m --setting s,t --max-latency-s 1 --max-ttft-s 2 --max-tpot-s 3 "
         "--slo-percentile 90 --device-hour-price 4 --baseline tp_1 --compare old --fail-on-regression 0 "
-        "--group-by dtype,model --allow-mixed --plots ttft,tpot --job j --job-requests 1e6 --deadline-hours 8"
+        "--group-by dtype,model --allow-mixed --plots ttft,tpot --job j --job-requests 1e6 --deadline-hours 8 "
+        "--goal cost"
     )
     assert vars(flags.parse(words.split())) == {
         "input": Path("a"), "output_dir": Path("b"), "model": "m", "setting": ("s", "t"), "max_latency_s": 1.0,
         "max_ttft_s": 2.0, "max_tpot_s": 3.0, "slo_percentile": 90.0, "device_hour_price": 4.0, "baseline": "tp_1",
         "compare": Path("old"), "fail_on_regression": 0.0, "group_by": ("dtype", "model"), "allow_mixed": True,
         "no_plots": False, "plots": ("ttft", "tpot"), "job": Path("j"), "job_requests": 1e6, "deadline_hours": 8.0,
+        "goal": "cost",
     }  # fmt: skip
     assert flags.parse(["--input", "x", "--no-plots"]).plots == ()
 
@@ -118,6 +121,8 @@ def test_the_help_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--input", "x", "--fail-on-regression", "0"],
          "--fail-on-regression 0: compares with nothing; add --compare DIR"),
+        (["--input", "x", "--goal", "cost"],
+         "--goal cost: nothing says what a device costs; add --device-hour-price PRICE"),
         (["--input=--"], "--input --: the dashes are no value; give one"),
         (["--input", "x", "--max-tpot-s", "-1"], "argument --max-tpot-s: -1 is not above 0"),
         (["--input", "x", "--max-latency-s", "x"], "argument --max-latency-s: 'x' is no number"),

@@ -66,7 +66,7 @@ def test_one_set_is_read_asked_written_and_shown(monkeypatch: pytest.MonkeyPatch
     assert steps.of("check_plots") == (("throughput",),)
     settings, earlier, notes = steps.of("ask")
     assert ([one.of for one in settings], earlier, notes) == (["new", "new"], None, ["note of new"])
-    assert steps.of("write") == ("analysis", [], Path("out"), ("throughput",))
+    assert steps.of("write") == ("analysis", [], Path("out"))
     assert steps.of("print_kept") == ("text", Path("out"))
     assert steps.of("gate") == ("analysis", None)
     assert said(capsys) == ""
@@ -83,7 +83,7 @@ def test_two_sets_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: Any) -
     settings, earlier, notes = steps.of("ask")
     assert ([one.of for one in settings], [one.of for one in earlier]) == (["new", "new"], ["old"])
     assert notes == ["note of new", "--compare: note of old"]
-    assert steps.of("write") == ("analysis", ["new\x1b: bad", "old: bad"], Path("analysis_new"), None)
+    assert steps.of("write") == ("analysis", ["new\x1b: bad", "old: bad"], Path("analysis_new"))
     assert steps.of("gate") == ("analysis", 3.0)
     assert said(capsys) == "error: new\\x1b: bad\nerror: old: bad\n"
 
@@ -160,16 +160,19 @@ def test_what_is_asked_is_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_folder_that_fills_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batch_inference.analyze.report.write_report", lambda *given: given)
+    monkeypatch.setattr("batch_inference.analyze.to_use.write_to_use", lambda *given: given)
     analysis: Any = "analysis"
-    written: Any = script.write(analysis, ["bad"], Path("out"), ["pareto"])
-    assert written == ("analysis", ["bad"], Path("out"), ["pareto"])
+    asked = parse(["--input", "in", "--goal", "latency", "--plots", "pareto"])
+    written: Any = script.write(analysis, ["bad"], Path("out"), asked)
+    to_use = ("analysis", "latency", Path("best_in"))
+    assert written == ("analysis", ["bad"], Path("out"), ("pareto",), to_use)
 
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("batch_inference.analyze.report.write_report", full)
     with pytest.raises(UsageError) as caught:
-        script.write(analysis, [], Path("out"), None)
+        script.write(analysis, [], Path("out"), asked)
     assert str(caught.value) == "--output-dir out: cannot be written to: No space left on device; choose another"
 
 

@@ -147,8 +147,17 @@ def test_the_analysis_that_is_shown_is_what_the_program_says_of_the_files(
     shown = re.search(rf"```\n({first}\n.*?)```", section(title), re.DOTALL)
     assert shown is not None
     assert f"python analyze_results.py {flags}" in section(title)
-    command = ["analyze_results.py", *flags.split(), "--no-plots", "--output-dir", str(tmp_path)]
-    done = called(analyze_results.main, command, REPOSITORY, os.environ)
+    where, folder, *others = flags.split()
+    command = [
+        "analyze_results.py",
+        where,
+        str(REPOSITORY / folder),
+        *others,
+        "--no-plots",
+        "--output-dir",
+        Path(folder).parent.name,
+    ]
+    done = called(analyze_results.main, command, tmp_path, os.environ)
     assert done.stdout.startswith(shown[1]), "paste the beginning of what it prints"
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from batch_inference.analyze import files, sources
-from batch_inference.analyze.files import default_folder, find_files, make_folder, not_this_folder, remove_plots
+from batch_inference.analyze.files import (
+    default_folder,
+    find_files,
+    folder_to_use,
+    make_folder,
+    not_this_folder,
+    remove_plots,
+)
 from batch_inference.analyze.flags import UsageError
 from batch_inference.analyze.sources import chosen, load_settings, newest
 from batch_inference.analyze.tables import MeasuredSetting
@@ -189,6 +196,9 @@ def test_where_an_analysis_goes(tmp_path: Path) -> None:
     assert default_folder(tmp_path) == tmp_path / "analysis"
     assert default_folder(tmp_path / "tp_2_results.json") == tmp_path / "analysis_tp_2"
     assert default_folder(tmp_path / "notes.json") == tmp_path / "analysis_notes"
+    assert folder_to_use(tmp_path, None) == tmp_path / "best"
+    assert folder_to_use(tmp_path / "tp_2_results.json", None) == tmp_path / "best_tp_2"
+    assert folder_to_use(tmp_path, Path("out")) == Path("out/best")
     assert make_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert make_folder(tmp_path / "a" / "b").is_dir()
     assert str(not_this_folder(Path("x"), "why")) == "--output-dir x: why; choose another"

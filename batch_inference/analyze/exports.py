@@ -16,8 +16,10 @@ from batch_inference.analyze.compare import PLACE, SetComparison, baseline_of
 from batch_inference.analyze.decide import Choice, Goal
 from batch_inference.analyze.jobs import JobAnswer, JobRow
 from batch_inference.analyze.tables import GROUP_BY, half_width, setting_labels
+from batch_inference.analyze.to_use import ToUse
 from batch_inference.core.files import open_regular, write_whole
 from batch_inference.core.queue_runs import Interval
+from batch_inference.core.text import plain
 
 # --- results.csv --------------------------------------------------------------------------------------------------
 
@@ -72,9 +74,10 @@ _SCALING = [
 ]
 
 
-def write_summary_json(analysis: Analysis, unreadable: Sequence[str], path: Path) -> None:
+def write_summary_json(analysis: Analysis, unreadable: Sequence[str], path: Path, to_use: ToUse | None = None) -> None:
     """Raises OSError where it cannot be written."""
-    write_whole(path, [msgspec.json.encode(_summary(analysis, unreadable)).decode() + "\n"])
+    summary = {**_summary(analysis, unreadable), "to_use": _to_use(to_use)}
+    write_whole(path, [msgspec.json.encode(summary).decode() + "\n"])
 
 
 def _summary(analysis: Analysis, unreadable: Sequence[str]) -> dict[str, Any]:
@@ -90,6 +93,21 @@ def _summary(analysis: Analysis, unreadable: Sequence[str]) -> dict[str, Any]:
         "jobs": [_job(answer) for answer in analysis.jobs],
         "groups": [_group(group) for group in analysis.groups],
         "comparison": _comparison(analysis.comparison),
+    }
+
+
+def _to_use(found: ToUse | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    setting = found.setting
+    return {
+        "setting": found.chosen.name,
+        "because": found.chosen.why,
+        "max_num_seqs": setting.values["max_num_seqs"],
+        "replicas": setting.replicas,
+        "devices_per_replica": setting.devices_per_replica,
+        "replicas_in_time": found.chosen.replicas,
+        "files": [plain(file) for file in found.files],
     }
 
 

@@ -13,6 +13,8 @@ from batch_inference.analyze.flags import UsageError
 SUMMARY = "summary.json"
 # What the folder of an analysis is called, or begins with; such folders hold no results.
 ANALYSIS = "analysis"
+# And that of what is to be used.
+BEST = "best"
 # Somebody's whole disk has more, and reading every JSON file of it takes hours.
 MOST_FOLDERS = 10_000
 
@@ -143,6 +145,14 @@ def default_folder(path: Path) -> Path:
     if path.is_dir():
         return path / ANALYSIS
     return path.with_name(f"{ANALYSIS}_{path.stem.removesuffix('_results')}")
+
+
+def folder_to_use(path: Path, output_dir: Path | None) -> Path:
+    """Where the winner of `path` is written to be used: beside its analysis, so in the folder of the results."""
+    if output_dir:
+        return output_dir / BEST
+    analysis = default_folder(path)
+    return analysis.with_name(analysis.name.replace(ANALYSIS, BEST, 1))
 
 
 # --- plots of earlier analyses ------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ DESCRIPTION = """\
 Turn the result files of batch_inference_experiment.py into a decision: the
 best setting and batch size per prompt length, TP against PP against DP,
 scaling, and the change against earlier results; as a summary, report.html,
-report.md, results.csv, summary.json and plots."""
+report.md, results.csv, summary.json and plots. What was found is written to
+be used too: for `vllm serve --config`, and as a script."""
 
 EPILOG = """\
 examples:
@@ -32,6 +33,8 @@ exit codes:
   129, 130, 143 interrupted"""
 
 
+# Of --goal.
+GOALS = ("throughput", "per-device", "latency", "cost")
 # More than any number of seconds, money or percent that is meant: results are computed from it without overflow.
 MOST = 1e9
 
@@ -48,6 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = build_parser().parse_args(words)
     if flags.fail_on_regression is not None and flags.compare is None:
         raise UsageError(f"--fail-on-regression {flags.fail_on_regression:g}: compares with nothing; add --compare DIR")
+    if flags.goal == "cost" and flags.device_hour_price is None:
+        raise UsageError("--goal cost: nothing says what a device costs; add --device-hour-price PRICE")
     if flags.no_plots:
         flags.plots = ()
     return flags
@@ -96,6 +101,12 @@ def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
         default=99.0,
         metavar="P",
         help="the percentile of these limits; default: 99",
+    )
+    group.add_argument(
+        "--goal",
+        choices=GOALS,
+        default=GOALS[0],
+        help="whose winner is written to be used, into `best`; default: throughput",
     )
     group.add_argument(
         "--device-hour-price",

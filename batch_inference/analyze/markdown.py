@@ -8,7 +8,7 @@ from pathlib import Path
 
 from batch_inference.analyze.sections import Section
 from batch_inference.analyze.wording import HEADING, not_drawn
-from batch_inference.core.text import table_in_markdown
+from batch_inference.core.text import plain, table_in_markdown
 
 
 def as_markdown(sections: Sequence[Section], plots: Sequence[tuple[str, Path]], missing: Sequence[str]) -> str:
@@ -28,6 +28,11 @@ def _blocks(section: Section) -> Iterator[str]:
     yield _table(section) if section.rows else ""
     yield section.rest
     yield _list(section.lines)
+    yield (
+        "\n".join(["```bash", *(plain(" ".join(words)) for words in section.commands), "```"])
+        if section.commands
+        else ""
+    )
 
 
 def _list(lines: Sequence[str]) -> str:

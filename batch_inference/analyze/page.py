@@ -11,7 +11,7 @@ import pandas as pd
 
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.wording import HEADING, not_drawn
-from batch_inference.core.text import short
+from batch_inference.core.text import plain, short
 
 # The page allows itself no network at all, so that no name from a file can fetch anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -42,6 +42,7 @@ th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descendi
 dl { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: .2rem 1rem; margin: 0 0 .6rem; }
 dt { color: var(--soft); } dd { margin: 0; }
 ul { padding-left: 1.2rem; color: var(--soft); font-size: .9rem; }
+pre { background: var(--pale); padding: .4rem .7rem; overflow-x: auto; font-size: .9rem; }
 figure { margin: 1.5rem 0; } figure img { width: 100%; background: #fff; border-radius: 6px; }
 nav { font-size: .9rem; } nav a { margin-right: 1rem; color: inherit; }
 """
@@ -101,7 +102,9 @@ def as_html(
 def _section(section: Section) -> str:
     pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in section.pairs)
     table = _table(section) if section.rows else ""
-    return f"<h2>{escape(section.title)}</h2>" + (f"<dl>{pairs}</dl>" if pairs else "") + table + _list(section.lines)
+    above = f"<h2>{escape(section.title)}</h2>" + (f"<dl>{pairs}</dl>" if pairs else "") + table
+    commands = "".join(f"<pre>{escape(plain(' '.join(words)))}</pre>" for words in section.commands)
+    return above + _list(section.lines) + commands
 
 
 def _table(section: Section) -> str:

@@ -14,21 +14,24 @@ from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.page import as_html
 from batch_inference.analyze.sections import Section, best, compared, layouts, pareto, scaling
 from batch_inference.analyze.terminal import as_text, closing
+from batch_inference.analyze.to_use import ToUse
 from batch_inference.core.files import write_whole
 
 
-def sections_of(analysis: Analysis) -> list[Section]:
+def sections_of(analysis: Analysis, to_use: ToUse | None = None) -> list[Section]:
     """Everything that the files say, in the order in which it is read: the decision first."""
-    return [section for section in _in_order(analysis) if section.pairs or section.rows or section.lines]
+    return [section for section in _in_order(analysis, to_use) if section.pairs or section.rows or section.lines]
 
 
-def _in_order(analysis: Analysis) -> Iterator[Section]:
+def _in_order(analysis: Analysis, to_use: ToUse | None) -> Iterator[Section]:
     if analysis.comparison is not None:
         yield compared(analysis.comparison)
     for answer in analysis.jobs:
         yield job_section(answer, analysis)
     for group in analysis.groups:
         yield best(group, analysis)
+    if to_use:
+        yield to_use.section
     for group in analysis.groups:
         yield from layouts(group)
     yield from map(scaling, analysis.groups)
@@ -39,7 +42,11 @@ def _in_order(analysis: Analysis) -> Iterator[Section]:
 
 
 def write_report(
-    analysis: Analysis, unreadable: Sequence[str], folder: Path, plots: Sequence[str] | None = None
+    analysis: Analysis,
+    unreadable: Sequence[str],
+    folder: Path,
+    plots: Sequence[str] | None = None,
+    to_use: ToUse | None = None,
 ) -> str:
     """Write every file into `folder`, and return the text for the terminal, which names them. `plots`: their names;
     None is all of them.
@@ -47,15 +54,16 @@ def write_report(
     Raises OSError where a file cannot be written.
     """
     drawn, missing = _draw(analysis, folder, plots)
-    sections = sections_of(analysis)
+    sections = sections_of(analysis, to_use)
     page, report, results, summary = (folder / name for name in ("report.html", "report.md", "results.csv", SUMMARY))
     write_results_csv(analysis.rows, results)
-    write_summary_json(analysis, unreadable, summary)
+    write_summary_json(analysis, unreadable, summary, to_use)
     write_whole(report, [as_markdown(sections, drawn, missing)])
     write_whole(page, [as_html(sections, analysis.points, drawn, missing)])
     _remove_parquet(folder)
     remove_plots(folder, [file for _, path in drawn for file in (path, path.with_suffix(".svg"))])
-    files = [page, report, results, summary, *(path for _, path in drawn)]
+    used = to_use.files if to_use else []
+    files = [*used, page, report, results, summary, *(path for _, path in drawn)]
     return "\n".join([as_text(sections), "", *closing(missing, files)])
 
 

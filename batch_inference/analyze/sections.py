@@ -25,7 +25,7 @@ _BESIDE = 3
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, then pairs (name, value), a table, and lines; each of them may be empty."""
+    """A heading, then pairs (name, value), a table, lines, and commands; each of them may be empty."""
 
     title: str
     pairs: list[tuple[str, str]] = field(default_factory=list)
@@ -34,6 +34,7 @@ class Section:
     numbers: frozenset[str] = frozenset()  # columns set to the right
     lines: list[str] = field(default_factory=list)
     more: int = 0  # rows that are left out
+    commands: list[list[str]] = field(default_factory=list)  # to be copied: words, quoted where they must be
 
     @property
     def rest(self) -> str:

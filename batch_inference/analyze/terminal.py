@@ -34,6 +34,20 @@ def _body(section: Section) -> Iterator[str]:
     for line in section.lines[:LIST_LIMIT]:
         yield from _lines(f"  {short_name(line, LINE_LIMIT)}", indent=4)
     yield from _rest(len(section.lines) - LIST_LIMIT, "more")
+    for words in section.commands:
+        yield from _command(words)
+
+
+def _command(words: Sequence[str]) -> Iterator[str]:
+    """One that can be copied, however many lines it takes."""
+    line = f"  {escaped(words[0])}"
+    for word in map(escaped, words[1:]):
+        if len(line) + len(word) + 3 > WIDTH:
+            yield f"{line} \\"
+            line = f"     {word}"
+        else:
+            line = f"{line} {word}"
+    yield line
 
 
 def _rest(count: int, what: str) -> Iterator[str]:

@@ -60,6 +60,7 @@ def test_each_file_is_analysed_or_named(number: int, tmp_path: Path, capsys: pyt
         assert code in ({0, 1} | ({2} if "--group-by" in flags else set()) | ({3} if "--compare" in flags else set()))
         if code != 2:
             check_files(folder / "analysis", {"whole_results.json", *tried}, errors)
+            check_to_use(folder / "best")
 
 
 def flags_of(rng: random.Random, old: Path) -> list[str]:
@@ -67,6 +68,7 @@ def flags_of(rng: random.Random, old: Path) -> list[str]:
     flags += ["--device-hour-price", "2.5"] if chance(rng, 0.25) else []
     flags += ["--max-ttft-s", "0.5"] if chance(rng, 0.2) else []
     flags += ["--slo-percentile", rng.choice(["50", "99.9", "100"])] if chance(rng, 0.2) else []
+    flags += ["--goal", rng.choice(["per-device", "latency"])] if chance(rng, 0.3) else []
     flags += ["--allow-mixed"] if chance(rng, 0.15) else []
     flags += ["--group-by", rng.choice(["model", "model,dtype", "max_tokens"])] if chance(rng, 0.1) else []
     if chance(rng, 0.4):
@@ -104,6 +106,18 @@ def check_files(analysis: Path, names: set[str], errors: str) -> None:
     assert "<script>alert" not in page
     assert "<img src=x" not in page
     assert not _LIVE.search((analysis / "report.md").read_text(encoding="utf-8"))
+
+
+def check_to_use(folder: Path) -> None:
+    """Whatever stood in the winner's file, it is a value here, and nothing else."""
+    lines = (folder / "vllm_config.yaml").read_text(encoding="utf-8").split("\n")
+    assert [line for line in lines if line and not re.match(r"# |[a-z][a-z0-9-]*: ", line)] == []
+    assert not has_control("".join(lines))
+    if (folder / "run.py").exists():
+        space: dict[str, Any] = {"__name__": "read"}
+        exec(compile((folder / "run.py").read_text(encoding="utf-8"), "run.py", "exec"), space)
+        names = [line.partition(":")[0].replace("-", "_") for line in lines if line and line[0] != "#"]
+        assert list(space["ENGINE"]) == names
 
 
 def no_number(name: str) -> Any:

@@ -14,6 +14,7 @@ images too, and STUB_LACKS a name that this version does not have yet. STUB_FAIL
   hang          the first run never ends
 """
 
+import atexit
 import importlib
 import json
 import multiprocessing
@@ -46,8 +47,8 @@ class SamplingParams:
     temperature: float
     top_p: float
     max_tokens: int
-    ignore_eos: bool
-    detokenize: bool
+    ignore_eos: bool = False
+    detokenize: bool = True
 
 
 @dataclass
@@ -100,6 +101,8 @@ class LLM:
         # Its processes talk through shared memory, whose owner removes it at an orderly end.
         mark = os.environ.get("FAULT_TEST")  # of the test whose sweep this is
         self.queue = SharedMemory(f"psm_{mark}_{os.getpid()}" if mark else None, create=True, size=16)
+        # A process that ends in order takes its engine along.
+        atexit.register(self._shut_down)
         self.calls = 0
         self.cached = set()
         config = _vllm_config(args)
@@ -117,6 +120,7 @@ class LLM:
         )
 
     def _shut_down(self):
+        atexit.unregister(self._shut_down)
         self.queue.close()
         self.queue.unlink()
         if self.core:
@@ -162,10 +166,21 @@ class LLM:
         self.cached.add(tuple(prompt))
         return len(prompt) if was_cached else 0
 
-    def generate(self, prompts, sampling_params, use_tqdm):
-        assert use_tqdm is False
+    def chat(self, messages, sampling_params, use_tqdm=True):
+        prompts = [{"prompt": "".join(message["content"] for message in chat)} for chat in messages]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def generate(self, prompts, sampling_params, use_tqdm=True):
         is_queue = isinstance(sampling_params, list)
         params = sampling_params if is_queue else [sampling_params] * len(prompts)
+        # What is measured shows no bar, and has no texts.
+        assert all(of.detokenize is use_tqdm for of in params)
+        assert not (use_tqdm and self.args.skip_tokenizer_init)
+        # A letter is a token.
+        prompts = [
+            prompt if "prompt_token_ids" in prompt else {"prompt_token_ids": list(map(ord, prompt["prompt"]))}
+            for prompt in prompts
+        ]
         sizes = (len(prompt["prompt_token_ids"]) + of.max_tokens for prompt, of in zip(prompts, params, strict=True))
         longest = max(sizes, default=0)
         assert longest <= self.llm_engine.vllm_config.model_config.max_model_len
@@ -228,7 +243,7 @@ class LLM:
         return [
             RequestOutput(
                 prompt,
-                [SimpleNamespace(token_ids=[7] * (done[index][0] - (FAIL == "tokens" and index == 0)))],
+                [_completion(prompt, done[index][0] - (FAIL == "tokens" and index == 0))],
                 RequestStateStats(
                     arrival_time=arrived,
                     queued_ts=stamps[index][0],
@@ -285,7 +300,12 @@ def _output(prompt, max_tokens):
         last_token_ts=now + RUN_S,
         first_token_latency=0.5 * RUN_S,
     )
-    return RequestOutput(prompt, [SimpleNamespace(token_ids=[7] * tokens)], stats, 16 if FAIL == "prefix" else 0)
+    return RequestOutput(prompt, [_completion(prompt, tokens)], stats, 16 if FAIL == "prefix" else 0)
+
+
+def _completion(prompt, tokens):
+    """Its text tells which prompt it is of."""
+    return SimpleNamespace(token_ids=[7] * tokens, text=f"{tokens} for {prompt}")
 
 
 def _vllm_config(args):

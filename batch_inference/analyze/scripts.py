@@ -1,0 +1,289 @@
+"""The scripts that use a setting: run.py on one machine, ray_data.py on many nodes. Each is one file, to be read, kept
+and changed; they import vLLM or Ray, and nothing of this program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from batch_inference.analyze.engine_setting import EngineSetting
+from batch_inference.analyze.yaml_text import comments
+
+# Batches of Ray Data that an engine works on at once, and so many parts of what it may run at once is each of them:
+# twice as many requests are at hand as run.
+_BATCHES, _PARTS = 8, 4
+
+
+def run_script(head: Sequence[str], setting: EngineSetting) -> str:
+    """Every replica a process with devices of its own, and every n-th request."""
+    devices = _CORES if setting.on_cpu else _GPUS
+    coupled = _COUPLED if setting.is_coupled else _INDEPENDENT
+    constants = {
+        "ENGINE": setting.values,
+        "SAMPLING": setting.sampling,
+        "REPLICAS": setting.replicas,
+        "DEVICES_PER_REPLICA": setting.devices_per_replica,
+        "COUPLED": setting.is_coupled,
+    }
+    return "\n".join([*_head(head), _RUN_IMPORTS, *_constants(constants), _RUN, devices, coupled, _RUN_END])
+
+
+def ray_script(head: Sequence[str], setting: EngineSetting, replicas: int) -> str:
+    engine = {name: value for name, value in setting.values.items() if name != "model"}
+    if setting.nnodes > 1:
+        # Ray places the workers of a replica, and `mp` would look for all of them on one node.
+        engine["distributed_executor_backend"] = "ray"
+    constants = {
+        "MODEL": setting.values["model"],
+        "ENGINE": engine,
+        "SAMPLING": setting.sampling,
+        "REPLICAS": replicas,
+        "BATCH": max(1, math.ceil(setting.values["max_num_seqs"] / _PARTS)),
+        "BATCHES_AT_ONCE": _BATCHES,
+    }
+    return "\n".join([*_head(head), _RAY_IMPORTS, *_constants(constants), _RAY])
+
+
+def _head(lines: Sequence[str]) -> list[str]:
+    return ["#!/usr/bin/env python3", *(line for text in lines for line in comments(text))]
+
+
+def _constants(values: Mapping[str, Any]) -> list[str]:
+    """A line for each, and for each entry of a dict. What comes from a file is written as Python's own repr."""
+    return [f"{name} = {_entries(value) if isinstance(value, dict) else repr(value)}" for name, value in values.items()]
+
+
+def _entries(value: Mapping[str, Any]) -> str:
+    return "\n".join(["{", *(f"    {_repr(name)}: {_repr(one)}," for name, one in value.items()), "}"])
+
+
+def _repr(value: Any) -> str:
+    """In double quotes, where a text has none inside."""
+    text = repr(value)
+    return f'"{text[1:-1]}"' if isinstance(value, str) and not {'"', "\\", "'"} & set(text[1:-1]) else text
+
+
+# --- run.py -------------------------------------------------------------------------------------------------------
+
+_RUN_IMPORTS = """
+import heapq
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# What each replica's LLM gets; vllm_config.yaml says the same."""
+
+_RUN = '''
+# So many requests of each replica are submitted together; their answers are on disk before the next ones begin.
+TOGETHER = 64 * ENGINE["max_num_seqs"]
+
+
+def main():
+    if len(sys.argv) not in (3, 4):
+        sys.exit(f"usage: python {sys.argv[0]} REQUESTS.jsonl ANSWERS.jsonl")
+    requests, answers, *replica = sys.argv[1:]
+    if replica or REPLICAS == 1:
+        if not replica:
+            os.environ.update(variables_of(0))
+        answer(read(requests), answers, *map(int, replica))
+    else:
+        read(requests)
+        run_replicas(requests, answers)
+
+
+def read(path):
+    """(prompt or messages, most output tokens, custom_id) of each line: one with "prompt", "prompt_token_ids" or
+    "messages", or one of an OpenAI batch file."""
+    found = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    body = row.get("body", row)
+                    asked = body.get("messages") or prompt_of(body)
+                except (ValueError, AttributeError):
+                    asked = None
+                if not asked:
+                    sys.exit(f"{path}, line {number}: is no request with prompt, prompt_token_ids or messages")
+                limits = (body.get(key) for key in ("max_completion_tokens", "max_tokens", "output_tokens"))
+                found.append((asked, next(filter(None, limits), SAMPLING["max_tokens"]), row.get("custom_id")))
+    if len({isinstance(asked, list) for asked, _, _ in found}) > 1:
+        sys.exit(f"{path}: has prompts and messages; give each in a file of its own")
+    return found
+
+
+def prompt_of(body):
+    """As LLM.generate takes it: a text, or token ids. None where there is neither."""
+    prompt = body.get("prompt_token_ids") or body.get("prompt")
+    return prompt and {"prompt_token_ids" if isinstance(prompt, list) else "prompt": prompt}
+
+
+def answer(requests, path, replica=0):
+    """Of every REPLICAS-th request, a line each, in the order of the file."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**ENGINE)
+    with open(path, "w", encoding="utf-8") as file:
+        for start in range(0, len(requests), TOGETHER * REPLICAS):
+            mine = list(enumerate(requests[start : start + TOGETHER * REPLICAS], start))[replica::REPLICAS]
+            # Coupled replicas take every step together: one without a request of its own has to have one.
+            asked = mine or ([(None, (requests[0][0], 1, None))] if COUPLED else [])
+            if not asked:
+                continue
+            ask = llm.chat if isinstance(asked[0][1][0], list) else llm.generate
+            params = [SamplingParams(**{**SAMPLING, "max_tokens": most}) for _, (_, most, _) in asked]
+            outputs = ask([prompt for _, (prompt, _, _) in asked], params)
+            for (index, (_, _, custom_id)), output in zip(mine, outputs):
+                best = output.outputs[0]
+                row = {"index": index, "custom_id": custom_id, "text": best.text, "output_tokens": len(best.token_ids)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\\n")
+            file.flush()
+    if COUPLED:
+        time.sleep(1)  # the others may still wait for this one's last step
+
+
+def run_replicas(requests, answers):
+    """Each a process with devices of its own, because vLLM takes what it sees when it is imported."""
+    parts = [f"{answers}.part_{replica}" for replica in range(REPLICAS)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, requests, part, str(replica)],
+            env={**os.environ, **variables_of(replica)},
+        )
+        for replica, part in enumerate(parts)
+    ]
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.2)
+            if COUPLED and any(process.poll() for process in processes):
+                break
+    finally:
+        for process in processes:
+            process.terminate()
+    if failed := [part for part, process in zip(parts, processes) if process.wait()]:
+        sys.exit(f"not all were answered: what there is lies in {', '.join(parts)}; failed: {', '.join(failed)}")
+    files = [open(part, encoding="utf-8") for part in parts]
+    with open(answers, "w", encoding="utf-8") as file:
+        file.writelines(heapq.merge(*files, key=lambda line: json.loads(line)["index"]))
+    for part, opened in zip(parts, files):
+        opened.close()
+        Path(part).unlink()
+'''
+
+_GPUS = '''
+def devices_of(replica):
+    """The slice of the GPUs: of CUDA_VISIBLE_DEVICES where it is set, else of the first ones."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = seen.split(",") if seen else [str(number) for number in range(REPLICAS * DEVICES_PER_REPLICA)]
+    if len(devices) < REPLICAS * DEVICES_PER_REPLICA:
+        sys.exit(f"CUDA_VISIBLE_DEVICES={seen}: {REPLICAS * DEVICES_PER_REPLICA} GPUs are needed")
+    first = replica * DEVICES_PER_REPLICA
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[first : first + DEVICES_PER_REPLICA])}
+'''
+
+_CORES = '''
+def devices_of(replica):
+    """The slice of the cores, in equal parts for the workers of the replica."""
+    if "VLLM_CPU_OMP_THREADS_BIND" in os.environ and REPLICAS == 1:
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    size = len(cores) // (REPLICAS * DEVICES_PER_REPLICA)
+    if not size:
+        sys.exit(f"there are {len(cores)} cores: {REPLICAS * DEVICES_PER_REPLICA} are needed")
+    first = replica * DEVICES_PER_REPLICA
+    slices = [cores[number * size : (number + 1) * size] for number in range(first, first + DEVICES_PER_REPLICA)]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in slices)}
+'''
+
+_INDEPENDENT = """
+def variables_of(replica):
+    # Replicas that start together must not look for a free port in the same place.
+    ports = {"VLLM_PORT": str(20000 + 100 * replica)} if REPLICAS > 1 else {}
+    return {**devices_of(replica), **ports}
+
+"""
+
+_COUPLED = '''
+def variables_of(replica):
+    """What makes vLLM share out the experts among the replicas."""
+    coupling = {
+        "VLLM_DP_SIZE": REPLICAS,
+        "VLLM_DP_RANK": replica,
+        "VLLM_DP_RANK_LOCAL": 0,
+        "VLLM_DP_MASTER_IP": "127.0.0.1",
+        "VLLM_DP_MASTER_PORT": 19990,
+        "VLLM_PORT": 20000 + 100 * replica,
+    }
+    return {**devices_of(replica), **{name: str(value) for name, value in coupling.items()}}
+'''
+
+_RUN_END = """
+if __name__ == "__main__":
+    main()
+"""
+
+# --- ray_data.py --------------------------------------------------------------------------------------------------
+
+_RAY_IMPORTS = """
+import sys
+
+import ray
+from ray.data import llm
+
+# What each replica's engine gets, beside the model."""
+
+_RAY = '''
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: python {sys.argv[0]} REQUESTS.jsonl ANSWERS_FOLDER")
+    rows = ray.data.read_json(sys.argv[1])
+    # More parts than replicas, so that all have work until the end.
+    rows = rows.repartition(4 * REPLICAS)
+    columns = rows.schema().names
+    is_chat = "messages" in columns or "body" in columns
+    make_processor(is_chat)(rows).write_json(sys.argv[2])
+
+
+def make_processor(is_chat):
+    """Of rows with "messages", with "prompt", or of an OpenAI batch file."""
+    # The names are those of the version of Ray.
+    template = "chat_template_stage" if "chat_template_stage" in fields() else "apply_chat_template"
+    config = llm.vLLMEngineProcessorConfig(
+        model_source=MODEL,
+        engine_kwargs=dict(ENGINE),
+        concurrency=(REPLICAS, REPLICAS),
+        batch_size=BATCH,
+        max_concurrent_batches=BATCHES_AT_ONCE,
+        **{template: is_chat},
+    )
+    build = getattr(llm, "build_processor", None) or llm.build_llm_processor
+    return build(config, preprocess=asked, postprocess=answered)
+
+
+def fields():
+    return llm.vLLMEngineProcessorConfig.model_fields
+
+
+def asked(row):
+    body = row.get("body") or row
+    limits = (body.get(key) for key in ("max_completion_tokens", "max_tokens", "output_tokens"))
+    most = next(filter(None, limits), SAMPLING["max_tokens"])
+    what = "messages" if body.get("messages") is not None else "prompt"
+    # What is in a row goes along to `answered`.
+    sampling = {**SAMPLING, "max_tokens": int(most)}
+    return {"custom_id": row.get("custom_id"), what: body[what], "sampling_params": sampling}
+
+
+def answered(row):
+    return {"custom_id": row.get("custom_id"), "text": row["generated_text"]}
+
+
+if __name__ == "__main__":
+    main()
+'''

@@ -1,0 +1,132 @@
+"""What was found, written so that it can be used: the engine's settings, and the scripts that run with them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from batch_inference.analyze.answers import Analysis
+from batch_inference.analyze.engine_setting import EngineSetting, engine_setting
+from batch_inference.analyze.scripts import ray_script, run_script
+from batch_inference.analyze.sections import Section
+from batch_inference.analyze.winner import Winner, winner
+from batch_inference.analyze.wording import SUSPECT_LINE
+from batch_inference.analyze.yaml_text import yaml_text
+from batch_inference.core.files import write_whole
+from batch_inference.core.result_file import ResultFileError, load_result
+from batch_inference.core.text import counted
+
+CONFIG, RUN, RAY = "vllm_config.yaml", "run.py", "ray_data.py"
+# In the first lines of what this program wrote, and may remove.
+MARK = "Written by analyze_results.py of batch_inference, anew each time: copy it before you change it."
+_HEAD = 1000  # characters
+_REQUESTS, _ANSWERS = "requests.jsonl", "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class ToUse:
+    """What was chosen, the section of the report, and the files that it names."""
+
+    chosen: Winner
+    setting: EngineSetting
+    section: Section
+    files: list[Path]
+
+
+def write_to_use(analysis: Analysis, goal_word: str, folder: Path) -> ToUse | None:
+    """Into `folder`, for the winner by that goal; None where there is none, and then nothing of an earlier one is left.
+
+    Raises OSError where a file cannot be written.
+    """
+    chosen = winner(analysis, goal_word)
+    measured = _measured(chosen) if chosen else None
+    if chosen is None or measured is None:
+        _remove_others(folder, ())
+        return None
+    setting, version = measured
+    texts = _texts(chosen, setting, version)
+    foreign = [name for name in texts if (folder / name).exists() and not _is_ours(folder / name)]
+    texts = {name: text for name, text in texts.items() if name not in foreign}
+    _remove_others(folder, texts)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_whole(folder / name, [text])
+    section = _section(chosen, setting, folder, texts)
+    section.lines.extend(f"{name} in {folder} is not of this program, and was left as it is." for name in foreign)
+    return ToUse(chosen, setting, section, [folder / name for name in texts])
+
+
+def _measured(chosen: Winner) -> tuple[EngineSetting, str] | None:
+    """The setting, and vLLM's version. Read again: of all the files, only the winner's words and engine are needed.
+    None for a file that was changed or removed since."""
+    try:
+        result = load_result(chosen.setting.path)
+    except ResultFileError:
+        return None
+    point = next((point for point in result.points if chosen.is_of(point)), None)
+    engine = result.engine_of(point) if point else None
+    return (engine_setting(result, point, engine), engine.vllm_version) if point and engine else None
+
+
+def _texts(chosen: Winner, setting: EngineSetting, version: str) -> dict[str, str]:
+    """By the name of the file."""
+    head = [
+        MARK,
+        f"{_words(chosen, setting)}: {chosen.why}.",
+        f"Measured with vLLM {version} in {chosen.setting.file}.",
+        *setting.notes,
+    ]
+    per_replica = ["Of one replica: how many there are stands in the command."] if setting.replicas > 1 else []
+    texts = {CONFIG: yaml_text([*head, *per_replica], setting.values, setting.why)}
+    if setting.nnodes == 1:
+        texts[RUN] = run_script(head, setting)
+    if (chosen.replicas or setting.nnodes > 1) and not setting.is_coupled:
+        texts[RAY] = ray_script(head, setting, chosen.replicas or setting.replicas)
+    return texts
+
+
+def _words(chosen: Winner, setting: EngineSetting) -> str:
+    each = f" on each of {counted(setting.replicas, 'replica')}" if setting.replicas > 1 else ""
+    return f"{chosen.name}, {setting.values['max_num_seqs']} at once{each}"
+
+
+def _section(chosen: Winner, setting: EngineSetting, folder: Path, texts: dict[str, str]) -> Section:
+    pairs = [
+        ("setting", _words(chosen, setting) + ("*" if chosen.is_suspect else "")),
+        ("because", chosen.why),
+    ]
+    if chosen.replicas:
+        pairs.append(("in time", f"with {counted(chosen.replicas, 'replica')}, as {RAY} has it"))
+    lines = [*chosen.notes, *setting.notes, *([SUSPECT_LINE] if chosen.is_suspect else [])]
+    return Section("To use", pairs, lines=lines, commands=list(_commands(setting, folder, texts)))
+
+
+def _commands(setting: EngineSetting, folder: Path, texts: dict[str, str]) -> Iterator[list[str]]:
+    """Their words, quoted for a shell."""
+    config = ["--config", shlex.quote(str(folder / CONFIG))]
+    replicas = ["--data-parallel-size", str(setting.replicas)] if setting.replicas > 1 else []
+    nodes = (
+        ["--nnodes", str(setting.nnodes), "--node-rank", "0", "--master-addr", "ADDRESS"] if setting.nnodes > 1 else []
+    )
+    yield ["vllm", "serve", *config, *replicas, *nodes]
+    if not nodes:
+        yield ["vllm", "run-batch", "-i", _REQUESTS, "-o", _ANSWERS, *config, *replicas]
+    for name, target in ((RUN, _ANSWERS), (RAY, "answers")):
+        if name in texts:
+            yield ["python", shlex.quote(str(folder / name)), _REQUESTS, target]
+
+
+def _remove_others(folder: Path, names: Container[str]) -> None:
+    """What an earlier analysis wrote, and this one does not."""
+    for name in (CONFIG, RUN, RAY):
+        if name not in names and _is_ours(folder / name):
+            (folder / name).unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return MARK in file.read(_HEAD)

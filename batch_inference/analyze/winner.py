@@ -1,0 +1,131 @@
+"""Which point of an analysis is written to be used: one of a job where there is a job, else one of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from batch_inference.analyze.answers import Analysis, Group
+from batch_inference.analyze.decide import COST, GOALS, Choice, Goal
+from batch_inference.analyze.jobs import JobAnswer, JobRow
+from batch_inference.analyze.tables import MeasuredSetting, setting_labels
+from batch_inference.core.results import Point
+
+# As --goal has it.
+_GOALS = {goal.name.replace(" ", "-"): goal for goal in GOALS}
+
+
+@dataclass(frozen=True)
+class Winner:
+    """One measured point: of which file, why it, and what is to be known of the choice."""
+
+    setting: MeasuredSetting
+    name: str  # as the report calls the setting
+    batch_size: int
+    tokens_per_step: int | None
+    seq_len: int | None = None  # None for one of a job
+    max_tokens: int | None = None
+    workload: tuple[object, ...] | None = None
+    why: str = ""
+    is_suspect: bool = False
+    replicas: int | None = None  # that a deadline needs
+    notes: tuple[str, ...] = ()
+
+    def is_of(self, point: Point) -> bool:
+        """Whether a point of the setting's file is this one."""
+        workload = point.workload and point.workload.as_tuple()
+        mine = (self.batch_size, self.seq_len, self.tokens_per_step, self.workload)
+        has_length = self.workload is not None or point.max_tokens == self.max_tokens
+        return mine == (point.batch_size, point.seq_len, point.max_num_batched_tokens, workload) and has_length
+
+
+def winner(analysis: Analysis, goal_word: str) -> Winner | None:
+    """The best by that goal; None where no point is measured, believable and within the limits."""
+    goal = _GOALS[goal_word]
+    found = _of_jobs(analysis, goal) if goal.better == "higher" or goal.column == COST else None
+    return found or _of_groups(analysis, goal)
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def _of_jobs(analysis: Analysis, goal: Goal) -> Winner | None:
+    """Of several jobs that with the most points; what a deadline needs goes before the goal."""
+    answer = max(analysis.jobs, key=lambda one: len(one.rows), default=None)
+    if answer is None or answer.best is None or answer.cheapest is None:
+        return None
+    deadline = answer.deadline
+    is_throughput = goal == GOALS[0]
+    row = deadline.row if deadline else answer.best if is_throughput else answer.cheapest
+    why = "the fewest devices for the deadline" if deadline else "the fastest" if is_throughput else ""
+    return _of_row(analysis, answer, row, why or "the fewest device-hours", deadline.replicas if deadline else None)
+
+
+def _of_row(analysis: Analysis, answer: JobAnswer, row: JobRow, why: str, replicas: int | None) -> Winner:
+    point = row.point
+    notes = [f"Of {len(analysis.jobs)} jobs the one with the most points."] if len(analysis.jobs) > 1 else []
+    return Winner(
+        _by_name(analysis)[row.setting], row.setting, point.batch_size, point.tokens_per_step,
+        workload=point.workload.as_tuple(), why=f"{why}, for the job of {answer.requests:,.0f} requests",
+        is_suspect=point.verdict == "suspect", replicas=replicas, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _by_name(analysis: Analysis) -> Mapping[str, MeasuredSetting]:
+    labels = setting_labels(analysis.settings)
+    return {labels[setting.path]: setting for setting in analysis.settings}
+
+
+# --- grids --------------------------------------------------------------------------------------------------------
+
+
+def _of_groups(analysis: Analysis, goal: Goal) -> Winner | None:
+    """Of several groups that with the most points, because unlike things have no common winner."""
+    for group in sorted(analysis.groups, key=lambda one: (-len(one.points), one.number)):
+        choices = [choice for choice in group.choices if choice.goal == goal and choice.best is not None]
+        if choices:
+            return _of_choices(analysis, group, choices)
+    return None
+
+
+def _of_choices(analysis: Analysis, group: Group, choices: Sequence[Choice]) -> Winner | None:
+    """That of the longest prompts: what fits them fits shorter ones."""
+    choice = max(choices, key=lambda one: one.seq_len)
+    best = choice.best or {}
+    rows = group.points
+    for name in ("setting", "batch_size", "seq_len", "max_tokens"):
+        rows = rows[rows[name].isna() if pd.isna(best[name]) else rows[name] == best[name]]
+    row = rows.iloc[0]
+    limits = str(analysis.question.limits)
+    return Winner(
+        next(one for one in analysis.settings if one.file == row["file"]), str(best["setting"]),
+        int(best["batch_size"]), _known(row["tokens_per_step"]), int(best["seq_len"]), _known(best["max_tokens"]),
+        why=f"best {choice.goal.name} at length {choice.seq_len}" + (f" with {limits}" if limits else ""),
+        is_suspect=best["verdict"] == "suspect", notes=tuple(_notes(analysis, group, choices, choice)),
+    )  # fmt: skip
+
+
+def _known(value: Any) -> int | None:
+    return None if pd.isna(value) else int(value)
+
+
+def _notes(analysis: Analysis, group: Group, choices: Sequence[Choice], chosen: Choice) -> Iterator[str]:
+    if len(analysis.groups) > 1:
+        yield (
+            f"Of {len(analysis.groups)} groups it is the winner of {group.name}, which has the most points; --model or "
+            "--setting choose another."
+        )
+    others = [
+        f"{choice.best['setting']} at batch {choice.best['batch_size']} for length {choice.seq_len}"
+        for choice in choices
+        if choice.best and chosen.best and _place(choice.best) != _place(chosen.best)
+    ]
+    if others:
+        yield f"Other lengths have other winners: {', '.join(others)}."
+
+
+def _place(best: Mapping[object, object]) -> tuple[object, object]:
+    return best["setting"], best["batch_size"]
