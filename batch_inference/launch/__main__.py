@@ -150,7 +150,8 @@ def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
         return none_can_run(best.preset)
     best.run(jobs)
     say_how_to_analyse(best.here, folder_of(best.preset, best.options))
-    shown = show("\n".join(report(best)))
+    last = [best.write_to_use()] if best.is_answered else []
+    shown = show("\n".join([*report(best), *last]))
     return shown if best.is_answered and not best.failed else 1
 
 

@@ -7,19 +7,23 @@ started only for what is missing.
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from batch_inference.core.climb import Climb, Tried
 from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search, layouts
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, listed, on_each, short, wrapped
 from batch_inference.core.values import AUTO, AUTO_SIZES, COST, LATENCY_GOAL, PER_DEVICE
-from batch_inference.launch.jobs import Here, Job, job_of
+from batch_inference.launch.jobs import ANALYSIS, Here, Job, folder_of, job_of
 from batch_inference.launch.options import Options
 from batch_inference.launch.overview import PlannedJob
 from batch_inference.launch.presets import Preset, Setting
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 # What a load is told anew: flags of the search, and the sizes.
 _OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--goal", "--max-latency-s", "--max-ttft-s", "--max-tpot-s", "--packed")
+_LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
 # No engine of a real model starts faster.
 _LEAST_START_S = 10.0
 # Runs and warm-ups of a point that is measured as a study does it.
@@ -151,6 +156,26 @@ class Best:
             if (batch_s := point.summary.get("latency_mean_s")) is not None:
                 self.batches_s.setdefault((point.seq_len, point.batch_size), []).append(batch_s)
 
+    def analysis_words(self) -> list[str]:
+        """The command of an analysis that writes the answer to be used."""
+        options = self.options
+        words = [self.here.python, self.here.path(ANALYSIS), "--input", folder_of(self.preset, options), "--no-plots"]
+        words += ["--goal", options.goal]
+        for name in (*_LIMITS, "device_hour_price"):
+            if (value := getattr(options, name)) is not None:
+                words += [flag_of(name), f"{value:g}"]
+        return words
+
+    def write_to_use(self) -> str:
+        """What was written, or how to write it, in one line."""
+        if missing_to_analyse(plots=False) is None:
+            with Path(os.devnull).open("wb") as nobody:
+                process = self.processes.start(self.analysis_words(), output=nobody)
+                process.wait()
+            if self.processes.ended(process) == 0:
+                return f"to use: {Path(folder_of(self.preset, self.options), 'best')}"
+        return f"to use it: {shlex.join(self.analysis_words())}"
+
     def study_s(self) -> float | None:
         """About what all settings that can win would take, at all sizes that were tried; None where no engine was
         started."""
@@ -201,7 +226,7 @@ class Best:
         words = ["--batch-sizes", AUTO, "--goal", self.options.goal]
         if any(load.to_beat):
             words += ["--to-beat", ",".join(f"{value:.6g}" for value in load.to_beat)]
-        for name in ("max_latency_s", "max_ttft_s", "max_tpot_s"):
+        for name in _LIMITS:
             if (value := getattr(self.options, name)) is not None:
                 words += [flag_of(name), f"{value:g}"]
         return words
@@ -344,8 +369,7 @@ def _why_not(best: Best, race: Race, layout: Layout) -> str:
 
 
 def _limits(options: Options) -> str:
-    names = ("max_latency_s", "max_ttft_s", "max_tpot_s")
-    given = ((flag_of(name), getattr(options, name)) for name in names)
+    given = ((flag_of(name), getattr(options, name)) for name in _LIMITS)
     return listed(f"{flag} {value:g}" for flag, value in given if value is not None)
 
 
