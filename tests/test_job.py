@@ -16,8 +16,8 @@ from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.results import PointKey, workload_key
 from batch_inference.core.workload import Workload
 from batch_inference.measure import job as job_module
-from batch_inference.measure.job import FEWEST_LIVES, FEWEST_REQUESTS, LIVES, JobFile
-from batch_inference.measure.job_lengths import JobLengths, read_job
+from batch_inference.measure.job import FEWEST_REQUESTS, LIVES, JobFile
+from batch_inference.measure.job_lengths import FEWEST_LIVES, JobLengths, read_job
 from batch_inference.measure.messages import Asked
 
 
@@ -97,16 +97,20 @@ def test_a_plateau_has_the_room_of_some_lives_between_its_ends() -> None:
         ),
     ],
 )
-def test_a_sample_that_cannot_be_is_one_line(changes: dict[str, Any], said: str) -> None:
+def test_a_sample_that_cannot_be_is_one_line_before_anything_is_planned(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    config = replace(written(tmp_path, *[one(3, 4)] * 1000), **changes)
     with pytest.raises(ConfigError) as caught:
-        job_of(**changes)
-    assert str(caught.value) == said
+        read_job(config, print)
+    assert str(caught.value) == said.replace("job.jsonl", str(config.prompts_file))
 
 
 @pytest.mark.parametrize(
     "changes", [{"sample": 16, "batch_sizes": (8,)}, {"sample": 1000, "batch_sizes": (800,)}, {"sample": 1000}]
 )
-def test_a_sample_may_be_as_small_as_two_lives_and_as_large_as_the_job(changes: dict[str, Any]) -> None:
+def test_a_sample_may_be_as_small_as_two_lives_and_as_large_as_the_job(changes: dict[str, Any], tmp_path: Path) -> None:
+    read_job(replace(written(tmp_path, *[one(3, 4)] * 1000), **changes), print)
     assert job_of(**changes).sample_size(8) == changes["sample"]
 
 

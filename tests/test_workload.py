@@ -16,7 +16,7 @@ from batch_inference.core.workload import Entry, Workload
 
 def read(folder: Path, text: str, *, skip: bool = False) -> tuple[list[Entry], Workload]:
     path = folder / "jobs"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     workload = Workload(path, skip)
     return list(workload.entries()), workload
 
@@ -93,7 +93,9 @@ def test_a_table_of_lengths(tmp_path: Path) -> None:
         ("prompt_tokens\n", "FILE: it has no usable request; give one on each line"),
         ("words\n1\n", "FILE, line 1: 'words' begins neither JSON nor a CSV with the columns prompt_tokens"),
         ('{"prompt_tokens": 1}\n\n{"prompt', "FILE, line 3: it is no JSON; mend it, or leave it out with --skip"),
-        ('[{"prompt_tokens": 1}, {"prompt', "FILE, entry 2: it is no JSON; mend it, or leave it out with --skip"),
+        ('[{"prompt_tokens": 1}, {"prompt', "FILE, entry 2: it is no JSON, and nothing after it can be read; mend it"),
+        ('[{"prompt_tokens": 1},\n', "FILE, entry 2: the list ends before its ]; mend it, or give lines of JSON"),
+        ('[{"prompt_tokens": 1}]\n[', "FILE: after its list of 1 request comes something else; give one list"),
         ('{"prompt_tokens": 0}', "FILE, line 1: its prompt_tokens '0' is no number of tokens from 1 to 134217728; "),
         ('{"prompt_tokens": -3}', "FILE, line 1: its prompt_tokens '-3' is no number"),
         ('{"prompt_tokens": 1.5}', "FILE, line 1: its prompt_tokens '1.5' is no number"),
@@ -111,6 +113,10 @@ def test_a_table_of_lengths(tmp_path: Path) -> None:
         (json.dumps(chat()), "FILE, line 1: its messages are no list of objects"),
         ('{"conversations": [{"from": "human", "value": "a"}]}', "FILE, line 1: its conversation has no question with"),
         ("prompt_tokens,output_tokens\n5,5\n6,x\n", "FILE, line 3: its output_tokens 'x' is no number of tokens"),
+        ("prompt_tokens,output_tokens\n5,5\n1,200,96\n", "FILE, line 3: it has 3 cells for 2 columns; mend it"),
+        ('prompt_tokens,output_tokens\n5,5\n"6,5\n6,5\n', "FILE, line 3: its prompt_tokens '6,5\\n6,5\\n' is no"),
+        ("x" * 200_000, f"FILE, line 1: '{'x' * 40}…{'x' * 39}' begins neither JSON nor a CSV"),
+        ("\x1f\udc9b[31m", r"FILE, line 1: '\x1f\udc9b[31m' begins neither JSON nor a CSV"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(text: str, words: str, tmp_path: Path) -> None:
@@ -153,6 +159,37 @@ def test_what_is_bad_or_refused_can_be_left_out_and_is_told(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="it has no usable request"):
         read(tmp_path, "{}", skip=True)
     assert read(tmp_path, '{"prompt_tokens": 2}')[1].told() is None
+
+
+def test_rows_that_are_empty_are_none_and_names_may_have_spaces_around(tmp_path: Path) -> None:
+    text = 'prompt_tokens , "output_tokens" ,text\n\n,,\n 8 , 4 ,"a\n""b"""\n  \n9,5\n'
+    assert read(tmp_path, text)[0] == [Entry(8, output_tokens=4), Entry(9, output_tokens=5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "entries", "bad_lines"),
+    [
+        (
+            "prompt_tokens,text\n1,a\n2,aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\n3,b\n4,c,d\n5,e\n",
+            [1, 3, 5],
+            2,
+        ),
+        ('{"prompt_tokens": 1}\n{"prompt_tokens": 2, "text": "aaaaaaaaaaaaa"}\n{"prompt_tokens": 3}\n', [1, 3], 1),
+    ],
+)
+def test_a_line_that_is_too_long_costs_itself_alone(
+    text: str, entries: list[int], bad_lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload_module, "_LONGEST_ENTRY", 40)
+    found, workload = read(tmp_path, text, skip=True)
+    assert ([entry.prompt_tokens for entry in found], workload.bad_lines) == (entries, bad_lines)
+
+
+@pytest.mark.parametrize("text", ['[{"prompt_tokens": 1}, {bad}, {"prompt_tokens": 3}]', '[{"prompt_tokens": 1}'])
+def test_of_a_broken_list_nothing_is_left_out(text: str, tmp_path: Path) -> None:
+    """Where the next entry begins, nobody knows: all that follow would be lost."""
+    with pytest.raises(ConfigError, match=r", entry 2: .*; mend it, or give lines of JSON$"):
+        read(tmp_path, text, skip=True)
 
 
 @pytest.mark.parametrize("name", ["absent", "folder"])

@@ -146,7 +146,7 @@ class Workload:
             raise ConfigError(f"{self.flag} {self.path}: it cannot be read ({error.strerror}); give a file") from error
 
     def _of_lines(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(self._lines(file), 1):
             if not line.strip():
                 continue
             try:
@@ -160,30 +160,80 @@ class Workload:
             rest = text[at:].lstrip(" \t\r\n,")
             more = file.read(_CHUNK) if len(rest) < _CHUNK else ""
             text, at = rest + more, 0
-            if text.startswith("]") or not text:
+            if text.startswith("]"):
+                self._check_end(text[1:], file, number)
                 return
             try:
                 document, at = decode(text)
             except (ValueError, RecursionError):
                 if len(text) > _LONGEST_ENTRY or not (chunk := file.read(_CHUNK)):
-                    self._bad(f"entry {number + 1}", _NO_JSON)
-                    return
+                    raise self._broken_list(number, text) from None
                 text += chunk
                 continue
             number += 1
             yield f"entry {number}", document
 
+    def _broken_list(self, number: int, rest: str) -> ConfigError:
+        """No bad line: where the next entry begins, nobody knows."""
+        why = f"{_NO_JSON}, and nothing after it can be read" if rest else "the list ends before its ]"
+        return ConfigError(f"{self.flag} {self.path}, entry {number + 1}: {why}; mend it, or give lines of JSON")
+
+    def _check_end(self, text: str, file: IO[str], number: int) -> None:
+        """That nothing follows the list."""
+        while not text.strip() and (text := file.read(_CHUNK)):
+            pass
+        if text.strip():
+            raise ConfigError(
+                f"{self.flag} {self.path}: after its list of {counted(number, 'request')} comes something else; give "
+                "one list, or lines of JSON"
+            )
+
     def _of_table(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
-        rows = csv.DictReader(file, skipinitialspace=True)
-        if _LENGTHS[0] not in (rows.fieldnames or ()):
-            begin = f"{self.flag} {self.path}, line 1: {quoted(','.join(rows.fieldnames or ()))}"
+        rows = self._rows(file)
+        where, cells = next(rows, ("line 1", []))
+        names = [cell.strip() for cell in cells]
+        if _LENGTHS[0] not in names:
+            begin = f"{self.flag} {self.path}, {where}: {_shown(','.join(cells))}"
             raise ConfigError(f"{begin} begins neither JSON nor a CSV with the columns {listed(_LENGTHS)}")
-        try:
-            for row in rows:
-                given = {name: row[name] for name in _LENGTHS if row.get(name) not in (None, "")}
-                yield f"line {rows.line_num}", given
-        except csv.Error as error:
-            self._bad(f"line {rows.line_num}", f"it is no CSV ({error})")
+        for where, cells in rows:
+            if len(cells) > len(names):
+                self._bad(where, f"it has {len(cells)} cells for {counted(len(names), 'column')}")
+            else:
+                given = dict(zip(names, cells, strict=False))
+                yield where, {name: given[name] for name in _LENGTHS if given.get(name, "").strip()}
+
+    def _lines(self, file: IO[str]) -> Iterator[str]:
+        """An empty one in place of one that is longer than any request: a file may be a single line."""
+        number = 0
+        while line := file.readline(_LONGEST_ENTRY):
+            number += 1
+            if len(line) == _LONGEST_ENTRY and line[-1] not in "\r\n":
+                self._bad(f"line {number}", f"it is longer than {_LONGEST_ENTRY} characters")
+                while line and line[-1] not in "\r\n":
+                    line = file.readline(_LONGEST_ENTRY)
+                line = "\n"
+            yield line
+
+    def _rows(self, file: IO[str]) -> Iterator[tuple[str, list[str]]]:
+        """(where it begins, its cells) of each row of a table that is not empty."""
+        csv.field_size_limit(_LONGEST_ENTRY)
+        rows = csv.reader(self._lines(file), skipinitialspace=True)
+        while True:
+            where = f"line {rows.line_num + 1}"
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                self._bad(where, f"it is no CSV ({error})")
+                continue
+            if any(cell.strip() for cell in cells):
+                yield where, cells
+
+
+def _shown(value: Any) -> str:
+    """Also of a file that is no text."""
+    return quoted(str(value).encode("utf-8", "backslashreplace").decode())
 
 
 def _first_character(file: IO[str]) -> str:
@@ -225,7 +275,7 @@ def _of_openai(document: dict[str, Any]) -> Entry:
     if url == "/v1/embeddings":
         raise _RefusedError("for embeddings")
     if url not in (_CHAT, _COMPLETIONS):
-        raise _BadLineError(f"its url {quoted(str(url))} is neither {_CHAT} nor {_COMPLETIONS}")
+        raise _BadLineError(f"its url {_shown(url)} is neither {_CHAT} nor {_COMPLETIONS}")
     _refuse_several_and_structured(body)
     longest = (
         _length(body, "max_completion_tokens") if body.get("max_completion_tokens") else _length(body, "max_tokens")
@@ -316,5 +366,5 @@ def _length(document: dict[str, Any], name: str) -> int | None:
     except (ValueError, OverflowError):
         number = 0.0
     if not (1 <= number <= MOST_TOKENS and number.is_integer()):
-        raise _BadLineError(f"its {name} {quoted(str(value))} is no number of tokens from 1 to {MOST_TOKENS}")
+        raise _BadLineError(f"its {name} {_shown(value)} is no number of tokens from 1 to {MOST_TOKENS}")
     return int(number)

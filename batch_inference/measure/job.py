@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.lengths import Distribution
 from batch_inference.core.results import Job, PointKey, Sample, workload_key
 from batch_inference.core.sample import representative_order
 from batch_inference.core.sharing import ordered, shared_out
-from batch_inference.core.text import counted
 from batch_inference.core.values import OWN_END
-from batch_inference.measure.job_lengths import JobLengths
+from batch_inference.measure.job_lengths import FEWEST_LIVES, JobLengths
 from batch_inference.measure.messages import Asked
 from batch_inference.measure.texts import ids_of
 
@@ -19,8 +18,6 @@ from batch_inference.measure.texts import ids_of
 LIVES = 12
 # And however few run at once: a handful of requests stands for no job.
 FEWEST_REQUESTS = 32
-# Below so many lives nothing is left between the ends.
-FEWEST_LIVES = 2
 # Requests that a result file holds the lengths of, in the bulk and at the end.
 _BULK, _LAST = 20_000, 4_000
 
@@ -29,7 +26,6 @@ class JobFile:
     """A workload of which samples are run."""
 
     def __init__(self, config: ExperimentConfig, found: JobLengths) -> None:
-        """Raises ConfigError for a sample that cannot be."""
         self.config = config
         self.lengths = found
         self._workload, self.left_out = found.workload, found.left_out
@@ -39,7 +35,6 @@ class JobFile:
         self._of_outputs = Distribution(self._outputs) if config.output_lengths != OWN_END else None
         self._order: Iterator[int] | None = None
         self._drawn: list[int] = []
-        self._check_sample()
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -115,19 +110,3 @@ class JobFile:
         while len(self._drawn) < count:
             self._drawn.append(next(self._order))
         return self._drawn[:count]
-
-    def _check_sample(self) -> None:
-        config, sample = self.config, self.config.sample
-        if sample is None:
-            return
-        if sample > len(self):
-            raise ConfigError(
-                f"--sample {sample}: {config.prompts_file} has {counted(len(self), 'request')}; lower it, or drop it "
-                "to run what is needed"
-            )
-        largest, replicas = config.least_batch, config.data_parallel_size
-        if sample < min(len(self), FEWEST_LIVES * largest * replicas):
-            raise ConfigError(
-                f"--sample {sample}: with {largest} at once on {counted(replicas, 'replica')} there is no plateau "
-                f"below {FEWEST_LIVES * largest * replicas}; raise it, or lower --batch-sizes"
-            )

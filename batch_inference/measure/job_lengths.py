@@ -18,6 +18,9 @@ from batch_inference.core.values import FROM_FILE, OWN_END
 from batch_inference.core.workload import Workload
 from batch_inference.measure.texts import lengths_of
 
+# Of a sample, in requests for each that runs at once: below so many nothing is left between its two ends.
+FEWEST_LIVES = 2
+
 
 @dataclass(frozen=True)
 class JobLengths:
@@ -39,6 +42,7 @@ def read_job(config: ExperimentConfig, say: Callable[[str], None]) -> tuple[Expe
     longest = max(map(sum, zip(found.prompt_tokens, outputs, strict=True)))
     config = dataclasses.replace(config, workload_longest=longest, workload_hash=found.content_hash)
     check_longest(config)
+    _check_sample(config, len(outputs))
     return config, JobLengths(workload, found.prompt_tokens, outputs, workload.told())
 
 
@@ -55,3 +59,21 @@ def _output_lengths(said: Sequence[int], config: ExperimentConfig) -> Sequence[i
             )
         return said
     return array("I", [config.max_tokens if asked == OWN_END else int(asked)]) * len(said)
+
+
+def _check_sample(config: ExperimentConfig, requests: int) -> None:
+    """Raises ConfigError for a sample that cannot be of a job of so many requests."""
+    sample = config.sample
+    if sample is None:
+        return
+    if sample > requests:
+        raise ConfigError(
+            f"--sample {sample}: {config.prompts_file} has {counted(requests, 'request')}; lower it, or drop it to run "
+            "what is needed"
+        )
+    largest, replicas = config.least_batch, config.data_parallel_size
+    if sample < min(requests, FEWEST_LIVES * largest * replicas):
+        raise ConfigError(
+            f"--sample {sample}: with {largest} at once on {counted(replicas, 'replica')} there is no plateau below "
+            f"{FEWEST_LIVES * largest * replicas}; raise it, or lower --batch-sizes"
+        )
