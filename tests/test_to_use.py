@@ -160,6 +160,9 @@ def test_a_job_goes_before_a_grid_and_a_deadline_before_the_fastest(tmp_path: Pa
     found = won([one, two], tmp_path, "per-device")
     assert (found.name, found.why) == ("tp_1", "the fewest device-hours, for the job of 480 requests")
     assert won([one, two], tmp_path, "latency").seq_len == 64
+    assert found.notes == ()
+    found = won([setting("tp_1", queue(2, order="longest-first"))], tmp_path / "sorted")
+    assert found.notes == ("It was measured with the requests longest-first: give yours in that order.",)
     found = won([one, two], tmp_path, job=JobQuestion(deadline_h=100 / 3600))
     assert (found.name, found.replicas) == ("tp_1", 3)
     assert found.why == "the fewest devices for the deadline, for the job of 480 requests"
@@ -615,7 +618,7 @@ def for_a_deadline(tmp_path: Path, **config: Any) -> Path:
     result = setting("tp_2", queue(2), sizes=(2, 1, 1), engine={"max_num_seqs": 2}, config=config)
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=100 / 3600))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py", "ray_data.py"]
-    assert ("in time", "with 3 replicas, as ray_data.py has it") in to_use.section.pairs
+    assert ("in time", "with 3 replicas, so 6 devices, as ray_data.py has it") in to_use.section.pairs
     return tmp_path / "best" / "ray_data.py"
 
 
@@ -677,6 +680,7 @@ def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:
     )
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=1))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py"]
+    assert to_use.section.pairs[-1] == ("in time", "with 1 replica, so 1 device")
 
 
 @pytest.mark.vllm
