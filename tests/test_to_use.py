@@ -405,6 +405,11 @@ def test_what_an_earlier_analysis_wrote_goes_and_what_others_wrote_stays(tmp_pat
     assert to_use.files == [best / "vllm_config.yaml"]
     assert to_use.section.lines == [f"run.py in {best} is not of this program, and was left as it is."]
     assert [words[0] for words in to_use.section.commands] == ["vllm", "vllm"]
+    (best / "vllm_config.yaml").write_text("port: 1")
+    to_use = written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
+    assert (to_use.files, to_use.section.commands) == ([], [])
+    (best / "vllm_config.yaml").unlink()
+    written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
     none = analysed([make_result("tp_2_nodes_2", [make_point(1, 64, verdict="invalid")])], tmp_path / "in")
     assert write_to_use(none, "throughput", best) is None
     assert sorted(path.name for path in best.iterdir()) == ["notes.txt", "run.py"]

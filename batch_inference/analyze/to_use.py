@@ -112,8 +112,9 @@ def _commands(setting: EngineSetting, folder: Path, texts: dict[str, str]) -> It
     nodes = (
         ["--nnodes", str(setting.nnodes), "--node-rank", "0", "--master-addr", "ADDRESS"] if setting.nnodes > 1 else []
     )
-    yield ["vllm", "serve", *config, *replicas, *nodes]
-    if not nodes:
+    if CONFIG in texts:
+        yield ["vllm", "serve", *config, *replicas, *nodes]
+    if CONFIG in texts and not nodes:
         yield ["vllm", "run-batch", "-i", _REQUESTS, "-o", _ANSWERS, *config, *replicas]
     for name, target in ((RUN, _ANSWERS), (RAY, "answers")):
         if name in texts:
