@@ -160,6 +160,9 @@ def test_a_job_goes_before_a_grid_and_a_deadline_before_the_fastest(tmp_path: Pa
     found = won([one, two], tmp_path, "per-device")
     assert (found.name, found.why) == ("tp_1", "the fewest device-hours, for the job of 480 requests")
     assert won([one, two], tmp_path, "latency").seq_len == 64
+    assert found.notes == ()
+    found = won([setting("tp_1", queue(2, order="longest-first"))], tmp_path / "sorted")
+    assert found.notes == ("It was measured with the requests longest-first: give yours in that order.",)
     found = won([one, two], tmp_path, job=JobQuestion(deadline_h=100 / 3600))
     assert (found.name, found.replicas) == ("tp_1", 3)
     assert found.why == "the fewest devices for the deadline, for the job of 480 requests"
@@ -402,6 +405,11 @@ def test_what_an_earlier_analysis_wrote_goes_and_what_others_wrote_stays(tmp_pat
     assert to_use.files == [best / "vllm_config.yaml"]
     assert to_use.section.lines == [f"run.py in {best} is not of this program, and was left as it is."]
     assert [words[0] for words in to_use.section.commands] == ["vllm", "vllm"]
+    (best / "vllm_config.yaml").write_text("port: 1")
+    to_use = written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
+    assert (to_use.files, to_use.section.commands) == ([], [])
+    (best / "vllm_config.yaml").unlink()
+    written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
     none = analysed([make_result("tp_2_nodes_2", [make_point(1, 64, verdict="invalid")])], tmp_path / "in")
     assert write_to_use(none, "throughput", best) is None
     assert sorted(path.name for path in best.iterdir()) == ["notes.txt", "run.py"]
@@ -615,7 +623,7 @@ def for_a_deadline(tmp_path: Path, **config: Any) -> Path:
     result = setting("tp_2", queue(2), sizes=(2, 1, 1), engine={"max_num_seqs": 2}, config=config)
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=100 / 3600))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py", "ray_data.py"]
-    assert ("in time", "with 3 replicas, as ray_data.py has it") in to_use.section.pairs
+    assert ("in time", "with 3 replicas, so 6 devices, as ray_data.py has it") in to_use.section.pairs
     return tmp_path / "best" / "ray_data.py"
 
 
@@ -677,6 +685,7 @@ def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:
     )
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=1))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py"]
+    assert to_use.section.pairs[-1] == ("in time", "with 1 replica, so 1 device")
 
 
 @pytest.mark.vllm

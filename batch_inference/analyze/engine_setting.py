@@ -123,9 +123,7 @@ def _notes(config: StoredConfig, engine: EngineInfo, *, is_dummy: bool, unknown:
         yield f"{name} stands for a value that is written nowhere: put it in its place."
     if unknown:
         yield f"Left out, because its long name is not known: {plain(listed(unknown))}."
-    if config.distributed_executor_backend == "external_launcher" or (
-        engine and engine.executor == "external_launcher"
-    ):
+    if "external_launcher" in (config.distributed_executor_backend, engine.executor):
         yield "It was measured under torchrun, by another model runner; these files use none: measure without it too."
     if config.nnodes > 1:
         yield f"Each replica is spread over {config.nnodes} nodes: run.py is for one, and is left out."

@@ -51,7 +51,9 @@ def _head(lines: Sequence[str]) -> list[str]:
 
 def _constants(values: Mapping[str, Any]) -> list[str]:
     """A line for each, and for each entry of a dict. What comes from a file is written as Python's own repr."""
-    return [f"{name} = {_entries(value) if isinstance(value, dict) else repr(value)}" for name, value in values.items()]
+    return [
+        f"{name} = {_entries(value) if isinstance(value, dict) else _repr(value)}" for name, value in values.items()
+    ]
 
 
 def _entries(value: Mapping[str, Any]) -> str:
@@ -222,7 +224,7 @@ def variables_of(replica):
     return {**devices_of(replica), **{name: str(value) for name, value in coupling.items()}}
 '''
 
-_RUN_END = """
+_RUN_END = """\
 if __name__ == "__main__":
     main()
 """

@@ -98,7 +98,9 @@ def _section(chosen: Winner, setting: EngineSetting, folder: Path, texts: dict[s
         ("because", chosen.why),
     ]
     if chosen.replicas:
-        pairs.append(("in time", f"with {counted(chosen.replicas, 'replica')}, as {RAY} has it"))
+        devices = counted(chosen.replicas * setting.devices_per_replica, "device")
+        has_them = f", as {RAY} has it" if RAY in texts else ""
+        pairs.append(("in time", f"with {counted(chosen.replicas, 'replica')}, so {devices}{has_them}"))
     lines = [*chosen.notes, *setting.notes, *([SUSPECT_LINE] if chosen.is_suspect else [])]
     return Section("To use", pairs, lines=lines, commands=list(_commands(setting, folder, texts)))
 
@@ -110,8 +112,9 @@ def _commands(setting: EngineSetting, folder: Path, texts: dict[str, str]) -> It
     nodes = (
         ["--nnodes", str(setting.nnodes), "--node-rank", "0", "--master-addr", "ADDRESS"] if setting.nnodes > 1 else []
     )
-    yield ["vllm", "serve", *config, *replicas, *nodes]
-    if not nodes:
+    if CONFIG in texts:
+        yield ["vllm", "serve", *config, *replicas, *nodes]
+    if CONFIG in texts and not nodes:
         yield ["vllm", "run-batch", "-i", _REQUESTS, "-o", _ANSWERS, *config, *replicas]
     for name, target in ((RUN, _ANSWERS), (RAY, "answers")):
         if name in texts:

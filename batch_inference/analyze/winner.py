@@ -66,12 +66,19 @@ def _of_jobs(analysis: Analysis, goal: Goal) -> Winner | None:
 
 def _of_row(analysis: Analysis, answer: JobAnswer, row: JobRow, why: str, replicas: int | None) -> Winner:
     point = row.point
-    notes = [f"Of {len(analysis.jobs)} jobs the one with the most points."] if len(analysis.jobs) > 1 else []
     return Winner(
         _by_name(analysis)[row.setting], row.setting, point.batch_size, point.tokens_per_step,
         workload=point.workload.as_tuple(), why=f"{why}, for the job of {answer.requests:,.0f} requests",
-        is_suspect=point.verdict == "suspect", replicas=replicas, notes=tuple(notes),
+        is_suspect=point.verdict == "suspect", replicas=replicas,
+        notes=tuple(_notes_of_job(analysis, point.workload.order)),
     )  # fmt: skip
+
+
+def _notes_of_job(analysis: Analysis, order: str) -> Iterator[str]:
+    if len(analysis.jobs) > 1:
+        yield f"Of {len(analysis.jobs)} jobs it is the winner of the one with the most points."
+    if order != "given":
+        yield f"It was measured with the requests {order}: give yours in that order."
 
 
 def _by_name(analysis: Analysis) -> Mapping[str, MeasuredSetting]:
