@@ -220,7 +220,7 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     [
         (
             ("--job-requests", "7"),
-            "--job-requests 7.0: --input {} has no queue point; measure with --prompts-file first",
+            "--job-requests 7: --input {} has no queue point; measure with --prompts-file first",
         ),
         (
             ("--deadline-hours", "7"),
@@ -245,6 +245,10 @@ def test_a_file_of_another_job_needs_both_lengths(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"^--job .*bad\.jsonl, request 1: its prompt has no length; give lengths alone"
     ):
+        lengths_in(bad)
+    # The analysis has no flag by which lines are left out.
+    bad.write_text('{"prompt_tokens": 0, "output_tokens": 4}\n')
+    with pytest.raises(UsageError, match=r"bad\.jsonl, line 1: .*; mend it, or leave it out$"):
         lengths_in(bad)
     with pytest.raises(UsageError, match=r"^--job .*none\.jsonl: it cannot be read"):
         lengths_in(tmp_path / "none.jsonl")

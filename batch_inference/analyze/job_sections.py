@@ -70,7 +70,11 @@ def few_words(answer: JobAnswer) -> str:
     outputs = {OWN_END: ", the model's own ends", "file": ""}.get(
         str(answer.output_lengths), f", {answer.output_lengths} output tokens each"
     )
-    return f"{answer.requests:,.0f} requests{outputs}{cached}"
+    return f"{_requests(answer)}{outputs}{cached}"
+
+
+def _requests(answer: JobAnswer) -> str:
+    return f"{answer.requests:,.0f} {'request' if answer.requests == 1 else 'requests'}"
 
 
 def unit_of(answer: JobAnswer) -> tuple[str, float]:
@@ -98,7 +102,7 @@ def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
     if answer.output_tokens is not None:
         made = f"{answer.output_tokens:,.0f} output tokens"
     cached = "; prefixes that requests share are cached" if answer.is_cached else ""
-    yield "job", f"{answer.requests:,.0f} requests: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
+    yield "job", f"{_requests(answer)}: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
     best, cheapest = answer.best, answer.cheapest
     if best is None or cheapest is None:
         return
