@@ -127,6 +127,10 @@ def test_a_sample_smaller_than_what_runs_at_once_is_left_out_and_named(tmp_path:
     found = answer(tmp_path, setting("tp_1", queue(batch_size=64, requests=48), queue(batch_size=2)))
     assert [row.point.batch_size for row in found.rows] == [2]
     assert re.fullmatch(r"tp_1, 64 at once: no forecast, .*; raise --sample", found.left_out[0])
+    whole = answer(tmp_path, setting("whole", queue(batch_size=2, requests=1), jobs=[job(1)]))
+    assert whole.left_out == [
+        "whole, 2 at once: no forecast, the sample has 1 request for 2 places; lower --batch-sizes"
+    ]
 
 
 def test_points_with_cached_prefixes_are_never_ranked_with_others(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     yield from _order_lines(answer)
     yield from _grid_lines(answer.rows)
     if any(row.hours.low is None for row in answer.rows):
-        yield "no ±: sorted requests have no steady plateau from which an interval could come."
+        yield "no ±: too little was run to tell how far it may be off."
     if any(row.point.verdict == "suspect" for row in answer.rows):
         yield SUSPECT_LINE
     yield "±: 95 % confidence interval. Left out: engine starts, stragglers, failures, reading and writing of files."
