@@ -130,6 +130,8 @@ def test_the_help_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--input", "x", "--fail-on-regression", "-0.5"], "argument --fail-on-regression: -0.5 is below 0"),
         (["--input", "x", "--device-hour-price", "1000000001"],
          "argument --device-hour-price: '1000000001' is over 1000000000"),
+        (["--input", "x", "--job-requests", "1.5"], "argument --job-requests: 1.5 is no whole number"),
+        (["--input", "x", "--job-requests", "0"], "argument --job-requests: 0 is not above 0"),
         (["--input", "x", "--setting", ","], "argument --setting: ',' names no setting"),
         (["--input", "x", "--group-by", " ,"], "argument --group-by: ' ,' names no column"),
         ([], "the following arguments are required: --input"),

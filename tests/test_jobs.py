@@ -127,6 +127,10 @@ def test_a_sample_smaller_than_what_runs_at_once_is_left_out_and_named(tmp_path:
     found = answer(tmp_path, setting("tp_1", queue(batch_size=64, requests=48), queue(batch_size=2)))
     assert [row.point.batch_size for row in found.rows] == [2]
     assert re.fullmatch(r"tp_1, 64 at once: no forecast, .*; raise --sample", found.left_out[0])
+    whole = answer(tmp_path, setting("whole", queue(batch_size=2, requests=1), jobs=[job(1)]))
+    assert whole.left_out == [
+        "whole, 2 at once: no forecast, the sample has 1 request for 2 places; lower --batch-sizes"
+    ]
 
 
 def test_points_with_cached_prefixes_are_never_ranked_with_others(tmp_path: Path) -> None:
@@ -221,7 +225,7 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     [
         (
             ("--job-requests", "7"),
-            "--job-requests 7.0: --input {} has no queue point; measure with --prompts-file first",
+            "--job-requests 7: --input {} has no queue point; measure with --prompts-file first",
         ),
         (
             ("--deadline-hours", "7"),
@@ -246,6 +250,10 @@ def test_a_file_of_another_job_needs_both_lengths(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"^--job .*bad\.jsonl, request 1: its prompt has no length; give lengths alone"
     ):
+        lengths_in(bad)
+    # The analysis has no flag by which lines are left out.
+    bad.write_text('{"prompt_tokens": 0, "output_tokens": 4}\n')
+    with pytest.raises(UsageError, match=r"bad\.jsonl, line 1: .*; mend it, or leave it out$"):
         lengths_in(bad)
     with pytest.raises(UsageError, match=r"^--job .*none\.jsonl: it cannot be read"):
         lengths_in(tmp_path / "none.jsonl")

@@ -15,6 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from batch_inference.analyze import plot_style, plots
+from batch_inference.analyze.job_sections import few_words
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
 from batch_inference.analyze.plot_jobs import JOB_PLOTS, job_cost, job_table, job_tables, job_throughput, job_timeline
 from batch_inference.analyze.plot_labels import label_marks
@@ -101,6 +102,10 @@ def legend_labels(figure: Figure) -> list[str]:
 
 def title(figure: Figure) -> str:
     return figure.texts[0].get_text().replace("\n", " ")
+
+
+def test_a_job_may_be_of_one_request() -> None:
+    assert [few_words(answer([], requests=count)) for count in (1.0, 4000.0)] == ["1 request", "4,000 requests"]
 
 
 # --- over time ----------------------------------------------------------------------------------------------------

@@ -568,7 +568,16 @@ def test_warmups_and_runs_of_a_queue_that_differ_are_none_of_a_batchs_reasons() 
 
 
 def test_a_queue_that_is_too_short_to_time_asks_for_a_larger_sample() -> None:
-    assert judged(queued(life_s=0.0005))[0] == ["runs under 10 ms are too short to time; raise --sample"]
+    point = queued(life_s=0.0005)
+    assert judged(point)[0] == ["runs under 10 ms are too short to time; raise --sample"]
+    # Of the whole job there is no larger one.
+    whole = make_result(points=[point], jobs=[job_of(48)])
+    assert judge(whole, point)[0] == ["runs under 10 ms are too short to time"]
+
+
+def test_requests_of_a_single_output_token_need_no_plateau() -> None:
+    assert judged(make_queue_point(4, (3,), output=2))[1] == "suspect"
+    assert judged(make_queue_point(4, (3,), output=1)) == ([], "valid")
 
 
 def test_a_plateau_that_is_hardly_known_is_held_against_samples_in_an_order_that_has_one() -> None:

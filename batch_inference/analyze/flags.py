@@ -119,7 +119,7 @@ def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
 def _add_job_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--job", type=old_path, metavar="FILE", help="forecast this workload instead of the one that was sampled")
-    add("--job-requests", type=positive, metavar="N", help="forecast so many requests of its kind, like 5000000 or 1e9")
+    add("--job-requests", type=whole, metavar="N", help="forecast so many requests of its kind, like 5000000 or 1e9")
     add("--deadline-hours", type=positive, metavar="H", help="how many replicas, so devices, finish the job in time")
 
 
@@ -159,6 +159,13 @@ def positive(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def whole(text: str) -> int:
+    value = positive(text)
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text} is no whole number")
+    return int(value)
 
 
 def not_negative(text: str) -> float:

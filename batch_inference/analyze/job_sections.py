@@ -70,7 +70,11 @@ def few_words(answer: JobAnswer) -> str:
     outputs = {OWN_END: ", the model's own ends", "file": ""}.get(
         str(answer.output_lengths), f", {answer.output_lengths} output tokens each"
     )
-    return f"{answer.requests:,.0f} requests{outputs}{cached}"
+    return f"{_requests(answer)}{outputs}{cached}"
+
+
+def _requests(answer: JobAnswer) -> str:
+    return f"{answer.requests:,.0f} {'request' if answer.requests == 1 else 'requests'}"
 
 
 def unit_of(answer: JobAnswer) -> tuple[str, float]:
@@ -98,7 +102,7 @@ def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
     if answer.output_tokens is not None:
         made = f"{answer.output_tokens:,.0f} output tokens"
     cached = "; prefixes that requests share are cached" if answer.is_cached else ""
-    yield "job", f"{answer.requests:,.0f} requests: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
+    yield "job", f"{_requests(answer)}: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
     best, cheapest = answer.best, answer.cheapest
     if best is None or cheapest is None:
         return
@@ -127,7 +131,7 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     yield from _order_lines(answer)
     yield from _grid_lines(answer.rows)
     if any(row.hours.low is None for row in answer.rows):
-        yield "no ±: sorted requests have no steady plateau from which an interval could come."
+        yield "no ±: too little was run to tell how far it may be off."
     if any(row.point.verdict == "suspect" for row in answer.rows):
         yield SUSPECT_LINE
     yield "±: 95 % confidence interval. Left out: engine starts, stragglers, failures, reading and writing of files."

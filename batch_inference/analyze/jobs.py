@@ -139,7 +139,8 @@ def _answer(
     rows, left_out = [], []
     for setting, point in members:
         if why := too_small(point.runs):
-            left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; raise --sample")
+            advice = "lower --batch-sizes" if point.is_whole_job else "raise --sample"
+            left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; {advice}")
         elif outside := question.lengths and mix_outside(point.runs, job):
             raise JobError(f"--job {question.name}: not forecast from {labels(setting)}: {outside}")
         else:

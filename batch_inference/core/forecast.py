@@ -32,6 +32,7 @@ from batch_inference.core.queue_runs import (
 from batch_inference.core.queue_simulation import READING, STEPS, SimulatedWork, simulate_work
 from batch_inference.core.statistics import t_quantile_95
 from batch_inference.core.step_costs import StepCosts, columns_worth_it, fit_costs, lag_of, seen_work
+from batch_inference.core.text import counted
 
 BATCH_MEANS, FITTED_STEPS = "batch means", "fitted steps"
 SORTED = ("longest-first", "shortest-first")
@@ -110,7 +111,7 @@ def too_small(runs: Sequence[QueueRun]) -> str | None:
     """Why these runs say nothing about longer ones, as a clause; None where they do."""
     for run in runs:
         if len(run.prompt_tokens) < run.batch_size:
-            return f"the sample has {len(run.prompt_tokens):,} requests for {run.batch_size:,} places"
+            return f"the sample has {counted(len(run.prompt_tokens), 'request')} for {run.batch_size:,} places"
     return None
 
 

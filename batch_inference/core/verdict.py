@@ -140,12 +140,14 @@ def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
 
 
 def _no_plateau(result: Result, point: Point) -> list[str]:
-    """Of a sample; a job that ran as a whole needs none, and where places stay empty it is no matter of the sample."""
+    """Of a sample; a job that ran as a whole needs none, and where places stay empty it is no matter of the sample. A
+    request of a single output token stays for no moment, so that no sample of such ones has a plateau."""
     if point.workload is None or point.summary.get("plateau_output_tok_per_s") is not None:
         return []
-    if _empty_places(result, point) or _ran_as_a_whole(result, point):
+    outputs = point.runs[0].requests.output_tokens
+    if _empty_places(result, point) or _ran_as_a_whole(result, point) or max(outputs) <= 1:
         return []
-    ran = len(point.runs[0].requests.output_tokens)
+    ran = len(outputs)
     return [
         f"sample too small for a plateau: {ran} requests, {point.batch_size} at once on each replica; raise --sample"
     ]
@@ -260,11 +262,13 @@ def _unlike_warmups(_: Result, point: Point) -> list[str]:
     return [f"the last warm-up took {last_s:.3g} s, the runs {middle_s:.3g} s; raise --warmup-runs"]
 
 
-def _too_short(_: Result, point: Point) -> list[str]:
+def _too_short(result: Result, point: Point) -> list[str]:
     if min(run_latencies_s(point)) >= SHORTEST_RUN_S:
         return []
-    raised = "--sample" if point.workload else "--max-tokens"
-    return [f"runs under {SHORTEST_RUN_S * 1000:.0f} ms are too short to time; raise {raised}"]
+    advice = "; raise --sample" if point.workload else "; raise --max-tokens"
+    if _ran_as_a_whole(result, point):
+        advice = ""
+    return [f"runs under {SHORTEST_RUN_S * 1000:.0f} ms are too short to time{advice}"]
 
 
 def _throttled(_: Result, point: Point) -> list[str]:

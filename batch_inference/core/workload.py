@@ -83,6 +83,11 @@ class Workload:
         """Of the reading that is going on, about."""
         return self._file.buffer.tell() if self._file and not self._file.closed else self._bytes
 
+    @property
+    def _by_flag(self) -> str:
+        """By what a line is left out, where there is a flag for it."""
+        return " with --skip-bad-lines" if self.flag == "--prompts-file" else ""
+
     def entries(self) -> Iterator[Entry]:
         """Raises ConfigError for a file that cannot be read or has no request, at its first bad line, and at its end
         for requests of a kind that is not measured; with `skip_bad_lines` both are left out."""
@@ -107,7 +112,7 @@ class Workload:
                     yield entry
         if self.refused and not self.skip_bad_lines:
             kinds = listed(f"{count} {kind} (first: {first[kind]})" for kind, count in self.refused.items())
-            raise ConfigError(f"{self.flag} {self.path}: not measured: {kinds}; leave them out with --skip-bad-lines")
+            raise ConfigError(f"{self.flag} {self.path}: not measured: {kinds}; leave them out{self._by_flag}")
         if not usable:
             raise ConfigError(f"{self.flag} {self.path}: it has no usable request; give one on each line")
 
@@ -124,9 +129,7 @@ class Workload:
 
     def _bad(self, where: str, why: str) -> None:
         if not self.skip_bad_lines:
-            raise ConfigError(
-                f"{self.flag} {self.path}, {where}: {why}; mend it, or leave it out with --skip-bad-lines"
-            )
+            raise ConfigError(f"{self.flag} {self.path}, {where}: {why}; mend it, or leave it out{self._by_flag}")
         self.bad_lines += 1
 
     def _documents(self) -> Iterator[tuple[str, Any]]:
