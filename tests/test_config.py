@@ -556,6 +556,8 @@ def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path))
     assert ExperimentConfig(model="~/m").same_settings()["model"] == str(tmp_path / "m")
     assert ExperimentConfig(model="org/~m").same_settings()["model"] == "org/~m"
+    too_long = "m" * 5000
+    assert ExperimentConfig(model=too_long).same_settings()["model"] == too_long
     assert ExperimentConfig(dtype="float").same_settings()["dtype"] == "float32"
 
 

@@ -419,7 +419,10 @@ def as_compared(value: Any) -> str:
 def _resolved(model: str) -> str:
     """A folder or file by its real path, whatever it is called from here; a hub name as it is."""
     path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() or path.is_file() else model
+    try:
+        return str(path.resolve()) if path.is_dir() or path.is_file() else model
+    except OSError:  # no name of a file is so long
+        return model
 
 
 def _flags_with_values(words: Sequence[str]) -> Iterator[str]:
