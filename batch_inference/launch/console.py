@@ -43,4 +43,5 @@ def say_how_to_analyse(here: Here, folder: str) -> None:
 
 
 def _names(jobs: list[Job]) -> str:
-    return " ".join(job.name for job in jobs) or "none"
+    # A second part runs the same settings again.
+    return " ".join(dict.fromkeys(job.name for job in jobs)) or "none"
