@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from batch_inference.measure import cpu_engine
 from batch_inference.measure.cpu_engine import SEPARATE, engine_environment
 from batch_inference.measure.replicas import LocalReplicas
 from batch_inference.plan.devices import Devices
+from conftest import REPOSITORY
 
 CORES = Devices("cpu", ("0,1", "2,3"))
 BOUND = {"OMP_NUM_THREADS": "2", "OMP_PLACES": "{0,1}", "OMP_PROC_BIND": "true"}
@@ -116,3 +119,47 @@ def test_an_open_mp_that_is_given_is_kept(given: str, tmp_path: Path, monkeypatc
 def test_a_torch_without_one_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_torch(tmp_path, "torch/lib/libc10.so", monkeypatch)
     assert variables() == TOGETHER | BOUND
+
+
+HOLDS = """
+import atexit, multiprocessing, sys, weakref
+from batch_inference.measure.cpu_engine import end_at_once, leave
+
+class Heavy:
+    def __del__(self):
+        print("taken apart", flush=True)
+
+def hold(last):
+    global held
+    held = Heavy()
+    atexit.register(print, "done before", flush=True)
+    end_at_once()
+    end_at_once()
+    atexit.register(print, "done after", flush=True)
+    weakref.finalize(Heavy, print, "finalized", flush=True)
+    if last == "raise":
+        raise ValueError("x")
+
+if __name__ == "__main__":
+    if sys.argv[1] == "leave":
+        hold("")
+        leave()
+    made = multiprocessing.get_context("spawn").Process(target=hold, args=sys.argv[1:])
+    made.start()
+    made.join()
+    print(f"exit code {made.exitcode}")
+"""
+DONE = ["done after", "done before", "finalized"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("leave", DONE), ("return", [*DONE, "exit code 0"]), ("raise", [*DONE, "exit code 1", "taken apart"])],
+)
+def test_a_process_ends_at_once_and_leaves_nothing_undone(how: str, said: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "holds.py"
+    program.write_text(HOLDS)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, program, how], capture_output=True, text=True, env=environment)
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, sorted(said))
+    assert ("ValueError: x" in done.stderr) == (how == "raise")

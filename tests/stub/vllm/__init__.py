@@ -130,6 +130,8 @@ class LLM:
             world_size = 1  # each rank is an engine with one worker
         if method == "batch_inference_read":
             return [{"scope": "replica", "used_gib": [1.5], "energy_j": [None]}] * world_size
+        if method == "batch_inference_end_at_once":
+            return [None] * world_size
         assert method == "batch_inference_report"
         report = {
             "host": "stub",
