@@ -69,7 +69,7 @@ preset_best() { search; }
 preset_quickstart() {
   demo
   flags --model "${prefix}models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456
-  flags --batch-sizes 1,2,4 --seq-lens 64,128 --max-tokens 32
+  flags --batch-sizes 1,2,4 --seq-lens 64,128 --max-tokens 32 --target-ci 0.05
   setting TP=1
   setting TP=2
 }

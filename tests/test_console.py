@@ -166,6 +166,21 @@ def test_a_lost_point_is_shown_with_its_class_and_what_to_do(capsys: pytest.Capt
     assert "4 x 64: the engine is started again" in printed
 
 
+def test_a_reason_that_many_points_share_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    wide, drift = "runs differ: the interval is over ±5%; raise --max-runs", "drift; a trend"
+    points = [
+        make_point(size, verdict="suspect", verdict_reasons=reasons)
+        for size, reasons in ((1, [wide]), (2, [wide, drift]), (4, []), (8, [wide, drift]))
+    ]
+    make_result(points=points)
+    measure(Console(), points)
+    printed = capsys.readouterr().err
+    assert (printed.count(wide), printed.count(drift)) == (1, 1)
+    assert [line for line in printed.splitlines() if line.startswith("      ")] == [
+        f"      {wide}", f"      {drift}", "      runs differ: as above", "      runs differ, drift: as above",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("gib", "text"), [(None, "unknown"), (0.25, "256 MiB"), (1.0, "1.00 GiB"), (12.555, "12.55 GiB")]
 )

@@ -109,6 +109,10 @@ def test_the_fullest_moment_of_a_run_is_that_of_its_steps_alone() -> None:
         ({"num_aot_compiles": 1, "num_compiled_artifacts_loaded": 3}, "cold"),
         ({"num_inductor_compiles": 33}, "cold"),  # the cache is switched off
         ({}, None),
+        # On a CPU vLLM counts nothing, and torch does.
+        ({"fxgraph_cache_hit": 5}, "warm"),
+        ({"fxgraph_cache_hit": 5, "fxgraph_cache_miss": 1}, "cold"),
+        ({"num_compiled_artifacts_loaded": 3, "fxgraph_cache_miss": 1}, "warm"),
     ],
 )
 def test_a_start_is_cold_where_something_new_was_compiled(counts: dict[str, int], word: str | None) -> None:
@@ -116,7 +120,7 @@ def test_a_start_is_cold_where_something_new_was_compiled(counts: dict[str, int]
         "num_aot_artifacts_loaded", "num_aot_compiles", "num_cache_entries_updated", "num_compiled_artifacts_loaded",
         "num_inductor_compiles",
     )  # fmt: skip
-    assert compile_cache_of(SimpleNamespace(**dict.fromkeys(names, 0) | counts)) == word
+    assert compile_cache_of(SimpleNamespace(**dict.fromkeys(names, 0) | counts), counts) == word
 
 
 @pytest.mark.parametrize(
@@ -568,6 +572,8 @@ def test_an_engine_tells_what_it_is_and_how_long_its_start_took(
 
         def collective_rpc(self, name: str) -> list[Any]:
             made.append(name)
+            if name == "batch_inference_end_at_once":
+                return [None] * 2
             reading = Reading("device", used_gib=[1.0], energy_j=[2.0])
             return [msgspec.to_builtins({"batch_inference_report": worker, "batch_inference_read": reading}[name])] * 2
 
@@ -593,16 +599,24 @@ def test_an_engine_tells_what_it_is_and_how_long_its_start_took(
     assert one.read_devices() == Reading("device", used_gib=[1.0, 1.0], energy_j=[2.0, 2.0])
     one.close()
     assert made == [{"model": "org/name"}, "batch_inference_report", "batch_inference_read", "shut down"]
-    # One that runs in the process of its LLM says so.
-    times_s = iter((103.0, 110.0))
+    # One that runs in the process of its LLM says so, and on cores its processes end at once.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    assert Engine(ExperimentConfig(), 101.0).info.multiprocess_engine is False
+    ways = [("cpu", None, True), ("cpu", "external_launcher", False), ("gpu", None, False)]
+    for kind, backend, at_once in ways:
+        made.clear()
+        times_s = iter((103.0, 110.0))
+        monkeypatch.setattr(engine, "find_devices", lambda kind=kind: Devices(kind, ("0",)))
+        alike = Engine(ExperimentConfig(distributed_executor_backend=backend), 101.0)
+        assert (alike.info.multiprocess_engine, alike.ends_at_once) == (False, at_once)
+        assert ("batch_inference_end_at_once" in made) == at_once
 
 
 def test_a_worker_tells_of_itself_and_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = SimpleNamespace(compilation_counter="counter")
     monkeypatch.setitem(sys.modules, "vllm.compilation.counter", counter)
-    monkeypatch.setattr(engine, "compile_cache_of", lambda counted: {"counter": "warm"}[counted])
+    by_torch = SimpleNamespace(counters={"inductor": "torch's"})
+    monkeypatch.setitem(sys.modules, "torch._dynamo.utils", by_torch)
+    monkeypatch.setattr(engine, "compile_cache_of", lambda *counted: {("counter", "torch's"): "warm"}[counted])
     monkeypatch.setattr(engine, "weights_bytes_of", lambda model, size: {("model", 2): 11}[model, size])
     monkeypatch.setattr(engine, "kv_bytes_of", lambda caches: {"caches": 22}[caches])
     monkeypatch.setattr(engine.socket, "gethostname", lambda: "node-7")
@@ -644,6 +658,8 @@ def test_a_worker_tells_of_itself_and_of_its_own_device(monkeypatch: pytest.Monk
     del Rank.peak_activation_memory
     unknown = msgspec.convert(rank.batch_inference_report(), WorkerInfo)
     assert unknown == replace(expected, compile_s=None, activation_bytes=None)
+    monkeypatch.delitem(sys.modules, "torch._dynamo.utils")
+    assert engine._counted_by_torch() == {}  # nothing was compiled
 
 
 def test_a_gpu_of_torch_is_found_by_its_identifier(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,7 +386,8 @@ def test_the_presets_of_the_file_are_these() -> None:
     ]
     special = [(one.name, one.made_by, one.is_demo, one.flags) for one in presets.values() if one.flags or one.made_by]
     flags = (
-        "--load-format dummy --kv-cache-memory-bytes 268435456 --batch-sizes 1,2,4 --seq-lens 64,128 --max-tokens 32"
+        "--load-format dummy --kv-cache-memory-bytes 268435456 "
+        "--batch-sizes 1,2,4 --seq-lens 64,128 --max-tokens 32 --target-ci 0.05"
     )
     assert special == [
         ("custom", "custom", False, []),

@@ -97,6 +97,8 @@ def check_engine(engine: dict[str, Any], tp: int, pp: int, torchrun: bool) -> No
     assert engine["pipeline_stages_overlap"] == (None if pp == 1 else not torchrun)
     assert engine["load_s"]["compile_s"] is None or engine["load_s"]["compile_s"] > 0
     assert engine["compile_cache"] in ("cold", "warm")
+    # Of its own accord vLLM has such an engine under torchrun alone.
+    assert engine["multiprocess_engine"] is False
     assert engine["enable_prefix_caching"] is False
     assert (engine["max_num_seqs"], engine["max_model_len"]) == (3, 49)
     assert len(engine["workers"]) == tp * pp
@@ -114,14 +116,16 @@ def check_times(run: dict[str, Any]) -> None:
         assert latency_s < 2 * run["latency_s"]
 
 
-def test_a_queue_keeps_its_limits_on_one_load(tmp_path: Path) -> None:
-    """Which vLLM is never told: its scheduler is, in a process of its own."""
+@pytest.mark.parametrize("separate", ["0", "1"], ids=["in_process", "separate"])
+def test_a_queue_keeps_its_limits_on_one_load(tmp_path: Path, separate: str) -> None:
+    """Which vLLM is never told: its scheduler is, whether it has a process of its own."""
     workload = tmp_path / "workload.jsonl"
     lengths = [{"prompt_tokens": 8 + 7 * number % 60, "output_tokens": 3 + number % 9} for number in range(64)]
     workload.write_text("".join(f"{json.dumps(one)}\n" for one in lengths))
     queue = ("--prompts-file", str(workload), "--batch-sizes", "2,5", "--max-num-batched-tokens", "64,512")
-    document = measure(tmp_path, grid=queue)
+    document = measure(tmp_path, grid=queue, VLLM_ENABLE_V1_MULTIPROCESSING=separate)
 
+    assert document["engine"]["multiprocess_engine"] is (separate == "1")
     assert document["engine"]["max_num_seqs"] == 5
     assert document["engine"]["max_num_batched_tokens"] == 512
     points = {(point["batch_size"], point["max_num_batched_tokens"]): point for point in document["points"]}

@@ -277,12 +277,16 @@ def test_commands_are_read_line_by_line_however_they_come(monkeypatch: pytest.Mo
     assert (read, ended) == ([77] * 4, [True])
 
 
-@pytest.mark.parametrize("heard", [True, False])
-def test_the_process_answers_through_the_second_descriptor_alone(heard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("heard", "at_once"), [(True, False), (True, True), (False, False)])
+def test_the_process_answers_through_the_second_descriptor_alone(
+    heard: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither is passed on to what the engine starts. Where nobody hears the answers, the group is ended."""
     done: list[Any] = []
 
     class FakeWorker:
+        ends_at_once = at_once
+
         def __init__(self, *words: Any) -> None:
             done.append(("made", *words))
 
@@ -311,6 +315,7 @@ def test_the_process_answers_through_the_second_descriptor_alone(heard: bool, mo
     monkeypatch.setattr(worker_module, "threading", SimpleNamespace(Thread=thread))
     monkeypatch.setattr(worker_module, "hide_secrets_in_output", lambda: done.append("hides"))
     monkeypatch.setattr(worker_module, "_end_group", lambda: done.append("ended"))
+    monkeypatch.setattr(worker_module, "leave", lambda: done.append("left"))
     monkeypatch.setattr(signal, "signal", lambda *words: done.append(words))
     monkeypatch.setattr(sys, "argv", ["worker", str(commands_read), str(replies_write)])
     inherited: list[tuple[int, bool]] = []
@@ -324,6 +329,7 @@ def test_the_process_answers_through_the_second_descriptor_alone(heard: bool, mo
         ("made", 8.0, place),
         replied if heard else "ended",
         "closed",
+        *(["left"] if at_once else []),
     ]
     assert inherited == [(commands_read, False), (replies_write, False)]
     for descriptor in (commands_read, commands_write, replies_read):

@@ -26,8 +26,8 @@ Row = dict[str, Any]
 # Points that differ in one of these measure different things: they are grouped, never ranked together.
 GROUP_BY = (
     "model", "device_kind", "device_name", "vllm_version", "dtype", "quantization", "kv_cache_dtype", "load_format",
-    "executor_class", "runner", "enforce_eager", "speculative_method", "num_speculative_tokens", "max_tokens",
-    "temperature", "top_p",
+    "executor_class", "multiprocess_engine", "runner", "enforce_eager", "speculative_method", "num_speculative_tokens",
+    "max_tokens", "temperature", "top_p",
 )  # fmt: skip
 # Within a group these may differ, but the reader must know.
 TO_MENTION = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 import time
@@ -16,11 +17,12 @@ from batch_inference.core.files import open_regular
 from batch_inference.core.results import EngineInfo, Point, PointKey, Result, WorkloadKey
 from batch_inference.core.secrets import redact_text
 from batch_inference.core.streams import say
-from batch_inference.core.text import counted, plain, short, table, with_budget, wrapped
+from batch_inference.core.text import counted, listed, plain, short, table, with_budget, wrapped
 
 # Two that agree are the rule; more make a point take longer than the bar thinks.
 EXPECTED_WARMUPS = 2
 LOG_LOOK_S = 0.2
+_SHORT_REASON = re.compile("[:;]")  # what comes before it
 _BATCH_LEGEND = "  batch x length: output throughput ±95 % interval, latency, TTFT, memory"
 _QUEUE_LEGEND = "  requests at once: output throughput on the plateau ±95 % interval, time, memory"
 
@@ -36,6 +38,7 @@ class Console:
         self._told: set[PointKey] = set()
         self._expected_runs = 0
         self._loading_since_s = 0.0
+        self._said: set[str] = set()  # reasons to doubt a point
 
     def note(self, text: str) -> None:
         """A line above the bar, where there is one; of a log too, which may hold a secret."""
@@ -105,10 +108,18 @@ class Console:
         more = "" if is_new else ", more runs"
         self._wrapped(f"  [{number}] {_shape(point)}{more}: {point_words(point)}")
         advice = [f"{point.failure}: {ADVICE[point.failure]}"] if point.failure else []
-        for line in [*point.verdict_reasons, *advice]:
-            self._wrapped(f"      {line}")
+        self._say_reasons([*point.verdict_reasons, *advice])
         self._bar.n = self._number
         self._bar.refresh()
+
+    def _say_reasons(self, reasons: Sequence[str]) -> None:
+        """Each once in full: many points may share one."""
+        for reason in reasons:
+            if reason not in self._said:
+                self._wrapped(f"      {reason}")
+        if known := [_SHORT_REASON.split(reason)[0] for reason in reasons if reason in self._said]:
+            self._wrapped(f"      {listed(known)}: as above")
+        self._said.update(reasons)
 
     def _wrapped(self, text: str) -> None:
         for line in wrapped(text, indent=6):

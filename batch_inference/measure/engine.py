@@ -8,8 +8,9 @@ import itertools
 import os
 import re
 import socket
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from batch_inference.core.config import PREFIX_FLAG, ConfigError, ExperimentConf
 from batch_inference.core.flags import OWNED_BY_US, owned_by_us, unknown_flag_message
 from batch_inference.core.prompts import make_prompts
 from batch_inference.core.results import LoadTimes, WorkerInfo
+from batch_inference.measure.cpu_engine import SEPARATE, end_at_once
 from batch_inference.measure.hardware import Monitor, Reading, joined, monitor
 from batch_inference.measure.limits import SCHEDULER, Limits
 from batch_inference.measure.messages import Asked, Outcome
@@ -79,7 +81,7 @@ class WorkerExtension:
                 kv_bytes=kv_bytes_of(runner.kv_caches),
                 activation_bytes=getattr(self, "peak_activation_memory", None),
                 compile_s=config.compilation_config.compilation_time or None,  # 0.0: vLLM did not measure it
-                compile_cache=compile_cache_of(compilation_counter),
+                compile_cache=compile_cache_of(compilation_counter, _counted_by_torch()),
                 runner=f"{type(runner).__module__}.{type(runner).__name__}",
             )
         )
@@ -88,11 +90,21 @@ class WorkerExtension:
         """A Reading of this rank's own device, wherever it is."""
         return msgspec.to_builtins(self._batch_inference_monitor().read([os.getpid()]))
 
+    def batch_inference_end_at_once(self) -> None:
+        """For the end of this rank's process."""
+        end_at_once()
+
     def _batch_inference_monitor(self) -> Monitor:
         if not hasattr(self, "_batch_inference_watch"):
             device: Any = self.device  # type: ignore[attr-defined]
             self._batch_inference_watch = monitor(_devices_of(device))
         return self._batch_inference_watch
+
+
+def _counted_by_torch() -> Mapping[str, int]:
+    """What torch's inductor found in its cache, and what not; nothing where torch's compiler was not even imported."""
+    module = sys.modules.get("torch._dynamo.utils")
+    return module.counters["inductor"] if module else {}
 
 
 def _devices_of(device: Any) -> Devices:
@@ -276,10 +288,15 @@ class Engine:
             total_s=ready_s - started_s,
         )
         engine = effective_settings(vllm.__version__, self._llm.llm_engine.vllm_config)
-        engine.multiprocess_engine = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"
+        engine.multiprocess_engine = os.environ.get(SEPARATE, "1") != "0"
         engine.load_s = load_s
         workers = self._llm.collective_rpc("batch_inference_report")
         self.info = with_workers(engine, msgspec.convert(workers, list[WorkerInfo]))
+        # A rank of torchrun is the script itself, whose exit code counts; what GPUs hold is taken apart in order.
+        own = config.distributed_executor_backend != "external_launcher" and find_devices().kind == "cpu"
+        self.ends_at_once = own and not engine.multiprocess_engine
+        if self.ends_at_once:
+            self._llm.collective_rpc("batch_inference_end_at_once")
 
     def make_prompts(self, batch_size: int, seq_len: int, seed_parts: Sequence[object]) -> list[dict[str, list[int]]]:
         prompts = make_prompts(

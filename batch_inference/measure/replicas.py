@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.results import EngineInfo
+from batch_inference.measure.cpu_engine import engine_environment
 from batch_inference.measure.engine_process import (
     POINT,
     STARTUP,
@@ -155,11 +156,19 @@ class LocalReplicas:
         environment = environment_of(self._ray_address) if self._ray_address else {}
         # In a cluster that is joined, Ray gives out the devices.
         if self._ray_address in (None, OWN_CLUSTER):
-            environment |= self._devices.slice_for(replica, size).environment()
+            own = self._devices.slice_for(replica, size)
+            environment |= own.environment()
+            if own.kind == "cpu" and self._is_one_engine:
+                environment |= engine_environment(self._config, own)
         environment |= ports_of(replica) if count > 1 else {}
         environment |= coupling_of(replica, count) if self._coupled else {}
         environment |= self._nodes.environment() if self._nodes else {}
         return environment
+
+    @property
+    def _is_one_engine(self) -> bool:
+        """Whether a replica is an engine of this machine that knows of no other."""
+        return not (self._coupled or self._nodes or self._ray_address)
 
     def _all(self, commands: Sequence[Command], answer: type[R], waiting_for: str = POINT) -> list[R]:
         """Send one command to each replica, then wait for every answer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -46,16 +46,21 @@ def _elements(layer: Any) -> int:
     return int(inputs * getattr(layer, "output_size_per_partition", layer.output_size))
 
 
-def compile_cache_of(counted: Any) -> Literal["cold", "warm"] | None:
-    """Whether a process had to compile ("cold"), or found all in vLLM's compile cache ("warm"), by vLLM's
-    CompilationCounter; None where there was nothing to compile."""
+def compile_cache_of(counted: Any, by_torch: Mapping[str, int]) -> Literal["cold", "warm"] | None:
+    """Whether a process had to compile ("cold"), or found all in the compile cache ("warm"), by vLLM's
+    CompilationCounter, and where vLLM leaves all to torch (on a CPU) by what torch's inductor counts; None where there
+    was nothing to compile."""
     loaded = counted.num_aot_artifacts_loaded or counted.num_compiled_artifacts_loaded
     if counted.num_aot_compiles or counted.num_cache_entries_updated:
         return "cold"
     # A graph that equals an earlier one is counted here as well, though nothing is compiled for it.
     if counted.num_inductor_compiles and not loaded:
         return "cold"
-    return "warm" if loaded else None
+    if loaded:
+        return "warm"
+    if by_torch.get("fxgraph_cache_miss"):
+        return "cold"
+    return "warm" if by_torch.get("fxgraph_cache_hit") else None
 
 
 def kv_bytes_of(caches: Any) -> int:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.measure.cpu_engine import leave
 from batch_inference.measure.engine import Engine, serve_node_0
 from batch_inference.measure.environment import installed_vllm
 from batch_inference.measure.hardware import Reading
@@ -97,6 +98,10 @@ class Worker:
     def close(self) -> None:
         if self._engine:
             self._engine.close()
+
+    @property
+    def ends_at_once(self) -> bool:
+        return self._engine is not None and self._engine.ends_at_once
 
     def _reply(self, command: AnyCommand) -> Reply:
         try:
@@ -266,6 +271,8 @@ def main() -> None:
             # The supervisor is gone, and this thread was the first to see it: its end would leave the engine behind.
             _end_group()
     worker.close()
+    if worker.ends_at_once:
+        leave()
 
 
 if __name__ == "__main__":

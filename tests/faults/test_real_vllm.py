@@ -15,15 +15,15 @@ pytestmark = pytest.mark.vllm
 
 ENGINE = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864", "--max-tokens", "64")
 LOADING = "Initializing a V1 LLM engine"
+WORKER = b"batch_inference.measure.worker"
 
 
-def start(folder: Path, *flags: str) -> Sweep:
-    return Sweep(folder, *ENGINE, *flags, stub=False)
+def start(folder: Path, *flags: str, **variables: str) -> Sweep:
+    return Sweep(folder, *ENGINE, *flags, stub=False, **variables)
 
 
-def engine_core(sweep: Sweep) -> int:
-    """vLLM's engine, below the process that answers the script."""
-    return next(pid for pid in sweep.processes() if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
+def process_of(sweep: Sweep, name: bytes) -> int:
+    return next(pid for pid in sweep.processes() if name in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 def wait_for_point(sweep: Sweep) -> None:
@@ -59,17 +59,19 @@ def test_real_signal(tmp_path: Path, judged: Callable[..., Outcome], number: sig
     assert document["status"] == "partial"
 
 
-def test_real_sigkill_of_the_engine_and_a_hang(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
-    """The first length loses its engine to SIGKILL; the second hangs, because the new engine is stopped."""
+@pytest.mark.parametrize("separate", ["0", "1"], ids=["in_process", "separate"])
+def test_real_sigkill_of_the_engine_and_a_hang(tmp_path: Path, judged: Callable[..., Outcome], separate: str) -> None:
+    """The first length loses its engine to SIGKILL; the second hangs, because the new engine is stopped: vLLM's own
+    process below the one that answers the script, or this one."""
     # So many runs that the second length is not at its end before its engine is stopped.
-    sweep = start(tmp_path, "--point-timeout", "20", "--num-runs", "12")
+    sweep = start(tmp_path, "--point-timeout", "20", "--num-runs", "12", VLLM_ENABLE_V1_MULTIPROCESSING=separate)
+    name = b"EngineCore" if separate == "1" else WORKER
     wait_for_point(sweep)
-    first = engine_core(sweep)
-    os.kill(first, signal.SIGKILL)
+    os.kill(process_of(sweep, name), signal.SIGKILL)
     sweep.wait_for(lambda: "the engine is started again" in sweep.errors(), 60)
     # A point of the second length, by the second engine.
     sweep.wait_for(lambda: any(seq_len == 16 for _, seq_len in sweep.announced()))
-    os.kill(engine_core(sweep), signal.SIGSTOP)
+    os.kill(process_of(sweep, name), signal.SIGSTOP)
     outcome = judged(sweep, resume=False)
     document = sweep.document()
     assert document is not None
@@ -82,12 +84,7 @@ def test_real_sigkill_of_the_engine_and_a_hang(tmp_path: Path, judged: Callable[
 def test_real_sigkill_of_a_replica(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
     sweep = start(tmp_path, "--seq-lens", "8", "--batch-sizes", "1,2")
     wait_for_point(sweep)
-    worker = next(
-        pid
-        for pid in sweep.processes()
-        if b"batch_inference.measure.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
-    os.kill(worker, signal.SIGKILL)
+    os.kill(process_of(sweep, WORKER), signal.SIGKILL)
     outcome = judged(sweep, resume=False)
     assert (outcome.exit_code, outcome.lost_points, outcome.orphans) == (1, 0, 0)
     assert "worker_killed" in sweep.errors()

@@ -96,7 +96,8 @@ class LLM:
         if model_config.supports_multimodal_inputs and args.skip_tokenizer_init:
             raise ValueError("StubProcessor requires a tokenizer and cannot be initialized")
         # vLLM's engine is a process of its own, and lives on when the one that started it is killed.
-        in_process = args.distributed_executor_backend == "external_launcher"
+        together = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
+        in_process = together or args.distributed_executor_backend == "external_launcher"
         self.core = None if in_process else subprocess.Popen(["VLLM::EngineCore", "3600"], executable="/bin/sleep")
         # Its processes talk through shared memory, whose owner removes it at an orderly end.
         mark = os.environ.get("FAULT_TEST")  # of the test whose sweep this is
@@ -133,6 +134,8 @@ class LLM:
             world_size = 1  # each rank is an engine with one worker
         if method == "batch_inference_read":
             return [{"scope": "replica", "used_gib": [1.5], "energy_j": [None]}] * world_size
+        if method == "batch_inference_end_at_once":
+            return [None] * world_size
         assert method == "batch_inference_report"
         report = {
             "host": "stub",

@@ -1,0 +1,71 @@
+"""An engine on cores: in the process that submits to it, so that what is measured on cores runs on these cores.
+
+vLLM's own way is a process that submits, one that schedules, and one for each device. On a CPU each of them imports
+vLLM anew, one after the other, and the first two run beside the cores of the device, or on them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import sys
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import NoReturn
+
+from batch_inference.core.config import ExperimentConfig
+from batch_inference.plan.devices import Devices
+
+SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
+_OPEN_MP = ("libgomp", "libiomp", "libomp")
+
+
+def engine_environment(config: ExperimentConfig, cores: Devices) -> dict[str, str]:
+    """What makes vLLM run a replica so, on `cores`; nothing where the user has decided otherwise."""
+    if os.environ.get(SEPARATE, "0") != "0" or not cores.environment():
+        return {}
+    environment = {
+        SEPARATE: "0",
+        # vLLM 0.32 cannot read there what it keeps of a compilation ahead of time, and compiles again at each start.
+        "VLLM_USE_AOT_COMPILE": os.environ.get("VLLM_USE_AOT_COMPILE", "0"),
+    }
+    if config.devices_per_replica == 1 and config.distributed_executor_backend != "mp":
+        # Workers in processes of their own are bound to their cores by vLLM, and this one is not.
+        environment |= cores.rank_environment(0) | _open_mp()
+    return environment
+
+
+def _open_mp() -> dict[str, str]:
+    """vLLM preloads torch's own OpenMP for its worker processes: beside another copy of it, threads that are bound use
+    one core alone (vllm#27369)."""
+    given = os.environ.get("LD_PRELOAD", "")
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None or any(name in given for name in _OPEN_MP):
+        return {}
+    package = Path(torch.origin).parent
+    folders = (package.parent / "torch.libs", package / "lib")
+    library = next(itertools.chain.from_iterable(folder.glob("libgomp*.so*") for folder in folders), None)
+    return {"LD_PRELOAD": ":".join(filter(None, (given, str(library))))} if library else {}
+
+
+def end_at_once() -> None:
+    """From now on this process, where vLLM has made it, ends as `leave` does."""
+    if multiprocessing.parent_process():
+        Finalize(None, _leave_where_all_is_well, exitpriority=-100)  # after all others
+
+
+def _leave_where_all_is_well() -> None:
+    if sys.exc_info()[0] is None:
+        leave()
+
+
+def leave() -> NoReturn:
+    """End this process without taking apart what it holds: with vLLM and torch in it, that is 4 s of work for nothing.
+    What others have left to be done at the end is done."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
