@@ -41,10 +41,11 @@ FOUR = Devices("gpu", ("0", "1", "2", "3"))
 class Engines:
     """In place of the processes of the launcher: measuring is to write what was recorded."""
 
-    def __init__(self, broken: Sequence[str] = (), took_s: float = 60.0) -> None:
+    def __init__(self, broken: Sequence[str] = (), took_s: float = 60.0, lost_at: int = 10_000) -> None:
         self.calls: list[tuple[str, tuple[int, ...]]] = []
         self._broken = broken
         self._took_s = took_s
+        self._lost_at = lost_at
         self.now_s = 0.0
 
     def run(self, words: Sequence[str]) -> int:
@@ -62,8 +63,11 @@ class Engines:
             result.points = [point for point in result.points if point.batch_size in config.batch_sizes]
         for point in result.points:
             point.summary = summarise(result, point)
+        lost = [point for point in result.points if point.batch_size >= self._lost_at]
+        for point in lost:
+            point.status, point.reason, point.runs, point.summary = "oom", "out of memory", [], {}
         save_result(result, config.output_path)
-        return int(config.setting_name in self._broken)
+        return int(config.setting_name in self._broken or bool(lost))
 
     def monotonic(self) -> float:
         return self.now_s
@@ -152,6 +156,35 @@ def test_a_setting_that_cannot_be_loaded_is_named_with_its_reason(tmp_path: Path
     assert ("tp_2", tuple(AUTO_SIZES)) in engines.calls
 
 
+def test_a_size_that_is_lost_bounds_nothing(tmp_path: Path) -> None:
+    """Nobody knows what it would have done: others may do more than all that was measured."""
+    best, engines = searched(tmp_path, lost_at=64)
+    assert {name for name, _ in engines.calls} >= {"tp_1", "dp_4", "tp_2", "tp_4"}
+    assert "at most" not in "\n".join(report(best))
+
+
+def test_what_was_measured_before_is_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched(tmp_path)
+    monkeypatch.setattr(Engines, "run", lambda *_: 0)
+    best, _ = searched(tmp_path)
+    assert best.is_answered
+    assert "for 0 loads" in report(best)[-2]
+
+
+def test_a_setting_that_keeps_no_limit_is_said_beside_the_best(tmp_path: Path) -> None:
+    best, _ = searched(tmp_path, "--max-latency-s 0.7")
+    said = " ".join(" ".join(report(best)).split())
+    assert "Best for throughput, prompts of 512 tokens: TP=4" in said
+    assert "TP=1: no batch size that was tried keeps --max-latency-s 0.7" in said
+
+
+def test_without_limits_none_is_said_to_be_broken(tmp_path: Path) -> None:
+    best, _ = searched(tmp_path, broken=["dp_4", "tp_4", "pp_4", "tp_2_pp_2", "tp_2_dp_2"])
+    said = " ".join(" ".join(report(best)).split())
+    assert "Best for throughput, prompts of 512 tokens: none" in said
+    assert "keeps" not in said
+
+
 def test_a_budget_ends_the_search_before_it_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best, engines = searched(tmp_path, "--budget-device-minutes 7.9", monkeypatch)
     assert len(engines.calls) == 1  # four minutes each
@@ -211,6 +244,9 @@ def test_candidates_are_all_ways_to_use_the_devices() -> None:
         ("--nnodes 2 --master-addr h", "--nnodes 2: best is for one node"),
         ("--master-addr h", "--master-addr h: best is for one node"),
         ("--batch-sizes 1,2", "--batch-sizes 1, 2: best searches them"),
+        ("-- --batch-sizes 1,2", "--batch-sizes after --: best searches it; leave it out"),
+        ("-- --tensor-parallel-size=2", "--tensor-parallel-size after --: best searches it; leave it out"),
+        ("-- --max-ttft-s 2", "--max-ttft-s after --: best must know it; give it before --"),
         ("--goal cost", "--goal cost: a price is needed too; give --device-hour-price PRICE"),
         ("--devices 5", "--devices 5: there are 4 (gpu); lower it"),
         (

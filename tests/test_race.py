@@ -252,3 +252,20 @@ def test_all_ways_to_use_so_many_devices() -> None:
     assert {str(one) for one in layouts(4, exactly=False)} == {
         "TP=1", "TP=2", "TP=3", "TP=4", "PP=2", "PP=3", "PP=4", "TP=2 PP=2"
     }  # fmt: skip
+
+
+def test_an_unknown_interval_ends_no_search_and_makes_no_tie() -> None:
+    """As of one run alone."""
+    one = race(HIGH, TP4, PP2, known=[found(TP4, 100, half=math.inf), found(TP1, 60)])
+    assert one.open() == [PP2]
+    one.found[PP2] = found(PP2, 99, half=math.inf)
+    assert one.ties() == []
+    assert one.to_beat(PP2) == 0
+
+
+def test_replicas_are_tried_below_a_size_that_a_limit_has_decided_on() -> None:
+    """Their slowest may miss what one alone just keeps."""
+    one = found(TP1, 10, 20, 30, 40, 50)
+    assert race(HIGH, DP4, known=[one]).load_of(DP4) == Load(DP4, (256,))
+    limited = [replace(tried, excess=tried.batch_size / 130) for tried in one.tried]
+    assert race(HIGH, DP4, known=[replace(one, tried=limited)]).load_of(DP4) == Load(DP4, (32, 64, 128))

@@ -1,7 +1,8 @@
 """Which batch size to try next, so that the best is found without trying all: `--batch-sizes auto`.
 
 Throughput rises with the batch size until the device is full, requests wait for memory, or a limit is broken. So sizes
-double while each gains more than chance would; then the neighbours of the best are tried where they can be better.
+double while each gains more than chance would, or a tenth; then the neighbours of the best are tried where they can be
+better.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from batch_inference.core.statistics import t_quantile_95
 
 # The first size where throughput is asked for: smaller ones are quick, but hardly ever the best.
 FIRST_SIZE = 16
+# A gain by a larger size that is followed even where runs differ more than that.
+_MUCH = 0.1
 # Neighbours of the best that are tried.
 _MOST_BETWEEN = 2
 # Sizes nearer to each other than this are the same for a device.
@@ -122,6 +125,9 @@ class _Summit:
 def _summit(known: Sequence[Tried], place: int) -> _Summit | None:
     if not 0 < place < len(known) - 1:
         return None
+    # A size that was lost has no value, and bends nothing.
+    if any(one.value <= 0 for one in known[place - 1 : place + 2]):
+        return None
     (x0, y0), (x1, y1), (x2, y2) = ((math.log(one.batch_size), one.value) for one in known[place - 1 : place + 2])
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     bend = (right - left) / (x2 - x0)
@@ -142,4 +148,7 @@ def _is_good(one: Tried) -> bool:
 
 
 def _gains(before: Tried, after: Tried) -> bool:
-    return after.value - before.value > math.hypot(before.half, after.half)
+    """More than chance would; or so much that one size more is cheaper than to miss it, where chance is large or not
+    known."""
+    gain = after.value - before.value
+    return gain > math.hypot(before.half, after.half) or gain > _MUCH * before.value

@@ -18,6 +18,8 @@ TIE = 0.02
 # A bound is this many half widths of a 95 % interval above what was measured: it is looked at after each load again,
 # and holds at all looks together.
 SURE = 2.0
+# Of replicas, where a limit decides.
+_SIZES_AT_A_LIMIT = 3
 
 # Why a setting can be no better. Tested against recorded studies; docs/best.md has the reasons in full.
 SPLIT = "{times} times the devices of {base}, so at most {times} times its work, at any batch size"
@@ -133,16 +135,17 @@ class Race:
         return self.goal.value(found.layout, found.best.value) if found.best else -math.inf
 
     def half_of(self, found: Found) -> float:
+        """Infinite where it is not known."""
         return self.goal.value(found.layout, found.best.half) if found.best else 0.0
 
     def ties(self) -> list[Found]:
         """Measured candidates whose interval overlaps that of the best."""
         best = self.best()
-        if best is None:
+        if best is None or not math.isfinite(self.half_of(best)):
             return []
         low = self.value_of(best) - self.half_of(best)
         others = (one for one in self._found_candidates() if one.best and one is not best)
-        return [one for one in others if self.value_of(one) + self.half_of(one) >= low]
+        return [one for one in others if low <= self.value_of(one) + self.half_of(one) < math.inf]
 
     def nearest(self) -> tuple[Layout, Tried] | None:
         """What misses the limits by least."""
@@ -182,8 +185,9 @@ class Race:
         """Candidates that may still win, the most hopeful first."""
         enough = -math.inf
         if (best := self.best()) is not None:
-            value = self.value_of(best)
-            enough = value + max(self.half_of(best), TIE * value)
+            value, half = self.value_of(best), self.half_of(best)
+            # An interval that is not known makes nothing a tie.
+            enough = value + max(half if math.isfinite(half) else 0.0, TIE * value)
         left = [
             one
             for one in self.candidates
@@ -210,7 +214,7 @@ class Race:
         best = self.best()
         if best is None:
             return 0.0
-        value = max(0.0, self.value_of(best) - self.half_of(best))
+        value = max(0.0, self.value_of(best) - self.half_of(best))  # 0 where the interval is not known
         times = [self._times_of(one, layout) for one in self.candidates if layout in (one, one.replica)]
         return value / max(times, default=1.0)
 
@@ -250,9 +254,15 @@ class Race:
         return self.load_of(layout)
 
     def load_of(self, layout: Layout) -> Load:
-        """Of a setting whose replica is known, at the size that is the best there."""
+        """Of a setting whose replica is known, at the size that is the best there. Where a limit has decided on it, it
+        may just be missed: then at the next smaller ones, too."""
         one = self.found.get(layout.replica)
-        return Load(layout, (one.best.batch_size,) if one and one.best else None)
+        if not one or not one.best:
+            return Load(layout)
+        most = one.best.batch_size
+        kept = sorted(tried.batch_size for tried in one.tried if tried.keeps_limits and tried.batch_size <= most)
+        is_limited = not all(tried.keeps_limits for tried in one.tried)
+        return Load(layout, tuple(kept[-_SIZES_AT_A_LIMIT:]) if is_limited else (most,))
 
 
 @dataclass

@@ -6,6 +6,7 @@ started only for what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 
 # What a load is told anew: flags of the search, and the sizes.
 _OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--goal", "--max-latency-s", "--max-ttft-s", "--max-tpot-s", "--packed")
+# What is chosen for each load, and what a search must know itself: behind -- they would be for the loads alone.
+_SEARCHED = (
+    "--batch-sizes", "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--to-beat",
+    "--enable-expert-parallel", "--packed",
+)  # fmt: skip
+_BEFORE = ("--goal", "--max-latency-s", "--max-ttft-s", "--max-tpot-s", "--prompts-file")
 _LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
 # No engine of a real model starts faster.
 _LEAST_START_S = 10.0
@@ -52,6 +59,7 @@ def check_search(options: Options, devices: Devices) -> None:
         raise ConfigError(f"{given}: best is for one node; leave it out, and give presets to more")
     if options.batch_sizes != Options.batch_sizes and options.batch_sizes != AUTO_SIZES:
         raise ConfigError(f"--batch-sizes {listed(options.batch_sizes)}: best searches them; leave it out")
+    _check_behind(options.flags)
     if options.goal == LATENCY_GOAL and options.prompts_file:
         raise ConfigError(
             f"--goal {LATENCY_GOAL}: a workload is one job, which takes least where throughput is highest; leave it out"
@@ -66,6 +74,15 @@ def check_search(options: Options, devices: Devices) -> None:
             f"--budget-device-minutes {options.budget_device_minutes:g}: on {counted(len(devices), 'device')} this is "
             f"{budget_s:.2g} s, in which no engine starts; raise it"
         )
+
+
+def _check_behind(flags: Sequence[str]) -> None:
+    """Raises ConfigError for what would be told to the loads, and not to the search."""
+    for word in flags:
+        if (flag := word.partition("=")[0]) in _SEARCHED:
+            raise ConfigError(f"{flag} after --: best searches it; leave it out")
+        if flag in _BEFORE:
+            raise ConfigError(f"{flag} after --: best must know it; give it before --")
 
 
 def as_search(options: Options) -> Options:
@@ -110,10 +127,12 @@ class Best:
     jobs: dict[Layout, PlannedJob] = field(default_factory=dict)
     search: Search = field(default_factory=lambda: Search({}))
     walls_s: list[float] = field(default_factory=list)  # of the loads
+    steps: int = 0  # loads, and those of which all was measured before
     loads: int = 0
     used_s: float = 0.0
     ended_by_budget: bool = False
     failed: list[Job] = field(default_factory=list)
+    _before: dict[str, int | None] = field(default_factory=dict)  # when the files of the loads were written
     starts_s: list[float] = field(default_factory=list)
     # Of every point measured, by what tells it from others of a setting: the mean time of a batch.
     batches_s: dict[tuple[int | None, int], list[float]] = field(default_factory=dict)
@@ -132,12 +151,13 @@ class Best:
                 self.ended_by_budget = True
                 return
             began_s = time.monotonic()
-            for load, job, code in self._measured(loads):
-                self._keep(load, job, code)
+            started = sum(self._keep(load, job, code) for load, job, code in self._measured(loads))
             wall_s = time.monotonic() - began_s
-            self.walls_s.append(wall_s)
             self.used_s += wall_s
-            self.loads += len(loads)
+            self.steps += len(loads)
+            self.loads += started
+            if started:
+                self.walls_s.append(wall_s)
 
     def _search_among(self, first: ExperimentConfig) -> Search:
         goal = self.options.goal
@@ -189,15 +209,15 @@ class Best:
         budget = self.options.budget_device_minutes
         if budget is None:
             return False
-        expected_s = fmean(self.walls_s) if self.walls_s else 0.0
-        return (self.used_s + expected_s) * len(self.devices) / 60 > budget
+        return (self.used_s + max(self.walls_s, default=0.0)) * len(self.devices) / 60 > budget
 
     def _measured(self, loads: Sequence[Load]) -> Iterator[tuple[Load, Job, int]]:
         beside = len(loads) > 1
         jobs = [self._job_of(load, beside=beside) for load in loads]
-        for load, job in zip(loads, jobs, strict=True):
+        self._before = {job.name: _written_at(job) for job in jobs}
+        for number, (load, job) in enumerate(zip(loads, jobs, strict=True), self.steps + 1):
             sizes = f"{listed(load.sizes)} at once" if load.sizes else "batch sizes searched"
-            say(f"[{self.loads + 1}] {job.name}, {sizes} -> {job.config.output_path}")
+            say(f"[{number}] {job.name}, {sizes} -> {job.config.output_path}")
         if not beside:
             yield loads[0], jobs[0], self.processes.run(jobs[0].words)
             return
@@ -231,7 +251,8 @@ class Best:
                 words += [flag_of(name), f"{value:g}"]
         return words
 
-    def _keep(self, load: Load, job: Job, code: int) -> None:
+    def _keep(self, load: Load, job: Job, code: int) -> bool:
+        """Whether anything was loaded: no engine is started where all was measured before."""
         if code == 2 and not any(race.found for race in self.search.races.values()):
             raise SystemExit(2)  # a flag or a model that is wrong for the first is wrong for all
         if code:
@@ -242,14 +263,23 @@ class Best:
         for length in load.lengths:
             race = self.search.races[length]
             tried = tried_in(result, job.config, length, self.options) if result else []
-            if tried:
+            if result and tried:
                 climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL)
+                # What was lost on the way up may have been better than all that was measured.
+                went_on = code == 0 and load.sizes is None and not _has_invalid(result, length)
                 race.found[load.layout] = Found(
-                    load.layout, tried, climb.is_exhausted(tried) and load.sizes is None, is_alone=not job.config.packed
+                    load.layout, tried, went_on and climb.is_exhausted(tried), is_alone=not job.config.packed
                 )
             else:
                 why = result.failure.reason if result and result.failure else "nothing was measured"
                 race.lost[load.layout] = f"{why}; see {job.config.log_path}"
+        return _written_at(job) != self._before[job.name]
+
+
+def _written_at(job: Job) -> int | None:
+    with contextlib.suppress(OSError):
+        return job.config.output_path.stat().st_mtime_ns
+    return None
 
 
 def tried_in(result: Result, config: ExperimentConfig, length: int | None, options: Options) -> list[Tried]:
@@ -263,6 +293,10 @@ def tried_in(result: Result, config: ExperimentConfig, length: int | None, optio
         and (length is None or point.max_tokens == config.max_tokens)
     ]  # fmt: skip
     return tried_of(result, points, options.goal, limits_of(options))
+
+
+def _has_invalid(result: Result, length: int | None) -> bool:
+    return any(point.seq_len == length and point.verdict == "invalid" for point in result.points)
 
 
 def what_best_saves(done: Sequence[Job]) -> str | None:
@@ -308,7 +342,8 @@ def _loaded(best: Best, race: Race) -> Iterator[str]:
     """The best first, what is as good, and then the others."""
     first, ties = race.best(), race.ties()
     if first is None:
-        if nearest := race.nearest():
+        nearest = race.nearest()
+        if nearest and 1 < nearest[1].excess < math.inf:
             layout, tried = nearest
             yield (
                 f"no batch size that was tried keeps {_limits(best.options)}; the nearest is {layout} with "
@@ -317,7 +352,10 @@ def _loaded(best: Best, race: Race) -> Iterator[str]:
         return
     yield _value(best, race, first)
     for found in sorted(race.found.values(), key=race.value_of, reverse=True):
-        if found is first or not found.best:
+        if found is first:
+            continue
+        if not found.best:
+            yield f"{found.layout}: no batch size that was tried keeps {_limits(best.options)}"
             continue
         word = "as good, by its interval: " if found in ties else ""
         yield f"{word}{_named(found)}: {_value(best, race, found)}"
