@@ -129,6 +129,14 @@ def test_a_sample_smaller_than_what_runs_at_once_is_left_out_and_named(tmp_path:
     assert re.fullmatch(r"tp_1, 64 at once: no forecast, .*; raise --sample", found.left_out[0])
 
 
+def test_a_job_that_ran_as_a_whole_is_ranked_even_where_it_did_not_fill_its_places(tmp_path: Path) -> None:
+    whole = queue(batch_size=64, requests=48)
+    found = answer(tmp_path, setting("tp_1", whole, jobs=[job(48)]))
+    assert [row.point.batch_size for row in found.rows] == [64]
+    assert found.rows[0].hours.value * 3600 == pytest.approx(whole.runs[0].latency_s)
+    assert found.left_out == []
+
+
 def test_points_with_cached_prefixes_are_never_ranked_with_others(tmp_path: Path) -> None:
     cached = queue(workload=WorkloadKey("abc", "file", "given", is_cached=True))
     found = answers(tmp_path, setting("tp_1", queue(), cached))
