@@ -88,10 +88,9 @@ def _check_behind(flags: Sequence[str]) -> None:
 
 def check_budgets(config: ExperimentConfig) -> None:
     """Raises ConfigError for an axis that an answer has no word for."""
-    budgets = config.max_num_batched_tokens
-    if budgets and len(budgets) > 1:
+    if len(config.budgets) > 1:
         raise ConfigError(
-            f"--max-num-batched-tokens {listed(budgets)}: best compares settings at one; give one of them"
+            f"--max-num-batched-tokens {listed(config.budgets)}: best compares settings at one; give one of them"
         )
 
 
