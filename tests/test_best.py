@@ -221,6 +221,17 @@ def test_a_point_that_says_nothing_is_no_answer(tmp_path: Path) -> None:
     assert said[1] == "  TP=1: its runs say nothing of the whole job; raise --sample"
 
 
+def test_a_setting_that_another_process_measures_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that outlives a search that was killed."""
+    holders = iter(["process 7", "process 7"])
+    monkeypatch.setattr("batch_inference.launch.running.measured_by", lambda _: next(holders, None))
+    best, _ = searched(tmp_path)
+    assert best.is_answered
+    assert capsys.readouterr().err.count("[1] tp_1 waits: process 7 is measuring it\n") == 1
+
+
 def test_a_budget_ends_the_search_before_it_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best, engines = searched(tmp_path, "--budget-device-minutes 7.9", monkeypatch)
     assert len(engines.calls) == 1  # four minutes each

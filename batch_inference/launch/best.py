@@ -29,6 +29,7 @@ from batch_inference.launch.options import Options
 from batch_inference.launch.overview import PlannedJob
 from batch_inference.launch.presets import Preset, Setting
 from batch_inference.launch.processes import Processes
+from batch_inference.launch.running import wait_for_others
 from batch_inference.launch.stored import result_of
 from batch_inference.plan.devices import Devices
 
@@ -229,6 +230,8 @@ class Best:
         jobs = [self._job_of(load, beside=beside) for load in loads]
         for number, (load, job) in enumerate(zip(loads, jobs, strict=True), self.steps + 1):
             sizes = f"{listed(load.sizes)} at once" if load.sizes else "batch sizes searched"
+            # Of a search that was killed, a setting may still be measuring.
+            wait_for_others(job.config, f"[{number}] {job.name}", self.processes)
             say(f"[{number}] {job.name}, {sizes} -> {job.config.output_path}")
         if not beside:
             yield loads[0], jobs[0], self.processes.run(jobs[0].words)
