@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 from test_launcher import Launcher, config_of
 
+from batch_inference.core.climb import Tried
 from batch_inference.core.config import ConfigError
 from batch_inference.core.metrics import summarise
-from batch_inference.core.race import Layout
+from batch_inference.core.race import Found, Layout
 from batch_inference.core.result_file import load_result, save_result
 from batch_inference.core.results import Failure, StoredConfig
 from batch_inference.core.values import AUTO_SIZES
@@ -52,9 +54,10 @@ class Engines:
         config = config_of(list(words))
         self.now_s += self._took_s
         self.calls.append((config.setting_name, tuple(config.batch_sizes)))
-        if config.setting_name == "pp_2_dp_2":  # was not recorded
+        recorded = RECORDED / f"{config.setting_name}_results.json"
+        if not recorded.exists():
             return 1
-        result = load_result(RECORDED / f"{config.setting_name}_results.json")
+        result = load_result(recorded)
         result.config, result.name = StoredConfig.of(config), config.setting_name
         if config.setting_name in self._broken:
             result.points, result.failure = [], Failure("oom_load", "out of memory while loading", [])
@@ -125,6 +128,12 @@ def test_one_replica_and_four_of_them_are_loaded_and_no_more(tmp_path: Path, mon
     )
 
 
+def test_some_of_the_devices_are_enough(tmp_path: Path) -> None:
+    best, engines = searched(tmp_path, "--devices 4")
+    assert best.is_answered
+    assert [name for name, _ in engines.calls] == ["tp_1", "dp_4"]
+
+
 def test_what_was_measured_is_in_the_usual_files(tmp_path: Path) -> None:
     searched(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["dp_4_results.json", "tp_1_results.json"]
@@ -150,7 +159,7 @@ def test_a_setting_that_cannot_be_loaded_is_named_with_its_reason(tmp_path: Path
     best, engines = searched(tmp_path, broken=["tp_1"])
     said = " ".join(" ".join(report(best)).split())
     assert "not loaded: DP=4, PP=2 DP=2" not in said
-    assert "DP=4: out of memory while loading; see" in said
+    assert "not loaded: DP=4: TP=1 has failed: out of memory while loading; see" in said
     assert best.is_answered
     assert [job.name for job in best.failed] == ["tp_1"]
     assert ("tp_2", tuple(AUTO_SIZES)) in engines.calls
@@ -183,6 +192,44 @@ def test_without_limits_none_is_said_to_be_broken(tmp_path: Path) -> None:
     said = " ".join(" ".join(report(best)).split())
     assert "Best for throughput, prompts of 512 tokens: none" in said
     assert "keeps" not in said
+    assert re.search(r"  failed: DP=4: out of memory while loading; see\s", "\n".join(report(best)))
+
+
+def test_one_token_budget_is_searched_at(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        searched(tmp_path, "-- --max-num-batched-tokens 2048,8192")
+    assert str(caught.value) == ("--max-num-batched-tokens 2048, 8192: best compares settings at one; give one of them")
+
+
+def test_a_winner_that_ran_beside_others_is_measured_alone(tmp_path: Path) -> None:
+    best, engines = searched(tmp_path, "--goal per-device", broken=["tp_1"])
+    of_two = [sizes for name, sizes in engines.calls if name == "tp_2"]
+    assert of_two == [tuple(AUTO_SIZES), (256,)]
+    assert report(best)[0].endswith("TP=2, 256 at once")
+    assert best.is_answered
+
+
+def test_a_point_that_says_nothing_is_no_answer(tmp_path: Path) -> None:
+    """As of a sample that is too short for a job."""
+    best, _ = searched(tmp_path, "--goal cost --device-hour-price 1")
+    (race,) = best.search.races.values()
+    silent = [Tried(16, 0.0, math.inf)]
+    race.found = {layout: Found(layout, silent, is_exhausted=False) for layout in race.candidates}
+    assert race.best() is None
+    said = report(best)
+    assert said[0] == "Best for cost, prompts of 512 tokens: none"
+    assert said[1] == "  TP=1: its runs say nothing of the whole job; raise --sample"
+
+
+def test_a_setting_that_another_process_measures_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that outlives a search that was killed."""
+    holders = iter(["process 7", "process 7"])
+    monkeypatch.setattr("batch_inference.launch.running.measured_by", lambda _: next(holders, None))
+    best, _ = searched(tmp_path)
+    assert best.is_answered
+    assert capsys.readouterr().err.count("[1] tp_1 waits: process 7 is measuring it\n") == 1
 
 
 def test_a_budget_ends_the_search_before_it_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

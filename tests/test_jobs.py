@@ -127,9 +127,18 @@ def test_a_sample_smaller_than_what_runs_at_once_is_left_out_and_named(tmp_path:
     found = answer(tmp_path, setting("tp_1", queue(batch_size=64, requests=48), queue(batch_size=2)))
     assert [row.point.batch_size for row in found.rows] == [2]
     assert re.fullmatch(r"tp_1, 64 at once: no forecast, .*; raise --sample", found.left_out[0])
-    whole = answer(tmp_path, setting("whole", queue(batch_size=2, requests=1), jobs=[job(1)]))
-    assert whole.left_out == [
-        "whole, 2 at once: no forecast, the sample has 1 request for 2 places; lower --batch-sizes"
+
+
+def test_a_job_that_ran_as_a_whole_is_ranked_even_where_it_did_not_fill_its_places(tmp_path: Path) -> None:
+    whole = queue(batch_size=64, requests=48)
+    found = answer(tmp_path, setting("tp_1", whole, jobs=[job(48)]))
+    assert [row.point.batch_size for row in found.rows] == [64]
+    assert found.rows[0].hours.value * 3600 == pytest.approx(whole.runs[0].latency_s)
+    assert found.left_out == []
+    # Another number of requests would have to be forecast, and a larger sample is not to be had.
+    more = answer(tmp_path, setting("tp_1", whole, jobs=[job(48)]), requests=1000)
+    assert more.left_out == [
+        "tp_1, 64 at once: no forecast, the sample has 48 requests for 64 places; lower --batch-sizes"
     ]
 
 

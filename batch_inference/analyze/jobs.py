@@ -138,7 +138,8 @@ def _answer(
     job = _asked_job(first, question)
     rows, left_out = [], []
     for setting, point in members:
-        if why := too_small(point.runs):
+        # Of the job itself, run as a whole, nothing is to be forecast.
+        if not _is_as_run(point, question) and (why := too_small(point.runs)):
             advice = "lower --batch-sizes" if point.is_whole_job else "raise --sample"
             left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; {advice}")
         elif outside := question.lengths and mix_outside(point.runs, job):
@@ -168,9 +169,13 @@ def _asked_job(point: QueuePoint, question: JobQuestion) -> JobLengths:
     return replace(job, repeats=question.requests / job.requests) if question.requests else job
 
 
+def _is_as_run(point: QueuePoint, question: JobQuestion) -> bool:
+    return point.is_whole_job and question.lengths is None and question.requests is None
+
+
 def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLengths, question: JobQuestion) -> JobRow:
     found = forecast(point.runs, in_order(job, point.workload.order), point.replicas, point.workload.order)
-    if point.is_whole_job and question.lengths is None and question.requests is None:
+    if _is_as_run(point, question):
         found = as_it_was_run(found, point.latency_s, point.runs)
     return JobRow(
         setting=label,

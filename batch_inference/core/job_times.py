@@ -28,12 +28,13 @@ def job_throughput(result: Result, point: Point) -> Interval | None:
     if job is None or point.workload is None or not all(run.requests.arrival_s for run in point.runs):
         return None
     runs = [replica for run in runs_of(result, point) for replica in run]
-    if too_small(runs):
+    is_whole = len(point.runs[-1].requests.output_tokens) >= job.requests
+    if too_small(runs) and not is_whole:
         return None
     lengths, order = lengths_of_job(job), point.workload.order
     found = forecast(runs, in_order(lengths, order), result.data_parallel_size, order)
     seconds = found.seconds
-    if len(point.runs[-1].requests.output_tokens) >= job.requests:
+    if is_whole:
         seconds = as_it_was_run(found, fmean(run.latency_s for run in point.runs), runs).seconds
     tokens = made_tokens(lengths, runs)
     low, high = seconds.low, seconds.high

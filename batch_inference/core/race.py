@@ -76,7 +76,9 @@ class Found:
 
     @property
     def best(self) -> Tried | None:
-        return best_of(self.tried)
+        """None where no size keeps the limits, or none that does has a value."""
+        best = best_of(self.tried)
+        return best if best and best.value > 0 else None
 
     @property
     def most(self) -> float:
@@ -207,7 +209,13 @@ class Race:
     def next_load(self) -> Load | None:
         """None where the best is found."""
         hopeful = self.open()
-        return self._load_for(hopeful[0]) if hopeful else None
+        if hopeful:
+            return self._load_for(hopeful[0])
+        best = self.best()
+        # An answer is of what ran alone.
+        if best and best.best and not best.is_alone and best.layout not in self.lost:
+            return Load(best.layout, (best.best.batch_size,))
+        return None
 
     def to_beat(self, layout: Layout) -> float:
         """What a setting must do so that it, or several of it, are as good as the best; 0 where nothing is known."""
@@ -226,6 +234,8 @@ class Race:
 
     def wants(self, layout: Layout) -> bool:
         """Whether a load of it would tell something."""
+        if (load := self.next_load()) and load.layout == layout:
+            return True
         if layout in self.found or layout in self.lost:
             return False
         return any(layout in (one, one.replica) for one in self.open())

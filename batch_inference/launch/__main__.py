@@ -20,7 +20,15 @@ from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.packages import missing_to_analyse, missing_to_measure
 from batch_inference.core.secrets import remember
 from batch_inference.core.streams import say, say_notes, secure_streams, show
-from batch_inference.launch.best import Best, as_search, check_search, report, settings_to_search, what_best_saves
+from batch_inference.launch.best import (
+    Best,
+    as_search,
+    check_budgets,
+    check_search,
+    report,
+    settings_to_search,
+    what_best_saves,
+)
 from batch_inference.launch.console import Outcomes, say_how_to_analyse, say_outcomes
 from batch_inference.launch.jobs import ANALYSIS, Here, Job, check_together, folder_of, job_of, jobs_of, nodes_in_words
 from batch_inference.launch.options import Options, parse_options
@@ -137,6 +145,7 @@ def plan_search(preset: Preset, options: Options, here: Here, devices: Devices) 
     check_search(options, devices)
     options = as_search(options)
     one = job_of(Setting(1, 1, 1), 0, 0, preset, options, here)
+    check_budgets(one.config)
     facts = facts_of(one.config)
     settings = settings_to_search(options, len(devices), has_experts=facts is not None and facts.is_moe)
     return planned(jobs_of(settings, preset, options, here), devices, say)

@@ -29,6 +29,7 @@ from batch_inference.launch.options import Options
 from batch_inference.launch.overview import PlannedJob
 from batch_inference.launch.presets import Preset, Setting
 from batch_inference.launch.processes import Processes
+from batch_inference.launch.running import wait_for_others
 from batch_inference.launch.stored import result_of
 from batch_inference.plan.devices import Devices
 
@@ -45,6 +46,7 @@ _SEARCHED = (
 )  # fmt: skip
 _BEFORE = ("--goal", "--max-latency-s", "--max-ttft-s", "--max-tpot-s", "--prompts-file")
 _LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
+_KEEPS_NONE = "no batch size that was tried keeps"
 # No engine of a real model starts faster.
 _LEAST_START_S = 10.0
 # Runs and warm-ups of a point that is measured as a study does it.
@@ -85,10 +87,20 @@ def _check_behind(flags: Sequence[str]) -> None:
             raise ConfigError(f"{flag} after --: best must know it; give it before --")
 
 
+def check_budgets(config: ExperimentConfig) -> None:
+    """Raises ConfigError for an axis that an answer has no word for."""
+    if len(config.budgets) > 1:
+        raise ConfigError(
+            f"--max-num-batched-tokens {listed(config.budgets)}: best compares settings at one; give one of them"
+        )
+
+
 def as_search(options: Options) -> Options:
     """As the settings of a search are planned."""
     given = AUTO in options.passed_on
-    return options if given else replace(options, passed_on=(*options.passed_on, "--batch-sizes", AUTO))
+    words = options.passed_on if given else (*options.passed_on, "--batch-sizes", AUTO)
+    # A load is told its sizes, and a plan on how many devices it is made for.
+    return replace(options, passed_on=words, devices=options.devices if options.dry_run else None)
 
 
 def settings_to_search(options: Options, devices: int, *, has_experts: bool) -> list[Setting]:
@@ -132,7 +144,6 @@ class Best:
     used_s: float = 0.0
     ended_by_budget: bool = False
     failed: list[Job] = field(default_factory=list)
-    _before: dict[str, int | None] = field(default_factory=dict)  # when the files of the loads were written
     starts_s: list[float] = field(default_factory=list)
     # Of every point measured, by what tells it from others of a setting: the mean time of a batch.
     batches_s: dict[tuple[int | None, int], list[float]] = field(default_factory=dict)
@@ -151,12 +162,15 @@ class Best:
                 self.ended_by_budget = True
                 return
             began_s = time.monotonic()
-            started = sum(self._keep(load, job, code) for load, job, code in self._measured(loads))
+            before = self._written()
+            for load, job, code in self._measured(loads):
+                self._keep(load, job, code)
             wall_s = time.monotonic() - began_s
             self.used_s += wall_s
             self.steps += len(loads)
-            self.loads += started
-            if started:
+            # No engine is started where all was measured before.
+            if started := len(self._written() - before):
+                self.loads += started
                 self.walls_s.append(wall_s)
 
     def _search_among(self, first: ExperimentConfig) -> Search:
@@ -214,9 +228,10 @@ class Best:
     def _measured(self, loads: Sequence[Load]) -> Iterator[tuple[Load, Job, int]]:
         beside = len(loads) > 1
         jobs = [self._job_of(load, beside=beside) for load in loads]
-        self._before = {job.name: _written_at(job) for job in jobs}
         for number, (load, job) in enumerate(zip(loads, jobs, strict=True), self.steps + 1):
             sizes = f"{listed(load.sizes)} at once" if load.sizes else "batch sizes searched"
+            # Of a search that was killed, a setting may still be measuring.
+            wait_for_others(job.config, f"[{number}] {job.name}", self.processes)
             say(f"[{number}] {job.name}, {sizes} -> {job.config.output_path}")
         if not beside:
             yield loads[0], jobs[0], self.processes.run(jobs[0].words)
@@ -251,8 +266,14 @@ class Best:
                 words += [flag_of(name), f"{value:g}"]
         return words
 
-    def _keep(self, load: Load, job: Job, code: int) -> bool:
-        """Whether anything was loaded: no engine is started where all was measured before."""
+    def _written(self) -> set[tuple[str, int]]:
+        """The result files of the folder, each with the moment when it was written."""
+        with contextlib.suppress(OSError):
+            folder = Path(folder_of(self.preset, self.options))
+            return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("*.json")}
+        return set()
+
+    def _keep(self, load: Load, job: Job, code: int) -> None:
         if code == 2 and not any(race.found for race in self.search.races.values()):
             raise SystemExit(2)  # a flag or a model that is wrong for the first is wrong for all
         if code:
@@ -266,20 +287,14 @@ class Best:
             if result and tried:
                 climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL)
                 # What was lost on the way up may have been better than all that was measured.
-                went_on = code == 0 and load.sizes is None and not _has_invalid(result, length)
+                before = race.found.get(load.layout)  # beside others
+                went_on = code == 0 and not _has_invalid(result, length)
+                is_searched = load.sizes is None or (before is not None and before.is_exhausted)
                 race.found[load.layout] = Found(
-                    load.layout, tried, went_on and climb.is_exhausted(tried), is_alone=not job.config.packed
+                    load.layout, tried, went_on and is_searched and climb.is_exhausted(tried), not job.config.packed
                 )
             else:
-                why = result.failure.reason if result and result.failure else "nothing was measured"
-                race.lost[load.layout] = f"{why}; see {job.config.log_path}"
-        return _written_at(job) != self._before[job.name]
-
-
-def _written_at(job: Job) -> int | None:
-    with contextlib.suppress(OSError):
-        return job.config.output_path.stat().st_mtime_ns
-    return None
+                race.lost[load.layout] = f"{_why_lost(result, length)}; see {job.config.log_path}"
 
 
 def tried_in(result: Result, config: ExperimentConfig, length: int | None, options: Options) -> list[Tried]:
@@ -293,6 +308,14 @@ def tried_in(result: Result, config: ExperimentConfig, length: int | None, optio
         and (length is None or point.max_tokens == config.max_tokens)
     ]  # fmt: skip
     return tried_of(result, points, options.goal, limits_of(options))
+
+
+def _why_lost(result: Result | None, length: int | None) -> str:
+    if result and result.failure:
+        return result.failure.reason
+    points = [point for point in result.points if point.seq_len == length] if result else []
+    reasons = [reason for point in points for reason in (point.reason, *point.verdict_reasons) if reason]
+    return reasons[0] if reasons else "nothing was measured"
 
 
 def _has_invalid(result: Result, length: int | None) -> bool:
@@ -341,24 +364,25 @@ def _named(found: Found) -> str:
 def _loaded(best: Best, race: Race) -> Iterator[str]:
     """The best first, what is as good, and then the others."""
     first, ties = race.best(), race.ties()
-    if first is None:
-        nearest = race.nearest()
-        if nearest and 1 < nearest[1].excess < math.inf:
-            layout, tried = nearest
-            yield (
-                f"no batch size that was tried keeps {_limits(best.options)}; the nearest is {layout} with "
-                f"{tried.batch_size} at once, {short(tried.excess, 3)} times its limit"
-            )
-        return
-    yield _value(best, race, first)
+    nearest = race.nearest()
+    if first:
+        yield _value(best, race, first)
+    elif nearest and 1 < nearest[1].excess < math.inf:
+        layout, tried = nearest
+        yield (
+            f"{_KEEPS_NONE} {_limits(best.options)}; the nearest is {layout} with {tried.batch_size} at once, "
+            f"{short(tried.excess, 3)} times its limit"
+        )
     for found in sorted(race.found.values(), key=race.value_of, reverse=True):
         if found is first:
             continue
-        if not found.best:
-            yield f"{found.layout}: no batch size that was tried keeps {_limits(best.options)}"
-            continue
-        word = "as good, by its interval: " if found in ties else ""
-        yield f"{word}{_named(found)}: {_value(best, race, found)}"
+        if found.best:
+            word = "as good, by its interval: " if found in ties else ""
+            yield f"{word}{_named(found)}: {_value(best, race, found)}"
+        elif any(tried.keeps_limits for tried in found.tried):
+            yield f"{found.layout}: its runs say nothing of the whole job; raise --sample"
+        elif first:
+            yield f"{found.layout}: {_KEEPS_NONE} {_limits(best.options)}"
 
 
 def _value(best: Best, race: Race, found: Found) -> str:
@@ -389,17 +413,19 @@ def _not_loaded(best: Best, race: Race) -> Iterator[str]:
         if layout not in race.found:
             by_reason.setdefault(_why_not(best, race, layout), []).append(str(layout))
     for why, names in by_reason.items():
-        yield f"not loaded: {listed(names)}: {why}"
+        word = "failed" if why in race.lost.values() else "not loaded"
+        yield f"{word}: {listed(names)}: {why}"
 
 
 def _why_not(best: Best, race: Race, layout: Layout) -> str:
     if reason := best.jobs[layout].reason:
         return f"cannot run: {reason}"
-    for one in (layout, layout.replica):
-        if one in race.lost:
-            return race.lost[one]
+    if layout in race.lost:
+        return race.lost[layout]
+    if layout.replica in race.lost:
+        return f"{layout.replica} has failed: {race.lost[layout.replica]}"
     bound = race.bound(layout)
-    if best.ended_by_budget and layout in race.open():
+    if layout in race.open() or not math.isfinite(bound.most):
         return "the budget ended before"
     if best.options.goal == LATENCY_GOAL:
         return f"{short(1 / bound.most)} s or longer: {bound}"

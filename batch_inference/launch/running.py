@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import SAME_FOR_ALL
 from batch_inference.core.streams import say
 from batch_inference.core.text import listed
@@ -54,6 +55,17 @@ def _say_skipped(jobs: Sequence[PlannedJob], place: int) -> None:
     say(f"{_heading(jobs, place)} skipped: {jobs[place].reason}")
 
 
+def wait_for_others(config: ExperimentConfig, heading: str, processes: Processes) -> None:
+    """Until nobody else measures this setting into its folder. Raises SystemExit after a signal."""
+    said = False
+    while holder := measured_by(config):
+        if not said:
+            say(f"{heading} waits: {holder} is measuring it")
+            said = True
+        time.sleep(POLL_S)
+        processes.end_if_stopped()
+
+
 class _OneByOne:
     """The settings in turn; one that another program is measuring is tried again at the end."""
 
@@ -93,13 +105,7 @@ class _OneByOne:
         self._elsewhere.append(place)
 
     def _wait_for_others(self, place: int) -> None:
-        config, said = self._jobs[place].config, False
-        while holder := measured_by(config):
-            if not said:
-                say(f"{_heading(self._jobs, place)} waits: {holder} is measuring it")
-                said = True
-            time.sleep(POLL_S)
-            self._processes.end_if_stopped()
+        wait_for_others(self._jobs[place].config, _heading(self._jobs, place), self._processes)
 
     def _ends_preset(self, place: int) -> bool:
         """Measure a setting; whether those after it need not be tried."""
