@@ -134,6 +134,21 @@ def test_some_of_the_devices_are_enough(tmp_path: Path) -> None:
     assert [name for name, _ in engines.calls] == ["tp_1", "dp_4"]
 
 
+def test_the_answer_is_written_to_be_used(tmp_path: Path) -> None:
+    """That of the search, whatever else lies in the folder."""
+    best, _ = searched(tmp_path, "--max-latency-s 3")
+    (race,) = best.search.races.values()
+    found = race.best()
+    assert found is not None
+    assert found.best is not None
+    assert best.write_to_use() == str(tmp_path / "best")
+    config = (tmp_path / "best" / "vllm_config.yaml").read_text()
+    assert f"max-num-seqs: {found.best.batch_size}\n" in config
+    assert f"tensor-parallel-size: {found.layout.tp}\n" in config
+    assert "the best for throughput that a search has found" in config
+    assert (tmp_path / "best" / "run.py").exists()
+
+
 def test_what_was_measured_is_in_the_usual_files(tmp_path: Path) -> None:
     searched(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["dp_4_results.json", "tp_1_results.json"]

@@ -144,6 +144,12 @@ def test_a_bound_holds_however_often_one_looks() -> None:
     assert missed / trials < 0.05
 
 
+def test_what_ran_beside_others_bounds_less() -> None:
+    alone, beside = (replace(found(TP1, 3000.0, 6400.0), is_alone=is_alone) for is_alone in (True, False))
+    bounds = [race(HIGH, TP4, known=[one]).bound(TP4).most for one in (alone, beside)]
+    assert bounds[1] == pytest.approx(1.25 * bounds[0])
+
+
 def test_where_replicas_disappoint_the_others_are_loaded() -> None:
     one = race(HIGH, TP4, DP4)
     assert loads_until_the_end(one, {TP1: 6400, DP4: 20000, TP4: 22000}) == [TP1, DP4, TP4]

@@ -40,7 +40,11 @@ def write_to_use(analysis: Analysis, goal_word: str, folder: Path) -> ToUse | No
 
     Raises OSError where a file cannot be written.
     """
-    chosen = winner(analysis, goal_word)
+    return write_winner(winner(analysis, goal_word), folder)
+
+
+def write_winner(chosen: Winner | None, folder: Path) -> ToUse | None:
+    """The same of a winner that is chosen already."""
     measured = _measured(chosen) if chosen else None
     if chosen is None or measured is None:
         _remove_others(folder, ())

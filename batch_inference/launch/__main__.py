@@ -159,8 +159,8 @@ def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
         return none_can_run(best.preset)
     best.run(jobs)
     say_how_to_analyse(best.here, folder_of(best.preset, best.options))
-    last = [best.write_to_use()] if best.is_answered else []
-    shown = show("\n".join([*report(best), *last]))
+    written = best.write_to_use()
+    shown = show("\n".join([*report(best), *([f"to use: {written}"] if written else [])]))
     return shown if best.is_answered and not best.failed else 1
 
 

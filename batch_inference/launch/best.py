@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,13 +22,13 @@ from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search, l
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, listed, on_each, short, wrapped
 from batch_inference.core.values import AUTO, AUTO_SIZES, COST, LATENCY_GOAL, PER_DEVICE
-from batch_inference.launch.jobs import ANALYSIS, Here, Job, folder_of, job_of
+from batch_inference.launch.jobs import Here, Job, folder_of, job_of
 from batch_inference.launch.options import Options
 from batch_inference.launch.overview import PlannedJob
 from batch_inference.launch.presets import Preset, Setting
 from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import wait_for_others
-from batch_inference.launch.stored import result_of
+from batch_inference.launch.stored import file_of, result_of
 from batch_inference.plan.devices import Devices
 
 # Results need installed packages, and the plan answers without them.
@@ -144,6 +142,7 @@ class Best:
     used_s: float = 0.0
     ended_by_budget: bool = False
     failed: list[Job] = field(default_factory=list)
+    paths: dict[Layout, Path] = field(default_factory=dict)  # of their result files
     starts_s: list[float] = field(default_factory=list)
     # Of every point measured, by what tells it from others of a setting: the mean time of a batch.
     batches_s: dict[tuple[int | None, int], list[float]] = field(default_factory=dict)
@@ -190,25 +189,29 @@ class Best:
             if (batch_s := point.summary.get("latency_mean_s")) is not None:
                 self.batches_s.setdefault((point.seq_len, point.batch_size), []).append(batch_s)
 
-    def analysis_words(self) -> list[str]:
-        """The command of an analysis that writes the answer to be used."""
-        options = self.options
-        words = [self.here.python, self.here.path(ANALYSIS), "--input", folder_of(self.preset, options), "--no-plots"]
-        words += ["--goal", options.goal]
-        for name in (*_LIMITS, "device_hour_price"):
-            if (value := getattr(options, name)) is not None:
-                words += [flag_of(name), f"{value:g}"]
-        return words
+    def write_to_use(self) -> str | None:
+        """Where the answer at the longest prompts was written to be used; None where a package is missing for that."""
+        length, race = max(self.search.races.items(), key=lambda pair: pair[0] or 0)
+        found = race.best()
+        if found is None or found.best is None or missing_to_analyse(plots=False):
+            return None
+        from batch_inference.analyze.tables import load_setting
+        from batch_inference.analyze.to_use import write_winner
+        from batch_inference.analyze.winner import Winner
 
-    def write_to_use(self) -> str:
-        """What was written, or how to write it, in one line."""
-        if missing_to_analyse(plots=False) is None:
-            with Path(os.devnull).open("wb") as nobody:
-                process = self.processes.start(self.analysis_words(), output=nobody)
-                process.wait()
-            if self.processes.ended(process) == 0:
-                return f"to use: {Path(folder_of(self.preset, self.options), 'best')}"
-        return f"to use it: {shlex.join(self.analysis_words())}"
+        config, folder = self.jobs[found.layout].config, Path(folder_of(self.preset, self.options), "best")
+        path = self.paths[found.layout]
+        chosen = Winner(
+            load_setting(path), self.jobs[found.layout].job.name, found.best.batch_size,
+            None,
+            length, None if length is None else config.max_tokens, config.workload,
+            f"the best for {self.options.goal} that a search has found",
+        )  # fmt: skip
+        try:
+            return str(folder) if write_winner(chosen, folder) else None
+        except OSError as error:
+            say(f"error: {folder}: cannot be written to: {error.strerror}")
+            return None
 
     def study_s(self) -> float | None:
         """About what all settings that can win would take, at all sizes that were tried; None where no engine was
@@ -278,8 +281,9 @@ class Best:
             raise SystemExit(2)  # a flag or a model that is wrong for the first is wrong for all
         if code:
             self.failed.append(job)
-        result = result_of(job.config)
-        if result:
+        path, result = file_of(job.config) or (None, None)
+        if path and result:
+            self.paths[load.layout] = path
             self._note_times(result)
         for length in load.lengths:
             race = self.search.races[length]

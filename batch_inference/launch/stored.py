@@ -105,6 +105,12 @@ def failure_since(config: ExperimentConfig, since_s: float) -> str | None:
 
 def result_of(config: ExperimentConfig) -> Result | None:
     """What lies in the folder with the settings of `config`, the newest if there are several."""
+    found = file_of(config)
+    return found[1] if found else None
+
+
+def file_of(config: ExperimentConfig) -> tuple[Path, Result] | None:
+    """The same, with its path."""
     from batch_inference.core.result_file import ResultFileError, load_result, read_heading
 
     folder = folder_of(config)
@@ -118,7 +124,7 @@ def result_of(config: ExperimentConfig) -> Result | None:
                 and heading.config.same_settings() == config.same_settings()
             ):
                 with contextlib.suppress(ResultFileError):
-                    return load_result(path)
+                    return path, load_result(path)
     return None
 
 
