@@ -21,6 +21,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from batch_inference.core.result_file import load_result  # noqa: E402
 from batch_inference.core.results import Result  # noqa: E402
+from batch_inference.measure.cpu_engine import SEPARATE  # noqa: E402
 from batch_inference.measure.engine_process import quiet_environment  # noqa: E402
 
 Point = tuple[int, int]  # batch size, prompt length
@@ -109,8 +110,9 @@ def call(command: list[str], log: Path, *, resume: bool = False, **variables: st
         if before["command"] == command:
             return float(before["wall_s"])
     record.unlink(missing_ok=True)
-    # What the engines of ours get: bytecode is written, and Triton's kernels are found, for both or for none.
-    environment = {**os.environ, **quiet_environment(), **variables}
+    # What the engines of ours get: bytecode is written, and Triton's kernels are found, for both or for none. And what
+    # those of others are: of their own accord ours have no process of their own on a CPU.
+    environment = {SEPARATE: "1", **os.environ, **quiet_environment(), **variables}
     started_s = time.monotonic()
     with log.open("w") as output:
         done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=REPOSITORY)

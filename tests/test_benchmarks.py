@@ -82,6 +82,19 @@ def test_processes_that_were_not_run_are_estimated(load: Any) -> None:
     assert "| **wall time of all 3, 1 estimated** | 19.0 | 57.0 | 3.0 |" in table
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("0", "0")])
+def test_engines_of_ours_run_as_those_of_others(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, found: str
+) -> None:
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    script = f"import os; print(os.environ[{name!r}])"
+    load("ways").call([sys.executable, "-c", script], tmp_path / "log.txt")
+    assert (tmp_path / "log.txt").read_text().strip() == found
+
+
 def test_both_tools_find_the_same_caches(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the engines, bytecode included; with --cold an empty folder for each, whatever the user has set."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
