@@ -19,9 +19,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from batch_inference.core.config import SEPARATE  # noqa: E402
 from batch_inference.core.result_file import load_result  # noqa: E402
 from batch_inference.core.results import Result  # noqa: E402
-from batch_inference.measure.cpu_engine import SEPARATE  # noqa: E402
 from batch_inference.measure.engine_process import quiet_environment  # noqa: E402
 
 Point = tuple[int, int]  # batch size, prompt length

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.config import SEPARATE, ExperimentConfig
 from batch_inference.measure import cpu_engine
-from batch_inference.measure.cpu_engine import SEPARATE, engine_environment
+from batch_inference.measure.cpu_engine import engine_environment
 from batch_inference.measure.replicas import LocalReplicas
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY
@@ -23,8 +23,9 @@ TOGETHER = {SEPARATE: "0", "VLLM_USE_AOT_COMPILE": "0"}
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (SEPARATE, "VLLM_USE_AOT_COMPILE", "VLLM_CPU_OMP_THREADS_BIND", "LD_PRELOAD"):
+def nothing_else_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SEPARATE, "0")
+    for name in ("VLLM_USE_AOT_COMPILE", "VLLM_CPU_OMP_THREADS_BIND", "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cpu_engine.importlib.util, "find_spec", lambda _: None)
 
@@ -36,6 +37,11 @@ def variables(devices: Devices = CORES, replica: int = 0, **changes: object) -> 
     given = made._environment(replica)
     apart = {"VLLM_CPU_OMP_THREADS_BIND", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "VLLM_PORT"}
     return {name: value for name, value in given.items() if name not in apart}
+
+
+def test_vllm_runs_as_it_does_by_itself_unless_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SEPARATE)
+    assert variables() == {}
 
 
 def test_an_engine_on_one_device_of_cores_runs_in_one_process_bound_to_them() -> None:

@@ -226,11 +226,28 @@ def test_the_command_of_a_setting_is_this_word_for_word(
     setting: Setting, of: Preset, line: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # set to nothing, it says nothing
+    monkeypatch.setattr("batch_inference.launch.jobs.find_devices", lambda: Devices("gpu", ("0",)))
     if "--a" in setting.flags:
         monkeypatch.setattr("batch_inference.launch.jobs.parse_flags", lambda _: [ExperimentConfig()])
     job = job_of(setting, 7, 1, of, parse_options(["s", *line.split()]), HERE)
     assert " ".join(job.words) == words.replace("x/E", "x/batch_inference_experiment.py")
     assert (job.name, job.setting, job.port) == (setting.name, setting, 7)
+
+
+def test_a_first_look_on_cores_has_no_process_of_its_own_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(preset: Preset, line: str = "s") -> tuple[str, ...]:
+        return job_of(Setting(1, 1, 1), 7, 0, preset, parse_options(line.split()), HERE).words
+
+    demo = Preset("quick", "", is_demo=True, flags=["--target-ci", "0.05"])
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    monkeypatch.setattr("batch_inference.launch.jobs.find_devices", lambda: Devices("cpu", ("0",)))
+    assert words(demo)[:3] == ("env", "VLLM_ENABLE_V1_MULTIPROCESSING=0", HERE.python)
+    assert words(STUDY)[0] == HERE.python
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    assert words(demo)[0] == HERE.python
+    # Exactly so many runs have no target.
+    assert "--target-ci" in words(demo)
+    assert "--target-ci" not in words(demo, "s -- --num-runs 2")
 
 
 def test_the_flags_of_the_user_decide_for_the_plan_too() -> None:

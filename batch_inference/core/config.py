@@ -46,6 +46,8 @@ MIN_RUNS = 3
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
 # The variable with what nodes prove to each other that they know.
 MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
+# The variable of vLLM that, if 0, gives an engine no process of its own.
+SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # vLLM's own: the experts of a mixture are shared out whole, and not each of them split.
 EXPERTS_FLAG = "--enable-expert-parallel"
 PREFIX_FLAG = "--enable-prefix-caching"

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.config import SEPARATE, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.flags import PLAN_FLAGS, devices_without_plan, parse_flags, without_plan_flags
 from batch_inference.core.streams import say
 from batch_inference.launch.options import Options
-from batch_inference.launch.presets import Preset, Setting, without_lengths
+from batch_inference.launch.presets import Preset, Setting, without
 from batch_inference.measure.job_lengths import read_job
+from batch_inference.plan.devices import find_devices
 
 EXPERIMENT, ANALYSIS = "batch_inference_experiment.py", "analyze_results.py"
 WORKLOAD = "examples/workload.jsonl"
@@ -106,14 +107,20 @@ def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Opti
     """`rank`: the number that this node has among those of the setting. Raises ConfigError for flags that are wrong."""
     nodes = _node_flags(setting, port, rank, options)
     start, backend = [here.python], ["--distributed-executor-backend", "mp"] if setting.tp * setting.pp > 1 else []
+    # A first look is to be short; a study is to measure what vLLM does by itself.
+    if preset.is_demo and SEPARATE not in os.environ and _runs_on_cores(options):
+        start = ["env", f"{SEPARATE}=0", *start]
     if setting.torchrun:
         start = _torchrun(setting.num_devices // setting.nodes, nodes, here)
         backend = ["--distributed-executor-backend", "external_launcher"]
     # One that cannot be shared out evenly is skipped, and no error of the preset.
     elif setting.num_devices % setting.nodes == 0:
         backend += nodes
-    has_workload = options.prompts_file or any(word.startswith("--prompts-file") for word in options.flags)
-    of_preset = without_lengths(preset.flags) if has_workload else preset.flags
+    of_preset = preset.flags
+    if options.prompts_file or _gives(options, "--prompts-file"):
+        of_preset = without("--seq-lens", of_preset)
+    if _gives(options, "--num-runs"):
+        of_preset = without("--target-ci", of_preset)
     flags = [
         "--name", setting.name, "--output-dir", folder_of(preset, options),
         "--tensor-parallel-size", str(setting.tp), "--pipeline-parallel-size", str(setting.pp),
@@ -130,6 +137,14 @@ def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Opti
     flags += without_plan_flags(options.flags)
     words = (*start, here.path(EXPERIMENT), *flags)
     return Job(setting.name, words, config, setting, port)
+
+
+def _gives(options: Options, name: str) -> bool:
+    return any(word.partition("=")[0] == name for word in options.flags)
+
+
+def _runs_on_cores(options: Options) -> bool:
+    return not options.devices and find_devices().kind == "cpu"
 
 
 def _with_lengths(config: ExperimentConfig) -> ExperimentConfig:

@@ -71,7 +71,7 @@ class Preset:
 
     def over(self, workload: str) -> Preset:
         """A second part: the same settings, over a workload."""
-        return replace(self, flags=[*without_lengths(self.flags), "--prompts-file", workload], goes_on=True)
+        return replace(self, flags=[*without("--seq-lens", self.flags), "--prompts-file", workload], goes_on=True)
 
     @property
     def folder(self) -> str | None:
@@ -87,13 +87,13 @@ class Preset:
         return self.settings
 
 
-def without_lengths(flags: Sequence[str]) -> list[str]:
-    """Those of a preset, for a workload, which has lengths of its own."""
+def without(name: str, flags: Sequence[str]) -> list[str]:
+    """Those of a preset but this one, which something else of the user's takes the place of."""
     kept: list[str] = []
     rest = iter(flags)
     for word in rest:
         flag, equals, _ = word.partition("=")
-        if flag != "--seq-lens":
+        if flag != name:
             kept.append(word)
         elif not equals:
             next(rest, None)

@@ -16,16 +16,15 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NoReturn
 
-from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.config import SEPARATE, ExperimentConfig
 from batch_inference.plan.devices import Devices
 
-SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
 _OPEN_MP = ("libgomp", "libiomp", "libomp")
 
 
 def engine_environment(config: ExperimentConfig, cores: Devices) -> dict[str, str]:
-    """What makes vLLM run a replica so, on `cores`; nothing where the user has decided otherwise."""
-    if os.environ.get(SEPARATE, "0") != "0" or not cores.environment():
+    """What makes vLLM run a replica so, on `cores`; nothing unless that is asked for."""
+    if os.environ.get(SEPARATE, "1") != "0" or not cores.environment():
         return {}
     environment = {
         SEPARATE: "0",

@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from batch_inference.core.config import PREFIX_FLAG, ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.config import PREFIX_FLAG, SEPARATE, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.flags import OWNED_BY_US, owned_by_us, unknown_flag_message
 from batch_inference.core.prompts import make_prompts
 from batch_inference.core.results import LoadTimes, WorkerInfo
-from batch_inference.measure.cpu_engine import SEPARATE, end_at_once
+from batch_inference.measure.cpu_engine import end_at_once
 from batch_inference.measure.hardware import Monitor, Reading, joined, monitor
 from batch_inference.measure.limits import SCHEDULER, Limits
 from batch_inference.measure.messages import Asked, Outcome
