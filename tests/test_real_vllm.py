@@ -97,8 +97,8 @@ def check_engine(engine: dict[str, Any], tp: int, pp: int, torchrun: bool) -> No
     assert engine["pipeline_stages_overlap"] == (None if pp == 1 else not torchrun)
     assert engine["load_s"]["compile_s"] is None or engine["load_s"]["compile_s"] > 0
     assert engine["compile_cache"] in ("cold", "warm")
-    # Of its own accord vLLM has such an engine under torchrun alone.
-    assert engine["multiprocess_engine"] is False
+    # Of its own accord vLLM has an engine without a process of its own under torchrun alone.
+    assert engine["multiprocess_engine"] is not torchrun
     assert engine["enable_prefix_caching"] is False
     assert (engine["max_num_seqs"], engine["max_model_len"]) == (3, 49)
     assert len(engine["workers"]) == tp * pp
