@@ -110,8 +110,8 @@ def call(command: list[str], log: Path, *, resume: bool = False, **variables: st
         if before["command"] == command:
             return float(before["wall_s"])
     record.unlink(missing_ok=True)
-    # What the engines of ours get: bytecode is written, and Triton's kernels are found, for both or for none. And what
-    # those of others are: of their own accord ours have no process of their own on a CPU.
+    # What the engines of ours get: bytecode is written, and Triton's kernels are found, for both or for none. And an
+    # engine has a process of its own, for both, unless the user says otherwise.
     environment = {SEPARATE: "1", **os.environ, **quiet_environment(), **variables}
     started_s = time.monotonic()
     with log.open("w") as output:

@@ -35,15 +35,16 @@ from batch_inference.plan.devices import Devices
 if TYPE_CHECKING:
     from batch_inference.core.results import Result
 
+_LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
+_ASKED = ("--goal", *map(flag_of, _LIMITS))
 # What a load is told anew: flags of the search, and the sizes.
-_OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--goal", "--max-latency-s", "--max-ttft-s", "--max-tpot-s", "--packed")
+_OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--packed", *_ASKED)
 # What is chosen for each load, and what a search must know itself: behind -- they would be for the loads alone.
 _SEARCHED = (
     "--batch-sizes", "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--to-beat",
     "--enable-expert-parallel", "--packed",
 )  # fmt: skip
-_BEFORE = ("--goal", "--max-latency-s", "--max-ttft-s", "--max-tpot-s", "--prompts-file")
-_LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
+_BEFORE = (*_ASKED, "--prompts-file")
 _KEEPS_NONE = "no batch size that was tried keeps"
 # No engine of a real model starts faster.
 _LEAST_START_S = 10.0

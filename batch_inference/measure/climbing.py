@@ -56,12 +56,15 @@ class Climbing:
         for key in keys:
             self._ways.setdefault(_way_of(key), []).append(key)
         self._points = {point.key: point for point in measured if _way_of(point.key) in self._ways}
+        # Until another point of the way is told: of a workload each is a forecast of the job.
+        self._tried: dict[tuple[object, ...], list[Tried]] = {}
         self._of_this_load: set[PointKey] = set()
         self._lost: set[PointKey] = set()
         self.rest: list[PointKey] = []  # nobody knows which would have been next
 
     def told(self, point: Point) -> None:
         """A point that was measured, with its runs, or lost."""
+        self._tried.pop(_way_of(point.key), None)
         if point.status == "ok":
             self._points[point.key] = point
             self._of_this_load.add(point.key)
@@ -77,14 +80,17 @@ class Climbing:
         return list(self._points.values())
 
     def _next_of(self, keys: Sequence[PointKey]) -> Next | None:
-        points = [point for key, point in self._points.items() if _way_of(key) == _way_of(keys[0])]
-        tried = tried_of(self._result, points, self._config.goal, limits_of(self._config))
-        lost = [key.batch_size for key in self._lost if _way_of(key) == _way_of(keys[0])]
-        tried += [Tried(size, 0.0, 0.0, fits=False, excess=math.inf) for size in lost]
+        way = _way_of(keys[0])
+        lost = [key.batch_size for key in self._lost if _way_of(key) == way]
+        if way not in self._tried:
+            points = [point for key, point in self._points.items() if _way_of(key) == way]
+            measured = tried_of(self._result, points, self._config.goal, limits_of(self._config))
+            self._tried[way] = [*measured, *(Tried(size, 0.0, 0.0, fits=False, excess=math.inf) for size in lost)]
+        tried = self._tried[way]
         climb = Climb([key.batch_size for key in keys], rises=self._config.goal != LATENCY_GOAL)
         size = climb.next_size(tried)
         if size is not None:
-            runs = None if self._config.num_runs or keys[0].workload else RUNS_ON_THE_WAY + (not points)
+            runs = None if self._config.num_runs or keys[0].workload else RUNS_ON_THE_WAY + (len(tried) == len(lost))
             return Next(_of_size(keys[0], size), runs)
         best = best_of(tried)
         if best is None or best.batch_size in lost or best.value + best.half < self._to_beat(keys[0].seq_len):
