@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Engines:
 
     def __init__(self, broken: Sequence[str] = (), took_s: float = 60.0, lost_at: int = 10_000) -> None:
         self.calls: list[tuple[str, tuple[int, ...]]] = []
+        self.most_runs: dict[str, int] = {}
         self._broken = broken
         self._took_s = took_s
         self._lost_at = lost_at
@@ -54,6 +56,7 @@ class Engines:
         config = config_of(list(words))
         self.now_s += self._took_s
         self.calls.append((config.setting_name, tuple(config.batch_sizes)))
+        self.most_runs[config.setting_name] = config.max_runs
         recorded = RECORDED / f"{config.setting_name}_results.json"
         if not recorded.exists():
             return 1
@@ -119,13 +122,20 @@ def test_one_replica_and_four_of_them_are_loaded_and_no_more(tmp_path: Path, mon
         "Best for throughput, prompts of 512 tokens: DP=4, 256 at once on each replica\n"
         "  25494 ±0.5% tok/s\n"
         "  TP=1, 256 at once: 6416 ±0.3% tok/s\n"
-        "  not loaded: PP=2 DP=2, PP=4, TP=2 DP=2, TP=2 PP=2, TP=4: at most 25822 tok/s:\n"
-        "      4 times the devices of TP=1, so at most 4 times its work, at any batch\n"
-        "      size\n"
+        "  not loaded: PP=2 DP=2, PP=4, TP=2 DP=2, TP=2 PP=2, TP=4: at most 25494 tok/s:\n"
+        "      the devices of DP=4, and the same work divided further\n"
         "\n"
         "Used 8.0 device-minutes (4 devices, 120 s) for 2 loads; a study of all settings\n"
         "  at these batch sizes takes about 45"
     )
+
+
+def test_a_setting_that_is_no_answer_gets_few_runs(tmp_path: Path) -> None:
+    """Who says how many runs has said it for all."""
+    for line, runs in {
+        "": {"tp_1": 3, "dp_4": 10}, "--goal per-device": {"tp_1": 10}, "-- --max-runs 7": {"tp_1": 7, "dp_4": 7},
+    }.items():  # fmt: skip
+        assert searched(Path(tempfile.mkdtemp(dir=tmp_path)), line)[1].most_runs == runs
 
 
 def test_some_of_the_devices_are_enough(tmp_path: Path) -> None:

@@ -127,6 +127,9 @@ def test_one_replica_is_loaded_then_all_of_them_and_nothing_else_can_win() -> No
     assert best is not None
     assert best.layout == DP4
     bound = one.bound(TP4)
+    assert bound.most == 25500
+    assert str(bound) == "the devices of DP=4, and the same work divided further"
+    bound = race(HIGH, TP4, known=[one.found[TP1]]).bound(TP4)
     assert bound.most == pytest.approx(4 * 6400 * 1.01)
     assert str(bound) == "4 times the devices of TP=1, so at most 4 times its work, at any batch size"
 
@@ -156,6 +159,27 @@ def test_where_replicas_disappoint_the_others_are_loaded() -> None:
     best = one.best()
     assert best is not None
     assert best.layout == TP4
+
+
+def test_what_slows_all_devices_at_once_slows_every_setting() -> None:
+    """Four H200s at work do 3.87 times what one does: no hope for TP=4. Where they do 3.7 times, something else may
+    hold the replicas up."""
+    for share, is_open in ((0.968, False), (0.93, True)):
+        one = race(HIGH, TP4, DP4, known=[found(TP1, 3000.0, 6900.0), found(DP4, 12000.0, 4 * 6900.0 * share)])
+        assert (one.next_load() == Load(TP4)) is is_open
+
+
+def test_a_setting_that_was_left_on_the_way_up_bounds_others_by_what_it_can_do_at_most() -> None:
+    left = Found(TP2, [Tried(256, 11070.0, 50.0), Tried(512, 11420.0, 50.0)], is_exhausted=False)
+    assert 11420 < left.most < 12400
+    assert race(HIGH, TP4, known=[left]).bound(TP4).most == pytest.approx(2 * left.most)
+
+
+def test_a_setting_that_only_tells_of_others_needs_no_interval_of_its_own() -> None:
+    (load,) = Search({512: race(HIGH, *layouts(4))}).next_loads(4)
+    assert (load.layout, load.is_answer) == (TP1, False)
+    (load,) = Search({512: race(EACH, *layouts(4, exactly=False))}).next_loads(4)
+    assert (load.layout, load.is_answer) == (TP1, True)
 
 
 def test_where_memory_ends_the_climb_nothing_bounds_the_others() -> None:
@@ -223,7 +247,7 @@ def test_replicas_that_wait_for_each_other_are_neither_predicted_nor_bounded() -
 def test_a_tie_is_not_worth_a_load() -> None:
     one = race(HIGH, TP2, Layout(dp=2), known=[found(TP1, 100.0, half=0.0), found(Layout(dp=2), 200 / (1 + TIE / 2))])
     assert one.next_load() is None
-    one = race(HIGH, TP2, Layout(dp=2), known=[found(TP1, 100.0, half=0.0), found(Layout(dp=2), 190.0)])
+    one = race(HIGH, TP2, Layout(dp=2), known=[found(TP1, 100.0, half=0.0), found(Layout(dp=2), 180.0)])
     assert one.next_load() == Load(TP2)
 
 

@@ -2,7 +2,8 @@
 
 Throughput rises with the batch size until the device is full, requests wait for memory, or a limit is broken. So sizes
 double while each gains more than chance would, or a tenth; then the neighbours of the best are tried where they can be
-better.
+better. The largest sizes cost most: on a device that is nearly full, each further request takes at least as long as the
+last ones did, so a size that can gain no more than a tie, or what is to be beaten, is not tried.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ from dataclasses import dataclass
 
 from batch_inference.core.statistics import t_quantile_95
 
+# Of the best: no difference that anybody would load an engine for, or run a batch twice as large.
+TIE = 0.02
+# A bound is this many half widths of a 95 % interval above what was measured: it is looked at after each load again,
+# and holds at all looks together.
+SURE = 2.0
 # The first size where throughput is asked for: smaller ones are quick, but hardly ever the best.
 FIRST_SIZE = 16
 # A gain by a larger size that is followed even where runs differ more than that.
 _MUCH = 0.1
+# A device is nearly full where twice the requests gain less than this.
+_NEARLY_FULL = 0.3
 # Neighbours of the best that are tried.
 _MOST_BETWEEN = 2
 # Sizes nearer to each other than this are the same for a device.
@@ -68,6 +76,7 @@ class Climb:
     sizes: Sequence[int]  # in rising order
     rises: bool = True  # False where the smallest batch is the best, as for the shortest batch time
     between: Callable[[int], bool] = lambda _: True  # whether a size that is none of `sizes` may be tried
+    to_beat: float = 0.0  # a setting that cannot reach it is left
 
     def next_size(self, tried: Sequence[Tried]) -> int | None:
         """None where all that can matter is tried. `tried`: in any order."""
@@ -76,13 +85,24 @@ class Climb:
             return first if self.rises else self.sizes[0]
         if not self.rises:
             return None
+        if self._is_hopeless(tried):
+            return None
         known = sorted(tried, key=lambda one: one.batch_size)
-        return self._further_up(known) or self._further_down(known) or self._beside_best(known)
+        larger = self._further_up(known)
+        if larger is not None and _is_tie(known, larger):
+            larger = self._before_last(known)
+        return larger or self._further_down(known) or self._beside_best(known)
 
     def is_exhausted(self, tried: Sequence[Tried]) -> bool:
         """Whether no larger batch could be better: throughput rises no more, or there is no larger size. Not where
-        memory or a limit has ended it."""
-        return bool(tried) and all(one.fits and one.keeps_limits for one in tried)
+        memory or a limit has ended it, or what is to be beaten."""
+        return bool(tried) and all(map(_is_good, tried)) and not self._is_hopeless(tried)
+
+    def _is_hopeless(self, tried: Sequence[Tried]) -> bool:
+        """Whether no size can reach what is to be beaten. Below sizes that were tried nothing can, once it rises."""
+        if not self.rises or min(tried, key=lambda one: one.batch_size) is max(tried, key=lambda one: one.value):
+            return False
+        return max(ceiling(tried), *(one.value + SURE * one.half for one in tried)) < self.to_beat
 
     def _further_up(self, known: Sequence[Tried]) -> int | None:
         last = known[-1]
@@ -97,9 +117,19 @@ class Climb:
             return None
         return next((size for size in reversed(self.sizes) if size < first.batch_size), None)
 
+    def _before_last(self, known: Sequence[Tried]) -> int | None:
+        """Between the two largest sizes, where that may be better than both."""
+        before, last = known[-2:]
+        middle = (before.batch_size + last.batch_size) // 2
+        is_other = middle >= _LEAST_STEP * before.batch_size and self._may_be_between(known, middle)
+        return middle if is_other and _most_at(middle, known[:-1]) > last.value * (1 + TIE) else None
+
+    def _may_be_between(self, known: Sequence[Tried], size: int) -> bool:
+        return self.between(size) and sum(one.batch_size not in self.sizes for one in known) < _MOST_BETWEEN
+
     def _beside_best(self, known: Sequence[Tried]) -> int | None:
         best = best_of(known)
-        if best is None or sum(one.batch_size not in self.sizes for one in known) >= _MOST_BETWEEN:
+        if best is None:
             return None
         place = known.index(best)
         summit = _summit(known, place)
@@ -107,7 +137,7 @@ class Climb:
         for other in [*above, *below] if summit is None or summit.is_above else [*below, *above]:
             middle = (best.batch_size + other.batch_size) // 2
             small, large = sorted((best.batch_size, other.batch_size))
-            if min(middle / small, large / middle) < _LEAST_STEP or not self.between(middle):
+            if min(middle / small, large / middle) < _LEAST_STEP or not self._may_be_between(known, middle):
                 continue
             if not _is_good(other) or (summit is not None and summit.gain > best.half):
                 return middle
@@ -135,6 +165,48 @@ def _summit(known: Sequence[Tried], place: int) -> _Summit | None:
         return None
     slope = left + bend * (x1 - x0)
     return _Summit(-(slope**2) / (4 * bend), slope >= 0)
+
+
+def _full(tried: Sequence[Tried]) -> tuple[Tried, Tried] | None:
+    """The two largest sizes that fit, where they show a device that is nearly full."""
+    known = sorted((one for one in tried if one.fits and one.value > 0), key=lambda one: one.batch_size)
+    if len(known) < 2:
+        return None
+    before, last = known[-2:]
+    doublings = math.log2(last.batch_size / before.batch_size)
+    is_full = last.value < before.value * (1 + _NEARLY_FULL) ** doublings
+    return (before, last) if is_full and before.batch_size >= FIRST_SIZE else None
+
+
+def _is_tie(known: Sequence[Tried], larger: int) -> bool:
+    """Whether that size can be no better than the largest one by more than a tie, as far as their means say."""
+    last = known[-1]
+    is_sure = all(one.half <= TIE * one.value for one in known[-2:])
+    return is_sure and _most_at(larger, known) <= last.value * (1 + TIE)
+
+
+def _most_at(size: int, known: Sequence[Tried]) -> float:
+    """What a size above the last one does where each further request takes as long as the last ones did."""
+    pair = _full(known)
+    if pair is None:
+        return math.inf
+    before, last = pair
+    last_s = last.batch_size / last.value
+    each_s = (last_s - before.batch_size / before.value) / (last.batch_size - before.batch_size)
+    return size / (last_s + (size - last.batch_size) * each_s)
+
+
+def ceiling(tried: Sequence[Tried]) -> float:
+    """What no larger batch exceeds, as each further request takes at least as long as the last ones did. Infinite where
+    the device is not nearly full, or the times of the batches are not known well enough."""
+    pair = _full(tried)
+    if pair is None:
+        return math.inf
+    before, last = pair
+    taken_s = [one.batch_size / one.value for one in pair]
+    unsure_s = math.hypot(*(seconds * one.half / one.value for seconds, one in zip(taken_s, pair, strict=True)))
+    least_s = taken_s[1] - taken_s[0] - SURE * unsure_s
+    return (last.batch_size - before.batch_size) / least_s if least_s > 0 else math.inf
 
 
 def best_of(tried: Sequence[Tried]) -> Tried | None:

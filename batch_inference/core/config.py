@@ -99,7 +99,7 @@ class ExperimentConfig:
     goal: str = _flag(GOALS[0], "of --batch-sizes auto: what is best", choices=GOALS, measured=False)
     to_beat: tuple[float, ...] | None = _flag(
         None,
-        "the same: tok/s, or batches/s, for each prompt length: a best size below it gets no more runs",
+        "the same: tok/s, or batches/s, for each prompt length: a setting that cannot reach it is left, with few runs",
         numbers,
         measured=False,
         metavar="X,X,..",

@@ -11,20 +11,19 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from batch_inference.core.climb import Tried, best_of
+from batch_inference.core.climb import SURE, TIE, Tried, best_of, ceiling
 
-# Of the best: no difference that anybody would load an engine for, and what an interval is asked to be.
-TIE = 0.02
-# A bound is this many half widths of a 95 % interval above what was measured: it is looked at after each load again,
-# and holds at all looks together.
-SURE = 2.0
-# And what other settings run beside may be so much faster alone: on cores a fifth was seen, on GPUs some percent.
+# What other settings run beside may be so much faster alone: on cores a fifth was seen, on GPUs some percent.
 BESIDE = 1.25
+# Replicas that do less together than this share of what each does alone are held up by something that others may not
+# be, as by too few cores to drive them.
+UNHINDERED = 0.95
 # Of replicas, where a limit decides.
 _SIZES_AT_A_LIMIT = 3
 
 # Why a setting can be no better. Tested against recorded studies; docs/best.md has the reasons in full.
 SPLIT = "{times} times the devices of {base}, so at most {times} times its work, at any batch size"
+SHARED = "the devices of {base}, and the same work divided further"
 REPLICA = "a batch takes as long as on one of its replicas, {base}"
 STAGED = "a batch passes all stages, and takes as long as a stage's part of it on {base}"
 DIVIDED = "{times} times the devices of {base}, so at least 1/{times} of its time"
@@ -85,13 +84,16 @@ class Found:
     @property
     def most(self) -> float:
         """What it does at most at any batch size; infinite where that is not known."""
-        if not self.is_exhausted:
-            return math.inf
-        return max(map(self.high_of, self.tried))
+        high = max(map(self.high_of, self.tried))
+        return high if self.is_exhausted else max(high, ceiling(self.tried) * self._alone)
+
+    @property
+    def _alone(self) -> float:
+        return 1 if self.is_alone else BESIDE
 
     def high_of(self, one: Tried) -> float:
         """What this size does at most, with nothing beside it."""
-        return (one.value + SURE * one.half) * (1 if self.is_alone else BESIDE)
+        return (one.value + SURE * one.half) * self._alone
 
     def at(self, batch_size: int) -> Tried | None:
         return next((one for one in self.tried if one.batch_size == batch_size), None)
@@ -119,6 +121,7 @@ class Load:
     lengths: tuple[int | None, ...] = ()  # of prompts
     # What it must reach, for each length, to be worth more runs than its place needs: in the values of its `Tried`.
     to_beat: tuple[float, ...] = ()
+    is_answer: bool = True  # else it only tells of others, and needs no interval of its own
 
 
 @dataclass
@@ -177,7 +180,26 @@ class Race:
             yield from _shortest_times(layout, base)
         elif times := _times(layout, base.layout):
             # No step of a layer takes less than its share of one device's time; talking to each other takes more.
-            yield Bound(self.goal.value(layout, times * base.most), SPLIT, base.layout, times)
+            yield Bound(self.goal.value(layout, times * self._most_of(base)), SPLIT, base.layout, times)
+        elif self._is_unhindered(base) and _times(layout, base.layout.replica) == base.layout.dp:
+            # What slows all devices at once, as power does, it slows as well.
+            yield Bound(self.goal.value(layout, self._most_of(base)), SHARED, base.layout)
+
+    def _most_of(self, base: Found) -> float:
+        """At any batch size."""
+        one = self.found.get(base.layout.replica)
+        # Replicas are measured where one of them is best.
+        is_known = one is not None and one.is_exhausted and one.best and base.at(one.best.batch_size)
+        most = max(map(base.high_of, base.tried)) if is_known else base.most
+        # By how much the best itself may be better than it was measured is no hope for others.
+        return max(one.value for one in base.tried) if math.isfinite(most) and base is self.best() else most
+
+    def _is_unhindered(self, base: Found) -> bool:
+        one = self.found.get(base.layout.replica)
+        alone = one.at(base.best.batch_size) if one and base.best and one is not base else None
+        if alone is None or base.best is None:
+            return False
+        return base.best.value >= UNHINDERED * base.layout.dp * alone.value
 
     def estimate(self, layout: Layout) -> float | None:
         """What independent replicas do, by one of them; None where none was measured."""
@@ -301,7 +323,8 @@ class Search:
         if all(one.sizes for one in loads):
             sizes = tuple(sorted({size for one in loads for size in one.sizes or ()}))
         to_beat = tuple(race.to_beat(load.layout) for race in wanted.values())
-        return Load(load.layout, sizes, tuple(wanted), to_beat)
+        is_answer = any(load.layout in race.candidates for race in wanted.values())
+        return Load(load.layout, sizes, tuple(wanted), to_beat, is_answer)
 
 
 def _times(layout: Layout, base: Layout) -> int:

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from batch_inference.core.climb import Climb, Tried
-from batch_inference.core.config import ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search, layouts
 from batch_inference.core.streams import say
@@ -44,6 +44,8 @@ _SEARCHED = (
     "--batch-sizes", "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--to-beat",
     "--enable-expert-parallel", "--packed",
 )  # fmt: skip
+# Who says how often a point runs has said it for all settings.
+_RUNS = ("--num-runs", "--max-runs")
 _BEFORE = (*_ASKED, "--prompts-file")
 _KEEPS_NONE = "no batch size that was tried keeps"
 # No engine of a real model starts faster.
@@ -268,7 +270,11 @@ class Best:
         for name in _LIMITS:
             if (value := getattr(self.options, name)) is not None:
                 words += [flag_of(name), f"{value:g}"]
-        return words
+        return words if load.is_answer or self._says_runs else [*words, "--max-runs", str(MIN_RUNS)]
+
+    @property
+    def _says_runs(self) -> bool:
+        return any(word.partition("=")[0] in _RUNS for word in self.options.passed_on)
 
     def _written(self) -> set[tuple[str, int]]:
         """The result files of the folder, each with the moment when it was written."""
@@ -286,11 +292,11 @@ class Best:
         if path and result:
             self.paths[load.layout] = path
             self._note_times(result)
-        for length in load.lengths:
+        for length, to_beat in zip(load.lengths, load.to_beat, strict=True):
             race = self.search.races[length]
             tried = tried_in(result, job.config, length, self.options) if result else []
             if result and tried:
-                climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL)
+                climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL, to_beat=to_beat)
                 # What was lost on the way up may have been better than all that was measured.
                 before = race.found.get(load.layout)  # beside others
                 went_on = code == 0 and not _has_invalid(result, length)

@@ -15,7 +15,7 @@ from functools import cached_property
 from statistics import fmean
 
 from batch_inference.core.climb import Climb, Tried, pooled_halves
-from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.config import MIN_RUNS, ExperimentConfig
 from batch_inference.core.metrics import run_latencies_s
 from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search
 from batch_inference.core.results import Point, Result
@@ -145,7 +145,7 @@ def measured(  # noqa: PLR0913 - a load, and what it is asked
     points = recorded.points(seq_len)
     sizes = sorted(points)
     asked = [size for size in load.sizes or () if size in points] or sizes
-    climb = Climb(asked, rises=not goal.is_latency, between=lambda _: False)
+    climb = Climb(asked, rises=not goal.is_latency, between=lambda _: False, to_beat=to_beat)
     runs: dict[int, list[float]] = {}
     tried: list[Tried] = []
     took_s = 0.0
@@ -155,7 +155,8 @@ def measured(  # noqa: PLR0913 - a load, and what it is asked
         tried = tried_of(points, runs, recorded.layout, goal)
     first = max(tried, key=lambda one: one.value)
     best, is_asked = first.batch_size, first.value + first.half >= to_beat
-    while is_asked and not _has_enough(runs[best]):
+    most = ExperimentConfig.max_runs if load.is_answer else MIN_RUNS
+    while is_asked and len(runs[best]) < most and not _has_enough(runs[best]):
         runs[best].append(run_of(points[best], draw))
         took_s += runs[best][-1]
     tried = tried_of(points, runs, recorded.layout, goal)
@@ -163,9 +164,7 @@ def measured(  # noqa: PLR0913 - a load, and what it is asked
 
 
 def _has_enough(runs: list[float]) -> bool:
-    if len(runs) <= RUNS_ON_THE_WAY:
-        return False
-    return len(runs) >= ExperimentConfig.max_runs or is_narrow(runs, ExperimentConfig.target_ci)
+    return len(runs) > RUNS_ON_THE_WAY and is_narrow(runs, ExperimentConfig.target_ci)
 
 
 def tried_of(points: dict[int, Point], runs: dict[int, list[float]], layout: Layout, goal: Goal) -> list[Tried]:

@@ -87,13 +87,14 @@ class Climbing:
             measured = tried_of(self._result, points, self._config.goal, limits_of(self._config))
             self._tried[way] = [*measured, *(Tried(size, 0.0, 0.0, fits=False, excess=math.inf) for size in lost)]
         tried = self._tried[way]
-        climb = Climb([key.batch_size for key in keys], rises=self._config.goal != LATENCY_GOAL)
+        to_beat = self._to_beat(keys[0].seq_len)
+        climb = Climb([key.batch_size for key in keys], rises=self._config.goal != LATENCY_GOAL, to_beat=to_beat)
         size = climb.next_size(tried)
         if size is not None:
             runs = None if self._config.num_runs or keys[0].workload else RUNS_ON_THE_WAY + (len(tried) == len(lost))
             return Next(_of_size(keys[0], size), runs)
         best = best_of(tried)
-        if best is None or best.batch_size in lost or best.value + best.half < self._to_beat(keys[0].seq_len):
+        if best is None or best.batch_size in lost or best.value + best.half < to_beat:
             return None
         key = _of_size(keys[0], best.batch_size)
         if self._has_enough(self._points[key]):
