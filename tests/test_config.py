@@ -262,7 +262,7 @@ ASKED = {
     "batch_sizes": (2,), "seq_lens": (8,), "max_tokens": 9, "num_runs": 5, "target_ci": 0.1, "max_runs": 20,
     "warmup_runs": 2, "prompts_file": "w.jsonl", "output_lengths": 7, "sample": 9, "order": "shuffled",
     "skip_bad_lines": True, "goal": "latency", "to_beat": (1.0,), "max_latency_s": 1.0, "max_ttft_s": 1.0,
-    "max_tpot_s": 1.0,
+    "max_tpot_s": 1.0, "compare_answers": True,
 }  # fmt: skip
 OTHERS = {
     "node_rank": 1, "master_addr": "a", "master_port": 1, "output_dir": "x", "output_file": "x.json", "name": "x",
@@ -547,7 +547,8 @@ def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pyte
         "--warmup-runs": "1", "--seed": "0", "--enforce-eager": "False", "--trust-remote-code": "False",
         "--goal": "throughput", "--to-beat": "not given", "--max-latency-s": "not given", "--max-ttft-s": "not given",
         "--max-tpot-s": "not given", "--output-lengths": "file", "--sample": "not given", "--order": "given",
-        "--prompts-file": "not given", "--skip-bad-lines": "False", "vLLM's flags": "--a-b c_d -q b",
+        "--prompts-file": "not given", "--skip-bad-lines": "False", "--compare-answers": "False",
+        "vLLM's flags": "--a-b c_d -q b",
     }  # fmt: skip
     # A folder is the same one by any name; a hub name is no folder.
     assert config.same_settings()["model"] == str(tmp_path / "m")

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from batch_inference.core.answers import between_replicas, differences, of_itself
 from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.results import Answers
 from batch_inference.measure.engine import MEASURING_SETTINGS
 from batch_inference.plan.devices import Devices, find_devices
 from batch_inference.plan.memory import memory_plan
@@ -43,19 +46,63 @@ def measure(
     return document
 
 
-ROUTES = [(1, 1, 1, False), (2, 1, 1, False), (1, 2, 1, False), (1, 1, 2, False),
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with weights of its own: those of --load-format dummy are others on each device."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_weights(folder)
+    return folder
+
+
+def write_weights(folder: Path, swapped: str | None = None) -> None:
+    """Random ones, the same at each call; `swapped`: of this tensor the halves are, as if two devices had each other's
+    part of it."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((Path(MODEL) / "config.json").read_text())
+    hidden, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    of_keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (words, hidden), "lm_head": (words, hidden), "model.norm": (hidden,)
+    }  # fmt: skip
+    for layer in range(config["num_hidden_layers"]):
+        of_layer = {
+            "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (of_keys, hidden),
+            "self_attn.v_proj": (of_keys, hidden), "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.weight": (
+            torch.randn(shape, generator=draw) * shape[-1] ** -0.5 if len(shape) > 1 else torch.ones(shape)
+        ).bfloat16()
+        for name, shape in shapes.items()
+    }
+    if swapped:
+        upper, lower = tensors[swapped].chunk(2)
+        tensors[swapped] = torch.cat([lower, upper])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+Route = tuple[int, int, int, bool]  # TP, PP, DP, whether under torchrun
+ROUTES: list[Route] = [(1, 1, 1, False), (2, 1, 1, False), (1, 2, 1, False), (1, 1, 2, False),
           (2, 1, 1, True), (1, 2, 1, True), (1, 1, 2, True)]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "dp", "torchrun"),
+    "route",
     ROUTES,
     ids=["tp_1", "tp_2", "pp_2", "dp_2", "torchrun_tp_2", "torchrun_pp_2", "torchrun_dp_2"],
 )
-def test_a_setting_gives_exact_tokens_at_every_point(tmp_path: Path, tp: int, pp: int, dp: int, torchrun: bool) -> None:
+def test_a_setting_gives_exact_tokens_at_every_point(tmp_path: Path, weights: Path, route: Route) -> None:
+    tp, pp, dp, torchrun = route
     if len(find_devices()) < tp * pp * dp:
         pytest.skip(f"needs {tp * pp * dp} devices")
-    sizes = ("-tp", str(tp), "-pp", str(pp), "-dp", str(dp))
+    sizes = ("-tp", str(tp), "-pp", str(pp), "-dp", str(dp), *asks(weights))
     if torchrun:
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * pp * dp))
         document = measure(tmp_path, *sizes, "--distributed-executor-backend", "external_launcher", launcher=launcher)
@@ -75,6 +122,31 @@ def test_a_setting_gives_exact_tokens_at_every_point(tmp_path: Path, tp: int, pp
             estimates = [(run["counters"][name] or 0) > 0 for name in ("flops_per_device", "memory_bytes_per_device")]
             assert estimates == [not (torchrun and dp > 1)] * 2
     check_engine(document["engine"], tp, pp, torchrun)
+    ANSWERS[route] = answers_in(document)
+
+
+# Of the routes above.
+ANSWERS: dict[Route, Answers] = {}
+
+
+def asks(weights: Path) -> tuple[str, ...]:
+    return ("--model", str(weights), "--load-format", "auto", "--compare-answers")
+
+
+def answers_in(document: dict[str, Any]) -> Answers:
+    return msgspec.convert(document["answers"], Answers)
+
+
+def test_every_route_answers_the_same_and_a_swapped_shard_does_not(tmp_path: Path) -> None:
+    first, *others = (ANSWERS.get(route) for route in ROUTES)
+    if first is None or not any(others):
+        pytest.skip("the routes above were not measured")
+    for other in filter(None, others):
+        found = [differences(first.first, other.first), of_itself(other), *between_replicas(other)]
+        assert not any(one.is_another_model for one in found)
+    write_weights(tmp_path, swapped="model.layers.0.self_attn.q_proj.weight")
+    wrong = answers_in(measure(tmp_path, *asks(tmp_path), grid=(*GRID, "--batch-sizes", "1", "--seq-lens", "40")))
+    assert differences(first.first, wrong.first).is_another_model
 
 
 def check_run(run: dict[str, Any], batch_size: int, seq_len: int, dp: int) -> None:

@@ -12,6 +12,7 @@ from batch_inference.analyze.files import SUMMARY, remove_plots
 from batch_inference.analyze.job_sections import job_section
 from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.page import as_html
+from batch_inference.analyze.same_answers import same_answers
 from batch_inference.analyze.sections import Section, best, compared, layouts, pareto, scaling
 from batch_inference.analyze.terminal import as_text, closing
 from batch_inference.analyze.to_use import ToUse
@@ -36,6 +37,7 @@ def _in_order(analysis: Analysis, to_use: ToUse | None) -> Iterator[Section]:
         yield from layouts(group)
     yield from map(scaling, analysis.groups)
     yield from map(pareto, analysis.groups)
+    yield from same_answers(analysis)
     yield about.measured(analysis)
     yield about.settings(analysis)
     yield about.problems(analysis)

@@ -16,7 +16,7 @@ import pandas as pd
 from batch_inference.analyze.queues import QueuePoint, queue_points
 from batch_inference.core.metrics import METRICS, Summary, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.core.result_file import load_result
-from batch_inference.core.results import EngineInfo, Point, Result
+from batch_inference.core.results import Answers, EngineInfo, Point, Result
 from batch_inference.core.secrets import redact, redact_text, redact_value
 from batch_inference.core.statistics import percentile
 from batch_inference.core.text import NO_REASON, plain, short_name, with_budget
@@ -45,6 +45,7 @@ _NOT_IN_ROWS = {
     "output_dir", "output_file", "overwrite", "resume", "verbose", "dry_run", "devices", "batch_sizes", "seq_lens",
     "goal", "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s",
     "prompts_file", "output_lengths", "sample", "order", "skip_bad_lines", "workload_longest", "workload_hash",
+    "compare_answers",
 }  # fmt: skip
 
 
@@ -66,6 +67,7 @@ class MeasuredSetting:
     shared: Row  # what is alike for all points
     columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
     queues: list[QueuePoint]
+    answers: Answers | None = None
 
     def batch_points(self) -> Iterator[tuple[int, int, int, float]]:
         """(batch size, prompt length, output tokens, output throughput) of those that were measured."""
@@ -109,6 +111,7 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
             **_of_earlier_engines(result, shared),
         },
         queues=list(queue_points(result, summaries)),
+        answers=result.answers,
     )
 
 

@@ -133,6 +133,9 @@ class ExperimentConfig:
     skip_bad_lines: bool = _flag(
         False, "leave out what is wrong or not measured in the workload, and say how much", measured=False
     )
+    compare_answers: bool = _flag(
+        False, "ask every setting the same, greedily, and say which answer otherwise; for real weights", measured=False
+    )
     max_model_len: int | None = _flag(
         None, "longest prompt plus output, or auto: what fits; default: what the grid needs", token_length
     )
@@ -381,8 +384,8 @@ class ExperimentConfig:
         """Equal where two processes are about to measure the same: settings and grid, by flag."""
         names = (
             "model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs",
-            "output_lengths", "sample", "order", "skip_bad_lines", "max_num_batched_tokens", "goal", "to_beat",
-            "max_latency_s", "max_ttft_s", "max_tpot_s",
+            "output_lengths", "sample", "order", "skip_bad_lines", "compare_answers", "max_num_batched_tokens", "goal",
+            "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s",
         )  # fmt: skip
         # A model may lie elsewhere on another node, where it has the same name; so may a workload, of which node 0
         # sends what is run.

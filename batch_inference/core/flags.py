@@ -208,6 +208,7 @@ def _check_together(config: ExperimentConfig) -> None:
         raise ConfigError("--overwrite and --resume exclude each other; give one of them")
     _check_search(config)
     _check_workload(config)
+    _check_answers(config)
     if config.prompts_file is None:
         check_longest(config)
     if config.devices is not None and not config.dry_run:
@@ -232,6 +233,14 @@ def check_longest(config: ExperimentConfig) -> None:
     if longest not in (None, AUTO_LENGTH) and config.longest_request > longest:
         raise ConfigError(
             f"{config.longest_in_words}, over --max-model-len {longest}; raise it or shorten the requests"
+        )
+
+
+def _check_answers(config: ExperimentConfig) -> None:
+    if config.compare_answers and config.engine_word("--load-format") == "dummy":
+        raise ConfigError(
+            "--compare-answers: weights of --load-format dummy are others on each device; give a model with weights, "
+            "or drop it"
         )
 
 

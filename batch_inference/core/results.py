@@ -406,6 +406,17 @@ class Failure(Struct):
     log_tail: list[str] = []
 
 
+class Answers(Struct):
+    """How the answers to --compare-answers begin, for each request in the form of answers.py: no token is in it."""
+
+    seed: int
+    prompt_tokens: Count
+    output_tokens: Count
+    first: list[str]  # of the first replica, all requests at once
+    again: list[str]  # of the same one, in two halves
+    other_replicas: list[list[str]] = []  # all at once
+
+
 class Result(Struct):
     """One setting: what was asked, where it ran, what vLLM made of it, and every point."""
 
@@ -418,6 +429,7 @@ class Result(Struct):
     jobs: list[Job] = []  # the workloads of its queue points
     failure: Failure | None = None  # of a setting that failed as a whole
     restarts: Count = 0  # of an engine that was lost
+    answers: Answers | None = None
     earlier_engines: list[EngineInfo] = []  # of earlier sweeps of this file, for the points that they measured
     schema_version: int = SCHEMA_VERSION
 

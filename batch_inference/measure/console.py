@@ -60,6 +60,9 @@ class Console:
             f"{engine.dtype}, weights {_gib(engine.weights_gib)}, KV cache {engine.kv_cache_tokens} tokens"
         )
 
+    def asking(self) -> None:
+        self.note("  asking for the answers to be compared")
+
     def all_there(self, config: ExperimentConfig, kept: Sequence[Point]) -> None:
         self._wrapped(f"{config.setting_name}: {_kept_words(config, kept, len(kept))}: nothing is left to measure")
 

@@ -353,6 +353,12 @@ class Engine:
         outcome.timeline = self._steps.timeline(outcome.start_s)
         return outcome
 
+    def answer(self, prompts: list[dict[str, list[int]]], max_tokens: int) -> list[list[int]]:
+        """The tokens of each answer, the likeliest one each time."""
+        params = self._sampling_params(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
     def _params(self, max_tokens: int, *, ends_itself: bool = False) -> Any:
         return self._sampling_params(
             temperature=self._config.temperature,

@@ -9,11 +9,13 @@ from collections.abc import Callable
 import msgspec
 from msgspec.structs import replace
 
+from batch_inference.core.answers import REQUESTS, beginnings, is_asked, lengths_for
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import classify
 from batch_inference.core.growing_file import GrowingFile
 from batch_inference.core.metrics import summary_and_method
 from batch_inference.core.results import (
+    Answers,
     EngineInfo,
     Failure,
     Point,
@@ -33,7 +35,7 @@ from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.environment import now
 from batch_inference.measure.hardware import Monitor, Seen
 from batch_inference.measure.job import JobFile
-from batch_inference.measure.messages import Prepare, Queue
+from batch_inference.measure.messages import Answer, Prepare, Queue
 from batch_inference.measure.nodes import Nodes
 from batch_inference.measure.peaks import datasheet_peaks
 from batch_inference.measure.replicas import Replicas, joined_readings
@@ -110,8 +112,13 @@ class Experiment:
 
     @property
     def is_open(self) -> bool:
-        """Whether anything is left to measure."""
-        return self._order.next_point() is not None
+        """Whether anything is left to measure, or to ask."""
+        return self._order.next_point() is not None or self._asks_answers
+
+    @property
+    def _asks_answers(self) -> bool:
+        longest = self._config.longest_request
+        return self._config.compare_answers and not is_asked(self.result.answers, self._config.seed, longest)
 
     @property
     def is_whole(self) -> bool:
@@ -132,9 +139,26 @@ class Experiment:
                 wait_for_texts()
             self._save()
             self._measure_grid(replicas)
+            if self._asks_answers and not self._engine_is_lost:
+                self._ask(replicas)
             self.result.environment.ended_at = now()
         except ReplicaError as error:
             self._fail(error)
+
+    def _ask(self, replicas: Replicas) -> None:
+        """After all was measured, so that nothing of it is lost."""
+        self._console.asking()
+        seed, (prompt_tokens, output_tokens) = self._config.seed, lengths_for(self._config.longest_request)
+        asked = Answer(REQUESTS, prompt_tokens, output_tokens, [seed, "answers"])
+        try:
+            first, *others = replicas.answer(asked)
+        except ReplicaError as error:
+            self._engine_is_lost = True
+            self._console.note(f"warning: --compare-answers: the engine did not answer: {error.reason}")
+            return
+        at_once, in_halves = (list(map(beginnings, answers)) for answers in (first.at_once, first.in_halves))
+        of_others = [list(map(beginnings, other.at_once)) for other in others]
+        self.result.answers = Answers(seed, prompt_tokens, output_tokens, at_once, in_halves, of_others)
 
     def _begin(self) -> InTurn | Climbing:
         """What is to be measured, and beside it what an earlier sweep has measured well enough."""

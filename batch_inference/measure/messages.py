@@ -4,6 +4,7 @@
     Prepare(batch_size, seq_len, max_tokens ...)  -> Ready()
     Queue(shares, batch_size ...)                 -> Ready()
     Start(at_s)                                   -> Done(outcome)
+    Answer(requests, seq_len, max_tokens ...)     -> Answered(at_once, in_halves)
     Serve(config)        (on nodes other than 0)  -> Served()
     Join(config)         (the ranks of torchrun)  -> Joined()
     Close()                                       the process ends
@@ -103,11 +104,20 @@ class Start(Command):
     at_s: float | None = None  # time.monotonic; None where the ranks start together
 
 
+class Answer(Command):
+    """Answer greedily, every replica the same."""
+
+    requests: int
+    seq_len: int
+    max_tokens: int
+    stream: list[int | str]
+
+
 class Close(Command):
     pass
 
 
-AnyCommand = Join | Load | Serve | Prepare | Queue | Start | Close
+AnyCommand = Join | Load | Serve | Prepare | Queue | Start | Answer | Close
 
 
 # --- replies ------------------------------------------------------------------------------------------------------
@@ -137,12 +147,19 @@ class Done(Reply):
     outcome: Outcome
 
 
+class Answered(Reply):
+    """Token ids of each answer."""
+
+    at_once: list[list[int]]
+    in_halves: list[list[int]]
+
+
 class Failed(Reply):
     reason: str
     usage: bool  # the user's flags are wrong
 
 
-AnyReply = Joined | Loaded | Served | Ready | Done | Failed
+AnyReply = Joined | Loaded | Served | Ready | Done | Answered | Failed
 
 
 # --- on the pipe --------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ from batch_inference.measure.engine_process import (
 )
 from batch_inference.measure.hardware import Reading, joined
 from batch_inference.measure.messages import (
+    Answer,
+    Answered,
     AnyReply,
     Command,
     Done,
@@ -70,6 +72,9 @@ class Replicas(Protocol):
 
     def run(self) -> list[Outcome]:
         """Submit one batch to every replica at the same moment; one outcome each, times from the common start."""
+
+    def answer(self, asked: Answer) -> list[Answered]:
+        """Of each replica, to the same prompts."""
 
     @property
     def can_restart(self) -> bool:
@@ -128,6 +133,9 @@ class LocalReplicas:
             outcome.jit_compilations, outcome.passed_s = process.log_since.compilations(), passed_s
         first_s = min(outcome.start_s for outcome in outcomes)
         return [_counted_from(first_s, outcome) for outcome in outcomes]
+
+    def answer(self, asked: Answer) -> list[Answered]:
+        return self._all([asked] * len(self._processes), Answered)
 
     def _lead_s(self) -> float:
         """How long before they start the replicas are told."""
@@ -210,6 +218,9 @@ class TorchrunReplicas:
         slowest[0].passed_s = time.monotonic() - began_s
         slowest[0].jit_compilations = sum(mark.compilations() for mark in since)
         return slowest
+
+    def answer(self, asked: Answer) -> list[Answered]:
+        return [ranks[0] for ranks in self._by_replica(self._all(asked, Answered))]
 
     @property
     def can_restart(self) -> bool:

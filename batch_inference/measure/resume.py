@@ -21,6 +21,7 @@ def starting_result(config: ExperimentConfig, environment: Environment) -> Resul
     old = load_result(config.output_path)
     fresh.points = [point for point in old.points if point.status == "ok" and point.verdict != "invalid"]
     fresh.engine, fresh.earlier_engines, fresh.jobs = old.engine, old.earlier_engines, old.jobs
+    fresh.answers = old.answers
     if fresh.points:
         environment.resumed_from = [*old.environment.resumed_from, old.environment.started_at]
     return fresh

@@ -30,6 +30,8 @@ from batch_inference.measure.hardware import Reading
 from batch_inference.measure.leftovers import remove, shared_memory_of
 from batch_inference.measure.logs import hide_secrets_in_output, hide_secrets_of, open_log
 from batch_inference.measure.messages import (
+    Answer,
+    Answered,
     AnyCommand,
     Close,
     Done,
@@ -124,16 +126,11 @@ class Worker:
             case Serve():
                 serve_node_0(command.config)
                 return Served()
-            case Prepare():
-                self._next, seed_parts = command, [*command.stream, self._replica]
-                self._prompts = self._loaded.make_prompts(command.batch_size, command.seq_len, seed_parts)
-                self._loaded.limit(None, command.max_num_batched_tokens)
+            case Prepare() | Queue():
+                self._prepare(self._loaded, command)
                 return Ready()
-            case Queue():
-                self._next, seed_parts = command, [*command.stream, self._replica]
-                self._prompts = self._loaded.make_queue(command.shares[self._replica], seed_parts)
-                self._loaded.limit(command.batch_size, command.max_num_batched_tokens)
-                return Ready()
+            case Answer():
+                return self._answer(command)
             case Start():
                 return Done(self._run(self._loaded, command.at_s))
         raise TypeError(f"{command} is no command for an engine")
@@ -156,6 +153,24 @@ class Worker:
         self._reads_devices = config.devices_elsewhere
         self._engine = Engine(config, self._started_s)
         return Loaded(self._engine.info)
+
+    def _prepare(self, engine: Engine, command: Prepare | Queue) -> None:
+        self._next, seed_parts = command, [*command.stream, self._replica]
+        if isinstance(command, Prepare):
+            self._prompts = engine.make_prompts(command.batch_size, command.seq_len, seed_parts)
+            engine.limit(None, command.max_num_batched_tokens)
+        else:
+            self._prompts = engine.make_queue(command.shares[self._replica], seed_parts)
+            engine.limit(command.batch_size, command.max_num_batched_tokens)
+
+    def _answer(self, command: Answer) -> Answered:
+        prompts = self._loaded.make_prompts(command.requests, command.seq_len, command.stream)
+        self._loaded.limit(None, None)
+        half = len(prompts) // 2
+        at_once, *halves = (
+            self._loaded.answer(some, command.max_tokens) for some in (prompts, prompts[:half], prompts[half:])
+        )
+        return Answered(at_once, [answer for of_half in halves for answer in of_half])
 
     def _run(self, engine: Engine, at_s: float | None) -> Outcome:
         if not self._reads_devices:
