@@ -294,7 +294,7 @@ def test_a_label_without_room_is_left_out_and_of_marks_on_one_another_the_first_
     axes = Figure(figsize=(8, 4)).add_subplot()
     axes.set(xlim=(0, 10), ylim=(0, 10))
     places = [(5.0, 5.0), (5.01, 5.01), (8.0, 8.0)]
-    label_marks(axes, list(map(Label, places, ("first", "second", "y" * 300))), places)
+    label_marks(axes, list(map(Label, places, ("first", "second", "y" * 300))))
     assert [text.get_text() for text in axes.texts] == ["first"]
 
 

@@ -22,6 +22,7 @@ _COLORS: dict[str, tuple[str, str]] = {
     "drain": ("#f3dcd6", "#482a22"),
     "weights": ("#3d5a80", "#7ea6d8"),
     "activations": ("#e09f3e", "#d9962f"),
+    "used": ("#8f9aa6", "#6b7886"),
     "kv_pool": ("#b8d4ea", "#2f4a66"),
 }
 # The shades of a family of settings, smallest setting first: strength grows with it. Each has a contrast of 3 or more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +32,9 @@ from batch_inference.core.text import short
 # Facets of settings, rows of settings, and rows that have a name.
 _MAPS, _ROWS, _ROW_NAMES = 6, 40, 24
 _COLORMAP = "cividis"
-# Width of a cell from which on a number, and a name below it, have room.
-_NUMBER_IN, _NAME_IN = 0.4, 0.85
+# Heights of a row, of one with names, and of a text; width of a cell from which on a number has room, and of a
+# character.
+_ROW_IN, _NAMED_ROW_IN, _TEXT_IN, _NUMBER_IN, _CHARACTER_IN = 0.28, 0.4, 0.14, 0.4, 0.062
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def heatmap(points: pd.DataFrame) -> Figure:
     measured = measured_points(points, "output_tok_per_s")
     title, maps = _maps(measured)
     batches = sorted(measured["global_batch_size"].unique())
-    height_in = min(0.28 * _ROWS, max(1.2, 0.28 * len(maps[0].rows)))
+    row_in = _NAMED_ROW_IN if maps[0].names else _ROW_IN
+    height_in = min(_ROW_IN * _ROWS, max(1.2, row_in * len(maps[0].rows)))
     figure, grid = new_figure(measured, title, len(maps), height_in, _handles(maps, len(batches)))
     longest = max(len(label) for one in maps for label in one.labels)
     figure.subplots_adjust(left=max(0.8, 0.5 + 0.075 * longest) / WIDTH_IN, right=1 - 0.95 / WIDTH_IN)
@@ -83,7 +86,7 @@ def _maps(points: pd.DataFrame) -> tuple[str, list[Map]]:
         titles = short_names(settings, 36)
         maps = [Map(points[points["setting"] == name], "seq_len", lengths, titles[name]) for name in settings]
         return f"{what} length", maps
-    best = Map(_best_cells(points), "seq_len", lengths, names=short_names(settings, 12))
+    best = Map(_best_cells(points), "seq_len", lengths, names=short_names(settings, 16))
     return f"{what} length: the best of {len(settings)} settings", [best]
 
 
@@ -107,14 +110,18 @@ def _handles(maps: Sequence[Map], columns: int) -> list[Any]:
 def _draw_map(axes: Axes, shown: Map, batches: list[int], norm: Normalize) -> Any:
     points = shown.points
     room_in = axes.get_position().width * WIDTH_IN / len(batches)
+    row_in = axes.get_position().height * axes.figure.bbox.height / axes.figure.dpi / len(shown.rows)
     cells = np.full((len(shown.rows), len(batches)), np.nan)
     rows = [shown.rows.index(row) for row in points[shown.rows_are]]
     columns = [batches.index(batch) for batch in points["global_batch_size"]]
     cells[rows, columns] = points["output_tok_per_s"]
-    # Of settings that were not run at a size there is none.
-    highest = np.where(np.isnan(cells), -np.inf, cells).max(axis=0)
+    # One that was run alone is the highest of nothing.
+    is_measured = ~np.isnan(cells)
+    highest = np.where(is_measured.sum(axis=0) > 1, np.where(is_measured, cells, 0).max(axis=0), np.inf)
     image = axes.imshow(cells, norm=norm, cmap=_COLORMAP, aspect="auto")
     for row, column, verdict, setting in zip(rows, columns, points["verdict"], points["setting"], strict=True):
+        if row_in < _TEXT_IN:
+            break
         value = cells[row, column]
         is_best = shown.rows_are == "setting" and value == highest[column]
         axes.text(
@@ -129,7 +136,8 @@ def _draw_map(axes: Axes, shown: Map, batches: list[int], norm: Normalize) -> An
 def _words(value: float, verdict: str, name: str, room_in: float) -> str:
     mark = "*" if verdict != "valid" else ""
     words = [short(value) + mark if room_in > _NUMBER_IN else mark]
-    words += [name] if name and room_in > _NAME_IN * max(1.0, len(name) / 12) else []
+    in_two = textwrap.wrap(name, max(1, int(room_in / _CHARACTER_IN)))
+    words += in_two if len(in_two) <= 2 else []
     return "\n".join(words)
 
 

@@ -215,7 +215,7 @@ def _label_points(axes: Axes, shown: pd.DataFrame, best: pd.DataFrame) -> None:
     corners = zip(best["time"].tolist(), best["cost"].tolist(), strict=True)
     for (x, y), (next_x, next_y) in pairwise(corners):
         lines += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
-    label_marks(axes, labels, [], lines)
+    label_marks(axes, labels, lines)
 
 
 def _text(row: Any, several_orders: bool) -> str:

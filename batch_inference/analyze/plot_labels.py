@@ -49,18 +49,15 @@ class Label:
     size_pt: float = 5.0  # of the mark
 
 
-def label_marks(
-    axes: Axes, labels: Sequence[Label], marks: Iterable[Place], lines: Iterable[tuple[Place, Place]] = ()
-) -> None:
-    """`labels` are those that matter most first: one without room is left out, and of marks that lie on
-    one another the first alone has one. `lines`, level or upright, are kept clear of where that can be. To be called
-    when the limits of the axes are as they stay."""
+def label_marks(axes: Axes, labels: Sequence[Label], lines: Iterable[tuple[Place, Place]] = ()) -> None:
+    """`labels` are those that matter most first: one without room is left out, and of marks that lie on one another the
+    first alone has one. A mark without a text is kept clear of. `lines`, level or upright, are kept clear of where that
+    can be. To be called when the limits of the axes are as they stay."""
     frame = _box(axes, *zip(axes.get_xlim(), axes.get_ylim(), strict=True))
-    taken = [_grown(_box(axes, mark, mark), _MARK_PT) for mark in marks]
+    taken = [_grown(_box(axes, one.mark, one.mark), max(_MARK_PT, one.size_pt / 2)) for one in labels]
     thin = [_grown(_box(axes, *line), 0.5) for line in lines]
     labelled: list[Box] = []
-    taken += [_grown(_box(axes, one.mark, one.mark), one.size_pt / 2) for one in labels]
-    for one in labels:
+    for one in filter(lambda label: label.text, labels):
         middle = _box(axes, one.mark, one.mark)
         if any(map(_grown(middle, _MARK_PT).meets, labelled)):
             continue

@@ -26,6 +26,7 @@ from batch_inference.core.metrics import METRIC_BY_NAME
 _BARS = 40
 # Of a bar's part, its column and its colour.
 _PARTS = {"weights_gib": "weights", "activations_gib": "activations", "kv_pool_gib": "kv_pool"}
+_BAR_IN = 0.32
 # Width of a part from which on its number has room.
 _NUMBER_IN = 0.36
 
@@ -44,15 +45,17 @@ def memory(points: pd.DataFrame) -> Figure:
     of_replica = "replica" in set(known["memory_scope"]) and most[peak].notna().any()
     panels = ["device"] * bool(parts) + ["replica"] if of_replica else ["device"]
     handles: list[Any] = [Patch(facecolor=color(_PARTS[name]), label=METRIC_BY_NAME[name].label) for name in parts]
-    handles.append(hollow("D", color("ink"), f"Highest use, {_SCOPES[panels[-1]]}"))
-    figure, grid = new_figure(points, "Memory" + of_settings, len(panels), 0.32 * len(most) + 0.5, handles)
+    use = f"Highest use, {_SCOPES[panels[-1]]}"
+    handles.append(Patch(facecolor=color("used"), label=use) if of_replica else hollow("D", color("ink"), use))
+    title = "Memory" + of_settings
+    figure, grid = new_figure(points, title, len(panels), _BAR_IN * len(most) + 0.5, handles)
     for axes, panel in zip(grid, panels, strict=True):
-        if panel == "device":
+        if panel == "replica":
+            _draw_parts(axes, most[[peak]].fillna(0))
+        else:
             _draw_parts(axes, most[parts].fillna(0))
-        if panel == panels[-1]:
-            axes.plot(most[peak], range(len(most)), "D", color=color("ink"), markerfacecolor=color("paper"), zorder=3,
-                      clip_on=False)  # fmt: skip
-        if panel == "device":
+            if not of_replica:
+                _draw_peaks(axes, most[peak])
             _draw_capacity(axes, known)
         axes.set(xlabel=f"Memory of a {_SCOPES[panel]} [GiB]", xlim=(0, None))
         axes.grid(visible=False, axis="y")
@@ -78,16 +81,25 @@ def _names(points: pd.DataFrame) -> list[str]:
 
 
 def _name_bars(figure: Figure, axes: Axes, names: list[str]) -> None:
-    figure.subplots_adjust(left=(0.3 + 0.075 * min(30, max(map(len, names)))) / WIDTH_IN)
+    labels = list(short_names(names, 30).values())
+    figure.subplots_adjust(left=(0.3 + 0.075 * max(map(len, labels))) / WIDTH_IN)
     axes.set(yticks=list(range(len(names))), ylim=(len(names) - 0.4, -0.6))
-    axes.set_yticklabels(list(short_names(names, 30).values()))
+    axes.set_yticklabels(labels)
+
+
+def _draw_peaks(axes: Axes, values: pd.Series[float]) -> None:
+    style: dict[str, Any] = {"color": color("ink"), "markerfacecolor": color("paper"), "zorder": 3, "clip_on": False}
+    axes.plot(values, range(len(values)), "D", **style)
+
+
+def _face(part: object) -> str:
+    return color(_PARTS.get(str(part), "used"))
 
 
 def _draw_parts(axes: Axes, parts: pd.DataFrame) -> None:
     left = np.zeros(len(parts))
     for name in parts.columns:
-        face = color(_PARTS[str(name)])
-        axes.barh(range(len(parts)), parts[name], left=left, color=face, edgecolor=color("paper"), height=0.6)
+        axes.barh(range(len(parts)), parts[name], left=left, color=_face(name), edgecolor=color("paper"), height=0.6)
         left = left + parts[name].to_numpy()
     _number(axes, parts, float(left.max()))
 
@@ -99,7 +111,7 @@ def _number(axes: Axes, parts: pd.DataFrame, longest: float) -> None:
         for row, value in enumerate(parts[name]):
             if longest and value / longest * inches * 0.8 > _NUMBER_IN:
                 axes.text(left[row] + value / 2, row, f"{value:.1f}", ha="center", va="center", fontsize=7.5,
-                          color=text_on(color(_PARTS[str(name)])))  # fmt: skip
+                          color=text_on(_face(name)))  # fmt: skip
         left = left + parts[name].to_numpy()
 
 

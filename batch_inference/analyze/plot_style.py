@@ -24,6 +24,8 @@ from batch_inference.core.text import short_name
 # 8 inches at 200 dpi: sharp on a large screen, and what is 9 points there is still 9 points at 800 px.
 WIDTH_IN, DPI = 8.0, 200
 FACETS = 12
+# Characters below an axis of which three stand beside each other.
+_LONGEST_OF_THREE = 34
 # Rows of a legend with a column for each family of settings.
 _LEGEND_ROWS = 5
 BESIDE: dict[str, Any] = {"xytext": (-3, 3), "textcoords": "offset points", "ha": "right"}
@@ -79,7 +81,7 @@ def new_figure(
     heading = textwrap.wrap(title + mark, 78)
     small = [*textwrap.wrap(about, 118)[:3], *textwrap.wrap(note, 118)]
     heading_in = 0.14 + 0.22 * len(heading)
-    top_in, bottom_in = heading_in + 0.26 + 0.16 * len(small), 0.5 + legend_in
+    top_in, bottom_in = heading_in + 0.26 + 0.16 * len(small), (0.7 if columns == 3 else 0.5) + legend_in
     total_in = top_in + rows * height_in + 0.55 * (rows - 1) + bottom_in
     figure = Figure(figsize=(WIDTH_IN, total_in))
     figure.subplots_adjust(
@@ -217,7 +219,7 @@ def value_axis(axes: Axes, low: float, high: float, which: Literal["x", "y"] = "
         return
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low / 1.5, high * 1.5)})
     # A narrow facet has room for fewer numbers beside each other than above each other.
-    plain_log(axes, which, (1, 2, 5) if which == "y" and high < 2000 * low else (1,))
+    plain_log(axes, which, (1, 2, 5) if high < (2000 if which == "y" else 100) * low else (1,))
 
 
 def plain_log(axes: Axes, which: Literal["x", "y"], steps: tuple[int, ...] = (1,)) -> None:
@@ -260,7 +262,9 @@ def label_outside(grid: Sequence[Axes], x_label: str, y_label: str) -> None:
     for index, axes in enumerate(grid):
         axes.set_ylabel(_said(axes, "y", y_label) if index % columns == 0 else "")
         axes.tick_params(labelleft=index % columns == 0)
-        axes.set_xlabel(_said(axes, "x", x_label) if index + columns >= len(grid) else "")
+        label = _said(axes, "x", x_label) if index + columns >= len(grid) else ""
+        # Three long ones beside each other would meet.
+        axes.set_xlabel(label.replace(", log", ",\nlog") if columns == 3 and len(label) > _LONGEST_OF_THREE else label)
 
 
 def _said(axes: Axes, which: Literal["x", "y"], label: str) -> str:

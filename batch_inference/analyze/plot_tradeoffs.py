@@ -32,6 +32,17 @@ from batch_inference.analyze.plot_style import (
 
 ROOFLINE = "MFU and MBU against the roofline"
 _LATENCY, _PER_DEVICE = "latency_mean_s", "output_tok_per_s_per_device"
+_LABELLED = [
+    "setting",
+    "batch_size",
+    "global_batch_size",
+    "pareto",
+    "latency_ci95_s",
+    _LATENCY,
+    _PER_DEVICE,
+    "_x",
+    "mfu",
+]
 _NUMBERS = "number: batch size per replica"
 _HOW_TO_READ = (
     "How to read it: the height of a point is its MFU, the share of the device's arithmetic that is used. Right of "
@@ -81,6 +92,8 @@ def _draw_steps(axes: Axes, here: pd.DataFrame) -> None:
 def _draw_points(axes: Axes, here: pd.DataFrame, shown: Iterable[str]) -> None:
     look = looks(here)
     drawn = [Series(here[here["setting"] == name], look[name]) for name in shown if (here["setting"] == name).any()]
+    if not drawn:
+        return
     for one in drawn:
         x, y = (one.points[column].to_numpy(dtype=float) for column in (_LATENCY, _PER_DEVICE))
         x_half, y_half = (halves(one.points, column).to_numpy(dtype=float) for column in (_LATENCY, _PER_DEVICE))
@@ -99,16 +112,20 @@ def _draw_points(axes: Axes, here: pd.DataFrame, shown: Iterable[str]) -> None:
 
 def _with_sizes(drawn: Sequence[Series], sizes_pt: Sequence[Floats]) -> pd.DataFrame:
     """The points of all settings, each with the size of its mark."""
-    parts = [one.points.assign(_size_pt=size_pt) for one, size_pt in zip(drawn, sizes_pt, strict=True)]
-    return pd.concat(parts) if parts else pd.DataFrame()
+    parts = [one.points for one in drawn]
+    # Of a hundred columns each that is added is slow.
+    names = [name for name in _LABELLED if name in parts[0]]
+    return pd.concat(parts)[names].assign(_size_pt=np.concatenate(sizes_pt), _is_told=True)
 
 
 def _label_batches(axes: Axes, points: pd.DataFrame, x: str, y: str, lines: Iterable[tuple[Place, Place]] = ()) -> None:
     labels = [
-        Label((float(one), float(other)), str(batch), float(size_pt))
-        for one, other, batch, size_pt in points[[x, y, "batch_size", "_size_pt"]].itertuples(index=False)
+        Label((float(one), float(other)), str(batch) if is_told else "", float(size_pt))
+        for one, other, batch, size_pt, is_told in points[[x, y, "batch_size", "_size_pt", "_is_told"]].itertuples(
+            index=False
+        )
     ]
-    label_marks(axes, labels, [], lines)
+    label_marks(axes, labels, lines)
 
 
 def roofline(points: pd.DataFrame) -> Figure:
@@ -143,7 +160,7 @@ def _draw_utilisation(axes: Axes, here: pd.DataFrame, shown: Iterable[str]) -> N
         if not line.empty:
             (track,) = axes.plot(line["_x"], line["mfu"], color=look[name]["color"], linewidth=1)
             drawn.append(Series(line, look[name], track))
-    marked = _with_sizes(drawn, draw_marks(axes, drawn, "_x", "mfu"))
     if drawn:
+        marked = _with_sizes(drawn, draw_marks(axes, drawn, "_x", "mfu"))
         ends = marked.groupby("setting", observed=True)["global_batch_size"].agg(["idxmin", "idxmax"])
-        _label_batches(axes, marked[marked.index.isin(ends.to_numpy().ravel())], "_x", "mfu")
+        _label_batches(axes, marked.assign(_is_told=marked.index.isin(ends.to_numpy().ravel())), "_x", "mfu")
