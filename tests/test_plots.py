@@ -446,6 +446,12 @@ def test_the_front_has_intervals_in_both_directions_and_numbers_at_its_points(ta
     assert len(axes.collections) == 4
 
 
+def test_of_a_cloud_the_first_alone_have_numbers(table: Any) -> None:
+    points = [make_point(b, 8, [1 + b / 10]) for b in range(1, 202)]
+    assert 40 < len(plots.pareto(table([make_result(points=points[:200])])).axes[0].texts)
+    assert 0 < len(plots.pareto(table([make_result(points=points)])).axes[0].texts) <= 40
+
+
 def test_an_axis_of_efficiencies_begins_where_they_do(table: Any) -> None:
     one = make_result("tp_1", [make_point(4, 8, [1.0])])
     (axes,) = plots.scaling(table([one, make_result("tp_2", [make_point(4, 8, [0.6])], (2, 1, 1))])).axes

@@ -43,6 +43,8 @@ _LABELLED = [
     "_x",
     "mfu",
 ]
+# Of more marks on a facet, the first few alone have numbers: a cloud has no room, and to look for it takes long.
+_MOST_LABELLED, _FEW_LABELLED = 200, 40
 _NUMBERS = "number: batch size per replica"
 _HOW_TO_READ = (
     "How to read it: the height of a point is its MFU, the share of the device's arithmetic that is used. Right of "
@@ -119,6 +121,8 @@ def _with_sizes(drawn: Sequence[Series], sizes_pt: Sequence[Floats]) -> pd.DataF
 
 
 def _label_batches(axes: Axes, points: pd.DataFrame, x: str, y: str, lines: Iterable[tuple[Place, Place]] = ()) -> None:
+    if len(points) > _MOST_LABELLED:
+        points = points[points["_is_told"]].head(_FEW_LABELLED)
     labels = [
         Label((float(one), float(other)), str(batch) if is_told else "", float(size_pt))
         for one, other, batch, size_pt, is_told in points[[x, y, "batch_size", "_size_pt", "_is_told"]].itertuples(
