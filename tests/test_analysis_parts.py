@@ -7,19 +7,21 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from batch_inference.analyze import (
     exports,
     files,
     flags,
+    plot_heatmap,
     plot_lines,
+    plot_looks,
     plot_memory,
     plot_style,
     plots,
@@ -50,7 +52,7 @@ def analysed(results: Sequence[Result], folder: Path, question: Question | None 
 def test_how_much_is_shown() -> None:
     """What a reader was promised; beyond it everything is in results.csv, or is refused."""
     assert (sections.ROW_LIMIT, terminal.TEXT_ROWS, terminal.LIST_LIMIT, terminal.LINE_LIMIT) == (500, 12, 12, 400)
-    assert (plot_style.ALL_NAMED, plot_style.NAMED, plot_style.FACETS, plots._MAPS, plot_memory._BARS) == (
+    assert (plot_looks.ALL_NAMED, plot_looks.NAMED, plot_style.FACETS, plot_heatmap._MAPS, plot_memory._BARS) == (
         12, 8, 12, 6, 40,
     )  # fmt: skip
     assert (plot_style.WIDTH_IN, plot_style.DPI) == (8.0, 200)
@@ -359,15 +361,44 @@ def test_facets_stand_in_rows_of_three_and_four_in_two() -> None:
     assert [plot_style.columns_of(count) for count in range(1, 8)] == [1, 2, 3, 2, 3, 3, 3]
 
 
-def test_a_legend_is_as_wide_as_its_longest_word_allows() -> None:
-    def size(*labels: str) -> tuple[int, float]:
-        return plot_style._legend_size([SimpleNamespace(get_label=lambda label=label: label) for label in labels])
+def entry(label: str, family: str | None = None) -> Line2D:
+    handle = Line2D([], [], label=label)
+    handle.set_gid(family)
+    return handle
 
-    assert size() == (1, 0.05)
-    assert size("ab") == (1, pytest.approx(0.3))
-    assert size(*["ab"] * 20) == (11, pytest.approx(0.5))
-    assert size("a" * 40, *["b"] * 9) == (2, pytest.approx(1.1))
-    assert size("a" * 200, "b") == (1, pytest.approx(0.5))
+
+def legend(*handles: Line2D) -> list[tuple[int, list[str]]]:
+    """Of each block its columns, and its entries column by column; · where nothing is."""
+    return [
+        (block.columns, [one.get_label().replace(" ", "·") for one in block.entries])
+        for block in plot_style._blocks(handles)
+    ]
+
+
+def test_a_legend_has_a_column_for_each_family_and_for_the_rest() -> None:
+    settings = [entry(name, name[:2]) for name in ("tp1", "tp2", "tp4", "dp2")]
+    assert legend() == []
+    assert legend(*settings, entry("a")) == [(3, ["tp1", "tp2", "tp4", "dp2", "·", "·", "a", "·", "·"])]
+    rest = [entry(name) for name in "abcd"]
+    assert legend(*settings, *rest)[0] == (
+        4, ["tp1", "tp2", "tp4", "dp2", "·", "·", "a", "b", "c", "d", "·", "·"],
+    )  # fmt: skip
+
+
+def test_what_has_no_room_beside_the_families_stands_below_them() -> None:
+    settings = [entry(name, name[:2]) for name in ("tp1", "tp2", "dp2")]
+    assert legend(*settings, entry("x" * 100)) == [(2, ["tp1", "tp2", "dp2", "·"]), (1, ["x" * 100])]
+
+
+def test_a_legend_without_families_reads_row_by_row() -> None:
+    assert legend(*[entry(str(number), "one") for number in range(20)]) == [
+        (11, [text for column in range(11) for text in (str(column), str(column + 11) if column < 9 else "·")]),
+    ]  # fmt: skip
+    assert legend(entry("a" * 40), *[entry(letter) for letter in "bcd"]) == [(2, ["a" * 40, "c", "b", "d"])]
+    assert legend(entry("a" * 200), entry("b")) == [(1, ["a" * 200, "b"])]
+    # Families with names that are too long for columns.
+    wide = [entry(f"{family}{'x' * 60}{number}", family) for family in ("tp", "dp") for number in range(2)]
+    assert [columns for columns, _ in legend(*wide)] == [1]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +406,8 @@ def test_a_legend_is_as_wide_as_its_longest_word_allows() -> None:
     [
         ((1.0, 30.0), "y", (0, None), None), ((0.0, 500.0), "y", (0, None), None), ((1.0, 10.0), "x", (0, 10.5), None),
         ((1.0, 31.0), "y", (1 / 1.5, 46.5), (1, 2, 5)), ((1.0, 1999.0), "y", (1 / 1.5, 2998.5), (1, 2, 5)),
-        ((1.0, 2000.0), "y", (1 / 1.5, 3000.0), (1,)), ((2.0, 90.0), "x", (2 / 1.5, 135.0), (1,)),
+        ((1.0, 2000.0), "y", (1 / 1.5, 3000.0), (1,)), ((2.0, 199.0), "x", (2 / 1.5, 298.5), (1, 2, 5)),
+        ((2.0, 200.0), "x", (2 / 1.5, 300.0), (1,)),
     ],
 )  # fmt: skip
 def test_an_axis_is_as_long_as_its_values(
@@ -396,6 +428,7 @@ def test_an_axis_is_as_long_as_its_values(
 
 def test_axes_are_named_by_metric_and_unit() -> None:
     assert plot_style.axis_label("latency_p50_s") == "Batch latency, p50 [s]"
+    assert plot_style.axis_label("tpot_p50_s") == "Time per output token (TPOT), p50 [ms]"
     assert plot_style.axis_label("scaling_efficiency") == "Efficiency, 1 = ideal"
 
 
@@ -438,9 +471,13 @@ def test_each_plot_of_each_group_is_saved_or_told(tmp_path: Path, monkeypatch: p
         (" (group 4)", about, True),
         ("one_group_4.png", {"dpi": plots.DPI, "metadata": {"Software": f"{mark}one_group_4.png"}}),
         ("one_group_4.svg", {"metadata": {"Date": None, "Creator": f"{mark}one_group_4.svg"}}),
+        (" (group 4)", about, True),
+        ("one_group_4_dark.svg", {"metadata": {"Date": None, "Creator": f"{mark}one_group_4_dark.svg"}}),
         (" (group 5) [MIXED: dtype]", about, True),
         ("one_group_5.png", {"dpi": plots.DPI, "metadata": {"Software": f"{mark}one_group_5.png"}}),
         ("one_group_5.svg", {"metadata": {"Date": None, "Creator": f"{mark}one_group_5.svg"}}),
+        (" (group 5) [MIXED: dtype]", about, True),
+        ("one_group_5_dark.svg", {"metadata": {"Date": None, "Creator": f"{mark}one_group_5_dark.svg"}}),
     ]
     assert plots.write_plots([group(1, [])], tmp_path) == (
         [("One", tmp_path / "one.png"), ("Three", tmp_path / "three.png")], ["Two: because"],
@@ -455,7 +492,7 @@ def test_the_files_are_named_in_order_and_old_ones_go(tmp_path: Path, monkeypatc
     folder.mkdir()
     for name in ("results.parquet", "a.png"):
         (folder / name).touch()
-    for name in ("b.png", "b.svg", "p.png", "p.svg"):
+    for name in ("b.png", "b.svg", "b_dark.svg", "p.png", "p.svg", "p_dark.svg"):
         (folder / name).write_text(f"batch_inference analyze_results.py: {name}")
     asked: list[Any] = []
 
@@ -467,7 +504,7 @@ def test_the_files_are_named_in_order_and_old_ones_go(tmp_path: Path, monkeypatc
     text = report.write_report(analysis, ["u"], folder, ["p"])
     names = ("report.html", "report.md", "results.csv", "summary.json", "p.png")
     assert text.splitlines()[-7:] == ["", "not drawn: Q: why", *(str(folder / name) for name in names)]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "a.png", "p.svg"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "a.png", "p.svg", "p_dark.svg"])
     report.write_report(analysis, [], folder)
     report.write_report(analysis, [], folder, ())
     assert asked == [(1, folder, ["p"], []), (1, folder, None, [])]

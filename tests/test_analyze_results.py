@@ -73,7 +73,7 @@ def test_a_folder_becomes_summary_tables_reports_and_plots(analysed: tuple[Path,
     plots = [
         f"{name}.png" for name in ("throughput", "latency", "ttft", "tpot", "scaling", "pareto", "heatmap", "memory")
     ]
-    vectors = [name.replace("png", "svg") for name in plots]
+    vectors = [name.replace(".png", end) for name in plots for end in (".svg", "_dark.svg")]
     assert sorted(path.name for path in (folder / "analysis").iterdir()) == sorted(names + plots + vectors)
     assert done.stdout.splitlines()[-len(names + plots) :] == [
         str(folder / "analysis" / name) for name in names + plots

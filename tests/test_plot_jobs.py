@@ -14,12 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from batch_inference.analyze import plot_style, plots
+from batch_inference.analyze import plot_looks, plot_style, plots
 from batch_inference.analyze.job_sections import few_words
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
+from batch_inference.analyze.plot_colors import STYLES, color, shade
 from batch_inference.analyze.plot_jobs import JOB_PLOTS, job_cost, job_table, job_tables, job_throughput, job_timeline
-from batch_inference.analyze.plot_labels import label_marks
-from batch_inference.analyze.plot_style import NothingToShowError, in_short, looks
+from batch_inference.analyze.plot_labels import Label, label_marks
+from batch_inference.analyze.plot_looks import looks, prepared
+from batch_inference.analyze.plot_style import NothingToShowError, in_short
 from batch_inference.analyze.plot_timeline import course, phases
 from batch_inference.analyze.plots import write_plots
 from batch_inference.analyze.queues import QueuePoint
@@ -75,7 +77,6 @@ def marks(axes: Axes) -> list[tuple[float, float]]:
         (float(x), float(y))
         for line in axes.lines
         if line.get_linestyle() == "None" and line.get_marker() not in (".", "None", "|", "_")
-        and line.get_markersize() == 5
         for x, y in line.get_xydata()
     ]  # fmt: skip
 
@@ -97,7 +98,13 @@ def bars(axes: Axes) -> list[list[tuple[float, float]]]:
 
 
 def legend_labels(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+    """Row by row, without what fills the columns."""
+    found = []
+    for legend in figure.legends:
+        texts = [text.get_text() for text in legend.get_texts()]
+        rows = len(texts) // legend._ncols
+        found += [text for row in range(rows) for text in texts[row::rows] if text != " "]
+    return found
 
 
 def title(figure: Figure) -> str:
@@ -232,7 +239,7 @@ def test_the_front_is_a_line_through_the_points_that_nothing_beats() -> None:
     rows = [row("a", 1.0, 8), row("b", 2.0, 2), row("c", 3.0, 2), row("d", 4.0)]
     figure = job_cost(table(rows))
     assert (("-", [(1, 8), (2, 4)])) in lines(figure.axes[0], 1)
-    assert "front: no point is better in both" in legend_labels(figure)
+    assert plot_style.FRONT in legend_labels(figure)
     # One that beats all others is no line.
     figure = job_cost(table(rows[1:3]))
     assert not any(label.startswith("front") for label in legend_labels(figure))
@@ -270,7 +277,7 @@ def crowd(settings: int = 20) -> list[JobRow]:
 
 @pytest.mark.parametrize("rows", [crowd(), crowd(4), [row(hours=1 + 0.001 * n, batch_size=n + 1) for n in range(30)]])
 def test_no_label_lies_on_another_or_beyond_the_axes(rows: Sequence[JobRow]) -> None:
-    with plots.mpl.rc_context(plots.STYLE):
+    with plots.mpl.rc_context(STYLES["light"]):
         figure = job_cost(table(rows))
         figure.canvas.draw()
     (axes,) = figure.axes
@@ -287,7 +294,7 @@ def test_a_label_without_room_is_left_out_and_of_marks_on_one_another_the_first_
     axes = Figure(figsize=(8, 4)).add_subplot()
     axes.set(xlim=(0, 10), ylim=(0, 10))
     places = [(5.0, 5.0), (5.01, 5.01), (8.0, 8.0)]
-    label_marks(axes, list(zip(places, ("first", "second", "y" * 300), strict=True)), places)
+    label_marks(axes, list(map(Label, places, ("first", "second", "y" * 300))))
     assert [text.get_text() for text in axes.texts] == ["first"]
 
 
@@ -302,18 +309,21 @@ def test_the_plateau_is_drawn_against_requests_at_once_and_the_whole_sample_as_a
     assert lines(axes, 0.6) == [("-", [(4, 80), (16, 80)])]
     assert bars(axes) == [[(4, 45), (4, 55)], [(16, 90), (16, 110)]]
     assert list(axes.get_xticks()) == [4, 16]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Requests at once", "Output throughput [tok/s]")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "Requests at once, log scale", "Output throughput [tok/s]",
+    )  # fmt: skip
     assert axes.get_ylim()[1] > 110
     assert legend_labels(figure) == ["tp_1", "thin line: over the whole sample, with its drain"]
 
 
 def test_replicas_have_so_many_at_once_each() -> None:
     (axes,) = job_throughput(table([row(replicas=2)])).axes
-    assert axes.get_xlabel() == "Requests at once on each replica"
+    assert axes.get_xlabel() == "Requests at once on each replica, log scale"
 
 
 def test_each_budget_of_tokens_per_step_has_a_line_of_its_own() -> None:
-    rows = [row(batch_size=size, tokens_per_step=budget) for size in (4, 8) for budget in (2048, 512)]
+    rows = [row(batch_size=size, tokens_per_step=budget, plateau=budget / 10) for size in (4, 8)
+            for budget in (2048, 512)]  # fmt: skip
     figure = job_throughput(table([*rows, row("tp_2", tokens_per_step=512)]))
     styles = [style for style, points in lines(figure.axes[0], 1.4) if len(points) == 2]
     assert styles == ["-", "--"]
@@ -352,7 +362,8 @@ def test_each_says_of_which_job_and_what_it_was_measured_on(draw: Callable[[pd.D
 @pytest.mark.parametrize("draw", DRAWS[1:])
 def test_points_not_to_rely_on_are_hollow(draw: Callable[[pd.DataFrame], Figure]) -> None:
     figure = draw(table([row("a", verdict="suspect"), row("b", 3.0)]))
-    hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
+    drawn = [line for line in figure.axes[0].lines if len(line.get_xdata())]
+    hollow = [line for line in drawn if line.get_markerfacecolor() == color("paper")]
     assert len(hollow) == 1
     assert "hollow: suspect or invalid" in legend_labels(figure)
 
@@ -365,13 +376,13 @@ def test_no_forecast_leaves_nothing_to_draw(draw: Callable[[pd.DataFrame], Figur
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_of_many_settings_the_best_are_drawn_and_the_title_says_so(draw: Callable[[pd.DataFrame], Figure]) -> None:
-    (points,) = plot_style.named_first([table(crowd())])
+    (points,) = prepared([table(crowd())])
     figure = draw(points)
-    shown = 6 if draw is job_timeline else plot_style.NAMED
+    shown = 6 if draw is job_timeline else plot_looks.NAMED
     assert f"({shown} of the best of 20 settings" in title(figure)
     look = looks(points)
-    chosen = plot_style.named(points)
-    assert len({to_hex(look[name]["color"]) for name in chosen}) == plot_style.NAMED
+    chosen = plot_looks.named(points)
+    assert len({to_hex(look[name]["color"]) for name in chosen}) == plot_looks.NAMED
     assert points.loc[0, "setting"] in chosen
     assert points.sort_values("cost")["setting"].iloc[0] in chosen
 
@@ -381,7 +392,7 @@ def test_of_many_settings_the_best_are_drawn_and_the_title_says_so(draw: Callabl
 def test_nothing_is_written_beyond_the_sheet_or_over_the_legend(
     draw: Callable[[pd.DataFrame], Figure], rows: Sequence[JobRow]
 ) -> None:
-    with plots.mpl.rc_context(plots.STYLE):
+    with plots.mpl.rc_context(STYLES["light"]):
         figure = draw(table(rows))
         figure.canvas.draw()
     legend = figure.legends[0].get_window_extent()
@@ -417,16 +428,27 @@ def test_ticks_are_short_and_never_in_powers_of_ten(value: float, text: str) -> 
 def analysed(answers: Sequence[JobAnswer]) -> Any:
     names = list(dict.fromkeys(["first", *(row.setting for answer in answers for row in answer.rows)]))
     rows = pd.DataFrame({"setting": pd.Categorical(names, categories=names)})
-    return SimpleNamespace(rows=rows, jobs=answers)
+    return SimpleNamespace(rows=rows, jobs=answers, settings=[])
 
 
 def test_a_setting_looks_as_it_does_among_all_of_the_analysis() -> None:
-    ((mark, points),) = job_tables(analysed([answer([row("tp_1")])]))
+    ((mark, job),) = job_tables(analysed([answer([row("tp_2")])]))
     assert mark == ""
-    assert list(points["setting"].cat.categories) == ["first", "tp_1"]
+    assert list(job["setting"].cat.categories) == ["first", "tp_2"]
+    grid = pd.DataFrame({"setting": pd.Categorical(["tp_1", "tp_2"]), "tensor_parallel_size": [1, 2]})
+    (points, _) = prepared([job.assign(tensor_parallel_size=2), grid])
     handle = job_throughput(points).legends[0].legend_handles[0]
-    look = looks(pd.DataFrame({"setting": pd.Categorical([], categories=["first", "tp_1"])}))["tp_1"]
-    assert (handle.get_color(), handle.get_marker()) == (look["color"], look["marker"])
+    # By its family: alone it would have a colour of its own.
+    assert (handle.get_color(), handle.get_marker()) == (shade("tp", 0), "s")
+    assert looks(job)["tp_2"]["color"] != shade("tp", 0)
+
+
+def test_the_sizes_of_a_setting_are_those_of_its_file() -> None:
+    found = analysed([answer([row("tp_2")])])
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "data_parallel_size": 4}
+    one = SimpleNamespace(path=Path("a.json"), file="a.json", name="tp_2", shared=sizes)
+    ((_, job),) = job_tables(SimpleNamespace(rows=found.rows, jobs=found.jobs, settings=[one]))
+    assert job.iloc[0][list(sizes)].to_dict() == sizes
 
 
 def test_the_plots_of_each_job_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,11 @@ import pytest
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from batch_inference.analyze import plot_lines, plot_style, plots
+from batch_inference.analyze import plot_lines, plot_looks, plot_style
+from batch_inference.analyze.plot_heatmap import heatmap
+from batch_inference.analyze.plot_looks import looks, named, prepared, seats
 from batch_inference.analyze.plot_memory import memory
-from batch_inference.analyze.plot_style import batch_axis, looks, named, named_first, of_many, subtitle_of
+from batch_inference.analyze.plot_style import batch_axis, of_many, subtitle_of
 
 
 def crowd(settings: int, lengths: int = 1, **columns: Any) -> pd.DataFrame:
@@ -42,19 +44,21 @@ def test_the_best_are_those_of_every_goal_in_turns() -> None:
     points = crowd(13)
     # The last is the best per device, and the one before it the next.
     points = points.assign(output_tok_per_s_per_device=range(13))
-    assert named(points) == ["s00", "s12", "s01", "s11", "s02", "s10", "s03", "s09"]
+    assert plot_looks._best(points) == ["s00", "s12", "s01", "s11", "s02", "s10", "s03", "s09"]
+    assert named(points) == ["s00", "s01", "s02", "s03", "s09", "s10", "s11", "s12"]
     invalid = points.assign(verdict=["invalid"] + ["valid"] * 12)
     assert named(invalid)[0] == "s01"
 
 
 def test_named_settings_of_a_crowd_get_the_first_colours() -> None:
     few, many = crowd(13).iloc[:2], crowd(13).assign(latency_mean_s=1.0, output_tok_per_s=range(13))
-    (alone,) = named_first([few])
-    assert list(alone["setting"].cat.categories) == list(few["setting"].cat.categories)
-    one, two = named_first([few, many.assign(output_tok_per_s_per_device=range(13))])
+    (alone,) = prepared([few])
+    assert list(seats(alone)) == ["s00", "s01"]
+    one, two = prepared([few, many.assign(output_tok_per_s_per_device=range(13))])
     assert (one["_named"].all(), int(two["_named"].sum())) == (True, 8)
-    assert list(two["setting"].cat.categories)[:3] == ["s12", "s00", "s11"]
-    assert list(one["setting"].cat.categories) == list(two["setting"].cat.categories)
+    # The five of the middle have no name.
+    assert [name for name, (_, number) in seats(two).items() if number >= 8] == ["s04", "s05", "s06", "s07", "s08"]
+    assert seats(one) == {name: seats(two)[name] for name in ("s00", "s01")}
 
 
 def test_after_all_colours_the_dashes_change() -> None:
@@ -93,14 +97,14 @@ def test_names_in_a_legend_are_short_and_never_hidden() -> None:
 
 @pytest.mark.parametrize(("settings", "maps"), [(6, 6), (7, 1)])
 def test_six_settings_have_maps_of_their_own(settings: int, maps: int) -> None:
-    figure = plots.heatmap(crowd(settings))
+    figure = heatmap(crowd(settings, 2))
     assert len(figure.axes) == maps + 1
     assert ("the best of 7 settings" in figure.texts[0].get_text()) == (maps == 1)
 
 
 @pytest.mark.parametrize(("lowest", "norm"), [(1.0, Normalize), (0.99, LogNorm), (0.0, Normalize)])
 def test_a_map_of_numbers_far_apart_is_logarithmic(lowest: float, norm: type) -> None:
-    figure = plots.heatmap(crowd(1, 2, output_tok_per_s=[lowest, 30.0]))
+    figure = heatmap(crowd(1, 2, output_tok_per_s=[lowest, 30.0]))
     found = figure.axes[0].images[0].norm
     assert type(found) is norm
     assert (found.vmin, found.vmax) == (lowest if norm is LogNorm else 0, 30.0)

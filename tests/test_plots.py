@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from batch_inference.analyze import plot_style, plots
+from batch_inference.analyze import plot_looks, plot_style, plots
 from batch_inference.analyze.answers import Group, Question, analyse
-from batch_inference.analyze.plot_style import NothingToShowError, looks, named, named_first
+from batch_inference.analyze.plot_colors import STYLES, color, contrast, shade, text_on
+from batch_inference.analyze.plot_looks import looks, named, prepared, short_names
+from batch_inference.analyze.plot_style import NothingToShowError
 from batch_inference.analyze.plots import PLOTS, write_plots
 from batch_inference.analyze.tables import load_setting
 from batch_inference.core.result_file import save_result
@@ -60,13 +63,19 @@ def hollow(axes: Axes) -> list[tuple[float, float]]:
     return [
         (float(x), float(y))
         for line in axes.lines
-        if line.get_markerfacecolor() == "white"
+        if line.get_markerfacecolor() == color("paper")
         for x, y in line.get_xydata()
     ]
 
 
 def legend_labels(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+    """Row by row, without what fills the columns."""
+    found = []
+    for legend in figure.legends:
+        texts = [text.get_text() for text in legend.get_texts()]
+        rows = len(texts) // legend._ncols
+        found += [text for row in range(rows) for text in texts[row::rows] if text != " "]
+    return found
 
 
 def texts(figure: Figure) -> str:
@@ -82,7 +91,7 @@ def test_throughput_is_drawn_against_batch_size_with_a_facet_per_length(table: A
     assert lines(short) == [[(1, 64), (4, 64)], [(1, 128), (4, 128)]]
     assert lines(long) == [[(1, 64), (4, 64)]]
     assert short.get_ylabel() == "Output throughput [tok/s]"
-    assert short.get_xlabel() == "Batch size [requests]"
+    assert short.get_xlabel() == "Batch size [requests], log scale"
     assert legend_labels(figure) == ["tp_1", "tp_2"]
 
 
@@ -105,7 +114,7 @@ def test_too_many_batch_sizes_thin_the_ticks_and_not_the_points(table: Any) -> N
 def test_replicas_are_compared_at_equal_global_batch(table: Any) -> None:
     figure = plots.latency(table([make_result("dp_2", [make_point(4, 8, [1.0], replicas=2)], (1, 1, 2))]))
     assert lines(figure.axes[0]) == [[(8, 1.0)]]
-    assert figure.axes[0].get_xlabel() == "Global batch size [requests]"
+    assert figure.axes[0].get_xlabel() == "Global batch size [requests], log scale"
 
 
 def test_throughput_is_drawn_with_its_interval(table: Any) -> None:
@@ -117,19 +126,38 @@ def test_throughput_is_drawn_with_its_interval(table: Any) -> None:
     assert axes.get_ylabel() == "Output throughput [tok/s]"
 
 
+def test_the_latency_of_a_batch_is_the_mean_of_its_runs_with_its_interval(table: Any) -> None:
+    """Of a few runs percentile 99 would be their maximum."""
+    figure = plots.latency(table([make_result(points=[make_point(1, 8, [1.0, 2.0, 3.0])])]))
+    (axes,) = figure.axes
+    assert lines(axes) == [[(1, 2.0)]]
+    (bar,) = axes.collections[0].get_segments()
+    half = 1.4 * 4.303 / math.sqrt(3)
+    assert [float(y) for _, y in bar] == pytest.approx([2 - half, 2 + half], rel=1e-3)
+    assert axes.get_ylabel() == "Batch latency, mean [s]"
+    assert not [line for line in axes.lines if line.get_gid() == "thin"]
+    assert legend_labels(figure) == ["tp_1"]
+
+
 @pytest.mark.parametrize(
     ("draw", "factor", "label"),
-    [(plots.latency, 1, "Batch latency, p50 [s]"), (plots.ttft, 0.1, "Time to first token (TTFT), p50 [s]"),
-     (plots.tpot, 0.9 / 31, "Time per output token (TPOT), p50 [s]")],
+    [(plots.ttft, 0.1, "Time to first token (TTFT), p50 [s]"),
+     (plots.tpot, 900 / 31, "Time per output token (TPOT), p50 [ms]")],
 )  # fmt: skip
-def test_percentiles_are_a_line_at_the_median_and_a_thin_one_at_p99(
+def test_percentiles_are_a_line_at_the_median_and_a_thin_one_at_p99_of_a_hundred_requests(
     table: Any, draw: Any, factor: float, label: str
 ) -> None:
-    (axes,) = draw(table([make_result(points=[make_point(1, 8, [1.0, 2.0, 3.0])])])).axes
-    assert lines(axes) == [[(1, pytest.approx(2.0 * factor))]]
+    few, enough = make_point(33, 8, [1.0, 2.0, 3.0]), make_point(34, 8, [1.0, 2.0, 3.0])
+    figure = draw(table([make_result(points=[few, enough])]))
+    (axes,) = figure.axes
+    assert lines(axes) == [[(33, pytest.approx(2.0 * factor)), (34, pytest.approx(2.0 * factor))]]
     (thin,) = [line for line in axes.lines if line.get_gid() == "thin"]
-    assert list(thin.get_ydata()) == pytest.approx([2.98 * factor])
+    assert list(thin.get_ydata()) == pytest.approx([math.nan, 3.0 * factor], nan_ok=True)
     assert axes.get_ylabel() == label
+    assert legend_labels(figure)[1:] == ["thin line: p99 of 100 requests or more"]
+    assert legend_labels(draw(table([make_result(points=[enough])])))[1:] == ["thin line: p99"]
+    (axes,) = draw(table([make_result(points=[few])])).axes
+    assert not [line for line in axes.lines if line.get_gid() == "thin"]
 
 
 def test_all_points_of_all_facets_are_within_the_axes(table: Any) -> None:
@@ -172,7 +200,7 @@ def test_weak_scaling_is_drawn_at_equal_batch_per_replica(table: Any) -> None:
     two = make_result("dp_2", [make_point(4, 8, [1.25], replicas=2)], (1, 1, 2))
     figure = plots.scaling_weak(table([one, two]))
     assert lines(figure.axes[0]) == [[(4, pytest.approx(0.8))]]
-    assert figure.axes[0].get_xlabel() == "Batch size per replica [requests]"
+    assert figure.axes[0].get_xlabel() == "Batch size per replica [requests], log scale"
     with pytest.raises(NothingToShowError, match="no setting has replicas"):
         plots.scaling_weak(table(make_sweep(SETTINGS[:2])))
 
@@ -237,7 +265,7 @@ def test_the_heat_map_has_a_cell_per_batch_and_length_and_none_where_nothing_is(
 
 
 def test_the_heat_map_of_many_settings_shows_the_best_at_each_place(table: Any) -> None:
-    figure = plots.heatmap(table(make_sweep(SETTINGS, batch_sizes=(4, 8))))
+    figure = plots.heatmap(table(make_sweep(SETTINGS, batch_sizes=(4, 8), seq_lens=(8, 16))))
     assert "the best of 12 settings" in texts(figure)
     assert len(figure.axes) == 2  # one map and its scale
     assert "tp_8" in {text.get_text().split("\n")[-1] for text in figure.axes[0].texts}
@@ -261,7 +289,8 @@ def test_memory_is_drawn_per_setting_with_the_highest_use(table: Any) -> None:
     assert [float(bar.get_width()) for bar in axes.patches] == pytest.approx([12.6, 6.3, 40.0, 40.0])
     assert [float(bar.get_x()) for bar in axes.patches] == pytest.approx([0, 0, 12.6, 6.3])
     assert legend_labels(figure)[2] == "Highest use, device"
-    assert "79.6 GiB" in axes.texts[0].get_text()
+    assert [text.get_text() for text in axes.texts] == ["12.6", "6.3", "40.0", "40.0", "memory of a device, 79.6 GiB"]
+    assert axes.get_xlabel() == "Memory of a device [GiB]"
 
 
 def test_memory_on_a_cpu_is_that_of_the_processes(table: Any) -> None:
@@ -269,7 +298,13 @@ def test_memory_on_a_cpu_is_that_of_the_processes(table: Any) -> None:
     points[0].runs[0].memory.scope = "replica"
     figure = plots.memory(table([make_result(points=points, environment={"device_kind": "cpu"})]))
     assert legend_labels(figure)[2] == "Highest use, replica's processes"
-    assert figure.axes[0].texts[:] == []
+    # What processes use together is on no axis with what a device has.
+    device, processes = figure.axes
+    assert [float(bar.get_width()) for bar in device.patches] == pytest.approx([12.6, 40.0])
+    assert [float(bar.get_width()) for bar in processes.patches] == [60.0]
+    assert (device.get_xlabel(), processes.get_xlabel()) == (
+        "Memory of a device [GiB]", "Memory of a replica's processes [GiB]",
+    )  # fmt: skip
 
 
 def test_activations_and_the_peak_are_drawn_where_they_are_known(table: Any) -> None:
@@ -291,9 +326,9 @@ def test_the_mark_is_at_the_highest_use_of_all_points_of_a_setting(table: Any) -
 
 
 def test_the_map_of_many_settings_holds_the_highest_number_of_each_place(table: Any) -> None:
-    results = [make_result(f"s{number}", [make_point(1, 8, [1.0 + number])]) for number in range(8)]
+    results = [make_result(f"s{number}", [make_point(1, n, [1.0 + number]) for n in (8, 16)]) for number in range(8)]
     figure = plots.heatmap(table(results))
-    assert figure.axes[0].images[0].get_array().tolist() == [[32.0]]
+    assert figure.axes[0].images[0].get_array().tolist() == [[32.0], [32.0]]
     assert "s0" in {text.get_text().split("\n")[-1] for text in figure.axes[0].texts}
 
 
@@ -307,7 +342,7 @@ def test_unknown_memory_is_not_drawn(table: Any) -> None:
 
 
 def test_a_setting_has_the_same_colour_in_every_plot_and_part(table: Any) -> None:
-    points = table(make_sweep(SETTINGS))
+    (points,) = prepared([table(make_sweep(SETTINGS))])
     look = looks(points)
     part = points[points["setting"].isin(["tp_8", "tp_4"])]
     for draw in (plots.throughput, plots.latency, plots.scaling):
@@ -315,7 +350,6 @@ def test_a_setting_has_the_same_colour_in_every_plot_and_part(table: Any) -> Non
         assert [(h.get_color(), h.get_marker()) for h in handles[:2]] == [
             (look[name]["color"], look[name]["marker"]) for name in ("tp_4", "tp_8")
         ]
-    assert plots.memory(part).axes[0].patches[0].get_facecolor()[:3] == look["tp_4"]["color"]
 
 
 def test_twelve_settings_are_told_apart(table: Any) -> None:
@@ -331,7 +365,7 @@ def test_every_figure_says_what_it_was_measured_on(table: Any) -> None:
     )
     for _, _, draw in PLOTS:
         figure = draw(points)
-        assert figure.get_figwidth() == plots.WIDTH_IN
+        assert figure.get_figwidth() == plot_style.WIDTH_IN
         for fact in ("NVIDIA H100", "Llama-2-7b-chat-hf", "vLLM 0.32.0", "bfloat16"):
             assert fact in texts(figure)
 
@@ -353,35 +387,162 @@ def test_the_legend_covers_no_data(table: Any) -> None:
         assert all(box.y1 <= axes.get_tightbbox().y0 for axes in figure.axes)
 
 
+# --- what a reader can tell apart ---------------------------------------------------------------------------------
+
+NINE = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4), (2, 1, 2), (2, 2, 1)]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_settings_of_a_family_share_a_hue_and_none_looks_like_another(table: Any, theme: Any) -> None:
+    with mpl.rc_context(STYLES[theme]):
+        seen = looks(table(make_sweep(SETTINGS[:11], batch_sizes=(1,))))
+        assert all(contrast(look["color"], color("paper")) >= 3 for look in seen.values())
+        assert seen["tp_2"]["color"] == shade("tp", 0)
+        assert seen["tp_8"]["color"] == shade("tp", 2)
+        assert seen["dp_4"]["color"] == shade("dp", 1)
+        assert seen["tp_2_pp_2"]["color"] == shade("mixed", 0)
+    assert len({look["color"] for look in seen.values()}) == len({look["marker"] for look in seen.values()}) == 11
+
+
+def test_the_legend_has_a_column_for_each_family_smallest_first(table: Any) -> None:
+    figure = plots.throughput(table(make_sweep(NINE)))
+    (legend,) = figure.legends
+    assert legend._ncols == 4
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "tp_1", "tp_2", "tp_4", "pp_2", "pp_4", " ", "dp_2", "dp_4", " ", "tp_2_dp_2", "tp_2_pp_2", " ",
+    ]  # fmt: skip
+
+
+def test_many_settings_of_one_family_have_colours_as_unlike_as_can_be(table: Any) -> None:
+    points = table([make_result(f"s{number}", [make_point()]) for number in range(7)])
+    assert len({look["color"] for look in looks(points).values()}) == 7
+
+
+def test_settings_at_the_same_place_stand_within_each_other(table: Any) -> None:
+    """Of replicas throughput per device and latency are those of the setting without them."""
+    one = make_result("tp_1", [make_point(b, 8, [1.0 + b]) for b in (4, 8)])
+    two = make_result("dp_2", [make_point(b, 8, [1.0 + b], replicas=2) for b in (4, 8)], (1, 1, 2))
+    (axes,) = plots.pareto(table([one, two])).axes
+    sizes = {
+        (to_hex(line.get_color()), line.get_markersize()) for line in axes.lines if line.get_marker() in ("o", "^")
+    }
+    assert sizes == {(shade("one", 0), 8.5), (shade("dp", 0), 5.0)}
+    # A number for both; the batch size of a replica.
+    assert sorted(text.get_text() for text in axes.texts) == ["4", "8"]
+
+
+def test_a_line_under_another_is_wider(table: Any) -> None:
+    one, two = (make_result(name, [make_point(b, 8, [1.0 + b]) for b in (4, 8)]) for name in ("a", "b"))
+    (axes,) = plots.throughput(table([one, two])).axes
+    assert [line.get_linewidth() for line in axes.lines if line.get_marker() == "None"] == [4.0, 1.4]
+
+
+def test_the_front_has_intervals_in_both_directions_and_numbers_at_its_points(table: Any) -> None:
+    figure = plots.pareto(table(make_sweep(SETTINGS[:2], batch_sizes=(4, 16))))
+    (axes,) = figure.axes
+    assert sorted(text.get_text() for text in axes.texts) == ["16", "16", "4", "4"]
+    assert legend_labels(figure)[-1] == "number: batch size per replica"
+    # A bar along each axis for each setting.
+    assert len(axes.collections) == 4
+
+
+def test_of_a_cloud_the_first_alone_have_numbers(table: Any) -> None:
+    points = [make_point(b, 8, [1 + b / 10]) for b in range(1, 202)]
+    assert len(plots.pareto(table([make_result(points=points[:200])])).axes[0].texts) > 40
+    assert 0 < len(plots.pareto(table([make_result(points=points)])).axes[0].texts) <= 40
+
+
+def test_an_axis_of_efficiencies_begins_where_they_do(table: Any) -> None:
+    one = make_result("tp_1", [make_point(4, 8, [1.0])])
+    (axes,) = plots.scaling(table([one, make_result("tp_2", [make_point(4, 8, [0.6])], (2, 1, 1))])).axes
+    assert axes.get_ylim() == (pytest.approx(0.8), pytest.approx(1.05))
+
+
+def test_the_roofline_says_in_words_how_to_read_it(table: Any) -> None:
+    points = table([make_result(points=[make_point(1, 8), make_point(2, 8)])]).assign(mfu=[0.1, 0.4], mbu=[0.5, 0.2])
+    figure = plots.roofline(points)
+    assert "MBU, is how near a point is to the slanted roof" in texts(figure).replace("\n", " ")
+    assert figure.axes[0].get_xlabel() == "MFU / MBU, 1 = ridge, log scale"
+
+
+def test_a_map_marks_what_not_to_rely_on_and_says_what_was_not_measured(table: Any) -> None:
+    one = make_result("tp_1", [make_point(1, 8, [1.0]), make_point(4, 8, [1.0], verdict="suspect")])
+    figure = plots.heatmap(table([one, make_result("tp_2", [make_point(1, 8, [0.5])], (2, 1, 1))]))
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["tp_1", "tp_2"]
+    assert [(text.get_text(), text.get_fontweight()) for text in axes.texts] == [
+        ("32.00", "normal"), ("128.0*", "normal"), ("64.00", "bold"),
+    ]  # fmt: skip
+    assert legend_labels(figure) == ["*: suspect or invalid", "not measured", "bold: the highest of its batch size"]
+    assert to_hex(axes.get_facecolor()) == color("blank")
+    assert legend_labels(plots.heatmap(table([one]))) == ["*: suspect or invalid"]
+
+
+def test_numbers_in_cells_and_bars_can_be_read(table: Any) -> None:
+    """As WCAG 2 asks of text: a contrast of 4.5."""
+    points = [make_point(b, n, [b**0.1]) for b in (1, 2, 4, 8, 16, 32, 64) for n in (8, 16)]
+    axes = plots.heatmap(table([make_result(points=points)])).axes[0]
+    (image,) = axes.images
+    assert len(axes.texts) == 14
+    for text in axes.texts:
+        column, row = (round(place) for place in text.get_position())
+        cell = image.cmap(image.norm(image.get_array()[row, column]))
+        assert contrast(text.get_color(), cell) >= 4.5
+    for theme in STYLES:
+        with mpl.rc_context(STYLES[theme]):
+            for part in ("weights", "activations", "kv_pool"):
+                assert contrast(text_on(color(part)), color(part)) >= 4.5
+            assert contrast(color("ink"), color("paper")) >= 4.5
+            assert contrast(color("soft"), color("paper")) >= 4.5
+
+
+def test_the_best_of_many_settings_is_named_where_that_has_room(table: Any) -> None:
+    settings = [(2, 2, 2), *SETTINGS[:6]]
+    (axes, _) = plots.heatmap(table(make_sweep(settings, batch_sizes=range(1, 7), seq_lens=(8, 16)))).axes
+    names = {text.get_text().split("\n", 1)[-1] for text in axes.texts}
+    assert names == {"tp_8", "tp_2_pp_2_d\np_2"}
+    (axes, _) = plots.heatmap(table(make_sweep(settings, batch_sizes=range(1, 40), seq_lens=(8, 16)))).axes
+    assert {text.get_text() for text in axes.texts} == {""}
+
+
+def test_two_names_never_become_one() -> None:
+    assert list(short_names(["tp_2_" + "x" * 30, "b"], 12).values()) == ["tp_2_x…xxxxx", "b"]
+    # Each shows where it is unlike the other, or the whole of itself.
+    long = ["x" * 30 + f"_{number}_" + "y" * 30 for number in range(2)]
+    assert list(short_names(["a", *long], 14).values()) == ["a", "xxxx…xx_0…yyyy", "xxxx…xx_1…yyyy"]
+    longer = [one + f"_{number}_" + other for one in long for number in range(2) for other in ("z" * 40,)]
+    assert short_names(longer, 14) == {name: name for name in longer}
+
+
 # --- many ---------------------------------------------------------------------------------------------------------
 
 MANY = [(tp, pp, dp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for dp in (1, 2, 4)]
 
 
 def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any) -> None:
-    (points,) = named_first([group.points for group in groups(make_sweep(MANY, batch_sizes=(1, 4, 16)))])
+    (points,) = prepared([group.points for group in groups(make_sweep(MANY, batch_sizes=(1, 4, 16)))])
     names = named(points)
-    assert len(names) == plot_style.NAMED
+    assert len(names) == plot_looks.NAMED
     assert "tp_8_pp_4_dp_4" in names
     look = looks(points)
-    assert len({to_hex(look[name]["color"]) for name in names}) == plot_style.NAMED
+    assert len({to_hex(look[name]["color"]) for name in names}) == plot_looks.NAMED
     figures = {draw: draw(points) for draw in (plots.throughput, plots.latency, plots.pareto)}
     for figure in figures.values():
-        assert f"{plot_style.NAMED} of the best of 36 settings, grey:" in texts(figure).replace("\n", " ")
-        assert len(legend_labels(figure)) <= plot_style.NAMED + 2
+        assert f"{plot_looks.NAMED} of the best of 36 settings, grey:" in texts(figure).replace("\n", " ")
+        assert len(legend_labels(figure)) <= plot_looks.NAMED + 2
     (band,) = [
         item
         for item in figures[plots.latency].axes[0].collections
         if type(item).__name__ == "FillBetweenPolyCollection"
     ]
     low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
-    others = points[~points["setting"].isin(names)]["latency_p50_s"]
+    others = points[~points["setting"].isin(names)]["latency_mean_s"]
     assert (low, high) == pytest.approx((others.min(), others.max()))
 
 
 def test_the_best_of_many_are_those_that_are_faster(table: Any) -> None:
     points = table([make_result(f"s{latency_s:02}", [make_point(1, 8, [latency_s])]) for latency_s in range(1, 15)])
-    assert named(points) == [f"s{latency_s:02}" for latency_s in range(1, plot_style.NAMED + 1)]
+    assert named(points) == [f"s{latency_s:02}" for latency_s in range(1, plot_looks.NAMED + 1)]
 
 
 @pytest.mark.slow
@@ -403,6 +564,9 @@ def test_every_plot_becomes_a_png_and_an_svg_and_an_empty_one_a_reason(groups: A
     assert [path.name for _, path in written] == [f"{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for _, path in written)
     assert all("<svg" in path.with_suffix(".svg").read_text() for _, path in written)
+    light, dark = (tmp_path / f"throughput{end}.svg" for end in ("", "_dark"))
+    papers = [re.findall(r"fill: (#[0-9a-f]{6})", file.read_text())[0] for file in (light, dark)]
+    assert papers == ["#ffffff", "#12161c"]
     assert missing == [
         "Scaling efficiency, strong: every measured setting has the same number of devices",
         "Scaling efficiency, weak: no setting has replicas",

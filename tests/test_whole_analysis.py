@@ -24,7 +24,9 @@ from matplotlib.figure import Figure
 from batch_inference.analyze import plots
 from batch_inference.analyze.answers import Analysis, Question, analyse
 from batch_inference.analyze.decide import Limits
-from batch_inference.analyze.plot_style import named_first, subtitle_of
+from batch_inference.analyze.plot_colors import STYLES
+from batch_inference.analyze.plot_looks import prepared
+from batch_inference.analyze.plot_style import subtitle_of
 from batch_inference.analyze.plots import PLOTS
 from batch_inference.analyze.report import write_report
 from batch_inference.analyze.tables import MeasuredSetting, load_setting
@@ -265,15 +267,15 @@ def tables(analysis: Analysis, tmp_path_factory: pytest.TempPathFactory) -> dict
     known = analysis.groups[1].points
     known = known.assign(mfu=known["output_tok_per_s"] / 1000, mbu=known["latency_mean_s"] / 9, activations_gib=2.5)
     crowd = analyse(read(many(), tmp_path_factory.mktemp("many")), Question()).groups[0].points
-    (points,) = named_first([known])
-    (crowd,) = named_first([crowd.assign(mfu=0.2, mbu=0.01 * crowd["latency_mean_s"])])
+    (points,) = prepared([known])
+    (crowd,) = prepared([crowd.assign(mfu=0.2, mbu=0.01 * crowd["latency_mean_s"])])
     return {"few": points.assign(_mark=" (group 2)", _about=subtitle_of(points)), "many": crowd}
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in PLOTS])
 def test_every_plot_is_drawn_as_it_should_be(tables: dict[str, pd.DataFrame], name: str) -> None:
     (draw,) = [draw for one, _, draw in PLOTS if one == name]
-    with plots.mpl.rc_context(plots.STYLE):
+    with plots.mpl.rc_context(STYLES["light"]):
         assert_expected(**{f"plot_{name}_txt": "\n".join(described(draw(tables["few"]))) + "\n"})
 
 
@@ -283,5 +285,5 @@ def test_plots_of_many_settings_and_lengths(tables: dict[str, pd.DataFrame], nam
     lengths = sorted(tables["many"]["seq_len"].unique())
     # Four facets take time enough, but where the number of them is what is told.
     part = tables["many"] if name == "heatmap" else tables["many"][tables["many"]["seq_len"].isin(lengths[:4])]
-    with plots.mpl.rc_context(plots.STYLE):
+    with plots.mpl.rc_context(STYLES["light"]):
         assert_expected(**{f"many_{name}_txt": "\n".join(described(draw(part))) + "\n"})

@@ -6,9 +6,11 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from batch_inference.analyze.compare import PLACE, halves, overlapping
+from batch_inference.analyze.front import Measured, is_on_front
 from batch_inference.analyze.tables import believable, half_width, percentile_column
 from batch_inference.core.metrics import METRIC_BY_NAME, Better
 
@@ -131,11 +133,13 @@ def with_cost(table: pd.DataFrame, price: float | None) -> pd.DataFrame:
 
 
 def with_pareto(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds `pareto`: no other point of the group and length is better in latency and in throughput per device."""
+    """Adds `pareto`: no other point of the group and length is better in latency or in throughput per device beyond
+    both intervals, and in the other not worse beyond them."""
     latency, throughput = "latency_mean_s", "output_tok_per_s_per_device"
     points = believable(table).dropna(subset=[latency, throughput])
-    points = points.sort_values([latency, throughput], ascending=[True, False], kind="stable")
-    by = [points["group"], points["seq_len"]]
-    highest_before = points.groupby(by)[throughput].cummax().groupby(by).shift()
-    front = points.index[~(points[throughput] <= highest_before)]
-    return table.assign(pareto=table.index.isin(front))
+    columns = points[latency], points["latency_ci95_s"], points[throughput], halves(points, throughput)
+    numbers = np.array([column.fillna(0.0).to_numpy(dtype=float) for column in columns])
+    front = np.zeros(len(points), dtype=bool)
+    for places in points.groupby(["group", "seq_len"]).indices.values():
+        front[places] = is_on_front(Measured(*numbers[:, places]))
+    return table.assign(pareto=table.index.isin(points.index[front]))

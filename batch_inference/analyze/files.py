@@ -167,10 +167,15 @@ def mark_of(plot: Path) -> str:
     return f"batch_inference analyze_results.py: {plot.name}"
 
 
+def dark_variant(plot: Path) -> Path:
+    """The same plot, for a dark page."""
+    return plot.with_stem(f"{plot.stem}_dark")
+
+
 def remove_plots(folder: Path, keep: Iterable[Path]) -> None:
-    """Removes the plots that this program wrote into `folder`, but those to `keep`. What has no mark is another
-    program's, and what has the mark of another name is a copy that somebody made."""
-    kept = {path.name for path in keep}
+    """Removes the plots that this program wrote into `folder`, but those to `keep` and their dark variants. What has no
+    mark is another program's, and what has the mark of another name is a copy that somebody made."""
+    kept = {name for path in keep for name in (path.name, dark_variant(path).name)}
     for path in sorted([*folder.glob("*.png"), *folder.glob("*.svg")]):
         if path.name not in kept and _is_marked(path):
             path.unlink()

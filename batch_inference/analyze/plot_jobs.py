@@ -17,30 +17,29 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from batch_inference.analyze.answers import Analysis
+from batch_inference.analyze.compare import SIZES
+from batch_inference.analyze.front import Measured, is_on_front
 from batch_inference.analyze.job_sections import few_words, unit_of
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
-from batch_inference.analyze.plot_labels import Place, label_marks
-from batch_inference.analyze.plot_lines import draw_bars, draw_marks
+from batch_inference.analyze.plot_colors import color
+from batch_inference.analyze.plot_labels import Label, Place, label_marks
+from batch_inference.analyze.plot_looks import ALL_NAMED, DASHES, NAMED, Look, looks, named, of_settings
+from batch_inference.analyze.plot_marks import Series, draw_bars, draw_marks, draw_others
 from batch_inference.analyze.plot_style import (
-    ALL_NAMED,
-    DASHES,
     FRONT,
-    NAMED,
     WIDTH_IN,
-    Look,
     NothingToShowError,
     axis_label,
     batch_axis,
     handles_of,
     in_short,
     label_outside,
-    looks,
-    named,
     new_figure,
-    of_settings,
     value_axis,
+    words_only,
 )
 from batch_inference.analyze.plot_timeline import PLATEAU, timeline
+from batch_inference.analyze.tables import setting_labels
 from batch_inference.core.text import on_each
 
 _TIMELINE = "Throughput over time"
@@ -57,10 +56,19 @@ def job_tables(analysis: Analysis) -> list[tuple[str, pd.DataFrame]]:
     """Of each job what the titles of its plots end with, and its table."""
     categories = list(analysis.rows["setting"].cat.categories)
     several = len(analysis.jobs) > 1
+    labels = setting_labels(analysis.settings)
+    sizes = pd.DataFrame(
+        {labels[one.path]: [one.shared.get(name) for name in SIZES] for one in analysis.settings}, index=list(SIZES)
+    ).T
     return [
-        (_mark(answer, number if several else None), job_table(answer, categories))
+        (_mark(answer, number if several else None), _with_sizes(job_table(answer, categories), sizes))
         for number, answer in enumerate(analysis.jobs, 1)
     ]
+
+
+def _with_sizes(table: pd.DataFrame, sizes: pd.DataFrame) -> pd.DataFrame:
+    """By which the settings of a family look alike."""
+    return table.assign(**{name: table["setting"].astype(object).map(sizes[name]) for name in SIZES})
 
 
 def _mark(answer: JobAnswer, number: int | None) -> str:
@@ -141,37 +149,44 @@ def job_cost(points: pd.DataFrame) -> Figure:
     handles = [*handles_of(points, named(points))]
     best = points[_is_front(points)]
     if len(best) > 1:
-        handles.append(Line2D([], [], color="0.25", linewidth=1, label=FRONT))
-    handles.append(Line2D([], [], linestyle="", label=f"number: requests at once{per_step}"))
+        handles.append(Line2D([], [], color=color("ink"), linewidth=1, label=FRONT))
+    handles.append(words_only(f"number: requests at once{per_step}"))
     figure, (axes,) = new_figure(points, _COST + _of_many(points, _OTHERS), 1, 3.8, handles)
     if points["cost"].max() < _LONG_NUMBERS:
         figure.subplots_adjust(left=1.0 / WIDTH_IN)
     look, shown = looks(points), points[points["setting"].isin(named(points))]
     others = points.drop(shown.index)
-    axes.plot(others["time"], others["cost"], ".", color="0.8", markersize=3, zorder=1, rasterized=True)
+    draw_others(axes, others, "time", "cost")
     for name, here in shown.groupby("setting", observed=True):
         errors = {
             f"{which}err": here[[f"{column}_low", f"{column}_high"]].sub(here[column], axis=0).abs().to_numpy().T
             for which, column in (("x", "time"), ("y", "cost"))
         }
         draw_bars(axes, here["time"].to_numpy(), here["cost"].to_numpy(), look[str(name)], **errors)
-        draw_marks(axes, here, "time", "cost", look[str(name)])
-    axes.step(best["time"], best["cost"], where="post", color="0.25", linewidth=1, zorder=1.5)
+    axes.step(best["time"], best["cost"], where="post", color=color("ink"), linewidth=1, zorder=1.5)
     value_axis(axes, *_limits(points, "time"), "x")
     _upright_axis(axes, *_limits(points, "cost"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(in_short))
+    of_settings = [Series(shown[shown["setting"] == name], look[name]) for name in named(points)]
+    sizes_pt = draw_marks(axes, of_settings, "time", "cost")
+    parts = [one.points.assign(size_pt=size_pt) for one, size_pt in zip(of_settings, sizes_pt, strict=True)]
     first = points.iloc[0]
-    axes.set_xlabel(f"Time of the job [{first['unit']}]")
-    axes.set_ylabel("Cost of the job" if first["is_priced"] else f"Device time of the job [device-{first['unit']}]")
-    _label_points(axes, shown, best)
+    cost = "Cost of the job" if first["is_priced"] else f"Device time of the job [device-{first['unit']}]"
+    label_outside([axes], f"Time of the job [{first['unit']}]", cost)
+    _label_points(axes, pd.concat(parts).sort_index(), best)
     return figure
 
 
 def _is_front(points: pd.DataFrame) -> pd.Series[bool]:
-    """The points are in order of their time."""
-    costs = points["cost"]
-    return costs < costs.cummin().shift(fill_value=math.inf)
+    """What nothing beats beyond the intervals, and of that what is cheaper than all faster ones. The points are in
+    order of their time."""
+    time_half, cost_half = (
+        points[f"{name}_high"].sub(points[f"{name}_low"]).to_numpy() / 2 for name in ("time", "cost")
+    )
+    on = is_on_front(Measured(points["time"].to_numpy(), time_half, -points["cost"].to_numpy(), cost_half))
+    costs = points["cost"].where(on)
+    return costs < costs.cummin().ffill().shift().fillna(math.inf)
 
 
 def _limits(points: pd.DataFrame, column: str) -> tuple[float, float]:
@@ -192,7 +207,7 @@ def _label_points(axes: Axes, shown: pd.DataFrame, best: pd.DataFrame) -> None:
     several_orders = shown["order"].nunique() > 1
     ordered = pd.concat([shown[shown.index.isin(best.index)], shown[~shown.index.isin(best.index)]])
     rows: list[Any] = list(ordered.itertuples())
-    labels = [((row.time, row.cost), _text(row, several_orders)) for row in rows]
+    labels = [Label((row.time, row.cost), _text(row, several_orders), row.size_pt) for row in rows]
     lines: list[tuple[Place, Place]] = []
     for row in rows:
         lines.append(((row.time_low, row.cost), (row.time_high, row.cost)))
@@ -200,7 +215,7 @@ def _label_points(axes: Axes, shown: pd.DataFrame, best: pd.DataFrame) -> None:
     corners = zip(best["time"].tolist(), best["cost"].tolist(), strict=True)
     for (x, y), (next_x, next_y) in pairwise(corners):
         lines += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
-    label_marks(axes, labels, [place for place, _ in labels], lines)
+    label_marks(axes, labels, lines)
 
 
 def _text(row: Any, several_orders: bool) -> str:
@@ -214,24 +229,27 @@ def job_throughput(points: pd.DataFrame) -> Figure:
     look, shown = looks(points), named(points)
     orders = sorted(points["order"].unique(), key=lambda order: (order != "given", order))
     budgets = sorted(points["tokens_per_step"].dropna().unique())
-    thin = Line2D([], [], color="0.35", linewidth=0.6, label="thin line: over the whole sample, with its drain")
+    thin = Line2D([], [], color=color("ink"), linewidth=0.6, label="thin line: over the whole sample, with its drain")
     handles = [*handles_of(points, shown), *_budget_handles(budgets), thin]
     if points[PLATEAU].isna().any():
-        handles.append(Line2D([], [], linestyle="", label="no mark: the sample has no plateau"))
+        handles.append(words_only("no mark: the sample has no plateau"))
     title = _THROUGHPUT + _of_many(points, _OTHERS)
     figure, grid = new_figure(points, title, len(orders), 3.6 if len(orders) == 1 else 2.9, handles)
+    drawn: list[list[Series]] = []
     for axes, order in zip(grid, orders, strict=True):
         here = points[points["order"] == order]
         if len(orders) > 1:
             axes.set_title(f"order: {order}")
         others = here[~here["setting"].isin(shown)]
-        axes.plot(others["batch_size"], others[PLATEAU], ".", color="0.8", markersize=3, zorder=1, rasterized=True)
-        for setting, budget, line in _lines(here, shown):
-            _draw_line(axes, line, _with_dash(look[setting], budget, budgets))
+        draw_others(axes, others, "batch_size", PLATEAU)
+        drawn.append([_draw_line(axes, line, _with_dash(look[setting], budget, budgets))
+                      for setting, budget, line in _lines(here, shown)])  # fmt: skip
         batch_axis(axes, points["batch_size"])
     values = points[[PLATEAU, "whole"]].astype(float)
     highest = (values[PLATEAU] + points["_half"].fillna(0)).max()
     _upright_axis(figure.axes[0], values.min().min(), values.max().max() if pd.isna(highest) else highest)
+    for axes, series in zip(grid, drawn, strict=True):
+        draw_marks(axes, series, "batch_size", PLATEAU)
     each = on_each(int(points["replicas"].max()))
     label_outside(figure.axes, f"Requests at once{each}", axis_label("output_tok_per_s"))
     return figure
@@ -246,15 +264,15 @@ def _lines(points: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[str, fl
             yield name, budget or None, of_setting[budgets == budget]
 
 
-def _draw_line(axes: Axes, line: pd.DataFrame, look: Look) -> None:
+def _draw_line(axes: Axes, line: pd.DataFrame, look: Look) -> Series:
     batches = line["batch_size"].to_numpy(dtype=float)
     whole, plateau = line["whole"].to_numpy(dtype=float), line[PLATEAU].to_numpy(dtype=float)
     style = {"color": look["color"], "linestyle": look["linestyle"]}
     # A single one would not be seen without its dot.
     axes.plot(batches, whole, linewidth=0.6, marker=".", markersize=3.5, gid="thin", **style)
-    axes.plot(batches, plateau, linewidth=1.4, **style)
+    (through_plateaus,) = axes.plot(batches, plateau, linewidth=1.4, **style)
     draw_bars(axes, batches, plateau, look, yerr=line["_half"].to_numpy(dtype=float))
-    draw_marks(axes, line, "batch_size", PLATEAU, look)
+    return Series(line, look, through_plateaus)
 
 
 def _with_dash(look: Look, budget: float | None, budgets: Sequence[float]) -> Look:
@@ -265,7 +283,7 @@ def _with_dash(look: Look, budget: float | None, budgets: Sequence[float]) -> Lo
 
 def _budget_handles(budgets: Sequence[float]) -> list[Line2D]:
     return [
-        Line2D([], [], color="0.35", linestyle=DASHES[index % len(DASHES)], label=f"{budget:.0f} tokens per step")
+        Line2D([], [], color=color("ink"), linestyle=DASHES[index % len(DASHES)], label=f"{budget:.0f} tokens per step")
         for index, budget in enumerate(budgets)
     ]
 

@@ -11,26 +11,25 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
+from batch_inference.analyze.plot_colors import color
+from batch_inference.analyze.plot_looks import Look, looks, named
+from batch_inference.analyze.plot_marks import Series, draw_bars, draw_marks
 from batch_inference.analyze.plot_style import (
     FACETS,
+    IN_MS,
     NOTHING_MEASURED,
-    Look,
     NothingToShowError,
     axis_label,
     batch_axis,
     handles_of,
     label_outside,
-    looks,
-    named,
     new_figure,
     of_many,
     some,
     value_axis,
 )
 
-Floats = NDArray[np.float64]
 GLOBAL_BATCH = "Global batch size [requests]"
 
 
@@ -41,6 +40,8 @@ class Curve:
     y: str
     x: str = "global_batch_size"
     thin: str | None = None
+    thin_label: str = ""
+    limits: tuple[float, float] | None = None  # of the values, where they are not to begin at zero
 
 
 def measured_points(points: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -63,23 +64,39 @@ def length_grid(
 
 def line_facets(points: pd.DataFrame, curve: Curve, title: str, extra: Sequence[Any] = ()) -> Figure:
     """A line per setting, a facet per prompt length; intervals from the column `_half`, if there is one."""
+    points = _in_its_unit(points, curve)
     look, shown = looks(points), named(points)
     handles = [*handles_of(points, shown), *extra]
     if curve.thin is not None:
-        handles.append(Line2D([], [], color="0.35", linewidth=0.6, label="thin line: p99"))
+        handles.append(Line2D([], [], color=color("ink"), linewidth=0.6, label=f"thin line: {curve.thin_label}"))
     figure, grid = length_grid(points, title + of_many(points), handles)
+    drawn = []
     for axes, here in grid:
         _draw_range(axes, here[~here["setting"].isin(shown)], curve)
-        for name in shown:
-            _draw_line(axes, here[here["setting"] == name].sort_values(curve.x), curve, look[name])
+        lines = [here[here["setting"] == name].sort_values(curve.x) for name in shown]
+        drawn.append([_draw_line(axes, line, curve, look[name]) for name, line in zip(shown, lines, strict=True)])
         batch_axis(axes, points[curve.x])
     # After the last facet: a limit ends the scaling to the data, and the facets share their scale.
     highest = points[[curve.y, curve.thin or curve.y]].max().max()
-    value_axis(figure.axes[0], points[curve.y].min(), highest)
-    replicas = (points["global_batch_size"] != points["batch_size"]).any()
-    x_label = "Batch size per replica [requests]" if curve.x == "batch_size" else GLOBAL_BATCH
-    label_outside(figure.axes, x_label if replicas else "Batch size [requests]", axis_label(curve.y))
+    if curve.limits:
+        figure.axes[0].set_ylim(curve.limits)
+    else:
+        value_axis(figure.axes[0], points[curve.y].min(), highest)
+    for (axes, _), series in zip(grid, drawn, strict=True):
+        draw_marks(axes, series, curve.x, curve.y)
+    label_outside(figure.axes, batch_label(points, curve.x), axis_label(curve.y))
     return figure
+
+
+def batch_label(points: pd.DataFrame, column: str = "global_batch_size") -> str:
+    if (points["global_batch_size"] == points["batch_size"]).all():
+        return "Batch size [requests]"
+    return "Batch size per replica [requests]" if column == "batch_size" else GLOBAL_BATCH
+
+
+def _in_its_unit(points: pd.DataFrame, curve: Curve) -> pd.DataFrame:
+    columns = [name for name in (curve.y, curve.thin) if name in IN_MS]
+    return points.assign(**{str(name): points[name] * 1000 for name in columns})
 
 
 def _draw_range(axes: Axes, points: pd.DataFrame, curve: Curve) -> None:
@@ -93,29 +110,14 @@ def _draw_range(axes: Axes, points: pd.DataFrame, curve: Curve) -> None:
         x, values = np.log(line[curve.x].to_numpy(dtype=float)), line[curve.y].to_numpy(dtype=float)
         lines.append(np.interp(np.log(batches), x, values, left=np.nan, right=np.nan))
     low, high = np.nanmin(lines, axis=0), np.nanmax(lines, axis=0)
-    axes.fill_between(batches, low, high, color="0.88", linewidth=0, zorder=0.5)
+    axes.fill_between(batches, low, high, color=color("band"), linewidth=0, zorder=0.5)
 
 
-def _draw_line(axes: Axes, points: pd.DataFrame, curve: Curve, look: Look) -> None:
-    if points.empty:
-        return
+def _draw_line(axes: Axes, points: pd.DataFrame, curve: Curve, look: Look) -> Series:
     batches, values = points[curve.x].to_numpy(dtype=float), points[curve.y].to_numpy(dtype=float)
-    axes.plot(batches, values, color=look["color"], linestyle=look["linestyle"], linewidth=1.4)
+    (line,) = axes.plot(batches, values, color=look["color"], linestyle=look["linestyle"], linewidth=1.4)
     if curve.thin is not None:
         axes.plot(batches, points[curve.thin].to_numpy(dtype=float), color=look["color"], linewidth=0.6, gid="thin")
-    if "_half" in points:
+    if "_half" in points and not points.empty:
         draw_bars(axes, batches, values, look, yerr=points["_half"].to_numpy(dtype=float))
-    draw_marks(axes, points, curve.x, curve.y, look)
-
-
-def draw_bars(axes: Axes, x: Floats, y: Floats, look: Look, **errors: Floats) -> None:
-    """Intervals: `errors` are xerr and yerr, as matplotlib takes them."""
-    axes.errorbar(x, y, fmt="none", ecolor=look["color"], elinewidth=1, capsize=2.5, **errors)  # type: ignore[arg-type]
-
-
-def draw_marks(axes: Axes, points: pd.DataFrame, x: str, y: str, look: Look) -> None:
-    """Hollow where a reader must not take it for a number to rely on."""
-    style: dict[str, Any] = {**look, "linestyle": "", "markersize": 5, "zorder": 3}
-    valid = points["verdict"] == "valid"
-    for chosen, face in ((points[valid], look["color"]), (points[~valid], "white")):
-        axes.plot(chosen[x].to_numpy(dtype=float), chosen[y].to_numpy(dtype=float), markerfacecolor=face, **style)
+    return Series(points, look, line)

@@ -1,121 +1,48 @@
-"""What every plot shares: the sheet with title, subtitle and legend, the look of each setting, axes, and which
-settings are shown where there are too many."""
+"""What every plot shares: the sheet with title, subtitle and legend, and its axes."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
-from itertools import chain, cycle, zip_longest
-from typing import Any, Literal, TypedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from batch_inference.analyze.decide import GOALS
-from batch_inference.analyze.tables import believable
+from batch_inference.analyze.plot_colors import color
+from batch_inference.analyze.plot_looks import looks, named, of_settings, seats, short_names
 from batch_inference.core.metrics import METRIC_BY_NAME
 from batch_inference.core.text import short_name
 
 # 8 inches at 200 dpi: sharp on a large screen, and what is 9 points there is still 9 points at 800 px.
 WIDTH_IN, DPI = 8.0, 200
-# More settings than ALL_NAMED cannot be told apart: then so many of the best are drawn, and the range of the others.
-ALL_NAMED, NAMED = 12, 8
 FACETS = 12
-STYLE = {
-    **sns.axes_style("whitegrid"),
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8.5,
-    "axes.edgecolor": "0.4",
-    "grid.color": "0.9",
-    # Names come from files: a $ in one is no formula.
-    "text.parse_math": False,
-    # The same figure is the same file.
-    "svg.hashsalt": "batch_inference",
-}
-# seaborn's colour-blind palette without its two palest colours, which vanish on white.
-_PALETTE = [color for index, color in enumerate(sns.color_palette("colorblind")) if index not in (6, 8)]
-_MARKERS: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
-DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
-
-REFERENCE: dict[str, Any] = {"color": "0.25", "linewidth": 1, "linestyle": (0, (1, 1)), "zorder": 1.5}
+# Characters below an axis of which three stand beside each other.
+_LONGEST_OF_THREE = 34
+# Rows of a legend with a column for each family of settings.
+_LEGEND_ROWS = 5
 BESIDE: dict[str, Any] = {"xytext": (-3, 3), "textcoords": "offset points", "ha": "right"}
-
-
-FRONT = "front: no point is better in both"
+FRONT = "front: no point is better beyond the intervals"
 NOTHING_MEASURED, NO_QUEUE_POINT = "no point was measured", "no queue point was measured"
+# Columns of seconds that are drawn in milliseconds.
+IN_MS = frozenset(name for name in METRIC_BY_NAME if name.startswith("tpot_"))
+NOT_TO_RELY_ON = "suspect or invalid"
 
 
 class NothingToShowError(Exception):
     """There is no point that this plot could draw; the message says why."""
 
 
-# --- settings -----------------------------------------------------------------------------------------------------
-
-
-class Look(TypedDict):
-    """What a setting looks like, as matplotlib takes it."""
-
-    color: Any
-    marker: Any
-    linestyle: Any
-
-
-def looks(points: pd.DataFrame) -> dict[str, Look]:
-    """Colour, marker and dash of every setting of the analysis: the same for every group."""
-    names = list(points["setting"].cat.categories)
-    return {
-        name: {"color": color, "marker": marker, "linestyle": DASHES[index // len(_PALETTE) % len(DASHES)]}
-        for index, (name, color, marker) in enumerate(zip(names, cycle(_PALETTE), cycle(_MARKERS), strict=False))
-    }
-
-
-def named(points: pd.DataFrame) -> list[str]:
-    """The settings that get a line of their own: all, or of many the best of every goal and length, in turns."""
-    present = [str(name) for name in points["setting"].cat.categories if (points["setting"] == name).any()]
-    if "_named" in points:
-        # Chosen from all points of the group, so that every plot of it names the same.
-        chosen = set(points.loc[points["_named"], "setting"])
-        return [name for name in present if name in chosen]
-    return present if len(present) <= ALL_NAMED else _best(points)
-
-
-def _best(points: pd.DataFrame) -> list[str]:
-    rankings = []
-    for goal in GOALS[:3]:
-        for _, here in believable(points).groupby("seq_len"):
-            ranked = here.sort_values(goal.column, ascending=goal.better == "lower", kind="stable")
-            rankings.append(ranked["setting"].astype(str).drop_duplicates().head(NAMED).tolist())
-    in_turns = dict.fromkeys(name for name in chain.from_iterable(zip_longest(*rankings)) if name)
-    return list(in_turns)[:NAMED]
-
-
-def named_first(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The points of each group with the column `_named`; of many settings those are the first in order, and so have
-    colours of their own."""
-    chosen = [named(points) for points in tables]
-    first = dict.fromkeys(
-        name
-        for points, names in zip(tables, chosen, strict=True)
-        if points["setting"].nunique() > ALL_NAMED
-        for name in names
-    )
-    return [
-        points.assign(_named=points["setting"].isin(names), setting=_reordered(points["setting"], first))
-        for points, names in zip(tables, chosen, strict=True)
-    ]
-
-
-def _reordered(settings: pd.Series[Any], first: Iterable[str]) -> pd.Series[Any]:
-    order = dict.fromkeys([*first, *settings.cat.categories])
-    reordered: pd.Series[Any] = settings.cat.reorder_categories(list(order))
-    return reordered
+def reference() -> dict[str, Any]:
+    """The look of a line that is no measurement."""
+    return {"color": color("soft"), "linewidth": 1, "linestyle": (0, (1, 1)), "zorder": 1.5}
 
 
 def some(values: Sequence[Any], most: int) -> list[Any]:
@@ -136,11 +63,6 @@ def of_many(points: pd.DataFrame, others: str = "range of the others") -> str:
     return f" ({'; '.join(words)})" if words else ""
 
 
-def of_settings(shown: int, settings: int, others: str | None = None) -> str:
-    """Of a title; `others`: what is grey."""
-    return f"{shown} of the best of {settings} settings" + (f", grey: {others}" if others else "")
-
-
 # --- the sheet ----------------------------------------------------------------------------------------------------
 
 
@@ -148,16 +70,18 @@ def new_figure(
     points: pd.DataFrame, title: str, facets: int, height_in: float, handles: Sequence[Any]
 ) -> tuple[Figure, list[Axes]]:
     """Title, subtitle, a grid of at most three axes in a row, the legend below; measured in inches, so that a long
-    legend makes the figure higher and never covers data."""
+    legend makes the figure higher and never covers data. Below its first line `title` has a note on how to read it."""
     columns = columns_of(facets)
     rows = -(-facets // columns)
-    legend_columns, legend_in = _legend_size(handles)
+    blocks = _blocks(handles)
+    legend_in = 0.1 + sum(block.height_in for block in blocks)
     # Those of the whole group, where they are given: the points that a plot shows may be alike by chance.
     mark, about = points[["_mark", "_about"]].iloc[0] if "_mark" in points else ("", subtitle_of(points))
+    title, _, note = title.partition("\n")
     heading = textwrap.wrap(title + mark, 78)
-    subtitle = textwrap.wrap(about, 118)[:3]
+    small = [*textwrap.wrap(about, 118)[:3], *textwrap.wrap(note, 118)]
     heading_in = 0.14 + 0.22 * len(heading)
-    top_in, bottom_in = heading_in + 0.26 + 0.16 * len(subtitle), 0.5 + legend_in
+    top_in, bottom_in = heading_in + 0.26 + 0.16 * len(small), (0.7 if columns == 3 else 0.5) + legend_in
     total_in = top_in + rows * height_in + 0.55 * (rows - 1) + bottom_in
     figure = Figure(figsize=(WIDTH_IN, total_in))
     figure.subplots_adjust(
@@ -166,9 +90,12 @@ def new_figure(
     )  # fmt: skip
     left = 0.2 / WIDTH_IN
     figure.text(left, 1 - 0.12 / total_in, "\n".join(heading), fontsize=12, fontweight="bold", va="top")
-    figure.text(left, 1 - heading_in / total_in, "\n".join(subtitle), color="0.3", va="top", linespacing=1.25)
-    if handles:
-        figure.legend(handles=list(handles), loc="lower center", ncols=legend_columns, frameon=False)
+    figure.text(left, 1 - heading_in / total_in, "\n".join(small), color=color("soft"), va="top", linespacing=1.25)
+    below_in = legend_in - 0.1
+    for block in blocks:
+        below_in -= block.height_in
+        figure.legend(handles=block.entries, ncols=block.columns, loc="lower center",
+                      bbox_to_anchor=(0.5, below_in / total_in), frameon=False)  # fmt: skip
     first = figure.add_subplot(rows, columns, 1)
     others = [figure.add_subplot(rows, columns, index + 1, sharey=first) for index in range(1, facets)]
     return figure, [first, *others]
@@ -178,13 +105,66 @@ def columns_of(facets: int) -> int:
     return 2 if facets == 4 else min(3, facets)
 
 
-def _legend_size(handles: Sequence[Any]) -> tuple[int, float]:
-    """Columns, and height in inches."""
+@dataclass(frozen=True)
+class _Block:
+    """Entries of a legend, column by column."""
+
+    entries: list[Any]
+    columns: int
+
+    @property
+    def height_in(self) -> float:
+        return 0.2 * -(-len(self.entries) // self.columns)
+
+
+def _blocks(handles: Sequence[Any]) -> list[_Block]:
+    """A legend, or two, one below the other. A column for each family of settings and what else there is beside them,
+    where that has room; else row by row, as one reads, settings first."""
+    families = [list(members) for _, members in groupby(handles, key=lambda handle: handle.get_gid())]
+    is_by_family = len(families) > 1 and handles[0].get_gid()
+    if is_by_family and (block := _by_family(families)):
+        return [block]
+    settings = [handle for handle in handles if handle.get_gid()]
+    others = [handle for handle in handles if not handle.get_gid()]
+    if is_by_family and (block := _by_family(families[:-1] if others else families)):
+        return [block, *_in_rows(others)]
+    return [*_in_rows(settings), *_in_rows(others)]
+
+
+def _by_family(families: Sequence[Sequence[Any]]) -> _Block | None:
+    """None where there is no room."""
+    rows = max(len(members) for members in families if members[0].get_gid())
+    columns = [list(members[start : start + rows]) for members in families for start in range(0, len(members), rows)]
+    if rows > _LEGEND_ROWS or sum(_entry_in(max(map(_length, column))) for column in columns) > WIDTH_IN - 0.4:
+        return None
+    return _Block(_filled(columns, rows), len(columns))
+
+
+def _in_rows(handles: Sequence[Any]) -> list[_Block]:
     if not handles:
-        return 1, 0.05
-    widest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, min(len(handles), int((WIDTH_IN - 0.4) / (0.065 * widest + 0.55))))
-    return columns, 0.2 * -(-len(handles) // columns) + 0.1
+        return []
+    columns = max(1, min(len(handles), int((WIDTH_IN - 0.4) / _entry_in(max(map(_length, handles))))))
+    return [
+        _Block(_filled([handles[start::columns] for start in range(columns)], -(-len(handles) // columns)), columns)
+    ]
+
+
+def _filled(columns: Sequence[Sequence[Any]], rows: int) -> list[Any]:
+    """All columns as long as the first, or what follows would move up into them."""
+    return [entry for column in columns for entry in [*column, *[words_only(" ")] * (rows - len(column))]]
+
+
+def _entry_in(characters: int) -> float:
+    return 0.065 * characters + 0.55
+
+
+def _length(handle: Any) -> int:
+    return len(handle.get_label())
+
+
+def words_only(label: str) -> Line2D:
+    """An entry of a legend that has no mark."""
+    return Line2D([], [], linestyle="", label=label)
 
 
 def subtitle_of(points: pd.DataFrame) -> str:
@@ -202,24 +182,31 @@ def subtitle_of(points: pd.DataFrame) -> str:
 
 def axis_label(name: str) -> str:
     metric = METRIC_BY_NAME.get(name)
-    return f"{metric.label} [{metric.unit}]" if metric else "Efficiency, 1 = ideal"
+    if metric is None:
+        return "Efficiency, 1 = ideal"
+    return f"{metric.label} [{'ms' if name in IN_MS else metric.unit}]"
 
 
 def handles_of(points: pd.DataFrame, names: Sequence[str]) -> list[Any]:
     """Legend entries of settings, and of hollow marks where there are any."""
-    look = looks(points)
-    # A leading underscore would take an entry out of the legend.
-    labels = [" " * name.startswith("_") + short_name(name, 40) for name in names]
+    look, families = looks(points), seats(points)
     handles = [
-        Line2D([], [], markersize=5, label=label, **look[name]) for name, label in zip(names, labels, strict=True)
+        # A leading underscore would take an entry out of the legend.
+        Line2D([], [], markersize=5, label=" " * name.startswith("_") + label, **look[name])
+        for name, label in short_names(names, 40).items()
     ]
+    for name, handle in zip(names, handles, strict=True):
+        # One device is the first of those that TP, PP and DP begin with.
+        handle.set_gid("tp" if families[name][0] == "one" else families[name][0])
     if (points["verdict"] != "valid").any():
-        handles.append(hollow("o", "0.35", "hollow: suspect or invalid"))
+        handles.append(hollow("o", color("ink"), f"hollow: {NOT_TO_RELY_ON}"))
     return handles
 
 
-def hollow(marker: Any, color: str, label: str) -> Line2D:
-    return Line2D([], [], color=color, marker=marker, markersize=5, markerfacecolor="white", linestyle="", label=label)
+def hollow(marker: Any, edge: str, label: str) -> Line2D:
+    return Line2D(
+        [], [], color=edge, marker=marker, markersize=5, markerfacecolor=color("paper"), linestyle="", label=label
+    )
 
 
 # --- axes ---------------------------------------------------------------------------------------------------------
@@ -232,7 +219,7 @@ def value_axis(axes: Axes, low: float, high: float, which: Literal["x", "y"] = "
         return
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low / 1.5, high * 1.5)})
     # A narrow facet has room for fewer numbers beside each other than above each other.
-    plain_log(axes, which, (1, 2, 5) if which == "y" and high < 2000 * low else (1,))
+    plain_log(axes, which, (1, 2, 5) if high < (2000 if which == "y" else 100) * low else (1,))
 
 
 def plain_log(axes: Axes, which: Literal["x", "y"], steps: tuple[int, ...] = (1,)) -> None:
@@ -273,6 +260,13 @@ def label_outside(grid: Sequence[Axes], x_label: str, y_label: str) -> None:
     """Names and numbers of the axes left of the first column, and names below the last of each column."""
     columns = columns_of(len(grid))
     for index, axes in enumerate(grid):
-        axes.set_ylabel(y_label if index % columns == 0 else "")
+        axes.set_ylabel(_said(axes, "y", y_label) if index % columns == 0 else "")
         axes.tick_params(labelleft=index % columns == 0)
-        axes.set_xlabel(x_label if index + columns >= len(grid) else "")
+        label = _said(axes, "x", x_label) if index + columns >= len(grid) else ""
+        # Three long ones beside each other would meet.
+        axes.set_xlabel(label.replace(", log", ",\nlog") if columns == 3 and len(label) > _LONGEST_OF_THREE else label)
+
+
+def _said(axes: Axes, which: Literal["x", "y"], label: str) -> str:
+    """A logarithmic axis says so."""
+    return f"{label}, log scale" if label and getattr(axes, f"get_{which}scale")() == "log" else label

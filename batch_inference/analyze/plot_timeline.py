@@ -15,18 +15,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from batch_inference.analyze.plot_lines import Floats
+from batch_inference.analyze.plot_colors import color
+from batch_inference.analyze.plot_looks import looks, named, of_settings
+from batch_inference.analyze.plot_marks import Floats
 from batch_inference.analyze.plot_style import (
-    REFERENCE,
     WIDTH_IN,
     NothingToShowError,
     columns_of,
     in_short,
     label_outside,
-    looks,
-    named,
     new_figure,
-    of_settings,
+    reference,
 )
 from batch_inference.analyze.queues import QueuePoint
 from batch_inference.core.text import short_name, with_budget
@@ -39,9 +38,9 @@ _STRETCHES = 80
 # Share of a facet's height, from its top, and what is between two panels.
 _PANELS, _BETWEEN = (0.55, 0.18, 0.18), 0.045
 _PHASES = (
-    ("ramp: the places fill", "#f6e7c1"),
-    ("plateau: all places are taken", "#e4f0e4"),
-    ("drain: fewer are left than places", "#f3dcd6"),
+    ("ramp: the places fill", "ramp"),
+    ("plateau: all places are taken", "plateau"),
+    ("drain: fewer are left than places", "drain"),
 )
 # A unit of time, and from how many seconds on it is used.
 _TIMES = (("h", 3600.0, 3 * 3600.0), ("min", 60.0, 10 * 60.0), ("s", 1.0, 0.0))
@@ -124,12 +123,12 @@ def _handles(points: Iterable[QueuePoint]) -> list[Any]:
     """Of the phases that are there."""
     lengths_s = np.array([[end_s - start_s for start_s, end_s in phases(point)] for point in points])
     handles: list[Any] = [
-        Patch(facecolor=color, edgecolor="0.6", linewidth=0.5, label=label)
-        for (label, color), length_s in zip(_PHASES, lengths_s.max(axis=0), strict=True)
+        Patch(facecolor=color(shade), edgecolor=color("soft"), linewidth=0.5, label=label)
+        for (label, shade), length_s in zip(_PHASES, lengths_s.max(axis=0), strict=True)
         if length_s > 0
     ]
     if lengths_s[:, 1].max() > 0:
-        handles.append(Line2D([], [], label="mean of the plateau", **REFERENCE))
+        handles.append(Line2D([], [], label="mean of the plateau", **reference()))
     return handles
 
 
@@ -156,21 +155,21 @@ def _panels(axes: Axes, shared: Sequence[Axes], share_of_height: float) -> list[
     return [axes, *strips]
 
 
-def _draw(panels: Sequence[Axes], point: QueuePoint, unit_s: float, color: Any) -> None:
+def _draw(panels: Sequence[Axes], point: QueuePoint, unit_s: float, line_color: Any) -> None:
     found, times = course(point), phases(point)
     for axes, values in zip(panels, (found.output_tok_per_s, found.prompt_tok_per_s, found.running), strict=True):
         for (start_s, end_s), (_, shade) in zip(times, _PHASES, strict=True):
             if end_s > start_s:
-                axes.axvspan(start_s / unit_s, end_s / unit_s, color=shade, linewidth=0, zorder=0)
+                axes.axvspan(start_s / unit_s, end_s / unit_s, color=color(shade), linewidth=0, zorder=0)
         is_first = axes is panels[0]
-        axes.stairs(values, found.edges_s / unit_s, color=color, linewidth=1.3 if is_first else 0.9, baseline=None)
+        axes.stairs(values, found.edges_s / unit_s, color=line_color, linewidth=1.3 if is_first else 0.9, baseline=None)
         axes.grid(visible=False, axis="x")
         axes.yaxis.set_major_locator(MaxNLocator(5 if is_first else 2))
         axes.yaxis.set_major_formatter(FuncFormatter(in_short))
     start_s, end_s = times[1]
     plateau = point.summary.get(PLATEAU)
     if plateau is not None and end_s > start_s:
-        panels[0].plot([start_s / unit_s, end_s / unit_s], [plateau, plateau], **REFERENCE)
+        panels[0].plot([start_s / unit_s, end_s / unit_s], [plateau, plateau], **reference())
     last = times[-1][1] / unit_s
     # A number at the right edge would meet the first one of the next facet.
     ticks = [tick for tick in MaxNLocator(5).tick_values(0, last) if tick <= 0.92 * last]
