@@ -67,6 +67,6 @@ def _said(name: str, against: str, found: Differences, own: Differences) -> Iter
     elif found.count > own.count:
         yield (
             f"{name} answers {found.count} of {found.requests} requests otherwise than {against}, which answers "
-            f"{own.count} otherwise itself in a batch of half the size. The usual reason is rounding, which differs with "
-            "the layout."
+            f"{own.count} otherwise itself in a batch of half the size. The usual reason is rounding, which differs "
+            "with the layout."
         )
