@@ -1,0 +1,216 @@
+"""The answer before all tables: what to take, how fast it is, and how sure that is, in a sentence or two."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batch_inference.analyze.answers import Analysis, Group, values_of
+from batch_inference.analyze.compare import LAYOUT, layout
+from batch_inference.analyze.decide import Choice
+from batch_inference.analyze.job_sections import requests_words, time_text
+from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
+from batch_inference.analyze.sections import counts_of_changes
+from batch_inference.analyze.tables import half_width
+from batch_inference.analyze.wording import HEADING, few, spoken, suspect_words, with_interval
+from batch_inference.core.text import counted, on_each, plain, short
+
+# What a sentence names itself, or says of no group.
+_NAMED = ("model", "device_name", "device_kind", "max_tokens")
+# A group has a sentence for each of so many prompt lengths; of several groups each has one.
+_LENGTHS = 3
+# The maker, and the memory, which the list of facts has.
+_MAKER, _MEMORY = re.compile(r"^(NVIDIA|AMD) +"), re.compile(r"[ -]\d+ ?GB\b.*$")
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the page, the report and the terminal begin with."""
+
+    title: str = HEADING
+    facts: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()  # the first is the answer, the others go with it
+    command: tuple[str, ...] = field(default=())  # of the winner: words, quoted for a shell
+
+
+NO_HEADLINE = Headline()
+
+
+def headline(analysis: Analysis, command: Sequence[str] = ()) -> Headline:
+    names = _Names(analysis)
+    models = list(dict.fromkeys(map(names.model, _values(analysis, "model"))))
+    title = f"{HEADING} of {few(models, 2)}" if models else HEADING
+    return Headline(title, tuple(_facts(analysis)), tuple(_sentences(analysis, names)), tuple(command))
+
+
+def _values(analysis: Analysis, column: str) -> list[str]:
+    return [plain(value) for value in analysis.rows[column].dropna().unique()]
+
+
+def _facts(analysis: Analysis) -> Iterator[str]:
+    """Model, devices, vLLM, date."""
+    yield counted(len(analysis.settings), "setting")
+    for column, before in (("model", ""), ("device_name", ""), ("vllm_version", "vLLM ")):
+        if values := _values(analysis, column):
+            yield before + few(values, 3)
+    if days := sorted({text[:10] for text in _values(analysis, "started_at")}):
+        yield days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+class _Names:
+    """Short names of models and devices, where these tell apart what the files hold."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._models = _shortened(_values(analysis, "model"), lambda name: name.rstrip("/").rpartition("/")[2])
+        self._devices = _shortened(
+            _values(analysis, "device_name"), lambda name: _MEMORY.sub("", _MAKER.sub("", name)) or name
+        )
+
+    def model(self, name: object) -> str:
+        return self._models.get(plain(name), "a model without a name")
+
+    def devices(self, count: int, name: object) -> str:
+        device = self._devices.get(plain(name))
+        return f"{count} × {device}" if device else counted(count, "device")
+
+
+def _shortened(names: Sequence[str], shorten: Any) -> dict[str, str]:
+    found = {name: shorten(name) or name for name in names}
+    return found if len(set(found.values())) == len(found) else {name: name for name in names}
+
+
+def _sentences(analysis: Analysis, names: _Names) -> Iterator[str]:
+    if analysis.comparison is not None:
+        yield f"Against the earlier results: {counts_of_changes(analysis.comparison.points)}."
+    for answer in sorted(analysis.jobs, key=lambda one: -len(one.rows)):
+        yield from _job_sentences(answer, analysis, names)
+    for group in sorted(analysis.groups, key=lambda one: (-len(one.points), one.number)):
+        yield from _group_sentences(group, analysis, names)
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterator[str]:
+    first = group.points.iloc[0]
+    most = int(group.points["num_devices"].max())
+    others = [name for name in analysis.unlike if name not in _NAMED]
+    unlike = f" ({values_of(group.points, others)})" if others else ""
+    place = f"On {names.devices(most, first['device_name'])}, {names.model(first['model'])}{unlike}"
+    by_length: dict[int, list[Choice]] = {}
+    for choice in group.choices:
+        by_length.setdefault(choice.seq_len, []).append(choice)
+    if not by_length:
+        yield f"{place}: no point was measured that counts; the reasons are below."
+    # Of several groups that of the longest prompts, which the files to be used are for.
+    lengths = sorted(by_length)[:_LENGTHS] if len(analysis.groups) == 1 else sorted(by_length)[-1:]
+    for length in lengths:
+        yield f"{place}, {_tokens(group, length)}: {' '.join(_advice(group, by_length[length], analysis))}"
+    if more := len(by_length) - len(lengths):
+        yield f"{counted(more, 'more prompt length')}: in the table."
+
+
+def _tokens(group: Group, length: int) -> str:
+    outputs = group.points.loc[group.points["seq_len"] == length, "max_tokens"].dropna().unique()
+    return f"{length} + {int(outputs[0])} tokens" if len(outputs) == 1 else f"{length} tokens"
+
+
+def _advice(group: Group, choices: Sequence[Choice], analysis: Analysis) -> Iterator[str]:
+    limits = str(analysis.question.limits)
+    by_goal = {choice.goal.name: choice for choice in choices if choice.best is not None}
+    fastest, latency, cost = (by_goal.get(name) for name in ("throughput", "latency", "cost"))
+    if not by_goal:
+        yield f"no point keeps {limits}."
+    if fastest and fastest.best:
+        yield f"{_taken(group, fastest.best)} gives {_number(fastest)}{_as_good(group, fastest)}{_with(limits)}."
+    if latency and latency.best:
+        also = fastest is not None and _is_same(latency.best, fastest.best)
+        take = "It has the shortest batch time too" if also else _goal_words("the shortest batch time", latency, group)
+        yield f"{take}: {_number(latency)}{_as_good(group, latency)}."
+    if cost and cost.best and not (fastest and _is_same(cost.best, fastest.best)):
+        yield f"{_goal_words('the least cost', cost, group)}: {_number(cost)}."
+    elif cost:
+        yield f"It costs {_number(cost)}."
+
+
+def _with(limits: str) -> str:
+    return f", and keeps {limits}" if limits else ""
+
+
+def _goal_words(what: str, choice: Choice, group: Group) -> str:
+    return f"For {what} take {_taken(group, choice.best or {})}"
+
+
+def _is_same(one: Mapping[Hashable, Any] | None, two: Mapping[Hashable, Any] | None) -> bool:
+    names = ("setting", "batch_size")
+    return one is not None and two is not None and all(one[name] == two[name] for name in names)
+
+
+def _taken(group: Group, row: Mapping[Hashable, Any]) -> str:
+    """DP=4 at 256 requests per replica; TP=2 on 2 devices at 16 requests."""
+    devices = int(row["num_devices"])
+    on = f" on {counted(devices, 'device')}" if devices < group.points["num_devices"].max() else ""
+    each = " per replica" if int(row["data_parallel_size"]) > 1 else ""
+    return f"{called(group, row)}{on} at {counted(int(row['batch_size']), 'request')}{each}"
+
+
+def called(group: Group, row: Mapping[Hashable, Any]) -> str:
+    """The layout, which says more than the name of a file; and that name, where another setting has the layout too."""
+    sizes = [int(row[name]) for name in LAYOUT]
+    alike = group.points
+    for name in LAYOUT:
+        alike = alike[alike[name] == row[name]]
+    words = layout(*sizes)
+    return words if alike["setting"].nunique() == 1 else f"{words} ({row['setting']})"
+
+
+def _number(choice: Choice) -> str:
+    best, goal = choice.best or {}, choice.goal
+    digits = with_interval(best[goal.column], half_width(best, goal.column))
+    return f"{spoken(digits)} {goal.unit}{suspect_words(best)}"
+
+
+def _as_good(group: Group, choice: Choice) -> str:
+    """Settings whose interval overlaps that of the best."""
+    if not choice.ties:
+        return ""
+    others = [f"{called(group, row)} at {row['batch_size']}" for row in choice.ties]
+    return f" (as good within the intervals: {few(others, 2)})"
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iterator[str]:
+    of_group = dict(zip(ALIKE, answer.group, strict=False))
+    model, job = names.model(of_group["model"]), requests_words(answer)
+    best, cheapest, deadline = answer.best, answer.cheapest, answer.deadline
+    if best is None or cheapest is None:
+        yield f"The job of {job}, {model}: nothing was measured that can forecast it; the reasons are below."
+        return
+    place = names.devices(best.num_devices, of_group["device_name"])
+    said = [f"The job of {job} on {place}, {model}: {_row_taken(best)} takes {_hours(best)}{_cost(best)}."]
+    if cheapest is not best:
+        said.append(f"The fewest device-hours: {_row_taken(cheapest)}, {_hours(cheapest)}{_cost(cheapest)}.")
+    if deadline:
+        asked = f"{analysis.question.job.deadline_h:g} h"
+        said.append(
+            f"{asked} are enough for {counted(deadline.replicas, 'replica')} of {deadline.row.setting}, "
+            f"so {counted(deadline.devices, 'device')}: {spoken(time_text(deadline.hours))}."
+        )
+    yield " ".join(said)
+
+
+def _row_taken(row: JobRow) -> str:
+    return f"{row.setting} with {row.point.batch_size} at once{on_each(row.point.replicas)}"
+
+
+def _hours(row: JobRow) -> str:
+    return spoken(time_text(row.hours)) + suspect_words({"verdict": row.point.verdict})
+
+
+def _cost(row: JobRow) -> str:
+    used = f", {short(row.device_hours.value, 3)} device-hours"
+    return used if row.cost is None else f"{used}, cost {short(row.cost.value, 3)}"
