@@ -85,7 +85,7 @@ class Browser:
         self._loaded = self._loaded or method == "Page.loadEventFired"
         url = params.get("request", {}).get("url", "")
         if method in _PROBLEMS and not url.startswith(("file:", "data:")):
-            self.problems.append(json.dumps(params)[:500])
+            self.problems.append(json.dumps(params)[:2000])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batch_inference.analyze import sections
+from batch_inference.analyze import layouts, sections
 from batch_inference.analyze.answers import Analysis, Question, QuestionError, analyse
 from batch_inference.analyze.decide import Limits
 from batch_inference.analyze.markdown import as_markdown, escaped
@@ -17,7 +17,7 @@ from batch_inference.analyze.report import sections_of
 from batch_inference.analyze.sections import Section
 from batch_inference.analyze.tables import load_setting
 from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_text
-from batch_inference.analyze.wording import with_interval
+from batch_inference.analyze.wording import Best, with_interval
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import DeviceInfo, Environment, Failure, Point, Result
 from builders import make_point, make_result, make_sweep, save_all
@@ -71,11 +71,9 @@ def test_the_summary_names_machine_settings_and_the_best_of_each_length(report: 
     for words in ("meta-llama/Llama-2-7b-chat-hf", "NVIDIA H100 80GB HBM3", "0.32.0", "bfloat16"):
         assert words in text
     table = [line.split() for line in text.splitlines()]
-    assert ["tp_1", "1", "4/4", "complete", "40.0"] in table
-    assert ["tp_2", "2", "1/1", "complete", "40.0"] in table
-    assert ["64", "throughput", "tp_2", "2", "4", "42.67", "tok/s"] in table
-    assert ["64", "per", "device", "tp_1", "1", "1", "32.00", "tok/s/device"] in table
-    assert ["128", "latency", "tp_1", "1", "1", "2.000", "s"] in table
+    assert ["64", "throughput", "42.67", "tok/s", "tp_2", "4", "2"] in table
+    assert ["64", "per", "device", "32.00", "tok/s/device", "tp_1", "1", "1"] in table
+    assert ["128", "latency", "2.000", "s", "tp_1", "1", "1"] in table
 
 
 def test_the_summary_fits_eighty_columns_whatever_the_names(report: Any) -> None:
@@ -98,13 +96,13 @@ def test_failed_settings_and_lost_points_are_named_with_the_reason(report: Any) 
     failed.failure = Failure("oom_load", "Free memory is less than desired", ["secret line"])
     text = flat(as_text(report([make_result(points=[make_point(), *lost, skipped]), failed])))
     assert "tp_8 failed: Free memory is less than desired" in text
-    assert "tp_1: oom, batch 16 x length 64, 128: CUDA out of memory" in text
-    assert "tp_1: skipped, batch 32 x length 64: implied by batch 16" in text
+    assert "oom: tp_1, batch 16 x length 64, 128: CUDA out of memory" in text
+    assert "skipped: tp_1, batch 32 x length 64: implied by batch 16" in text
 
 
 def test_points_that_make_no_grid_are_named_one_by_one(report: Any) -> None:
     lost = [Point(b, n, 32, "error", reason="x") for b, n in ((1, 8), (2, 16))]
-    assert "tp_1: error, batch x length 1x8, 2x16: x" in as_text(report([make_result(points=lost)]))
+    assert "error: tp_1, batch x length 1x8, 2x16: x" in as_text(report([make_result(points=lost)]))
 
 
 def test_a_failure_without_words_is_still_a_failure(report: Any) -> None:
@@ -112,7 +110,7 @@ def test_a_failure_without_words_is_still_a_failure(report: Any) -> None:
     result.engine, result.environment = None, Environment()
     text = as_text(report([result]))
     assert "tp_8 failed: no reason is given" in text
-    assert "tp_8: error, batch 1 x length 8: no reason is given" in text
+    assert "error: tp_8, batch 1 x length 8: no reason is given" in text
 
 
 def test_doubtful_points_are_listed_and_a_suspect_winner_is_marked(report: Any) -> None:
@@ -122,17 +120,17 @@ def test_doubtful_points_are_listed_and_a_suspect_winner_is_marked(report: Any) 
         make_point(8, verdict="invalid", verdict_reasons=["9 prompt tokens came from the prefix cache"]),
     ]
     text = as_text(report([make_result(points=points)]))
-    assert "tp_1: suspect, batch 4 x length 64: 2 requests were preempted" in text
-    assert "tp_1: invalid, batch 8 x length 64: 9 prompt tokens came from the prefix cache" in text
+    assert "suspect: tp_1, batch 4 x length 64: 2 requests were preempted" in text
+    assert "invalid: tp_1, batch 8 x length 64: 9 prompt tokens came from the prefix cache" in text
     (winner,) = [line for line in text.splitlines() if line.startswith("      64  throughput")]
-    assert winner.endswith("tok/s*")
+    assert "tok/s*  " in winner
     assert "* suspect" in text
 
 
 def test_a_long_list_is_cut_in_the_terminal_and_whole_in_the_report(report: Any) -> None:
     points = [make_point(b, verdict="suspect", verdict_reasons=[f"reason {b}"]) for b in range(1, LIST_LIMIT + 4)]
     parts = report([make_result(points=points)])
-    assert "… and 3 more in report.md" in as_text(parts)
+    assert "… and 3 more lines in report.md" in as_text(parts)
     assert f"reason {LIST_LIMIT + 3}" not in as_text(parts)
     assert f"reason {LIST_LIMIT + 3}" in as_markdown(parts, [], [])
 
@@ -144,8 +142,8 @@ def test_unlike_things_are_grouped_and_the_difference_is_said(report: Any) -> No
     assert "group 1: device_name NVIDIA A100 (a100)" in text
     assert "Best of group 1: device_name NVIDIA A100" in text
     assert "Best of group 2: device_name NVIDIA H100 80GB HBM3" in text
-    assert "throughput h100 1 1 32.00 tok/s" in text
-    assert "throughput a100 1 1 320.0 tok/s" in text
+    assert "throughput 32.00 tok/s h100 1 1" in text
+    assert "throughput 320.0 tok/s a100 1 1" in text
 
 
 def test_a_value_that_only_one_group_knows_is_called_unknown_in_the_other(report: Any) -> None:
@@ -233,7 +231,7 @@ def near() -> list[Result]:
 
 def test_the_decision_comes_first_and_names_the_ties(report: Any) -> None:
     text = flat(as_text(report(near())))
-    assert text.startswith("Best length best setting")
+    assert text.startswith("Best length best value setting")
     assert "tie, length 64, throughput: the interval overlaps that of pp_2 (batch 4: 124.3 ±" in text
     assert "dp_2 (batch" not in text
 
@@ -248,7 +246,7 @@ def test_limits_are_named_and_what_misses_them_least(report: Any) -> None:
 def test_a_price_adds_a_ranking_by_cost(report: Any) -> None:
     text = flat(as_text(report(near(), Question(price=3.6))))
     # Two devices at 0.001 a second each, 128 tok/s: 15.625 for a million.
-    assert "64 cost tp_2 2 4 15.6 ±1.1 per M tokens" in text
+    assert "64 cost 15.6 ±1.1 per M tokens tp_2 4 2" in text
 
 
 def test_one_run_says_that_it_shows_no_tie(report: Any) -> None:
@@ -272,42 +270,43 @@ def section(parts: Sequence[Section], start: str) -> Section:
     return found
 
 
-def test_tp_pp_and_dp_stand_side_by_side_with_ratios(report: Any) -> None:
+def test_tp_pp_and_dp_stand_side_by_side(report: Any) -> None:
     part = section(report(near()), "TP, PP or DP?")
-    assert part.title == "TP, PP or DP? 2 devices, equal global batch size"
-    assert part.header == ("length", "batch", "TP=2", "PP=2", "DP=2")
+    assert part.title == "TP, PP or DP? 2 devices, length 64, output tok/s"
+    assert part.header == ("requests", "TP=2", "PP=2", "DP=2")
     (row,) = part.rows
-    assert row[:2] == ["64", "4"]
-    assert row[2].startswith("128.0 ±")
-    assert row[2].endswith(" ●")
-    assert row[3].startswith("0.971 ±")
-    assert row[3].endswith(" ●")
-    assert row[4].startswith("0.333 ±")
-    assert not row[4].endswith("●")
-    assert part.pairs == [("fastest", "of 1 point: TP=2 ≈ PP=2 at 1")]
+    assert row == ["4", "128.0", "124.3", "42.67"]
+    assert [isinstance(cell, Best) for cell in row] == [False, True, True, False]
+    assert part.pairs == [("fastest", "TP=2 at 4 requests, PP=2 at 4; where two are named, their intervals overlap")]
+    assert part.lines[1] == "95 % intervals: within ±7.0 %."
 
 
-def test_how_often_a_layout_is_the_fastest_is_told_of_all_points(report: Any) -> None:
+def test_a_layout_that_is_the_fastest_everywhere_is_told_in_a_word(report: Any) -> None:
     batches = (1, 2, 4)
     results = [
         make_result("tp_2", [make_point(batch, latencies_s=[1.0] * 2) for batch in batches], (2, 1, 1)),
         make_result("pp_2", [make_point(batch, latencies_s=[2.0] * 2) for batch in batches], (1, 2, 1)),
     ]
-    assert section(report(results), "TP, PP or DP?").pairs == [("fastest", "of 3 points: TP=2 at 3")]
+    assert section(report(results), "TP, PP or DP?").pairs == [("fastest", "TP=2, at all 3 batch sizes")]
 
 
-def test_many_layouts_are_several_tables_that_fit(report: Any) -> None:
+def test_many_layouts_are_one_table_but_in_a_terminal_as_many_as_fit(report: Any) -> None:
     sizes = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4)]
     results = [
         make_result(f"{tp}{pp}{dp}", [make_point(16 // dp, latencies_s=[1.0, 1.1], replicas=dp)], (tp, pp, dp))
         for tp, pp, dp in sizes
     ]
-    parts = [part for part in report(results) if part.title.startswith("TP, PP or DP?")]
-    assert [part.header[2:] for part in parts] == [
-        ("TP=8", "PP=8", "DP=8", "TP=4 PP=2"),
-        ("TP=8", "TP=4 DP=2", "TP=2 PP=4", "TP=2 DP=4"),
-    ]
-    assert max(map(len, as_text(parts).splitlines())) <= 80
+    part = section(report(results), "TP, PP or DP?")
+    names = ("TP=8", "PP=8", "DP=8", "TP=4 PP=2", "TP=4 DP=2", "TP=2 PP=4", "TP=2 DP=4")
+    assert part.header == ("requests", *names)
+    heads = {
+        width: [line.split("  ") for line in as_text([part], width=width).splitlines() if "  requests  " in line]
+        for width in (120, 80, 60)
+    }
+    assert [[len([name for name in line if name]) for line in found] for found in heads.values()] == [[8], [8], [6, 3]]
+    shown = [name.strip() for line in heads[60] for name in line if name]
+    assert shown == ["requests", *names[:5], "requests", *names[5:]]
+    assert max(map(len, as_text([part], width=60).splitlines())) <= 60
 
 
 def test_a_layout_without_a_common_batch_is_named(report: Any) -> None:
@@ -361,7 +360,7 @@ def test_mixed_things_are_marked_in_every_title_that_ranks(report: Any) -> None:
     assert "Pareto front: latency against throughput per device [MIXED: device_name]" in titles
     assert all("[MIXED" in title for title in titles if title not in ("Measured", "Settings"))
     assert "points that differ in device_name are ranked together" in flat(as_text(parts))
-    assert [row[2] for row in section(parts, "Best").rows] == ["a100"] * 3
+    assert [row[3] for row in section(parts, "Best").rows] == ["a100"] * 3
 
 
 def test_columns_of_ones_own_make_the_groups(report: Any) -> None:
@@ -402,9 +401,9 @@ def test_a_comparison_is_told_first_with_the_changes_on_top(report: Any) -> None
     assert part.title == "Compared with the earlier results"
     assert part.pairs[0] == ("points compared", "3: 1 worse, 2 no difference")
     assert part.pairs[2] == ("vllm_version", "0.32.0 before, 0.33.0 now")
-    assert part.rows[0][:5] == ["tp_1", "64", "2", "63.99", "60.94"]
-    assert part.rows[0][5].startswith("0.952")
-    assert part.rows[0][6] == "worse"
+    assert part.rows[0][:4] == ["tp_1", "64", "2", "worse"]
+    assert part.rows[0][4].startswith("0.952")
+    assert part.rows[0][5:] == ["63.99", "60.94"]
 
 
 def test_sets_of_unlike_things_are_marked(report: Any) -> None:
@@ -426,7 +425,8 @@ def test_a_long_table_is_cut_in_the_terminal_and_in_the_report() -> None:
 @pytest.mark.slow
 def test_more_points_than_a_report_can_hold_are_counted(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 20
-    monkeypatch.setattr(sections, "ROW_LIMIT", limit)
+    for module in (sections, layouts):
+        monkeypatch.setattr(module, "ROW_LIMIT", limit)
     batches = range(1, limit + 4)
     results = [make_result(name, [make_point(b, latencies_s=[1.0]) for b in batches], size) for name, size in
                (("tp_2", (2, 1, 1)), ("pp_2", (1, 2, 1)))]  # fmt: skip
@@ -448,7 +448,7 @@ def test_ratios_are_averaged_as_ratios_are(report: Any) -> None:
     part = report([make_result(points=points(0.5, 2.0))], old=[make_result(points=points(1.0, 1.0))])[0]
     assert part.pairs[1] == ("throughput, new / old", "1.0000 on geometric average, 0.5000 to 2.0000")
     assert [row[2:] for row in part.rows] == [
-        ["2", "64.00", "32.00", "0.5000", "worse"], ["1", "32.00", "64.00", "2.000", "better"],
+        ["2", "worse", "0.5000", "64.00", "32.00"], ["1", "better", "2.000", "32.00", "64.00"],
     ]  # fmt: skip
 
 
@@ -459,7 +459,7 @@ def test_changes_are_counted_and_ordered_by_how_bad_they_are(report: Any) -> Non
     old = [make_point(b, latencies_s=[1.0, 1.0]) for b in (1, 2, 4, 8, 16, 32, 128)]
     part = report([make_result(points=new)], old=[make_result(points=old)])[0]
     assert part.pairs[0] == ("points compared", "6: 1 better, 2 worse, 1 lost, 1 no difference, 1 unknown")
-    assert [(row[2], row[6]) for row in part.rows] == [
+    assert [(row[2], row[3]) for row in part.rows] == [
         ("16", "lost"), ("32", "worse"), ("8", "worse"), ("2", "better"), ("4", "unknown"), ("1", "no difference"),
     ]  # fmt: skip
     # 64 is new, and nobody asks for 128 any more.
@@ -483,9 +483,9 @@ def test_the_largest_batch_that_both_have_stands_for_the_scaling(report: Any) ->
 
 def test_the_front_and_the_best_are_told_with_their_own_numbers(report: Any) -> None:
     parts = report([make_result("tp_2", [make_point(4, latencies_s=[2.0, 2.0])], (2, 1, 1))])
-    assert section(parts, "Pareto front").rows == [["64", "tp_2", "4", "2.000 s", "32.00"]]
+    assert section(parts, "Pareto front").rows == [["64", "tp_2", "4", "2.000", "32.00"]]
     assert [row[1:] for row in section(parts, "Best").rows] == [
-        ["throughput", "tp_2", "2", "4", "64.00 tok/s"],
-        ["per device", "tp_2", "2", "4", "32.00 tok/s/device"],
-        ["latency", "tp_2", "2", "4", "2.000 s"],
+        ["throughput", "64.00 tok/s", "tp_2", "4", "2"],
+        ["per device", "32.00 tok/s/device", "tp_2", "4", "2"],
+        ["latency", "2.000 s", "tp_2", "4", "2"],
     ]

@@ -70,7 +70,8 @@ def settings(analysis: Analysis) -> Section:
     header = ("setting", *(["group"] if several else []), "devices", "points ok", "status", "load s")
     to_the_right = frozenset({"devices", "points ok", "load s"})
     more = len(ordered) - len(rows)
-    return Section("Settings", header=header, rows=rows, numbers=to_the_right, more=more, is_detail=True)
+    is_boring = all(setting.status == "complete" for setting in ordered)
+    return Section("Settings", header=header, rows=rows, numbers=to_the_right, more=more, is_detail=is_boring)
 
 
 def problems(analysis: Analysis) -> Section:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from batch_inference.analyze.answers import Analysis, Group, values_of
+from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
 from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.decide import Choice
 from batch_inference.analyze.job_sections import requests_words, time_text
@@ -19,6 +19,11 @@ from batch_inference.core.text import counted, on_each, plain, short
 
 # What a sentence names itself, or says of no group.
 _NAMED = ("model", "device_name", "device_kind", "max_tokens")
+# What is said of other goals, where the same point is the best, and where another is.
+_ALSO = (
+    ("latency", "It has the shortest batch time too:", "the shortest batch time"),
+    ("cost", "It costs", "the least cost"),
+)
 # A group has a sentence for each of so many prompt lengths; of several groups each has one.
 _LENGTHS = 3
 # The maker, and the memory, which the list of facts has.
@@ -46,7 +51,7 @@ def headline(analysis: Analysis, command: Sequence[str] = ()) -> Headline:
 
 
 def _values(analysis: Analysis, column: str) -> list[str]:
-    return [plain(value) for value in analysis.rows[column].dropna().unique()]
+    return [plain(value) for value in analysis.rows[column].dropna().unique()] if column in analysis.rows else []
 
 
 def _facts(analysis: Analysis) -> Iterator[str]:
@@ -82,8 +87,12 @@ def _shortened(names: Sequence[str], shorten: Any) -> dict[str, str]:
 
 
 def _sentences(analysis: Analysis, names: _Names) -> Iterator[str]:
+    if not analysis.groups and not analysis.jobs:
+        yield "No point was measured; the reasons are below."
     if analysis.comparison is not None:
-        yield f"Against the earlier results: {counts_of_changes(analysis.comparison.points)}."
+        points = analysis.comparison.points
+        changes = counts_of_changes(points) or "none is in both"
+        yield f"Against the earlier results, {counted(len(points), 'point')}: {changes}."
     for answer in sorted(analysis.jobs, key=lambda one: -len(one.rows)):
         yield from _job_sentences(answer, analysis, names)
     for group in sorted(analysis.groups, key=lambda one: (-len(one.points), one.number)):
@@ -94,11 +103,7 @@ def _sentences(analysis: Analysis, names: _Names) -> Iterator[str]:
 
 
 def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterator[str]:
-    first = group.points.iloc[0]
-    most = int(group.points["num_devices"].max())
-    others = [name for name in analysis.unlike if name not in _NAMED]
-    unlike = f" ({values_of(group.points, others)})" if others else ""
-    place = f"On {names.devices(most, first['device_name'])}, {names.model(first['model'])}{unlike}"
+    place = _place(group, analysis, names)
     by_length: dict[int, list[Choice]] = {}
     for choice in group.choices:
         by_length.setdefault(choice.seq_len, []).append(choice)
@@ -106,10 +111,23 @@ def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterato
         yield f"{place}: no point was measured that counts; the reasons are below."
     # Of several groups that of the longest prompts, which the files to be used are for.
     lengths = sorted(by_length)[:_LENGTHS] if len(analysis.groups) == 1 else sorted(by_length)[-1:]
-    for length in lengths:
-        yield f"{place}, {_tokens(group, length)}: {' '.join(_advice(group, by_length[length], analysis))}"
-    if more := len(by_length) - len(lengths):
-        yield f"{counted(more, 'more prompt length')}: in the table."
+    limits = str(analysis.question.limits)
+    more = len(by_length) - len(lengths)
+    for number, length in enumerate(lengths, 1):
+        what = f"{place}, {_tokens(group, length)}{f', with {limits}' if limits else ''}"
+        rest = f" {counted(more, 'more prompt length')} below." if more and number == len(lengths) else ""
+        yield f"{what}: {' '.join(_advice(group, by_length[length]))}{rest}"
+
+
+def _place(group: Group, analysis: Analysis, names: _Names) -> str:
+    """On 4 × H100, llama-3.1-8b, and what else tells this group from others."""
+    most = int(group.points["num_devices"].max())
+    devices, models = (list(group.points[column].unique()) for column in ("device_name", "model"))
+    on = names.devices(most, devices[0]) if len(devices) == 1 else counted(most, "device")
+    model = names.model(models[0]) if len(models) == 1 else counted(len(models), "model")
+    others = [name for name in analysis.unlike if name not in _NAMED]
+    unlike = f" ({values_of(group.points, others)})" if others else ""
+    return f"On {on}, {model}{unlike}{mixed_mark(group.mixed)}"
 
 
 def _tokens(group: Group, length: int) -> str:
@@ -117,30 +135,21 @@ def _tokens(group: Group, length: int) -> str:
     return f"{length} + {int(outputs[0])} tokens" if len(outputs) == 1 else f"{length} tokens"
 
 
-def _advice(group: Group, choices: Sequence[Choice], analysis: Analysis) -> Iterator[str]:
-    limits = str(analysis.question.limits)
+def _advice(group: Group, choices: Sequence[Choice]) -> Iterator[str]:
+    """The throughput, what else the same point is the best for, and then other points."""
     by_goal = {choice.goal.name: choice for choice in choices if choice.best is not None}
-    fastest, latency, cost = (by_goal.get(name) for name in ("throughput", "latency", "cost"))
-    if not by_goal:
-        yield f"no point keeps {limits}."
-    if fastest and fastest.best:
-        yield f"{_taken(group, fastest.best)} gives {_number(fastest)}{_as_good(group, fastest)}{_with(limits)}."
-    if latency and latency.best:
-        also = fastest is not None and _is_same(latency.best, fastest.best)
-        take = "It has the shortest batch time too" if also else _goal_words("the shortest batch time", latency, group)
-        yield f"{take}: {_number(latency)}{_as_good(group, latency)}."
-    if cost and cost.best and not (fastest and _is_same(cost.best, fastest.best)):
-        yield f"{_goal_words('the least cost', cost, group)}: {_number(cost)}."
-    elif cost:
-        yield f"It costs {_number(cost)}."
-
-
-def _with(limits: str) -> str:
-    return f", and keeps {limits}" if limits else ""
-
-
-def _goal_words(what: str, choice: Choice, group: Group) -> str:
-    return f"For {what} take {_taken(group, choice.best or {})}"
+    fastest = by_goal.get("throughput")
+    if fastest is None or fastest.best is None:
+        yield "no point keeps the limits."
+        return
+    yield f"{_taken(group, fastest.best)} gives {_number(fastest)}{_as_good(group, fastest)}."
+    others = [(by_goal[name], same, apart) for name, same, apart in _ALSO if name in by_goal]
+    for choice, same, _ in others:
+        if _is_same(choice.best, fastest.best):
+            yield f"{same} {_number(choice)}."
+    for choice, _, apart in others:
+        if not _is_same(choice.best, fastest.best):
+            yield f"For {apart} take {_taken(group, choice.best or {})}: {_number(choice)}{_as_good(group, choice)}."
 
 
 def _is_same(one: Mapping[Hashable, Any] | None, two: Mapping[Hashable, Any] | None) -> bool:

@@ -98,28 +98,29 @@ def _fastest_where(rows: pd.DataFrame) -> str:
         return f"{best['layout'].iloc[0]}, at {every}"
     places = best.groupby("layout", sort=False)["global_batch_size"].agg(list)
     words = [
-        f"{name} {_batch_ranges([int(batch) for batch in found], batches)}"
-        for name, found in zip(places.index, places, strict=True)
+        f"{name} {_batch_ranges(list(map(int, found)), batches, '' if number else ' requests')}"
+        for number, (name, found) in enumerate(zip(places.index, places, strict=True))
     ]
-    words[0] += " requests"
     overlap = best["global_batch_size"].duplicated().any()
     return ", ".join(words) + ("; where two are named, their intervals overlap" if overlap else "")
 
 
-def _batch_ranges(found: Sequence[int], batches: Sequence[int]) -> str:
-    """at 16 to 64 and from 512 on, of all the batches that were compared."""
+def _batch_ranges(found: Sequence[int], batches: Sequence[int], unit: str) -> str:
+    """at 16 to 64 requests and from 512 on, of all the batches that were compared."""
     runs: list[list[int]] = []
     for place in sorted(map(batches.index, found)):
         if runs and runs[-1][-1] == place - 1:
             runs[-1].append(place)
         else:
             runs.append([place])
-    return " and ".join(_batch_range(batches[run[0]], batches[run[-1]], len(run), batches) for run in runs)
+    return " and ".join(_batch_range(batches, run, "" if number else unit) for number, run in enumerate(runs))
 
 
-def _batch_range(first: int, last: int, count: int, batches: Sequence[int]) -> str:
-    if count == 1:
-        return f"at {first}"
-    if last == batches[-1]:
-        return f"from {first} on"
-    return f"at {first} {'and' if count == 2 else 'to'} {last}"
+def _batch_range(batches: Sequence[int], run: Sequence[int], unit: str) -> str:
+    first, last = batches[run[0]], batches[run[-1]]
+    of_first = unit.removesuffix("s") if first == 1 else unit
+    if len(run) == 1:
+        return f"at {first}{of_first}"
+    if run[-1] == len(batches) - 1:
+        return f"from {first}{of_first} on"
+    return f"at {first} {'and' if len(run) == 2 else 'to'} {last}{unit}"

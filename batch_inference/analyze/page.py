@@ -4,7 +4,6 @@ and dark, on a phone and on paper."""
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,13 +15,11 @@ import pandas as pd
 from batch_inference.analyze.headline import NO_HEADLINE, Headline
 from batch_inference.analyze.page_look import SCRIPT, STYLE
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import Best, metric_text, not_drawn
+from batch_inference.analyze.wording import Best, kept_together, metric_text, not_drawn
 from batch_inference.core.text import plain, short
 
 # The page allows itself no network at all, so that no name from a file can fetch anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-# Where a number and what belongs to it are kept on a line.
-_BREAK, _NO_BREAK = re.compile(r"(?<=\d) (?=[±×+]|tok/s|s\b|min\b|h\b)|(?<=[±×+]) "), "&nbsp;"
 # A table of more rows scrolls by itself, so that its head stays.
 _TALL = 15
 # And nobody sorts one of fewer.
@@ -68,7 +65,7 @@ def as_html(
 
 def _head(head: Headline) -> str:
     facts = f'<p class="facts">{escape(" · ".join(head.facts))}</p>' if head.facts else ""
-    sentences = "".join(f"<p>{_BREAK.sub(_NO_BREAK, escape(sentence))}</p>" for sentence in head.sentences)
+    sentences = "".join(f"<p>{escape(kept_together(sentence))}</p>" for sentence in head.sentences)
     answer = f'<div class="answer">{sentences}</div>' if sentences else ""
     return facts + answer + (_command(head.command) if head.command else "")
 

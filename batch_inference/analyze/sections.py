@@ -170,7 +170,8 @@ def pareto(group: Group) -> Section:
          metric_text(row, "output_tok_per_s_per_device")]
         for row in front.head(ROW_LIMIT).to_dict("records")
     ]  # fmt: skip
-    header = ("length", "setting", "batch", "latency s", "tok/s per device")
+    per_device = "tok/s per device"
+    header = ("length", "setting", "batch", "latency s", per_device)
     title = group.titled("Pareto front: latency against throughput per device")
     lines = [
         "A point is listed unless another is better beyond both intervals. Take one from the top for short latency, "
@@ -180,7 +181,7 @@ def pareto(group: Group) -> Section:
     numbers = frozenset(header) - {"setting"}
     return Section(
         title, [], header, rows, numbers, lines if rows else [], len(front) - len(rows),
-        is_more_better=frozenset({"tok/s per device"}), is_detail=True,
+        is_more_better=frozenset({per_device}), is_detail=True,
     )  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def pareto(group: Group) -> Section:
 
 def compared(comparison: SetComparison) -> Section:
     points = comparison.points
-    pairs = [("points compared", counts_of_changes(points))]
+    pairs = [("points compared", f"{len(points)}: {counts_of_changes(points)}")]
     ratio = points["ratio"].dropna()
     if not ratio.empty:
         mean = math.exp(ratio.map(math.log).mean())
@@ -202,19 +203,20 @@ def compared(comparison: SetComparison) -> Section:
                "change", "verdict"]  # fmt: skip
     ranked = points[columns].assign(_order=points["change"].map(order)).sort_values(["_order", "ratio"], kind="stable")
     rows = [_change_row(row) for row in ranked.head(ROW_LIMIT).to_dict("records")]
-    header = ("setting", "length", "batch", "before tok/s", "now tok/s", "ratio", "change")
+    header = ("setting", "length", "batch", "change", "ratio", "before tok/s", "now tok/s")
     unlike = [name for name in comparison.unlike if name in GROUP_BY and name != "vllm_version"]
     title = "Compared with the earlier results" + mixed_mark(unlike)
     notes = list(_compare_notes(comparison))
-    return Section(title, pairs, header, rows, frozenset(header[1:6]), notes, len(ranked) - len(rows))
+    return Section(
+        title, pairs, header, rows, frozenset(header) - {"setting", "change"}, notes, len(ranked) - len(rows), keys=3
+    )
 
 
 def counts_of_changes(points: pd.DataFrame) -> str:
-    """24 points: 3 better, 1 worse, 20 no difference"""
+    """3 better, 1 worse, 20 no difference"""
     counts = points["change"].value_counts()
     words = ("better", "worse", "lost", "no difference", "unknown")
-    found = ", ".join(f"{counts[word]} {word}" for word in words if word in counts)
-    return f"{counted(len(points), 'point')}{': ' if found else ''}{found}"
+    return ", ".join(f"{counts[word]} {word}" for word in words if word in counts)
 
 
 def _compare_notes(comparison: SetComparison) -> Iterator[str]:
@@ -238,4 +240,4 @@ def _change_row(row: Mapping[Hashable, Any]) -> list[str]:
     ratio = "" if pd.isna(row["ratio"]) else with_interval(row["ratio"], known(row["ratio_ci95"]))
     numbers = [short(known(row[name])) for name in ("old_output_tok_per_s", "output_tok_per_s")]
     place = [str(row[name]) for name in ("setting", "seq_len", "batch_size")]
-    return [*place, *numbers, ratio, row["change"] + suspect_mark(row)]
+    return [*place, row["change"] + suspect_mark(row), ratio, *numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections import defaultdict
@@ -10,14 +11,16 @@ from pathlib import Path
 
 from batch_inference.analyze.headline import NO_HEADLINE, Headline
 from batch_inference.analyze.sections import Section
-from batch_inference.analyze.wording import Best, few
-from batch_inference.core.text import WIDTH, counted, escaped, short_name, table, wrapped
+from batch_inference.analyze.wording import NO_BREAK, Best, kept_together
+from batch_inference.core.text import WIDTH, counted, escaped, listed, short_name, table, wrapped
 
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
 LIST_LIMIT, LINE_LIMIT = 12, 400
 TEXT_ROWS = 12
 # Wider lines than these are hard to read.
 _WIDEST = 120
+# Of a title what is before the words of a group.
+_TOPIC = re.compile(r":| of group | against | \[")
 _FEWEST_CHARACTERS = 8  # of a name that gives way
 
 
@@ -30,8 +33,8 @@ def as_text(sections: Sequence[Section], head: Headline = NO_HEADLINE, width: in
     names = {name for section in sections for name in _settings_in(section)}
     shown = [section for section in sections if not section.is_detail]
     blocks = [list(_head(head, width)), *(list(_section(section, names, width)) for section in shown)]
-    if more := [section.title for section in sections if section.is_detail]:
-        blocks.append(_lines(f"Also in the report: {few(more, 6)}.", 2, width))
+    if more := dict.fromkeys(_TOPIC.split(section.title)[0] for section in sections if section.is_detail):
+        blocks.append(_lines(f"Also in the report: {listed(more)}.", 2, width))
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
@@ -50,7 +53,8 @@ def _head(head: Headline, width: int) -> Iterator[str]:
     for number, sentence in enumerate(head.sentences[:LIST_LIMIT]):
         if number:
             yield ""
-        yield from _lines(short_name(sentence, 2 * LINE_LIMIT), 0, width)
+        lines = _lines(kept_together(short_name(sentence, 2 * LINE_LIMIT)), 0, width)
+        yield from (line.replace(NO_BREAK, " ") for line in lines)
     yield from _rest(len(head.sentences) - LIST_LIMIT, "more answer")
 
 
@@ -101,7 +105,7 @@ def _tables(section: Section, names: Iterable[str], width: int) -> Iterator[str]
         place = section.header.index("setting")
         others = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
         room = max(_FEWEST_CHARACTERS, width - 2 - (sum(others) - others[place]))
-        shown = short_names(names, room)
+        shown = short_names(names, room, width // 2)
         cells[1:] = [[*row[:place], shown[row[place]], *row[place + 1 :]] for row in cells[1:]]
     for columns in _that_fit(cells, section.keys, width - 2):
         header, *rows = [[row[column] for column in columns] for row in cells]
@@ -135,10 +139,13 @@ def _settings_in(section: Section) -> Iterator[str]:
         yield from (row[place] for row in section.rows)
 
 
-def short_names(names: Iterable[str], room: int) -> dict[str, str]:
+def short_names(names: Iterable[str], room: int, more_room: int) -> dict[str, str]:
     """Each in so many characters, but never as what could be two of them: where the beginning and the end do not tell
-    names apart, from where they differ, and else as they are."""
+    names apart, in more of them, then from where they differ, and else as they are."""
     found = {name: short_name(name, room) for name in names}
+    room = max(room, more_room)
+    for alike in _alike(found):
+        found |= {name: short_name(name, room) for name in alike}
     for alike in _alike(found):
         start = next((place for place, letters in enumerate(zip(*alike, strict=False)) if len(set(letters)) > 1), 0)
         found |= {name: short_name(f"…{name[start:]}", room) for name in alike}

@@ -34,6 +34,15 @@ def spoken(number: str) -> str:
     return re.sub(r"(?<![.\d])\d{4,}", lambda found: f"{int(found[0]):,}", number).replace("±", "± ")
 
 
+# What belongs to a number stays on its line.
+_WITH_NUMBER = re.compile(r"(?<=\d) (?=[±×+]|tok/s|s\b|min\b|h\b)|(?<=[±×+]) ")
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def kept_together(sentence: str) -> str:
+    return _WITH_NUMBER.sub(NO_BREAK, sentence)
+
+
 def few(words: Sequence[str], most: int, rest: str = " and {} more", between: str = ", ") -> str:
     """A list of words; of more than `most` the first, and how many others there are."""
     more = len(words) - most
