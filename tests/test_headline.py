@@ -86,6 +86,17 @@ def test_batches_at_which_a_layout_is_fastest_are_told_in_ranges(tmp_path: Path,
     assert part.pairs == [("fastest", words)]
 
 
+def test_a_layout_that_was_not_measured_between_is_not_said_to_lose_there(tmp_path: Path) -> None:
+    results = [
+        alone("tp_2", (2, 1, 1), {1: 1.0, 4: 1.0, 8: 1.0}), alone("pp_2", (1, 2, 1), {1: 2.0, 2: 2.0, 4: 2.0, 8: 2.0}),
+        alone("dp_2", (1, 1, 2), {1: 1.5}),
+    ]  # fmt: skip
+    (group,) = analyse([load_setting(path) for path in save_all(results, tmp_path)], Question()).groups
+    (part,) = layouts(group)
+    words = "TP=2 from 1 request on, DP=2 at 2; not every layout was measured at every size"
+    assert part.pairs == [("fastest", words)]
+
+
 def test_a_winner_for_both_is_said_once_and_on_how_many_of_the_devices(head: Any) -> None:
     found = head([alone("tp_1", (1, 1, 1), {1: 0.5}), alone("tp_2", (2, 1, 1), {1: 1.0})])
     assert found.sentences == (
@@ -97,7 +108,7 @@ def test_a_winner_for_both_is_said_once_and_on_how_many_of_the_devices(head: Any
 def test_ties_are_named_and_settings_of_one_layout_told_apart(head: Any) -> None:
     points = [make_point(1, latencies_s=[1.0, 1.1, 0.9])]
     (sentence,) = head([make_result(name, points) for name in ("a", "b", "c", "d")]).sentences
-    others = "TP=1 (b) at 1, TP=1 (c) at 1 and 1 more"
+    others = "TP=1 (b) and 2 more"
     assert f"TP=1 (a) at 1 request gives 32 ± 12 tok/s (as good within the intervals: {others})." in sentence
 
 
@@ -142,8 +153,8 @@ def test_what_else_tells_groups_apart_is_said(head: Any) -> None:
 def test_three_lengths_have_a_sentence_each_and_others_are_counted(head: Any) -> None:
     points = [make_point(1, length) for length in (64, 128, 256, 512, 1024)]
     sentences = head([make_result("tp_1", points)]).sentences
-    assert [sentence.partition("tokens")[0].rpartition(", ")[2] for sentence in sentences] == [
-        "64 + 32 ", "128 + 32 ", "256 + 32 ",
+    assert [sentence.partition(":")[0] for sentence in sentences] == [
+        f"On 1 × H100, {LLAMA}, 64 + 32 tokens", "At 128 + 32 tokens", "At 256 + 32 tokens",
     ]  # fmt: skip
     assert [sentence.endswith(" 2 more prompt lengths below.") for sentence in sentences] == [False, False, True]
 

@@ -13,6 +13,9 @@ from batch_inference.analyze.tables import TO_MENTION, MeasuredSetting, differin
 from batch_inference.analyze.wording import few
 from batch_inference.core.text import NO_REASON, counted, listed
 
+# A reason names so many of the settings that have it; results.csv has all.
+_PLACES = 5
+
 
 def measured(analysis: Analysis) -> Section:
     points = analysis.rows
@@ -70,8 +73,7 @@ def settings(analysis: Analysis) -> Section:
     header = ("setting", *(["group"] if several else []), "devices", "points ok", "status", "load s")
     to_the_right = frozenset({"devices", "points ok", "load s"})
     more = len(ordered) - len(rows)
-    is_boring = all(setting.status == "complete" for setting in ordered)
-    return Section("Settings", header=header, rows=rows, numbers=to_the_right, more=more, is_detail=is_boring)
+    return Section("Settings", header=header, rows=rows, numbers=to_the_right, more=more, is_detail=True)
 
 
 def problems(analysis: Analysis) -> Section:
@@ -98,7 +100,7 @@ def _by_reason(points: pd.DataFrame, what: str, why: str) -> Iterator[str]:
     """Each reason once, with all settings and points that have it."""
     for (word, reason), rows in points.fillna({why: NO_REASON}).groupby([what, why], observed=True, sort=False):
         places = [f"{name}, {_where(of)}" for name, of in rows.groupby("setting", observed=True, sort=False)]
-        yield f"{word}: {'; '.join(places)}: {reason}"
+        yield f"{word}: {few(places, _PLACES, '; and {} more settings', '; ')}: {reason}"
 
 
 def _where(rows: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
 from batch_inference.analyze.compare import LAYOUT, layout
-from batch_inference.analyze.decide import Choice
+from batch_inference.analyze.decide import COST, Choice
 from batch_inference.analyze.job_sections import requests_words, time_text
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
 from batch_inference.analyze.sections import counts_of_changes
@@ -114,7 +114,8 @@ def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterato
     limits = str(analysis.question.limits)
     more = len(by_length) - len(lengths)
     for number, length in enumerate(lengths, 1):
-        what = f"{place}, {_tokens(group, length)}{f', with {limits}' if limits else ''}"
+        where = f"{place}, " if number == 1 else "At "
+        what = f"{where}{_tokens(group, length)}{f', with {limits}' if limits else ''}"
         rest = f" {counted(more, 'more prompt length')} below." if more and number == len(lengths) else ""
         yield f"{what}: {' '.join(_advice(group, by_length[length]))}{rest}"
 
@@ -182,11 +183,11 @@ def _number(choice: Choice) -> str:
 
 
 def _as_good(group: Group, choice: Choice) -> str:
-    """Settings whose interval overlaps that of the best."""
-    if not choice.ties:
+    """Settings whose interval overlaps that of the best; of the cost they are those of the throughput per device."""
+    if not choice.ties or choice.goal.column == COST:
         return ""
-    others = [f"{called(group, row)} at {row['batch_size']}" for row in choice.ties]
-    return f" (as good within the intervals: {few(others, 2)})"
+    others = [called(group, row) for row in choice.ties]
+    return f" (as good within the intervals: {few(others, 1)})"
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------

@@ -98,29 +98,40 @@ def _fastest_where(rows: pd.DataFrame) -> str:
         return f"{best['layout'].iloc[0]}, at {every}"
     places = best.groupby("layout", sort=False)["global_batch_size"].agg(list)
     words = [
-        f"{name} {_batch_ranges(list(map(int, found)), batches, '' if number else ' requests')}"
+        f"{name} {_batch_ranges(found, _batches_of(rows, name), batches[-1], '' if number else ' requests')}"
         for number, (name, found) in enumerate(zip(places.index, places, strict=True))
     ]
-    overlap = best["global_batch_size"].duplicated().any()
-    return ", ".join(words) + ("; where two are named, their intervals overlap" if overlap else "")
+    notes = ["where two are named, their intervals overlap"] if best["global_batch_size"].duplicated().any() else []
+    if any(_has_holes(found, _batches_of(rows, name), batches) for name, found in places.items()):
+        notes.append("not every layout was measured at every size")
+    return "; ".join([", ".join(words), *notes])
 
 
-def _batch_ranges(found: Sequence[int], batches: Sequence[int], unit: str) -> str:
-    """at 16 to 64 requests and from 512 on, of all the batches that were compared."""
+def _has_holes(found: Sequence[int], measured: Sequence[int], batches: Sequence[int]) -> bool:
+    """Whether another layout may be named at a batch between those of this one, which was not measured there."""
+    return any(min(found) < batch < max(found) and batch not in measured for batch in batches)
+
+
+def _batches_of(rows: pd.DataFrame, name: object) -> list[int]:
+    return sorted(int(batch) for batch in rows.loc[rows["layout"] == name, "global_batch_size"])
+
+
+def _batch_ranges(found: Sequence[int], measured: Sequence[int], last: int, unit: str) -> str:
+    """at 16 to 64 requests and from 512 on, of the batches at which the layout was measured; `last`: of all layouts."""
     runs: list[list[int]] = []
-    for place in sorted(map(batches.index, found)):
+    for place in sorted(map(measured.index, found)):
         if runs and runs[-1][-1] == place - 1:
             runs[-1].append(place)
         else:
             runs.append([place])
-    return " and ".join(_batch_range(batches, run, "" if number else unit) for number, run in enumerate(runs))
+    in_batches = [[measured[place] for place in run] for run in runs]
+    return " and ".join(_batch_range(run, last, "" if number else unit) for number, run in enumerate(in_batches))
 
 
-def _batch_range(batches: Sequence[int], run: Sequence[int], unit: str) -> str:
-    first, last = batches[run[0]], batches[run[-1]]
-    of_first = unit.removesuffix("s") if first == 1 else unit
+def _batch_range(run: Sequence[int], last: int, unit: str) -> str:
+    of_first = unit.removesuffix("s") if run[0] == 1 else unit
     if len(run) == 1:
-        return f"at {first}{of_first}"
-    if run[-1] == len(batches) - 1:
-        return f"from {first}{of_first} on"
-    return f"at {first} {'and' if len(run) == 2 else 'to'} {last}{unit}"
+        return f"at {run[0]}{of_first}"
+    if run[-1] == last:
+        return f"from {run[0]}{of_first} on"
+    return f"at {run[0]} {'and' if len(run) == 2 else 'to'} {run[-1]}{unit}"

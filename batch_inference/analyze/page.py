@@ -22,6 +22,8 @@ from batch_inference.core.text import plain, short
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 # A table of more rows scrolls by itself, so that its head stays.
 _TALL = 15
+# A name of more characters may be broken.
+_LONG = 30
 # And nobody sorts one of fewer.
 _FEW = 4
 
@@ -120,7 +122,8 @@ def _first_order(section: Section, name: str) -> str:
 def _cells(row: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
     for kind, cell in zip(classes, row, strict=True):
         text = f"<b>{escape(cell)}</b>" if isinstance(cell, Best) else escape(cell)
-        yield f"<td{kind}>{text}</td>"
+        may_break = ' class="long"' if not kind and len(cell) > _LONG else ""
+        yield f"<td{kind or may_break}>{text}</td>"
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -39,6 +39,7 @@ th[aria-sort=ascending] button::after { content: " ▲"; color: inherit; }
 th[aria-sort=descending] button::after { content: " ▼"; color: inherit; }
 .number { text-align: right; }
 .words { white-space: normal; min-width: 20rem; }
+.long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
 .columns { display: flex; flex-wrap: wrap; gap: .2rem 1rem; border: 0; padding: 0; margin: .5rem 0; font-size: .85rem; }
 .columns label { display: inline-flex; align-items: center; gap: .3rem; white-space: nowrap; }
 .columns legend { float: left; padding: 0; margin-right: 1rem; color: var(--soft); }
@@ -72,7 +73,7 @@ dialog img { display: block; width: max(94vw, 70rem); max-width: none; }
   .wide:not(.tall), .wide:not(.tall) table { break-inside: avoid; }
   table { font-size: 8pt; } tr { break-inside: avoid; } thead { display: table-header-group; }
   th, td { position: static !important; padding: .15rem .35rem; white-space: normal; }
-  .words { min-width: 0; }
+  .words { min-width: 0; } .long { min-width: 8rem; } td.number { white-space: nowrap; }
   /* Three on a page, so that what is left of one is never half of it. */
   figure { break-inside: avoid; margin: 2mm 0; } .plot img { max-height: 84mm; object-fit: contain; }
 }

@@ -11,7 +11,7 @@ import pandas as pd
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark
 from batch_inference.analyze.compare import SetComparison, baseline_of
-from batch_inference.analyze.decide import Choice
+from batch_inference.analyze.decide import COST, Choice
 from batch_inference.analyze.tables import GROUP_BY, believable, half_width
 from batch_inference.analyze.wording import (
     SUSPECT_LINE,
@@ -60,7 +60,8 @@ def best(group: Group, analysis: Analysis) -> Section:
     limits = str(analysis.question.limits)
     found = [choice for choice in group.choices if choice.best is not None]
     rows = [_choice_row(choice, choice.best) for choice in found if choice.best is not None]
-    lines = [_tie(choice) for choice in found if choice.ties]
+    # Of several settings the cost goes with the throughput per device, and so do its ties.
+    lines = [_tie(choice) for choice in found if choice.ties and choice.goal.column != COST]
     lines += [_none_keeps(choice, analysis) for choice in group.choices if choice.best is None]
     lines += _best_notes(group, rows)
     # The value before what a narrow screen may leave out.

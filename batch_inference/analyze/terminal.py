@@ -19,6 +19,8 @@ LIST_LIMIT, LINE_LIMIT = 12, 400
 TEXT_ROWS = 12
 # Wider lines than these are hard to read.
 _WIDEST = 120
+# Of a table that is too wide, so many parts.
+_MOST_PARTS = 2
 # Of a title what is before the words of a group.
 _TOPIC = re.compile(r":| of group | against | \[")
 _FEWEST_CHARACTERS = 8  # of a name that gives way
@@ -107,9 +109,17 @@ def _tables(section: Section, names: Iterable[str], width: int) -> Iterator[str]
         room = max(_FEWEST_CHARACTERS, width - 2 - (sum(others) - others[place]))
         shown = short_names(names, room, width // 2)
         cells[1:] = [[*row[:place], shown[row[place]], *row[place + 1 :]] for row in cells[1:]]
-    for columns in _that_fit(cells, section.keys, width - 2):
+    parts = list(_that_fit(cells, section.keys, _best_first(section), width - 2))
+    for columns in parts[:_MOST_PARTS]:
         header, *rows = [[row[column] for column in columns] for row in cells]
         yield textwrap.indent(table(header, rows, [section.alignment[column] for column in columns]), "  ")
+    yield from _rest(sum(len(columns) - section.keys for columns in parts[_MOST_PARTS:]), "more column")
+
+
+def _best_first(section: Section) -> list[int]:
+    """The columns that tell of a row: those that hold a best one before others."""
+    places = range(section.keys, len(section.header))
+    return sorted(places, key=lambda place: not any(isinstance(row[place], Best) for row in section.rows))
 
 
 def _marked(cell: str) -> str:
@@ -117,16 +127,19 @@ def _marked(cell: str) -> str:
     return f"● {cell}" if isinstance(cell, Best) else cell
 
 
-def _that_fit(cells: Sequence[Sequence[str]], keys: int, width: int) -> Iterator[list[int]]:
-    """The columns of each table; a column that is too wide even so stands alone beside the keys."""
+def _that_fit(cells: Sequence[Sequence[str]], keys: int, others: Sequence[int], width: int) -> Iterator[list[int]]:
+    """The columns of each table, in the order of `others` where they are several; one that is too wide even so stands
+    alone beside the keys."""
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-    first = list(range(min(keys, len(widths))))
-    columns, is_empty = list(first), True
-    for place in range(len(first), len(widths)):
-        if not is_empty and sum(widths[column] for column in [*columns, place]) - 2 > width:
+    if sum(widths) - 2 <= width:
+        yield list(range(len(widths)))
+        return
+    columns = first = list(range(keys))
+    for place in others:
+        if len(columns) > keys and sum(widths[column] for column in [*columns, place]) - 2 > width:
             yield columns
-            columns = list(first)
-        columns, is_empty = [*columns, place], False
+            columns = first
+        columns = [*columns, place]
     yield columns
 
 
