@@ -143,6 +143,12 @@ def test_names_that_are_short_alike_stay_long(head: Any) -> None:
     }
 
 
+def test_devices_that_are_cores_are_one_cpu(head: Any) -> None:
+    cpu = {"device_kind": "cpu", "devices": [{"name": "AMD EPYC"}] * 2}
+    results = [make_result(f"tp_{size}", [make_point()], (size, 1, 1), environment=cpu) for size in (1, 2)]
+    assert head(results).sentences[0].startswith(f"On 2 devices (AMD EPYC), {LLAMA}, 64")
+
+
 def test_what_else_tells_groups_apart_is_said(head: Any) -> None:
     other = make_result("b", [make_point()], engine={"quantization": "fp8"})
     first, second = head([make_result("a", [make_point()]), other]).sentences

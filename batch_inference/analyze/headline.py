@@ -76,8 +76,11 @@ class _Names:
     def model(self, name: object) -> str:
         return self._models.get(plain(name), "a model without a name")
 
-    def devices(self, count: int, name: object) -> str:
+    def devices(self, count: int, name: object, kind: object) -> str:
+        """4 × H100; but devices that are cores are all of one CPU."""
         device = self._devices.get(plain(name))
+        if kind == "cpu" and device:
+            return f"{counted(count, 'device')} ({plain(name)})"
         return f"{count} × {device}" if device else counted(count, "device")
 
 
@@ -124,7 +127,8 @@ def _place(group: Group, analysis: Analysis, names: _Names) -> str:
     """On 4 × H100, llama-3.1-8b, and what else tells this group from others."""
     most = int(group.points["num_devices"].max())
     devices, models = (list(group.points[column].unique()) for column in ("device_name", "model"))
-    on = names.devices(most, devices[0]) if len(devices) == 1 else counted(most, "device")
+    kind = group.points["device_kind"].iloc[0]
+    on = names.devices(most, devices[0], kind) if len(devices) == 1 else counted(most, "device")
     model = names.model(models[0]) if len(models) == 1 else counted(len(models), "model")
     others = [name for name in analysis.unlike if name not in _NAMED]
     unlike = f" ({values_of(group.points, others)})" if others else ""
@@ -200,7 +204,7 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
     if best is None or cheapest is None:
         yield f"The job of {job}, {model}: nothing was measured that can forecast it; the reasons are below."
         return
-    place = names.devices(best.num_devices, of_group["device_name"])
+    place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
     said = [f"The job of {job} on {place}, {model}: {_row_taken(best)} takes {_hours(best)}{_cost(best)}."]
     if cheapest is not best:
         said.append(f"The fewest device-hours: {_row_taken(cheapest)}, {_hours(cheapest)}{_cost(cheapest)}.")
