@@ -16,7 +16,7 @@ from batch_inference.analyze.markdown import as_markdown, escaped
 from batch_inference.analyze.report import sections_of
 from batch_inference.analyze.sections import Section
 from batch_inference.analyze.tables import load_setting
-from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_text
+from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_text, short_names, terminal_width
 from batch_inference.analyze.wording import Best, with_interval
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import DeviceInfo, Environment, Failure, Point, Result
@@ -113,6 +113,55 @@ def test_a_failure_without_words_is_still_a_failure(report: Any) -> None:
     assert "error: tp_8, batch 1 x length 8: no reason is given" in text
 
 
+def test_an_interrupted_setting_is_among_what_is_missing(report: Any) -> None:
+    grid = {"batch_sizes": [1, 2, 4], "seq_lens": [64]}
+    stopped = make_result("tp_1", [make_point(1)], config=grid, status="partial")
+    text = flat(as_text(report([stopped])))
+    assert "tp_1 was interrupted: 2 points of 3 are missing; the same command goes on with it" in text
+    nearly = make_result("tp_1", [make_point(1), make_point(2)], config=grid, status="partial")
+    assert "tp_1 was interrupted: 1 point of 3 is missing;" in flat(as_text(report([nearly])))
+    # Points that failed are there, and have a reason each.
+    failed = make_result("tp_1", [make_point(1), *(Point(b, 64, 32, "oom", reason="x") for b in (2, 4))], config=grid)
+    failed.status = "partial"
+    assert "interrupted" not in as_text(report([failed]))
+
+
+def test_a_reason_is_said_once_with_all_settings_that_have_it(report: Any) -> None:
+    points = [make_point(b, verdict="suspect", verdict_reasons=["runs differ"]) for b in (1, 2)]
+    text = as_text(report([make_result(f"s{number}", points) for number in range(7)]))
+    assert text.count("runs differ") == 1
+    assert "suspect: s0, batch 1, 2 x length 64; s1, batch 1, 2 x length 64;" in flat(text)
+    assert "s4, batch 1, 2 x length 64; and 2 more settings: runs differ" in flat(text)
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["tp_2_pp_2", "tp_4"], ["tp_2_pp_2", "tp_4"]),
+        (["a" * 30, "b" * 30], ["aaaaaaa…aaaaaa", "bbbbbbb…bbbbbb"]),
+        # Alike at both ends: in more room, from where they differ, or whole.
+        (["tp_1_aaaa1aaaa_on", "tp_1_aaaa2aaaa_on"], ["tp_1_aaaa1aaaa_on", "tp_1_aaaa2aaaa_on"]),
+        ([f"{'x' * 20}{end}{'y' * 20}" for end in "12"], [f"…1{'y' * 8}…{'y' * 9}", f"…2{'y' * 8}…{'y' * 9}"]),
+        (
+            [f"{'x' * 20}{middle}{'y' * 20}{end}{'z' * 20}" for middle, end in ("a1", "a2", "b1")],
+            [*(f"{'x' * 20}a{'y' * 20}{end}{'z' * 20}" for end in "12"), f"…b{'y' * 8}…{'z' * 9}"],
+        ),
+    ],
+)
+def test_a_name_is_never_shortened_to_what_could_be_two(names: list[str], shown: list[str]) -> None:
+    found = short_names(names, 14, 20)
+    assert [found[name] for name in names] == shown
+
+
+def test_a_column_of_names_alone_cannot_tell_two_settings_apart_and_the_table_does(report: Any) -> None:
+    """Also where the other one is in another table."""
+    names = [f"tp_1_{'x' * 30}{end}{'y' * 30}" for end in "12"]
+    fast = make_result(names[0], [make_point(latencies_s=[1.0] * 2)])
+    text = as_text(report([fast, make_result(names[1], [make_point(latencies_s=[2.0] * 2)])]))
+    best = next(line for line in text.splitlines() if " throughput " in line)
+    assert "…1" in best
+
+
 def test_doubtful_points_are_listed_and_a_suspect_winner_is_marked(report: Any) -> None:
     points = [
         make_point(1),
@@ -177,6 +226,17 @@ def test_the_text_leaves_the_tables_of_markdown_as_they_are(report: Any) -> None
     before = as_markdown(parts, [], [])
     as_text(parts)
     assert as_markdown(parts, [], []) == before
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("100", 100), ("200", 120), ("40", 80)])
+def test_a_wide_terminal_is_used_up_to_what_can_be_read(
+    report: Any, monkeypatch: pytest.MonkeyPatch, columns: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert terminal_width() == width
+    lines = as_text(report([make_result(points=[make_point(verdict="suspect", verdict_reasons=["word " * 60])])]),
+                    width=width).splitlines()  # fmt: skip
+    assert width - 8 < max(map(len, lines)) <= width
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------------
@@ -404,6 +464,13 @@ def test_a_comparison_is_told_first_with_the_changes_on_top(report: Any) -> None
     assert part.rows[0][:4] == ["tp_1", "64", "2", "worse"]
     assert part.rows[0][4].startswith("0.952")
     assert part.rows[0][5:] == ["63.99", "60.94"]
+
+
+def test_runs_as_many_as_their_interval_needs_are_called_adaptive(report: Any) -> None:
+    old, new = (make_result(points=[make_point()], config={"num_runs": runs}) for runs in (3, None))
+    assert ("num_runs", "3 before, adaptive now") in report([new], old=[old])[0].pairs
+    assert ("num_runs", "adaptive before, 3 now") in report([old], old=[new])[0].pairs
+    assert not [name for name, _ in report([new], old=[new])[0].pairs if name == "num_runs"]
 
 
 def test_sets_of_unlike_things_are_marked(report: Any) -> None:
