@@ -191,6 +191,10 @@ def test_a_dark_page_shows_the_dark_plot_where_there_is_one(tmp_path: Path) -> N
     ) in text
 
 
+def test_a_page_without_a_point_lists_none() -> None:
+    assert "All points" not in as_html([], pd.DataFrame({"setting": []}), [], [])
+
+
 def test_the_page_leaves_unknown_cells_empty_and_words_as_they_are() -> None:
     number, words = ' class="number"', ' class="words"'
     points = pd.DataFrame({

@@ -42,7 +42,7 @@ def page(tmp_path: Path) -> Any:
             sections_of(analysis),
             headline(analysis, ("vllm", "serve", "--config", "best/vllm_config.yaml")),
         )
-        return as_html(sections, analysis.points, drawn, [*missing, f"energy: {HOSTILE}"], head)
+        return as_html(sections, analysis.rows, drawn, [*missing, f"energy: {HOSTILE}"], head)
 
     return build
 

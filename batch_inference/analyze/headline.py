@@ -13,7 +13,7 @@ from batch_inference.analyze.decide import COST, Choice
 from batch_inference.analyze.job_sections import requests_words, time_text
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
 from batch_inference.analyze.sections import counts_of_changes
-from batch_inference.analyze.tables import half_width
+from batch_inference.analyze.tables import differing, half_width
 from batch_inference.analyze.wording import HEADING, few, spoken, suspect_words, with_interval
 from batch_inference.core.text import counted, on_each, plain, short
 
@@ -124,13 +124,14 @@ def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterato
 
 
 def _place(group: Group, analysis: Analysis, names: _Names) -> str:
-    """On 4 × H100, llama-3.1-8b, and what else tells this group from others."""
+    """On 4 × H100, llama-3.1-8b, and what else tells this group from others of such devices and this model."""
     most = int(group.points["num_devices"].max())
     devices, models = (list(group.points[column].unique()) for column in ("device_name", "model"))
     kind = group.points["device_kind"].iloc[0]
     on = names.devices(most, devices[0], kind) if len(devices) == 1 else counted(most, "device")
     model = names.model(models[0]) if len(models) == 1 else counted(len(models), "model")
-    others = [name for name in analysis.unlike if name not in _NAMED]
+    alike = analysis.points[analysis.points["device_name"].isin(devices) & analysis.points["model"].isin(models)]
+    others = [name for name in differing(alike, analysis.unlike) if name not in _NAMED]
     unlike = f" ({values_of(group.points, others)})" if others else ""
     return f"On {on}, {model}{unlike}{mixed_mark(group.mixed)}"
 
@@ -211,7 +212,7 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
     if deadline:
         asked = f"{analysis.question.job.deadline_h:g} h"
         said.append(
-            f"{asked} are enough for {counted(deadline.replicas, 'replica')} of {deadline.row.setting}, "
+            f"{asked} are enough with {counted(deadline.replicas, 'replica')} of {deadline.row.setting}, "
             f"so {counted(deadline.devices, 'device')}: {spoken(time_text(deadline.hours))}."
         )
     yield " ".join(said)

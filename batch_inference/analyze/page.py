@@ -40,15 +40,16 @@ def as_html(
     Raises OSError where a plot cannot be read.
     """
     ids = {f"part-{number}": section for number, section in enumerate(sections, 1)}
+    has_points = not points.empty
     drawn = ['<h2 id="plots">Plots</h2>', *(_figure(title, path) for title, path in plots), _list(not_drawn(missing))]
     body = [
         f"<header><h1>{escape(head.title)}</h1>",
         _head(head),
-        _contents({name: section.title for name, section in ids.items()}, has_plots=bool(plots or missing)),
+        _contents({name: section.title for name, section in ids.items()}, bool(plots or missing), has_points),
         "</header><main>",
         *(_section(section, name) for name, section in ids.items()),
         *(drawn if plots or missing else []),
-        *_all_points(points),
+        *(_all_points(points) if has_points else []),
         '</main><dialog aria-label="A plot, large"></dialog>',
     ]
     return "\n".join(
@@ -72,8 +73,8 @@ def _head(head: Headline) -> str:
     return facts + answer + (_command(head.command) if head.command else "")
 
 
-def _contents(titles: Mapping[str, str], has_plots: bool) -> str:
-    links = {**titles, **({"plots": "Plots"} if has_plots else {}), "points": "All points"}
+def _contents(titles: Mapping[str, str], has_plots: bool, has_points: bool) -> str:
+    links = {**titles, **({"plots": "Plots"} if has_plots else {}), **({"points": "All points"} if has_points else {})}
     anchors = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title in links.items())
     return f'<nav aria-label="Contents">{anchors}</nav>'
 

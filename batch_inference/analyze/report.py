@@ -62,7 +62,7 @@ def write_report(
     write_results_csv(analysis.rows, results)
     write_summary_json(analysis, unreadable, summary, to_use)
     write_whole(report, [as_markdown(sections, drawn, missing, head)])
-    write_whole(page, [as_html(sections, analysis.points, drawn, missing, head)])
+    write_whole(page, [as_html(sections, analysis.rows, drawn, missing, head)])
     _remove_parquet(folder)
     remove_plots(folder, [file for _, path in drawn for file in (path, path.with_suffix(".svg"))])
     used = to_use.files if to_use else []
