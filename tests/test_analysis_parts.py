@@ -222,7 +222,7 @@ def test_two_settings_of_a_layout_and_one_that_cannot_be_compared_are_told(tmp_p
     assert part.header == ("requests", "TP=2", "PP=2")
     assert part.rows == [["1", "32.00", "8.000"], ["4", "64.00", "32.00"]]
     assert [[isinstance(cell, Best) for cell in row] for row in part.rows] == [[False, True, False]] * 2
-    assert part.pairs == [("fastest", "TP=2, at all 2 batch sizes")]
+    assert part.pairs == [("fastest", "TP=2, at both batch sizes")]
 
 
 def test_no_common_point_leaves_no_scaling_and_that_is_said(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def _fastest_where(rows: pd.DataFrame) -> str:
     batches = sorted(int(batch) for batch in rows["global_batch_size"].unique())
     best = rows[rows["is_best"]].sort_values(["global_batch_size", "output_tok_per_s"], ascending=[True, False])
     if best["layout"].nunique() == 1:
-        every = f"all {len(batches)} batch sizes" if len(batches) > 1 else counted(batches[0], "request")
-        return f"{best['layout'].iloc[0]}, at {every}"
+        every = {1: counted(batches[0], "request"), 2: "both batch sizes"}
+        return f"{best['layout'].iloc[0]}, at {every.get(len(batches), f'all {len(batches)} batch sizes')}"
     places = best.groupby("layout", sort=False)["global_batch_size"].agg(list)
     words = [
         f"{name} {_batch_ranges(found, _batches_of(rows, name), batches[-1], '' if number else ' requests')}"
