@@ -52,7 +52,7 @@ pre { flex: 1; min-width: 0; margin: 0; background: var(--pale); padding: .5rem 
 .copy { font: inherit; font-size: .85rem; padding: 0 .8rem; cursor: pointer; color: var(--ink); background: var(--pale);
   border: 1px solid var(--line); border-radius: .3rem; }
 figure { margin: 1.5rem 0; }
-.plot { all: unset; display: block; cursor: zoom-in; }
+.plot { all: unset; display: block; cursor: zoom-in; width: 100%; max-width: 58rem; }
 .plot img { display: block; width: 100%; border-radius: 6px; }
 .light { background: #fff; }
 dialog { max-width: 98vw; max-height: 96vh; padding: .5rem; border: 1px solid var(--line); background: var(--paper);
@@ -72,10 +72,11 @@ dialog img { display: block; width: max(94vw, 70rem); max-width: none; }
   .wide, .tall { overflow: visible; max-height: none; max-width: none; border: 0; }
   .wide:not(.tall), .wide:not(.tall) table { break-inside: avoid; }
   table { font-size: 8pt; } tr { break-inside: avoid; } thead { display: table-header-group; }
-  th, td { position: static !important; padding: .15rem .35rem; white-space: normal; }
+  th, td { position: static !important; padding: .1rem .35rem; white-space: normal; }
   .words { min-width: 0; } .long { min-width: 8rem; } td.number { white-space: nowrap; }
   /* Three on a page, so that what is left of one is never half of it. */
-  figure { break-inside: avoid; margin: 2mm 0; } .plot img { max-height: 84mm; object-fit: contain; }
+  figure { break-inside: avoid; margin: 2mm 0; }
+  .plot img { max-height: 84mm; object-fit: contain; object-position: left; }
 }
 """
 
