@@ -33,6 +33,8 @@ from in_process import called
 # pytest every test.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# What is printed is as wide as on a terminal of 80 columns, wherever the tests run.
+os.environ["COLUMNS"] = "80"
 # Every worker imports and collects everything. seaborn does without scipy, of which it would load as much as pandas and
 # matplotlib are together; and there is no garbage before the tests.
 sys.modules |= {"scipy.stats": None, "scipy.cluster": None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from batch_inference.analyze import (
 from batch_inference.analyze.answers import Group, Question, QuestionError, analyse
 from batch_inference.analyze.compare import SetComparison, holm, layout, layout_order, regressions
 from batch_inference.analyze.decide import Limits
+from batch_inference.analyze.headline import Headline
 from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.page import as_html
 from batch_inference.analyze.plot_style import NothingToShowError
@@ -40,7 +42,7 @@ from batch_inference.analyze.report import sections_of
 from batch_inference.analyze.sections import Section, compared
 from batch_inference.analyze.tables import load_setting, point_table, setting_labels
 from batch_inference.analyze.terminal import as_text, closing
-from batch_inference.analyze.wording import few, known, metric_text, not_drawn, suspect_mark, with_interval
+from batch_inference.analyze.wording import Best, few, known, metric_text, not_drawn, suspect_mark, with_interval
 from batch_inference.core.results import Point, Result
 from builders import make_point, make_result, save_all
 
@@ -110,12 +112,12 @@ def test_a_section_as_text() -> None:
     at = lines.index("  a line")
     assert lines[at + 1].startswith("  zzz")
     assert sum(line.count("z") for line in lines) == 399
-    assert lines[-15:] == ["", "Next", *(f"  line {n}" for n in range(12)), "  … and 2 more in report.md"]
+    assert lines[-15:] == ["", "Next", *(f"  line {n}" for n in range(12)), "  … and 2 more lines in report.md"]
 
 
 def test_rows_that_are_left_out_are_counted_together() -> None:
     rows = [[str(n)] for n in range(13)]
-    assert "  … and 1 more rows in report.md" in as_text([Section("T", header=("n",), rows=rows)])
+    assert "  … and 1 more row in report.md" in as_text([Section("T", header=("n",), rows=rows)])
     assert "more rows" not in as_text([Section("T", header=("n",), rows=rows[:12])])
     assert "  … and 5 more rows in report.md" in as_text([Section("T", header=("n",), rows=rows, more=4)])
 
@@ -133,7 +135,7 @@ def test_a_section_as_markdown() -> None:
     assert as_markdown([part], [("P_", Path("/q/p.png")), ("Q", Path("/q/q.png"))], ["m"]) == (
         "# Batch inference: results\n\n## T\\|\n\n- a\\_: &lt;b&gt;\n\n"
         "|   n | s   |\n|-----|-----|\n|   1 | x\\* |\n\n"
-        "… and 1 more rows: results.csv and summary.json have all.\n\n- l\n\n## Plots\n\n"
+        "… and 1 more row: results.csv and summary.json have all.\n\n- l\n\n## Plots\n\n"
         "![P\\_](p.png)\n\n![Q](q.png)\n\n- Not drawn: m\n\n"
         "Every point with all its numbers: [results.csv](results.csv). For scripts: summary.json.\n"
     )
@@ -144,31 +146,69 @@ def test_a_section_as_markdown() -> None:
 
 def test_a_section_as_a_page(tmp_path: Path) -> None:
     (tmp_path / "p.svg").write_bytes(b"<svg/>")
-    part = Section("T<", [("a<", "b>")], ("n<", "s"), [["1<", "x"]], frozenset({"n<"}), ["l<"], more=1)
-    text = as_html([part], pd.DataFrame({"setting": ["<"], "other": [1]}), [("P<", tmp_path / "p.png")], ["m<"])
+    part = Section(
+        "T<", [("a<", "b>")], ("n<", "s"), [[Best("1<"), "x"]], frozenset({"n<"}), ["l<"], more=1,
+        is_more_better=frozenset({"n<"}),
+    )  # fmt: skip
+    head = Headline("Results <", ("one <", "two"), ("Take <: 1 ± 2 s.", "More."), ("vllm", "serve", "'<'"))
+    text = as_html([part], pd.DataFrame({"setting": ["<"], "other": [1]}), [("P<", tmp_path / "p.png")], ["m<"], head)
     body = text.partition("<body>\n")[2].partition("<script>")[0]
     data = base64.b64encode(b"<svg/>").decode()
+    hint, sorted_by = '<p class="hint" hidden></p>', '<p class="sorted" aria-live="polite"></p>'
     assert body.splitlines() == [
-        "<h1>Batch inference: results</h1>",
-        '<nav><a href="#plots">Plots</a><a href="#points">All points</a></nav>',
-        '<h2>T&lt;</h2><dl><dt>a&lt;</dt><dd>b&gt;</dd></dl><div class="wide"><table><thead><tr>'
-        '<th class="number"><button>n&lt;</button></th><th><button>s</button></th></tr></thead><tbody>',
-        '<tr><td class="number">1&lt;</td><td>x</td></tr></tbody></table></div>'
-        "<p>… and 1 more rows: results.csv and summary.json have all.</p><ul><li>l&lt;</li></ul>",
+        "<header><h1>Results &lt;</h1>",
+        '<p class="facts">one &lt; · two</p>'
+        '<div class="answer"><p>Take &lt;: 1\u00a0±\u00a02\u00a0s.</p><p>More.</p></div>'
+        '<div class="command"><pre>vllm serve &#x27;&lt;&#x27;</pre><button class="copy">Copy</button></div>',
+        '<nav aria-label="Contents"><a href="#part-1">T&lt;</a><a href="#plots">Plots</a>'
+        '<a href="#points">All points</a></nav>',
+        "</header><main>",
+        f'<h2 id="part-1">T&lt;</h2><dl><dt>a&lt;</dt><dd>b&gt;</dd></dl>{hint}'
+        '<div class="wide few" role="region" aria-label="T&lt;"><table><thead><tr>'
+        '<th class="number" data-first="descending"><button>n&lt;</button></th><th><button>s</button></th></tr></thead>'
+        "<tbody>",
+        f'<tr><td class="number"><b>1&lt;</b></td><td>x</td></tr></tbody></table></div>{sorted_by}'
+        "<p>… and 1 more row: results.csv and summary.json have all.</p><ul><li>l&lt;</li></ul>",
         '<h2 id="plots">Plots</h2>',
-        f'<figure><img alt="P&lt;" src="data:image/svg+xml;base64,{data}"></figure>',
+        '<figure><button class="plot" title="Open large"><picture><img class="light" alt="P&lt;" '
+        f'src="data:image/svg+xml;base64,{data}"></picture></button></figure>',
         "<ul><li>Not drawn: m&lt;</li></ul>",
-        '<h2 id="points">All points</h2>',
-        '<div class="wide"><table><thead><tr><th><button>setting</button></th></tr></thead><tbody>',
-        "<tr><td>&lt;</td></tr></tbody></table></div>",
+        '<section id="points"><h2>All points</h2>',
+        f'{hint}<div class="wide few" role="region" aria-label="All points"><table><thead><tr>'
+        "<th><button>setting</button></th></tr></thead><tbody>",
+        f"<tr><td>&lt;</td></tr></tbody></table></div>{sorted_by}",
+        "</section>",
+        '</main><dialog aria-label="A plot, large"></dialog>',
     ]
 
 
+def test_a_dark_page_shows_the_dark_plot_where_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "p.svg").write_bytes(b"<svg/>")
+    (tmp_path / "p_dark.svg").write_bytes(b"<svg id='dark'/>")
+    text = as_html([], pd.DataFrame({"setting": []}), [("P", tmp_path / "p.png")], [])
+    light, dark = (base64.b64encode(data).decode() for data in (b"<svg/>", b"<svg id='dark'/>"))
+    assert (
+        '<picture><source media="screen and (prefers-color-scheme: dark)" '
+        f'srcset="data:image/svg+xml;base64,{dark}"><img alt="P" src="data:image/svg+xml;base64,{light}"></picture>'
+    ) in text
+
+
+def test_a_page_without_a_point_lists_none() -> None:
+    assert "All points" not in as_html([], pd.DataFrame({"setting": []}), [], [])
+
+
 def test_the_page_leaves_unknown_cells_empty_and_words_as_they_are() -> None:
-    points = pd.DataFrame({"setting": ["a", "b"], "num_devices": [1, 2], "latency_mean_s": [1.23456, math.nan]})
-    text = as_html([], points, [], [])
-    assert '<tr><td>a</td><td class="number">1</td><td class="number">1.235</td></tr>' in text
-    assert '<tr><td>b</td><td class="number">2</td><td class="number"></td></tr>' in text
+    number, words = ' class="number"', ' class="words"'
+    points = pd.DataFrame({
+        "setting": ["a", "b"], "num_devices": [1, 2], "latency_mean_s": [1.23456, math.nan],
+        "latency_ci95_s": [0.0123, math.nan], "tpot_p50_s": [math.nan, 0.0123], "verdict": ["suspect", None],
+        "verdict_reasons": ["it drifts", None], "reason": [None, "no memory"],
+    })  # fmt: skip
+    rows = re.findall("<tr>(<td.*)</tr>", as_html([], points, [], []))
+    assert [re.findall("<td(.*?)>(.*?)</td>", row) for row in rows] == [
+        [("", "a"), (number, "1"), (number, "1.235 ±0.013*"), (number, ""), ("", "suspect"), (words, "it drifts")],
+        [("", "b"), (number, "2"), (number, ""), (number, "12.30"), ("", ""), (words, "no memory")],
+    ]
 
 
 def test_two_settings_of_a_layout_and_one_that_cannot_be_compared_are_told(tmp_path: Path) -> None:
@@ -179,10 +219,12 @@ def test_two_settings_of_a_layout_and_one_that_cannot_be_compared_are_told(tmp_p
         make_result("d", [make_point(8, replicas=2)], (1, 1, 2)),
     ]
     (part,) = [one for one in sections_of(analysed(results, tmp_path)) if one.title.startswith("TP, PP")]
-    assert part.lines[0] == "Not compared: DP=2; no measured point at a global batch size of another."
+    assert part.lines[1] == "Not compared: DP=2; no measured point at a global batch size of another."
     assert part.lines[-1] == "Of several settings of one layout the fastest is shown at each point."
-    assert part.rows == [["64", "1", "32.00 ●", "0.2500"], ["64", "4", "64.00 ●", "0.5000"]]
-    assert part.pairs == [("fastest", "of 2 points: TP=2 at 2")]
+    assert part.header == ("requests", "TP=2", "PP=2")
+    assert part.rows == [["1", "32.00", "8.000"], ["4", "64.00", "32.00"]]
+    assert [[isinstance(cell, Best) for cell in row] for row in part.rows] == [[False, True, False]] * 2
+    assert part.pairs == [("fastest", "TP=2, at both batch sizes")]
 
 
 def test_no_common_point_leaves_no_scaling_and_that_is_said(tmp_path: Path) -> None:
@@ -208,11 +250,11 @@ def test_two_sets_are_told_with_what_is_in_one_of_them_alone() -> None:
         ("dtype", "a before, b now"), ("vllm_version", "1 before, 2 now"), ("host", "x before, y now"),
     ]  # fmt: skip
     assert part.rows == [
-        ["s", "8", "2", "2.000", "1.000", "0.5000", "worse"],
-        ["s", "8", "1", "1.000", "2.000", "2.00 ±0.10", "better*"],
-        ["s", "8", "4", "4.000", "", "", "unknown"],
+        ["s", "8", "2", "worse", "0.5000", "2.000", "1.000"],
+        ["s", "8", "1", "better*", "2.00 ±0.10", "1.000", "2.000"],
+        ["s", "8", "4", "unknown", "", "4.000", ""],
     ]
-    assert part.alignment == ["left", *["right"] * 5, "left"]
+    assert part.alignment == ["left", "right", "right", "left", *["right"] * 3]
     a_point = "(a point: name, layout, batch and lengths)."
     assert part.lines[1:] == [
         "unknown: a point with a single run; raise --num-runs.",
@@ -503,7 +545,8 @@ def test_the_files_are_named_in_order_and_old_ones_go(tmp_path: Path, monkeypatc
     monkeypatch.setattr(plots, "write_plots", drawn)
     text = report.write_report(analysis, ["u"], folder, ["p"])
     names = ("report.html", "report.md", "results.csv", "summary.json", "p.png")
-    assert text.splitlines()[-7:] == ["", "not drawn: Q: why", *(str(folder / name) for name in names)]
+    shown = [*(str(folder / name) for name in names[:-1]), "and 1 plot there: p"]
+    assert text.splitlines()[-7:] == ["", "not drawn: Q: why", *shown]
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "a.png", "p.svg", "p_dark.svg"])
     report.write_report(analysis, [], folder)
     report.write_report(analysis, [], folder, ())

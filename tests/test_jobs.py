@@ -214,13 +214,17 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     doubtful = make_point(2, PROMPT, max_tokens=OUTPUT, verdict="suspect", verdict_reasons=["runs differ"])
     results = [setting("tp_1", queue(), doubtful)]
     said = analysed(tmp_path, capsys, results, "--device-hour-price", "36", "--deadline-hours", "0.03")
-    assert said.startswith("For this job\n  job      480 requests: 3,840 prompt and 1,920 output tokens\n")
     text = " ".join(said.split())
+    answer, _, rest = text.partition(" For this job ")
+    assert rest.startswith("job 480 requests: 3,840 prompt and 1,920 output tokens")
+    assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: tp_1 with 2 at once takes 4\.0\d* ± "
+                    r"[\d.]+ min, 0\.0\d+ device-hours, cost 2\.4\d*\. 0\.03 h are enough with 3 replicas of tp_1, so "
+                    r"3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
     assert re.search(r"deadline: 3 replicas of tp_1, 2 at once on each, so 3 devices, take 1\.3\d* ±[\d.]+ min: at the "
                      r"upper end \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
-    assert "tp_1: suspect, batch 2 x length 8: runs differ" in text
+    assert "suspect: tp_1, batch 2 x length 8: runs differ" in text
     lines = said.partition("\n\n/")[0].splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     (one,) = json.loads((tmp_path / "r" / "analysis" / "summary.json").read_text())["jobs"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-import shutil
-import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,21 @@ from typing import Any
 import pytest
 
 from batch_inference.analyze.answers import Question, analyse
+from batch_inference.analyze.headline import headline
 from batch_inference.analyze.page import as_html
 from batch_inference.analyze.plots import write_plots
 from batch_inference.analyze.report import sections_of
 from batch_inference.analyze.sections import ROW_LIMIT
 from batch_inference.analyze.tables import load_setting
+from batch_inference.analyze.wording import NO_BREAK
 from batch_inference.core.results import Requests
 from batch_inference.core.text import short
+from browser import CHROMIUM, Browser, browser
 from builders import make_point, make_result, make_run, make_sweep, save_all
 from conftest import REPOSITORY
 
 # Kept for people to look at; git ignores it.
 ARTIFACTS = REPOSITORY / "artifacts"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>alert(1)</script> \"'&<img src=x onerror=alert(2)>"
 pytestmark = pytest.mark.usefixtures("coarse_plots")
 
@@ -36,7 +38,11 @@ def page(tmp_path: Path) -> Any:
     def build(results: Any, plots: tuple[str, ...] = ()) -> str:
         analysis = analyse([load_setting(path) for path in save_all(results, tmp_path / "results")], Question())
         drawn, missing = write_plots(analysis.groups, tmp_path, plots)
-        return as_html(sections_of(analysis), analysis.points, drawn, [*missing, f"energy: {HOSTILE}"])
+        sections, head = (
+            sections_of(analysis),
+            headline(analysis, ("vllm", "serve", "--config", "best/vllm_config.yaml")),
+        )
+        return as_html(sections, analysis.rows, drawn, [*missing, f"energy: {HOSTILE}"], head)
 
     return build
 
@@ -52,7 +58,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img"):
+        if tag not in ("meta", "link", "img", "input", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -72,7 +78,14 @@ def test_the_page_holds_everything_and_fetches_nothing(page: Any) -> None:
     assert not re.search(r"url\(|@import|fetch\(|https?:", text.replace("http://www.w3.org", ""))
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
-    for words in ("Best", "TP, PP or DP? 2 devices", "Scaling against tp_1", "Pareto front", "Settings"):
+    for words in (
+        "Best",
+        "TP, PP or DP? 2 devices",
+        "Scaling against tp_1",
+        "Pareto front",
+        "Settings",
+        f"On 2{NO_BREAK}×{NO_BREAK}H100",
+    ):
         assert words in text
 
 
@@ -119,7 +132,7 @@ class Cells(HTMLParser):
             self.rows.append([])
         elif tag in ("th", "td"):
             self.rows[-1].append("")
-        self.is_in_cell = tag in ("th", "td", "button")
+        self.is_in_cell = tag in ("th", "td") or (tag in ("button", "b") and self.is_in_cell)
 
     def handle_data(self, data: str) -> None:
         if self.is_in_cell:
@@ -145,64 +158,200 @@ def test_every_column_of_all_points_shows_what_its_heading_says(page: Any) -> No
     efficiency = tok_per_s / (2 * count * 32 / 1000) / 2
     assert cells == {
         "group": "1", "setting": "dp_2", "devices": "2", "length": "64", "batch": "101", "global batch": "202",
-        "output tok/s": short(tok_per_s), "per device": short(tok_per_s / 2),
-        "latency s": "502.0", "± s": "35.58",  # 1.4 x 12.706 x 2.828 / 1.414
-        "TTFT p50 s": "51.00", "TTFT p99 s": "100.0", "TPOT p50 s": "5.100", "TPOT p99 s": "10.00",
-        "efficiency": short(efficiency), "status": "ok", "verdict": "valid",
+        # 1.4 x 12.706 x 2.828 / 1.414, of 502 s
+        "output tok/s": f"{tok_per_s:.2f} ±0.46", "per device": f"{tok_per_s / 2:.2f} ±0.23", "latency s": "502 ±36",
+        "TTFT p50 s": "51.00", "TTFT p99 s": "100.0", "TPOT p50 ms": "5100", "TPOT p99 ms": "10000",
+        "efficiency": short(efficiency), "memory GiB": "60.00", "status": "ok", "verdict": "valid", "why": "",
     }  # fmt: skip
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
 
-# Appended to a copy: sorts a table, and leaves in the page what it then sees.
-PROBE = """<script>
-const head = [...document.querySelectorAll("th")].filter(th => th.textContent === "output tok/s")[0];
-const shown = () => [...head.closest("table").tBodies[0].rows].map(row => row.cells[head.cellIndex].textContent);
-head.querySelector("button").click(); const up = shown();
-head.querySelector("button").click(); const down = shown();
-const wide = document.documentElement.scrollWidth - window.innerWidth;
-const images = [...document.images].map(image => image.naturalWidth);
-const paper = getComputedStyle(document.body).backgroundColor;
-document.body.innerHTML = "<pre id=probe>" + JSON.stringify({up, down, wide, images, paper}) + "</pre>";
-</script>"""
+SCREENS = {"desk": (1280, 800), "phone": (390, 844)}
+# What of the page is not readable enough: WCAG's contrast of each text against what is behind it.
+CONTRASTS = """(() => {
+  const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const parts = color => {
+    paint.clearRect(0, 0, 1, 1); paint.fillStyle = color; paint.fillRect(0, 0, 1, 1);
+    return [...paint.getImageData(0, 0, 1, 1).data];
+  };
+  const light = color => {
+    const [r, g, b] = parts(color).map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const color = getComputedStyle(e).backgroundColor;
+      if (parts(color)[3] === 255) return color;
+    }
+    return matchMedia("(prefers-color-scheme: dark)").matches ? "black" : "white";
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  let texts = 0;
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+    if (!text || !element.checkVisibility() || ["SCRIPT", "STYLE"].includes(element.tagName)) continue;
+    texts++;
+    const [low, high] = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => a - b);
+    const contrast = (high + 0.05) / (low + 0.05);
+    if (contrast < 4.5) found.push(`${contrast.toFixed(2)}: ${text}`);
+  }
+  return { texts, found };
+})()"""
 
 
-def browse(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None, "REQUIRE_CHROMIUM is set, and there is none"
-    always = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
-              "--virtual-time-budget=3000", f"--user-data-dir={path.parent / 'profile'}")  # fmt: skip
-    command = [CHROMIUM, *always, *flags, path.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def rows_of(count: int) -> Any:
+    """Results of two, nine or forty settings, as many as there are layouts of so many devices, and more."""
+    sizes = [(tp, pp, dp) for tp in (1, 2, 4, 8, 16) for pp in (1, 2, 4, 8, 16) for dp in (1, 2, 4, 8, 16)]
+    return make_sweep(sizes[:count], seq_lens=(512, 2048))
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None and "REQUIRE_CHROMIUM" not in os.environ:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with browser(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
+
+
+def is_in_sight(chromium: Browser, selector: str) -> bool:
+    """Wholly, without any scrolling."""
+    return bool(
+        chromium.run(f"""(() => {{
+        const box = document.querySelector({json.dumps(selector)}).getBoundingClientRect();
+        return box.width > 0 && box.left >= 0 && box.top >= 0 && box.right <= innerWidth && box.bottom <= innerHeight;
+    }})()""")
+    )
+
+
+@pytest.fixture
+def opened(page: Any, tmp_path: Path) -> Any:
+    def opened(count: int, plots: tuple[str, ...] = ()) -> Path:
+        path = tmp_path / "report.html"
+        path.write_text(page(rows_of(count), plots))
+        return path
+
+    return opened
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    CHROMIUM is None and "REQUIRE_CHROMIUM" not in os.environ, reason="no Chromium here: apt-get install chromium"
-)
-def test_a_browser_opens_the_page_and_sorts_its_tables(page: Any, tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text(
-        page(make_sweep([(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1)], seq_lens=(512, 2048)), ("throughput", "memory"))
-    )
+@pytest.mark.parametrize("count", [2, 9, 40])
+def test_a_browser_shows_the_answer_first_and_complains_of_nothing(chromium: Browser, opened: Any, count: int) -> None:
+    path = opened(count, ("throughput", "memory"))
     ARTIFACTS.mkdir(exist_ok=True)
-    for name, flags in (
-        ("light", ("--window-size=1100,2400",)),
-        ("dark", ("--window-size=1100,2400", "--blink-settings=preferredColorScheme=0")),
-        ("phone", ("--window-size=500,2400",)),
-    ):
-        shot = ARTIFACTS / f"report_{name}.png"
-        shot.unlink(missing_ok=True)
-        done = browse(path, *flags, f"--screenshot={shot}")
+    for (name, (width, height)), dark in itertools.product(SCREENS.items(), (False, True)):
+        chromium.open(path, width, height, dark=dark)
+        assert chromium.run("innerWidth") == width
+        assert is_in_sight(chromium, ".answer p")
+        assert is_in_sight(chromium, ".command pre")
+        assert chromium.run("document.documentElement.scrollWidth - innerWidth") <= 0
+        contrasts = chromium.run(CONTRASTS)
+        assert contrasts["texts"] > 100
+        assert contrasts["found"] == []
+        assert chromium.run("[...document.images].every(image => image.naturalWidth > 100)")
+        shot = ARTIFACTS / f"report_{count}_{name}_{'dark' if dark else 'light'}.png"
+        chromium.shoot(shot, whole=True)
         assert shot.stat().st_size > 10_000
-        assert "CONSOLE" not in done.stderr
-    probed = tmp_path / "probed.html"
-    probed.write_text(path.read_text().replace("</body>", f"{PROBE}</body>"))
-    done = browse(probed, "--dump-dom", "--window-size=500,900")
-    assert "CONSOLE" not in done.stderr
-    found = json.loads(re.findall(r'<pre id="probe">(.*?)</pre>', done.stdout)[0])
-    numbers = [float(text) for text in found["up"]]
-    assert numbers == sorted(numbers)
-    assert found["down"] == found["up"][::-1]
-    assert found["wide"] <= 0
-    assert all(width > 100 for width in found["images"])
-    assert len(found["images"]) == 2
+    chromium.print(ARTIFACTS / f"report_{count}.pdf")
+    assert chromium.problems == []
+
+
+@pytest.mark.slow
+def test_the_browser_tells_of_what_goes_wrong(chromium: Browser, tmp_path: Path) -> None:
+    """Else a page without problems would say nothing."""
+    path = tmp_path / "bad.html"
+    for script, said in (
+        ("console.warn('careful')", "careful"),
+        ("nobody()", "nobody is not defined"),
+        ("fetch('http://127.0.0.1:9/x')", "127.0.0.1:9"),
+    ):
+        path.write_text(f"<p style='color: #999; background: white'>pale</p><script>{script}</script>")
+        chromium.open(path, 1280, 800)
+        assert any(said in problem for problem in chromium.problems)
+        chromium.problems.clear()
+    assert chromium.run(CONTRASTS) == {"texts": 1, "found": ["2.85: pale"]}
+
+
+@pytest.mark.slow
+def test_the_value_of_the_best_is_seen_on_a_phone(chromium: Browser, opened: Any) -> None:
+    chromium.open(opened(9), *SCREENS["phone"])
+    edges = chromium.run("""[...document.querySelector("table").rows].map(
+        row => row.cells[2].getBoundingClientRect().right)""")
+    assert len(edges) > 3
+    assert max(edges) <= SCREENS["phone"][0]
+
+
+@pytest.mark.slow
+def test_a_wide_table_scrolls_with_a_hint_and_its_first_column_and_head_stay(chromium: Browser, opened: Any) -> None:
+    chromium.open(opened(40), *SCREENS["phone"])
+    hint, left, top, moved = chromium.run("""(async () => {
+        const wide = document.querySelector("#points .wide"), hint = wide.previousElementSibling.textContent;
+        const head = wide.querySelector("th"), cell = wide.querySelector("td"), other = wide.querySelectorAll("td")[3];
+        const before = [cell, head, other].map(one => one.getBoundingClientRect());
+        wide.scrollTo(150, 200);
+        await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+        const after = [cell, head, other].map(one => one.getBoundingClientRect());
+        return [hint, after[0].left - before[0].left, after[1].top - before[1].top, after[2].left - before[2].left];
+    })()""")
+    assert hint == "More columns to the right: scroll the table →"
+    assert (left, top, moved) == (0, 0, -150)
+
+
+@pytest.mark.slow
+def test_a_table_is_sorted_the_best_first_and_says_so(chromium: Browser, opened: Any) -> None:
+    chromium.open(opened(9), *SCREENS["desk"])
+    sort = """(name => {
+        const table = document.querySelector("#points table");
+        const head = [...table.querySelectorAll("th")].find(th => th.textContent === name);
+        head.querySelector("button").click();
+        return { cells: [...table.tBodies[0].rows].map(row => row.cells[head.cellIndex].textContent),
+                 said: document.querySelector("#points .sorted").textContent, sort: head.ariaSort };
+    })"""
+    for name, first, words in (
+        ("output tok/s", "descending", ("highest first", "lowest first")),
+        ("latency s", "ascending", ("lowest first", "highest first")),
+        ("setting", "ascending", ("A to Z", "Z to A")),
+    ):
+        once, twice = (chromium.run(f"{sort}({json.dumps(name)})") for _ in range(2))
+        assert once["sort"] == first
+        assert [once["said"], twice["said"]] == [f"Sorted by {name}, {word}." for word in words]
+        if name != "setting":
+            numbers = [float(cell.split()[0]) for cell in once["cells"]]
+            assert numbers == sorted(numbers, reverse=first == "descending")
+            assert numbers[0] != numbers[-1]
+        assert twice["cells"] != once["cells"]
+
+
+@pytest.mark.slow
+def test_columns_are_switched_on_and_plots_open_large(chromium: Browser, opened: Any) -> None:
+    chromium.open(opened(2, ("throughput",)), *SCREENS["desk"])
+    shown = (
+        """[...document.querySelectorAll("#points th")].filter(th => th.checkVisibility()).map(th => th.textContent)"""
+    )
+    usual = ["setting", "length", "batch", "output tok/s", "latency s", "memory GiB", "verdict"]
+    assert chromium.run(shown) == usual
+    chromium.run("""[...document.querySelectorAll(".columns label")].find(
+        label => label.textContent.trim() === "TTFT p50 s").click()""")
+    assert chromium.run(shown) == [*usual[:5], "TTFT p50 s", *usual[5:]]
+    chromium.run('document.querySelector(".plot").click()')
+    assert chromium.run('document.querySelector("dialog").open')
+    # Larger than in the page.
+    widths = '[...document.querySelectorAll(".plot img, dialog img")].map(image => image.getBoundingClientRect().width)'
+    small, large = chromium.run(widths)
+    assert large > small
+    chromium.run('document.querySelector("dialog").click()')
+    assert not chromium.run('document.querySelector("dialog").open')
+
+
+@pytest.mark.slow
+def test_paper_shows_all_of_a_table_and_nothing_to_click(chromium: Browser, opened: Any) -> None:
+    # As wide as A4 without its margins.
+    chromium.open(opened(40, ("throughput",)), 703, 1000, dark=True, paper=True)
+    cut = """[...document.querySelectorAll(".wide")].filter(wide =>
+        wide.scrollWidth > wide.clientWidth + 1 || getComputedStyle(wide).overflow !== "visible").length"""
+    assert chromium.run(cut) == 0
+    assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    hidden = (
+        """[...document.querySelectorAll("nav, .copy, .columns, .hint")].filter(one => one.checkVisibility()).length"""
+    )
+    assert chromium.run(hidden) == 0

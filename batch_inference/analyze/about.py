@@ -9,9 +9,12 @@ import pandas as pd
 
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.tables import TO_MENTION, differing, setting_labels
+from batch_inference.analyze.tables import TO_MENTION, MeasuredSetting, differing, setting_labels
 from batch_inference.analyze.wording import few
 from batch_inference.core.text import NO_REASON, counted, listed
+
+# A reason names so many of the settings that have it; results.csv has all.
+_PLACES = 5
 
 
 def measured(analysis: Analysis) -> Section:
@@ -69,7 +72,8 @@ def settings(analysis: Analysis) -> Section:
         rows.append([label, *group, str(setting.num_devices), done, setting.status, load])
     header = ("setting", *(["group"] if several else []), "devices", "points ok", "status", "load s")
     to_the_right = frozenset({"devices", "points ok", "load s"})
-    return Section("Settings", header=header, rows=rows, numbers=to_the_right, more=len(ordered) - len(rows))
+    more = len(ordered) - len(rows)
+    return Section("Settings", header=header, rows=rows, numbers=to_the_right, more=more, is_detail=True)
 
 
 def problems(analysis: Analysis) -> Section:
@@ -77,15 +81,26 @@ def problems(analysis: Analysis) -> Section:
     points = analysis.rows
     is_ok = points["status"] == "ok"
     lines = [f"{labels[setting.path]} failed: {setting.failure}" for setting in analysis.settings if setting.failure]
+    lines += [_interrupted(labels[setting.path], setting) for setting in analysis.settings if setting.is_interrupted]
     lines += _by_reason(points[~is_ok], "status", "reason")
     lines += _by_reason(points[is_ok & points["verdict"].isin(["suspect", "invalid"])], "verdict", "verdict_reasons")
-    return Section("Failed, skipped and doubtful", lines=lines)
+    return Section("Failed, missing and doubtful", lines=lines)
+
+
+def _interrupted(name: str, setting: MeasuredSetting) -> str:
+    missing = setting.points_asked - setting.num_points
+    are = "is" if missing == 1 else "are"
+    return (
+        f"{name} was interrupted: {counted(missing, 'point')} of {setting.points_asked} {are} missing; the same "
+        "command goes on with it"
+    )
 
 
 def _by_reason(points: pd.DataFrame, what: str, why: str) -> Iterator[str]:
-    keys = ["setting", what, why]
-    for (name, word, reason), rows in points.fillna({why: NO_REASON}).groupby(keys, observed=True, sort=False):
-        yield f"{name}: {word}, {_where(rows)}: {reason}"
+    """Each reason once, with all settings and points that have it."""
+    for (word, reason), rows in points.fillna({why: NO_REASON}).groupby([what, why], observed=True, sort=False):
+        places = [f"{name}, {_where(of)}" for name, of in rows.groupby("setting", observed=True, sort=False)]
+        yield f"{word}: {few(places, _PLACES, '; and {} more settings', '; ')}: {reason}"
 
 
 def _where(rows: pd.DataFrame) -> str:

@@ -134,7 +134,7 @@ def _check_baseline(points: pd.DataFrame, question: Question) -> None:
 def _group(number: int, points: pd.DataFrame, unlike: Sequence[str], limits: Limits) -> Group:
     return Group(
         number=number,
-        name=f"group {number}: {_values(points, unlike)}" if unlike else "",
+        name=f"group {number}: {values_of(points, unlike)}" if unlike else "",
         points=points,
         mixed=differing(points, GROUP_BY),
         choices=list(choices(points, limits)),
@@ -142,7 +142,7 @@ def _group(number: int, points: pd.DataFrame, unlike: Sequence[str], limits: Lim
     )
 
 
-def _values(points: pd.DataFrame, columns: Sequence[str]) -> str:
+def values_of(points: pd.DataFrame, columns: Sequence[str]) -> str:
     """The values of a group; it has one for each of these columns."""
     first = points.iloc[0]
     return ", ".join(f"{name} {'unknown' if pd.isna(first[name]) else plain(first[name])}" for name in columns)

@@ -256,7 +256,10 @@ def _unlike(new: pd.DataFrame, old: pd.DataFrame) -> dict[str, tuple[str, str]]:
 
 
 def _values(table: pd.DataFrame, name: str) -> str:
-    return ", ".join(sorted(map(str, table[name].dropna().unique()))) or "unknown"
+    """`num_runs` is empty where each point takes as many runs as its interval needs."""
+    column = table[name].dropna().convert_dtypes()
+    adaptive = ["adaptive"] if name == "num_runs" and len(column) < len(table) else []
+    return ", ".join([*sorted(map(str, column.unique())), *adaptive]) or "unknown"
 
 
 def _changes(new: pd.DataFrame, old: pd.DataFrame, never_reached: pd.DataFrame) -> pd.DataFrame:

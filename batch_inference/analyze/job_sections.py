@@ -70,10 +70,10 @@ def few_words(answer: JobAnswer) -> str:
     outputs = {OWN_END: ", the model's own ends", "file": ""}.get(
         str(answer.output_lengths), f", {answer.output_lengths} output tokens each"
     )
-    return f"{_requests(answer)}{outputs}{cached}"
+    return f"{requests_words(answer)}{outputs}{cached}"
 
 
-def _requests(answer: JobAnswer) -> str:
+def requests_words(answer: JobAnswer) -> str:
     return f"{answer.requests:,.0f} {'request' if answer.requests == 1 else 'requests'}"
 
 
@@ -102,7 +102,7 @@ def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
     if answer.output_tokens is not None:
         made = f"{answer.output_tokens:,.0f} output tokens"
     cached = "; prefixes that requests share are cached" if answer.is_cached else ""
-    yield "job", f"{_requests(answer)}: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
+    yield "job", f"{requests_words(answer)}: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
     best, cheapest = answer.best, answer.cheapest
     if best is None or cheapest is None:
         return

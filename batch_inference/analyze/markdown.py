@@ -6,14 +6,20 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from batch_inference.analyze.headline import NO_HEADLINE, Headline
 from batch_inference.analyze.sections import Section
-from batch_inference.analyze.wording import HEADING, not_drawn
+from batch_inference.analyze.wording import Best, not_drawn
 from batch_inference.core.text import plain, table_in_markdown
 
 
-def as_markdown(sections: Sequence[Section], plots: Sequence[tuple[str, Path]], missing: Sequence[str]) -> str:
+def as_markdown(
+    sections: Sequence[Section],
+    plots: Sequence[tuple[str, Path]],
+    missing: Sequence[str],
+    head: Headline = NO_HEADLINE,
+) -> str:
     """`plots` are (title, path), and lie beside the report."""
-    blocks = [f"# {HEADING}", *(block for section in sections for block in _blocks(section))]
+    blocks = [*_head(head), *(block for section in sections for block in _blocks(section))]
     if plots or missing:
         blocks.append("## Plots")
     blocks += [f"![{escaped(title)}]({path.name})" for title, path in plots]
@@ -22,17 +28,25 @@ def as_markdown(sections: Sequence[Section], plots: Sequence[tuple[str, Path]], 
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
+def _head(head: Headline) -> Iterator[str]:
+    yield f"# {escaped(head.title)}"
+    yield escaped(" · ".join(head.facts))
+    for number, sentence in enumerate(head.sentences):
+        yield f"**{escaped(sentence)}**" if number == 0 else escaped(sentence)
+    yield _commands([head.command]) if head.command else ""
+
+
 def _blocks(section: Section) -> Iterator[str]:
     yield f"## {escaped(section.title)}"
     yield _list([f"{name}: {value}" for name, value in section.pairs])
     yield _table(section) if section.rows else ""
     yield section.rest
     yield _list(section.lines)
-    yield (
-        "\n".join(["```bash", *(plain(" ".join(words)) for words in section.commands), "```"])
-        if section.commands
-        else ""
-    )
+    yield _commands(section.commands) if section.commands else ""
+
+
+def _commands(commands: Sequence[Sequence[str]]) -> str:
+    return "\n".join(["```bash", *(plain(" ".join(words)) for words in commands), "```"])
 
 
 def _list(lines: Sequence[str]) -> str:
@@ -40,9 +54,13 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _table(section: Section) -> str:
-    rows = [[escaped(cell) for cell in row] for row in section.rows]
+    rows = [[_cell(cell) for cell in row] for row in section.rows]
     header = [escaped(name) for name in section.header]
     return table_in_markdown(header, rows, section.alignment)
+
+
+def _cell(text: str) -> str:
+    return f"**{escaped(text)}**" if isinstance(text, Best) else escaped(text)
 
 
 def escaped(text: str) -> str:

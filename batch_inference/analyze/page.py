@@ -1,89 +1,56 @@
-"""The sections as one HTML page, report.html: nothing is fetched, plots are inside, tables sort, light and dark."""
+"""The answer and the sections as one HTML page, report.html: nothing is fetched, plots are inside, tables sort, light
+and dark, on a phone and on paper."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from batch_inference.analyze.headline import NO_HEADLINE, Headline
+from batch_inference.analyze.page_look import SCRIPT, STYLE
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import HEADING, not_drawn
+from batch_inference.analyze.wording import Best, kept_together, metric_text, not_drawn
 from batch_inference.core.text import plain, short
 
 # The page allows itself no network at all, so that no name from a file can fetch anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-_POINTS = {
-    "group": "group", "setting": "setting", "devices": "num_devices", "length": "seq_len", "batch": "batch_size",
-    "global batch": "global_batch_size", "output tok/s": "output_tok_per_s",
-    "per device": "output_tok_per_s_per_device", "latency s": "latency_mean_s", "± s": "latency_ci95_s",
-    "TTFT p50 s": "ttft_p50_s", "TTFT p99 s": "ttft_p99_s", "TPOT p50 s": "tpot_p50_s", "TPOT p99 s": "tpot_p99_s",
-    "efficiency": "scaling_efficiency", "status": "status", "verdict": "verdict",
-}  # fmt: skip
-_TEXT_COLUMNS = {"setting", "status", "verdict"}
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --pale: #f3f5f7; --line: #d5dae0; --soft: #57606a; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e3e8ee; --paper: #12161c; --pale: #1c222b; --line: #353d48; --soft: #9aa6b2; }
-}
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { background: var(--pale); position: sticky; top: 0; }
-th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
-th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-.number { text-align: right; }
-dl { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: .2rem 1rem; margin: 0 0 .6rem; }
-dt { color: var(--soft); } dd { margin: 0; }
-ul { padding-left: 1.2rem; color: var(--soft); font-size: .9rem; }
-pre { background: var(--pale); padding: .4rem .7rem; overflow-x: auto; font-size: .9rem; }
-figure { margin: 1.5rem 0; } figure img { width: 100%; background: #fff; border-radius: 6px; }
-nav { font-size: .9rem; } nav a { margin-right: 1rem; color: inherit; }
-"""
-
-# A click sorts by the number that a cell begins with, else by its text; what is unknown stays last.
-_SCRIPT = """
-for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
-  const head = button.parentElement, table = head.closest("table"), body = table.tBodies[0];
-  const up = head.getAttribute("aria-sort") !== "ascending";
-  for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const numeric = head.classList.contains("number");
-  const key = row => {
-    const text = row.cells[head.cellIndex].textContent;
-    return numeric ? parseFloat(text.replace(/^\\D*?(?=[-\\d.])/, "")) : text;
-  };
-  const unknown = value => value === "" || Number.isNaN(value);
-  const order = (a, b) => numeric ? a - b : a.localeCompare(b, undefined, { numeric: true });
-  const rows = [...body.rows].map(row => [key(row), row]);
-  rows.sort(([a], [b]) => unknown(a) - unknown(b) || (unknown(a) ? 0 : up ? order(a, b) : order(b, a)));
-  body.append(...rows.map(pair => pair[1]));
-});
-"""
+# A table of more rows scrolls by itself, so that its head stays.
+_TALL = 15
+# A name of more characters may be broken.
+_LONG = 30
+# And nobody sorts one of fewer.
+_FEW = 4
 
 
 def as_html(
-    sections: Sequence[Section], points: pd.DataFrame, plots: Sequence[tuple[str, Path]], missing: Sequence[str]
+    sections: Sequence[Section],
+    points: pd.DataFrame,
+    plots: Sequence[tuple[str, Path]],
+    missing: Sequence[str],
+    head: Headline = NO_HEADLINE,
 ) -> str:
     """The whole page. `plots` are (title, path of the PNG); the SVG beside each is what the page holds.
 
     Raises OSError where a plot cannot be read.
     """
+    ids = {f"part-{number}": section for number, section in enumerate(sections, 1)}
+    has_points = not points.empty
+    drawn = ['<h2 id="plots">Plots</h2>', *(_figure(title, path) for title, path in plots), _list(not_drawn(missing))]
     body = [
-        f"<h1>{HEADING}</h1>",
-        '<nav><a href="#plots">Plots</a><a href="#points">All points</a></nav>',
-        *map(_section, sections),
-        '<h2 id="plots">Plots</h2>',
-        *(_figure(title, path) for title, path in plots),
-        _list(not_drawn(missing)),
-        '<h2 id="points">All points</h2>',
-        _table(_points(points)),
+        f"<header><h1>{escape(head.title)}</h1>",
+        _head(head),
+        _contents({name: section.title for name, section in ids.items()}, bool(plots or missing), has_points),
+        "</header><main>",
+        *(_section(section, name) for name, section in ids.items()),
+        *(drawn if plots or missing else []),
+        *(_all_points(points) if has_points else []),
+        '</main><dialog aria-label="A plot, large"></dialog>',
     ]
     return "\n".join(
         [
@@ -91,59 +58,197 @@ def as_html(
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             # An empty icon, or a browser would ask for one.
-            f'<link rel="icon" href="data:,"><title>{HEADING}</title>',
-            f"<style>{_STYLE}</style></head><body>",
+            f'<link rel="icon" href="data:,"><title>{escape(head.title)}</title>',
+            f"<style>{STYLE}</style></head><body>",
             *filter(None, body),
-            f"<script>{_SCRIPT}</script></body></html>\n",
+            f"<script>{SCRIPT}</script></body></html>\n",
         ]
     )
 
 
-def _section(section: Section) -> str:
+def _head(head: Headline) -> str:
+    facts = f'<p class="facts">{escape(" · ".join(head.facts))}</p>' if head.facts else ""
+    sentences = "".join(f"<p>{escape(kept_together(sentence))}</p>" for sentence in head.sentences)
+    answer = f'<div class="answer">{sentences}</div>' if sentences else ""
+    return facts + answer + (_command(head.command) if head.command else "")
+
+
+def _contents(titles: Mapping[str, str], has_plots: bool, has_points: bool) -> str:
+    links = {**titles, **({"plots": "Plots"} if has_plots else {}), **({"points": "All points"} if has_points else {})}
+    anchors = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title in links.items())
+    return f'<nav aria-label="Contents">{anchors}</nav>'
+
+
+# --- sections -----------------------------------------------------------------------------------------------------
+
+
+def _section(section: Section, name: str) -> str:
     pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in section.pairs)
     table = _table(section) if section.rows else ""
-    above = f"<h2>{escape(section.title)}</h2>" + (f"<dl>{pairs}</dl>" if pairs else "") + table
-    commands = "".join(f"<pre>{escape(plain(' '.join(words)))}</pre>" for words in section.commands)
-    return above + _list(section.lines) + commands
+    above = f'<h2 id="{name}">{escape(section.title)}</h2>' + (f"<dl>{pairs}</dl>" if pairs else "") + table
+    return above + _list(section.lines) + "".join(map(_command, section.commands))
+
+
+def _command(words: Sequence[str]) -> str:
+    text = escape(plain(" ".join(words)))
+    return f'<div class="command"><pre>{text}</pre><button class="copy">Copy</button></div>'
 
 
 def _table(section: Section) -> str:
-    classes = [' class="number"' if side == "right" else "" for side in section.alignment]
+    """Below it a place for the words of how it is sorted, above it one for the hint that it goes on."""
+    classes = [_class(section, name) for name in section.header]
     heads = "".join(
-        f"<th{kind}><button>{escape(name)}</button></th>" for kind, name in zip(classes, section.header, strict=True)
+        f"<th{kind}{_first_order(section, name)}><button>{escape(name)}</button></th>"
+        for kind, name in zip(classes, section.header, strict=True)
     )
     lines = ("<tr>" + "".join(_cells(row, classes)) + "</tr>" for row in section.rows)
     rest = f"<p>{escape(section.rest)}</p>" if section.rest else ""
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>\n" + "\n".join(lines) + "</tbody></table>"
-    return f'<div class="wide">{table}</div>' + rest
+    tall = " tall" if len(section.rows) > _TALL else " few" if len(section.rows) < _FEW else ""
+    region = f'<div class="wide{tall}" role="region" aria-label="{escape(section.title)}">{table}</div>'
+    return f'<p class="hint" hidden></p>{region}<p class="sorted" aria-live="polite"></p>' + rest
+
+
+def _class(section: Section, name: str) -> str:
+    if name == _WHY:
+        return ' class="words"'
+    return ' class="number"' if name in section.numbers else ""
+
+
+def _first_order(section: Section, name: str) -> str:
+    """A first click shows the best on top."""
+    return ' data-first="descending"' if name in section.is_more_better else ""
 
 
 def _cells(row: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
-    return (f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(classes, row, strict=True))
+    for kind, cell in zip(classes, row, strict=True):
+        text = f"<b>{escape(cell)}</b>" if isinstance(cell, Best) else escape(cell)
+        may_break = ' class="long"' if not kind and len(cell) > _LONG else ""
+        yield f"<td{kind or may_break}>{text}</td>"
 
 
 def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+    shown = [f"<li>{escape(line)}</li>" for line in lines if line]
+    return "<ul>" + "".join(shown) + "</ul>" if shown else ""
+
+
+# --- plots --------------------------------------------------------------------------------------------------------
 
 
 def _figure(title: str, path: Path) -> str:
-    data = base64.b64encode(path.with_suffix(".svg").read_bytes()).decode()
+    """With its dark variant, where there is one; without, a dark page shows it on white."""
+    dark = path.with_name(f"{path.stem}_dark.svg")
+    source = ""
+    if dark.exists():
+        source = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{_data(dark)}">'
+    paper = "" if source else ' class="light"'
     # As an image an SVG runs no script and its ids meet no others.
-    return f'<figure><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}"></figure>'
+    image = f'<img{paper} alt="{escape(title)}" src="{_data(path.with_suffix(".svg"))}">'
+    return f'<figure><button class="plot" title="Open large"><picture>{source}{image}</picture></button></figure>'
 
 
-def _points(points: pd.DataFrame) -> Section:
-    columns = {label: name for label, name in _POINTS.items() if name in points}
-    shown = points[list(columns.values())]
-    rows = [
-        [_cell(value, label) for label, value in zip(columns, row, strict=True)]
-        for row in shown.head(ROW_LIMIT).itertuples(index=False)
-    ]
-    numbers = frozenset(columns) - _TEXT_COLUMNS
-    return Section("", header=tuple(columns), rows=rows, numbers=numbers, more=len(shown) - len(rows))
+def _data(svg: Path) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}"
 
 
-def _cell(value: object, label: str) -> str:
-    if pd.isna(value):  # type: ignore[call-overload]
+# --- all points ---------------------------------------------------------------------------------------------------
+
+Record = Mapping[Hashable, Any]
+_WHY = "why"
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    of_points: str
+    text: Callable[[Record, str], str]
+    is_number: bool = True
+    is_on: bool = False  # others are there to be switched on
+    is_more_better: bool = False
+
+
+def _word(row: Record, name: str) -> str:
+    return "" if pd.isna(row[name]) else str(row[name])
+
+
+def _whole(row: Record, name: str) -> str:
+    return "" if pd.isna(row[name]) else f"{row[name]:.0f}"
+
+
+def _number(row: Record, name: str) -> str:
+    return "" if pd.isna(row[name]) else short(row[name])
+
+
+def _milliseconds(row: Record, name: str) -> str:
+    return "" if pd.isna(row[name]) else short(1000 * row[name])
+
+
+def _measured(row: Record, name: str) -> str:
+    """With its interval, and the mark of a suspect one."""
+    return "" if pd.isna(row[name]) else metric_text(row, name)
+
+
+def _why(row: Record, name: str) -> str:
+    """Of a point that failed its reason, of another the verdict's."""
+    return _word(row, name) or _word(row, "reason")
+
+
+_POINTS = (
+    _Column("setting", "setting", _word, is_number=False, is_on=True),
+    _Column("group", "group", _whole),
+    _Column("devices", "num_devices", _whole),
+    _Column("length", "seq_len", _whole, is_on=True),
+    _Column("batch", "batch_size", _whole, is_on=True),
+    _Column("global batch", "global_batch_size", _whole),
+    _Column("output tok/s", "output_tok_per_s", _measured, is_on=True, is_more_better=True),
+    _Column("per device", "output_tok_per_s_per_device", _measured, is_more_better=True),
+    _Column("latency s", "latency_mean_s", _measured, is_on=True),
+    _Column("TTFT p50 s", "ttft_p50_s", _number),
+    _Column("TTFT p99 s", "ttft_p99_s", _number),
+    _Column("TPOT p50 ms", "tpot_p50_s", _milliseconds),
+    _Column("TPOT p99 ms", "tpot_p99_s", _milliseconds),
+    _Column("efficiency", "scaling_efficiency", _number, is_more_better=True),
+    _Column("memory GiB", "memory_used_gib", _number, is_on=True),
+    _Column("status", "status", _word, is_number=False),
+    _Column("verdict", "verdict", _word, is_number=False, is_on=True),
+    _Column(_WHY, "verdict_reasons", _why, is_number=False),
+)  # fmt: skip
+
+
+def _all_points(points: pd.DataFrame) -> Iterator[str]:
+    yield '<section id="points"><h2>All points</h2>'
+    columns = [column for column in _POINTS if column.of_points in points]
+    yield _switches(columns)
+    yield _table(_points(points, columns))
+    yield "</section>"
+
+
+def _switches(columns: Sequence[_Column]) -> str:
+    """A box for each column but the first; what is not ticked is not shown, which takes no script."""
+    rules, boxes = [], []
+    for number, column in enumerate(columns[1:], 2):
+        rules.append(
+            f"#points:has(#column-{number}:not(:checked)) :is(th, td):nth-child({number}) {{ display: none; }}"
+        )
+        ticked = " checked" if column.is_on else ""
+        boxes.append(f'<label><input type="checkbox" id="column-{number}"{ticked}> {escape(column.name)}</label>')
+    if not boxes:
         return ""
-    return short(value) if isinstance(value, float) and label not in _TEXT_COLUMNS else str(value)
+    return (
+        f'<style>{" ".join(rules)}</style><fieldset class="columns"><legend>Columns</legend>{"".join(boxes)}</fieldset>'
+    )
+
+
+def _points(points: pd.DataFrame, columns: Sequence[_Column]) -> Section:
+    rows = [
+        [column.text(row, column.of_points) for column in columns]
+        for row in points.head(ROW_LIMIT).to_dict("records")
+    ]  # fmt: skip
+    return Section(
+        "All points",
+        header=tuple(column.name for column in columns),
+        rows=rows,
+        numbers=frozenset(column.name for column in columns if column.is_number),
+        more=len(points) - len(rows),
+        is_more_better=frozenset(column.name for column in columns if column.is_more_better),
+    )

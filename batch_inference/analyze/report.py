@@ -9,12 +9,14 @@ from batch_inference.analyze import about
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.exports import write_results_csv, write_summary_json
 from batch_inference.analyze.files import SUMMARY, remove_plots
+from batch_inference.analyze.headline import headline
 from batch_inference.analyze.job_sections import job_section
+from batch_inference.analyze.layouts import layouts
 from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.page import as_html
 from batch_inference.analyze.same_answers import same_answers
-from batch_inference.analyze.sections import Section, best, compared, layouts, pareto, scaling
-from batch_inference.analyze.terminal import as_text, closing
+from batch_inference.analyze.sections import Section, best, compared, pareto, scaling
+from batch_inference.analyze.terminal import as_text, closing, terminal_width
 from batch_inference.analyze.to_use import ToUse
 from batch_inference.core.files import write_whole
 
@@ -57,16 +59,18 @@ def write_report(
     """
     drawn, missing = _draw(analysis, folder, plots)
     sections = sections_of(analysis, to_use)
+    head = headline(analysis, to_use.section.commands[0] if to_use and to_use.section.commands else ())
     page, report, results, summary = (folder / name for name in ("report.html", "report.md", "results.csv", SUMMARY))
     write_results_csv(analysis.rows, results)
     write_summary_json(analysis, unreadable, summary, to_use)
-    write_whole(report, [as_markdown(sections, drawn, missing)])
-    write_whole(page, [as_html(sections, analysis.points, drawn, missing)])
+    write_whole(report, [as_markdown(sections, drawn, missing, head)])
+    write_whole(page, [as_html(sections, analysis.rows, drawn, missing, head)])
     _remove_parquet(folder)
     remove_plots(folder, [file for _, path in drawn for file in (path, path.with_suffix(".svg"))])
     used = to_use.files if to_use else []
-    files = [*used, page, report, results, summary, *(path for _, path in drawn)]
-    return "\n".join([as_text(sections), "", *closing(missing, files)])
+    files = [*used, page, report, results, summary]
+    width, images = terminal_width(), [path for _, path in drawn]
+    return "\n".join([as_text(sections, head, width), "", *closing(missing, files, images, width)])
 
 
 def _draw(analysis: Analysis, folder: Path, names: Sequence[str] | None) -> tuple[list[tuple[str, Path]], list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,16 +10,21 @@ from typing import Any
 import pandas as pd
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark
-from batch_inference.analyze.compare import LAYOUT, MEASURED, SetComparison, baseline_of, layout, layout_order
-from batch_inference.analyze.decide import Choice
+from batch_inference.analyze.compare import SetComparison, baseline_of
+from batch_inference.analyze.decide import COST, Choice
 from batch_inference.analyze.tables import GROUP_BY, believable, half_width
-from batch_inference.analyze.wording import SUSPECT_LINE, few, known, metric_text, suspect_mark, with_interval
+from batch_inference.analyze.wording import (
+    SUSPECT_LINE,
+    few,
+    known,
+    metric_text,
+    suspect_mark,
+    with_interval,
+)
 from batch_inference.core.text import counted, short
 
 # A table has as many rows at most; results.csv and summary.json have them all.
 ROW_LIMIT = 500
-# Layouts beside the first one in a table of 80 columns.
-_BESIDE = 3
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,14 @@ class Section:
     lines: list[str] = field(default_factory=list)
     more: int = 0  # rows that are left out
     commands: list[list[str]] = field(default_factory=list)  # to be copied: words, quoted where they must be
+    keys: int = 1  # columns that tell what a row is of
+    is_more_better: frozenset[str] = frozenset()  # columns that are best sorted from the highest down
+    is_detail: bool = False  # for the report, not for the terminal
 
     @property
     def rest(self) -> str:
         """The line below a table that says how many rows are left out; empty for a whole one."""
-        return f"… and {self.more} more rows: results.csv and summary.json have all." if self.more else ""
+        return f"… and {counted(self.more, 'more row')}: results.csv and summary.json have all." if self.more else ""
 
     @property
     def alignment(self) -> list[str]:
@@ -53,10 +60,12 @@ def best(group: Group, analysis: Analysis) -> Section:
     limits = str(analysis.question.limits)
     found = [choice for choice in group.choices if choice.best is not None]
     rows = [_choice_row(choice, choice.best) for choice in found if choice.best is not None]
-    lines = [_tie(choice) for choice in found if choice.ties]
+    # Of several settings the cost goes with the throughput per device, and so do its ties.
+    lines = [_tie(choice) for choice in found if choice.ties and choice.goal.column != COST]
     lines += [_none_keeps(choice, analysis) for choice in group.choices if choice.best is None]
     lines += _best_notes(group, rows)
-    header = ("length", "best", "setting", "devices", "batch", "value")
+    # The value before what a narrow screen may leave out.
+    header = ("length", "best", "value", "setting", "batch", "devices")
     pairs = [("limits", limits)] if limits else []
     return Section(
         group.titled("Best"),
@@ -71,17 +80,19 @@ def best(group: Group, analysis: Analysis) -> Section:
 def _best_notes(group: Group, rows: Sequence[Sequence[str]]) -> Iterator[str]:
     if (group.points["global_batch_size"] != group.points["batch_size"]).any():
         yield "batch: requests handed to each replica."
-    if any(row[-1].endswith("*") for row in rows):
+    if any(row[2].endswith("*") for row in rows):
         yield SUSPECT_LINE
-    if any("±" in row[-1] for row in rows):
+    if any("±" in row[2] for row in rows):
         yield "±: 95 % confidence interval of the mean over the runs."
     if any(half_width(choice.best, choice.goal.column) is None for choice in group.choices if choice.best):
         yield "no ±: a single run has no interval, and shows no tie; raise --num-runs."
 
 
 def _choice_row(choice: Choice, best: Mapping[Hashable, Any]) -> list[str]:
-    place = [str(best["setting"]), str(best["num_devices"]), str(best["batch_size"])]
-    return [str(choice.seq_len), choice.goal.name, *place, metric_text(best, choice.goal.column, choice.goal.unit)]
+    goal = choice.goal
+    number = metric_text(best, goal.column, goal.unit)
+    place = [str(best[name]) for name in ("setting", "batch_size", "num_devices")]
+    return [str(choice.seq_len), goal.name, number, *place]
 
 
 def _tie(choice: Choice) -> str:
@@ -101,78 +112,6 @@ def _none_keeps(choice: Choice, analysis: Analysis) -> str:
     columns = analysis.question.limits.columns()
     numbers = ", ".join(f"{name} {short(choice.nearest[name])}" for name in columns)
     return f"{start}; nearest: {choice.nearest['setting']} at batch {choice.nearest['batch_size']}, {numbers}"
-
-
-# --- TP, PP or DP -------------------------------------------------------------------------------------------------
-
-
-_BLOCK = ["seq_len", "max_tokens", "global_batch_size"]
-
-
-def layouts(group: Group) -> Iterator[Section]:
-    """Per number of devices a table with a column per layout, in tables that fit the terminal."""
-    for devices, measured in group.points.groupby("num_devices"):
-        sizes = [tuple(map(int, row)) for row in measured[list(LAYOUT)].drop_duplicates().to_numpy()]
-        present = [layout(*row) for row in sorted(sizes, key=lambda row: layout_order(*row))]
-        rows = group.layouts[group.layouts["num_devices"] == devices]
-        names = list(dict.fromkeys(rows.sort_values("_order")["layout"]))
-        title = group.titled(f"TP, PP or DP? {devices} devices, equal global batch size")
-        alone = [name for name in present if name not in names]
-        lines = (
-            [f"Not compared: {', '.join(alone)}; no measured point at a global batch size of another."] if alone else []
-        )
-        if not names and len(present) > 1:
-            yield Section(title, lines=lines)
-        for start in range(1, len(names), _BESIDE):
-            shown = [names[0], *names[start : start + _BESIDE]]
-            pairs = _fastest_layouts(rows) if start == 1 else []
-            yield _layout_table(title, rows, shown, pairs, lines)
-
-
-def _layout_table(
-    title: str, rows: pd.DataFrame, shown: Sequence[str], pairs: list[tuple[str, str]], lines: list[str]
-) -> Section:
-    cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    columns = [*_BLOCK, "layout", "verdict", "is_first", "is_best", "ratio", "ratio_ci95", *MEASURED]
-    blocks = rows[_BLOCK].drop_duplicates().sort_values(_BLOCK)
-    chosen = rows[columns].merge(blocks.head(ROW_LIMIT), on=_BLOCK)
-    for row in chosen.to_dict("records"):
-        cells.setdefault(tuple(row[name] for name in _BLOCK), {})[str(row["layout"])] = _layout_cell(row)
-    table = [[str(key[0]), str(key[2]), *(cells[key].get(name, "") for name in shown)] for key in sorted(cells)]
-    lines = [
-        *lines,
-        "First cell of a row: output tok/s. The others: their throughput over it, which at equal work is its latency "
-        "over theirs. ●: the fastest, and all whose 95 % interval overlaps it (≈).",
-    ]
-    if (rows["verdict"] == "suspect").any():
-        lines.append(SUSPECT_LINE)
-    if rows.groupby("layout")["setting"].nunique().max() > 1:
-        lines.append("Of several settings of one layout the fastest is shown at each point.")
-    header = ("length", "batch", *shown)
-    return Section(title, pairs, header, table, frozenset(header), lines, len(blocks) - len(table))
-
-
-def _fastest(rows: pd.DataFrame) -> dict[tuple[Any, ...], str]:
-    """Per length and batch the layouts that nothing beats, the fastest first."""
-    best = rows[rows["is_best"]].sort_values("output_tok_per_s", ascending=False, kind="stable")
-    names: dict[tuple[Any, ...], list[str]] = {}
-    for *key, name in best[[*_BLOCK, "layout"]].itertuples(index=False):
-        names.setdefault(tuple(key), []).append(name)
-    return {key: " ≈ ".join(found) for key, found in names.items()}
-
-
-def _fastest_layouts(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """Which layout is the fastest how often: the answer in one line."""
-    winners = Counter(_fastest(rows).values())
-    shown = ", ".join(f"{name} at {count}" for name, count in winners.most_common(5))
-    return [("fastest", f"of {counted(winners.total(), 'point')}: {shown}")]
-
-
-def _layout_cell(row: Mapping[Hashable, Any]) -> str:
-    best_mark = " ●" if row["is_best"] else ""
-    if row["is_first"]:
-        return metric_text(row, "output_tok_per_s") + best_mark
-    return with_interval(row["ratio"], known(row["ratio_ci95"]), decimals=3) + suspect_mark(row) + best_mark
 
 
 # --- scaling, Pareto ----------------------------------------------------------------------------------------------
@@ -200,7 +139,10 @@ def scaling(group: Group) -> Section:
     header = ("setting", "devices", "length", "scaling", "batch", "speed-up", "efficiency")
     numbers = frozenset({"devices", "length", "batch", "speed-up", "efficiency"})
     title = group.titled(f"Scaling against {baseline}")
-    return Section(title, [], header, rows, numbers, lines, len(found) - len(rows))
+    return Section(
+        title, [], header, rows, numbers, lines, len(found) - len(rows),
+        is_more_better=frozenset({"speed-up", "efficiency"}), is_detail=True,
+    )  # fmt: skip
 
 
 def _largest(points: pd.DataFrame, scaling: str, prefix: str, batch: str) -> pd.DataFrame:
@@ -225,18 +167,23 @@ def pareto(group: Group) -> Section:
         ["seq_len", "latency_mean_s"], kind="stable"
     )
     rows = [
-        [str(row["seq_len"]), str(row["setting"]), str(row["batch_size"]), _latency(row),
+        [str(row["seq_len"]), str(row["setting"]), str(row["batch_size"]), metric_text(row, "latency_mean_s"),
          metric_text(row, "output_tok_per_s_per_device")]
         for row in front.head(ROW_LIMIT).to_dict("records")
     ]  # fmt: skip
-    header = ("length", "setting", "batch", "latency", "tok/s/device")
+    per_device = "tok/s per device"
+    header = ("length", "setting", "batch", "latency s", per_device)
     title = group.titled("Pareto front: latency against throughput per device")
-    lines = ["No other point is both faster and better per device."] if rows else []
-    return Section(title, [], header, rows, frozenset({"length", "batch"}), lines, len(front) - len(rows))
-
-
-def _latency(row: Mapping[Hashable, Any]) -> str:
-    return f"{with_interval(row['latency_mean_s'], half_width(row, 'latency_mean_s'))} s"
+    lines = [
+        "A point is listed unless another is better beyond both intervals. Take one from the top for short latency, "
+        "and from the bottom for many tokens of each device.",
+        *([SUSPECT_LINE] if any(cell.endswith("*") for row in rows for cell in row[3:]) else []),
+    ]
+    numbers = frozenset(header) - {"setting"}
+    return Section(
+        title, [], header, rows, numbers, lines if rows else [], len(front) - len(rows),
+        is_more_better=frozenset({per_device}), is_detail=True,
+    )  # fmt: skip
 
 
 # --- two result sets ----------------------------------------------------------------------------------------------
@@ -244,9 +191,7 @@ def _latency(row: Mapping[Hashable, Any]) -> str:
 
 def compared(comparison: SetComparison) -> Section:
     points = comparison.points
-    counts = points["change"].value_counts()
-    words = ("better", "worse", "lost", "no difference", "unknown")
-    pairs = [("points compared", f"{len(points)}: " + ", ".join(f"{counts[w]} {w}" for w in words if w in counts))]
+    pairs = [("points compared", f"{len(points)}: {counts_of_changes(points)}")]
     ratio = points["ratio"].dropna()
     if not ratio.empty:
         mean = math.exp(ratio.map(math.log).mean())
@@ -259,11 +204,20 @@ def compared(comparison: SetComparison) -> Section:
                "change", "verdict"]  # fmt: skip
     ranked = points[columns].assign(_order=points["change"].map(order)).sort_values(["_order", "ratio"], kind="stable")
     rows = [_change_row(row) for row in ranked.head(ROW_LIMIT).to_dict("records")]
-    header = ("setting", "length", "batch", "before tok/s", "now tok/s", "ratio", "change")
+    header = ("setting", "length", "batch", "change", "ratio", "before tok/s", "now tok/s")
     unlike = [name for name in comparison.unlike if name in GROUP_BY and name != "vllm_version"]
     title = "Compared with the earlier results" + mixed_mark(unlike)
     notes = list(_compare_notes(comparison))
-    return Section(title, pairs, header, rows, frozenset(header[1:6]), notes, len(ranked) - len(rows))
+    return Section(
+        title, pairs, header, rows, frozenset(header) - {"setting", "change"}, notes, len(ranked) - len(rows), keys=3
+    )
+
+
+def counts_of_changes(points: pd.DataFrame) -> str:
+    """3 better, 1 worse, 20 no difference"""
+    counts = points["change"].value_counts()
+    words = ("better", "worse", "lost", "no difference", "unknown")
+    return ", ".join(f"{counts[word]} {word}" for word in words if word in counts)
 
 
 def _compare_notes(comparison: SetComparison) -> Iterator[str]:
@@ -287,4 +241,4 @@ def _change_row(row: Mapping[Hashable, Any]) -> list[str]:
     ratio = "" if pd.isna(row["ratio"]) else with_interval(row["ratio"], known(row["ratio_ci95"]))
     numbers = [short(known(row[name])) for name in ("old_output_tok_per_s", "output_tok_per_s")]
     place = [str(row[name]) for name in ("setting", "seq_len", "batch_size")]
-    return [*place, *numbers, ratio, row["change"] + suspect_mark(row)]
+    return [*place, row["change"] + suspect_mark(row), ratio, *numbers]

@@ -80,6 +80,11 @@ class MeasuredSetting:
     def num_points(self) -> int:
         return len(next(iter(self.columns.values()), []))
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Points are missing of which nothing is known: none has a reason."""
+        return self.status == "partial" and self.num_points < self.points_asked
+
 
 def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> MeasuredSetting:
     """Read one result file, with percentile `percent` of the DURATIONS among its columns; named from the folder `top`.

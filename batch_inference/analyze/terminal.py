@@ -1,39 +1,76 @@
-"""The sections as text for a terminal of 80 columns."""
+"""The answer and the sections as text, for a terminal of 80 columns or more."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from batch_inference.analyze.headline import NO_HEADLINE, Headline
 from batch_inference.analyze.sections import Section
-from batch_inference.core.text import WIDTH, escaped, short_name, table, wrapped
+from batch_inference.analyze.wording import NO_BREAK, Best, kept_together
+from batch_inference.core.text import WIDTH, counted, escaped, listed, short_name, table, wrapped
 
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
 LIST_LIMIT, LINE_LIMIT = 12, 400
 TEXT_ROWS = 12
+# Wider lines than these are hard to read.
+_WIDEST = 120
+# Of a table that is too wide, so many parts.
+_MOST_PARTS = 2
+# Of a title what is before the words of a group.
+_TOPIC = re.compile(r":| of group | against | \[")
+_FEWEST_CHARACTERS = 8  # of a name that gives way
 
 
-def as_text(sections: Sequence[Section]) -> str:
-    return "\n\n".join("\n".join([*_lines(section.title, indent=2), *_body(section)]) for section in sections)
+def terminal_width() -> int:
+    """Of the terminal that the text goes to; where it goes elsewhere, that of one that nobody has widened."""
+    return min(_WIDEST, max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
-def closing(missing: Sequence[str], files: Sequence[Path]) -> list[str]:
+def as_text(sections: Sequence[Section], head: Headline = NO_HEADLINE, width: int = WIDTH) -> str:
+    names = {name for section in sections for name in _settings_in(section)}
+    shown = [section for section in sections if not section.is_detail]
+    blocks = [list(_head(head, width)), *(list(_section(section, names, width)) for section in shown)]
+    if more := dict.fromkeys(_TOPIC.split(section.title)[0] for section in sections if section.is_detail):
+        blocks.append(_lines(f"Also in the report: {listed(more)}.", 2, width))
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def closing(missing: Sequence[str], files: Sequence[Path], plots: Sequence[Path] = (), width: int = WIDTH) -> list[str]:
     """The lines after the sections: why plots were not drawn, and the files that were written."""
-    reasons = [line for reason in missing for line in wrapped(f"not drawn: {reason}", indent=2)]
-    return [*reasons, *(escaped(str(file)) for file in files)]
+    reasons = [line for reason in missing for line in wrapped(f"not drawn: {reason}", indent=2, width=width)]
+    drawn = [f"and {counted(len(plots), 'plot')} there: {', '.join(path.stem for path in plots)}"] if plots else []
+    return [
+        *reasons,
+        *(escaped(str(file)) for file in files),
+        *(line for text in drawn for line in wrapped(escaped(text), indent=2, width=width)),
+    ]
 
 
-def _body(section: Section) -> Iterator[str]:
+def _head(head: Headline, width: int) -> Iterator[str]:
+    for number, sentence in enumerate(head.sentences[:LIST_LIMIT]):
+        if number:
+            yield ""
+        lines = _lines(kept_together(short_name(sentence, 2 * LINE_LIMIT)), 0, width)
+        yield from (line.replace(NO_BREAK, " ") for line in lines)
+    yield from _rest(len(head.sentences) - LIST_LIMIT, "more answer")
+
+
+def _section(section: Section, names: Iterable[str], width: int) -> Iterator[str]:
+    yield from _lines(section.title, 2, width)
     name_width = max((len(name) for name, _ in section.pairs), default=0)
     for name, value in section.pairs:
-        yield from _lines(f"  {name:<{name_width}}  {value}", indent=name_width + 4)
+        yield from _lines(f"  {name:<{name_width}}  {value}", name_width + 4, width)
     if section.rows:
-        yield _table(section)
-        yield from _rest(len(section.rows) - TEXT_ROWS + section.more, "more rows")
+        yield from _tables(section, names, width)
+        yield from _rest(len(section.rows) - TEXT_ROWS + section.more, "more row")
     for line in section.lines[:LIST_LIMIT]:
-        yield from _lines(f"  {short_name(line, LINE_LIMIT)}", indent=4)
-    yield from _rest(len(section.lines) - LIST_LIMIT, "more")
+        yield from _lines(f"  {short_name(line, LINE_LIMIT)}", 4, width)
+    yield from _rest(len(section.lines) - LIST_LIMIT, "more line")
     for words in section.commands:
         yield from _command(words)
 
@@ -52,20 +89,87 @@ def _command(words: Sequence[str]) -> Iterator[str]:
 
 def _rest(count: int, what: str) -> Iterator[str]:
     if count > 0:
-        yield f"  … and {count} {what} in report.md"
+        yield f"  … and {counted(count, what)} in report.md"
 
 
-def _lines(text: str, indent: int) -> list[str]:
+def _lines(text: str, indent: int, width: int) -> list[str]:
     # Names come from files, and may be of any length.
-    return wrapped(text, indent, break_long_words=True)
+    return wrapped(text, indent, width=width, break_long_words=True)
 
 
-def _table(section: Section) -> str:
-    """The column of names, where there is one, is what gives way to fit."""
-    header, rows = section.header, section.rows[:TEXT_ROWS]
-    if "setting" in header:
-        place = header.index("setting")
-        others = [max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)]
-        room = max(8, WIDTH - 2 - (sum(others) - others[place]))
-        rows = [[short_name(cell, room) if index == place else cell for index, cell in enumerate(row)] for row in rows]
-    return textwrap.indent(table(header, rows, section.alignment), "  ")
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def _tables(section: Section, names: Iterable[str], width: int) -> Iterator[str]:
+    """One, or as many as it takes to fit: each begins with the columns that tell what a row is of."""
+    cells = [list(section.header), *([_marked(cell) for cell in row] for row in section.rows[:TEXT_ROWS])]
+    if "setting" in section.header:
+        place = section.header.index("setting")
+        others = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+        room = max(_FEWEST_CHARACTERS, width - 2 - (sum(others) - others[place]))
+        shown = short_names(names, room, width // 2)
+        cells[1:] = [[*row[:place], shown[row[place]], *row[place + 1 :]] for row in cells[1:]]
+    parts = list(_that_fit(cells, section.keys, _best_first(section), width - 2))
+    for columns in parts[:_MOST_PARTS]:
+        header, *rows = [[row[column] for column in columns] for row in cells]
+        yield textwrap.indent(table(header, rows, [section.alignment[column] for column in columns]), "  ")
+    yield from _rest(sum(len(columns) - section.keys for columns in parts[_MOST_PARTS:]), "more column")
+
+
+def _best_first(section: Section) -> list[int]:
+    """The columns that tell of a row: those that hold a best one before others."""
+    places = range(section.keys, len(section.header))
+    return sorted(places, key=lambda place: not any(isinstance(row[place], Best) for row in section.rows))
+
+
+def _marked(cell: str) -> str:
+    """Nothing is bold here."""
+    return f"● {cell}" if isinstance(cell, Best) else cell
+
+
+def _that_fit(cells: Sequence[Sequence[str]], keys: int, others: Sequence[int], width: int) -> Iterator[list[int]]:
+    """The columns of each table, in the order of `others` where they are several; one that is too wide even so stands
+    alone beside the keys."""
+    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+    if sum(widths) - 2 <= width:
+        yield list(range(len(widths)))
+        return
+    columns = first = list(range(keys))
+    for place in others:
+        if len(columns) > keys and sum(widths[column] for column in [*columns, place]) - 2 > width:
+            yield columns
+            columns = first
+        columns = [*columns, place]
+    yield columns
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def _settings_in(section: Section) -> Iterator[str]:
+    if "setting" in section.header:
+        place = section.header.index("setting")
+        yield from (row[place] for row in section.rows)
+
+
+def short_names(names: Iterable[str], room: int, more_room: int) -> dict[str, str]:
+    """Each in so many characters, but never as what could be two of them: where the beginning and the end do not tell
+    names apart, in more of them, then from where they differ, and else as they are."""
+    found = {name: short_name(name, room) for name in names}
+    room = max(room, more_room)
+    for alike in _alike(found):
+        found |= {name: short_name(name, room) for name in alike}
+    for alike in _alike(found):
+        start = next((place for place, letters in enumerate(zip(*alike, strict=False)) if len(set(letters)) > 1), 0)
+        found |= {name: short_name(f"…{name[start:]}", room) for name in alike}
+    for alike in _alike(found):
+        found |= {name: name for name in alike}
+    return found
+
+
+def _alike(short: Mapping[str, str]) -> list[list[str]]:
+    """The names that are shown as one."""
+    names = defaultdict(list)
+    for name, shown in short.items():
+        names[shown].append(name)
+    return [several for several in names.values() if len(several) > 1]

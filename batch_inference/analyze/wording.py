@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,31 @@ HEADING = "Batch inference: results"
 SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
 
 
+class Best(str):
+    """A cell that holds the best of its row: bold, or marked where nothing is bold."""
+
+
 def suspect_mark(row: Mapping[Hashable, Any]) -> str:
     return "*" if row["verdict"] == "suspect" else ""
+
+
+def suspect_words(row: Mapping[Hashable, Any]) -> str:
+    """The same in a sentence."""
+    return " (suspect)" if row["verdict"] == "suspect" else ""
+
+
+def spoken(number: str) -> str:
+    """As a sentence has it: 25490 ±190 is 25,490 ± 190."""
+    return re.sub(r"(?<![.\d])\d{4,}", lambda found: f"{int(found[0]):,}", number).replace("±", "± ")
+
+
+# What belongs to a number stays on its line.
+_WITH_NUMBER = re.compile(r"(?<=\d) (?=[±×+]|tok/s|s\b|min\b|h\b)|(?<=[±×+]) ")
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def kept_together(sentence: str) -> str:
+    return _WITH_NUMBER.sub(NO_BREAK, sentence)
 
 
 def few(words: Sequence[str], most: int, rest: str = " and {} more", between: str = ", ") -> str:
@@ -38,6 +62,24 @@ def metric_text(row: Mapping[Hashable, Any], metric: str, unit: str = "") -> str
     """A metric of a point with its interval, its unit, and the mark of a suspect one."""
     number = with_interval(row[metric], half_width(row, metric))
     return f"{number} {unit}".rstrip() + suspect_mark(row)
+
+
+def number_text(row: Mapping[Hashable, Any], metric: str) -> str:
+    """The same without the interval, which is told of all numbers of a table together."""
+    number = with_interval(row[metric], half_width(row, metric))
+    return number.partition(" ±")[0] + suspect_mark(row)
+
+
+def widths_line(points: pd.DataFrame) -> str:
+    """How wide the intervals of the points are; empty where none is known."""
+    relative = points["latency_ci95_s"] / points["latency_mean_s"]
+    is_suspect = points["verdict"] == "suspect"
+    sure, unsure = relative[~is_suspect].dropna(), relative[is_suspect].dropna()
+    if sure.empty and unsure.empty:
+        return ""
+    said = [f"within ±{100 * sure.max():.1f} %"] if not sure.empty else []
+    said += [f"those of suspect points within ±{100 * unsure.max():.0f} %"] if not unsure.empty else []
+    return f"95 % intervals: {', '.join(said)}."
 
 
 def with_interval(value: float, half: float | None, decimals: int = 9) -> str:

@@ -1,0 +1,231 @@
+"""The answer before all tables: what to take, how fast it is, and how sure that is, in a sentence or two."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
+from batch_inference.analyze.compare import LAYOUT, layout
+from batch_inference.analyze.decide import COST, Choice
+from batch_inference.analyze.job_sections import requests_words, time_text
+from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
+from batch_inference.analyze.sections import counts_of_changes
+from batch_inference.analyze.tables import differing, half_width
+from batch_inference.analyze.wording import HEADING, few, spoken, suspect_words, with_interval
+from batch_inference.core.text import counted, on_each, plain, short
+
+# What a sentence names itself, or says of no group.
+_NAMED = ("model", "device_name", "device_kind", "max_tokens")
+# What is said of other goals, where the same point is the best, and where another is.
+_ALSO = (
+    ("latency", "It has the shortest batch time too:", "the shortest batch time"),
+    ("cost", "It costs", "the least cost"),
+)
+# A group has a sentence for each of so many prompt lengths; of several groups each has one.
+_LENGTHS = 3
+# The maker, and the memory, which the list of facts has.
+_MAKER, _MEMORY = re.compile(r"^(NVIDIA|AMD) +"), re.compile(r"[ -]\d+ ?GB\b.*$")
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the page, the report and the terminal begin with."""
+
+    title: str = HEADING
+    facts: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()  # the first is the answer, the others go with it
+    command: tuple[str, ...] = field(default=())  # of the winner: words, quoted for a shell
+
+
+NO_HEADLINE = Headline()
+
+
+def headline(analysis: Analysis, command: Sequence[str] = ()) -> Headline:
+    names = _Names(analysis)
+    models = list(dict.fromkeys(map(names.model, _values(analysis, "model"))))
+    title = f"{HEADING} of {few(models, 2)}" if models else HEADING
+    return Headline(title, tuple(_facts(analysis)), tuple(_sentences(analysis, names)), tuple(command))
+
+
+def _values(analysis: Analysis, column: str) -> list[str]:
+    return [plain(value) for value in analysis.rows[column].dropna().unique()] if column in analysis.rows else []
+
+
+def _facts(analysis: Analysis) -> Iterator[str]:
+    """Model, devices, vLLM, date."""
+    yield counted(len(analysis.settings), "setting")
+    for column, before in (("model", ""), ("device_name", ""), ("vllm_version", "vLLM ")):
+        if values := _values(analysis, column):
+            yield before + few(values, 3)
+    if days := sorted({text[:10] for text in _values(analysis, "started_at")}):
+        yield days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+class _Names:
+    """Short names of models and devices, where these tell apart what the files hold."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._models = _shortened(_values(analysis, "model"), lambda name: name.rstrip("/").rpartition("/")[2])
+        self._devices = _shortened(
+            _values(analysis, "device_name"), lambda name: _MEMORY.sub("", _MAKER.sub("", name)) or name
+        )
+
+    def model(self, name: object) -> str:
+        return self._models.get(plain(name), "a model without a name")
+
+    def devices(self, count: int, name: object, kind: object) -> str:
+        """4 × H100; but devices that are cores are all of one CPU."""
+        device = self._devices.get(plain(name))
+        if kind == "cpu" and device:
+            return f"{counted(count, 'device')} ({plain(name)})"
+        return f"{count} × {device}" if device else counted(count, "device")
+
+
+def _shortened(names: Sequence[str], shorten: Any) -> dict[str, str]:
+    found = {name: shorten(name) or name for name in names}
+    return found if len(set(found.values())) == len(found) else {name: name for name in names}
+
+
+def _sentences(analysis: Analysis, names: _Names) -> Iterator[str]:
+    if not analysis.groups and not analysis.jobs:
+        yield "No point was measured; the reasons are below."
+    if analysis.comparison is not None:
+        points = analysis.comparison.points
+        changes = counts_of_changes(points) or "none is in both"
+        yield f"Against the earlier results, {counted(len(points), 'point')}: {changes}."
+    for answer in sorted(analysis.jobs, key=lambda one: -len(one.rows)):
+        yield from _job_sentences(answer, analysis, names)
+    for group in sorted(analysis.groups, key=lambda one: (-len(one.points), one.number)):
+        yield from _group_sentences(group, analysis, names)
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterator[str]:
+    place = _place(group, analysis, names)
+    by_length: dict[int, list[Choice]] = {}
+    for choice in group.choices:
+        by_length.setdefault(choice.seq_len, []).append(choice)
+    if not by_length:
+        yield f"{place}: no point was measured that counts; the reasons are below."
+    # Of several groups that of the longest prompts, which the files to be used are for.
+    lengths = sorted(by_length)[:_LENGTHS] if len(analysis.groups) == 1 else sorted(by_length)[-1:]
+    limits = str(analysis.question.limits)
+    more = len(by_length) - len(lengths)
+    for number, length in enumerate(lengths, 1):
+        where = f"{place}, " if number == 1 else "At "
+        what = f"{where}{_tokens(group, length)}{f', with {limits}' if limits else ''}"
+        rest = f" {counted(more, 'more prompt length')} below." if more and number == len(lengths) else ""
+        yield f"{what}: {' '.join(_advice(group, by_length[length]))}{rest}"
+
+
+def _place(group: Group, analysis: Analysis, names: _Names) -> str:
+    """On 4 × H100, llama-3.1-8b, and what else tells this group from others of such devices and this model."""
+    most = int(group.points["num_devices"].max())
+    devices, models = (list(group.points[column].unique()) for column in ("device_name", "model"))
+    kind = group.points["device_kind"].iloc[0]
+    on = names.devices(most, devices[0], kind) if len(devices) == 1 else counted(most, "device")
+    model = names.model(models[0]) if len(models) == 1 else counted(len(models), "model")
+    alike = analysis.points[analysis.points["device_name"].isin(devices) & analysis.points["model"].isin(models)]
+    others = [name for name in differing(alike, analysis.unlike) if name not in _NAMED]
+    unlike = f" ({values_of(group.points, others)})" if others else ""
+    return f"On {on}, {model}{unlike}{mixed_mark(group.mixed)}"
+
+
+def _tokens(group: Group, length: int) -> str:
+    outputs = group.points.loc[group.points["seq_len"] == length, "max_tokens"].dropna().unique()
+    return f"{length} + {int(outputs[0])} tokens" if len(outputs) == 1 else f"{length} tokens"
+
+
+def _advice(group: Group, choices: Sequence[Choice]) -> Iterator[str]:
+    """The throughput, what else the same point is the best for, and then other points."""
+    by_goal = {choice.goal.name: choice for choice in choices if choice.best is not None}
+    fastest = by_goal.get("throughput")
+    if fastest is None or fastest.best is None:
+        yield "no point keeps the limits."
+        return
+    yield f"{_taken(group, fastest.best)} gives {_number(fastest)}{_as_good(group, fastest)}."
+    others = [(by_goal[name], same, apart) for name, same, apart in _ALSO if name in by_goal]
+    for choice, same, _ in others:
+        if _is_same(choice.best, fastest.best):
+            yield f"{same} {_number(choice)}."
+    for choice, _, apart in others:
+        if not _is_same(choice.best, fastest.best):
+            yield f"For {apart} take {_taken(group, choice.best or {})}: {_number(choice)}{_as_good(group, choice)}."
+
+
+def _is_same(one: Mapping[Hashable, Any] | None, two: Mapping[Hashable, Any] | None) -> bool:
+    names = ("setting", "batch_size")
+    return one is not None and two is not None and all(one[name] == two[name] for name in names)
+
+
+def _taken(group: Group, row: Mapping[Hashable, Any]) -> str:
+    """DP=4 at 256 requests per replica; TP=2 on 2 devices at 16 requests."""
+    devices = int(row["num_devices"])
+    on = f" on {counted(devices, 'device')}" if devices < group.points["num_devices"].max() else ""
+    each = " per replica" if int(row["data_parallel_size"]) > 1 else ""
+    return f"{called(group, row)}{on} at {counted(int(row['batch_size']), 'request')}{each}"
+
+
+def called(group: Group, row: Mapping[Hashable, Any]) -> str:
+    """The layout, which says more than the name of a file; and that name, where another setting has the layout too."""
+    sizes = [int(row[name]) for name in LAYOUT]
+    alike = group.points
+    for name in LAYOUT:
+        alike = alike[alike[name] == row[name]]
+    words = layout(*sizes)
+    return words if alike["setting"].nunique() == 1 else f"{words} ({row['setting']})"
+
+
+def _number(choice: Choice) -> str:
+    best, goal = choice.best or {}, choice.goal
+    digits = with_interval(best[goal.column], half_width(best, goal.column))
+    return f"{spoken(digits)} {goal.unit}{suspect_words(best)}"
+
+
+def _as_good(group: Group, choice: Choice) -> str:
+    """Settings whose interval overlaps that of the best; of the cost they are those of the throughput per device."""
+    if not choice.ties or choice.goal.column == COST:
+        return ""
+    others = [called(group, row) for row in choice.ties]
+    return f" (as good within the intervals: {few(others, 1)})"
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iterator[str]:
+    of_group = dict(zip(ALIKE, answer.group, strict=False))
+    model, job = names.model(of_group["model"]), requests_words(answer)
+    best, cheapest, deadline = answer.best, answer.cheapest, answer.deadline
+    if best is None or cheapest is None:
+        yield f"The job of {job}, {model}: nothing was measured that can forecast it; the reasons are below."
+        return
+    place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
+    said = [f"The job of {job} on {place}, {model}: {_row_taken(best)} takes {_hours(best)}{_cost(best)}."]
+    if cheapest is not best:
+        said.append(f"The fewest device-hours: {_row_taken(cheapest)}, {_hours(cheapest)}{_cost(cheapest)}.")
+    if deadline:
+        asked = f"{analysis.question.job.deadline_h:g} h"
+        said.append(
+            f"{asked} are enough with {counted(deadline.replicas, 'replica')} of {deadline.row.setting}, "
+            f"so {counted(deadline.devices, 'device')}: {spoken(time_text(deadline.hours))}."
+        )
+    yield " ".join(said)
+
+
+def _row_taken(row: JobRow) -> str:
+    return f"{row.setting} with {row.point.batch_size} at once{on_each(row.point.replicas)}"
+
+
+def _hours(row: JobRow) -> str:
+    return spoken(time_text(row.hours)) + suspect_words({"verdict": row.point.verdict})
+
+
+def _cost(row: JobRow) -> str:
+    used = f", {short(row.device_hours.value, 3)} device-hours"
+    return used if row.cost is None else f"{used}, cost {short(row.cost.value, 3)}"
