@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from batch_inference.analyze import plot_looks, plot_style, plots
 from batch_inference.analyze.answers import Group, Question, analyse
 from batch_inference.analyze.plot_colors import STYLES, color, contrast, shade, text_on
-from batch_inference.analyze.plot_looks import looks, named, prepared, short_names
+from batch_inference.analyze.plot_looks import looks, named, prepared
 from batch_inference.analyze.plot_style import NothingToShowError
 from batch_inference.analyze.plots import PLOTS, write_plots
 from batch_inference.analyze.tables import load_setting
+from batch_inference.analyze.wording import short_names
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import EngineInfo, Point, Result
 from builders import make_point, make_result, make_run, make_sweep, save_all

@@ -16,8 +16,8 @@ from batch_inference.analyze.markdown import as_markdown, escaped
 from batch_inference.analyze.report import sections_of
 from batch_inference.analyze.sections import Section
 from batch_inference.analyze.tables import load_setting
-from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_text, short_names, terminal_width
-from batch_inference.analyze.wording import Best, with_interval
+from batch_inference.analyze.terminal import LIST_LIMIT, TEXT_ROWS, as_text, terminal_width
+from batch_inference.analyze.wording import Best, short_names, with_interval
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import DeviceInfo, Environment, Failure, Point, Result
 from builders import make_point, make_result, make_sweep, save_all
@@ -141,10 +141,10 @@ def test_a_reason_is_said_once_with_all_settings_that_have_it(report: Any) -> No
         (["a" * 30, "b" * 30], ["aaaaaaa…aaaaaa", "bbbbbbb…bbbbbb"]),
         # Alike at both ends: in more room, from where they differ, or whole.
         (["tp_1_aaaa1aaaa_on", "tp_1_aaaa2aaaa_on"], ["tp_1_aaaa1aaaa_on", "tp_1_aaaa2aaaa_on"]),
-        ([f"{'x' * 20}{end}{'y' * 20}" for end in "12"], [f"…1{'y' * 8}…{'y' * 9}", f"…2{'y' * 8}…{'y' * 9}"]),
+        ([f"{'x' * 20}{end}{'y' * 20}" for end in "12"], ["xxxxxx…xxx1yy…yyyyyy", "xxxxxx…xxx2yy…yyyyyy"]),
         (
             [f"{'x' * 20}{middle}{'y' * 20}{end}{'z' * 20}" for middle, end in ("a1", "a2", "b1")],
-            [*(f"{'x' * 20}a{'y' * 20}{end}{'z' * 20}" for end in "12"), f"…b{'y' * 8}…{'z' * 9}"],
+            [*(f"{'x' * 20}a{'y' * 20}{end}{'z' * 20}" for end in "12"), "xxxxxx…xxxbyy…zzzzzz"],
         ),
     ],
 )

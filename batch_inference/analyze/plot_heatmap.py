@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from batch_inference.analyze.plot_colors import color, text_on
 from batch_inference.analyze.plot_lines import batch_label, measured_points
-from batch_inference.analyze.plot_looks import in_reading_order, named, of_settings, short_names
+from batch_inference.analyze.plot_looks import in_reading_order, named, of_settings
 from batch_inference.analyze.plot_style import (
     NOT_TO_RELY_ON,
     WIDTH_IN,
@@ -27,6 +27,7 @@ from batch_inference.analyze.plot_style import (
     some,
     words_only,
 )
+from batch_inference.analyze.wording import short_names
 from batch_inference.core.text import short
 
 # Facets of settings, rows of settings, and rows that have a name.
@@ -49,7 +50,7 @@ class Map:
 
     @property
     def labels(self) -> list[str]:
-        return list(short_names(self.rows, 30).values())
+        return list(short_names(map(str, self.rows), 30).values())
 
 
 def heatmap(points: pd.DataFrame) -> Figure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any, Literal, TypedDict
 
@@ -12,7 +12,6 @@ from batch_inference.analyze.compare import SIZES
 from batch_inference.analyze.decide import GOALS
 from batch_inference.analyze.plot_colors import SHADES_OF_FAMILY, UNLIKE, shade, unlike
 from batch_inference.analyze.tables import believable
-from batch_inference.core.text import short_name
 
 # More settings than ALL_NAMED cannot be told apart: then so many of the best are drawn, and the range of the others.
 ALL_NAMED, NAMED = 12, 8
@@ -133,34 +132,6 @@ def prepared(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
 
 def _column(points: pd.DataFrame, found: Mapping[str, Seat]) -> pd.Series[Any]:
     return pd.Series([found[name] for name in points["setting"].astype(str)], index=points.index, dtype=object)
-
-
-def short_names(names: Iterable[str], most: int) -> dict[str, str]:
-    """Names of at most so many characters. Where two would become one, each shows where it is unlike the others; where
-    that is not enough, they are whole."""
-    whole = list(dict.fromkeys(map(str, names)))
-    for shorten in (short_name, _beginning_where_unlike(whole)):
-        shortened = [shorten(name, most) for name in whole]
-        if len(set(shortened)) == len(whole):
-            return dict(zip(whole, shortened, strict=True))
-    return {name: name for name in whole}
-
-
-def _beginning_where_unlike(names: Sequence[str]) -> Callable[[str, int], str]:
-    """Shortens to the beginning, and what follows from just before the place where long names part."""
-
-    def shorten(name: str, most: int) -> str:
-        alike = _alike([other for other in names if len(other) > most])
-        head = name[: most // 3]
-        begin = max(len(head), alike - 3)
-        return name if len(name) <= most else f"{head}…{short_name(name[begin:], most - len(head) - 1)}"
-
-    return shorten
-
-
-def _alike(names: Sequence[str]) -> int:
-    """Characters that all begin with."""
-    return next((place for place, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), 0)
 
 
 def of_settings(shown: int, settings: int, others: str | None = None) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from batch_inference.analyze.plot_colors import color, text_on
-from batch_inference.analyze.plot_looks import in_reading_order, named, short_names
+from batch_inference.analyze.plot_looks import in_reading_order, named
 from batch_inference.analyze.plot_style import (
     BESIDE,
     WIDTH_IN,
@@ -20,6 +20,7 @@ from batch_inference.analyze.plot_style import (
     new_figure,
     reference,
 )
+from batch_inference.analyze.wording import short_names
 from batch_inference.core.metrics import METRIC_BY_NAME
 
 # Bars on a sheet.

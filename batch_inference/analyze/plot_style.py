@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from batch_inference.analyze.plot_colors import color
-from batch_inference.analyze.plot_looks import looks, named, of_settings, seats, short_names
+from batch_inference.analyze.plot_looks import looks, named, of_settings, seats
+from batch_inference.analyze.wording import short_names
 from batch_inference.core.metrics import METRIC_BY_NAME
 from batch_inference.core.text import short_name
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from batch_inference.analyze.headline import NO_HEADLINE, Headline
 from batch_inference.analyze.sections import Section
-from batch_inference.analyze.wording import NO_BREAK, Best, kept_together
+from batch_inference.analyze.wording import NO_BREAK, Best, kept_together, short_names
 from batch_inference.core.text import WIDTH, counted, escaped, listed, short_name, table, wrapped
 
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
@@ -150,26 +149,3 @@ def _settings_in(section: Section) -> Iterator[str]:
     if "setting" in section.header:
         place = section.header.index("setting")
         yield from (row[place] for row in section.rows)
-
-
-def short_names(names: Iterable[str], room: int, more_room: int) -> dict[str, str]:
-    """Each in so many characters, but never as what could be two of them: where the beginning and the end do not tell
-    names apart, in more of them, then from where they differ, and else as they are."""
-    found = {name: short_name(name, room) for name in names}
-    room = max(room, more_room)
-    for alike in _alike(found):
-        found |= {name: short_name(name, room) for name in alike}
-    for alike in _alike(found):
-        start = next((place for place, letters in enumerate(zip(*alike, strict=False)) if len(set(letters)) > 1), 0)
-        found |= {name: short_name(f"…{name[start:]}", room) for name in alike}
-    for alike in _alike(found):
-        found |= {name: name for name in alike}
-    return found
-
-
-def _alike(short: Mapping[str, str]) -> list[list[str]]:
-    """The names that are shown as one."""
-    names = defaultdict(list)
-    for name, shown in short.items():
-        names[shown].append(name)
-    return [several for several in names.values() if len(several) > 1]

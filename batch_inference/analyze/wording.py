@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from batch_inference.analyze.tables import half_width
-from batch_inference.core.text import short
+from batch_inference.core.text import short, short_name
 
 HEADING = "Batch inference: results"
 SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
@@ -92,3 +93,34 @@ def with_interval(value: float, half: float | None, decimals: int = 9) -> str:
     rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
     shown = max(0, decimals)
     return f"{round(value, decimals):.{shown}f} ±{rounded_up:.{shown}f}"
+
+
+def short_names(names: Iterable[str], room: int, more_room: int = 0) -> dict[str, str]:
+    """Each in so many characters, but never as what could be two of them: where the beginning and the end do not tell
+    names apart, in more of them, then with what is around the place where they differ, and else as they are."""
+    found = {name: short_name(name, room) for name in names}
+    room = max(room, more_room)
+    for alike in _alike(found):
+        found |= {name: short_name(name, room) for name in alike}
+    for alike in _alike(found):
+        start = next((place for place, letters in enumerate(zip(*alike, strict=False)) if len(set(letters)) > 1), 0)
+        found |= {name: _around(name, start, room) for name in alike}
+    for alike in _alike(found):
+        found |= {name: name for name in alike}
+    return found
+
+
+def _around(name: str, place: int, room: int) -> str:
+    """All from that place on, where that has room; else its beginning, and what follows from just before the place."""
+    if len(name) - place < room:
+        return f"…{name[place:]}"
+    head = name[: room // 3]
+    return f"{head}…{short_name(name[max(len(head), place - 3) :], room - len(head) - 1)}"
+
+
+def _alike(short: Mapping[str, str]) -> list[list[str]]:
+    """The names that are shown as one."""
+    names = defaultdict(list)
+    for name, shown in short.items():
+        names[shown].append(name)
+    return [several for several in names.values() if len(several) > 1]
