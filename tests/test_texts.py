@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -349,18 +348,6 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "tokenizer_config.json").write_text(json.dumps(says))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def real_model() -> str:
-    done = subprocess.run(
-        [REPOSITORY / "tests" / "make_smollm2.sh"], capture_output=True, text=True, timeout=900, check=False,
-        env={**os.environ, "PYTHON": sys.executable},
-    )  # fmt: skip
-    if done.returncode:
-        reason = next(iter(done.stderr.strip().splitlines()[-1:]), "it says nothing")
-        pytest.skip(f"tests/make_smollm2.sh cannot make the model here: {reason}")
-    return done.stdout.strip()
 
 
 def by_vllm_itself(model: str, folder: Path) -> list[list[int]]:
