@@ -156,9 +156,11 @@ def test_texts_go_through_vllm_once_for_all_settings(tmp_path: Path, vllm: Vllm)
         "trust_remote_code": True, "engine_args": list(flags), "wanted": None,
     }  # fmt: skip
     assert asked == [question]
-    # Another setting of a preset: other devices, and another way with experts.
+    # Another setting: other devices, another way with experts, and prefixes that are cached.
     again, said = Workload(workload.path, skip_bad_lines=True), []
-    other = config_of(tmp_path, trust_remote_code=True, engine_args=flags[:2], tensor_parallel_size=2)
+    other = config_of(
+        tmp_path, trust_remote_code=True, engine_args=(*flags[:2], "--enable-prefix-caching"), tensor_parallel_size=2
+    )
     assert lengths_of(again, other, said.append) == found
     assert (len(asked), said) == (1, ["note: no template"])
     assert (again.left_out, again.told()) == ({1}, workload.told())

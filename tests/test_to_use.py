@@ -752,9 +752,10 @@ def test_ray_gets_what_was_found_whatever_it_calls_it(
     build: str, template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
+    newer = {"should_continue_on_error": True} if build == "build_processor" else {}
 
     class Config(SimpleNamespace):
-        model_fields = {template: None}  # noqa: RUF012
+        model_fields = {template: None, **newer}  # noqa: RUF012
 
     def builds(config: Any, **how: Callable[[Any], Any]) -> Any:
         made.append((vars(config), how))
@@ -772,7 +773,7 @@ def test_ray_gets_what_was_found_whatever_it_calls_it(
     assert script.ENGINE["tensor_parallel_size"] == 2
     assert config == {
         "model_source": "meta-llama/Llama-2-7b-chat-hf", "concurrency": (3, 3), "batch_size": 1,
-        "max_concurrent_batches": 8, template: True,
+        "max_concurrent_batches": 8, template: True, **newer,
     }  # fmt: skip
     sampling = {"temperature": 0.8, "top_p": 0.95, "max_tokens": 32}
     assert how["preprocess"]({"prompt": "a", "output_tokens": 5}) == {
@@ -785,7 +786,10 @@ def test_ray_gets_what_was_found_whatever_it_calls_it(
         "messages": CHAT,
         "sampling_params": sampling,
     }
-    assert how["postprocess"]({"generated_text": "b", "custom_id": 7}) == {"custom_id": 7, "text": "b"}
+    answer = how["postprocess"]({"generated_text": "b", "custom_id": 7})
+    assert script.readable(answer) == {"custom_id": 7, "text": "b", "error": None}
+    refused = {"prompt": "long", "custom_id": 8, "generated_text": None, "__inference_error__": "too long"}
+    assert script.readable(refused) == {"custom_id": 8, "text": None, "error": "too long"}
 
 
 def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:

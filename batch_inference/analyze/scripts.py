@@ -41,6 +41,8 @@ def ray_script(head: Sequence[str], setting: EngineSetting, replicas: int) -> st
         "REPLICAS": replicas,
         "BATCH": max(1, math.ceil(setting.values["max_num_seqs"] / _PARTS)),
         "BATCHES_AT_ONCE": _BATCHES,
+        # Else Ray waits for a GPU for each worker.
+        "PLACEMENT": {"bundle_per_worker": {"CPU": 1}} if setting.on_cpu else None,
     }
     return "\n".join([*_head(head), _RAY_IMPORTS, *_constants(constants), _RAY])
 
@@ -269,20 +271,25 @@ def main():
     rows = rows.repartition(4 * REPLICAS)
     columns = rows.schema().names
     is_chat = "messages" in columns or "body" in columns
-    make_processor(is_chat)(rows).write_json(sys.argv[2])
+    make_processor(is_chat)(rows).map(readable).write_json(sys.argv[2])
 
 
 def make_processor(is_chat):
     """Of rows with "messages", with "prompt", or of an OpenAI batch file."""
     # The names are those of the version of Ray.
     template = "chat_template_stage" if "chat_template_stage" in fields() else "apply_chat_template"
+    more = {template: is_chat}
+    if "should_continue_on_error" in fields():  # else one request that is refused ends the job
+        more["should_continue_on_error"] = True
+    if PLACEMENT:
+        more["placement_group_config"] = PLACEMENT
     config = llm.vLLMEngineProcessorConfig(
         model_source=MODEL,
         engine_kwargs=dict(ENGINE),
         concurrency=(REPLICAS, REPLICAS),
         batch_size=BATCH,
         max_concurrent_batches=BATCHES_AT_ONCE,
-        **{template: is_chat},
+        **more,
     )
     build = getattr(llm, "build_processor", None) or llm.build_llm_processor
     return build(config, preprocess=asked, postprocess=answered)
@@ -304,6 +311,12 @@ def asked(row):
 
 def answered(row):
     return {"custom_id": row.get("custom_id"), "text": row["generated_text"]}
+
+
+def readable(row):
+    """What was refused comes past `answered`, with the reason and all that is known of it."""
+    error = row.get("__inference_error__") or None
+    return {"custom_id": row.get("custom_id"), "text": None if error else row["text"], "error": error}
 
 
 if __name__ == "__main__":
