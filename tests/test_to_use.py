@@ -498,13 +498,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_on_a_cpu_vllms_command_is_not_needed(tmp_path: Path) -> None:
-    cpu = {"device_kind": "cpu", "devices": [{"name": "a CPU"}] * 2}
+    cpu = {"device_kind": "cpu", "devices": [{"name": "a CPU", "cores": cores} for cores in ("0,1", "2,3")]}
     section = written([grid("dp_2", {(4, 64): 1}, (1, 1, 2), environment=cpu)], tmp_path).section
     config = str(tmp_path / "best" / "vllm_config.yaml")
+    bind = "VLLM_CPU_OMP_THREADS_BIND='0,1|2,3'"
     assert section.commands[:2] == [
-        ["python", "-m", "vllm.entrypoints.openai.api_server", "--config", config, "--data-parallel-size", "2"],
+        [bind, "python", "-m", "vllm.entrypoints.openai.api_server", "--config", config, "--data-parallel-size", "2"],
         [
-            "python", "-m", "vllm.entrypoints.openai.run_batch", "-i", "requests.jsonl", "-o", "answers.jsonl",
+            bind, "python", "-m", "vllm.entrypoints.openai.run_batch", "-i", "requests.jsonl", "-o", "answers.jsonl",
             "--config", config, "--data-parallel-size", "2",
         ],
     ]  # fmt: skip
@@ -674,7 +675,7 @@ def test_real_engines_answer_by_what_was_written(replicas: int, real_model: str,
         "s", {(4, 64): 1}, (1, 1, replicas),
         config={"model": real_model, "engine_args": ["--kv-cache-memory-bytes", "64M"], "enforce_eager": True},
         engine={"max_model_len": 96, "gpu_memory_utilization": 0.2},
-        environment={"device_kind": kind, "devices": [{"name": "one of this machine"}] * replicas},
+        environment={"device_kind": kind, "devices": [{"name": "one", "cores": cores} for cores in cores_of(replicas)]},
     )  # fmt: skip
     serve, run_batch, run_py = written([result], tmp_path).section.commands
     (tmp_path / "requests.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in asked_of(real_model)))
@@ -691,10 +692,15 @@ def test_real_engines_answer_by_what_was_written(replicas: int, real_model: str,
     assert 1 <= served_tokens([*serve, "--port", str(free_ports(1))], real_model, tmp_path) <= 5
 
 
+def cores_of(replicas: int) -> list[str | None]:
+    devices = find_devices()
+    return [cores if devices.kind == "cpu" else None for cores in devices.ids[:replicas]]
+
+
 def in_a_shell(command: Sequence[str]) -> list[str]:
     """With the programs of the environment that runs the tests."""
-    words = shlex.split(" ".join(command))
-    return [sys.executable if words[0] == "python" else str(Path(sys.executable).with_name(words[0])), *words[1:]]
+    path = shlex.quote(str(Path(sys.executable).parent))
+    return ["bash", "-c", f'PATH={path}:"$PATH"; exec env {" ".join(command)}']
 
 
 def answers_of(command: Sequence[str], returncode: int, folder: Path) -> list[Any]:

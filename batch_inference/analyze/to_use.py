@@ -134,7 +134,11 @@ def _commands(setting: EngineSetting, folder: Path, texts: dict[str, str]) -> It
 
 
 def _vllm(name: str, setting: EngineSetting) -> list[str]:
-    return ["python", "-m", _MODULES[name]] if setting.on_cpu else ["vllm", name]
+    """On a CPU with its cores: vLLM alone binds all replicas to the same, and starts no two workers on a NUMA node."""
+    if not setting.on_cpu:
+        return ["vllm", name]
+    cores = [f"VLLM_CPU_OMP_THREADS_BIND={shlex.quote('|'.join(setting.cores))}"] if setting.cores else []
+    return [*cores, "python", "-m", _MODULES[name]]
 
 
 def _remove_others(folder: Path, names: Container[str]) -> None:
