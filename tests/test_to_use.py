@@ -758,7 +758,7 @@ def test_ray_gets_what_was_found_whatever_it_calls_it(
     build: str, template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    newer = {"should_continue_on_error": True} if build == "build_processor" else {}
+    newer = {"should_continue_on_error": True, "log_engine_metrics": False} if build == "build_processor" else {}
 
     class Config(SimpleNamespace):
         model_fields = {template: None, **newer}  # noqa: RUF012

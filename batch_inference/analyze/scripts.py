@@ -281,6 +281,8 @@ def make_processor(is_chat):
     more = {template: is_chat}
     if "should_continue_on_error" in fields():  # else one request that is refused ends the job
         more["should_continue_on_error"] = True
+    if "log_engine_metrics" in fields():  # vLLM imports Ray Serve for them
+        more["log_engine_metrics"] = False
     if PLACEMENT:
         more["placement_group_config"] = PLACEMENT
     config = llm.vLLMEngineProcessorConfig(
