@@ -99,6 +99,19 @@ def coarse_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "DPI", 40)
 
 
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """The folder of a small model with weights, tokenizer, chat template and end of sequence."""
+    done = subprocess.run(
+        [REPOSITORY / "tests" / "make_smollm2.sh"], capture_output=True, text=True, timeout=900, check=False,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    if done.returncode:
+        reason = next(iter(done.stderr.strip().splitlines()[-1:]), "it says nothing")
+        pytest.skip(f"tests/make_smollm2.sh cannot make the model here: {reason}")
+    return done.stdout.strip()
+
+
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """batch_inference_experiment.py on the stub vLLM, the tiny model and a small grid; its engines are processes."""

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import analyze_results
+from batch_inference.analyze.answers import Question, analyse
 from batch_inference.analyze.flags import UsageError
 from batch_inference.analyze.job_file import lengths_in
+from batch_inference.analyze.job_sections import job_section
 from batch_inference.analyze.jobs import JobAnswer, JobError, JobQuestion, gains_of_orders, job_answers
 from batch_inference.analyze.tables import load_setting
 from batch_inference.core.forecast import JobLengths
@@ -146,6 +148,15 @@ def test_points_with_cached_prefixes_are_never_ranked_with_others(tmp_path: Path
     cached = queue(workload=WorkloadKey("abc", "file", "given", is_cached=True))
     found = answers(tmp_path, setting("tp_1", queue(), cached))
     assert [(one.is_cached, len(one.rows)) for one in found] == [(False, 1), (True, 1)]
+
+
+def test_what_came_from_the_cache_is_said(tmp_path: Path) -> None:
+    workload = WorkloadKey("abc", "file", "given", is_cached=True)
+    cached = queue(workload=workload, counters={"prefix_cache_hit_tokens": 48 * PROMPT // 4})
+    analysis = analyse([load_setting(path) for path in save_all([setting("tp_1", cached)], tmp_path)], Question())
+    section = job_section(analysis.jobs[0], analysis)
+    assert section.title == "For this job, prefixes cached"
+    assert "tp_1: 25% of the prompt tokens that were run came from the prefix cache." in section.lines
 
 
 def test_other_content_and_other_output_lengths_are_other_jobs(tmp_path: Path) -> None:

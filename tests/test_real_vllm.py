@@ -236,10 +236,13 @@ def test_the_stub_and_vllm_agree_on_every_name_we_use() -> None:
     program = """
 import dataclasses, inspect, json, vllm
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import RequestStateStats
 
 fields = [[field.name for field in dataclasses.fields(kind)] for kind in (EngineArgs, RequestStateStats)]
-calls = [list(inspect.signature(call).parameters) for call in (vllm.SamplingParams, vllm.LLM.generate)]
+methods = [vllm.LLM.generate, vllm.LLM.enqueue, vllm.LLM.enqueue_chat, vllm.LLM.wait_for_completion]
+calls = [list(inspect.signature(call).parameters) for call in (vllm.SamplingParams, *methods)]
 print(json.dumps(fields + calls))
 """
 

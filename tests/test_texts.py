@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -157,9 +156,11 @@ def test_texts_go_through_vllm_once_for_all_settings(tmp_path: Path, vllm: Vllm)
         "trust_remote_code": True, "engine_args": list(flags), "wanted": None,
     }  # fmt: skip
     assert asked == [question]
-    # Another setting of a preset: other devices, and another way with experts.
+    # Another setting: other devices, another way with experts, and prefixes that are cached.
     again, said = Workload(workload.path, skip_bad_lines=True), []
-    other = config_of(tmp_path, trust_remote_code=True, engine_args=flags[:2], tensor_parallel_size=2)
+    other = config_of(
+        tmp_path, trust_remote_code=True, engine_args=(*flags[:2], "--enable-prefix-caching"), tensor_parallel_size=2
+    )
     assert lengths_of(again, other, said.append) == found
     assert (len(asked), said) == (1, ["note: no template"])
     assert (again.left_out, again.told()) == ({1}, workload.told())
@@ -349,18 +350,6 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "tokenizer_config.json").write_text(json.dumps(says))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def real_model() -> str:
-    done = subprocess.run(
-        [REPOSITORY / "tests" / "make_smollm2.sh"], capture_output=True, text=True, timeout=900, check=False,
-        env={**os.environ, "PYTHON": sys.executable},
-    )  # fmt: skip
-    if done.returncode:
-        reason = next(iter(done.stderr.strip().splitlines()[-1:]), "it says nothing")
-        pytest.skip(f"tests/make_smollm2.sh cannot make the model here: {reason}")
-    return done.stdout.strip()
 
 
 def by_vllm_itself(model: str, folder: Path) -> list[list[int]]:

@@ -6,9 +6,13 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,8 +38,9 @@ from batch_inference.analyze.to_use import MARK, ToUse, write_to_use
 from batch_inference.analyze.winner import Winner, winner
 from batch_inference.analyze.yaml_text import scalar, yaml_text
 from batch_inference.core.results import EngineInfo, Point, Result
+from batch_inference.plan.devices import find_devices
 from builders import make_point, make_result, save_all
-from conftest import REPOSITORY, stub_environment
+from conftest import REPOSITORY, free_ports, stub_environment
 
 GRAPHS = {
     "max_num_seqs": 256,
@@ -492,6 +497,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.Ca
     assert str(tmp_path / "best") in told.err
 
 
+def test_on_a_cpu_vllms_command_is_not_needed(tmp_path: Path) -> None:
+    cpu = {"device_kind": "cpu", "devices": [{"name": "a CPU", "cores": cores} for cores in ("0,1", "2,3")]}
+    section = written([grid("dp_2", {(4, 64): 1}, (1, 1, 2), environment=cpu)], tmp_path).section
+    config = str(tmp_path / "best" / "vllm_config.yaml")
+    bind = "VLLM_CPU_OMP_THREADS_BIND='0,1|2,3'"
+    assert section.commands[:2] == [
+        [bind, "python", "-m", "vllm.entrypoints.openai.api_server", "--config", config, "--data-parallel-size", "2"],
+        [
+            bind, "python", "-m", "vllm.entrypoints.openai.run_batch", "-i", "requests.jsonl", "-o", "answers.jsonl",
+            "--config", config, "--data-parallel-size", "2",
+        ],
+    ]  # fmt: skip
+    assert section.lines[-1].startswith("python -m …: vllm serve and vllm run-batch; ")
+
+
 # --- run.py -------------------------------------------------------------------------------------------------------
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -524,6 +544,7 @@ def test_requests_of_every_kind_are_answered(tmp_path: Path) -> None:
         {"prompt_token_ids": [5, 6, 7], "output_tokens": 3},
         {"custom_id": "x", "body": {"prompt": "c", "max_tokens": 2}},
         {"prompt": [1, 2], "max_tokens": 1},
+        {"messages": CHAT, "max_tokens": 4},
         {"prompt": "d"},
     ]
     done, answers = run(grid("tp_2", {(4, 64): 1}, (2, 1, 1)), requests, tmp_path)
@@ -533,9 +554,27 @@ def test_requests_of_every_kind_are_answered(tmp_path: Path) -> None:
         {"index": 1, "custom_id": None, "text": "3 for [5, 6, 7]", "output_tokens": 3},
         {"index": 2, "custom_id": "x", "text": "2 for [99]", "output_tokens": 2},
         {"index": 3, "custom_id": None, "text": "1 for [1, 2]", "output_tokens": 1},
-        {"index": 4, "custom_id": None, "text": "32 for [100]", "output_tokens": 32},
+        {"index": 4, "custom_id": None, "text": "4 for [104, 105]", "output_tokens": 4},
+        {"index": 5, "custom_id": None, "text": "32 for [100]", "output_tokens": 32},
     ]
     assert loaded(done, "CUDA_VISIBLE_DEVICES") == ["0,1"]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((1, 1, 2), marks=pytest.mark.slow)], ids=["one", "replicas"])
+def test_a_request_that_is_refused_takes_no_other_along(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    requests = [{"prompt": text, "max_tokens": 1, "custom_id": text[0]} for text in ("a", "b", "c" * 4096, "d")]
+    done, answers = run(grid("s", {(4, 64): 1}, sizes), requests, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == ("answers.jsonl: vLLM refused 1 of 4 requests: their lines say why")
+    assert [answer.get("text") for answer in answers] == ["1 for [97]", "1 for [98]", None, "1 for [100]"]
+    error = "the prompt has 4096 tokens, and max_model_len is 4096"
+    assert answers[2] == {"index": 2, "custom_id": "c", "error": error}
+
+
+def test_an_engine_that_dies_refuses_nobody(tmp_path: Path) -> None:
+    done, answers = run(grid("s", {(4, 64): 1}), [{"prompt": "a"}], tmp_path, STUB_FAIL="dies")
+    assert (done.returncode, answers) == (1, [])
+    assert "EngineDeadError" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -577,7 +616,6 @@ def test_on_a_cpu_replicas_have_cores_of_their_own(tmp_path: Path) -> None:
         ('{"prompt_tokens": 5}', "requests.jsonl, line 2: is no request with prompt, prompt_token_ids or messages"),
         ("[1]", "requests.jsonl, line 2: is no request with prompt, prompt_token_ids or messages"),
         ("{", "requests.jsonl, line 2: is no request with prompt, prompt_token_ids or messages"),
-        (json.dumps({"messages": CHAT}), "requests.jsonl: has prompts and messages; give each in a file of its own"),
     ],
 )  # fmt: skip
 def test_a_bad_request_is_named_before_an_engine_loads(line: str, told: str, tmp_path: Path) -> None:
@@ -616,6 +654,83 @@ def test_odd_names_are_words_and_never_code(tmp_path: Path) -> None:
     assert not [name for name in engine if not name.isidentifier()]
 
 
+def asked_of(model: str) -> list[Any]:
+    """Three chats that fit, and one that does not."""
+    texts = ["What is rain?", "Name a colour.", "word " * 300, "Say yes."]
+    bodies = [{"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 5} for text in texts]
+    return [
+        {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for number, body in enumerate(bodies)
+    ]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_real_engines_answer_by_what_was_written(replicas: int, real_model: str, tmp_path: Path) -> None:
+    """run.py, and vLLM's own programs with the file: each answers three of four."""
+    if len(find_devices()) < replicas:
+        pytest.skip(f"needs {replicas} devices")
+    kind = find_devices().kind
+    result = grid(
+        "s", {(4, 64): 1}, (1, 1, replicas),
+        config={"model": real_model, "engine_args": ["--kv-cache-memory-bytes", "64M"], "enforce_eager": True},
+        engine={"max_model_len": 96, "gpu_memory_utilization": 0.2},
+        environment={"device_kind": kind, "devices": [{"name": "one", "cores": cores} for cores in cores_of(replicas)]},
+    )  # fmt: skip
+    serve, run_batch, run_py = written([result], tmp_path).section.commands
+    (tmp_path / "requests.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in asked_of(real_model)))
+
+    assert [answer.get("output_tokens", 0) > 0 for answer in answers_of(run_py, 1, tmp_path)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    found = {answer["custom_id"]: answer["error"] for answer in answers_of(run_batch, 0, tmp_path)}
+    assert {custom_id for custom_id, error in found.items() if error} == {"2"}
+    assert len(found) == 4
+    assert 1 <= served_tokens([*serve, "--port", str(free_ports(1))], real_model, tmp_path) <= 5
+
+
+def cores_of(replicas: int) -> list[str | None]:
+    devices = find_devices()
+    return [cores if devices.kind == "cpu" else None for cores in devices.ids[:replicas]]
+
+
+def in_a_shell(command: Sequence[str]) -> list[str]:
+    """With the programs of the environment that runs the tests."""
+    path = shlex.quote(str(Path(sys.executable).parent))
+    return ["bash", "-c", f'PATH={path}:"$PATH"; exec env {" ".join(command)}']
+
+
+def answers_of(command: Sequence[str], returncode: int, folder: Path) -> list[Any]:
+    done = subprocess.run(in_a_shell(command), cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == returncode, done.stderr[-5000:]
+    lines = (folder / "answers.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def served_tokens(command: Sequence[str], model: str, folder: Path) -> int:
+    """How many tokens the server answers a completion with; then it is ended."""
+    url = f"http://127.0.0.1:{command[-1]}"
+    body = json.dumps({"model": model, "prompt": "The sea is", "max_tokens": 5}).encode()
+    asked = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(in_a_shell(command), cwd=folder, stdout=log, stderr=log)
+        try:
+            while server.poll() is None:
+                try:
+                    with urllib.request.urlopen(asked, timeout=60) as answer:
+                        tokens: int = json.load(answer)["usage"]["completion_tokens"]
+                        return tokens
+                except urllib.error.URLError:  # it does not listen yet
+                    time.sleep(1)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(timeout=60)
+    pytest.fail((folder / "server.log").read_text()[-5000:])
+
+
 # --- ray_data.py --------------------------------------------------------------------------------------------------
 
 
@@ -643,9 +758,10 @@ def test_ray_gets_what_was_found_whatever_it_calls_it(
     build: str, template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
+    newer = {"should_continue_on_error": True, "log_engine_metrics": False} if build == "build_processor" else {}
 
     class Config(SimpleNamespace):
-        model_fields = {template: None}  # noqa: RUF012
+        model_fields = {template: None, **newer}  # noqa: RUF012
 
     def builds(config: Any, **how: Callable[[Any], Any]) -> Any:
         made.append((vars(config), how))
@@ -663,7 +779,7 @@ def test_ray_gets_what_was_found_whatever_it_calls_it(
     assert script.ENGINE["tensor_parallel_size"] == 2
     assert config == {
         "model_source": "meta-llama/Llama-2-7b-chat-hf", "concurrency": (3, 3), "batch_size": 1,
-        "max_concurrent_batches": 8, template: True,
+        "max_concurrent_batches": 8, template: True, **newer,
     }  # fmt: skip
     sampling = {"temperature": 0.8, "top_p": 0.95, "max_tokens": 32}
     assert how["preprocess"]({"prompt": "a", "output_tokens": 5}) == {
@@ -676,7 +792,10 @@ def test_ray_gets_what_was_found_whatever_it_calls_it(
         "messages": CHAT,
         "sampling_params": sampling,
     }
-    assert how["postprocess"]({"generated_text": "b", "custom_id": 7}) == {"custom_id": 7, "text": "b"}
+    answer = how["postprocess"]({"generated_text": "b", "custom_id": 7})
+    assert script.readable(answer) == {"custom_id": 7, "text": "b", "error": None}
+    refused = {"prompt": "long", "custom_id": 8, "generated_text": None, "__inference_error__": "too long"}
+    assert script.readable(refused) == {"custom_id": 8, "text": None, "error": "too long"}
 
 
 def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:

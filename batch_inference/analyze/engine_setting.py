@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from batch_inference.core.values import AUTO_LENGTH
 # The user's own words on graphs go before ours.
 _GRAPHS = ("max_cudagraph_capture_size", "cudagraph_capture_sizes", "compilation_config")
 
+_CORES = re.compile(r"[\d,-]+", re.ASCII)
+
 
 @dataclass(frozen=True)
 class EngineSetting:
@@ -30,6 +33,7 @@ class EngineSetting:
     is_coupled: bool  # the replicas of a mixture of experts that share out its experts
     nnodes: int
     on_cpu: bool
+    cores: tuple[str, ...] = ()  # of each worker of all replicas, on a CPU
     notes: list[str] = field(default_factory=list)  # what is not as it was measured
 
 
@@ -54,8 +58,15 @@ def engine_setting(result: Result, point: Point, engine: EngineInfo) -> EngineSe
         is_coupled=config.enable_expert_parallel and config.data_parallel_size > 1,
         nnodes=config.nnodes,
         on_cpu=result.environment.device_kind == "cpu",
+        cores=_cores(result),
         notes=notes,
     )
+
+
+def _cores(result: Result) -> tuple[str, ...]:
+    """As vLLM has them; none where a device is no list of cores, or there are more nodes than one."""
+    cores = [device.cores or "" for device in result.environment.devices]
+    return tuple(cores) if result.config.nnodes == 1 and all(map(_CORES.fullmatch, cores)) else ()
 
 
 def _values(config: StoredConfig, engine: EngineInfo, point: Point) -> tuple[dict[str, Any], dict[str, str]]:

@@ -21,7 +21,7 @@ _UNITS = (("h", 1.0), ("min", 60.0), ("s", 3600.0))
 
 def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
     """The fastest first; of what it stands on, and what it leaves out, lines below."""
-    title = "For this job" + (f": {told_apart(answer, analysis.jobs)}" if len(analysis.jobs) > 1 else "")
+    title = "For this job" + (f": {told_apart(answer, analysis.jobs)}" if len(analysis.jobs) > 1 else _cached(answer))
     has_orders = len({row.point.workload.order for row in answer.rows}) > 1
     has_budgets = any(row.point.tokens_per_step for row in answer.rows)
     has_price, has_energy = analysis.question.price is not None, any(row.kwh is not None for row in answer.rows)
@@ -66,11 +66,14 @@ def told_apart(answer: JobAnswer, answers: Sequence[JobAnswer]) -> str:
 
 def few_words(answer: JobAnswer) -> str:
     """Of a title, where there are several jobs."""
-    cached = ", prefixes cached" if answer.is_cached else ""
     outputs = {OWN_END: ", the model's own ends", "file": ""}.get(
         str(answer.output_lengths), f", {answer.output_lengths} output tokens each"
     )
-    return f"{requests_words(answer)}{outputs}{cached}"
+    return f"{requests_words(answer)}{outputs}{_cached(answer)}"
+
+
+def _cached(answer: JobAnswer) -> str:
+    return ", prefixes cached" if answer.is_cached else ""
 
 
 def requests_words(answer: JobAnswer) -> str:
@@ -128,6 +131,9 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
         yield f"tie: the interval of the fastest overlaps that of {few(others, 3, ' and {} more')}"
     yield from _deadline_lines(answer)
     yield _basis(best)
+    hits = best.point.summary.get("prefix_hit_share")
+    if answer.is_cached and hits is not None:
+        yield f"{best.setting}: {hits:.0%} of the prompt tokens that were run came from the prefix cache."
     yield from _order_lines(answer)
     yield from _grid_lines(answer.rows)
     if any(row.hours.low is None for row in answer.rows):

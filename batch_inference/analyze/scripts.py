@@ -41,6 +41,8 @@ def ray_script(head: Sequence[str], setting: EngineSetting, replicas: int) -> st
         "REPLICAS": replicas,
         "BATCH": max(1, math.ceil(setting.values["max_num_seqs"] / _PARTS)),
         "BATCHES_AT_ONCE": _BATCHES,
+        # Else Ray waits for a GPU for each worker.
+        "PLACEMENT": {"bundle_per_worker": {"CPU": 1}} if setting.on_cpu else None,
     }
     return "\n".join([*_head(head), _RAY_IMPORTS, *_constants(constants), _RAY])
 
@@ -88,13 +90,19 @@ def main():
     if len(sys.argv) not in (3, 4):
         sys.exit(f"usage: python {sys.argv[0]} REQUESTS.jsonl ANSWERS.jsonl")
     requests, answers, *replica = sys.argv[1:]
-    if replica or REPLICAS == 1:
-        if not replica:
-            os.environ.update(variables_of(0))
-        answer(read(requests), answers, *map(int, replica))
-    else:
-        read(requests)
+    if replica:
+        answer(read(requests), answers, int(replica[0]))
+        return
+    asked = read(requests)
+    if REPLICAS > 1:
         run_replicas(requests, answers)
+    else:
+        os.environ.update(variables_of(0))
+        answer(asked, answers)
+    with open(answers, encoding="utf-8") as file:
+        refused = sum("error" in json.loads(line) for line in file)
+    if refused:
+        sys.exit(f"{answers}: vLLM refused {refused} of {len(asked)} requests: their lines say why")
 
 
 def read(path):
@@ -114,39 +122,53 @@ def read(path):
                     sys.exit(f"{path}, line {number}: is no request with prompt, prompt_token_ids or messages")
                 limits = (body.get(key) for key in ("max_completion_tokens", "max_tokens", "output_tokens"))
                 found.append((asked, next(filter(None, limits), SAMPLING["max_tokens"]), row.get("custom_id")))
-    if len({isinstance(asked, list) for asked, _, _ in found}) > 1:
-        sys.exit(f"{path}: has prompts and messages; give each in a file of its own")
     return found
 
 
 def prompt_of(body):
-    """As LLM.generate takes it: a text, or token ids. None where there is neither."""
+    """As LLM.enqueue takes it: a text, or token ids. None where there is neither."""
     prompt = body.get("prompt_token_ids") or body.get("prompt")
     return prompt and {"prompt_token_ids" if isinstance(prompt, list) else "prompt": prompt}
 
 
 def answer(requests, path, replica=0):
     """Of every REPLICAS-th request, a line each, in the order of the file."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(**ENGINE)
     with open(path, "w", encoding="utf-8") as file:
         for start in range(0, len(requests), TOGETHER * REPLICAS):
             mine = list(enumerate(requests[start : start + TOGETHER * REPLICAS], start))[replica::REPLICAS]
+            errors = [submit(llm, asked, most) for _, (asked, most, _) in mine]
             # Coupled replicas take every step together: one without a request of its own has to have one.
-            asked = mine or ([(None, (requests[0][0], 1, None))] if COUPLED else [])
-            if not asked:
-                continue
-            ask = llm.chat if isinstance(asked[0][1][0], list) else llm.generate
-            params = [SamplingParams(**{**SAMPLING, "max_tokens": most}) for _, (_, most, _) in asked]
-            outputs = ask([prompt for _, (prompt, _, _) in asked], params)
-            for (index, (_, _, custom_id)), output in zip(mine, outputs):
-                best = output.outputs[0]
-                row = {"index": index, "custom_id": custom_id, "text": best.text, "output_tokens": len(best.token_ids)}
+            if COUPLED and None not in errors:
+                submit(llm, {"prompt_token_ids": [0]}, 1)
+            outputs = iter(llm.wait_for_completion())
+            for (index, (_, _, custom_id)), error in zip(mine, errors):
+                row = {"index": index, "custom_id": custom_id}
+                if error is None:
+                    best = next(outputs).outputs[0]
+                    row |= {"text": best.text, "output_tokens": len(best.token_ids)}
+                else:
+                    row["error"] = error
                 file.write(json.dumps(row, ensure_ascii=False) + "\\n")
             file.flush()
     if COUPLED:
         time.sleep(1)  # the others may still wait for this one's last step
+
+
+def submit(llm, asked, most):
+    """Why vLLM refuses this request, as one that is longer than max_model_len; None where it takes it."""
+    from vllm import SamplingParams
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    enqueue = llm.enqueue_chat if isinstance(asked, list) else llm.enqueue
+    try:
+        enqueue([asked], SamplingParams(**{**SAMPLING, "max_tokens": most}), use_tqdm=False)
+    except EngineDeadError:
+        raise
+    except Exception as error:  # of vLLM, of the chat template, of the tokenizer
+        return str(error) or type(error).__name__
 
 
 def run_replicas(requests, answers):
@@ -249,20 +271,27 @@ def main():
     rows = rows.repartition(4 * REPLICAS)
     columns = rows.schema().names
     is_chat = "messages" in columns or "body" in columns
-    make_processor(is_chat)(rows).write_json(sys.argv[2])
+    make_processor(is_chat)(rows).map(readable).write_json(sys.argv[2])
 
 
 def make_processor(is_chat):
     """Of rows with "messages", with "prompt", or of an OpenAI batch file."""
     # The names are those of the version of Ray.
     template = "chat_template_stage" if "chat_template_stage" in fields() else "apply_chat_template"
+    more = {template: is_chat}
+    if "should_continue_on_error" in fields():  # else one request that is refused ends the job
+        more["should_continue_on_error"] = True
+    if "log_engine_metrics" in fields():  # vLLM imports Ray Serve for them
+        more["log_engine_metrics"] = False
+    if PLACEMENT:
+        more["placement_group_config"] = PLACEMENT
     config = llm.vLLMEngineProcessorConfig(
         model_source=MODEL,
         engine_kwargs=dict(ENGINE),
         concurrency=(REPLICAS, REPLICAS),
         batch_size=BATCH,
         max_concurrent_batches=BATCHES_AT_ONCE,
-        **{template: is_chat},
+        **more,
     )
     build = getattr(llm, "build_processor", None) or llm.build_llm_processor
     return build(config, preprocess=asked, postprocess=answered)
@@ -284,6 +313,12 @@ def asked(row):
 
 def answered(row):
     return {"custom_id": row.get("custom_id"), "text": row["generated_text"]}
+
+
+def readable(row):
+    """What was refused comes past `answered`, with the reason and all that is known of it."""
+    error = row.get("__inference_error__") or None
+    return {"custom_id": row.get("custom_id"), "text": None if error else row["text"], "error": error}
 
 
 if __name__ == "__main__":

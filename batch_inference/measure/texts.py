@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batch_inference.core.config import EXPERTS_FLAG, ConfigError, ExperimentConfig
+from batch_inference.core.config import EXPERTS_FLAG, PREFIX_FLAG, ConfigError, ExperimentConfig
 from batch_inference.core.failures import WorkFailedError
 from batch_inference.core.files import open_regular
 from batch_inference.core.installed_vllm import cache_home, keep, kept, kept_path, vllm_folder, vllm_version
@@ -234,8 +234,8 @@ def _code() -> list[str]:
 def _tokenizer_words(config: ExperimentConfig) -> list[Any]:
     """What tells one tokenizer, with its chat template, from another."""
     folder = vllm_folder()
-    # vLLM's flags are nearly all of no concern here, and one of them comes and goes within a preset.
-    flags = [word for word in redact(config.engine_args) if word != EXPERTS_FLAG]
+    # vLLM's flags are nearly all of no concern here, and these come and go between settings.
+    flags = [word for word in redact(config.engine_args) if word not in (EXPERTS_FLAG, PREFIX_FLAG)]
     names = dict.fromkeys(filter(None, (config.model, config.engine_word("--tokenizer"))))
     files = [(name, _files_of(name, config.engine_word("--download-dir"))) for name in names]
     return [str(kept_path(folder, "lengths")) if folder else "", flags, config.trust_remote_code, files]

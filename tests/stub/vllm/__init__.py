@@ -11,6 +11,7 @@ images too, and STUB_LACKS a name that this version does not have yet. STUB_FAIL
   tokens        one output token is missing
   prefix        prompt tokens come from the prefix cache
   prefix-stays  and it cannot be emptied
+  dies          it is dead when it is given a request
   hang          the first run never ends
 """
 
@@ -28,6 +29,8 @@ from multiprocessing.shared_memory import SharedMemory
 from types import SimpleNamespace
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import RequestStateStats
 
 # What decides which devices, ports and part of the model an engine gets.
@@ -105,6 +108,7 @@ class LLM:
         # A process that ends in order takes its engine along.
         atexit.register(self._shut_down)
         self.calls = 0
+        self.queued = []
         self.cached = set()
         config = _vllm_config(args)
         config.scheduler_config.get_scheduler_cls = lambda: Scheduler
@@ -169,16 +173,35 @@ class LLM:
         self.cached.add(tuple(prompt))
         return len(prompt) if was_cached else 0
 
-    def chat(self, messages, sampling_params, use_tqdm=True):
+    def enqueue(self, prompts, sampling_params, use_tqdm=True):
+        """What is queued so has an answer in text, and is refused alone where it is too long."""
+        assert sampling_params.detokenize
+        assert not self.args.skip_tokenizer_init
+        most = self.llm_engine.vllm_config.model_config.max_model_len
+        for prompt in prompts:
+            ids = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else list(map(ord, prompt["prompt"]))
+            if FAIL == "dies":
+                raise EngineDeadError
+            if len(ids) >= most:
+                raise VLLMValidationError(f"the prompt has {len(ids)} tokens, and max_model_len is {most}")
+            self.queued.append((ids, sampling_params))
+
+    def enqueue_chat(self, messages, sampling_params, use_tqdm=True):
         prompts = [{"prompt": "".join(message["content"] for message in chat)} for chat in messages]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        self.enqueue(prompts, sampling_params, use_tqdm)
+
+    def wait_for_completion(self):
+        queued, self.queued = self.queued, []
+        print("prompts", *(ids for ids, _ in queued), flush=True)
+        _misbehave(len(queued))
+        return self._run_queue([ids for ids, _ in queued], [params for _, params in queued])
 
     def generate(self, prompts, sampling_params, use_tqdm=True):
         is_queue = isinstance(sampling_params, list)
         params = sampling_params if is_queue else [sampling_params] * len(prompts)
         # What is measured shows no bar, and has no texts.
-        assert all(of.detokenize is use_tqdm for of in params)
-        assert not (use_tqdm and self.args.skip_tokenizer_init)
+        assert not use_tqdm
+        assert not any(of.detokenize for of in params)
         # A letter is a token.
         prompts = [
             prompt if "prompt_token_ids" in prompt else {"prompt_token_ids": list(map(ord, prompt["prompt"]))}

@@ -1,0 +1,2 @@
+class EngineDeadError(Exception):
+    """The process of the engine has ended."""
