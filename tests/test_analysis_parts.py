@@ -170,8 +170,8 @@ def test_a_section_as_a_page(tmp_path: Path) -> None:
         f'<tr><td class="number"><b>1&lt;</b></td><td>x</td></tr></tbody></table></div>{sorted_by}'
         "<p>… and 1 more row: results.csv and summary.json have all.</p><ul><li>l&lt;</li></ul>",
         '<h2 id="plots">Plots</h2>',
-        '<figure><button class="plot" title="Open large"><picture><img class="light" alt="P&lt;" '
-        f'src="data:image/svg+xml;base64,{data}"></picture></button></figure>',
+        '<figure><button class="plot" title="Open large"><img class="light" alt="P&lt;" '
+        f'src="data:image/svg+xml;base64,{data}"></button></figure>',
         "<ul><li>Not drawn: m&lt;</li></ul>",
         '<section id="points"><h2>All points</h2>',
         f'{hint}<div class="wide few" role="region" aria-label="All points"><table><thead><tr>'
@@ -188,8 +188,8 @@ def test_a_dark_page_shows_the_dark_plot_where_there_is_one(tmp_path: Path) -> N
     text = as_html([], pd.DataFrame({"setting": []}), [("P", tmp_path / "p.png")], [])
     light, dark = (base64.b64encode(data).decode() for data in (b"<svg/>", b"<svg id='dark'/>"))
     assert (
-        '<picture><source media="screen and (prefers-color-scheme: dark)" '
-        f'srcset="data:image/svg+xml;base64,{dark}"><img alt="P" src="data:image/svg+xml;base64,{light}"></picture>'
+        f'<img class="day" alt="P" src="data:image/svg+xml;base64,{light}">'
+        f'<img class="night" alt="P" src="data:image/svg+xml;base64,{dark}">'
     ) in text
 
 
@@ -219,12 +219,14 @@ def test_two_settings_of_a_layout_and_one_that_cannot_be_compared_are_told(tmp_p
         make_result("d", [make_point(8, replicas=2)], (1, 1, 2)),
     ]
     (part,) = [one for one in sections_of(analysed(results, tmp_path)) if one.title.startswith("TP, PP")]
-    assert part.lines[1] == "Not compared: DP=2; no measured point at a global batch size of another."
+    assert part.pairs == [
+        ("fastest", "TP=2, at both batch sizes that several layouts have; at 16 only DP=2 was measured")
+    ]
     assert part.lines[-1] == "Of several settings of one layout the fastest is shown at each point."
-    assert part.header == ("requests", "TP=2", "PP=2")
-    assert part.rows == [["1", "32.00", "8.000"], ["4", "64.00", "32.00"]]
-    assert [[isinstance(cell, Best) for cell in row] for row in part.rows] == [[False, True, False]] * 2
-    assert part.pairs == [("fastest", "TP=2, at both batch sizes")]
+    assert part.header == ("requests", "TP=2", "PP=2", "DP=2")
+    assert [row[:3] for row in part.rows] == [["1", "32.00", "8.000"], ["4", "64.00", "32.00"], ["16", "", ""]]
+    best = [[isinstance(cell, Best) for cell in row] for row in part.rows]
+    assert best == [[False, True, False, False]] * 2 + [[False] * 4]
 
 
 def test_no_common_point_leaves_no_scaling_and_that_is_said(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def test_each_plot_is_a_png_for_the_report_and_an_svg_that_the_page_holds(
     pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', (written / "report.html").read_text())
     names = re.findall(r"!\[.*?\]\((.*?)\.png\)", (written / "report.md").read_text())
     assert len(names) == 8
-    assert [base64.b64decode(data) for data in pictures] == [(written / f"{name}.svg").read_bytes() for name in names]
+    files = [written / f"{name}{dark}.svg" for name in names for dark in ("", "_dark")]
+    assert [base64.b64decode(data) for data in pictures] == [file.read_bytes() for file in files]
     assert all((written / f"{name}.svg").read_text().startswith("<?xml") for name in names)
     assert all((written / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
 

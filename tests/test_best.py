@@ -126,7 +126,7 @@ def test_one_replica_and_four_of_them_are_loaded_and_no_more(tmp_path: Path, mon
         "      the devices of DP=4, and the same work divided further\n"
         "\n"
         "Used 8.0 device-minutes (4 devices, 120 s) for 2 loads; a study of all settings\n"
-        "  at these batch sizes takes about 45"
+        "  at these batch sizes takes about 53.7"
     )
 
 

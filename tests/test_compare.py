@@ -188,6 +188,9 @@ def test_layouts_are_compared_at_equal_devices_and_equal_global_batch(table: Any
     halves_s = {1: [0.5, 0.5], 2: [1.0, 1.0]}
     dp = make_result("dp_2", [make_point(b, latencies_s=s, replicas=2) for b, s in halves_s.items()], (1, 1, 2))
     rows = side_by_side(table([tp, dp, make_result("tp_1", [make_point(2)])]))
+    alone = rows[rows["is_alone"]][["num_devices", "layout", "is_best"]].to_numpy().tolist()
+    assert alone == [[1, "TP=1", False]]
+    rows = rows[~rows["is_alone"]]
     found = rows[["global_batch_size", "layout", "ratio", "is_first", "is_best"]].to_numpy().tolist()
     assert found == [
         [2, "TP=2", 1, True, False],
@@ -227,8 +230,10 @@ def test_how_experts_and_the_cache_are_shared_out_makes_a_layout_of_its_own(tabl
     ]  # fmt: skip
 
 
-def test_nothing_comparable_is_an_empty_table(table: Any) -> None:
-    assert side_by_side(table(make_sweep([(1, 1, 1), (2, 1, 1)]))).empty
+def test_where_nothing_is_comparable_all_are_alone_and_none_is_the_best(table: Any) -> None:
+    rows = side_by_side(table(make_sweep([(1, 1, 1), (2, 1, 1)])))
+    assert rows["is_alone"].all()
+    assert not rows["is_best"].any()
     assert side_by_side(table([make_result(status="failed")])).empty
 
 

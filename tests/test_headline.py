@@ -59,10 +59,10 @@ def test_tp_pp_or_dp_is_answered_in_words() -> None:
     paths = sorted((REPOSITORY / "tests" / "h100x4").glob("*.json"))
     (group,) = analyse([load_setting(path) for path in paths], Question()).groups
     two, four = (part.pairs for part in layouts(group))
-    assert two == [("fastest", "TP=2 at 16 to 128 requests, DP=2 at 256")]
+    assert two == [("fastest", "TP=2 at 16 to 128 requests, DP=2 at 256; at 512 only DP=2 was measured")]
     assert four == [
-        ("fastest", "TP=4 at 16 to 64 requests, TP=2 DP=2 at 128 and 256, DP=4 from 256 on; where two are named, their "
-         "intervals overlap"),
+        ("fastest", "TP=4 at 16 to 64 requests, TP=2 DP=2 at 128 and 256, DP=4 at 256 and 512; where two are named, "
+         "their intervals overlap; at 1024 only DP=4 was measured"),
     ]  # fmt: skip
 
 

@@ -229,7 +229,8 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     answer, _, rest = text.partition(" For this job ")
     assert rest.startswith("job 480 requests: 3,840 prompt and 1,920 output tokens")
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: tp_1 with 2 at once takes 4\.0\d* ± "
-                    r"[\d.]+ min, 0\.0\d+ device-hours, cost 2\.4\d*\. 0\.03 h are enough with 3 replicas of tp_1, so "
+                    r"[\d.]+ min, 0\.0\d+ device-hours, cost 2\.4\d* at 36 per device-hour\. 0\.03 h are enough with 3 "
+                    r"replicas of tp_1, so "
                     r"3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
     assert re.search(r"deadline: 3 replicas of tp_1, 2 at once on each, so 3 devices, take 1\.3\d* ±[\d.]+ min: at the "

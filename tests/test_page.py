@@ -70,7 +70,7 @@ def test_the_page_holds_everything_and_fetches_nothing(page: Any) -> None:
     found = Tags(text)
     assert found.open == []
     images = [attributes["src"] for tag, attributes in found.tags if tag == "img"]
-    assert len(images) == 2
+    assert len(images) == 4  # light and dark
     assert all(str(source).startswith("data:image/svg+xml;base64,") for source in images)
     for tag, attributes in found.tags:
         for name in ("src", "href"):

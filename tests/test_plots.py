@@ -472,7 +472,7 @@ def test_a_map_marks_what_not_to_rely_on_and_says_what_was_not_measured(table: A
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["tp_1", "tp_2"]
     assert [(text.get_text(), text.get_fontweight()) for text in axes.texts] == [
-        ("32.00", "normal"), ("128.0*", "normal"), ("64.00", "bold"),
+        ("32.00", "normal"), ("128.0*", "bold"), ("64.00", "bold"),
     ]  # fmt: skip
     assert legend_labels(figure) == ["*: suspect or invalid", "not measured", "bold: the highest of its batch size"]
     assert to_hex(axes.get_facecolor()) == color("blank")

@@ -375,7 +375,7 @@ def test_a_layout_without_a_common_batch_is_named(report: Any) -> None:
         make_result("dp_2", [make_point(4, replicas=2)], (1, 1, 2)),
     ]
     text = flat(as_text(report(results)))
-    assert "Not compared: TP=2, DP=2; no measured point at a global batch size of another." in text
+    assert "Not compared: TP=2, DP=2: no two of them were measured at the same number of requests." in text
 
 
 def test_scaling_is_told_strong_and_weak(report: Any) -> None:
@@ -418,7 +418,7 @@ def test_mixed_things_are_marked_in_every_title_that_ranks(report: Any) -> None:
     parts = report(unlike(), Question(allow_mixed=True))
     titles = [part.title for part in parts]
     assert "Best [MIXED: device_name]" in titles
-    assert "Pareto front: latency against throughput per device [MIXED: device_name]" in titles
+    assert "Pareto front: throughput per device against latency [MIXED: device_name]" in titles
     assert all("[MIXED" in title for title in titles if title not in ("Measured", "Settings"))
     assert "points that differ in device_name are ranked together" in flat(as_text(parts))
     assert [row[3] for row in section(parts, "Best").rows] == ["a100"] * 3

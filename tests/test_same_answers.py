@@ -13,6 +13,7 @@ from test_experiment import FakeReplicas, run
 from test_report import flat, read
 
 from batch_inference.analyze.answers import Question, analyse
+from batch_inference.analyze.headline import headline
 from batch_inference.analyze.report import sections_of
 from batch_inference.analyze.terminal import as_text
 from batch_inference.core.answers import (
@@ -149,7 +150,8 @@ def told(changed: dict[int, int]) -> list[str]:
 
 
 def report_of(tmp_path: Path, *results: Result) -> str:
-    return flat(as_text(sections_of(analyse(read(results, tmp_path), Question()))))
+    analysis = analyse(read(results, tmp_path), Question())
+    return flat(as_text(sections_of(analysis), headline(analysis)))
 
 
 def settings(*of_each: Answers | None) -> list[Result]:
@@ -179,6 +181,7 @@ def test_settings_are_compared_with_the_smallest_one_and_that_with_itself(tmp_pa
 def test_a_setting_with_other_weights_is_found(tmp_path: Path) -> None:
     text = report_of(tmp_path, *settings(answers_of(0, {}), answers_of(0, dict.fromkeys(range(30), 1))))
     assert "tp_2 is not the model that tp_1 is: 30 of 32 answers differ, most from the first tokens on" in text
+    assert "Do not use tp_2 yet: most answers are those of another model; see “Same answers?”." in text
     assert "rounding" not in text
     # Many that differ late are rounding.
     late = report_of(tmp_path / "late", *settings(answers_of(0, {}), answers_of(0, dict.fromkeys(range(30), 12))))

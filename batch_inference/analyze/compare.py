@@ -152,11 +152,11 @@ def layout_order(tp: int, pp: int, dp: int, ep: int = 0, dcp: int = 1) -> tuple[
 
 
 def side_by_side(points: pd.DataFrame) -> pd.DataFrame:
-    """The fastest point of every layout where several layouts did EQUAL_WORK, in the order in which they are shown.
+    """The fastest point of every layout at EQUAL_WORK, in the order in which they are shown.
 
     Beside its work, sizes and measured numbers each row has `layout`, and `_order` by which layouts are sorted;
-    `ratio`, `ratio_ci95` and `p_value` against the first layout at that work; `is_first`; `is_best`, for the highest
-    throughput and for all whose interval overlaps it.
+    `ratio`, `ratio_ci95` and `p_value` against the first layout at that work; `is_first`; `is_alone`, where no other
+    layout did that work; `is_best`, else, for the highest throughput and for all whose interval overlaps it.
     """
     columns = [*dict.fromkeys([*EQUAL_WORK, *MEASURED, *LAYOUT, "setting", "batch_size", "verdict"])]
     points = believable(points)[columns].dropna(subset="output_tok_per_s")
@@ -165,7 +165,6 @@ def side_by_side(points: pd.DataFrame) -> pd.DataFrame:
     points = points.assign(layout=list(map(layout, *sizes)), _order=order)
     fastest = points.sort_values("output_tok_per_s", ascending=False, kind="stable")
     fastest = fastest.drop_duplicates([*EQUAL_WORK, "layout"])
-    fastest = fastest[fastest.groupby(EQUAL_WORK)["layout"].transform("size") > 1]
     return _judged(fastest.sort_values([*EQUAL_WORK, "_order"]))
 
 
@@ -178,7 +177,10 @@ def _judged(rows: pd.DataFrame) -> pd.DataFrame:
     best = best.drop_duplicates(EQUAL_WORK)[[*EQUAL_WORK, "output_tok_per_s", "half"]]
     winner = rows[EQUAL_WORK].merge(best, on=EQUAL_WORK, how="left").set_axis(rows.index)
     is_best = overlapping(throughput, half, winner["output_tok_per_s"], winner["half"])
-    return rows.assign(**ratios(rows, others), is_first=is_first, is_best=is_best)
+    is_alone = rows.groupby(EQUAL_WORK)["layout"].transform("size") == 1
+    return rows.assign(
+        **ratios(rows, others), is_first=is_first, is_alone=is_alone, is_best=is_best & ~is_alone.astype(bool)
+    )
 
 
 # --- one result set against another -------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def _group(group: Group) -> dict[str, Any]:
         "is": {name: _json_value(first[name]) for name in GROUP_BY if name not in group.mixed},
         "mixed": group.mixed,
         "best": [_choice(choice) for choice in group.choices],
-        "tp_pp_or_dp": _records(group.layouts, (*PLACE, *layouts)),
+        "tp_pp_or_dp": _records(group.layouts[~group.layouts["is_alone"]], (*PLACE, *layouts)),
         "scaling_baseline": baseline_of(points),
         "scaling": _records(scaled, (*PLACE, *_SCALING)),
         "pareto": _records(front, (*PLACE, "latency_mean_s", "output_tok_per_s_per_device")),

@@ -12,6 +12,7 @@ from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.decide import COST, Choice
 from batch_inference.analyze.job_sections import requests_words, time_text
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
+from batch_inference.analyze.same_answers import of_another_model
 from batch_inference.analyze.sections import counts_of_changes
 from batch_inference.analyze.tables import differing, half_width
 from batch_inference.analyze.wording import HEADING, few, spoken, suspect_words, with_interval
@@ -100,6 +101,8 @@ def _sentences(analysis: Analysis, names: _Names) -> Iterator[str]:
         yield from _job_sentences(answer, analysis, names)
     for group in sorted(analysis.groups, key=lambda one: (-len(one.points), one.number)):
         yield from _group_sentences(group, analysis, names)
+    if wrong := of_another_model(analysis):
+        yield f"Do not use {few(wrong, 3)} yet: most answers are those of another model; see “Same answers?”."
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -206,7 +209,9 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
         yield f"The job of {job}, {model}: nothing was measured that can forecast it; the reasons are below."
         return
     place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
-    said = [f"The job of {job} on {place}, {model}: {_row_taken(best)} takes {_hours(best)}{_cost(best)}."]
+    said = [
+        f"The job of {job} on {place}, {model}: {_row_taken(best)} takes {_hours(best)}{_cost(best)}{_price(analysis)}."
+    ]
     if cheapest is not best:
         said.append(f"The fewest device-hours: {_row_taken(cheapest)}, {_hours(cheapest)}{_cost(cheapest)}.")
     if deadline:
@@ -224,6 +229,10 @@ def _row_taken(row: JobRow) -> str:
 
 def _hours(row: JobRow) -> str:
     return spoken(time_text(row.hours)) + suspect_words({"verdict": row.point.verdict})
+
+
+def _price(analysis: Analysis) -> str:
+    return "" if analysis.question.price is None else f" at {analysis.question.price:g} per device-hour"
 
 
 def _cost(row: JobRow) -> str:

@@ -11,7 +11,7 @@ from batch_inference.analyze.answers import Group
 from batch_inference.analyze.compare import LAYOUT, MEASURED, layout, layout_order
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.wording import SUSPECT_LINE, Best, few, number_text, widths_line
-from batch_inference.core.text import counted
+from batch_inference.core.text import counted, listed
 
 # What a row of the table stands for.
 _BLOCK = ["seq_len", "max_tokens", "global_batch_size"]
@@ -24,17 +24,14 @@ def layouts(group: Group) -> Iterator[Section]:
         sizes = [tuple(map(int, row)) for row in measured[list(LAYOUT)].drop_duplicates().to_numpy()]
         present = [layout(*row) for row in sorted(sizes, key=lambda row: layout_order(*row))]
         rows = group.layouts[group.layouts["num_devices"] == devices]
-        names = list(dict.fromkeys(rows.sort_values("_order")["layout"]))
-        alone = [name for name in present if name not in names]
-        lines = (
-            [f"Not compared: {', '.join(alone)}; no measured point at a global batch size of another."] if alone else []
-        )
         title = group.titled(f"TP, PP or DP? {counted(int(str(devices)), 'device')}{_one_length(rows)}, output tok/s")
-        if names:
-            yield _layout_table(title, rows, names, [*legend, *lines])
+        if not rows["is_alone"].all():
+            names = list(dict.fromkeys(rows.sort_values("_order")["layout"]))
+            yield _layout_table(title, rows, names, legend)
             legend = []
         elif len(present) > 1:
-            yield Section(title, lines=lines)
+            line = f"Not compared: {', '.join(present)}: no two of them were measured at the same number of requests."
+            yield Section(title, lines=[line])
 
 
 def _layout_table(title: str, rows: pd.DataFrame, names: Sequence[str], lines: list[str]) -> Section:
@@ -91,20 +88,38 @@ def _fastest_layouts(rows: pd.DataFrame) -> list[tuple[str, str]]:
 
 def _fastest_where(rows: pd.DataFrame) -> str:
     """TP=4 at 16 to 64 requests, DP=4 from 128 on: of each layout the batches at which nothing beats it."""
+    compared = rows[~rows["is_alone"]]
+    if compared.empty:
+        return "no two layouts were measured at the same number of requests"
+    return "; ".join([*_compared_where(compared, rows), *_alone_where(rows, compared)])
+
+
+def _alone_where(rows: pd.DataFrame, compared: pd.DataFrame) -> Iterator[str]:
+    """Of larger batches than those that were compared: at 1024 only DP=4 was measured."""
+    larger = rows[rows["global_batch_size"] > compared["global_batch_size"].max()]
+    for name, batches in larger.groupby("layout", sort=False)["global_batch_size"]:
+        yield f"at {listed(sorted(map(int, batches)))} only {name} was measured"
+
+
+def _compared_where(rows: pd.DataFrame, with_alone: pd.DataFrame) -> list[str]:
+    """`with_alone`: also those that nothing can be compared with."""
+    last = int(with_alone["global_batch_size"].max())
     batches = sorted(int(batch) for batch in rows["global_batch_size"].unique())
     best = rows[rows["is_best"]].sort_values(["global_batch_size", "output_tok_per_s"], ascending=[True, False])
     if best["layout"].nunique() == 1:
         every = {1: counted(batches[0], "request"), 2: "both batch sizes"}
-        return f"{best['layout'].iloc[0]}, at {every.get(len(batches), f'all {len(batches)} batch sizes')}"
+        of_these = " that several layouts have" if len(rows) < len(with_alone) else ""
+        where = every.get(len(batches), f"all {len(batches)} batch sizes")
+        return [f"{best['layout'].iloc[0]}, at {where}{of_these}"]
     places = best.groupby("layout", sort=False)["global_batch_size"].agg(list)
     words = [
-        f"{name} {_batch_ranges(found, _batches_of(rows, name), batches[-1], '' if number else ' requests')}"
+        f"{name} {_batch_ranges(found, _batches_of(rows, name), last, '' if number else ' requests')}"
         for number, (name, found) in enumerate(zip(places.index, places, strict=True))
     ]
     notes = ["where two are named, their intervals overlap"] if best["global_batch_size"].duplicated().any() else []
     if any(_has_holes(found, _batches_of(rows, name), batches) for name, found in places.items()):
         notes.append("not every layout was measured at every size")
-    return "; ".join([", ".join(words), *notes])
+    return [", ".join(words), *notes]
 
 
 def _has_holes(found: Sequence[int], measured: Sequence[int], batches: Sequence[int]) -> bool:

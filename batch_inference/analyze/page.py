@@ -137,14 +137,14 @@ def _list(lines: Sequence[str]) -> str:
 
 def _figure(title: str, path: Path) -> str:
     """With its dark variant, where there is one; without, a dark page shows it on white."""
+    plots = {"light": path.with_suffix(".svg")}
     dark = path.with_name(f"{path.stem}_dark.svg")
-    source = ""
     if dark.exists():
-        source = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{_data(dark)}">'
-    paper = "" if source else ' class="light"'
+        # Both, and the style shows one: a browser that prints does not choose anew among the sources of a <picture>.
+        plots = {"day": path.with_suffix(".svg"), "night": dark}
     # As an image an SVG runs no script and its ids meet no others.
-    image = f'<img{paper} alt="{escape(title)}" src="{_data(path.with_suffix(".svg"))}">'
-    return f'<figure><button class="plot" title="Open large"><picture>{source}{image}</picture></button></figure>'
+    images = (f'<img class="{name}" alt="{escape(title)}" src="{_data(plot)}">' for name, plot in plots.items())
+    return f'<figure><button class="plot" title="Open large">{"".join(images)}</button></figure>'
 
 
 def _data(svg: Path) -> str:

@@ -55,9 +55,11 @@ figure { margin: 1.5rem 0; }
 .plot { all: unset; display: block; cursor: zoom-in; width: 100%; max-width: 58rem; }
 .plot img { display: block; width: 100%; border-radius: 6px; }
 .light { background: #fff; }
+img.night { display: none; }
 dialog { max-width: 98vw; max-height: 96vh; padding: .5rem; border: 1px solid var(--line); background: var(--paper);
   cursor: zoom-out; }
-dialog img { display: block; width: max(94vw, 70rem); max-width: none; }
+dialog img { width: max(94vw, 70rem); max-width: none; }
+@media screen and (prefers-color-scheme: dark) { img.day { display: none; } img.night { display: block; } }
 @media (max-width: 40rem) {
   body { padding: .8rem; } h1 { font-size: 1.25rem; }
   th, td { padding: .3rem .45rem; } table { font-size: .85rem; }
@@ -122,7 +124,7 @@ for (const button of document.querySelectorAll(".copy")) button.addEventListener
 });
 const large = document.querySelector("dialog");
 for (const plot of document.querySelectorAll(".plot")) plot.addEventListener("click", () => {
-  large.replaceChildren(plot.firstElementChild.cloneNode(true));
+  large.replaceChildren(...[...plot.children].map(image => image.cloneNode()));
   large.showModal();
 });
 large.addEventListener("click", () => large.close());

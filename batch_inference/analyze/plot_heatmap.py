@@ -118,7 +118,7 @@ def _draw_map(axes: Axes, shown: Map, batches: list[int], norm: Normalize) -> An
     cells[rows, columns] = points["output_tok_per_s"]
     # One that was run alone is the highest of nothing.
     is_measured = ~np.isnan(cells)
-    highest = np.where(is_measured.sum(axis=0) > 1, np.where(is_measured, cells, 0).max(axis=0), np.inf)
+    highest = np.where(is_measured, cells, 0).max(axis=0)
     image = axes.imshow(cells, norm=norm, cmap=_COLORMAP, aspect="auto")
     for row, column, verdict, setting in zip(rows, columns, points["verdict"], points["setting"], strict=True):
         if row_in < _TEXT_IN:

@@ -29,6 +29,7 @@ from batch_inference.analyze.plot_style import (
     value_axis,
     words_only,
 )
+from batch_inference.analyze.wording import FRONT_TITLE
 
 ROOFLINE = "MFU and MBU against the roofline"
 _LATENCY, _PER_DEVICE = "latency_mean_s", "output_tok_per_s_per_device"
@@ -56,7 +57,7 @@ _HOW_TO_READ = (
 def pareto(points: pd.DataFrame) -> Figure:
     """Latency against throughput per device: a mark per point, and a line through those that nothing beats."""
     measured = measured_points(points, _PER_DEVICE)
-    title = "Pareto front: throughput per device against latency" + of_many(measured, "the others")
+    title = FRONT_TITLE + of_many(measured, "the others")
     front = Line2D([], [], color=color("ink"), linewidth=1, label=FRONT)
     shown = named(measured)
     figure, grid = length_grid(measured, title, [*handles_of(measured, shown), front, words_only(_NUMBERS)])

@@ -14,6 +14,7 @@ from batch_inference.analyze.compare import SetComparison, baseline_of
 from batch_inference.analyze.decide import COST, Choice
 from batch_inference.analyze.tables import GROUP_BY, believable, half_width
 from batch_inference.analyze.wording import (
+    FRONT_TITLE,
     SUSPECT_LINE,
     few,
     known,
@@ -173,10 +174,10 @@ def pareto(group: Group) -> Section:
     ]  # fmt: skip
     per_device = "tok/s per device"
     header = ("length", "setting", "batch", "latency s", per_device)
-    title = group.titled("Pareto front: latency against throughput per device")
+    title = group.titled(FRONT_TITLE)
     lines = [
         "A point is listed unless another is better beyond both intervals. Take one from the top for short latency, "
-        "and from the bottom for many tokens of each device.",
+        "and from the bottom for high throughput per device.",
         *([SUSPECT_LINE] if any(cell.endswith("*") for row in rows for cell in row[3:]) else []),
     ]
     numbers = frozenset(header) - {"setting"}

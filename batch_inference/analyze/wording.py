@@ -14,6 +14,7 @@ from batch_inference.analyze.tables import half_width
 from batch_inference.core.text import short, short_name
 
 HEADING = "Batch inference: results"
+FRONT_TITLE = "Pareto front: throughput per device against latency"
 SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
 
 

@@ -186,8 +186,12 @@ class Best:
 
     def _note_times(self, result: Result) -> None:
         """For what a study of all would take."""
-        if result.engine and result.engine.load_s and result.engine.load_s.total_s:
-            self.starts_s.append(result.engine.load_s.total_s)
+        from batch_inference.launch.replay import Recorded, layout_of
+
+        recorded = Recorded(layout_of(result), result)
+        if recorded.start_s:
+            # To close the engine takes time, too, and what lies between runs.
+            self.starts_s.append(recorded.start_s + recorded.beside_s)
         for point in result.points:
             if (batch_s := point.summary.get("latency_mean_s")) is not None:
                 self.batches_s.setdefault((point.seq_len, point.batch_size), []).append(batch_s)
