@@ -336,8 +336,10 @@ def test_columns_are_switched_on_and_plots_open_large(chromium: Browser, opened:
     chromium.run('document.querySelector(".plot").click()')
     assert chromium.run('document.querySelector("dialog").open')
     # Larger than in the page.
-    widths = '[...document.querySelectorAll(".plot img, dialog img")].map(image => image.getBoundingClientRect().width)'
-    small, large = chromium.run(widths)
+    widths = """[...document.querySelectorAll(".plot img, dialog img")].filter(image => image.checkVisibility()).map(
+        image => [image.className, image.getBoundingClientRect().width])"""
+    (shown_small, small), (shown_large, large) = chromium.run(widths)
+    assert shown_small == shown_large == "day"
     assert large > small
     chromium.run('document.querySelector("dialog").click()')
     assert not chromium.run('document.querySelector("dialog").open')
@@ -355,3 +357,6 @@ def test_paper_shows_all_of_a_table_and_nothing_to_click(chromium: Browser, open
         """[...document.querySelectorAll("nav, .copy, .columns, .hint")].filter(one => one.checkVisibility()).length"""
     )
     assert chromium.run(hidden) == 0
+    plots = """[...document.querySelectorAll(".plot img")].filter(image => image.checkVisibility()).map(
+        image => image.className)"""
+    assert chromium.run(plots) == ["day"]

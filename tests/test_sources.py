@@ -279,6 +279,6 @@ def test_plots_that_are_not_drawn_again_go_and_those_of_others_stay(tmp_path: Pa
     assert analyze_results.main(["--input", str(tmp_path), "--plots", "throughput"]) == 0
     foreign = ["energy.png", "latency.svg", "mine.png", "tpot.png", "ttft.png"]
     there = sorted(path.name for path in analysis.iterdir() if path.suffix in (".png", ".svg"))
-    assert there == sorted([*foreign, "throughput.png", "throughput.svg"])
+    assert there == sorted([*foreign, "throughput.png", "throughput.svg", "throughput_dark.svg"])
     assert analyze_results.main(["--input", str(tmp_path), "--no-plots"]) == 0
     assert sorted(path.name for path in analysis.iterdir() if path.suffix in (".png", ".svg")) == foreign
