@@ -118,6 +118,19 @@ def test_what_changes_the_answer_is_asked_again(asked: Asked, change: dict[str, 
     assert len(asked) == 2
 
 
+def test_whether_an_engine_has_a_process_of_its_own_changes_no_plan(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quick start plans without, and measures with it."""
+    said_of(SHORT)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    said_of(SHORT)
+    assert len(asked) == 1
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    said_of(SHORT)
+    assert len(asked) == 2
+
+
 def test_another_content_memory_machine_or_vllm_is_asked_again(
     asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

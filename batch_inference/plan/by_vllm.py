@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.config import SEPARATE, ConfigError, ExperimentConfig
 from batch_inference.core.files import read_regular
 from batch_inference.core.installed_vllm import cache_home, keep, kept, kept_path, vllm_folder, vllm_version
 from batch_inference.core.secrets import is_secret_name, redact, redact_text
@@ -171,7 +171,8 @@ def _answer_path(folder: Path, question: Question, config: ExperimentConfig) -> 
     if not any(name in ("config.json", "params.json") for name, _ in model):
         return None
     variables = {name: value for name, value in sorted(os.environ.items())
-                 if name.startswith("VLLM_") and not is_secret_name(name)}  # fmt: skip
+                 # Whether an engine has a process of its own changes no size: the quick start sets it for its engines.
+                 if name.startswith("VLLM_") and name != SEPARATE and not is_secret_name(name)}  # fmt: skip
     told = {**dataclasses.asdict(question), "words": redact(question.words)}
     identity = hashlib.sha256(
         json.dumps([told, variables, model, _code(), _machine()]).encode(errors="replace")
