@@ -208,7 +208,8 @@ def test_the_sample_output_is_what_the_quick_start_prints(tmp_path: Path) -> Non
     done = launch("quickstart", cwd=tmp_path, STUB_RUN_S="0.01")
     assert done.returncode == 0, done.stderr
     printed = masked(done.stdout + done.stderr.replace(f"{REPOSITORY}/", ""))
-    of_this_machine = ("device", "host", "model", "ready after", "installing", "installed", "...")
+    # Whether the best point is suspect is a matter of the machine, too.
+    of_this_machine = ("device", "host", "model", "ready after", "installing", "installed", "...", "VERDICT: see below")
     missing = {line for line in masked(shown[1]) - printed if not line.startswith(of_this_machine)}
     assert not missing
 
