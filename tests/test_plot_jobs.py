@@ -13,6 +13,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from test_plots import legend_labels
 
 from batch_inference.analyze import plot_looks, plot_style, plots
 from batch_inference.analyze.job_sections import few_words
@@ -95,16 +96,6 @@ def bars(axes: Axes) -> list[list[tuple[float, float]]]:
         for collection in axes.collections
         for segment in cast(Any, collection).get_segments()
     ]
-
-
-def legend_labels(figure: Figure) -> list[str]:
-    """Row by row, without what fills the columns."""
-    found = []
-    for legend in figure.legends:
-        texts = [text.get_text() for text in legend.get_texts()]
-        rows = len(texts) // legend._ncols
-        found += [text for row in range(rows) for text in texts[row::rows] if text != " "]
-    return found
 
 
 def title(figure: Figure) -> str:

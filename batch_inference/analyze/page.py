@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from batch_inference.analyze.files import dark_variant
 from batch_inference.analyze.headline import NO_HEADLINE, Headline
 from batch_inference.analyze.page_look import SCRIPT, STYLE
 from batch_inference.analyze.sections import ROW_LIMIT, Section
@@ -137,11 +138,10 @@ def _list(lines: Sequence[str]) -> str:
 
 def _figure(title: str, path: Path) -> str:
     """With its dark variant, where there is one; without, a dark page shows it on white."""
-    plots = {"light": path.with_suffix(".svg")}
-    dark = path.with_name(f"{path.stem}_dark.svg")
-    if dark.exists():
-        # Both, and the style shows one: a browser that prints does not choose anew among the sources of a <picture>.
-        plots = {"day": path.with_suffix(".svg"), "night": dark}
+    light = path.with_suffix(".svg")
+    dark = dark_variant(light)
+    # Both, and the style shows one: a browser that prints does not choose anew among the sources of a <picture>.
+    plots = {"day": light, "night": dark} if dark.exists() else {"light": light}
     # As an image an SVG runs no script and its ids meet no others.
     images = (f'<img class="{name}" alt="{escape(title)}" src="{_data(plot)}">' for name, plot in plots.items())
     return f'<figure><button class="plot" title="Open large">{"".join(images)}</button></figure>'

@@ -46,6 +46,11 @@ class Tried:
     def keeps_limits(self) -> bool:
         return self.excess <= 1
 
+    @property
+    def taken_s(self) -> float:
+        """The time of a batch, but for a constant factor: how many tokens a request has."""
+        return self.batch_size / self.value
+
 
 def pooled_halves(runs_s: Mapping[int, Sequence[float]]) -> dict[int, float]:
     """Batch size -> the half width of the 95 % interval of its mean latency, as a share of it.
@@ -191,9 +196,8 @@ def _most_at(size: int, known: Sequence[Tried]) -> float:
     if pair is None:
         return math.inf
     before, last = pair
-    last_s = last.batch_size / last.value
-    each_s = (last_s - before.batch_size / before.value) / (last.batch_size - before.batch_size)
-    return size / (last_s + (size - last.batch_size) * each_s)
+    each_s = (last.taken_s - before.taken_s) / (last.batch_size - before.batch_size)
+    return size / (last.taken_s + (size - last.batch_size) * each_s)
 
 
 def ceiling(tried: Sequence[Tried]) -> float:
@@ -203,9 +207,8 @@ def ceiling(tried: Sequence[Tried]) -> float:
     if pair is None:
         return math.inf
     before, last = pair
-    taken_s = [one.batch_size / one.value for one in pair]
-    unsure_s = math.hypot(*(seconds * one.half / one.value for seconds, one in zip(taken_s, pair, strict=True)))
-    least_s = taken_s[1] - taken_s[0] - SURE * unsure_s
+    unsure_s = math.hypot(*(one.taken_s * one.half / one.value for one in pair))
+    least_s = last.taken_s - before.taken_s - SURE * unsure_s
     return (last.batch_size - before.batch_size) / least_s if least_s > 0 else math.inf
 
 

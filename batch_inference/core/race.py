@@ -84,8 +84,12 @@ class Found:
     @property
     def most(self) -> float:
         """What it does at most at any batch size; infinite where that is not known."""
-        high = max(map(self.high_of, self.tried))
-        return high if self.is_exhausted else max(high, ceiling(self.tried) * self._alone)
+        return self.highest if self.is_exhausted else max(self.highest, ceiling(self.tried) * self._alone)
+
+    @property
+    def highest(self) -> float:
+        """What it does at most at the sizes that were tried."""
+        return max(map(self.high_of, self.tried))
 
     @property
     def _alone(self) -> float:
@@ -190,7 +194,7 @@ class Race:
         one = self.found.get(base.layout.replica)
         # Replicas are measured where one of them is best.
         is_known = one is not None and one.is_exhausted and one.best and base.at(one.best.batch_size)
-        most = max(map(base.high_of, base.tried)) if is_known else base.most
+        most = base.highest if is_known else base.most
         # By how much the best itself may be better than it was measured is no hope for others.
         return max(one.value for one in base.tried) if math.isfinite(most) and base is self.best() else most
 
