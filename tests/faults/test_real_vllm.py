@@ -86,7 +86,8 @@ def test_real_sigkill_of_the_engine_and_a_hang(
 
 
 def test_real_sigkill_of_a_replica(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
-    sweep = start(tmp_path, "--seq-lens", "8", "--batch-sizes", "1,2")
+    # So many runs that the second point is not at its end before its engine is killed.
+    sweep = start(tmp_path, "--seq-lens", "8", "--batch-sizes", "1,2", "--num-runs", "12")
     wait_for_point(sweep)
     os.kill(process_of(sweep, WORKER), signal.SIGKILL)
     outcome = judged(sweep, resume=False)
