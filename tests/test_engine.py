@@ -872,6 +872,17 @@ def test_a_run_finds_no_prompt_of_another_run_in_the_cache(switch: tuple[str, ..
     assert [ran(one, asked).prefix_cache_hit_tokens for _ in range(3)] == [3, 3, 3]
 
 
+def test_an_answer_finds_no_prompt_of_an_answer_before_in_the_cache(
+    loaded: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, prompts = loaded(engine_args=("--enable-prefix-caching",)), [{"prompt_token_ids": [5, 6, 7]}]
+    one._llm.cached.add((5, 6, 7))
+    seen = []
+    monkeypatch.setattr(one._llm, "generate", lambda *_, **__: seen.append(set(one._llm.cached)) or [])
+    one.answer(prompts, 2)
+    assert seen == [set()]
+
+
 def test_a_cache_that_cannot_be_emptied_is_no_cache_to_measure_with(loaded: Loader) -> None:
     one = loaded("prefix-stays", engine_args=("--enable-prefix-caching",))
     with pytest.raises(RuntimeError, match="did not empty its prefix cache"):

@@ -87,6 +87,16 @@ def test_devices_are_told_apart_by_what_is_theirs_alone(tmp_path: Path, monkeypa
     assert list(folder.iterdir()) == []
 
 
+def test_cores_that_workers_of_one_sweep_share_are_not_used_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
+    shared = [DeviceInfo(index, "a CPU", cores="01"[index % 2]) for index in range(8)]
+    with devices_in_use(shared, "tp_8") as used:
+        assert used == []
+        assert len(list((tmp_path / f"batch_inference_{os.getuid()}").iterdir())) == 2
+
+
 @pytest.mark.parametrize(("fresh", "content"), [(True, b"new"), (False, b"old\nnew")])
 def test_a_log_is_begun_anew_or_gone_on_with_for_its_owner_alone(fresh: bool, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.log"

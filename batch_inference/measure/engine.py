@@ -354,7 +354,8 @@ class Engine:
         return outcome
 
     def answer(self, prompts: list[dict[str, list[int]]], max_tokens: int) -> list[list[int]]:
-        """The tokens of each answer, the likeliest one each time."""
+        """The tokens of each answer, the likeliest one each time; none of it from the cache of an answer before."""
+        self._forget_prefixes()
         params = self._sampling_params(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
@@ -372,8 +373,7 @@ class Engine:
         self, prompts: list[dict[str, list[int]]], params: Any, wait: Callable[[], None]
     ) -> tuple[Outcome, list[Any], float]:
         """What was counted, vLLM's outputs, and the start by the wall clock."""
-        if self._config.caches_prefixes:
-            self._forget_prefixes()
+        self._forget_prefixes()
         before = self._counters()
         wait()
         start_s, began_s = time.monotonic(), time.time()
@@ -389,7 +389,7 @@ class Engine:
 
     def _forget_prefixes(self) -> None:
         """Of earlier runs, which may have had the same prompts: a run is to find what its own requests share."""
-        if not self._llm.reset_prefix_cache():
+        if self._config.caches_prefixes and not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache, in which the prompts of the run before are")
 
     def read_devices(self) -> Reading:

@@ -130,12 +130,16 @@ def devices_in_use(devices: Iterable[DeviceInfo], purpose: str) -> Iterator[list
         # What cannot be told is no reason not to measure.
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
-            for device in devices:
-                where = f"cores {device.cores}" if device.cores else f"GPU {device.index}"
-                identity = device.uuid or where
+            # Workers may share cores; a device is held once.
+            named = {device.uuid or _name_of(device): _name_of(device) for device in devices}
+            for identity, name in named.items():
                 try:
                     path = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
                     held.enter_context(locked(path, purpose))
                 except LockedError as error:
-                    lines.append(f"{where}: used by {error}")
+                    lines.append(f"{name}: used by {error}")
         yield lines
+
+
+def _name_of(device: DeviceInfo) -> str:
+    return f"cores {device.cores}" if device.cores else f"GPU {device.index}"

@@ -48,8 +48,8 @@ STEP_S = float(os.environ.get("STUB_STEP_S", "0.0005"))  # of a queue
 @dataclass
 class SamplingParams:
     temperature: float
-    top_p: float
     max_tokens: int
+    top_p: float = 1.0
     ignore_eos: bool = False
     detokenize: bool = True
 
