@@ -30,7 +30,7 @@ from in_process import called
 
 Run = Callable[..., CompletedProcess[str]]
 SCRIPT = str(REPOSITORY / "analyze_results.py")
-pytestmark = pytest.mark.usefixtures("coarse_plots")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_plots")]
 
 
 def run_script(*flags: object) -> CompletedProcess[str]:
@@ -223,7 +223,6 @@ def test_a_regression_fails_only_where_that_is_asked_for(
     assert analyze_results.gate(analyse(old, Question(), new), 0) == 0
 
 
-@pytest.mark.slow
 def test_a_gate_with_nothing_to_judge_does_not_pass(analyze: Run, tmp_path: Path) -> None:
     """Another name, or a single run: nothing can be said of any point."""
     save_all([make_result(points=steady(1.0))], tmp_path / "old")
@@ -243,7 +242,6 @@ def test_the_results_may_lie_beside_what_is_written(analyze: Run, folder: Path) 
         assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.slow
 def test_an_unreadable_file_of_the_earlier_results_is_named(analyze: Run, folder: Path, tmp_path: Path) -> None:
     save_all([make_result(points=steady(1.0))], tmp_path / "old")
     (tmp_path / "old" / "broken\nname.json").write_text("{")
@@ -443,7 +441,6 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert "--output-dir" in modules_after("--help")[0]
 
 
-@pytest.mark.slow
 def test_analysing_imports_neither_vllm_nor_torch(folder: Path) -> None:
     words, modules = modules_after("--input", str(folder))
     assert str(folder / "analysis" / "report.html") in words

@@ -32,6 +32,8 @@ from conftest import (
     with_ctrl_c,
 )
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -62,7 +64,6 @@ def prompts_in(log: Path) -> list[str]:
     return [prompt for line in lines for prompt in re.findall(r"\[(.*?)\]", line)]
 
 
-@pytest.mark.slow
 def test_prompts_are_fresh_for_every_run_and_the_same_for_every_setting(experiment: Run, tmp_path: Path) -> None:
     made = []
     for number, flags in enumerate((["-tp", "1"], ["-tp", "2"], ["--seed", "1"])):
@@ -86,7 +87,6 @@ def test_verbose_shows_the_log_of_vllm(experiment: Run) -> None:
     assert "stub vLLM" not in done.stdout
 
 
-@pytest.mark.slow
 def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
     command = experiment_command(tmp_path, *SMALL_GRID, "-pp", "2")
     del command[4:6]
@@ -138,7 +138,6 @@ def test_repeats_are_noted_and_dropped(experiment: Run) -> None:
     assert "note: --batch-sizes: repeats dropped, 1,2 is measured" in done.stderr
 
 
-@pytest.mark.slow
 def test_the_same_command_again_goes_on(experiment: Run, tmp_path: Path) -> None:
     assert experiment().returncode == 0
     first = (tmp_path / "tp_1_results.json").read_text()
@@ -189,7 +188,7 @@ def test_a_failing_point_is_recorded_and_the_others_are_kept(
 
 @pytest.mark.parametrize(
     ("fail", "said"),
-    [("tokens", "output tokens came back"), pytest.param("prefix", "prefix cache", marks=pytest.mark.slow)],
+    [("tokens", "output tokens came back"), ("prefix", "prefix cache")],
 )
 def test_a_run_that_did_not_do_what_was_asked_is_invalid(experiment: Run, tmp_path: Path, fail: str, said: str) -> None:
     assert experiment(STUB_FAIL=fail).returncode == 0
@@ -199,7 +198,6 @@ def test_a_run_that_did_not_do_what_was_asked_is_invalid(experiment: Run, tmp_pa
     assert said in point["verdict_reasons"][0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_script_keeps_its_file_and_leaves_no_process(
     tmp_path: Path, signal_number: signal.Signals, code: int
@@ -218,7 +216,6 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.slow
 def test_a_terminal_that_is_closed_hangs_up_twice(tmp_path: Path) -> None:
     process, engines = hanging_script(tmp_path)
     process.send_signal(signal.SIGHUP)
@@ -285,7 +282,6 @@ def test_one_rank_of_each_node_says_what_is_wrong(experiment: Run) -> None:
     assert [bool(told(*ranks)) for ranks in ((0, 0), (1, 1), (2, 0), (3, 1))] == [True, False, True, False]
 
 
-@pytest.mark.slow
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     process, _ = hanging_script(tmp_path, "nohup")
     process.send_signal(signal.SIGHUP)
@@ -314,7 +310,6 @@ def hanging_script(folder: Path, *before: str) -> tuple[subprocess.Popen[str], l
     return process, engines
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_an_impatient_user_leaves_no_process_behind(tmp_path: Path, signal_number: signal.Signals) -> None:
     process, engines = hanging_script(tmp_path)
@@ -327,7 +322,6 @@ def test_an_impatient_user_leaves_no_process_behind(tmp_path: Path, signal_numbe
     _wait_for(lambda: not any(map(is_running, engines)))
 
 
-@pytest.mark.slow
 def test_files_of_the_users_own_are_no_modules_of_ours(tmp_path: Path) -> None:
     for name in ("queue.py", "batch_inference"):
         (tmp_path / name).write_text("raise SystemExit('not meant')")
@@ -402,12 +396,10 @@ def _children(pid: int) -> list[int]:
     ("stub", "expected"),
     [
         # The way to each is looked at where the engine is (test_engine.py).
-        pytest.param({}, (None, True), marks=pytest.mark.slow),
+        ({}, (None, True)),
         ({"STUB_MULTIMODAL": "1"}, (True, True)),
-        pytest.param({"STUB_MULTIMODAL": "internvl"}, (True, False), marks=pytest.mark.slow),
-        pytest.param(
-            {"STUB_MULTIMODAL": "1", "STUB_LACKS": "language_model_only"}, (None, False), marks=pytest.mark.slow
-        ),
+        ({"STUB_MULTIMODAL": "internvl"}, (True, False)),
+        ({"STUB_MULTIMODAL": "1", "STUB_LACKS": "language_model_only"}, (None, False)),
     ],
 )
 def test_a_multimodal_model_is_measured_on_text_and_the_file_says_how(
@@ -471,7 +463,6 @@ def test_a_workload_becomes_a_queue_point_for_each_batch_size_on_one_load(experi
     assert "[2/2] 4 at once: " in done.stderr
 
 
-@pytest.mark.slow
 def test_points_of_a_workload_are_kept_and_other_ones_are_added(experiment: Run, tmp_path: Path) -> None:
     path = str(write_job(tmp_path))
     assert experiment("--prompts-file", path, grid=QUEUE_GRID).returncode == 0
@@ -487,7 +478,6 @@ def test_points_of_a_workload_are_kept_and_other_ones_are_added(experiment: Run,
     assert {tuple(point["runs"][0]["requests"]["output_tokens"]) for point in points[3:]} == {(5,) * 32}
 
 
-@pytest.mark.slow
 def test_requests_that_come_back_otherwise_make_a_queue_point_invalid(experiment: Run, tmp_path: Path) -> None:
     done = experiment("--prompts-file", str(write_job(tmp_path)), grid=QUEUE_GRID, STUB_FAIL="tokens")
     assert done.returncode == 0, done.stderr
@@ -497,7 +487,6 @@ def test_requests_that_come_back_otherwise_make_a_queue_point_invalid(experiment
     assert said in done.stderr
 
 
-@pytest.mark.slow
 def test_the_model_may_end_its_outputs_where_it_has_weights(experiment: Run, tmp_path: Path) -> None:
     path = str(write_job(tmp_path))
     done = experiment("--prompts-file", path, "--output-lengths", "eos", "--max-tokens", "9", grid=QUEUE_GRID)
@@ -508,7 +497,6 @@ def test_the_model_may_end_its_outputs_where_it_has_weights(experiment: Run, tmp
     assert (point["max_tokens"], point["runs"][0]["counters"]["miscounted"]) == (9, 0)
 
 
-@pytest.mark.slow
 def test_tokens_per_step_are_points_of_their_own_with_a_workload_and_without(experiment: Run, tmp_path: Path) -> None:
     budgets = ("--max-num-batched-tokens", "16,256")
     done = experiment("--prompts-file", str(write_job(tmp_path)), *budgets, "--batch-sizes", "4", grid=())
@@ -526,7 +514,6 @@ def test_tokens_per_step_are_points_of_their_own_with_a_workload_and_without(exp
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_prefixes_that_are_cached_are_a_part_of_the_point(experiment: Run, tmp_path: Path) -> None:
     path = str(write_job(tmp_path))
     done = experiment("--prompts-file", path, "--enable_prefix_caching", grid=QUEUE_GRID)
@@ -641,7 +628,6 @@ def test_what_is_no_file_is_no_workload(experiment: Run, tmp_path: Path, kind: s
     )
 
 
-@pytest.mark.slow
 def test_what_is_left_out_of_a_job_stands_in_the_file(experiment: Run, tmp_path: Path) -> None:
     path = write_job(tmp_path)
     path.write_text(path.read_text() + "no JSON\n" + '{"url": "/v1/embeddings", "body": {}}\n')
@@ -652,7 +638,6 @@ def test_what_is_left_out_of_a_job_stands_in_the_file(experiment: Run, tmp_path:
     assert job["left_out"].endswith("left out: 1 for embeddings, 1 bad line")
 
 
-@pytest.mark.slow
 def test_a_job_smaller_than_its_places_runs_as_a_whole(experiment: Run, tmp_path: Path) -> None:
     """Also where a replica has nothing to do."""
     path = write_job(tmp_path, 1)

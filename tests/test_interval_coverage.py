@@ -94,6 +94,7 @@ def test_lognormal_noise_is_lopsided_with_a_mean_of_0_and_a_deviation_of_1(simul
     assert float(np.mean(noise**3)) == pytest.approx(1.75, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_table_is_the_one_that_the_program_prints(simulation: ModuleType) -> None:
     shown = (REPOSITORY / "docs" / "interval_coverage.md").read_text(encoding="utf-8")
     assert shown == simulation.markdown() + "\n", "python benchmarks/interval_coverage.py > docs/interval_coverage.md"

@@ -17,6 +17,8 @@ from batch_inference.core.results import Point
 from builders import make_point, make_result, save_all
 from in_process import called
 
+pytestmark = pytest.mark.slow
+
 # Spread of the planted runs: half a percent, as on a quiet machine.
 NOISE = 0.005
 BATCHES, LENGTHS = (4, 16), (512, 2048)

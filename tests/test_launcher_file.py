@@ -18,6 +18,8 @@ from test_launcher import LAUNCHER, Launcher, config_of, table_of
 from batch_inference.launch.presets import read_table
 from conftest import REPOSITORY, commands_of, is_running, with_ctrl_c
 
+pytestmark = pytest.mark.slow
+
 WAITING = 'trap "" INT TERM HUP; touch deaf; sleep 30 & wait; wait'
 
 
@@ -257,7 +259,6 @@ def bare(launcher: Launcher) -> Launcher:
     return launcher
 
 
-@pytest.mark.slow
 def test_what_measures_nothing_installs_nothing(bare: Launcher) -> None:
     for words in (("--help",), ("nope",), ("custom", "TP=1", "--dry-run"), ("custom", "TP=512")):
         bare.as_program(*words)
@@ -301,7 +302,6 @@ def children_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
 def test_a_second_signal_kills_what_does_not_end(launcher: Launcher) -> None:
     process = start(launcher, python=WAITING)
     deadline_s = time.monotonic() + 10
@@ -320,7 +320,6 @@ def test_a_second_signal_kills_what_does_not_end(launcher: Launcher) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_a_terminal_that_is_closed_hangs_up_twice_and_kills_nothing(launcher: Launcher) -> None:
     process = start(launcher, python=WAITING)
     time.sleep(0.3)  # the setting has to be deaf by now
@@ -334,7 +333,6 @@ def test_a_terminal_that_is_closed_hangs_up_twice_and_kills_nothing(launcher: La
     assert process.wait(timeout=5) == 129
 
 
-@pytest.mark.slow
 def test_what_nohup_ignores_stays_ignored(launcher: Launcher) -> None:
     process = start(launcher, "nohup")
     process.send_signal(signal.SIGHUP)
@@ -344,7 +342,6 @@ def test_what_nohup_ignores_stays_ignored(launcher: Launcher) -> None:
     assert process.wait(timeout=5) == 143
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", "| head -n 1", "2>&1 | head -n 1"])
 def test_a_closed_terminal_or_pipe_costs_no_setting_and_no_traceback(launcher: Launcher, redirection: str) -> None:
     for words in ("--help", "custom TP=1 --dry-run", "custom TP=1", "custom TP=1 --pack"):

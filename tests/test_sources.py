@@ -21,7 +21,7 @@ from batch_inference.core.results import Result
 from builders import make_point, make_result
 
 Run = Callable[..., CompletedProcess[str]]
-pytestmark = pytest.mark.usefixtures("coarse_plots")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_plots")]
 LLAMA, QWEN = "meta-llama/Llama-2-7b-chat-hf", "Qwen/Qwen3-0.6B"
 
 
@@ -244,7 +244,6 @@ def test_the_choice_holds_for_the_earlier_results_too(analyze: Run, study: Path,
 # --- where it goes, and what stays there --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_report_of_a_single_file_does_not_replace_that_of_its_folder(analyze: Run, study: Path) -> None:
     folder = study / "Qwen3-0.6B"
     analyze("--input", folder)
@@ -265,7 +264,6 @@ def test_what_lies_where_the_analysis_goes_is_none_of_it(analyze: Run, tmp_path:
     assert "tp_8" not in analyze("--input", tmp_path, "--output-dir", tmp_path / "out").stdout
 
 
-@pytest.mark.slow
 def test_plots_that_are_not_drawn_again_go_and_those_of_others_stay(tmp_path: Path) -> None:
     save(tmp_path / "tp_1_results.json")
     analysis = tmp_path / "analysis"

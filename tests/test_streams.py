@@ -17,6 +17,8 @@ from batch_inference.core.streams import secure_streams, show
 from builders import make_point, make_result, save_all
 from conftest import REPOSITORY, experiment_command, stub_environment
 
+pytestmark = pytest.mark.slow
+
 # Says in a file what numbers its new pipe has, and what went wrong; prints more than a pipe holds.
 PROGRAM = """
 import os, sys
@@ -130,7 +132,6 @@ def in_shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("redirection", REDIRECTIONS)
 def test_the_launcher_measures_and_analyses_as_if_somebody_read_it(
     in_shell: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, redirection: str
@@ -145,7 +146,6 @@ def test_the_launcher_measures_and_analyses_as_if_somebody_read_it(
         assert [point["status"] for point in json.loads(path.read_text())["points"]] == ["ok"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("redirection", REDIRECTIONS)
 def test_the_analysis_writes_its_files_as_if_somebody_read_it(
     in_shell: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, redirection: str
@@ -165,7 +165,6 @@ def test_help_that_cannot_be_shown_is_an_error(script: str) -> None:
     assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
 
 
-@pytest.mark.slow
 def test_a_closing_table_in_ascii(in_shell: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     command = experiment_command(tmp_path, "--batch-sizes", "1", "--seq-lens", "16", "--max-tokens", "4")
     done = in_shell(command, "", PYTHONIOENCODING="ascii")

@@ -35,6 +35,8 @@ from batch_inference.core.results import Failure, Point, Result
 from builders import make_point, make_result, make_run
 from conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 EXPECTED = REPOSITORY / "tests" / "expected"
 FOUND = REPOSITORY / "artifacts" / "expected"
 # Latencies of the runs, over their middle.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,6 +69,8 @@ def _argparse_type(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
     return convert
 
 
+# Kept, because a plan parses the words of every setting.
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     usage = "python batch_inference_experiment.py [flags] [vLLM engine flags]"
     parser = Parser(ConfigError, usage=usage, description=DESCRIPTION, epilog=EPILOG)
