@@ -1,6 +1,7 @@
 """README and docs: their pages, and the parts of them that programs wrote.
 
-`PYTHONPATH=. python tests/pages.py` writes these parts again, after a change of what the programs print. They stand between markers:
+`PYTHONPATH=. python tests/pages.py` writes these parts again, after a change of what the programs print. They stand
+between markers:
 
     <!-- docs/best/best_replay.md -->                              a file that a benchmark wrote, as it is
     <!-- all of: python -m batch_inference.core.metrics -->        what a command prints
@@ -79,7 +80,7 @@ def _part(found: re.Match[str]) -> Part:
 
 
 def checkout(folder: Path) -> Path:
-    """A folder that looks like the checkout, so that commands run as a reader would run them and leave nothing there."""
+    """A folder that looks like the checkout: commands run as a reader would run them, and leave nothing behind."""
     for name in (*NAMES, *PROGRAMS):
         (folder / name).symlink_to(REPOSITORY / name)
     return folder
