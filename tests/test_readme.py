@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from pages import DOCS, README, Part, checkout, pages, parts
+from pages import DOCS, README, Part, checkout, output_of, pages, parts
 from test_decisions import anchors
 from test_launcher import Launcher
 
@@ -22,12 +22,15 @@ from batch_inference.analyze.flags import build_parser
 from batch_inference.analyze.plots import JOB_PLOTS, PLOTS
 from batch_inference.core.config import ExperimentConfig, flag_of
 from batch_inference.core.flags import parse_flags
+from batch_inference.core.results import SCHEMA_VERSION
 from batch_inference.launch.options import Options
 from batch_inference.plan.devices import find_devices
 from conftest import REPOSITORY, commands_of, stub_environment
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
-FLAGS, ANALYSIS, PICTURES = DOCS / "flags.md", DOCS / "analysis.md", DOCS / "h100" / "README.md"
+FLAGS, ANALYSIS, EXTENDING, PICTURES = (
+    DOCS / name for name in ("flags.md", "analysis.md", "extending.md", "h100/README.md")
+)
 LONGEST_README, LONGEST_SAMPLE = 260, 25
 # vLLM's own, and those of tests and benchmarks.
 FOREIGN_FLAGS = {
@@ -107,6 +110,21 @@ def check_other(words: list[str]) -> None:
         case [script, *options]:
             assert os.access(REPOSITORY / script, os.X_OK)
             assert all(option in (REPOSITORY / script).read_text() for option in options)
+
+
+def test_the_preset_that_a_page_shows_is_one(tmp_path: Path) -> None:
+    shown = re.search(r"```\n(# .*\npreset_(\w+)\(\) \{\n.*?)```", EXTENDING.read_text(), re.DOTALL)
+    assert shown is not None
+    before, machinery, after = LAUNCHER.read_text().partition("# --- Machinery")
+    launcher = checkout(tmp_path) / LAUNCHER.name
+    launcher.unlink()
+    launcher.write_text(f"{before}{shown[1]}\n{machinery}{after}")
+    launcher.chmod(0o755)
+    planned = output_of(f"./{LAUNCHER.name} {shown[2]} --model models/tiny-llama --seq-lens 64 --dry-run", tmp_path)
+    assert re.findall(r"--name (\w+) .*(--max-num-batched-tokens \d+)", planned) == [
+        ("tp_2_steps_2048", "--max-num-batched-tokens 2048"),
+        ("tp_2_steps_8192", "--max-num-batched-tokens 8192"),
+    ]
 
 
 def check_plan(words: list[str], folder: Path) -> None:
@@ -294,6 +312,17 @@ def test_every_module_that_a_page_calls_can_be_called() -> None:
     for page in pages():
         for module in re.findall(r"python -m (batch_inference[\w.]+)", page.read_text()):
             assert importlib.util.find_spec(module), module
+
+
+def test_the_changelog_has_its_headings() -> None:
+    text = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert re.findall(r"^##+ (.*)$", text, re.MULTILINE) == ["Unreleased", "Features", "Fixes", "Result format"]
+    for entries in text.split("\n### ")[1:3]:
+        dates = re.findall(r"\((2\d{3}-\d\d-\d\d)\)$", entries, re.MULTILINE)
+        assert len(dates) == entries.count("\n- ") > 5
+        assert dates == sorted(dates, reverse=True), "newest first"
+    versions = re.findall(r"^- \*\*Version (\d+)\*\*", text, re.MULTILINE)
+    assert versions == [str(number) for number in range(SCHEMA_VERSION, 0, -1)]
 
 
 def test_there_is_one_readme() -> None:
