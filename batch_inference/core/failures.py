@@ -80,7 +80,7 @@ def classify(phase: Phase, reason: str, log_tail: Sequence[str] = ()) -> str:
 
 
 def markdown_table() -> str:
-    """The README's table of classes."""
+    """The table of docs/troubleshooting.md."""
     rows = [f"| `{failure.name}` | {failure.advice} |" for failure in FAILURES]
     return "\n".join(["| class | what to do |", "|---|---|", *rows])
 

@@ -69,7 +69,7 @@ class Metric:
     label: str
     better: Better | None  # None: neither direction is better
     formula: Formula
-    definition: str  # the formula in words, for the README
+    definition: str  # the formula in words, for docs/metrics.md
 
 
 def summarise(result: Result, point: Point) -> Summary:
@@ -341,7 +341,7 @@ METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 def markdown_table() -> str:
-    """The README's table of metrics."""
+    """The table of docs/metrics.md."""
     rows = [f"| `{metric.name}` | {metric.unit} | {metric.better or ''} | {metric.definition} |" for metric in METRICS]
     return "\n".join(["| metric | unit | better | definition |", "|---|---|---|---|", *rows])
 
