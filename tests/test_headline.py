@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_launcher import Launcher
 
 from batch_inference.analyze.answers import Question, analyse
 from batch_inference.analyze.decide import Limits
@@ -163,6 +165,83 @@ def test_three_lengths_have_a_sentence_each_and_others_are_counted(head: Any) ->
         f"On 1 × H100, {LLAMA}, 64 + 32 tokens", "At 128 + 32 tokens", "At 256 + 32 tokens",
     ]  # fmt: skip
     assert [sentence.endswith(" 2 more prompt lengths below.") for sentence in sentences] == [False, False, True]
+
+
+# --- replicas that nobody measured --------------------------------------------------------------------------------
+
+
+def one_and_tp(tp_s: float = 1.5, **changes: Any) -> list[Result]:
+    """One device makes 64 requests in 2 s, two by TP in `tp_s`: two replicas would make 128 in 2 s."""
+    points = [make_point(64, seq_len, latencies_s=[2.0, 2.01, 1.99]) for seq_len in (64, 128)]
+    wide = [make_point(64, seq_len, latencies_s=[tp_s, tp_s, tp_s]) for seq_len in (64, 128)]
+    return [make_result("tp_1", points, **changes), make_result("tp_2", wide, (2, 1, 1), **changes)]
+
+
+def test_replicas_that_would_be_faster_and_were_not_measured_are_named_with_their_command(
+    head: Any, tmp_path: Path
+) -> None:
+    found = head(one_and_tp(config={"engine_args": ["--load-format", "dummy"], "temperature": 0.0}))
+    assert found.sentences[0].partition(": ")[2].startswith("TP=2 at 64 requests gives 1,365 tok/s.")
+    # 2 x 64 requests of 32 tokens in 2 s
+    assert found.unmeasured == (
+        "2 replicas of TP=1 (DP=2) were not measured. One of them gives 1,024 tok/s at 64 tokens with 64 requests at "
+        "once, so that 2 should give about 2,050 tok/s, more than any setting here. Measure them:"
+    )
+    launcher, *words = shlex.split(" ".join(found.to_measure))
+    assert launcher == "./run_batch_experiments.sh"
+    assert words == [
+        "custom", "DP=2", "--model", "meta-llama/Llama-2-7b-chat-hf", "--batch-sizes", "64", "--seq-lens", "64,128",
+        "--output-dir", str(tmp_path / "new"), "--", "--max-tokens", "32", "--temperature", "0.0",
+        "--load-format", "dummy",
+    ]  # fmt: skip
+    done = Launcher(tmp_path)("--dry-run", *words, DEVICES="2")
+    assert done.returncode == 0, done.stderr
+    assert "--data-parallel-size 2" in done.stdout
+    text = as_text([], found).splitlines()
+    assert text[-1].endswith("--load-format dummy")
+    assert not any(line.endswith(("--batch-sizes \\", "--model \\")) for line in text)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        one_and_tp(0.9),  # TP=2 is faster than twice one
+        one_and_tp(1.0),  # as fast, as far as the intervals tell
+        one_and_tp()[:1],
+        [*one_and_tp(), alone("dp_2", (1, 1, 2), {64: 2.1})],
+        # Asked for, and failed: why is among the reasons.
+        [*one_and_tp(), make_result("dp_2", [], (1, 1, 2), status="failed")],
+        # Slices of a CPU share its memory; experts may be shared out over replicas.
+        one_and_tp(environment={"device_kind": "cpu", "devices": [{"name": "AMD EPYC"}] * 2}),
+        one_and_tp(config={"engine_args": ["--enable-expert-parallel"]}),
+    ],
+)
+def test_no_replicas_are_named_that_were_measured_or_would_not_win(head: Any, results: list[Result]) -> None:
+    found = head(results)
+    assert (found.unmeasured, found.to_measure) == ("", ())
+
+
+def test_replicas_must_keep_the_limits(head: Any) -> None:
+    assert head(one_and_tp(), Question(Limits(latency_s=2.5))).unmeasured
+    assert not head(one_and_tp(), Question(Limits(latency_s=1.8))).unmeasured
+
+
+def test_replicas_over_nodes_have_no_command_of_one_line(head: Any) -> None:
+    found = head(one_and_tp(config={"nnodes": 2}))
+    assert found.unmeasured
+    assert found.to_measure == ()
+
+
+def test_of_settings_that_the_intervals_do_not_tell_apart_the_simplest_is_taken(head: Any) -> None:
+    def near(name: str, sizes: tuple[int, int, int], second: float, **config: Any) -> Result:
+        point = make_point(4 // sizes[2], latencies_s=[second, 1.02 * second, 0.98 * second], replicas=sizes[2])
+        return make_result(name, [point], sizes, config=config)
+
+    results = [near("mixed", (2, 1, 2), 1.0), near("flags", (4, 1, 1), 1.005, engine_args=["--swap-space", "1"]),
+               near("tp_4", (4, 1, 1), 1.01), near("slow", (1, 1, 1), 1.5)]  # fmt: skip
+    (sentence, *_) = head(results).sentences
+    assert "TP=4 (tp_4) at 4 requests gives 126.7" in sentence
+    assert "(as good within the intervals: TP=4 (flags) and 1 more)" in sentence
 
 
 def test_nothing_measured_is_said(head: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
@@ -12,6 +12,7 @@ from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.decide import COST, Choice
 from batch_inference.analyze.job_sections import requests_words, time_text
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
+from batch_inference.analyze.replicas import said, to_measure, unmeasured_replicas
 from batch_inference.analyze.same_answers import of_another_model
 from batch_inference.analyze.sections import counts_of_changes
 from batch_inference.analyze.tables import differing, half_width
@@ -38,7 +39,9 @@ class Headline:
     title: str = HEADING
     facts: tuple[str, ...] = ()
     sentences: tuple[str, ...] = ()  # the first is the answer, the others go with it
-    command: tuple[str, ...] = field(default=())  # of the winner: words, quoted for a shell
+    command: tuple[str, ...] = ()  # of the winner: words, quoted for a shell
+    unmeasured: str = ""  # what might be better than the answer, and was not measured
+    to_measure: tuple[str, ...] = ()  # the command that measures it
 
 
 NO_HEADLINE = Headline()
@@ -48,7 +51,10 @@ def headline(analysis: Analysis, command: Sequence[str] = ()) -> Headline:
     names = _Names(analysis)
     models = list(dict.fromkeys(map(names.model, _values(analysis, "model"))))
     title = f"{HEADING} of {few(models, 2)}" if models else HEADING
-    return Headline(title, tuple(_facts(analysis)), tuple(_sentences(analysis, names)), tuple(command))
+    facts, sentences = tuple(_facts(analysis)), tuple(_sentences(analysis, names))
+    better = unmeasured_replicas(analysis)
+    doubt = (said(better), to_measure(better, analysis)) if better else ("", ())
+    return Headline(title, facts, sentences, tuple(command), *doubt)
 
 
 def _values(analysis: Analysis, column: str) -> list[str]:

@@ -105,7 +105,7 @@ def _compared_where(rows: pd.DataFrame, with_alone: pd.DataFrame) -> list[str]:
     """`with_alone`: also those that nothing can be compared with."""
     last = int(with_alone["global_batch_size"].max())
     batches = sorted(int(batch) for batch in rows["global_batch_size"].unique())
-    best = rows[rows["is_best"]].sort_values(["global_batch_size", "output_tok_per_s"], ascending=[True, False])
+    best = rows[rows["is_best"]].sort_values(["global_batch_size", "_order"])
     if best["layout"].nunique() == 1:
         every = {1: counted(batches[0], "request"), 2: "both batch sizes"}
         of_these = " that several layouts have" if len(rows) < len(with_alone) else ""

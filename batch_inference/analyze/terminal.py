@@ -57,6 +57,11 @@ def _head(head: Headline, width: int) -> Iterator[str]:
         lines = _lines(kept_together(short_name(sentence, 2 * LINE_LIMIT)), 0, width)
         yield from (line.replace(NO_BREAK, " ") for line in lines)
     yield from _rest(len(head.sentences) - LIST_LIMIT, "more answer")
+    if head.unmeasured:
+        yield ""
+        yield from (line.replace(NO_BREAK, " ") for line in _lines(kept_together(head.unmeasured), 0, width))
+    if head.to_measure:
+        yield from _command(head.to_measure)
 
 
 def _section(section: Section, names: Iterable[str], width: int) -> Iterator[str]:
@@ -75,15 +80,27 @@ def _section(section: Section, names: Iterable[str], width: int) -> Iterator[str
 
 
 def _command(words: Sequence[str]) -> Iterator[str]:
-    """One that can be copied, however many lines it takes."""
-    line = f"  {escaped(words[0])}"
-    for word in map(escaped, words[1:]):
+    """One that can be copied, however many lines it takes; a flag and its value are on one."""
+    first, *others = _with_values(words)
+    line = f"  {first}"
+    for word in others:
         if len(line) + len(word) + 3 > WIDTH:
             yield f"{line} \\"
             line = f"     {word}"
         else:
             line = f"{line} {word}"
     yield line
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for word in map(escaped, words):
+        is_value = found and found[-1].startswith("-") and " " not in found[-1] and not word.startswith("-")
+        if is_value and len(found[-1]) + len(word) < WIDTH - 10:
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _rest(count: int, what: str) -> Iterator[str]:
