@@ -215,22 +215,33 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
         yield f"The job of {job}, {model}: nothing was measured that can forecast it; the reasons are below."
         return
     place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
-    said = [
-        f"The job of {job} on {place}, {model}: {_row_taken(best)} takes {_hours(best)}{_cost(best)}{_price(analysis)}."
-    ]
+    takes = f"takes {_hours(best)}{_cost(best)}{_price(analysis)}. {_start(best)}"
+    said = [f"The job of {job} on {place}, {model}: {_row_taken(best, answer)} {takes}"]
     if cheapest is not best:
-        said.append(f"The fewest device-hours: {_row_taken(cheapest)}, {_hours(cheapest)}{_cost(cheapest)}.")
+        said.append(f"The fewest device-hours: {_row_taken(cheapest, answer)}, {_hours(cheapest)}{_cost(cheapest)}.")
     if deadline:
         asked = f"{analysis.question.job.deadline_h:g} h"
         said.append(
-            f"{asked} are enough with {counted(deadline.replicas, 'replica')} of {deadline.row.setting}, "
+            f"{asked} are enough with {counted(deadline.replicas, 'replica')} of {_called_row(deadline.row, answer)}, "
             f"so {counted(deadline.devices, 'device')}: {spoken(time_text(deadline.hours))}."
         )
     yield " ".join(said)
 
 
-def _row_taken(row: JobRow) -> str:
-    return f"{row.setting} with {row.point.batch_size} at once{on_each(row.point.replicas)}"
+def _row_taken(row: JobRow, answer: JobAnswer) -> str:
+    return f"{_called_row(row, answer)} with {row.point.batch_size} at once{on_each(row.point.replicas)}"
+
+
+def _called_row(row: JobRow, answer: JobAnswer) -> str:
+    """The same of a job."""
+    alike = {one.setting for one in answer.rows if one.layout == row.layout}
+    return row.layout if len(alike) == 1 else f"{row.layout} ({row.setting})"
+
+
+def _start(row: JobRow) -> str:
+    """A job of minutes is one whose engine's start counts."""
+    took = "" if row.load_s is None else f", which took {short(row.load_s, 2)} s here"
+    return f"The start of the engine comes on top{took}."
 
 
 def _hours(row: JobRow) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow, gains_of_orders
+from batch_inference.analyze.queues import QueuePoint, is_told, phases
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import SUSPECT_LINE, few, with_interval
+from batch_inference.analyze.wording import SUSPECT_LINE, few, with_ends
 from batch_inference.core.queue_runs import Interval
-from batch_inference.core.text import counted, plain, short
+from batch_inference.core.text import counted, on_each, plain, short
 from batch_inference.core.values import OWN_END
 
 # Below so many hours a job is told in minutes, and below so many minutes in seconds.
@@ -37,7 +38,7 @@ def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
             *([row.point.workload.order] if has_orders else []),
             interval_text(row.hours, per_hour) + ("*" if row.point.verdict == "suspect" else ""),
             short(row.device_hours.value, 3),
-            *([interval_text(row.cost)] if row.cost else []),
+            *([short(row.cost.value, 3)] if row.cost else []),
             short(row.output_tok_per_s),
             *([short(row.kwh, 3)] if has_energy else []),
         ]
@@ -86,18 +87,18 @@ def unit_of(answer: JobAnswer) -> tuple[str, float]:
     return next(((unit, per_hour) for unit, per_hour in _UNITS if hours * per_hour >= 1.0), _UNITS[-1])
 
 
-def interval_text(interval: Interval, factor: float = 1.0) -> str:
-    """One that is not symmetric by its wider side."""
+def interval_text(interval: Interval, factor: float = 1.0, unit: str = "") -> str:
     value = interval.value * factor
+    between = f" {unit}" if unit else ""
     if interval.low is None or interval.high is None:
-        return short(value)
-    return with_interval(value, max(interval.high - interval.value, interval.value - interval.low) * factor)
+        return short(value) + between
+    return with_ends(value, interval.low * factor, interval.high * factor, unit)
 
 
 def time_text(interval: Interval) -> str:
     """Of hours, in a unit that suits."""
     unit, per_hour = next(((unit, one) for unit, one in _UNITS if interval.value * one >= 1.0), _UNITS[-1])
-    return f"{interval_text(interval, per_hour)} {unit}"
+    return interval_text(interval, per_hour, unit)
 
 
 def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
@@ -118,7 +119,7 @@ def _row_words(row: JobRow) -> str:
     cost = f", cost {interval_text(row.cost)}" if row.cost else ""
     return (
         f"{row.setting}, {row.point.batch_size} at once: {time_text(row.hours)}, "
-        f"{interval_text(row.device_hours)} device-hours{cost}"
+        f"{interval_text(row.device_hours, unit='device-hours')}{cost}"
     )
 
 
@@ -140,19 +141,37 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
         yield "no ±: too little was run to tell how far it may be off."
     if any(row.point.verdict == "suspect" for row in answer.rows):
         yield SUSPECT_LINE
-    yield "±: 95 % confidence interval. Left out: engine starts, stragglers, failures, reading and writing of files."
+    yield (
+        "± or (… to …): 95 % confidence interval. Not in these times: engine starts, stragglers, failures, reading and "
+        "writing of files."
+    )
 
 
 def _basis(best: JobRow) -> str:
-    """What the fastest one's hours are made of."""
+    """What the hours of the fastest are made of."""
     point, found = best.point, best.forecast
-    if point.is_whole_job and not found.output_tokens_per_s:
-        return f"{best.setting} ran the whole job."
-    rate = found.output_tokens_per_s
-    plateau = f"{interval_text(rate)} tok/s on the plateau" if rate else "no plateau"
-    drain = f"drain {short(found.drain_s.value, 3)} s"
-    sample = counted(point.requests, "request")
-    return f"{best.setting}: {plateau}, {drain}; from {sample} that were run, by {found.method}."
+    rate = point.plateau if best.is_as_run else found.output_tokens_per_s
+    is_known = rate is not None and is_told(rate)
+    on_plateau = f" with {interval_text(rate, unit='tok/s')} on the plateau" if rate is not None and is_known else ""
+    if best.is_as_run:
+        start_s, end_s = phases(point)[-1]
+        said = f"{best.setting} ran the whole job{on_plateau}; its drain took {short(end_s - start_s, 3)} s."
+    else:
+        drain = f"the drain takes {short(found.drain_s.value, 3)} s of it"
+        said = (
+            f"{best.setting}: forecast from {point.requests:,} requests that were run{on_plateau}, by {found.method}; "
+            f"{drain}."
+        )
+    return said if is_known else f"{said} {_too_few(point)}"
+
+
+def _too_few(point: QueuePoint) -> str:
+    """Advice that can be followed: a job has no more requests than it has."""
+    advice = "" if point.is_whole_job else f": --sample {point.requests_of_a_plateau}"
+    return (
+        f"{point.requests:,} requests are too few to tell the throughput of its plateau: with {point.batch_size} at "
+        f"once{on_each(point.replicas)} that takes about {point.requests_of_a_plateau:,} in all{advice}."
+    )
 
 
 def _deadline_lines(answer: JobAnswer) -> Iterator[str]:

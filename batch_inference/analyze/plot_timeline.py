@@ -27,12 +27,11 @@ from batch_inference.analyze.plot_style import (
     new_figure,
     reference,
 )
-from batch_inference.analyze.queues import QueuePoint
-from batch_inference.core.text import short_name, with_budget
+from batch_inference.analyze.queues import QueuePoint, phases
+from batch_inference.core.text import counted, short_name, with_budget
 
 # Facets have three panels each: more cannot be read.
 _FACETS = 6
-PLATEAU = "plateau_output_tok_per_s"
 # So many stretches of time; shorter ones show single steps.
 _STRETCHES = 80
 # Share of a facet's height, from its top, and what is between two panels.
@@ -55,6 +54,12 @@ class Course:
     prompt_tok_per_s: Floats
     running: Floats
 
+    def mean_output(self, start_s: float, end_s: float) -> float:
+        """Of what is drawn between two moments."""
+        done = np.concatenate([[0.0], np.cumsum(self.output_tok_per_s * np.diff(self.edges_s))])
+        first, last = np.interp([start_s, end_s], self.edges_s, done)
+        return float((last - first) / (end_s - start_s))
+
 
 def course(point: QueuePoint) -> Course:
     """The replicas' steps on common stretches of time, summed."""
@@ -70,14 +75,6 @@ def course(point: QueuePoint) -> Course:
             done = np.concatenate([[0.0], np.cumsum(of_replica)])
             sum_of_all += np.diff(np.interp(edges_s, np.concatenate([[0.0], ends_s]), done))
     return Course(edges_s, *(sums / np.diff(edges_s)))
-
-
-def phases(point: QueuePoint) -> list[tuple[float, float]]:
-    """Ramp, plateau and drain of all replicas together: a plateau is where each has one."""
-    end_s = max(one.end_s for one in point.phases)
-    drain_s = min(one.drain_start_s for one in point.phases)
-    ramp_s = min(max(one.ramp_end_s for one in point.phases), drain_s)
-    return [(0.0, ramp_s), (ramp_s, drain_s), (drain_s, end_s)]
 
 
 def timeline(points: pd.DataFrame, title: str) -> Figure:
@@ -103,9 +100,18 @@ def timeline(points: pd.DataFrame, title: str) -> Figure:
         axes.set_title("\n".join(words), fontsize=8.5, pad=3, linespacing=1.15)
         _draw(panels, point, unit_s, looks(points)[setting]["color"])
         _label(panels, unit, is_left=index % columns == 0, is_last=index + columns >= len(grid))
+    _share_time(grid, max(phases(point)[-1][1] for point in best["point"]) / unit_s)
     for axes in first:
         axes.set_ylim(0, None)
     return figure
+
+
+def _share_time(grid: Iterable[Axes], last: float) -> None:
+    """As long an axis for all, so that what takes longer is longer."""
+    # A number at the right edge would meet the first one of the next facet.
+    ticks = [tick for tick in MaxNLocator(5).tick_values(0, last) if tick <= 0.92 * last]
+    for axes in grid:
+        axes.set(xlim=(0, last), xticks=ticks)
 
 
 def _words(setting: str, order: str, point: QueuePoint, width: int) -> list[str]:
@@ -116,7 +122,14 @@ def _words(setting: str, order: str, point: QueuePoint, width: int) -> list[str]
     words = [with_budget(at_once, point.tokens_per_step) if point.tokens_per_step else at_once]
     words += [order] if order != "given" else []
     words += ["suspect"] if point.verdict != "valid" else []
+    words += [_of_job(point)]
     return [short_name(setting, width - 4), *textwrap.wrap("; ".join(words), width, break_on_hyphens=False)]
+
+
+def _of_job(point: QueuePoint) -> str:
+    if point.is_whole_job:
+        return "the whole job"
+    return f"a sample of {counted(point.requests, 'request')}"
 
 
 def _handles(points: Iterable[QueuePoint]) -> list[Any]:
@@ -167,13 +180,9 @@ def _draw(panels: Sequence[Axes], point: QueuePoint, unit_s: float, line_color: 
         axes.yaxis.set_major_locator(MaxNLocator(5 if is_first else 2))
         axes.yaxis.set_major_formatter(FuncFormatter(in_short))
     start_s, end_s = times[1]
-    plateau = point.summary.get(PLATEAU)
-    if plateau is not None and end_s > start_s:
-        panels[0].plot([start_s / unit_s, end_s / unit_s], [plateau, plateau], **reference())
-    last = times[-1][1] / unit_s
-    # A number at the right edge would meet the first one of the next facet.
-    ticks = [tick for tick in MaxNLocator(5).tick_values(0, last) if tick <= 0.92 * last]
-    panels[0].set(xlim=(0, last), xticks=ticks)
+    if end_s > start_s:
+        mean = found.mean_output(start_s, end_s)
+        panels[0].plot([start_s / unit_s, end_s / unit_s], [mean, mean], **reference())
 
 
 def _label(panels: Sequence[Axes], unit: str, *, is_left: bool, is_last: bool) -> None:
