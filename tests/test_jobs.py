@@ -150,8 +150,8 @@ def test_a_sample_that_cannot_tell_its_plateau_says_what_it_takes(tmp_path: Path
     assert "on the plateau" not in said
     assert said.startswith("dp_2: forecast from 48 requests that were run, by fitted steps; the drain takes ")
     assert (
-        " of it. 48 requests are too few to tell the throughput of its plateau: with 4 at once on each replica that takes "
-        "about 96 in all: --sample 96." in said
+        " of it. 48 requests are too few to tell the throughput of its plateau: with 4 at once on each replica that "
+        "takes about 96 in all: --sample 96." in said
     )
 
 

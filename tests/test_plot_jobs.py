@@ -32,6 +32,7 @@ from batch_inference.core.results import Timeline, WorkloadKey
 
 pytestmark = pytest.mark.usefixtures("coarse_plots")
 PLATEAU = "plateau_output_tok_per_s"
+JOB, SAMPLE = SimpleNamespace(requests=4000), "a sample of 100 requests"
 ABOUT = {"device_name": "an H100", "model": "a-model", "vllm_version": "1", "dtype": "bfloat16", "quantization": None}
 
 
@@ -47,7 +48,7 @@ def queue_point(batch_size: int = 8, plateau: float | None = 100.0, **changes: A
     half = changes.pop("half", plateau and plateau / 10)
     summary = {PLATEAU: plateau, "plateau_ci95_tok_per_s": half, "output_tok_per_s": 80.0}
     values: dict[str, Any] = {
-        "tokens_per_step": None, "workload": WorkloadKey("abc", "file", changes.pop("order", "given")), "job": SimpleNamespace(requests=4000),
+        "tokens_per_step": None, "workload": WorkloadKey("abc", "file", changes.pop("order", "given")), "job": JOB,
         "verdict": "valid", "replicas": 1, "runs": [], "requests": 100, "latency_s": 10.0, "power_w": None,
         "summary": summary, "timelines": [steady()], "phases": [Phases(1.0, 8.0, 10.0)], **changes,
     }  # fmt: skip
@@ -202,8 +203,8 @@ def test_the_title_of_a_facet_tells_what_was_run() -> None:
     rows = [row(replicas=2, timelines=two, tokens_per_step=512, order="longest-first", verdict="suspect")]
     (first, *_) = job_timeline(table(rows)).axes
     assert first.get_title().split("\n") == [
-        "tp_1", "2 replicas × 8 at once, summed, 512 tokens per step; longest-first; suspect; a sample",
-        "of 100 requests",
+        "tp_1", "2 replicas × 8 at once, summed, 512 tokens per step; longest-first; suspect; a sample of 100",
+        "requests",
     ]  # fmt: skip
     (first, *_) = job_timeline(table([row(requests=4000)])).axes
     assert first.get_title() == "tp_1\n8 at once; the whole job"
