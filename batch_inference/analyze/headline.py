@@ -218,7 +218,9 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
     takes = f"takes {_hours(best)}{_cost(best)}{_price(analysis)}. {_start(best)}"
     said = [f"The job of {job} on {place}, {model}: {_row_taken(best, answer)} {takes}"]
     if cheapest is not best:
-        said.append(f"The fewest device-hours: {_row_taken(cheapest, answer)}, {_hours(cheapest)}{_cost(cheapest)}.")
+        said.append(
+            f"{_row_taken(cheapest, answer)} takes the fewest device-hours: {_hours(cheapest)}{_cost(cheapest)}."
+        )
     if deadline:
         asked = f"{analysis.question.job.deadline_h:g} h"
         said.append(
@@ -253,5 +255,5 @@ def _price(analysis: Analysis) -> str:
 
 
 def _cost(row: JobRow) -> str:
-    used = f", {short(row.device_hours.value, 3)} device-hours"
-    return used if row.cost is None else f"{used}, cost {short(row.cost.value, 3)}"
+    used = f" ({short(row.device_hours.value, 3)} device-hours)"
+    return used if row.cost is None else f"{used} and costs {short(row.cost.value, 3)}"

@@ -10,7 +10,7 @@ import pandas as pd
 from batch_inference.analyze.answers import Group
 from batch_inference.analyze.compare import LAYOUT, MEASURED, layout, layout_order
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import SUSPECT_LINE, Best, few, number_text, widths_line
+from batch_inference.analyze.wording import BOLD, SUSPECT_LINE, Best, few, number_text, widths_line
 from batch_inference.core.text import counted, listed
 
 # What a row of the table stands for.
@@ -58,7 +58,8 @@ def _layout_table(title: str, rows: pd.DataFrame, names: Sequence[str], lines: l
 
 
 _LEGEND = (
-    "requests: on all devices together. Bold, or ●: the fastest of a row, and all whose 95 % interval overlaps its own."
+    "requests: on all devices together. "
+    f"{BOLD}: the fastest of a row, and every layout whose 95 % interval overlaps that of the fastest."
 )
 
 

@@ -247,8 +247,8 @@ def job_throughput(points: pd.DataFrame) -> Figure:
                       for setting, budget, line in _lines(here, shown)])  # fmt: skip
         batch_axis(axes, points["batch_size"])
     values = points[[PLATEAU, "whole"]].astype(float)
-    highest = (values[PLATEAU] + points["_half"].fillna(0)).max()
-    _upright_axis(figure.axes[0], values.min().min(), values.max().max() if pd.isna(highest) else highest)
+    highest = pd.concat([values[PLATEAU] + points["_half"].astype(float).fillna(0), values["whole"]]).max()
+    _upright_axis(figure.axes[0], values.min().min(), highest)
     for axes, series in zip(grid, drawn, strict=True):
         draw_marks(axes, series, "batch_size", PLATEAU)
     each = on_each(int(points["replicas"].max()))

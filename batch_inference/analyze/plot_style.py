@@ -201,6 +201,8 @@ def handles_of(points: pd.DataFrame, names: Sequence[str]) -> list[Any]:
         handle.set_gid("tp" if families[name][0] == "one" else families[name][0])
     if (points["verdict"] != "valid").any():
         handles.append(hollow("o", color("ink"), f"hollow: {NOT_TO_RELY_ON}"))
+    if "_has_larger" in points:
+        handles.append(words_only("larger mark: another one lies on it"))
     return handles
 
 

@@ -28,7 +28,7 @@ from batch_inference.analyze.plot_style import (
     reference,
 )
 from batch_inference.analyze.queues import QueuePoint, phases
-from batch_inference.core.text import counted, short_name, with_budget
+from batch_inference.core.text import short_name, with_budget
 
 # Facets have three panels each: more cannot be read.
 _FACETS = 6
@@ -129,7 +129,7 @@ def _words(setting: str, order: str, point: QueuePoint, width: int) -> list[str]
 def _of_job(point: QueuePoint) -> str:
     if point.is_whole_job:
         return "the whole job"
-    return f"a sample of {counted(point.requests, 'request')}"
+    return f"a sample of {point.requests:,} requests"
 
 
 def _handles(points: Iterable[QueuePoint]) -> list[Any]:

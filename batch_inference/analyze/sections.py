@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ from batch_inference.core.text import counted, short
 
 # A table has as many rows at most; results.csv and summary.json have them all.
 ROW_LIMIT = 500
+# Where a title goes on with more than its topic.
+_SHORT_TITLE = re.compile(r":| of group | against | \[|, (?:length|output) ")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Section:
     keys: int = 1  # columns that tell what a row is of
     is_more_better: frozenset[str] = frozenset()  # columns that are best sorted from the highest down
     is_detail: bool = False  # for the report, not for the terminal
+
+    @property
+    def topic(self) -> str:
+        """The title without what only the section itself needs to say: what a link is called."""
+        _, group, number = self.title.partition(" of group ")
+        return _SHORT_TITLE.split(self.title)[0] + (f" (group {number.partition(':')[0]})" if group else "")
 
     @property
     def rest(self) -> str:

@@ -22,6 +22,10 @@ SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
 _NEARLY_ALIKE = 1.1
 
 
+# How a line that explains the marks of a table names that of the best.
+BOLD = "Bold"
+
+
 class Best(str):
     """A cell that holds the best of its row: bold, or marked where nothing is bold."""
 
