@@ -122,7 +122,7 @@ def test_limits_and_a_price_are_part_of_the_answer(head: Any) -> None:
         "the shortest batch time too: 1.000 s. It costs 31.25 per M tokens."
     )
     (sentence,) = head([one], Question(Limits(latency_s=0.5))).sentences
-    assert sentence.endswith("with latency p99 ≤ 0.5 s: no point keeps the limits.")
+    assert sentence.endswith("with latency p99 ≤ 0.5 s: no point meets the limits.")
 
 
 def test_of_several_machines_the_one_with_the_most_points_comes_first(head: Any) -> None:
@@ -247,7 +247,7 @@ def test_of_settings_that_the_intervals_do_not_tell_apart_the_simplest_is_taken(
 def test_nothing_measured_is_said(head: Any) -> None:
     invalid = make_point(verdict="invalid", verdict_reasons=["too short"])
     (sentence,) = head([make_result("tp_1", [invalid])]).sentences
-    assert sentence == f"On 1 × H100, {LLAMA}: no point was measured that counts; the reasons are below."
+    assert sentence == f"On 1 × H100, {LLAMA}: no valid point was measured; the reasons are below."
     assert head([make_result("tp_1", [], status="failed")]).sentences == (
         "No point was measured; the reasons are below.",
     )
@@ -257,9 +257,9 @@ def test_earlier_results_are_the_first_answer(head: Any) -> None:
     steady = [1.0, 1.001, 0.999, 1.0005]
     old = [make_result(points=[make_point(1, latencies_s=steady)])]
     new = [make_result(points=[make_point(1, latencies_s=[1.1 * second for second in steady])])]
-    assert head(new, old=old).sentences[0] == "Against the earlier results, 1 point: 1 worse."
+    assert head(new, old=old).sentences[0] == "Compared with the earlier results, 1 point: 1 worse."
     other = [make_result("other", points=[make_point(2)])]
-    assert head(other, old=old).sentences[0] == "Against the earlier results, 0 points: none is in both."
+    assert head(other, old=old).sentences[0] == "Compared with the earlier results, 0 points: no point is in both."
 
 
 def test_the_answer_comes_first_everywhere_and_no_number_is_broken() -> None:

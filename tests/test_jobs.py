@@ -133,9 +133,9 @@ def test_of_a_job_that_was_run_the_drain_is_the_one_that_was_seen(tmp_path: Path
     plateau = row.point.plateau
     assert plateau is not None
     rate = interval_text(plateau, unit="tok/s")
-    assert f"tp_1 ran the whole job with {rate} on the plateau; its drain took {end_s - start_s:.2f} s." in said_of(
-        found
-    )
+    said = said_of(found)
+    assert f"tp_1 ran the whole job with {rate} on the plateau. The drain, in which fewer" in said
+    assert f"took {end_s - start_s:.2f} s." in said
 
 
 def test_a_sample_that_cannot_tell_its_plateau_says_what_it_takes(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_sample_that_cannot_tell_its_plateau_says_what_it_takes(tmp_path: Path
     assert "on the plateau" in said_of(found)
     said = said_of(replace(found, rows=[wide]))
     assert "on the plateau" not in said
-    assert said.startswith("dp_2: forecast from 48 requests that were run, by fitted steps; the drain takes ")
+    assert said.startswith("dp_2 is forecast from 48 requests that were run, by fitted steps. The drain, in which ")
     assert (
         " of it. 48 requests are too few to tell the throughput of its plateau: with 4 at once on each replica that "
         "takes about 96 in all: --sample 96." in said
@@ -185,7 +185,7 @@ def test_the_start_of_the_engine_is_said_to_be_left_out(tmp_path: Path) -> None:
         paths = save_all([setting("tp_1", queue(), engine=engine)], tmp_path)
         return headline(analyse([load_setting(path) for path in paths], Question())).sentences[0]
 
-    assert first(load_s={"total_s": 95.2}).endswith(" The start of the engine comes on top, which took 95 s here.")
+    assert first(load_s={"total_s": 95.2}).endswith(" The start of the engine comes on top: here 95 s.")
 
 
 def test_another_job_is_forecast_and_one_unlike_all_that_was_measured_is_refused(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_another_job_is_forecast_and_one_unlike_all_that_was_measured_is_refused
 
     found = answer(tmp_path, setting("tp_1", queue()), lengths=lengths(PROMPT, OUTPUT), name="other.jsonl")
     assert found.rows[0].hours.value * 3600 == pytest.approx(480, rel=0.03)
-    with pytest.raises(JobError, match=r"^--job other\.jsonl: not forecast from tp_1: .+"):
+    with pytest.raises(JobError, match=r"^--job other\.jsonl: cannot be forecast from tp_1: .+"):
         answer(tmp_path, setting("tp_1", queue()), lengths=lengths(100 * PROMPT, OUTPUT), name="other.jsonl")
 
 
@@ -302,12 +302,12 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     answer, _, rest = text.partition(" For this job ")
     assert rest.startswith("job 480 requests: 3,840 prompt and 1,920 output tokens")
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
-                    r"[\d.]+ min, 0\.0\d+ device-hours, cost 2\.4\d* at 36 per device-hour\. The start of the engine "
-                    r"comes on top, which took 40 s here\. 0\.03 h are enough with 3 replicas of TP=1, so "
+                    r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
+                    r"engine comes on top: here 40 s\. To finish within 0\.03 h takes 3 replicas of TP=1, so "
                     r"3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
-    assert re.search(r"deadline: 3 replicas of tp_1, 2 at once on each, so 3 devices, take 1\.3\d* ±[\d.]+ min: at the "
-                     r"upper end \d+% of the time is left", text)  # fmt: skip
+    assert re.search(r"deadline: 3 replicas of tp_1 \(3 devices\), 2 at once on each, take 1\.3\d* ±[\d.]+ min; at the "
+                     r"upper end of that interval \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
     assert "suspect: tp_1, batch 2 x length 8: runs differ" in text
     lines = said.partition("\n\n/")[0].splitlines()
@@ -345,9 +345,7 @@ def test_a_file_of_another_job_needs_both_lengths(tmp_path: Path) -> None:
     lengths = lengths_in(good)
     assert (lengths.prompt_tokens.tolist(), lengths.output_tokens.tolist()) == ([8, 9], [4, 5])  # type: ignore[union-attr]
     bad.write_text('{"prompt": "hello", "output_tokens": 4}\n')
-    with pytest.raises(
-        UsageError, match=r"^--job .*bad\.jsonl, request 1: its prompt has no length; give lengths alone"
-    ):
+    with pytest.raises(UsageError, match=r"^--job .*bad\.jsonl, request 1: its prompt has no length; give the lengths"):
         lengths_in(bad)
     # The analysis has no flag by which lines are left out.
     bad.write_text('{"prompt_tokens": 0, "output_tokens": 4}\n')

@@ -225,7 +225,7 @@ def test_a_point_that_tells_no_steps_has_no_facet() -> None:
         "",
         "",
     ]
-    with pytest.raises(NothingToShowError, match="no point tells its steps"):
+    with pytest.raises(NothingToShowError, match="no point recorded its steps"):
         job_timeline(table(rows[:1]))
 
 
@@ -333,7 +333,7 @@ def test_the_plateau_is_drawn_against_requests_at_once_and_the_whole_sample_as_a
         "Requests at once, log scale", "Output throughput [tok/s]",
     )  # fmt: skip
     assert axes.get_ylim()[1] > 110
-    assert legend_labels(figure) == ["tp_1", "thin line: over the whole sample, with its drain"]
+    assert legend_labels(figure) == ["tp_1", "thin line: mean of the whole sample, drain included"]
 
 
 def test_replicas_have_so_many_at_once_each() -> None:
@@ -401,7 +401,7 @@ def test_of_many_settings_the_best_are_drawn_and_the_title_says_so(draw: Callabl
     (points,) = prepared([table(crowd())])
     figure = draw(points)
     shown = 6 if draw is job_timeline else plot_looks.NAMED
-    assert f"({shown} of the best of 20 settings" in title(figure)
+    assert f"(the best {shown} of 20 settings" in title(figure)
     look = looks(points)
     chosen = plot_looks.named(points)
     assert len({to_hex(look[name]["color"]) for name in chosen}) == plot_looks.NAMED
@@ -486,7 +486,7 @@ def test_the_plots_of_each_job_come_first(tmp_path: Path, monkeypatch: pytest.Mo
         ("Throughput against requests at once (job 2, prefixes cached)", "job_throughput_2.png"),
     ]
     # Nobody asked for a grid, so that what needs one is no news.
-    assert missing == ["Throughput over time (job 2, prefixes cached): no point tells its steps"]
+    assert missing == ["Throughput over time (job 2, prefixes cached): no point recorded its steps"]
     assert title(saved[tmp_path / "job_cost_2.png"]).endswith("its time (job 2, prefixes cached)")
 
 

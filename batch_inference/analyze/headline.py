@@ -101,14 +101,14 @@ def _sentences(analysis: Analysis, names: _Names) -> Iterator[str]:
         yield "No point was measured; the reasons are below."
     if analysis.comparison is not None:
         points = analysis.comparison.points
-        changes = counts_of_changes(points) or "none is in both"
-        yield f"Against the earlier results, {counted(len(points), 'point')}: {changes}."
+        changes = counts_of_changes(points) or "no point is in both"
+        yield f"Compared with the earlier results, {counted(len(points), 'point')}: {changes}."
     for answer in sorted(analysis.jobs, key=lambda one: -len(one.rows)):
         yield from _job_sentences(answer, analysis, names)
     for group in sorted(analysis.groups, key=lambda one: (-len(one.points), one.number)):
         yield from _group_sentences(group, analysis, names)
     if wrong := of_another_model(analysis):
-        yield f"Do not use {few(wrong, 3)} yet: most answers are those of another model; see “Same answers?”."
+        yield f"Do not use {few(wrong, 3)} yet: most answers look like those of another model; see “Same answers?”."
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterato
     for choice in group.choices:
         by_length.setdefault(choice.seq_len, []).append(choice)
     if not by_length:
-        yield f"{place}: no point was measured that counts; the reasons are below."
+        yield f"{place}: no valid point was measured; the reasons are below."
     # Of several groups that of the longest prompts, which the files to be used are for.
     lengths = sorted(by_length)[:_LENGTHS] if len(analysis.groups) == 1 else sorted(by_length)[-1:]
     limits = str(analysis.question.limits)
@@ -155,7 +155,7 @@ def _advice(group: Group, choices: Sequence[Choice]) -> Iterator[str]:
     by_goal = {choice.goal.name: choice for choice in choices if choice.best is not None}
     fastest = by_goal.get("throughput")
     if fastest is None or fastest.best is None:
-        yield "no point keeps the limits."
+        yield "no point meets the limits."
         return
     yield f"{_taken(group, fastest.best)} gives {_number(fastest)}{_as_good(group, fastest)}."
     others = [(by_goal[name], same, apart) for name, same, apart in _ALSO if name in by_goal]
@@ -212,7 +212,7 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
     model, job = names.model(of_group["model"]), requests_words(answer)
     best, cheapest, deadline = answer.best, answer.cheapest, answer.deadline
     if best is None or cheapest is None:
-        yield f"The job of {job}, {model}: nothing was measured that can forecast it; the reasons are below."
+        yield f"The job of {job}, {model}: no measured point can forecast it; the reasons are below."
         return
     place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
     takes = f"takes {_hours(best)}{_cost(best)}{_price(analysis)}. {_start(best)}"
@@ -224,8 +224,9 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
     if deadline:
         asked = f"{analysis.question.job.deadline_h:g} h"
         said.append(
-            f"{asked} are enough with {counted(deadline.replicas, 'replica')} of {_called_row(deadline.row, answer)}, "
-            f"so {counted(deadline.devices, 'device')}: {spoken(time_text(deadline.hours))}."
+            f"To finish within {asked} takes {counted(deadline.replicas, 'replica')} of "
+            f"{_called_row(deadline.row, answer)}, so {counted(deadline.devices, 'device')}: "
+            f"{spoken(time_text(deadline.hours))}."
         )
     yield " ".join(said)
 
@@ -242,8 +243,7 @@ def _called_row(row: JobRow, answer: JobAnswer) -> str:
 
 def _start(row: JobRow) -> str:
     """A job of minutes is one whose engine's start counts."""
-    took = "" if row.load_s is None else f", which took {short(row.load_s, 2)} s here"
-    return f"The start of the engine comes on top{took}."
+    return "The start of the engine comes on top" + ("." if row.load_s is None else f": here {short(row.load_s, 2)} s.")
 
 
 def _hours(row: JobRow) -> str:

@@ -67,7 +67,7 @@ def told_apart(answer: JobAnswer, answers: Sequence[JobAnswer]) -> str:
 
 def few_words(answer: JobAnswer) -> str:
     """Of a title, where there are several jobs."""
-    outputs = {OWN_END: ", the model's own ends", "file": ""}.get(
+    outputs = {OWN_END: ", ended by the model", "file": ""}.get(
         str(answer.output_lengths), f", {answer.output_lengths} output tokens each"
     )
     return f"{requests_words(answer)}{outputs}{_cached(answer)}"
@@ -102,10 +102,10 @@ def time_text(interval: Interval) -> str:
 
 
 def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
-    made = "as many output tokens as the model likes"
+    made = "as many output tokens as the model makes"
     if answer.output_tokens is not None:
         made = f"{answer.output_tokens:,.0f} output tokens"
-    cached = "; prefixes that requests share are cached" if answer.is_cached else ""
+    cached = "; shared prefixes are cached" if answer.is_cached else ""
     yield "job", f"{requests_words(answer)}: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
     best, cheapest = answer.best, answer.cheapest
     if best is None or cheapest is None:
@@ -138,7 +138,7 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     yield from _order_lines(answer)
     yield from _grid_lines(answer.rows)
     if any(row.hours.low is None for row in answer.rows):
-        yield "no ±: too little was run to tell how far it may be off."
+        yield "no ±: too little was run for an interval."
     if any(row.point.verdict == "suspect" for row in answer.rows):
         yield SUSPECT_LINE
     yield (
@@ -155,14 +155,12 @@ def _basis(best: JobRow) -> str:
     on_plateau = f" with {interval_text(rate, unit='tok/s')} on the plateau" if rate is not None and is_known else ""
     if best.is_as_run:
         start_s, end_s = phases(point)[-1]
-        said = f"{best.setting} ran the whole job{on_plateau}; its drain took {short(end_s - start_s, 3)} s."
+        said, drain = f"{best.setting} ran the whole job{on_plateau}.", f"took {short(end_s - start_s, 3)} s"
     else:
-        drain = f"the drain takes {short(found.drain_s.value, 3)} s of it"
-        said = (
-            f"{best.setting}: forecast from {point.requests:,} requests that were run{on_plateau}, by {found.method}; "
-            f"{drain}."
-        )
-    return said if is_known else f"{said} {_too_few(point)}"
+        run = f"{point.requests:,} requests that were run"
+        said = f"{best.setting} is forecast from {run}{on_plateau}, by {found.method}."
+        drain = f"takes {short(found.drain_s.value, 3)} s of it"
+    return f"{said} The drain, in which fewer requests run, {drain}.{'' if is_known else f' {_too_few(point)}'}"
 
 
 def _too_few(point: QueuePoint) -> str:
@@ -177,7 +175,7 @@ def _too_few(point: QueuePoint) -> str:
 def _deadline_lines(answer: JobAnswer) -> Iterator[str]:
     deadline = answer.deadline
     if answer.is_late:
-        yield "deadline: no number of replicas is in time; the longest request alone takes longer."
+        yield "deadline: no number of replicas meets it, because the longest request alone takes longer."
     if deadline:
         yield f"deadline: {_deadline_words(deadline)}"
 
@@ -185,8 +183,8 @@ def _deadline_lines(answer: JobAnswer) -> Iterator[str]:
 def _deadline_words(deadline: Deadline) -> str:
     row = deadline.row
     return (
-        f"{counted(deadline.replicas, 'replica')} of {row.setting}, {row.point.batch_size} at once on each, so "
-        f"{counted(deadline.devices, 'device')}, take {time_text(deadline.hours)}: at the upper end "
+        f"{counted(deadline.replicas, 'replica')} of {row.setting} ({counted(deadline.devices, 'device')}), "
+        f"{row.point.batch_size} at once on each, take {time_text(deadline.hours)}; at the upper end of that interval "
         f"{deadline.margin:.0%} of the time is left"
     )
 
@@ -194,7 +192,7 @@ def _deadline_words(deadline: Deadline) -> str:
 def _order_lines(answer: JobAnswer) -> Iterator[str]:
     for where, order, saved in gains_of_orders(answer):
         word = "saves" if saved >= 0 else "costs"
-        yield f"order: {order} {word} {abs(saved):.1%} of the time at {where}, against the order of the file."
+        yield f"order: {order} {word} {abs(saved):.1%} of the time at {where}, compared with the order of the file."
 
 
 def _grid_lines(rows: Sequence[JobRow]) -> Iterator[str]:

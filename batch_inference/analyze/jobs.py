@@ -147,7 +147,7 @@ def _answer(
             advice = "lower --batch-sizes" if point.is_whole_job else "raise --sample"
             left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; {advice}")
         elif outside := question.lengths and mix_outside(point.runs, job):
-            raise JobError(f"--job {question.name}: not forecast from {labels(setting)}: {outside}")
+            raise JobError(f"--job {question.name}: cannot be forecast from {labels(setting)}: {outside}")
         else:
             rows.append(_row(setting, point, labels(setting), job, question))
     rows.sort(key=lambda row: row.hours.value)

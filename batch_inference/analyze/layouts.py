@@ -30,7 +30,8 @@ def layouts(group: Group) -> Iterator[Section]:
             yield _layout_table(title, rows, names, legend)
             legend = []
         elif len(present) > 1:
-            line = f"Not compared: {', '.join(present)}: no two of them were measured at the same number of requests."
+            names = ", ".join(present)
+            line = f"{names}: not compared, because no two of them were measured at the same number of requests."
             yield Section(title, lines=[line])
 
 
@@ -72,7 +73,7 @@ def _layout_notes(rows: pd.DataFrame) -> Iterator[str]:
     if (rows["verdict"] == "suspect").any():
         yield SUSPECT_LINE
     if rows.groupby("layout")["setting"].nunique().max() > 1:
-        yield "Of several settings of one layout the fastest is shown at each point."
+        yield "Where several settings have the same layout, each cell shows the fastest of them."
 
 
 def _fastest_layouts(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -109,7 +110,7 @@ def _compared_where(rows: pd.DataFrame, with_alone: pd.DataFrame) -> list[str]:
     best = rows[rows["is_best"]].sort_values(["global_batch_size", "_order"])
     if best["layout"].nunique() == 1:
         every = {1: counted(batches[0], "request"), 2: "both batch sizes"}
-        of_these = " that several layouts have" if len(rows) < len(with_alone) else ""
+        of_these = " at which several layouts were measured" if len(rows) < len(with_alone) else ""
         where = every.get(len(batches), f"all {len(batches)} batch sizes")
         return [f"{best['layout'].iloc[0]}, at {where}{of_these}"]
     places = best.groupby("layout", sort=False)["global_batch_size"].agg(list)

@@ -46,7 +46,7 @@ def as_html(
     body = [
         f"<header><h1>{escape(head.title)}</h1>",
         _head(head),
-        _contents({name: section.topic for name, section in ids.items()}, bool(plots or missing), has_points),
+        _contents({name: section.link for name, section in ids.items()}, bool(plots or missing), has_points),
         "</header><main>",
         *(_section(section, name) for name, section in ids.items()),
         *(drawn if plots or missing else []),

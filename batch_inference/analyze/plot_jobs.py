@@ -230,7 +230,9 @@ def job_throughput(points: pd.DataFrame) -> Figure:
     look, shown = looks(points), named(points)
     orders = sorted(points["order"].unique(), key=lambda order: (order != "given", order))
     budgets = sorted(points["tokens_per_step"].dropna().unique())
-    thin = Line2D([], [], color=color("ink"), linewidth=0.6, label="thin line: over the whole sample, with its drain")
+    thin = Line2D(
+        [], [], color=color("ink"), linewidth=0.6, label="thin line: mean of the whole sample, drain included"
+    )
     handles = [*handles_of(points, shown), *_budget_handles(budgets), thin]
     if points[PLATEAU].isna().any():
         handles.append(words_only("no mark: too few requests for a plateau"))

@@ -69,7 +69,7 @@ def memory(points: pd.DataFrame) -> Figure:
 
 
 _BEYOND = (
-    "A bar is what vLLM plans for. A diamond right of it is the highest use that the device reported: CUDA graphs, "
+    "The bars are what vLLM plans with. The diamond is the highest use that the device reported: CUDA graphs, "
     "libraries and buffers come on top."
 )
 _SCOPES = {"device": "device", "replica": "replica's processes"}

@@ -37,9 +37,9 @@ _STRETCHES = 80
 # Share of a facet's height, from its top, and what is between two panels.
 _PANELS, _BETWEEN = (0.55, 0.18, 0.18), 0.045
 _PHASES = (
-    ("ramp: the places fill", "ramp"),
-    ("plateau: all places are taken", "plateau"),
-    ("drain: fewer are left than places", "drain"),
+    ("ramp: the places are filling", "ramp"),
+    ("plateau: every place is taken", "plateau"),
+    ("drain: fewer requests than places", "drain"),
 )
 # A unit of time, and from how many seconds on it is used.
 _TIMES = (("h", 3600.0, 3 * 3600.0), ("min", 60.0, 10 * 60.0), ("s", 1.0, 0.0))
@@ -81,7 +81,7 @@ def timeline(points: pd.DataFrame, title: str) -> Figure:
     """A facet for the fastest point of each setting."""
     told = points[[any(one.end_s for one in point.timelines) for point in points["point"]]]
     if told.empty:
-        raise NothingToShowError("no point tells its steps")
+        raise NothingToShowError("no point recorded its steps")
     best = told[told["setting"].isin(named(points))].drop_duplicates("setting").head(_FACETS)
     settings, columns = points["setting"].nunique(), columns_of(len(best))
     of_many = f" ({of_settings(len(best), settings)})" if len(best) < settings else ""

@@ -138,7 +138,7 @@ def roofline(points: pd.DataFrame) -> Figure:
     distance below the slanted roof its MBU."""
     measured = points[(points["status"] == "ok") & (points["mfu"] > 0) & (points["mbu"] > 0)]
     if measured.empty:
-        raise NothingToShowError("no point tells them")
+        raise NothingToShowError("no point has both numbers")
     measured = measured.assign(_x=measured["mfu"] / measured["mbu"])
     shown = named(measured)
     roof = Line2D([], [], label="roof: the most that the device can do", **reference())

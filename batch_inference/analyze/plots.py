@@ -111,7 +111,7 @@ def _efficiency(points: pd.DataFrame, efficiency: str, equal: str) -> Figure:
     baseline = baseline_of(measured)
     shown = measured[measured[efficiency].notna() & (measured["setting"].astype(object) != baseline)]
     if shown.empty:
-        raise NothingToShowError(f"no point has the length and the {equal} of one of the baseline, {baseline}")
+        raise NothingToShowError(f"no point has the same length and {equal} as one of the baseline, {baseline}")
     title = f"Scaling efficiency against {short_name(str(baseline), 30)}, at equal {equal}"
     x = "batch_size" if efficiency.startswith("weak") else "global_batch_size"
     shown = shown.assign(_half=shown[f"{efficiency}_ci95"])
