@@ -89,6 +89,36 @@ def test_the_page_holds_everything_and_fetches_nothing(page: Any) -> None:
         assert words in text
 
 
+def test_links_are_short_and_of_several_groups_told_apart(page: Any) -> None:
+    def links(results: Any) -> list[str]:
+        return re.findall(r"<a href=[^>]*>([^<]*)</a>", page(results))
+
+    one = links(make_sweep([(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (2, 2, 1)]))
+    assert one == [
+        "Best", "TP, PP or DP? 2 devices", "TP, PP or DP? 4 devices", "Scaling", "Pareto front", "Measured", "Settings",
+        "Plots", "All points",
+    ]  # fmt: skip
+    other = make_result("other", [make_point()], environment={"devices": [{"name": "NVIDIA A100"}]})
+    assert links([*make_sweep([(1, 1, 1)]), other])[:4] == [
+        "Best (group 1)", "Best (group 2)", "Pareto front (group 1)", "Pareto front (group 2)",
+    ]  # fmt: skip
+
+
+def test_the_page_explains_no_mark_that_it_does_not_have(page: Any) -> None:
+    text = page(make_sweep([(1, 1, 1), (2, 1, 1), (1, 2, 1)]))
+    assert "Bold: the fastest of a row" in text
+    assert "●" not in text
+
+
+def test_what_would_be_better_stands_below_the_winner_with_its_command(page: Any) -> None:
+    one = make_result("tp_1", [make_point(4, latencies_s=[1.0])])
+    text = page([one, make_result("tp_2", [make_point(4, latencies_s=[0.8])], (2, 1, 1))])
+    places = [
+        text.index(words) for words in ('class="answer"', "vllm serve", "2 replicas of TP=1", "custom DP=2", "<nav")
+    ]
+    assert places == sorted(places)
+
+
 def test_no_name_from_a_file_becomes_a_tag(page: Any) -> None:
     result = make_result("x", [make_point(verdict="suspect", verdict_reasons=[HOSTILE])], config={"model": HOSTILE})
     result.points.append(make_point(2, status="oom", runs=[], reason=HOSTILE))
@@ -282,6 +312,25 @@ def test_the_value_of_the_best_is_seen_on_a_phone(chromium: Browser, opened: Any
 
 
 @pytest.mark.slow
+def test_a_tall_table_says_how_many_rows_it_has_and_whether_there_are_more(chromium: Browser, opened: Any) -> None:
+    chromium.open(opened(9), *SCREENS["desk"])
+    before, after, faded = chromium.run("""(async () => {
+        const wide = document.querySelector("#points .wide"), hint = wide.previousElementSibling;
+        const first = hint.textContent, fade = () => getComputedStyle(wide, "::after").content;
+        const faded = [fade()];
+        wide.scrollTo(0, wide.scrollHeight);
+        await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+        return [first, hint.textContent, [...faded, fade()]];
+    })()""")
+    # Nine settings, three batch sizes, two lengths.
+    assert before == "Scroll the table: 54 rows, more rows below ↓"
+    assert after == "Scroll the table: 54 rows, the last rows, more above ↑"
+    assert faded == ['""', "none"]
+    hidden = chromium.run("""[...document.querySelectorAll(".hint")].map(hint => hint.hidden)""")
+    assert True in hidden
+
+
+@pytest.mark.slow
 def test_a_wide_table_scrolls_with_a_hint_and_its_first_column_and_head_stay(chromium: Browser, opened: Any) -> None:
     chromium.open(opened(40), *SCREENS["phone"])
     hint, left, top, moved = chromium.run("""(async () => {
@@ -293,7 +342,7 @@ def test_a_wide_table_scrolls_with_a_hint_and_its_first_column_and_head_stay(chr
         const after = [cell, head, other].map(one => one.getBoundingClientRect());
         return [hint, after[0].left - before[0].left, after[1].top - before[1].top, after[2].left - before[2].left];
     })()""")
-    assert hint == "More columns to the right: scroll the table →"
+    assert hint == "Scroll the table: 240 rows, more rows below ↓, more columns to the right →"
     assert (left, top, moved) == (0, 0, -150)
 
 

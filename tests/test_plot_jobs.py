@@ -192,6 +192,14 @@ def test_all_facets_have_one_axis_of_time() -> None:
     assert len({tuple(axes.get_xticks()) for axes in figure.axes}) == 1
 
 
+def test_a_run_that_is_many_times_as_long_has_an_axis_of_its_own_and_that_is_said() -> None:
+    short = {"phases": [Phases(0.5, 1.5, 2.0)], "timelines": [steady(2.0)]}
+    figure = job_timeline(table([row("tp_1", 2.0), row("tp_2", 1.0, 2, **short)]))
+    assert {axes.get_xlim() for axes in figure.axes} == {(0, 10), (0, 2)}
+    assert "The axes of time are not alike" in figure.texts[1].get_text()
+    assert "axes of time" not in job_timeline(table([row()])).texts[1].get_text()
+
+
 def test_without_a_plateau_none_is_named() -> None:
     figure = job_timeline(table([row(phases=[Phases(6.0, 6.0, 10.0)], plateau=None)]))
     assert [label.split(":")[0] for label in legend_labels(figure)] == ["ramp", "drain"]

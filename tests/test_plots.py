@@ -296,6 +296,7 @@ def test_memory_is_drawn_per_setting_with_the_highest_use(table: Any) -> None:
     assert legend_labels(figure)[2] == "Highest use seen, device"
     assert [text.get_text() for text in axes.texts] == ["12.6", "6.3", "40.0", "40.0", "memory of a device, 79.6 GiB"]
     assert axes.get_xlabel() == "Memory of a device [GiB]"
+    assert "The diamond is the highest use that the device reported" in texts(figure).replace("\n", " ")
 
 
 def test_memory_on_a_cpu_is_that_of_the_processes(table: Any) -> None:
@@ -303,6 +304,7 @@ def test_memory_on_a_cpu_is_that_of_the_processes(table: Any) -> None:
     points[0].runs[0].memory.scope = "replica"
     figure = plots.memory(table([make_result(points=points, environment={"device_kind": "cpu"})]))
     assert legend_labels(figure)[2] == "Highest use seen, replica's processes"
+    assert "diamond" not in texts(figure)
     # What processes use together is on no axis with what a device has.
     device, processes = figure.axes
     assert [float(bar.get_width()) for bar in device.patches] == pytest.approx([12.6, 40.0])
@@ -434,6 +436,21 @@ def test_settings_at_the_same_place_stand_within_each_other(table: Any) -> None:
     assert sizes == {(shade("one", 0), 8.5), (shade("dp", 0), 5.0)}
     # A number for both; the batch size of a replica.
     assert sorted(text.get_text() for text in axes.texts) == ["4", "8"]
+
+
+def test_larger_marks_are_explained_where_there_are_some_and_nowhere_else(table: Any) -> None:
+    results = [make_result(name, [make_point(b, 8, [1.0]) for b in (1, 2)], sizes)
+               for name, sizes in (("dp_2", (1, 1, 2)), ("tp_2", (2, 1, 1)))]  # fmt: skip
+    key = "larger mark: another one lies on it"
+    for draw in (plots.throughput, plots.pareto):
+        (points,) = prepared([table(results[:1])])
+        assert key not in legend_labels(plots.with_its_keys(draw, points))
+    same = [make_result(name, [make_point(b, 8, [1.0]) for b in (1, 2)], (2, 1, 1)) for name in ("a", "b")]
+    (points,) = prepared([table(same)])
+    for draw in (plots.throughput, plots.pareto):
+        figure = plots.with_its_keys(draw, points)
+        assert key in legend_labels(figure)
+        assert len(legend_labels(figure)) == len(legend_labels(draw(points))) + 1
 
 
 def test_a_line_under_another_is_wider(table: Any) -> None:

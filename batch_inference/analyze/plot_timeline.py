@@ -41,6 +41,8 @@ _PHASES = (
     ("plateau: every place is taken", "plateau"),
     ("drain: fewer requests than places", "drain"),
 )
+# Of runs that differ by more each has an axis of its own: the short ones could not be read.
+_MOST_OF_TIME = 4.0
 # A unit of time, and from how many seconds on it is used.
 _TIMES = (("h", 3600.0, 3 * 3600.0), ("min", 60.0, 10 * 60.0), ("s", 1.0, 0.0))
 
@@ -90,7 +92,14 @@ def timeline(points: pd.DataFrame, title: str) -> Figure:
     # What a title has beyond one line is taken from the facets.
     titles_in = 0.15 * (max(map(len, titles)) - 1)
     height_in = (2.7 if len(best) > 1 else 3.2) + titles_in
-    figure, grid = new_figure(best, title + of_many, len(best), height_in, _handles(best["point"]))
+    lasts_s = [phases(point)[-1][1] for point in best["point"]]
+    is_shared = max(lasts_s) <= _MOST_OF_TIME * min(lasts_s)
+    note = (
+        ""
+        if is_shared
+        else "\nThe axes of time are not alike: the longest run takes many times as long as the shortest."
+    )
+    figure, grid = new_figure(best, title + of_many + note, len(best), height_in, _handles(best["point"]))
     label_outside(grid, "", "")
     unit, unit_s = _time_unit(best["point"])
     first: list[Axes] = []
@@ -100,18 +109,16 @@ def timeline(points: pd.DataFrame, title: str) -> Figure:
         axes.set_title("\n".join(words), fontsize=8.5, pad=3, linespacing=1.15)
         _draw(panels, point, unit_s, looks(points)[setting]["color"])
         _label(panels, unit, is_left=index % columns == 0, is_last=index + columns >= len(grid))
-    _share_time(grid, max(phases(point)[-1][1] for point in best["point"]) / unit_s)
+    for axes, last_s in zip(grid, lasts_s, strict=True):
+        _set_time(axes, (max(lasts_s) if is_shared else last_s) / unit_s)
     for axes in first:
         axes.set_ylim(0, None)
     return figure
 
 
-def _share_time(grid: Iterable[Axes], last: float) -> None:
-    """As long an axis for all, so that what takes longer is longer."""
+def _set_time(axes: Axes, last: float) -> None:
     # A number at the right edge would meet the first one of the next facet.
-    ticks = [tick for tick in MaxNLocator(5).tick_values(0, last) if tick <= 0.92 * last]
-    for axes in grid:
-        axes.set(xlim=(0, last), xticks=ticks)
+    axes.set(xlim=(0, last), xticks=[tick for tick in MaxNLocator(5).tick_values(0, last) if tick <= 0.92 * last])
 
 
 def _words(setting: str, order: str, point: QueuePoint, width: int) -> list[str]:
