@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from batch_inference.analyze.decide import Limits
 from batch_inference.analyze.headline import Headline, headline
 from batch_inference.analyze.layouts import layouts
 from batch_inference.analyze.markdown import as_markdown
+from batch_inference.analyze.sections import best
 from batch_inference.analyze.tables import load_setting
 from batch_inference.analyze.terminal import as_text
 from batch_inference.core.results import Result
@@ -242,6 +244,29 @@ def test_of_settings_that_the_intervals_do_not_tell_apart_the_simplest_is_taken(
     (sentence, *_) = head(results).sentences
     assert "TP=4 (tp_4) at 4 requests gives 126.7" in sentence
     assert "(as good within the intervals: TP=4 (flags) and 1 more)" in sentence
+
+
+def test_of_ties_one_to_rely_on_is_taken_and_a_suspect_one_is_marked(head: Any, tmp_path: Path) -> None:
+    spread = [1.0, 1.02, 0.98]
+    doubtful = make_result("tp_1", [make_point(2, latencies_s=spread, verdict="suspect", verdict_reasons=["x"])])
+    point = make_point(1, latencies_s=spread, replicas=2)
+    good = make_result("dp_2", [point], (1, 1, 2))
+    assert "DP=2 at 1 request per replica gives 64" in head([doubtful, good]).sentences[0]
+    analysis = analyse([load_setting(path) for path in save_all([doubtful, good], tmp_path)], Question())
+    lines = best(analysis.groups[0], analysis).lines
+    assert lines[0].startswith("tie, length 64, throughput, as good within the intervals: tp_1 (batch 2: 64.0 ±")
+    assert any(line.startswith("* suspect") for line in lines)
+
+
+def test_a_long_name_is_short_in_the_sentence_and_never_that_of_two(head: Any) -> None:
+    names = [f"tp_1_with_a_name_that_is_as_long_as_{end}_names_may_be_of_settings" for end in ("some", "other")]
+    results = [
+        make_result(name, [make_point(1, latencies_s=[1.0 + 0.5 * number])]) for number, name in enumerate(names)
+    ]
+    (sentence, *_) = head(results).sentences
+    (name,) = re.findall(r"TP=1 \((.*?)\)", sentence.partition(".")[0])
+    assert len(name) <= 32
+    assert "some" in name
 
 
 def test_nothing_measured_is_said(head: Any) -> None:

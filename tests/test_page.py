@@ -58,7 +58,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img", "input", "source"):
+        if tag not in ("meta", "link", "img", "input", "source", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -110,13 +110,30 @@ def test_the_page_explains_no_mark_that_it_does_not_have(page: Any) -> None:
     assert "●" not in text
 
 
+def test_names_break_between_words_and_flags_and_commands_not_at_all(page: Any) -> None:
+    name = "tp_1_" + "word_" * 8
+    text = page([make_result(name, [make_point(verdict="suspect", verdict_reasons=["raise --max-runs"])])])
+    assert f'<td class="long">{name.replace("_", "_<wbr>")}</td>' in text
+    assert 'raise <span class="whole">--max-runs</span>' in text
+    assert (
+        "<pre><span>vllm</span> <span>serve</span> <span>--config</span> <span>best/vllm_config.yaml</span></pre>"
+        in text
+    )
+
+
 def test_what_would_be_better_stands_below_the_winner_with_its_command(page: Any) -> None:
     one = make_result("tp_1", [make_point(4, latencies_s=[1.0])])
     text = page([one, make_result("tp_2", [make_point(4, latencies_s=[0.8])], (2, 1, 1))])
-    places = [
-        text.index(words) for words in ('class="answer"', "vllm serve", "2 replicas of TP=1", "custom DP=2", "<nav")
-    ]
+    text = re.sub("</?span[^>]*>", "", text)
+    parts = ('class="answer"', "vllm serve", "2 replicas of TP=1", "custom DP=2", "<nav")
+    places = [text.index(words) for words in parts]
     assert places == sorted(places)
+
+
+def test_a_plot_that_is_higher_than_wide_has_more_of_a_page(page: Any) -> None:
+    assert '<figure class="high">' not in page(make_sweep([(1, 1, 1)]), ("memory",))
+    sizes = [(tp, pp, dp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for dp in (1, 2)]
+    assert '<figure class="high">' in page(make_sweep(sizes, batch_sizes=(1,)), ("memory",))
 
 
 def test_no_name_from_a_file_becomes_a_tag(page: Any) -> None:

@@ -409,7 +409,7 @@ def test_of_many_settings_the_best_are_drawn_and_the_title_says_so(draw: Callabl
     (points,) = prepared([table(crowd())])
     figure = draw(points)
     shown = 6 if draw is job_timeline else plot_looks.NAMED
-    assert f"(the best {shown} of 20 settings" in title(figure)
+    assert f"({shown} leading settings of 20" in title(figure)
     look = looks(points)
     chosen = plot_looks.named(points)
     assert len({to_hex(look[name]["color"]) for name in chosen}) == plot_looks.NAMED

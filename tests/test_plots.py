@@ -550,7 +550,7 @@ def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any)
     assert len({to_hex(look[name]["color"]) for name in names}) == plot_looks.NAMED
     figures = {draw: draw(points) for draw in (plots.throughput, plots.latency, plots.pareto)}
     for figure in figures.values():
-        assert f"the best {plot_looks.NAMED} of 36 settings; grey:" in texts(figure).replace("\n", " ")
+        assert f"{plot_looks.NAMED} leading settings of 36; grey:" in texts(figure).replace("\n", " ")
         assert len(legend_labels(figure)) <= plot_looks.NAMED + 2
     (band,) = [
         item

@@ -67,7 +67,7 @@ NO_LIMITS = Limits()
 @dataclass(frozen=True)
 class Choice:
     """The best point for a goal at a prompt length, and of every other setting whose interval overlaps that of the
-    highest, its own best. `best` is the simplest of these settings, and `ties` are the others.
+    highest, its own best: `best` is one of them, and `ties` are the others.
 
     `best` is None where no point keeps the limits; `nearest` is then the one that misses them by least.
     """
@@ -99,25 +99,27 @@ def choices(points: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice
             # The best point of each setting stands for it.
             ranked = allowed.loc[allowed.loc[values.index, "setting"].drop_duplicates().index]
             if not ranked.empty:
-                best, *ties = sorted(_as_good(ranked, goal), key=_simplicity)
-                yield Choice(seq_len, goal, best, ties)
+                yield Choice(seq_len, goal, *_best_and_ties(ranked, goal))
 
 
-def _as_good(ranked: pd.DataFrame, goal: Goal) -> list[Record]:
-    """The highest, and all whose interval overlaps its own."""
-    highest = ranked.iloc[0]
-    half = half_width(highest.to_dict(), goal.column) or 0.0
+def _best_and_ties(ranked: pd.DataFrame, goal: Goal) -> tuple[Record, list[Record]]:
+    """Ties are all whose interval overlaps that of the highest. The best is the simplest within the interval of the
+    highest: so it is not lower by more than chance makes it."""
+    highest: Record = ranked.iloc[0].to_dict()
+    half = half_width(highest, goal.column) or 0.0
     as_good = overlapping(ranked[goal.column], halves(ranked, goal.column), highest[goal.column], half)
     as_good.iloc[0] = True
-    records: list[Record] = ranked[as_good].to_dict("records")
-    return records
+    records: list[Record] = sorted(ranked[as_good].to_dict("records"), key=_simplicity)
+    best = next(row for row in records if abs(row[goal.column] - highest[goal.column]) <= half)
+    return best, [row for row in records if row is not best]
 
 
 def _simplicity(row: Record) -> tuple[int, ...]:
-    """Fewest devices, fewest kinds of parallelism, fewest flags of vLLM's: what the measurement cannot tell apart, the
-    effort of running it can."""
+    """What the measurement cannot tell apart, the effort of running it can: fewest devices, fewest kinds of
+    parallelism, fewest flags of vLLM's. But one to rely on goes before a suspect one."""
     flags = row["engine_args"]
-    return (int(row["num_devices"]), simplicity(row), 0 if pd.isna(flags) else len(str(flags).split()))
+    is_suspect = row["verdict"] == "suspect"
+    return (is_suspect, int(row["num_devices"]), simplicity(row), 0 if pd.isna(flags) else len(str(flags).split()))
 
 
 def keeps(points: pd.DataFrame, limits: Limits) -> pd.Series[bool]:

@@ -16,7 +16,7 @@ from batch_inference.analyze.replicas import said, to_measure, unmeasured_replic
 from batch_inference.analyze.same_answers import of_another_model
 from batch_inference.analyze.sections import counts_of_changes
 from batch_inference.analyze.tables import differing, half_width
-from batch_inference.analyze.wording import HEADING, few, spoken, suspect_words, with_interval
+from batch_inference.analyze.wording import HEADING, few, short_names, spoken, suspect_words, with_interval
 from batch_inference.core.text import counted, on_each, plain, short
 
 # What a sentence names itself, or says of no group.
@@ -28,6 +28,8 @@ _ALSO = (
 )
 # A group has a sentence for each of so many prompt lengths; of several groups each has one.
 _LENGTHS = 3
+# Characters of a setting's own name, where its layout does not tell it.
+_LONGEST_NAME = 32
 # The maker, and the memory, which the list of facts has.
 _MAKER, _MEMORY = re.compile(r"^(NVIDIA|AMD) +"), re.compile(r"[ -]\d+ ?GB\b.*$")
 
@@ -187,7 +189,8 @@ def called(group: Group, row: Mapping[Hashable, Any]) -> str:
     for name in LAYOUT:
         alike = alike[alike[name] == row[name]]
     words = layout(*sizes)
-    return words if alike["setting"].nunique() == 1 else f"{words} ({row['setting']})"
+    names = short_names(map(str, alike["setting"].unique()), _LONGEST_NAME)
+    return words if len(names) == 1 else f"{words} ({names[str(row['setting'])]})"
 
 
 def _number(choice: Choice) -> str:

@@ -30,8 +30,8 @@ def layouts(group: Group) -> Iterator[Section]:
             yield _layout_table(title, rows, names, legend)
             legend = []
         elif len(present) > 1:
-            names = ", ".join(present)
-            line = f"{names}: not compared, because no two of them were measured at the same number of requests."
+            all_of_them = ", ".join(present)
+            line = f"{all_of_them}: not compared, because no two of them were measured at the same number of requests."
             yield Section(title, lines=[line])
 
 

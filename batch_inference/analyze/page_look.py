@@ -41,6 +41,7 @@ th button::after { content: " ↕"; color: var(--soft); }
 th[aria-sort=ascending] button::after { content: " ▲"; color: inherit; }
 th[aria-sort=descending] button::after { content: " ▼"; color: inherit; }
 .number { text-align: right; }
+.whole { white-space: nowrap; }
 .words { white-space: normal; min-width: 20rem; }
 .long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
 .columns { display: flex; flex-wrap: wrap; gap: .2rem 1rem; border: 0; padding: 0; margin: .5rem 0; font-size: .85rem; }
@@ -52,6 +53,7 @@ ul { padding-left: 1.2rem; color: var(--soft); font-size: .9rem; }
 .command { display: flex; gap: .5rem; align-items: stretch; margin: .6rem 0; }
 pre { flex: 1; min-width: 0; margin: 0; background: var(--pale); padding: .5rem .7rem; font-size: .85rem;
   white-space: pre-wrap; }
+pre span { display: inline-block; max-width: 100%; }
 .copy { font: inherit; font-size: .85rem; padding: 0 .8rem; cursor: pointer; color: var(--ink); background: var(--pale);
   border: 1px solid var(--line); border-radius: .3rem; }
 figure { margin: 1.5rem 0; }
@@ -82,6 +84,7 @@ dialog img { width: max(94vw, 70rem); max-width: none; }
   /* Three on a page, so that what is left of one is never half of it. */
   figure { break-inside: avoid; margin: 2mm 0; }
   .plot img { max-height: 84mm; object-fit: contain; object-position: left; }
+  .high .plot img { max-height: 220mm; }
 }
 """
 

@@ -95,7 +95,8 @@ def best(group: Group, analysis: Analysis) -> Section:
 def _best_notes(group: Group, rows: Sequence[Sequence[str]]) -> Iterator[str]:
     if (group.points["global_batch_size"] != group.points["batch_size"]).any():
         yield "batch: requests handed to each replica."
-    if any(row[2].endswith("*") for row in rows):
+    tied = [row for choice in group.choices for row in choice.ties]
+    if any(row["verdict"] == "suspect" for row in tied) or any(row[2].endswith("*") for row in rows):
         yield SUSPECT_LINE
     if any("±" in row[2] for row in rows):
         yield "±: 95 % confidence interval of the mean over the runs."
