@@ -159,7 +159,8 @@ def test_a_section_as_a_page(tmp_path: Path) -> None:
         "<header><h1>Results &lt;</h1>",
         '<p class="facts">one &lt; · two</p>'
         '<div class="answer"><p>Take &lt;: 1\u00a0±\u00a02\u00a0s.</p><p>More.</p></div>'
-        '<div class="command"><pre>vllm serve &#x27;&lt;&#x27;</pre><button class="copy">Copy</button></div>',
+        '<div class="command"><pre><span>vllm</span> <span>serve</span> <span>&#x27;&lt;&#x27;</span></pre>'
+        '<button class="copy">Copy</button></div>',
         '<nav aria-label="Contents"><a href="#part-1">T&lt;</a><a href="#plots">Plots</a>'
         '<a href="#points">All points</a></nav>',
         "</header><main>",

@@ -84,7 +84,7 @@ dialog img { width: max(94vw, 70rem); max-width: none; }
   /* Three on a page, so that what is left of one is never half of it. */
   figure { break-inside: avoid; margin: 2mm 0; }
   .plot img { max-height: 84mm; object-fit: contain; object-position: left; }
-  .high .plot img { max-height: 220mm; }
+  .high .plot img { max-height: 170mm; }
 }
 """
 
