@@ -159,7 +159,8 @@ def test_a_section_as_a_page(tmp_path: Path) -> None:
         "<header><h1>Results &lt;</h1>",
         '<p class="facts">one &lt; · two</p>'
         '<div class="answer"><p>Take &lt;: 1\u00a0±\u00a02\u00a0s.</p><p>More.</p></div>'
-        '<div class="command"><pre>vllm serve &#x27;&lt;&#x27;</pre><button class="copy">Copy</button></div>',
+        '<div class="command"><pre><span>vllm</span> <span>serve</span> <span>&#x27;&lt;&#x27;</span></pre>'
+        '<button class="copy">Copy</button></div>',
         '<nav aria-label="Contents"><a href="#part-1">T&lt;</a><a href="#plots">Plots</a>'
         '<a href="#points">All points</a></nav>',
         "</header><main>",
@@ -220,9 +221,9 @@ def test_two_settings_of_a_layout_and_one_that_cannot_be_compared_are_told(tmp_p
     ]
     (part,) = [one for one in sections_of(analysed(results, tmp_path)) if one.title.startswith("TP, PP")]
     assert part.pairs == [
-        ("fastest", "TP=2, at both batch sizes that several layouts have; at 16 only DP=2 was measured")
+        ("fastest", "TP=2, at both batch sizes at which several layouts were measured; at 16 only DP=2 was measured")
     ]
-    assert part.lines[-1] == "Of several settings of one layout the fastest is shown at each point."
+    assert part.lines[-1] == "Where several settings have the same layout, each cell shows the fastest of them."
     assert part.header == ("requests", "TP=2", "PP=2", "DP=2")
     assert [row[:3] for row in part.rows] == [["1", "32.00", "8.000"], ["4", "64.00", "32.00"], ["16", "", ""]]
     best = [[isinstance(cell, Best) for cell in row] for row in part.rows]
@@ -232,7 +233,7 @@ def test_two_settings_of_a_layout_and_one_that_cannot_be_compared_are_told(tmp_p
 def test_no_common_point_leaves_no_scaling_and_that_is_said(tmp_path: Path) -> None:
     results = [make_result("tp_1", [make_point(1)]), make_result("tp_2", [make_point(2)], (2, 1, 1))]
     (part,) = [one for one in sections_of(analysed(results, tmp_path)) if one.title.startswith("Scaling")]
-    assert (part.rows, part.lines) == ([], ["No point has the length and the batch size of one of tp_1."])
+    assert (part.rows, part.lines) == ([], ["No other point has the length and batch size of a point of tp_1."])
 
 
 POINTS = pd.DataFrame({
@@ -248,7 +249,7 @@ def test_two_sets_are_told_with_what_is_in_one_of_them_alone() -> None:
     assert part.title == "Compared with the earlier results [MIXED: dtype]"
     assert part.pairs == [
         ("points compared", "3: 1 better, 1 worse, 1 unknown"),
-        ("throughput, new / old", "1.0000 on geometric average, 0.5000 to 2.0000"),
+        ("throughput, new / old", "1.0000 (geometric mean), from 0.5000 to 2.0000"),
         ("dtype", "a before, b now"), ("vllm_version", "1 before, 2 now"), ("host", "x before, y now"),
     ]  # fmt: skip
     assert part.rows == [
@@ -257,12 +258,12 @@ def test_two_sets_are_told_with_what_is_in_one_of_them_alone() -> None:
         ["s", "8", "4", "unknown", "", "4.000", ""],
     ]
     assert part.alignment == ["left", "right", "right", "left", *["right"] * 3]
-    a_point = "(a point: name, layout, batch and lengths)."
     assert part.lines[1:] == [
         "unknown: a point with a single run; raise --num-runs.",
-        f"2 points are only in the new results {a_point}",
-        f"1 point is only in the earlier results {a_point}",
-        f"3 points are more than once in one of the sets, and left out {a_point}",
+        "2 points are only in the new results.",
+        "1 point is only in the earlier results.",
+        "3 points are more than once in one of the sets, and left out.",
+        "Points are matched by name, layout, batch and lengths.",
     ]
 
 
@@ -296,7 +297,8 @@ def test_layouts_have_names_and_an_order() -> None:
     [
         (Question(group_by=("colour",)), "--group-by colour: no such column; results.csv has their names"),
         (Question(group_by=("dtype", "runner")),
-         "--group-by dtype,runner: would rank together what differs in model; name these too, or add --allow-mixed"),
+         "--group-by dtype,runner: points that differ in model would be ranked together; name these columns too, or "
+         "add --allow-mixed"),
         (Question(baseline="x"), "--baseline x: no such setting; choose one of a, b"),
     ],
 )  # fmt: skip
@@ -476,7 +478,7 @@ def test_axes_are_named_by_metric_and_unit() -> None:
     assert plot_style.axis_label("scaling_efficiency") == "Efficiency, 1 = ideal"
 
 
-@pytest.mark.parametrize(("ok", "told"), [(True, "no point tells it"), (False, "no point was measured")])
+@pytest.mark.parametrize(("ok", "told"), [(True, "no point has this number"), (False, "no point was measured")])
 def test_why_nothing_is_drawn(ok: bool, told: str) -> None:
     points = pd.DataFrame({"status": ["ok" if ok else "oom", "oom"], "x": [math.nan, 1.0]})
     with pytest.raises(NothingToShowError) as caught:
@@ -494,6 +496,8 @@ def test_each_plot_of_each_group_is_saved_or_told(tmp_path: Path, monkeypatch: p
     seen: list[Any] = []
 
     class Drawn:
+        axes: tuple[Any, ...] = ()
+
         def savefig(self, path: Path, **words: Any) -> None:
             seen.append((path.name, words))
 
@@ -568,7 +572,7 @@ def test_a_group_of_many_settings_names_twelve(tmp_path: Path) -> None:
     (part,) = [one for one in sections_of(analysed(results, tmp_path)) if one.title == "Measured"]
     names = ", ".join(f"s{number:02}" for number in range(12))
     assert part.lines == [
-        "2 groups of unlike points, never ranked together; they differ in model:",
+        "2 groups of points that cannot be compared with each other: they differ in model. Each is ranked on its own:",
         f"group 1: model meta-llama/Llama-2-7b-chat-hf ({names} and 2 more)",
         "group 2: model other (z)",
     ]

@@ -73,6 +73,19 @@ def test_every_setting_whose_interval_overlaps_the_winner_is_a_tie(table: Any) -
     assert ties(points, "throughput") == ties(points, "latency") == [("near", 1)]
 
 
+def test_the_best_is_the_simplest_within_the_interval_of_the_highest(table: Any) -> None:
+    """One that is lower than that may be a tie, by its own interval, and is not taken."""
+
+    def point(middle_s: float, half: float) -> Point:
+        return make_point(4, latencies_s=[middle_s * (1 + step * half) for step in (-1, 0, 1)])
+
+    high = make_result("tp_4", [point(1.0, 0.01)], (4, 1, 1))
+    near, far = make_result("tp_2", [point(1.02, 0.01)], (2, 1, 1)), make_result("tp_1", [point(1.2, 0.05)])
+    points = table([high, near, far])
+    assert winners(points)["throughput"] == ("tp_2", 4)
+    assert ties(points, "throughput") == [("tp_1", 4), ("tp_4", 4)]
+
+
 def test_a_tie_is_named_once_at_its_best_point_and_the_winner_is_none(table: Any) -> None:
     near = [make_point(b, latencies_s=[b * s for s in (1.01, 1.03, 0.99)]) for b in (1, 2)]
     best = [make_point(b, latencies_s=[b * s for s in (1.0, 1.02, 0.98)]) for b in (1, 2)]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_launcher import Launcher
 
 from batch_inference.analyze.answers import Question, analyse
 from batch_inference.analyze.decide import Limits
 from batch_inference.analyze.headline import Headline, headline
 from batch_inference.analyze.layouts import layouts
 from batch_inference.analyze.markdown import as_markdown
+from batch_inference.analyze.sections import best
 from batch_inference.analyze.tables import load_setting
 from batch_inference.analyze.terminal import as_text
 from batch_inference.core.results import Result
@@ -120,7 +124,7 @@ def test_limits_and_a_price_are_part_of_the_answer(head: Any) -> None:
         "the shortest batch time too: 1.000 s. It costs 31.25 per M tokens."
     )
     (sentence,) = head([one], Question(Limits(latency_s=0.5))).sentences
-    assert sentence.endswith("with latency p99 ≤ 0.5 s: no point keeps the limits.")
+    assert sentence.endswith("with latency p99 ≤ 0.5 s: no point meets the limits.")
 
 
 def test_of_several_machines_the_one_with_the_most_points_comes_first(head: Any) -> None:
@@ -165,10 +169,110 @@ def test_three_lengths_have_a_sentence_each_and_others_are_counted(head: Any) ->
     assert [sentence.endswith(" 2 more prompt lengths below.") for sentence in sentences] == [False, False, True]
 
 
+# --- replicas that nobody measured --------------------------------------------------------------------------------
+
+
+def one_and_tp(tp_s: float = 1.5, **changes: Any) -> list[Result]:
+    """One device makes 64 requests in 2 s, two by TP in `tp_s`: two replicas would make 128 in 2 s."""
+    points = [make_point(64, seq_len, latencies_s=[2.0, 2.01, 1.99]) for seq_len in (64, 128)]
+    wide = [make_point(64, seq_len, latencies_s=[tp_s, tp_s, tp_s]) for seq_len in (64, 128)]
+    return [make_result("tp_1", points, **changes), make_result("tp_2", wide, (2, 1, 1), **changes)]
+
+
+def test_replicas_that_would_be_faster_and_were_not_measured_are_named_with_their_command(
+    head: Any, tmp_path: Path
+) -> None:
+    found = head(one_and_tp(config={"engine_args": ["--load-format", "dummy"], "temperature": 0.0}))
+    assert found.sentences[0].partition(": ")[2].startswith("TP=2 at 64 requests gives 1,365 tok/s.")
+    # 2 x 64 requests of 32 tokens in 2 s
+    assert found.unmeasured == (
+        "2 replicas of TP=1 (DP=2) were not measured. One of them gives 1,024 tok/s at 64 tokens with 64 requests at "
+        "once, so that 2 should give about 2,050 tok/s, more than any setting here. Measure them:"
+    )
+    launcher, *words = shlex.split(" ".join(found.to_measure))
+    assert launcher == "./run_batch_experiments.sh"
+    assert words == [
+        "custom", "DP=2", "--model", "meta-llama/Llama-2-7b-chat-hf", "--batch-sizes", "64", "--seq-lens", "64,128",
+        "--output-dir", str(tmp_path / "new"), "--", "--max-tokens", "32", "--temperature", "0.0",
+        "--load-format", "dummy",
+    ]  # fmt: skip
+    done = Launcher(tmp_path)("--dry-run", *words, DEVICES="2")
+    assert done.returncode == 0, done.stderr
+    assert "--data-parallel-size 2" in done.stdout
+    text = as_text([], found).splitlines()
+    assert text[-1].endswith("--load-format dummy")
+    assert not any(line.endswith(("--batch-sizes \\", "--model \\")) for line in text)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        one_and_tp(0.9),  # TP=2 is faster than twice one
+        one_and_tp(1.0),  # as fast, as far as the intervals tell
+        one_and_tp()[:1],
+        [*one_and_tp(), alone("dp_2", (1, 1, 2), {64: 2.1})],
+        # Asked for, and failed: why is among the reasons.
+        [*one_and_tp(), make_result("dp_2", [], (1, 1, 2), status="failed")],
+        # Slices of a CPU share its memory; experts may be shared out over replicas.
+        one_and_tp(environment={"device_kind": "cpu", "devices": [{"name": "AMD EPYC"}] * 2}),
+        one_and_tp(config={"engine_args": ["--enable-expert-parallel"]}),
+    ],
+)
+def test_no_replicas_are_named_that_were_measured_or_would_not_win(head: Any, results: list[Result]) -> None:
+    found = head(results)
+    assert (found.unmeasured, found.to_measure) == ("", ())
+
+
+def test_replicas_must_keep_the_limits(head: Any) -> None:
+    assert head(one_and_tp(), Question(Limits(latency_s=2.5))).unmeasured
+    assert not head(one_and_tp(), Question(Limits(latency_s=1.8))).unmeasured
+
+
+def test_replicas_over_nodes_have_no_command_of_one_line(head: Any) -> None:
+    found = head(one_and_tp(config={"nnodes": 2}))
+    assert found.unmeasured
+    assert found.to_measure == ()
+
+
+def test_of_settings_that_the_intervals_do_not_tell_apart_the_simplest_is_taken(head: Any) -> None:
+    def near(name: str, sizes: tuple[int, int, int], second: float, **config: Any) -> Result:
+        point = make_point(4 // sizes[2], latencies_s=[second, 1.02 * second, 0.98 * second], replicas=sizes[2])
+        return make_result(name, [point], sizes, config=config)
+
+    results = [near("mixed", (2, 1, 2), 1.0), near("flags", (4, 1, 1), 1.005, engine_args=["--swap-space", "1"]),
+               near("tp_4", (4, 1, 1), 1.01), near("slow", (1, 1, 1), 1.5)]  # fmt: skip
+    (sentence, *_) = head(results).sentences
+    assert "TP=4 (tp_4) at 4 requests gives 126.7" in sentence
+    assert "(as good within the intervals: TP=4 (flags) and 1 more)" in sentence
+
+
+def test_of_ties_one_to_rely_on_is_taken_and_a_suspect_one_is_marked(head: Any, tmp_path: Path) -> None:
+    spread = [1.0, 1.02, 0.98]
+    doubtful = make_result("tp_1", [make_point(2, latencies_s=spread, verdict="suspect", verdict_reasons=["x"])])
+    point = make_point(1, latencies_s=spread, replicas=2)
+    good = make_result("dp_2", [point], (1, 1, 2))
+    assert "DP=2 at 1 request per replica gives 64" in head([doubtful, good]).sentences[0]
+    analysis = analyse([load_setting(path) for path in save_all([doubtful, good], tmp_path)], Question())
+    lines = best(analysis.groups[0], analysis).lines
+    assert lines[0].startswith("tie, length 64, throughput, as good within the intervals: tp_1 (batch 2: 64.0 ±")
+    assert any(line.startswith("* suspect") for line in lines)
+
+
+def test_a_long_name_is_short_in_the_sentence_and_never_that_of_two(head: Any) -> None:
+    names = [f"tp_1_with_a_name_that_is_as_long_as_{end}_names_may_be_of_settings" for end in ("some", "other")]
+    results = [
+        make_result(name, [make_point(1, latencies_s=[1.0 + 0.5 * number])]) for number, name in enumerate(names)
+    ]
+    (sentence, *_) = head(results).sentences
+    (name,) = re.findall(r"TP=1 \((.*?)\)", sentence.partition(".")[0])
+    assert len(name) <= 32
+    assert "some" in name
+
+
 def test_nothing_measured_is_said(head: Any) -> None:
     invalid = make_point(verdict="invalid", verdict_reasons=["too short"])
     (sentence,) = head([make_result("tp_1", [invalid])]).sentences
-    assert sentence == f"On 1 × H100, {LLAMA}: no point was measured that counts; the reasons are below."
+    assert sentence == f"On 1 × H100, {LLAMA}: no valid point was measured; the reasons are below."
     assert head([make_result("tp_1", [], status="failed")]).sentences == (
         "No point was measured; the reasons are below.",
     )
@@ -178,9 +282,9 @@ def test_earlier_results_are_the_first_answer(head: Any) -> None:
     steady = [1.0, 1.001, 0.999, 1.0005]
     old = [make_result(points=[make_point(1, latencies_s=steady)])]
     new = [make_result(points=[make_point(1, latencies_s=[1.1 * second for second in steady])])]
-    assert head(new, old=old).sentences[0] == "Against the earlier results, 1 point: 1 worse."
+    assert head(new, old=old).sentences[0] == "Compared with the earlier results, 1 point: 1 worse."
     other = [make_result("other", points=[make_point(2)])]
-    assert head(other, old=old).sentences[0] == "Against the earlier results, 0 points: none is in both."
+    assert head(other, old=old).sentences[0] == "Compared with the earlier results, 0 points: no point is in both."
 
 
 def test_the_answer_comes_first_everywhere_and_no_number_is_broken() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,13 +16,16 @@ import pytest
 import analyze_results
 from batch_inference.analyze.answers import Question, analyse
 from batch_inference.analyze.flags import UsageError
+from batch_inference.analyze.headline import headline
 from batch_inference.analyze.job_file import lengths_in
-from batch_inference.analyze.job_sections import job_section
+from batch_inference.analyze.job_sections import interval_text, job_section, time_text
 from batch_inference.analyze.jobs import JobAnswer, JobError, JobQuestion, gains_of_orders, job_answers
+from batch_inference.analyze.queues import phases
 from batch_inference.analyze.tables import load_setting
 from batch_inference.core.forecast import JobLengths
 from batch_inference.core.job_times import lengths_of_job
 from batch_inference.core.lengths import Distribution
+from batch_inference.core.queue_runs import Interval
 from batch_inference.core.results import Job, Point, Result, WorkloadKey
 from builders import make_point, make_queue_point, make_result, save_all
 
@@ -115,13 +120,81 @@ def test_a_job_that_was_run_is_not_forecast(tmp_path: Path) -> None:
     assert row.hours.value * 3600 == pytest.approx(whole.runs[0].latency_s)
 
 
+def said_of(found: JobAnswer, analysis: Any = None) -> str:
+    asked = SimpleNamespace(jobs=[found], question=SimpleNamespace(price=None))
+    return " ".join(job_section(found, analysis or cast(Any, asked)).lines)
+
+
+def test_of_a_job_that_was_run_the_drain_is_the_one_that_was_seen(tmp_path: Path) -> None:
+    found = answer(tmp_path, setting("tp_1", queue(requests=48), jobs=[job(48)]))
+    (row,) = found.rows
+    assert row.is_as_run
+    start_s, end_s = phases(row.point)[-1]
+    plateau = row.point.plateau
+    assert plateau is not None
+    rate = interval_text(plateau, unit="tok/s")
+    said = said_of(found)
+    assert f"tp_1 ran the whole job with {rate} on the plateau. The drain, in which fewer" in said
+    assert f"took {end_s - start_s:.2f} s." in said
+
+
+def test_a_sample_that_cannot_tell_its_plateau_says_what_it_takes(tmp_path: Path) -> None:
+    """The interval is as wide as its value."""
+    (row,) = answer(tmp_path, setting("dp_2", queue(4, 24, replicas=2), sizes=(1, 1, 2))).rows
+    rate = row.forecast.output_tokens_per_s
+    assert rate is not None
+    wide = replace(row, forecast=replace(row.forecast, output_tokens_per_s=Interval(rate.value, 1.0, 3 * rate.value)))
+    found = answer(tmp_path, setting("dp_2", queue(4, 24, replicas=2), sizes=(1, 1, 2)))
+    assert "on the plateau" in said_of(found)
+    said = said_of(replace(found, rows=[wide]))
+    assert "on the plateau" not in said
+    assert said.startswith("dp_2 is forecast from 48 requests that were run, by fitted steps. The drain, in which ")
+    assert (
+        " of it. 48 requests are too few to tell the throughput of its plateau: with 4 at once on each replica that "
+        "takes about 96 in all: --sample 96." in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        (Interval(2.0, 1.9, 2.1), "2.00 ±0.10 h"),
+        (Interval(49.31, 39.01, 62.33), "49 h (39 to 62)"),
+        (Interval(0.137, 0.1083, 0.1731), "8.2 min (6.5 to 10.4)"),
+        (Interval(3.0), "3.000 h"),
+    ],
+)
+def test_an_interval_that_is_wider_on_one_side_is_told_by_its_ends(interval: Interval, text: str) -> None:
+    assert time_text(interval) == text
+
+
+def test_settings_of_a_job_are_called_by_their_layout_and_by_their_name_where_two_share_it(tmp_path: Path) -> None:
+    def first(*results: Result) -> str:
+        loaded = [load_setting(path) for path in save_all(list(results), tmp_path)]
+        return headline(analyse(loaded, Question())).sentences[0]
+
+    two = setting("dp_2", queue(replicas=2), sizes=(1, 1, 2))
+    assert ": DP=2 with 2 at once on each replica takes " in first(two)
+    assert ": DP=2 (dp_2) with 2 at once on each replica takes " in first(
+        two, setting("other", queue(replicas=2, life_s=2.0), sizes=(1, 1, 2))
+    )
+
+
+def test_the_start_of_the_engine_is_said_to_be_left_out(tmp_path: Path) -> None:
+    def first(**engine: Any) -> str:
+        paths = save_all([setting("tp_1", queue(), engine=engine)], tmp_path)
+        return headline(analyse([load_setting(path) for path in paths], Question())).sentences[0]
+
+    assert first(load_s={"total_s": 95.2}).endswith(" The start of the engine comes on top: here 95 s.")
+
+
 def test_another_job_is_forecast_and_one_unlike_all_that_was_measured_is_refused(tmp_path: Path) -> None:
     def lengths(prompt: int, output: int) -> JobLengths:
         return JobLengths(np.full(960, prompt), np.full(960, output))
 
     found = answer(tmp_path, setting("tp_1", queue()), lengths=lengths(PROMPT, OUTPUT), name="other.jsonl")
     assert found.rows[0].hours.value * 3600 == pytest.approx(480, rel=0.03)
-    with pytest.raises(JobError, match=r"^--job other\.jsonl: not forecast from tp_1: .+"):
+    with pytest.raises(JobError, match=r"^--job other\.jsonl: cannot be forecast from tp_1: .+"):
         answer(tmp_path, setting("tp_1", queue()), lengths=lengths(100 * PROMPT, OUTPUT), name="other.jsonl")
 
 
@@ -228,13 +301,13 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     text = " ".join(said.split())
     answer, _, rest = text.partition(" For this job ")
     assert rest.startswith("job 480 requests: 3,840 prompt and 1,920 output tokens")
-    assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: tp_1 with 2 at once takes 4\.0\d* ± "
-                    r"[\d.]+ min, 0\.0\d+ device-hours, cost 2\.4\d* at 36 per device-hour\. 0\.03 h are enough with 3 "
-                    r"replicas of tp_1, so "
+    assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
+                    r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
+                    r"engine comes on top: here 40 s\. To finish within 0\.03 h takes 3 replicas of TP=1, so "
                     r"3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
-    assert re.search(r"deadline: 3 replicas of tp_1, 2 at once on each, so 3 devices, take 1\.3\d* ±[\d.]+ min: at the "
-                     r"upper end \d+% of the time is left", text)  # fmt: skip
+    assert re.search(r"deadline: 3 replicas of tp_1 \(3 devices\), 2 at once on each, take 1\.3\d* ±[\d.]+ min; at the "
+                     r"upper end of that interval \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
     assert "suspect: tp_1, batch 2 x length 8: runs differ" in text
     lines = said.partition("\n\n/")[0].splitlines()
@@ -272,9 +345,7 @@ def test_a_file_of_another_job_needs_both_lengths(tmp_path: Path) -> None:
     lengths = lengths_in(good)
     assert (lengths.prompt_tokens.tolist(), lengths.output_tokens.tolist()) == ([8, 9], [4, 5])  # type: ignore[union-attr]
     bad.write_text('{"prompt": "hello", "output_tokens": 4}\n')
-    with pytest.raises(
-        UsageError, match=r"^--job .*bad\.jsonl, request 1: its prompt has no length; give lengths alone"
-    ):
+    with pytest.raises(UsageError, match=r"^--job .*bad\.jsonl, request 1: its prompt has no length; give the lengths"):
         lengths_in(bad)
     # The analysis has no flag by which lines are left out.
     bad.write_text('{"prompt_tokens": 0, "output_tokens": 4}\n')

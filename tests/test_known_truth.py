@@ -115,7 +115,7 @@ def test_a_planted_tie_is_called_a_tie(analyze: Any, tmp_path: Path) -> None:
     assert all(
         {choice["best"]["setting"], *(tie["setting"] for tie in choice["ties"])} == {"tp_4", "pp_4"} for choice in found
     )
-    assert "tie, length 512, throughput: the interval overlaps that of" in text
+    assert "tie, length 512, throughput, as good within the intervals: " in text
     assert " requests on, " in text
     assert "=4 from 4 on; where two are named, their intervals overlap" in text
     assert "(as good within the intervals: " in text
@@ -156,7 +156,10 @@ def test_planted_mixed_gpus_are_never_ranked_together_silently(analyze: Any, tmp
     a100 = {"environment": {"devices": [{"name": "NVIDIA A100", "memory_gib": 79.3}]}}
     save_all([planted("h100", (1, 1, 1), 0.010), planted("a100", (1, 1, 1), 0.032, **a100)], tmp_path)
     _, text = analyze("--input", tmp_path)
-    assert "2 groups of unlike points, never ranked together; they differ in device_name:" in text
+    assert (
+        "2 groups of points that cannot be compared with each other: they differ in device_name. Each is ranked on"
+        in text
+    )
     groups = summary(tmp_path)["groups"]
     assert [group["is"]["device_name"] for group in groups] == ["NVIDIA A100", "NVIDIA H100 80GB HBM3"]
     for group, name in zip(groups, ("a100", "h100"), strict=True):
@@ -187,7 +190,7 @@ def test_limits_and_price_decide_as_planted(analyze: Any, tmp_path: Path) -> Non
     assert choices[2048, "throughput"] is None
     # Four devices at 0.001 a second, 6250 tok/s.
     assert choices[512, "cost"]["value"] == pytest.approx(0.64, rel=0.02)
-    assert "length 2048: no point keeps the limits; nearest: dp_4 at batch 1" in text
+    assert "length 2048: no point meets the limits; nearest: dp_4 at batch 1" in text
 
 
 def test_the_summary_for_scripts_is_strict_json_without_numbers_that_are_none(analyze: Any, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img", "input", "source"):
+        if tag not in ("meta", "link", "img", "input", "source", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -87,6 +87,53 @@ def test_the_page_holds_everything_and_fetches_nothing(page: Any) -> None:
         f"On 2{NO_BREAK}×{NO_BREAK}H100",
     ):
         assert words in text
+
+
+def test_links_are_short_and_of_several_groups_told_apart(page: Any) -> None:
+    def links(results: Any) -> list[str]:
+        return re.findall(r"<a href=[^>]*>([^<]*)</a>", page(results))
+
+    one = links(make_sweep([(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (2, 2, 1)]))
+    assert one == [
+        "Best", "TP, PP or DP? 2 devices", "TP, PP or DP? 4 devices", "Scaling", "Pareto front", "Measured", "Settings",
+        "Plots", "All points",
+    ]  # fmt: skip
+    other = make_result("other", [make_point()], environment={"devices": [{"name": "NVIDIA A100"}]})
+    assert links([*make_sweep([(1, 1, 1)]), other])[:4] == [
+        "Best (group 1)", "Best (group 2)", "Pareto front (group 1)", "Pareto front (group 2)",
+    ]  # fmt: skip
+
+
+def test_the_page_explains_no_mark_that_it_does_not_have(page: Any) -> None:
+    text = page(make_sweep([(1, 1, 1), (2, 1, 1), (1, 2, 1)]))
+    assert "Bold: the fastest of a row" in text
+    assert "●" not in text
+
+
+def test_names_break_between_words_and_flags_and_commands_not_at_all(page: Any) -> None:
+    name = "tp_1_" + "word_" * 8
+    text = page([make_result(name, [make_point(verdict="suspect", verdict_reasons=["raise --max-runs"])])])
+    assert f'<td class="long">{name.replace("_", "_<wbr>")}</td>' in text
+    assert 'raise <span class="whole">--max-runs</span>' in text
+    assert (
+        "<pre><span>vllm</span> <span>serve</span> <span>--config</span> <span>best/vllm_config.yaml</span></pre>"
+        in text
+    )
+
+
+def test_what_would_be_better_stands_below_the_winner_with_its_command(page: Any) -> None:
+    one = make_result("tp_1", [make_point(4, latencies_s=[1.0])])
+    text = page([one, make_result("tp_2", [make_point(4, latencies_s=[0.8])], (2, 1, 1))])
+    text = re.sub("</?span[^>]*>", "", text)
+    parts = ('class="answer"', "vllm serve", "2 replicas of TP=1", "custom DP=2", "<nav")
+    places = [text.index(words) for words in parts]
+    assert places == sorted(places)
+
+
+def test_a_plot_that_is_higher_than_wide_has_more_of_a_page(page: Any) -> None:
+    assert '<figure class="high">' not in page(make_sweep([(1, 1, 1)]), ("memory",))
+    sizes = [(tp, pp, dp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for dp in (1, 2)]
+    assert '<figure class="high">' in page(make_sweep(sizes, batch_sizes=(1,)), ("memory",))
 
 
 def test_no_name_from_a_file_becomes_a_tag(page: Any) -> None:
@@ -282,6 +329,25 @@ def test_the_value_of_the_best_is_seen_on_a_phone(chromium: Browser, opened: Any
 
 
 @pytest.mark.slow
+def test_a_tall_table_says_how_many_rows_it_has_and_whether_there_are_more(chromium: Browser, opened: Any) -> None:
+    chromium.open(opened(9), *SCREENS["desk"])
+    before, after, faded = chromium.run("""(async () => {
+        const wide = document.querySelector("#points .wide"), hint = wide.previousElementSibling;
+        const first = hint.textContent, fade = () => getComputedStyle(wide, "::after").content;
+        const faded = [fade()];
+        wide.scrollTo(0, wide.scrollHeight);
+        await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+        return [first, hint.textContent, [...faded, fade()]];
+    })()""")
+    # Nine settings, three batch sizes, two lengths.
+    assert before == "Scroll the table: 54 rows, more rows below ↓"
+    assert after == "Scroll the table: 54 rows, the last rows, more above ↑"
+    assert faded == ['""', "none"]
+    hidden = chromium.run("""[...document.querySelectorAll(".hint")].map(hint => hint.hidden)""")
+    assert True in hidden
+
+
+@pytest.mark.slow
 def test_a_wide_table_scrolls_with_a_hint_and_its_first_column_and_head_stay(chromium: Browser, opened: Any) -> None:
     chromium.open(opened(40), *SCREENS["phone"])
     hint, left, top, moved = chromium.run("""(async () => {
@@ -293,7 +359,7 @@ def test_a_wide_table_scrolls_with_a_hint_and_its_first_column_and_head_stay(chr
         const after = [cell, head, other].map(one => one.getBoundingClientRect());
         return [hint, after[0].left - before[0].left, after[1].top - before[1].top, after[2].left - before[2].left];
     })()""")
-    assert hint == "More columns to the right: scroll the table →"
+    assert hint == "Scroll the table: 240 rows, more rows below ↓, more columns to the right →"
     assert (left, top, moved) == (0, 0, -150)
 
 

@@ -23,15 +23,16 @@ from batch_inference.analyze.plot_jobs import JOB_PLOTS, job_cost, job_table, jo
 from batch_inference.analyze.plot_labels import Label, label_marks
 from batch_inference.analyze.plot_looks import looks, prepared
 from batch_inference.analyze.plot_style import NothingToShowError, in_short
-from batch_inference.analyze.plot_timeline import course, phases
+from batch_inference.analyze.plot_timeline import course
 from batch_inference.analyze.plots import write_plots
-from batch_inference.analyze.queues import QueuePoint
+from batch_inference.analyze.queues import QueuePoint, phases
 from batch_inference.core.forecast import Forecast
 from batch_inference.core.queue_runs import Interval, Phases
 from batch_inference.core.results import Timeline, WorkloadKey
 
 pytestmark = pytest.mark.usefixtures("coarse_plots")
 PLATEAU = "plateau_output_tok_per_s"
+JOB, SAMPLE = SimpleNamespace(requests=4000), "a sample of 100 requests"
 ABOUT = {"device_name": "an H100", "model": "a-model", "vllm_version": "1", "dtype": "bfloat16", "quantization": None}
 
 
@@ -44,9 +45,10 @@ def steady(end_s: float = 10.0, entries: int = 10, rate: float = 100.0, running:
 
 
 def queue_point(batch_size: int = 8, plateau: float | None = 100.0, **changes: Any) -> QueuePoint:
-    summary = {PLATEAU: plateau, "plateau_ci95_tok_per_s": plateau and plateau / 10, "output_tok_per_s": 80.0}
+    half = changes.pop("half", plateau and plateau / 10)
+    summary = {PLATEAU: plateau, "plateau_ci95_tok_per_s": half, "output_tok_per_s": 80.0}
     values: dict[str, Any] = {
-        "tokens_per_step": None, "workload": WorkloadKey("abc", "file", changes.pop("order", "given")), "job": None,
+        "tokens_per_step": None, "workload": WorkloadKey("abc", "file", changes.pop("order", "given")), "job": JOB,
         "verdict": "valid", "replicas": 1, "runs": [], "requests": 100, "latency_s": 10.0, "power_w": None,
         "summary": summary, "timelines": [steady()], "phases": [Phases(1.0, 8.0, 10.0)], **changes,
     }  # fmt: skip
@@ -143,7 +145,10 @@ def test_a_facet_shows_the_fastest_point_of_a_setting_in_three_panels() -> None:
     rows = [row("tp_1", 2.0), row("tp_1", 4.0, batch_size=4), row("tp_2", 1.0, 2, batch_size=16)]
     figure = job_timeline(table(rows, ["tp_1", "tp_2"]))
     first, second = figure.axes[:2]
-    assert [axes.get_title() for axes in (first, second)] == ["tp_2\n16 at once", "tp_1\n8 at once"]
+    assert [axes.get_title() for axes in (first, second)] == [
+        "tp_2\n16 at once; a sample of 100 requests",
+        "tp_1\n8 at once; a sample of 100 requests",
+    ]
     (rate,) = [patch for patch in first.patches if hasattr(patch, "get_data")]
     assert rate.get_data().values.tolist() == pytest.approx([100.0] * 10)
     assert to_hex(rate.get_edgecolor()) == to_hex(looks(table(rows))["tp_2"]["color"])
@@ -170,6 +175,31 @@ def test_ramp_plateau_and_drain_are_shaded_and_named() -> None:
     assert line.get_xydata().tolist() == [[1, 100], [8, 100]]
 
 
+def test_the_mean_of_the_plateau_is_that_of_what_is_drawn() -> None:
+    """Whatever the stamps of the requests say: here 300 tok/s, while the steps made 100, and 200 from 5 s on."""
+    made = steady()
+    made.output_tokens[5:] = [200] * 5
+    figure = job_timeline(table([row(plateau=300.0, timelines=[made])]))
+    (line,) = figure.axes[0].lines
+    # 4 s and 3 s of it
+    assert [y for _, y in line.get_xydata().tolist()] == pytest.approx([(4 * 100 + 3 * 200) / 7] * 2)
+
+
+def test_all_facets_have_one_axis_of_time() -> None:
+    short = {"phases": [Phases(1.0, 3.0, 4.0)], "timelines": [steady(4.0)]}
+    figure = job_timeline(table([row("tp_1", 2.0), row("tp_2", 1.0, 2, **short)]))
+    assert {axes.get_xlim() for axes in figure.axes} == {(0, 10)}
+    assert len({tuple(axes.get_xticks()) for axes in figure.axes}) == 1
+
+
+def test_a_run_that_is_many_times_as_long_has_an_axis_of_its_own_and_that_is_said() -> None:
+    short = {"phases": [Phases(0.5, 1.5, 2.0)], "timelines": [steady(2.0)]}
+    figure = job_timeline(table([row("tp_1", 2.0), row("tp_2", 1.0, 2, **short)]))
+    assert {axes.get_xlim() for axes in figure.axes} == {(0, 10), (0, 2)}
+    assert "The axes of time are not alike" in figure.texts[1].get_text()
+    assert "axes of time" not in job_timeline(table([row()])).texts[1].get_text()
+
+
 def test_without_a_plateau_none_is_named() -> None:
     figure = job_timeline(table([row(phases=[Phases(6.0, 6.0, 10.0)], plateau=None)]))
     assert [label.split(":")[0] for label in legend_labels(figure)] == ["ramp", "drain"]
@@ -181,8 +211,11 @@ def test_the_title_of_a_facet_tells_what_was_run() -> None:
     rows = [row(replicas=2, timelines=two, tokens_per_step=512, order="longest-first", verdict="suspect")]
     (first, *_) = job_timeline(table(rows)).axes
     assert first.get_title().split("\n") == [
-        "tp_1", "2 replicas × 8 at once, summed, 512 tokens per step; longest-first; suspect",
+        "tp_1", "2 replicas × 8 at once, summed, 512 tokens per step; longest-first; suspect; a sample of 100",
+        "requests",
     ]  # fmt: skip
+    (first, *_) = job_timeline(table([row(requests=4000)])).axes
+    assert first.get_title() == "tp_1\n8 at once; the whole job"
 
 
 @pytest.mark.parametrize(("end_s", "unit", "shown"), [(599.0, "s", 599.0), (601.0, "min", 10.0), (10801.0, "h", 3.0)])
@@ -195,8 +228,12 @@ def test_time_is_in_a_unit_that_suits(end_s: float, unit: str, shown: float) -> 
 
 def test_a_point_that_tells_no_steps_has_no_facet() -> None:
     rows = [row("a", timelines=[]), row("b", 3.0)]
-    assert [axes.get_title() for axes in job_timeline(table(rows)).axes] == ["b\n8 at once", "", ""]
-    with pytest.raises(NothingToShowError, match="no point tells its steps"):
+    assert [axes.get_title() for axes in job_timeline(table(rows)).axes] == [
+        "b\n8 at once; a sample of 100 requests",
+        "",
+        "",
+    ]
+    with pytest.raises(NothingToShowError, match="no point recorded its steps"):
         job_timeline(table(rows[:1]))
 
 
@@ -304,7 +341,7 @@ def test_the_plateau_is_drawn_against_requests_at_once_and_the_whole_sample_as_a
         "Requests at once, log scale", "Output throughput [tok/s]",
     )  # fmt: skip
     assert axes.get_ylim()[1] > 110
-    assert legend_labels(figure) == ["tp_1", "thin line: over the whole sample, with its drain"]
+    assert legend_labels(figure) == ["tp_1", "thin line: mean of the whole sample, drain included"]
 
 
 def test_replicas_have_so_many_at_once_each() -> None:
@@ -330,9 +367,11 @@ def test_each_order_has_a_facet_that_of_the_file_first() -> None:
     assert titles == ["order: given", "order: longest-first", "order: shuffled"]
 
 
-def test_without_a_plateau_the_whole_sample_is_drawn_and_the_legend_says_why() -> None:
-    figure = job_throughput(table([row(plateau=None)]))
-    assert legend_labels(figure)[-1] == "no mark: the sample has no plateau"
+@pytest.mark.parametrize("changes", [{"plateau": None}, {"half": 100.0}])
+def test_without_a_plateau_the_whole_sample_is_drawn_and_the_legend_says_why(changes: dict[str, Any]) -> None:
+    """An interval as wide as its value is no plateau either."""
+    figure = job_throughput(table([row(**changes)]))
+    assert legend_labels(figure)[-1] == "no mark: too few requests for a plateau"
     (axes,) = figure.axes
     assert [line.get_xydata().tolist() for line in axes.lines if line.get_gid() == "thin"] == [[[8, 80]]]
     assert axes.get_ylim()[1] > 80
@@ -370,7 +409,7 @@ def test_of_many_settings_the_best_are_drawn_and_the_title_says_so(draw: Callabl
     (points,) = prepared([table(crowd())])
     figure = draw(points)
     shown = 6 if draw is job_timeline else plot_looks.NAMED
-    assert f"({shown} of the best of 20 settings" in title(figure)
+    assert f"({shown} leading settings of 20" in title(figure)
     look = looks(points)
     chosen = plot_looks.named(points)
     assert len({to_hex(look[name]["color"]) for name in chosen}) == plot_looks.NAMED
@@ -455,7 +494,7 @@ def test_the_plots_of_each_job_come_first(tmp_path: Path, monkeypatch: pytest.Mo
         ("Throughput against requests at once (job 2, prefixes cached)", "job_throughput_2.png"),
     ]
     # Nobody asked for a grid, so that what needs one is no news.
-    assert missing == ["Throughput over time (job 2, prefixes cached): no point tells its steps"]
+    assert missing == ["Throughput over time (job 2, prefixes cached): no point recorded its steps"]
     assert title(saved[tmp_path / "job_cost_2.png"]).endswith("its time (job 2, prefixes cached)")
 
 

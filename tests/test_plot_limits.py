@@ -35,9 +35,9 @@ def test_twelve_settings_are_all_named_and_of_thirteen_eight() -> None:
     assert named(crowd(12)) == [f"s{number:02}" for number in range(12)]
     assert named(crowd(13)) == [f"s{number:02}" for number in range(8)]
     assert of_many(crowd(12, 12)) == ""
-    assert of_many(crowd(13)) == " (8 of the best of 13 settings, grey: range of the others)"
+    assert of_many(crowd(13)) == " (8 leading settings of 13; grey: the range of the others)"
     assert of_many(crowd(1, 13)) == " (12 of 13 prompt lengths)"
-    assert of_many(crowd(13, 13), "dots") == " (8 of the best of 13 settings, grey: dots; 12 of 13 prompt lengths)"
+    assert of_many(crowd(13, 13), "dots") == " (8 leading settings of 13; grey: dots; 12 of 13 prompt lengths)"
 
 
 def test_the_best_are_those_of_every_goal_in_turns() -> None:

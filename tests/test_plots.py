@@ -155,8 +155,12 @@ def test_percentiles_are_a_line_at_the_median_and_a_thin_one_at_p99_of_a_hundred
     (thin,) = [line for line in axes.lines if line.get_gid() == "thin"]
     assert list(thin.get_ydata()) == pytest.approx([math.nan, 3.0 * factor], nan_ok=True)
     assert axes.get_ylabel() == label
-    assert legend_labels(figure)[1:] == ["thin line: p99 of 100 requests or more"]
-    assert legend_labels(draw(table([make_result(points=[enough])])))[1:] == ["thin line: p99"]
+    assert legend_labels(figure)[1:] == [
+        "thin line: 99th percentile, where 100 requests or more were timed; thick line: median"
+    ]
+    assert legend_labels(draw(table([make_result(points=[enough])])))[1:] == [
+        "thin line: 99th percentile; thick line: median"
+    ]
     (axes,) = draw(table([make_result(points=[few])])).axes
     assert not [line for line in axes.lines if line.get_gid() == "thin"]
 
@@ -243,7 +247,7 @@ def test_the_roof_is_bandwidth_left_of_the_ridge_and_arithmetic_right_of_it(tabl
 
 @pytest.mark.parametrize("columns", [{}, {"mfu": math.nan, "mbu": math.nan}, {"mfu": 0.2}])
 def test_unknown_utilisation_is_not_drawn(table: Any, columns: dict[str, float]) -> None:
-    with pytest.raises(NothingToShowError, match="no point tells them"):
+    with pytest.raises(NothingToShowError, match="no point has both numbers"):
         plots.roofline(table([make_result(points=[make_point()])]).assign(**columns))
 
 
@@ -252,7 +256,7 @@ def test_energy_is_drawn_where_it_is_known(table: Any) -> None:
     known.runs = [make_run(1.0, requests=4, energy_j=64.0)]
     (axes,) = plots.energy(table([make_result(points=[make_point(1), known])])).axes
     assert lines(axes) == [[(4, 0.5)]]
-    with pytest.raises(NothingToShowError, match="no point tells it"):
+    with pytest.raises(NothingToShowError, match="no point has this number"):
         plots.energy(table([make_result(points=[make_point(1)])]))
 
 
@@ -289,16 +293,18 @@ def test_memory_is_drawn_per_setting_with_the_highest_use(table: Any) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["tp_1", "tp_2"]
     assert [float(bar.get_width()) for bar in axes.patches] == pytest.approx([12.6, 6.3, 40.0, 40.0])
     assert [float(bar.get_x()) for bar in axes.patches] == pytest.approx([0, 0, 12.6, 6.3])
-    assert legend_labels(figure)[2] == "Highest use, device"
+    assert legend_labels(figure)[2] == "Highest use seen, device"
     assert [text.get_text() for text in axes.texts] == ["12.6", "6.3", "40.0", "40.0", "memory of a device, 79.6 GiB"]
     assert axes.get_xlabel() == "Memory of a device [GiB]"
+    assert "The diamond is the highest use that the device reported" in texts(figure).replace("\n", " ")
 
 
 def test_memory_on_a_cpu_is_that_of_the_processes(table: Any) -> None:
     points = [make_point()]
     points[0].runs[0].memory.scope = "replica"
     figure = plots.memory(table([make_result(points=points, environment={"device_kind": "cpu"})]))
-    assert legend_labels(figure)[2] == "Highest use, replica's processes"
+    assert legend_labels(figure)[2] == "Highest use seen, replica's processes"
+    assert "diamond" not in texts(figure)
     # What processes use together is on no axis with what a device has.
     device, processes = figure.axes
     assert [float(bar.get_width()) for bar in device.patches] == pytest.approx([12.6, 40.0])
@@ -432,6 +438,21 @@ def test_settings_at_the_same_place_stand_within_each_other(table: Any) -> None:
     assert sorted(text.get_text() for text in axes.texts) == ["4", "8"]
 
 
+def test_larger_marks_are_explained_where_there_are_some_and_nowhere_else(table: Any) -> None:
+    results = [make_result(name, [make_point(b, 8, [1.0]) for b in (1, 2)], sizes)
+               for name, sizes in (("dp_2", (1, 1, 2)), ("tp_2", (2, 1, 1)))]  # fmt: skip
+    key = "larger mark: another one lies on it"
+    for draw in (plots.throughput, plots.pareto):
+        (points,) = prepared([table(results[:1])])
+        assert key not in legend_labels(plots.with_its_keys(draw, points))
+    same = [make_result(name, [make_point(b, 8, [1.0]) for b in (1, 2)], (2, 1, 1)) for name in ("a", "b")]
+    (points,) = prepared([table(same)])
+    for draw in (plots.throughput, plots.pareto):
+        figure = plots.with_its_keys(draw, points)
+        assert key in legend_labels(figure)
+        assert len(legend_labels(figure)) == len(legend_labels(draw(points))) + 1
+
+
 def test_a_line_under_another_is_wider(table: Any) -> None:
     one, two = (make_result(name, [make_point(b, 8, [1.0 + b]) for b in (4, 8)]) for name in ("a", "b"))
     (axes,) = plots.throughput(table([one, two])).axes
@@ -462,7 +483,7 @@ def test_an_axis_of_efficiencies_begins_where_they_do(table: Any) -> None:
 def test_the_roofline_says_in_words_how_to_read_it(table: Any) -> None:
     points = table([make_result(points=[make_point(1, 8), make_point(2, 8)])]).assign(mfu=[0.1, 0.4], mbu=[0.5, 0.2])
     figure = plots.roofline(points)
-    assert "MBU, is how near a point is to the slanted roof" in texts(figure).replace("\n", " ")
+    assert "its height over that of the roof is its MBU" in texts(figure).replace("\n", " ")
     assert figure.axes[0].get_xlabel() == "MFU / MBU, 1 = ridge, log scale"
 
 
@@ -501,7 +522,7 @@ def test_the_best_of_many_settings_is_named_where_that_has_room(table: Any) -> N
     settings = [(2, 2, 2), *SETTINGS[:6]]
     (axes, _) = plots.heatmap(table(make_sweep(settings, batch_sizes=range(1, 7), seq_lens=(8, 16)))).axes
     names = {text.get_text().split("\n", 1)[-1] for text in axes.texts}
-    assert names == {"tp_8", "tp_2_pp_2_d\np_2"}
+    assert names == {"tp_8", "tp_2_pp_2_\ndp_2"}
     (axes, _) = plots.heatmap(table(make_sweep(settings, batch_sizes=range(1, 40), seq_lens=(8, 16)))).axes
     assert {text.get_text() for text in axes.texts} == {""}
 
@@ -529,7 +550,7 @@ def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any)
     assert len({to_hex(look[name]["color"]) for name in names}) == plot_looks.NAMED
     figures = {draw: draw(points) for draw in (plots.throughput, plots.latency, plots.pareto)}
     for figure in figures.values():
-        assert f"{plot_looks.NAMED} of the best of 36 settings, grey:" in texts(figure).replace("\n", " ")
+        assert f"{plot_looks.NAMED} leading settings of 36; grey:" in texts(figure).replace("\n", " ")
         assert len(legend_labels(figure)) <= plot_looks.NAMED + 2
     (band,) = [
         item
@@ -571,8 +592,8 @@ def test_every_plot_becomes_a_png_and_an_svg_and_an_empty_one_a_reason(groups: A
     assert missing == [
         "Scaling efficiency, strong: every measured setting has the same number of devices",
         "Scaling efficiency, weak: no setting has replicas",
-        "Energy per output token: no point tells it",
-        "MFU and MBU against the roofline: no point tells them",
+        "Energy per output token: no point has this number",
+        "MFU and MBU against the roofline: no point has both numbers",
     ]
 
 

@@ -117,9 +117,11 @@ def test_an_interrupted_setting_is_among_what_is_missing(report: Any) -> None:
     grid = {"batch_sizes": [1, 2, 4], "seq_lens": [64]}
     stopped = make_result("tp_1", [make_point(1)], config=grid, status="partial")
     text = flat(as_text(report([stopped])))
-    assert "tp_1 was interrupted: 2 points of 3 are missing; the same command goes on with it" in text
+    assert (
+        "tp_1 was interrupted: 2 of 3 points are missing. Run the same command again to measure what is left." in text
+    )
     nearly = make_result("tp_1", [make_point(1), make_point(2)], config=grid, status="partial")
-    assert "tp_1 was interrupted: 1 point of 3 is missing;" in flat(as_text(report([nearly])))
+    assert "tp_1 was interrupted: 1 of 3 points is missing. " in flat(as_text(report([nearly])))
     # Points that failed are there, and have a reason each.
     failed = make_result("tp_1", [make_point(1), *(Point(b, 64, 32, "oom", reason="x") for b in (2, 4))], config=grid)
     failed.status = "partial"
@@ -187,7 +189,10 @@ def test_a_long_list_is_cut_in_the_terminal_and_whole_in_the_report(report: Any)
 def test_unlike_things_are_grouped_and_the_difference_is_said(report: Any) -> None:
     fast = make_result("a100", [make_point(latencies_s=[0.1])], environment={"devices": [{"name": "NVIDIA A100"}]})
     text = flat(as_text(report([make_result("h100", [make_point(latencies_s=[1.0])]), fast])))
-    assert "2 groups of unlike points, never ranked together; they differ in device_name:" in text
+    assert (
+        "2 groups of points that cannot be compared with each other: they differ in device_name. Each is ranked on"
+        in text
+    )
     assert "group 1: device_name NVIDIA A100 (a100)" in text
     assert "Best of group 1: device_name NVIDIA A100" in text
     assert "Best of group 2: device_name NVIDIA H100 80GB HBM3" in text
@@ -205,7 +210,7 @@ def test_a_value_that_only_one_group_knows_is_called_unknown_in_the_other(report
 def test_a_difference_within_a_group_is_mentioned(report: Any) -> None:
     other = make_result("b", [make_point()], config={"gpu_memory_utilization": 0.5})
     text = flat(as_text(report([make_result("a", [make_point()]), other])))
-    assert "Settings also differ in gpu_memory_utilization; see results.csv." in text
+    assert "The settings also differ in gpu_memory_utilization; results.csv has the values." in text
 
 
 def test_replicas_say_that_the_batch_is_each_ones_own(report: Any) -> None:
@@ -292,7 +297,7 @@ def near() -> list[Result]:
 def test_the_decision_comes_first_and_names_the_ties(report: Any) -> None:
     text = flat(as_text(report(near())))
     assert text.startswith("Best length best value setting")
-    assert "tie, length 64, throughput: the interval overlaps that of pp_2 (batch 4: 124.3 ±" in text
+    assert "tie, length 64, throughput, as good within the intervals: pp_2 (batch 4: 124.3 ±" in text
     assert "dp_2 (batch" not in text
 
 
@@ -300,7 +305,7 @@ def test_limits_are_named_and_what_misses_them_least(report: Any) -> None:
     parts = report(near(), Question(Limits(latency_s=0.5, ttft_s=5, percent=90)))
     text = flat(as_text(parts))
     assert "limits latency p90 ≤ 0.5 s, TTFT p90 ≤ 5 s" in text
-    assert "length 64: no point keeps the limits; nearest: tp_2 at batch 4, latency_p90_s 1.016" in text
+    assert "length 64: no point meets the limits; nearest: tp_2 at batch 4, latency_p90_s 1.016" in text
 
 
 def test_a_price_adds_a_ranking_by_cost(report: Any) -> None:
@@ -310,7 +315,7 @@ def test_a_price_adds_a_ranking_by_cost(report: Any) -> None:
 
 
 def test_one_run_says_that_it_shows_no_tie(report: Any) -> None:
-    assert "a single run has no interval, and shows no tie" in flat(
+    assert "a single run has no interval and cannot show a tie" in flat(
         as_text(report([make_result(points=[make_point(1, 64, [1.0])])]))
     )
 
@@ -318,7 +323,7 @@ def test_one_run_says_that_it_shows_no_tie(report: Any) -> None:
 def test_of_many_ties_three_are_named_and_the_others_counted(report: Any) -> None:
     results = [make_result(f"s{number}", [make_point(latencies_s=[1.0, 1.1, 0.9])]) for number in range(6)]
     text = flat(as_text(report(results)))
-    assert "the interval overlaps that of s1 (batch 1: 32 ±12 tok/s), s2" in text
+    assert "as good within the intervals: s1 (batch 1: 32 ±12 tok/s), s2" in text
     assert "and 2 more settings: summary.json" in text
 
 
@@ -375,7 +380,7 @@ def test_a_layout_without_a_common_batch_is_named(report: Any) -> None:
         make_result("dp_2", [make_point(4, replicas=2)], (1, 1, 2)),
     ]
     text = flat(as_text(report(results)))
-    assert "Not compared: TP=2, DP=2: no two of them were measured at the same number of requests." in text
+    assert "TP=2, DP=2: not compared, because no two of them were measured at the same number of requests." in text
 
 
 def test_scaling_is_told_strong_and_weak(report: Any) -> None:
@@ -420,7 +425,7 @@ def test_mixed_things_are_marked_in_every_title_that_ranks(report: Any) -> None:
     assert "Best [MIXED: device_name]" in titles
     assert "Pareto front: throughput per device against latency [MIXED: device_name]" in titles
     assert all("[MIXED" in title for title in titles if title not in ("Measured", "Settings"))
-    assert "points that differ in device_name are ranked together" in flat(as_text(parts))
+    assert "--allow-mixed ranks points together that differ in device_name" in flat(as_text(parts))
     assert [row[3] for row in section(parts, "Best").rows] == ["a100"] * 3
 
 
@@ -438,7 +443,7 @@ def test_columns_of_ones_own_make_the_groups(report: Any) -> None:
 @pytest.mark.parametrize(
     ("question", "words"),
     [
-        (Question(group_by=("model",)), "--group-by model: would rank together what differs in device_name"),
+        (Question(group_by=("model",)), "--group-by model: points that differ in device_name would be ranked together"),
         (Question(group_by=("colour",)), "--group-by colour: no such column"),
         (Question(baseline="tp_9"), "--baseline tp_9: no such setting; choose one of a100, h100"),
     ],
@@ -514,7 +519,7 @@ def test_ratios_are_averaged_as_ratios_are(report: Any) -> None:
         return [make_point(b, latencies_s=[s, s]) for b, s in ((1, first_s), (2, second_s))]
 
     part = report([make_result(points=points(0.5, 2.0))], old=[make_result(points=points(1.0, 1.0))])[0]
-    assert part.pairs[1] == ("throughput, new / old", "1.0000 on geometric average, 0.5000 to 2.0000")
+    assert part.pairs[1] == ("throughput, new / old", "1.0000 (geometric mean), from 0.5000 to 2.0000")
     assert [row[2:] for row in part.rows] == [
         ["2", "worse", "0.5000", "64.00", "32.00"], ["1", "better", "2.000", "32.00", "64.00"],
     ]  # fmt: skip
@@ -532,7 +537,7 @@ def test_changes_are_counted_and_ordered_by_how_bad_they_are(report: Any) -> Non
     ]  # fmt: skip
     # 64 is new, and nobody asks for 128 any more.
     assert [line.split(" (")[0] for line in part.lines if " only in the " in line] == [
-        "1 point is only in the new results", "1 point is only in the earlier results",
+        "1 point is only in the new results.", "1 point is only in the earlier results.",
     ]  # fmt: skip
 
 

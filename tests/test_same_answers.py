@@ -167,12 +167,12 @@ def test_settings_are_compared_with_the_smallest_one_and_that_with_itself(tmp_pa
         tmp_path, *settings(answers_of(0, {}, {3: 20}), answers_of(0, {1: 9, 5: 30}), answers_of(0, {2: 4}))
     )
     assert "Same answers?" in text
-    assert "tp_1 itself in two halves 32 1 20 20" in text
+    assert "tp_1 itself, in two halves 32 1 20 20" in text
     assert "tp_2 tp_1 32 2 9 19.5" in text
     assert "tp_4 tp_1 32 1 4 4" in text
     assert (
-        "tp_2 answers 2 of 32 requests otherwise than tp_1, which answers 1 otherwise itself in a batch of half the "
-        "size. The usual reason is rounding, which differs with the layout."
+        "tp_2 answers 2 of 32 requests differently from tp_1, which itself answers 1 differently in a batch of half "
+        "the size. The usual reason is rounding, which depends on the layout."
     ) in text
     # As many as TP=1 with itself are no news.
     assert "tp_4 answers" not in text
@@ -180,8 +180,11 @@ def test_settings_are_compared_with_the_smallest_one_and_that_with_itself(tmp_pa
 
 def test_a_setting_with_other_weights_is_found(tmp_path: Path) -> None:
     text = report_of(tmp_path, *settings(answers_of(0, {}), answers_of(0, dict.fromkeys(range(30), 1))))
-    assert "tp_2 is not the model that tp_1 is: 30 of 32 answers differ, most from the first tokens on" in text
-    assert "Do not use tp_2 yet: most answers are those of another model; see “Same answers?”." in text
+    assert (
+        "tp_2 does not answer like the same model as tp_1: 30 of 32 answers differ, most of them from the first tokens"
+        in text
+    )
+    assert "Do not use tp_2 yet: most answers look like those of another model; see “Same answers?”." in text
     assert "rounding" not in text
     # Many that differ late are rounding.
     late = report_of(tmp_path / "late", *settings(answers_of(0, {}), answers_of(0, dict.fromkeys(range(30), 12))))
@@ -191,14 +194,14 @@ def test_a_setting_with_other_weights_is_found(tmp_path: Path) -> None:
 def test_a_replica_with_other_weights_is_found(tmp_path: Path) -> None:
     wrong = told(dict.fromkeys(range(32), 1))
     text = report_of(tmp_path, *settings(answers_of(0, {}), answers_of(0, {}, other_replicas=[told({}), wrong])))
-    assert "tp_2, its replica 2, is not the model that replica 0 is" in text
+    assert "tp_2, its replica 2, does not answer like the same model as replica 0" in text
     assert "tp_2 its replica 1 32 0" in text
 
 
 def test_only_answers_to_the_same_are_compared(tmp_path: Path) -> None:
     text = report_of(tmp_path, *settings(answers_of(0, {}), answers_of(1, {1: 1}), None))
     assert "tp_2 tp_1" not in text
-    assert text.count("itself in two halves") == 2
+    assert text.count("itself, in two halves") == 2
     assert "Same answers?" not in report_of(tmp_path / "none", *settings(None, None))
 
 

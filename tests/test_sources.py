@@ -219,8 +219,8 @@ def test_settings_are_chosen_by_their_names(analyze: Run, study: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--model", "Qwen"), f"--model Qwen: is not in --input {{}}; there is {QWEN}, {LLAMA}"),
-        (("--setting", "tp_1,tp_9,dp_2"), "--setting tp_9,dp_2: is not in --input {}; there is tp_1, tp_2"),
+        (("--model", "Qwen"), f"--model Qwen: not found in --input {{}}, which has {QWEN}, {LLAMA}"),
+        (("--setting", "tp_1,tp_9,dp_2"), "--setting tp_9,dp_2: not found in --input {}, which has tp_1, tp_2"),
     ],
 )
 def test_what_is_not_there_is_refused_and_what_is_there_named(
@@ -238,7 +238,7 @@ def test_the_choice_holds_for_the_earlier_results_too(analyze: Run, study: Path,
     assert f"--compare: --model {QWEN}: 2 other files left out." in done.stdout
     shutil.rmtree(old / "Qwen3-0.6B")
     done = analyze("--input", study, "--compare", old, "--model", QWEN)
-    assert done.stderr == f"error: --model {QWEN}: is not in --compare {old}; there is {LLAMA}\n"
+    assert done.stderr == f"error: --model {QWEN}: not found in --compare {old}, which has {LLAMA}\n"
 
 
 # --- where it goes, and what stays there --------------------------------------------------------------------------

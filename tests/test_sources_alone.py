@@ -64,9 +64,9 @@ def test_what_is_asked_for_is_kept_and_the_rest_counted(model: Any, names: Any, 
 @pytest.mark.parametrize(
     ("model", "names", "told"),
     [
-        ("org", None, "--model org: is not in --input x; there is org/m, other/n"),
-        ("n", ("tp_1",), "--setting tp_1: is not in --input x; there is tp_2"),
-        (None, ("tp_9", "tp_1", "tp_8"), "--setting tp_9,tp_8: is not in --input x; there is tp_1, tp_2"),
+        ("org", None, "--model org: not found in --input x, which has org/m, other/n"),
+        ("n", ("tp_1",), "--setting tp_1: not found in --input x, which has tp_2"),
+        (None, ("tp_9", "tp_1", "tp_8"), "--setting tp_9,tp_8: not found in --input x, which has tp_1, tp_2"),
     ],
 )
 def test_what_is_not_there_is_named_with_what_is(model: Any, names: Any, told: str) -> None:
@@ -77,7 +77,7 @@ def test_what_is_not_there_is_named_with_what_is(model: Any, names: Any, told: s
 
 def test_of_many_names_ten_are_told() -> None:
     there = [setting(f"{number}", f"s{number:02}") for number in range(12)]
-    with pytest.raises(UsageError, match=r"there is s00, .*, s09 and 2 more$"):
+    with pytest.raises(UsageError, match=r"which has s00, .*, s09 and 2 more$"):
         chosen(there, None, ("x",), "--input x")
 
 

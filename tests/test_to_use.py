@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from html import unescape
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -128,7 +130,7 @@ def test_unlike_things_have_no_common_winner_and_that_of_most_points_is_written(
     large = grid("tp_2", {(1, 64): 1, (8, 64): 2}, (2, 1, 1))
     found = won([small, large], tmp_path)
     assert found.name == "tp_2"
-    assert [note[:46] for note in found.notes] == ["Of 2 groups it is the winner of group 2: model"]
+    assert [note[:46] for note in found.notes] == ["There are 2 groups; this is the winner of grou"]
 
 
 def test_what_is_not_believable_never_wins(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_a_job_goes_before_a_grid_and_a_deadline_before_the_fastest(tmp_path: Pa
     assert won([one, two], tmp_path, "latency").seq_len == 64
     assert found.notes == ()
     found = won([setting("tp_1", queue(2, order="longest-first"))], tmp_path / "sorted")
-    assert found.notes == ("It was measured with the requests longest-first: give yours in that order.",)
+    assert found.notes == ("It was measured with the requests longest-first; give yours in that order.",)
     found = won([one, two], tmp_path, job=JobQuestion(deadline_h=100 / 3600))
     assert (found.name, found.replicas) == ("tp_1", 3)
     assert found.why == "the fewest devices for the deadline, for the job of 480 requests"
@@ -268,7 +270,9 @@ def test_no_secret_is_written_and_its_place_is_named(tmp_path: Path) -> None:
     config = (tmp_path / "best" / "vllm_config.yaml").read_text()
     assert 'hf-token: "<hf_token>"\n' in config
     for name in ("<hf_token>", "<token>", "<login>"):
-        assert f"# {name} stands for a value that is written nowhere: put it in its place.\n" in config
+        assert (
+            f"# {name} stands for a secret, which is never written to a file: put its value in that place.\n" in config
+        )
         assert sum(line.startswith(name) for line in to_use.section.lines) == 1
 
 
@@ -347,20 +351,20 @@ def test_a_file_for_vllm_serve_says_what_it_is_of(tmp_path: Path) -> None:
         # {MARK}
         # dp_2, 64 at once on each of 2 replicas: best throughput at length 512.
         # Measured with vLLM 0.32.0 in dp_2_results.json.
-        # Of one replica: how many there are stands in the command.
+        # This is one replica; the command says how many there are.
         model: meta-llama/Llama-2-7b-chat-hf
         tensor-parallel-size: 1
         pipeline-parallel-size: 1
-        # prompt and output of the longest request that was measured for; raise it for longer ones
+        # the longest prompt and output that were measured; raise it for longer requests
         max-model-len: 4096
         # requests at once, as at the best point
         max-num-seqs: 64
-        # what vLLM's LLM took, and was measured; its server may take another
+        # what vLLM's LLM class chose, as measured; its server may choose another value
         max-num-batched-tokens: 8192
         dtype: bfloat16
         gpu-memory-utilization: 0.8
-        # the engine was loaded for 256 at once, and had the graphs of that; with those for 64 alone it may be
-        # slower
+        # the measured engine was loaded for 256 requests at once, with CUDA graphs for these; with graphs for
+        # 64 alone it may be slower
         max-cudagraph-capture-size: 512
         """)
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py"]
@@ -408,7 +412,7 @@ def test_what_an_earlier_analysis_wrote_goes_and_what_others_wrote_stays(tmp_pat
     to_use = written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
     assert (best / "run.py").read_text() == "print('my own')"
     assert to_use.files == [best / "vllm_config.yaml"]
-    assert to_use.section.lines == [f"run.py in {best} is not of this program, and was left as it is."]
+    assert to_use.section.lines == [f"run.py in {best} was not written by this program and was left as it is."]
     assert [words[0] for words in to_use.section.commands] == ["vllm", "vllm"]
     (best / "vllm_config.yaml").write_text("port: 1")
     to_use = written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
@@ -444,8 +448,9 @@ def test_a_command_can_be_copied_from_everywhere(tmp_path: Path) -> None:
     block = as_markdown([to_use.section], [], []).partition("```bash\n")[2].partition("\n```")[0]
     assert in_bash(block.splitlines()[0]) == words
     page = as_html([to_use.section], analysed([result], tmp_path).points, [], [])
-    assert "<pre>vllm serve --config &#x27;" in page
-    assert "<a>" not in page.partition("<pre>")[2].partition("</pre>")[0]
+    block = page.partition("<pre>")[2].partition("</pre>")[0]
+    assert "<a>" not in block
+    assert in_bash(unescape(re.sub("</?span>", "", block))) == words
 
 
 def test_a_long_command_fits_a_terminal() -> None:
@@ -509,7 +514,7 @@ def test_on_a_cpu_vllms_command_is_not_needed(tmp_path: Path) -> None:
             "--config", config, "--data-parallel-size", "2",
         ],
     ]  # fmt: skip
-    assert section.lines[-1].startswith("python -m …: vllm serve and vllm run-batch; ")
+    assert section.lines[-1].startswith("The lines with python -m are vllm serve and vllm run-batch: ")
 
 
 # --- run.py -------------------------------------------------------------------------------------------------------
@@ -738,7 +743,7 @@ def for_a_deadline(tmp_path: Path, **config: Any) -> Path:
     result = setting("tp_2", queue(2), sizes=(2, 1, 1), engine={"max_num_seqs": 2}, config=config)
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=100 / 3600))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py", "ray_data.py"]
-    assert ("in time", "with 3 replicas, so 6 devices, as ray_data.py has it") in to_use.section.pairs
+    assert ("deadline", "met by 3 replicas, so 6 devices, as in ray_data.py") in to_use.section.pairs
     return tmp_path / "best" / "ray_data.py"
 
 
@@ -804,7 +809,7 @@ def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:
     )
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=1))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py"]
-    assert to_use.section.pairs[-1] == ("in time", "with 1 replica, so 1 device")
+    assert to_use.section.pairs[-1] == ("deadline", "met by 1 replica, so 1 device")
 
 
 @pytest.mark.vllm

@@ -31,8 +31,8 @@ def measured(analysis: Analysis) -> Section:
     lines = [*analysis.notes, *_groups(analysis)]
     for group in analysis.groups:
         if mixed := differing(group.points, TO_MENTION):
-            where = f"In group {group.number} settings" if analysis.unlike else "Settings"
-            lines.append(f"{where} also differ in {listed(mixed)}; see results.csv.")
+            where = f"The settings of group {group.number}" if analysis.unlike else "The settings"
+            lines.append(f"{where} also differ in {listed(mixed)}; results.csv has the values.")
     return Section("Measured", [(label, value) for label, value in pairs if value], lines=lines)
 
 
@@ -44,13 +44,13 @@ def _files(analysis: Analysis) -> str:
 
 def _groups(analysis: Analysis) -> Iterator[str]:
     if analysis.unlike:
-        yield (f"{len(analysis.groups)} groups of unlike points, never ranked together; they differ in "
-               f"{listed(analysis.unlike)}:")  # fmt: skip
+        yield (f"{len(analysis.groups)} groups of points that cannot be compared with each other: they differ in "
+               f"{listed(analysis.unlike)}. Each is ranked on its own:")  # fmt: skip
         for group in analysis.groups:
             yield f"{group.name} ({_names(group.points['setting'])})"
     for group in analysis.groups:
         if group.mixed:
-            yield f"MIXED, as you allow it: points that differ in {listed(group.mixed)} are ranked together."
+            yield f"MIXED: --allow-mixed ranks points together that differ in {listed(group.mixed)}."
 
 
 def _names(column: pd.Series[Any]) -> str:
@@ -91,8 +91,8 @@ def _interrupted(name: str, setting: MeasuredSetting) -> str:
     missing = setting.points_asked - setting.num_points
     are = "is" if missing == 1 else "are"
     return (
-        f"{name} was interrupted: {counted(missing, 'point')} of {setting.points_asked} {are} missing; the same "
-        "command goes on with it"
+        f"{name} was interrupted: {missing} of {counted(setting.points_asked, 'point')} {are} missing. Run the same "
+        "command again to measure what is left."
     )
 
 

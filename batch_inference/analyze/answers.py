@@ -119,8 +119,8 @@ def _check_mixed(points: pd.DataFrame, question: Question) -> None:
     for _, alike in groups(points):
         if mixed := differing(alike, GROUP_BY):
             raise QuestionError(
-                f"--group-by {','.join(question.group_by)}: would rank together what differs in {', '.join(mixed)}; "
-                "name these too, or add --allow-mixed"
+                f"--group-by {','.join(question.group_by)}: points that differ in {', '.join(mixed)} would be ranked "
+                "together; name these columns too, or add --allow-mixed"
             )
 
 

@@ -5,8 +5,9 @@ Throughput is a fixed number of tokens over the mean latency of the runs: every 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -149,6 +150,12 @@ def layout(tp: int, pp: int, dp: int, ep: int = 0, dcp: int = 1) -> str:
 def layout_order(tp: int, pp: int, dp: int, ep: int = 0, dcp: int = 1) -> tuple[int, ...]:
     """TP, PP and DP alone come before the mixed ones."""
     return (sum(size > 1 for size in (tp, pp, dp)), -tp, -pp, -dp, ep, dcp)
+
+
+def simplicity(row: Mapping[Hashable, Any]) -> int:
+    """How many kinds of parallelism a setting has: 0 for one device, 2 for TP=2 DP=2."""
+    sizes = (*SIZES, "decode_context_parallel_size")
+    return sum(int(row[name]) > 1 for name in sizes) + bool(row["enable_expert_parallel"])
 
 
 def side_by_side(points: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from batch_inference.analyze.compare import PLACE, halves, overlapping
+from batch_inference.analyze.compare import PLACE, halves, overlapping, simplicity
 from batch_inference.analyze.front import Measured, is_on_front
 from batch_inference.analyze.tables import believable, half_width, percentile_column
 from batch_inference.core.metrics import METRIC_BY_NAME, Better
@@ -66,7 +66,8 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Choice:
-    """The best point for a goal at a prompt length, and of every other setting whose interval overlaps it, the best.
+    """The best point for a goal at a prompt length, and of every other setting whose interval overlaps that of the
+    highest, its own best: `best` is one of them, and `ties` are the others.
 
     `best` is None where no point keeps the limits; `nearest` is then the one that misses them by least.
     """
@@ -79,7 +80,7 @@ class Choice:
 
 
 # What a choice tells of a point, beside the numbers that were asked for.
-_RECORD = (*PLACE, "latency_mean_s", "latency_ci95_s")
+_RECORD = (*PLACE, "latency_mean_s", "latency_ci95_s", "engine_args")
 
 
 def choices(points: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice]:
@@ -98,15 +99,27 @@ def choices(points: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice
             # The best point of each setting stands for it.
             ranked = allowed.loc[allowed.loc[values.index, "setting"].drop_duplicates().index]
             if not ranked.empty:
-                yield Choice(seq_len, goal, ranked.iloc[0].to_dict(), _ties(ranked, goal))
+                yield Choice(seq_len, goal, *_best_and_ties(ranked, goal))
 
 
-def _ties(ranked: pd.DataFrame, goal: Goal) -> list[Record]:
-    best = ranked.iloc[0]
-    half = half_width(best.to_dict(), goal.column) or 0.0
-    as_good = overlapping(ranked[goal.column], halves(ranked, goal.column), best[goal.column], half)
-    records: list[Record] = ranked[as_good].iloc[1:].to_dict("records")
-    return records
+def _best_and_ties(ranked: pd.DataFrame, goal: Goal) -> tuple[Record, list[Record]]:
+    """Ties are all whose interval overlaps that of the highest. The best is the simplest within the interval of the
+    highest: so it is not lower by more than chance makes it."""
+    highest: Record = ranked.iloc[0].to_dict()
+    half = half_width(highest, goal.column) or 0.0
+    as_good = overlapping(ranked[goal.column], halves(ranked, goal.column), highest[goal.column], half)
+    as_good.iloc[0] = True
+    records: list[Record] = sorted(ranked[as_good].to_dict("records"), key=_simplicity)
+    best = next(row for row in records if abs(row[goal.column] - highest[goal.column]) <= half)
+    return best, [row for row in records if row is not best]
+
+
+def _simplicity(row: Record) -> tuple[int, ...]:
+    """What the measurement cannot tell apart, the effort of running it can: fewest devices, fewest kinds of
+    parallelism, fewest flags of vLLM's. But one to rely on goes before a suspect one."""
+    flags = row["engine_args"]
+    is_suspect = row["verdict"] == "suspect"
+    return (is_suspect, int(row["num_devices"]), simplicity(row), 0 if pd.isna(flags) else len(str(flags).split()))
 
 
 def keeps(points: pd.DataFrame, limits: Limits) -> pd.Series[bool]:

@@ -76,13 +76,13 @@ def _values(config: StoredConfig, engine: EngineInfo, point: Point) -> tuple[dic
     slots = engine.max_num_seqs or config.max_num_seqs or point.batch_size
     why = {
         "max_num_seqs": "requests at once, as at the best point",
-        "max_model_len": "prompt and output of the longest request that was measured for; raise it for longer ones",
+        "max_model_len": "the longest prompt and output that were measured; raise it for longer requests",
     }
     budget = point.max_num_batched_tokens or config.largest_budget
     if budget is None and engine.max_num_batched_tokens:
-        why["max_num_batched_tokens"] = "what vLLM's LLM took, and was measured; its server may take another"
+        why["max_num_batched_tokens"] = "what vLLM's LLM class chose, as measured; its server may choose another value"
     if engine.language_model_only:
-        why["language_model_only"] = "measured on text; leave it out for images, which then take memory"
+        why["language_model_only"] = "measured with text alone; remove this line for images, which then take memory"
     return {
         "model": _model(config),
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -122,8 +122,8 @@ def _keep_graphs(values: dict[str, Any], why: dict[str, str], engine: EngineInfo
     if largest and values["max_num_seqs"] < (engine.max_num_seqs or 0):
         values["max_cudagraph_capture_size"] = largest
         why["max_cudagraph_capture_size"] = (
-            f"the engine was loaded for {engine.max_num_seqs} at once, and had the graphs of that; with those for "
-            f"{values['max_num_seqs']} alone it may be slower"
+            f"the measured engine was loaded for {engine.max_num_seqs} requests at once, with CUDA graphs for these; "
+            f"with graphs for {values['max_num_seqs']} alone it may be slower"
         )
 
 
@@ -131,10 +131,10 @@ def _notes(config: StoredConfig, engine: EngineInfo, *, is_dummy: bool, unknown:
     if is_dummy:
         yield "It was measured with dummy weights (--load-format dummy); these files load the model's own."
     for name in placeholders([config.model, *config.engine_args]):
-        yield f"{name} stands for a value that is written nowhere: put it in its place."
+        yield f"{name} stands for a secret, which is never written to a file: put its value in that place."
     if unknown:
-        yield f"Left out, because its long name is not known: {plain(listed(unknown))}."
+        yield f"Flags that are left out, because their full names are not known: {plain(listed(unknown))}."
     if "external_launcher" in (config.distributed_executor_backend, engine.executor):
-        yield "It was measured under torchrun, by another model runner; these files use none: measure without it too."
+        yield "It was measured under torchrun, with another model runner than these files have: measure without it too."
     if config.nnodes > 1:
-        yield f"Each replica is spread over {config.nnodes} nodes: run.py is for one, and is left out."
+        yield f"Each replica is spread over {config.nnodes} nodes: run.py, which is for one node, is left out."

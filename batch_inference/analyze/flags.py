@@ -17,8 +17,8 @@ DESCRIPTION = """\
 Turn the result files of batch_inference_experiment.py into a decision: the
 best setting and batch size per prompt length, TP against PP against DP,
 scaling, and the change against earlier results; as a summary, report.html,
-report.md, results.csv, summary.json and plots. What was found is written to
-be used too: for `vllm serve --config`, and as a script."""
+report.md, results.csv, summary.json and plots. The winner is also written as
+files to use: a config for `vllm serve`, and a script."""
 
 EPILOG = """\
 examples:
@@ -50,7 +50,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"{flag} --: the dashes are no value; give one")
     flags = build_parser().parse_args(words)
     if flags.fail_on_regression is not None and flags.compare is None:
-        raise UsageError(f"--fail-on-regression {flags.fail_on_regression:g}: compares with nothing; add --compare DIR")
+        raise UsageError(
+            f"--fail-on-regression {flags.fail_on_regression:g}: there is nothing to compare with; add --compare DIR"
+        )
     if flags.goal == "cost" and flags.device_hour_price is None:
         raise UsageError("--goal cost: nothing says what a device costs; add --device-hour-price PRICE")
     if flags.no_plots:
@@ -67,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=old_path,
         required=True,
         metavar="PATH",
-        help="a result file, or a folder of them, with those below",
+        help="a result file, or a folder of them, subfolders included",
     )
     add(
         "--output-dir",
@@ -106,13 +108,13 @@ def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
         "--goal",
         choices=GOALS,
         default=GOALS[0],
-        help="whose winner is written to be used, into `best`; default: throughput",
+        help="the goal whose winner is written to `best`; default: throughput",
     )
     group.add_argument(
         "--device-hour-price",
         type=positive,
         metavar="PRICE",
-        help="of one device; adds cost per million output tokens, and of a job",
+        help="of one device; adds the cost of a million output tokens, and of a job",
     )
 
 
@@ -120,7 +122,7 @@ def _add_job_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--job", type=old_path, metavar="FILE", help="forecast this workload instead of the one that was sampled")
     add("--job-requests", type=whole, metavar="N", help="forecast so many requests of its kind, like 5000000 or 1e9")
-    add("--deadline-hours", type=positive, metavar="H", help="how many replicas, so devices, finish the job in time")
+    add("--deadline-hours", type=positive, metavar="H", help="say how many replicas and devices finish the job in time")
 
 
 def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
@@ -129,17 +131,27 @@ def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
         "--baseline",
         type=name,
         metavar="NAME",
-        help="scaling is against this setting; default: that of the fewest devices",
+        help="the setting that scaling is held against; default: the one on the fewest devices",
     )
     add(
         "--compare",
         type=old_path,
         metavar="PATH",
-        help="earlier results: point by point better, worse or no difference",
+        help="earlier results, to be compared point by point",
     )
-    add("--fail-on-regression", type=not_negative, metavar="PCT", help="exit 3 where a point is lost, or worse by more")
-    add("--group-by", type=names_of("column"), metavar="COLUMNS", help="rank together what is alike in these columns")
-    add("--allow-mixed", action="store_true", help="rank unlike things together; every title says so")
+    add(
+        "--fail-on-regression",
+        type=not_negative,
+        metavar="PCT",
+        help="exit 3 if a point is lost or worse by more",
+    )
+    add(
+        "--group-by",
+        type=names_of("column"),
+        metavar="COLUMNS",
+        help="rank points together if these columns agree",
+    )
+    add("--allow-mixed", action="store_true", help="rank points together that are not alike; titles say so")
 
 
 def number(text: str) -> float:
@@ -148,7 +160,7 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number")
     if abs(value) > MOST:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is over {MOST:.0f}")
     return value
@@ -164,7 +176,7 @@ def positive(text: str) -> float:
 def whole(text: str) -> int:
     value = positive(text)
     if not value.is_integer():
-        raise argparse.ArgumentTypeError(f"{text} is no whole number")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
     return int(value)
 
 

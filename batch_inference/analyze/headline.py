@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
@@ -12,10 +12,11 @@ from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.decide import COST, Choice
 from batch_inference.analyze.job_sections import requests_words, time_text
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
+from batch_inference.analyze.replicas import said, to_measure, unmeasured_replicas
 from batch_inference.analyze.same_answers import of_another_model
 from batch_inference.analyze.sections import counts_of_changes
 from batch_inference.analyze.tables import differing, half_width
-from batch_inference.analyze.wording import HEADING, few, spoken, suspect_words, with_interval
+from batch_inference.analyze.wording import HEADING, few, short_names, spoken, suspect_words, with_interval
 from batch_inference.core.text import counted, on_each, plain, short
 
 # What a sentence names itself, or says of no group.
@@ -27,6 +28,8 @@ _ALSO = (
 )
 # A group has a sentence for each of so many prompt lengths; of several groups each has one.
 _LENGTHS = 3
+# Characters of a setting's own name, where its layout does not tell it.
+_LONGEST_NAME = 32
 # The maker, and the memory, which the list of facts has.
 _MAKER, _MEMORY = re.compile(r"^(NVIDIA|AMD) +"), re.compile(r"[ -]\d+ ?GB\b.*$")
 
@@ -38,7 +41,9 @@ class Headline:
     title: str = HEADING
     facts: tuple[str, ...] = ()
     sentences: tuple[str, ...] = ()  # the first is the answer, the others go with it
-    command: tuple[str, ...] = field(default=())  # of the winner: words, quoted for a shell
+    command: tuple[str, ...] = ()  # of the winner: words, quoted for a shell
+    unmeasured: str = ""  # what might be better than the answer, and was not measured
+    to_measure: tuple[str, ...] = ()  # the command that measures it
 
 
 NO_HEADLINE = Headline()
@@ -48,7 +53,10 @@ def headline(analysis: Analysis, command: Sequence[str] = ()) -> Headline:
     names = _Names(analysis)
     models = list(dict.fromkeys(map(names.model, _values(analysis, "model"))))
     title = f"{HEADING} of {few(models, 2)}" if models else HEADING
-    return Headline(title, tuple(_facts(analysis)), tuple(_sentences(analysis, names)), tuple(command))
+    facts, sentences = tuple(_facts(analysis)), tuple(_sentences(analysis, names))
+    better = unmeasured_replicas(analysis)
+    doubt = (said(better), to_measure(better, analysis)) if better else ("", ())
+    return Headline(title, facts, sentences, tuple(command), *doubt)
 
 
 def _values(analysis: Analysis, column: str) -> list[str]:
@@ -95,14 +103,14 @@ def _sentences(analysis: Analysis, names: _Names) -> Iterator[str]:
         yield "No point was measured; the reasons are below."
     if analysis.comparison is not None:
         points = analysis.comparison.points
-        changes = counts_of_changes(points) or "none is in both"
-        yield f"Against the earlier results, {counted(len(points), 'point')}: {changes}."
+        changes = counts_of_changes(points) or "no point is in both"
+        yield f"Compared with the earlier results, {counted(len(points), 'point')}: {changes}."
     for answer in sorted(analysis.jobs, key=lambda one: -len(one.rows)):
         yield from _job_sentences(answer, analysis, names)
     for group in sorted(analysis.groups, key=lambda one: (-len(one.points), one.number)):
         yield from _group_sentences(group, analysis, names)
     if wrong := of_another_model(analysis):
-        yield f"Do not use {few(wrong, 3)} yet: most answers are those of another model; see “Same answers?”."
+        yield f"Do not use {few(wrong, 3)} yet: most answers look like those of another model; see “Same answers?”."
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -114,7 +122,7 @@ def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterato
     for choice in group.choices:
         by_length.setdefault(choice.seq_len, []).append(choice)
     if not by_length:
-        yield f"{place}: no point was measured that counts; the reasons are below."
+        yield f"{place}: no valid point was measured; the reasons are below."
     # Of several groups that of the longest prompts, which the files to be used are for.
     lengths = sorted(by_length)[:_LENGTHS] if len(analysis.groups) == 1 else sorted(by_length)[-1:]
     limits = str(analysis.question.limits)
@@ -149,7 +157,7 @@ def _advice(group: Group, choices: Sequence[Choice]) -> Iterator[str]:
     by_goal = {choice.goal.name: choice for choice in choices if choice.best is not None}
     fastest = by_goal.get("throughput")
     if fastest is None or fastest.best is None:
-        yield "no point keeps the limits."
+        yield "no point meets the limits."
         return
     yield f"{_taken(group, fastest.best)} gives {_number(fastest)}{_as_good(group, fastest)}."
     others = [(by_goal[name], same, apart) for name, same, apart in _ALSO if name in by_goal]
@@ -181,7 +189,8 @@ def called(group: Group, row: Mapping[Hashable, Any]) -> str:
     for name in LAYOUT:
         alike = alike[alike[name] == row[name]]
     words = layout(*sizes)
-    return words if alike["setting"].nunique() == 1 else f"{words} ({row['setting']})"
+    names = short_names(map(str, alike["setting"].unique()), _LONGEST_NAME)
+    return words if len(names) == 1 else f"{words} ({names[str(row['setting'])]})"
 
 
 def _number(choice: Choice) -> str:
@@ -206,25 +215,38 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
     model, job = names.model(of_group["model"]), requests_words(answer)
     best, cheapest, deadline = answer.best, answer.cheapest, answer.deadline
     if best is None or cheapest is None:
-        yield f"The job of {job}, {model}: nothing was measured that can forecast it; the reasons are below."
+        yield f"The job of {job}, {model}: no measured point can forecast it; the reasons are below."
         return
     place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
-    said = [
-        f"The job of {job} on {place}, {model}: {_row_taken(best)} takes {_hours(best)}{_cost(best)}{_price(analysis)}."
-    ]
+    takes = f"takes {_hours(best)}{_cost(best)}{_price(analysis)}. {_start(best)}"
+    said = [f"The job of {job} on {place}, {model}: {_row_taken(best, answer)} {takes}"]
     if cheapest is not best:
-        said.append(f"The fewest device-hours: {_row_taken(cheapest)}, {_hours(cheapest)}{_cost(cheapest)}.")
+        said.append(
+            f"{_row_taken(cheapest, answer)} takes the fewest device-hours: {_hours(cheapest)}{_cost(cheapest)}."
+        )
     if deadline:
         asked = f"{analysis.question.job.deadline_h:g} h"
         said.append(
-            f"{asked} are enough with {counted(deadline.replicas, 'replica')} of {deadline.row.setting}, "
-            f"so {counted(deadline.devices, 'device')}: {spoken(time_text(deadline.hours))}."
+            f"To finish within {asked} takes {counted(deadline.replicas, 'replica')} of "
+            f"{_called_row(deadline.row, answer)}, so {counted(deadline.devices, 'device')}: "
+            f"{spoken(time_text(deadline.hours))}."
         )
     yield " ".join(said)
 
 
-def _row_taken(row: JobRow) -> str:
-    return f"{row.setting} with {row.point.batch_size} at once{on_each(row.point.replicas)}"
+def _row_taken(row: JobRow, answer: JobAnswer) -> str:
+    return f"{_called_row(row, answer)} with {row.point.batch_size} at once{on_each(row.point.replicas)}"
+
+
+def _called_row(row: JobRow, answer: JobAnswer) -> str:
+    """The same of a job."""
+    alike = {one.setting for one in answer.rows if one.layout == row.layout}
+    return row.layout if len(alike) == 1 else f"{row.layout} ({row.setting})"
+
+
+def _start(row: JobRow) -> str:
+    """A job of minutes is one whose engine's start counts."""
+    return "The start of the engine comes on top" + ("." if row.load_s is None else f": here {short(row.load_s, 2)} s.")
 
 
 def _hours(row: JobRow) -> str:
@@ -236,5 +258,5 @@ def _price(analysis: Analysis) -> str:
 
 
 def _cost(row: JobRow) -> str:
-    used = f", {short(row.device_hours.value, 3)} device-hours"
-    return used if row.cost is None else f"{used}, cost {short(row.cost.value, 3)}"
+    used = f" ({short(row.device_hours.value, 3)} device-hours)"
+    return used if row.cost is None else f"{used} and costs {short(row.cost.value, 3)}"

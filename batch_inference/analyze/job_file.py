@@ -22,7 +22,7 @@ def lengths_in(path: Path) -> JobLengths:
             if not prompt or not entry.output_tokens:
                 missing = "prompt" if not prompt else "output"
                 raise UsageError(
-                    f"--job {path}, request {number}: its {missing} has no length; give lengths alone, as lines like "
+                    f"--job {path}, request {number}: its {missing} has no length; give the lengths, in lines like "
                     '{"prompt_tokens": 812, "output_tokens": 96}'
                 )
             prompts.append(prompt)

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow, gains_of_orders
+from batch_inference.analyze.queues import QueuePoint, is_told, phases
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import SUSPECT_LINE, few, with_interval
+from batch_inference.analyze.wording import SUSPECT_LINE, few, with_ends
 from batch_inference.core.queue_runs import Interval
-from batch_inference.core.text import counted, plain, short
+from batch_inference.core.text import counted, on_each, plain, short
 from batch_inference.core.values import OWN_END
 
 # Below so many hours a job is told in minutes, and below so many minutes in seconds.
@@ -37,7 +38,7 @@ def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
             *([row.point.workload.order] if has_orders else []),
             interval_text(row.hours, per_hour) + ("*" if row.point.verdict == "suspect" else ""),
             short(row.device_hours.value, 3),
-            *([interval_text(row.cost)] if row.cost else []),
+            *([short(row.cost.value, 3)] if row.cost else []),
             short(row.output_tok_per_s),
             *([short(row.kwh, 3)] if has_energy else []),
         ]
@@ -66,7 +67,7 @@ def told_apart(answer: JobAnswer, answers: Sequence[JobAnswer]) -> str:
 
 def few_words(answer: JobAnswer) -> str:
     """Of a title, where there are several jobs."""
-    outputs = {OWN_END: ", the model's own ends", "file": ""}.get(
+    outputs = {OWN_END: ", ended by the model", "file": ""}.get(
         str(answer.output_lengths), f", {answer.output_lengths} output tokens each"
     )
     return f"{requests_words(answer)}{outputs}{_cached(answer)}"
@@ -86,25 +87,25 @@ def unit_of(answer: JobAnswer) -> tuple[str, float]:
     return next(((unit, per_hour) for unit, per_hour in _UNITS if hours * per_hour >= 1.0), _UNITS[-1])
 
 
-def interval_text(interval: Interval, factor: float = 1.0) -> str:
-    """One that is not symmetric by its wider side."""
+def interval_text(interval: Interval, factor: float = 1.0, unit: str = "") -> str:
     value = interval.value * factor
+    between = f" {unit}" if unit else ""
     if interval.low is None or interval.high is None:
-        return short(value)
-    return with_interval(value, max(interval.high - interval.value, interval.value - interval.low) * factor)
+        return short(value) + between
+    return with_ends(value, interval.low * factor, interval.high * factor, unit)
 
 
 def time_text(interval: Interval) -> str:
     """Of hours, in a unit that suits."""
     unit, per_hour = next(((unit, one) for unit, one in _UNITS if interval.value * one >= 1.0), _UNITS[-1])
-    return f"{interval_text(interval, per_hour)} {unit}"
+    return interval_text(interval, per_hour, unit)
 
 
 def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
-    made = "as many output tokens as the model likes"
+    made = "as many output tokens as the model makes"
     if answer.output_tokens is not None:
         made = f"{answer.output_tokens:,.0f} output tokens"
-    cached = "; prefixes that requests share are cached" if answer.is_cached else ""
+    cached = "; shared prefixes are cached" if answer.is_cached else ""
     yield "job", f"{requests_words(answer)}: {answer.prompt_tokens:,.0f} prompt and {made}{cached}"
     best, cheapest = answer.best, answer.cheapest
     if best is None or cheapest is None:
@@ -118,7 +119,7 @@ def _row_words(row: JobRow) -> str:
     cost = f", cost {interval_text(row.cost)}" if row.cost else ""
     return (
         f"{row.setting}, {row.point.batch_size} at once: {time_text(row.hours)}, "
-        f"{interval_text(row.device_hours)} device-hours{cost}"
+        f"{interval_text(row.device_hours, unit='device-hours')}{cost}"
     )
 
 
@@ -137,28 +138,44 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     yield from _order_lines(answer)
     yield from _grid_lines(answer.rows)
     if any(row.hours.low is None for row in answer.rows):
-        yield "no ±: too little was run to tell how far it may be off."
+        yield "no ±: too little was run for an interval."
     if any(row.point.verdict == "suspect" for row in answer.rows):
         yield SUSPECT_LINE
-    yield "±: 95 % confidence interval. Left out: engine starts, stragglers, failures, reading and writing of files."
+    yield (
+        "± or (… to …): 95 % confidence interval. Not in these times: engine starts, stragglers, failures, reading and "
+        "writing of files."
+    )
 
 
 def _basis(best: JobRow) -> str:
-    """What the fastest one's hours are made of."""
+    """What the hours of the fastest are made of."""
     point, found = best.point, best.forecast
-    if point.is_whole_job and not found.output_tokens_per_s:
-        return f"{best.setting} ran the whole job."
-    rate = found.output_tokens_per_s
-    plateau = f"{interval_text(rate)} tok/s on the plateau" if rate else "no plateau"
-    drain = f"drain {short(found.drain_s.value, 3)} s"
-    sample = counted(point.requests, "request")
-    return f"{best.setting}: {plateau}, {drain}; from {sample} that were run, by {found.method}."
+    rate = point.plateau if best.is_as_run else found.output_tokens_per_s
+    is_known = rate is not None and is_told(rate)
+    on_plateau = f" with {interval_text(rate, unit='tok/s')} on the plateau" if rate is not None and is_known else ""
+    if best.is_as_run:
+        start_s, end_s = phases(point)[-1]
+        said, drain = f"{best.setting} ran the whole job{on_plateau}.", f"took {short(end_s - start_s, 3)} s"
+    else:
+        run = f"{point.requests:,} requests that were run"
+        said = f"{best.setting} is forecast from {run}{on_plateau}, by {found.method}."
+        drain = f"takes {short(found.drain_s.value, 3)} s of it"
+    return f"{said} The drain, in which fewer requests run, {drain}.{'' if is_known else f' {_too_few(point)}'}"
+
+
+def _too_few(point: QueuePoint) -> str:
+    """Advice that can be followed: a job has no more requests than it has."""
+    advice = "" if point.is_whole_job else f": --sample {point.requests_of_a_plateau}"
+    return (
+        f"{point.requests:,} requests are too few to tell the throughput of its plateau: with {point.batch_size} at "
+        f"once{on_each(point.replicas)} that takes about {point.requests_of_a_plateau:,} in all{advice}."
+    )
 
 
 def _deadline_lines(answer: JobAnswer) -> Iterator[str]:
     deadline = answer.deadline
     if answer.is_late:
-        yield "deadline: no number of replicas is in time; the longest request alone takes longer."
+        yield "deadline: no number of replicas meets it, because the longest request alone takes longer."
     if deadline:
         yield f"deadline: {_deadline_words(deadline)}"
 
@@ -166,8 +183,8 @@ def _deadline_lines(answer: JobAnswer) -> Iterator[str]:
 def _deadline_words(deadline: Deadline) -> str:
     row = deadline.row
     return (
-        f"{counted(deadline.replicas, 'replica')} of {row.setting}, {row.point.batch_size} at once on each, so "
-        f"{counted(deadline.devices, 'device')}, take {time_text(deadline.hours)}: at the upper end "
+        f"{counted(deadline.replicas, 'replica')} of {row.setting} ({counted(deadline.devices, 'device')}), "
+        f"{row.point.batch_size} at once on each, take {time_text(deadline.hours)}; at the upper end of that interval "
         f"{deadline.margin:.0%} of the time is left"
     )
 
@@ -175,7 +192,7 @@ def _deadline_words(deadline: Deadline) -> str:
 def _order_lines(answer: JobAnswer) -> Iterator[str]:
     for where, order, saved in gains_of_orders(answer):
         word = "saves" if saved >= 0 else "costs"
-        yield f"order: {order} {word} {abs(saved):.1%} of the time at {where}, against the order of the file."
+        yield f"order: {order} {word} {abs(saved):.1%} of the time at {where}, compared with the order of the file."
 
 
 def _grid_lines(rows: Sequence[JobRow]) -> Iterator[str]:

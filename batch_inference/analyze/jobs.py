@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.queues import QueuePoint
 from batch_inference.analyze.tables import GROUP_BY, MeasuredSetting
 from batch_inference.core.forecast import (
@@ -53,6 +54,9 @@ class JobRow:
     output_tok_per_s: float  # over all of the job
     price: float | None
     grid_ratio: float | None  # throughput of a batch of the mean lengths over that of the plateau
+    is_as_run: bool = False  # the whole job was run, and nothing is forecast
+    layout: str = ""  # DP=4
+    load_s: float | None = None  # that the engine took to start, which is not in the hours
 
     @property
     def device_hours(self) -> Interval:
@@ -143,7 +147,7 @@ def _answer(
             advice = "lower --batch-sizes" if point.is_whole_job else "raise --sample"
             left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; {advice}")
         elif outside := question.lengths and mix_outside(point.runs, job):
-            raise JobError(f"--job {question.name}: not forecast from {labels(setting)}: {outside}")
+            raise JobError(f"--job {question.name}: cannot be forecast from {labels(setting)}: {outside}")
         else:
             rows.append(_row(setting, point, labels(setting), job, question))
     rows.sort(key=lambda row: row.hours.value)
@@ -175,7 +179,8 @@ def _is_as_run(point: QueuePoint, question: JobQuestion) -> bool:
 
 def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLengths, question: JobQuestion) -> JobRow:
     found = forecast(point.runs, in_order(job, point.workload.order), point.replicas, point.workload.order)
-    if _is_as_run(point, question):
+    is_as_run = _is_as_run(point, question)
+    if is_as_run:
         found = as_it_was_run(found, point.latency_s, point.runs)
     return JobRow(
         setting=label,
@@ -187,6 +192,9 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
         output_tok_per_s=made_tokens(job, point.runs) / found.seconds.value,
         price=question.price,
         grid_ratio=_grid_ratio(setting, point),
+        is_as_run=is_as_run,
+        layout=layout(*(int(setting.shared.get(name) or 0) for name in LAYOUT)),
+        load_s=setting.load_s,
     )
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from batch_inference.analyze.answers import Group
 from batch_inference.analyze.compare import LAYOUT, MEASURED, layout, layout_order
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import SUSPECT_LINE, Best, few, number_text, widths_line
+from batch_inference.analyze.wording import BOLD, SUSPECT_LINE, Best, few, number_text, widths_line
 from batch_inference.core.text import counted, listed
 
 # What a row of the table stands for.
@@ -30,7 +30,8 @@ def layouts(group: Group) -> Iterator[Section]:
             yield _layout_table(title, rows, names, legend)
             legend = []
         elif len(present) > 1:
-            line = f"Not compared: {', '.join(present)}: no two of them were measured at the same number of requests."
+            all_of_them = ", ".join(present)
+            line = f"{all_of_them}: not compared, because no two of them were measured at the same number of requests."
             yield Section(title, lines=[line])
 
 
@@ -58,7 +59,8 @@ def _layout_table(title: str, rows: pd.DataFrame, names: Sequence[str], lines: l
 
 
 _LEGEND = (
-    "requests: on all devices together. Bold, or ●: the fastest of a row, and all whose 95 % interval overlaps its own."
+    "requests: on all devices together. "
+    f"{BOLD}: the fastest of a row, and every layout whose 95 % interval overlaps that of the fastest."
 )
 
 
@@ -71,7 +73,7 @@ def _layout_notes(rows: pd.DataFrame) -> Iterator[str]:
     if (rows["verdict"] == "suspect").any():
         yield SUSPECT_LINE
     if rows.groupby("layout")["setting"].nunique().max() > 1:
-        yield "Of several settings of one layout the fastest is shown at each point."
+        yield "Where several settings have the same layout, each cell shows the fastest of them."
 
 
 def _fastest_layouts(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -105,10 +107,10 @@ def _compared_where(rows: pd.DataFrame, with_alone: pd.DataFrame) -> list[str]:
     """`with_alone`: also those that nothing can be compared with."""
     last = int(with_alone["global_batch_size"].max())
     batches = sorted(int(batch) for batch in rows["global_batch_size"].unique())
-    best = rows[rows["is_best"]].sort_values(["global_batch_size", "output_tok_per_s"], ascending=[True, False])
+    best = rows[rows["is_best"]].sort_values(["global_batch_size", "_order"])
     if best["layout"].nunique() == 1:
         every = {1: counted(batches[0], "request"), 2: "both batch sizes"}
-        of_these = " that several layouts have" if len(rows) < len(with_alone) else ""
+        of_these = " at which several layouts were measured" if len(rows) < len(with_alone) else ""
         where = every.get(len(batches), f"all {len(batches)} batch sizes")
         return [f"{best['layout'].iloc[0]}, at {where}{of_these}"]
     places = best.groupby("layout", sort=False)["global_batch_size"].agg(list)

@@ -34,6 +34,8 @@ def _head(head: Headline) -> Iterator[str]:
     for number, sentence in enumerate(head.sentences):
         yield f"**{escaped(sentence)}**" if number == 0 else escaped(sentence)
     yield _commands([head.command]) if head.command else ""
+    yield escaped(head.unmeasured)
+    yield _commands([head.to_measure]) if head.to_measure else ""
 
 
 def _blocks(section: Section) -> Iterator[str]:

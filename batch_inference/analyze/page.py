@@ -4,6 +4,7 @@ and dark, on a phone and on paper."""
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,6 +26,10 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 _TALL = 15
 # A name of more characters may be broken.
 _LONG = 30
+# In a text, one that a browser would break after its dashes.
+_FLAG, _WHOLE = re.compile(r"--[a-z][a-z-]*"), r'<span class="whole">\g<0></span>'
+# In the first characters of an SVG.
+_SIZE, _HEAD = re.compile(r'<svg [^>]*width="([\d.]+)pt" height="([\d.]+)pt"'), 2000
 # And nobody sorts one of fewer.
 _FEW = 4
 
@@ -46,7 +51,7 @@ def as_html(
     body = [
         f"<header><h1>{escape(head.title)}</h1>",
         _head(head),
-        _contents({name: section.title for name, section in ids.items()}, bool(plots or missing), has_points),
+        _contents({name: section.link for name, section in ids.items()}, bool(plots or missing), has_points),
         "</header><main>",
         *(_section(section, name) for name, section in ids.items()),
         *(drawn if plots or missing else []),
@@ -71,7 +76,9 @@ def _head(head: Headline) -> str:
     facts = f'<p class="facts">{escape(" · ".join(head.facts))}</p>' if head.facts else ""
     sentences = "".join(f"<p>{escape(kept_together(sentence))}</p>" for sentence in head.sentences)
     answer = f'<div class="answer">{sentences}</div>' if sentences else ""
-    return facts + answer + (_command(head.command) if head.command else "")
+    better = f"<p>{escape(kept_together(head.unmeasured))}</p>" if head.unmeasured else ""
+    commands = [_command(words) if words else "" for words in (head.command, head.to_measure)]
+    return facts + answer + commands[0] + better + commands[1]
 
 
 def _contents(titles: Mapping[str, str], has_plots: bool, has_points: bool) -> str:
@@ -91,7 +98,8 @@ def _section(section: Section, name: str) -> str:
 
 
 def _command(words: Sequence[str]) -> str:
-    text = escape(plain(" ".join(words)))
+    # Each word in one piece, or a browser breaks a flag after its dashes.
+    text = " ".join(f"<span>{escape(word)}</span>" for word in plain(" ".join(words)).split(" "))
     return f'<div class="command"><pre>{text}</pre><button class="copy">Copy</button></div>'
 
 
@@ -122,14 +130,17 @@ def _first_order(section: Section, name: str) -> str:
 
 
 def _cells(row: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
-    for kind, cell in zip(classes, row, strict=True):
+    for of_column, cell in zip(classes, row, strict=True):
         text = f"<b>{escape(cell)}</b>" if isinstance(cell, Best) else escape(cell)
-        may_break = ' class="long"' if not kind and len(cell) > _LONG else ""
-        yield f"<td{kind or may_break}>{text}</td>"
+        is_long = not of_column and len(cell) > _LONG
+        # Rather between the words of a name than within them.
+        text = text.replace("_", "_<wbr>") if is_long else text
+        kind = ' class="long"' if is_long else of_column
+        yield f"<td{kind}>{text}</td>"
 
 
 def _list(lines: Sequence[str]) -> str:
-    shown = [f"<li>{escape(line)}</li>" for line in lines if line]
+    shown = [f"<li>{_FLAG.sub(_WHOLE, escape(line))}</li>" for line in lines if line]
     return "<ul>" + "".join(shown) + "</ul>" if shown else ""
 
 
@@ -144,7 +155,15 @@ def _figure(title: str, path: Path) -> str:
     plots = {"day": light, "night": dark} if dark.exists() else {"light": light}
     # As an image an SVG runs no script and its ids meet no others.
     images = (f'<img class="{name}" alt="{escape(title)}" src="{_data(plot)}">' for name, plot in plots.items())
-    return f'<figure><button class="plot" title="Open large">{"".join(images)}</button></figure>'
+    high = ' class="high"' if _is_high(light) else ""
+    return f'<figure{high}><button class="plot" title="Open large">{"".join(images)}</button></figure>'
+
+
+def _is_high(svg: Path) -> bool:
+    """Higher than wide, as of many bars: on paper it takes more than a third of a page to be read."""
+    with svg.open(encoding="utf-8") as file:
+        size = _SIZE.search(file.read(_HEAD))
+    return size is not None and float(size[2]) > float(size[1])
 
 
 def _data(svg: Path) -> str:

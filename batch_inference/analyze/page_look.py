@@ -22,6 +22,9 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; margi
 nav a { color: var(--accent); }
 .wide { overflow: auto; max-width: max-content; }
 .tall { max-height: 85vh; border: 1px solid var(--line); }
+/* What is cut off fades away. */
+.below::after { content: ""; display: block; position: sticky; bottom: 0; left: 0; z-index: 3; height: 2.5rem;
+  margin-top: -2.5rem; pointer-events: none; background: linear-gradient(transparent, var(--paper)); }
 .hint, .sorted { color: var(--soft); font-size: .85rem; margin: .2rem 0; }
 table { border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums;
   overflow-wrap: normal; }
@@ -38,6 +41,7 @@ th button::after { content: " ↕"; color: var(--soft); }
 th[aria-sort=ascending] button::after { content: " ▲"; color: inherit; }
 th[aria-sort=descending] button::after { content: " ▼"; color: inherit; }
 .number { text-align: right; }
+.whole { white-space: nowrap; }
 .words { white-space: normal; min-width: 20rem; }
 .long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
 .columns { display: flex; flex-wrap: wrap; gap: .2rem 1rem; border: 0; padding: 0; margin: .5rem 0; font-size: .85rem; }
@@ -49,6 +53,7 @@ ul { padding-left: 1.2rem; color: var(--soft); font-size: .9rem; }
 .command { display: flex; gap: .5rem; align-items: stretch; margin: .6rem 0; }
 pre { flex: 1; min-width: 0; margin: 0; background: var(--pale); padding: .5rem .7rem; font-size: .85rem;
   white-space: pre-wrap; }
+pre span { display: inline-block; max-width: 100%; }
 .copy { font: inherit; font-size: .85rem; padding: 0 .8rem; cursor: pointer; color: var(--ink); background: var(--pale);
   border: 1px solid var(--line); border-radius: .3rem; }
 figure { margin: 1.5rem 0; }
@@ -68,7 +73,7 @@ dialog img { width: max(94vw, 70rem); max-width: none; }
 @page { size: A4; margin: 12mm; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
-  nav, .copy, .hint, .sorted, .columns { display: none; }
+  nav, .copy, .hint, .sorted, .columns, .below::after { display: none; }
   th button { display: contents; } th button::after { content: none !important; }
   h2, dl { break-after: avoid; } .command, dl, li { break-inside: avoid; }
   .wide, .tall { overflow: visible; max-height: none; max-width: none; border: 0; }
@@ -79,6 +84,7 @@ dialog img { width: max(94vw, 70rem); max-width: none; }
   /* Three on a page, so that what is left of one is never half of it. */
   figure { break-inside: avoid; margin: 2mm 0; }
   .plot img { max-height: 84mm; object-fit: contain; object-position: left; }
+  .high .plot img { max-height: 170mm; }
 }
 """
 
@@ -108,9 +114,16 @@ for (const wide of document.querySelectorAll(".wide")) {
   const hint = wide.previousElementSibling;
   const show = () => {
     const left = wide.scrollWidth - wide.clientWidth - wide.scrollLeft;
-    hint.hidden = left < 2 && wide.scrollLeft < 2;
-    hint.textContent = left < 2 ? "← More columns to the left." : "More columns to the right: scroll the table →";
-    if (wide.scrollWidth > wide.clientWidth) wide.tabIndex = 0; else wide.removeAttribute("tabindex");
+    const below = wide.scrollHeight - wide.clientHeight - wide.scrollTop;
+    const isWide = wide.scrollWidth > wide.clientWidth + 1, isTall = wide.scrollHeight > wide.clientHeight + 1;
+    const words = [];
+    if (isTall) words.push(below < 2 ? "the last rows, more above ↑" : "more rows below ↓");
+    if (isWide) words.push(left < 2 ? "more columns to the left ←" : "more columns to the right →");
+    const rows = `${wide.querySelectorAll("tbody tr").length} rows`;
+    hint.hidden = !words.length;
+    hint.textContent = `Scroll the table: ${[...(isTall ? [rows] : []), ...words].join(", ")}`;
+    wide.classList.toggle("below", isTall && below >= 2);
+    if (words.length) wide.tabIndex = 0; else wide.removeAttribute("tabindex");
   };
   wide.addEventListener("scroll", show);
   new ResizeObserver(show).observe(wide.firstElementChild);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,9 +137,20 @@ def _draw_map(axes: Axes, shown: Map, batches: list[int], norm: Normalize) -> An
 def _words(value: float, verdict: str, name: str, room_in: float) -> str:
     mark = "*" if verdict != "valid" else ""
     words = [short(value) + mark if room_in > _NUMBER_IN else mark]
-    in_two = textwrap.wrap(name, max(1, int(room_in / _CHARACTER_IN)))
+    in_two = _in_lines(name, int(room_in / _CHARACTER_IN))
     words += in_two if len(in_two) <= 2 else []
     return "\n".join(words)
+
+
+def _in_lines(name: str, width: int) -> list[str]:
+    """Broken after underscores, and nowhere else: tp_8_ and dp_2; more than two where a part has no room."""
+    lines: list[str] = []
+    for part in filter(None, re.split(r"(?<=[_…])", name)):
+        if lines and len(lines[-1] + part) <= width:
+            lines[-1] += part
+        else:
+            lines += [part] if len(part) <= width else [part] * 3
+    return lines
 
 
 def _draw_frame(axes: Axes, shown: Map, batches: list[int], room_in: float) -> None:

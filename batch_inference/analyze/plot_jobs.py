@@ -38,7 +38,8 @@ from batch_inference.analyze.plot_style import (
     value_axis,
     words_only,
 )
-from batch_inference.analyze.plot_timeline import PLATEAU, timeline
+from batch_inference.analyze.plot_timeline import timeline
+from batch_inference.analyze.queues import PLATEAU
 from batch_inference.analyze.tables import setting_labels
 from batch_inference.core.text import on_each
 
@@ -89,7 +90,7 @@ def job_table(answer: JobAnswer, settings: Sequence[str]) -> pd.DataFrame:
 
 def _cells(row: JobRow, answer: JobAnswer) -> dict[str, Any]:
     unit, per_hour = unit_of(answer)
-    time, cost = row.hours, row.cost
+    time, cost, plateau = row.hours, row.cost, row.point.plateau
     return {
         **dict.fromkeys(("device_name", "model", "vllm_version", "dtype", "quantization", "max_tokens")),
         **dict(zip(ALIKE, answer.group, strict=False)),
@@ -108,8 +109,8 @@ def _cells(row: JobRow, answer: JobAnswer) -> dict[str, Any]:
             if cost
             else _scaled("cost", time.value, time.low, time.high, per_hour * row.num_devices)
         ),
-        PLATEAU: row.point.summary.get(PLATEAU),
-        "_half": row.point.summary.get("plateau_ci95_tok_per_s"),
+        PLATEAU: plateau and plateau.value,
+        "_half": None if plateau is None or plateau.high is None else plateau.high - plateau.value,
         "whole": row.point.summary.get("output_tok_per_s"),
         "point": row.point,
     }
@@ -229,10 +230,12 @@ def job_throughput(points: pd.DataFrame) -> Figure:
     look, shown = looks(points), named(points)
     orders = sorted(points["order"].unique(), key=lambda order: (order != "given", order))
     budgets = sorted(points["tokens_per_step"].dropna().unique())
-    thin = Line2D([], [], color=color("ink"), linewidth=0.6, label="thin line: over the whole sample, with its drain")
+    thin = Line2D(
+        [], [], color=color("ink"), linewidth=0.6, label="thin line: mean of the whole sample, drain included"
+    )
     handles = [*handles_of(points, shown), *_budget_handles(budgets), thin]
     if points[PLATEAU].isna().any():
-        handles.append(words_only("no mark: the sample has no plateau"))
+        handles.append(words_only("no mark: too few requests for a plateau"))
     title = _THROUGHPUT + _of_many(points, _OTHERS)
     figure, grid = new_figure(points, title, len(orders), 3.6 if len(orders) == 1 else 2.9, handles)
     drawn: list[list[Series]] = []
@@ -246,8 +249,8 @@ def job_throughput(points: pd.DataFrame) -> Figure:
                       for setting, budget, line in _lines(here, shown)])  # fmt: skip
         batch_axis(axes, points["batch_size"])
     values = points[[PLATEAU, "whole"]].astype(float)
-    highest = (values[PLATEAU] + points["_half"].fillna(0)).max()
-    _upright_axis(figure.axes[0], values.min().min(), values.max().max() if pd.isna(highest) else highest)
+    highest = pd.concat([values[PLATEAU] + points["_half"].astype(float).fillna(0), values["whole"]]).max()
+    _upright_axis(figure.axes[0], values.min().min(), highest)
     for axes, series in zip(grid, drawn, strict=True):
         draw_marks(axes, series, "batch_size", PLATEAU)
     each = on_each(int(points["replicas"].max()))

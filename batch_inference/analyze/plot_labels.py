@@ -13,6 +13,8 @@ _SIZE_PT = 7.0
 # Of a character and a line, and from the middle of a mark to its edge and to the text; in points.
 _WIDTH_PT, _HEIGHT_PT = 0.62 * _SIZE_PT, 1.15 * _SIZE_PT
 _MARK_PT, _GAPS_PT = 3.2, (4.5, 10.0)
+# And of the cap of an interval.
+_CAP_PT = 2.5
 _SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
 
 
@@ -55,7 +57,7 @@ def label_marks(axes: Axes, labels: Sequence[Label], lines: Iterable[tuple[Place
     can be. To be called when the limits of the axes are as they stay."""
     frame = _box(axes, *zip(axes.get_xlim(), axes.get_ylim(), strict=True))
     taken = [_grown(_box(axes, one.mark, one.mark), max(_MARK_PT, one.size_pt / 2)) for one in labels]
-    thin = [_grown(_box(axes, *line), 0.5) for line in lines]
+    thin = [_grown(_box(axes, *line), _CAP_PT) for line in lines]
     labelled: list[Box] = []
     for one in filter(lambda label: label.text, labels):
         middle = _box(axes, one.mark, one.mark)

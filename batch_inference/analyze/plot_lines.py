@@ -47,7 +47,7 @@ class Curve:
 def measured_points(points: pd.DataFrame, metric: str) -> pd.DataFrame:
     measured = points[(points["status"] == "ok") & points[metric].notna()]
     if measured.empty:
-        raise NothingToShowError("no point tells it" if (points["status"] == "ok").any() else NOTHING_MEASURED)
+        raise NothingToShowError("no point has this number" if (points["status"] == "ok").any() else NOTHING_MEASURED)
     return measured
 
 

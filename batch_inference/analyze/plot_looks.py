@@ -136,4 +136,4 @@ def _column(points: pd.DataFrame, found: Mapping[str, Seat]) -> pd.Series[Any]:
 
 def of_settings(shown: int, settings: int, others: str | None = None) -> str:
     """Of a title; `others`: what is grey."""
-    return f"{shown} of the best of {settings} settings" + (f", grey: {others}" if others else "")
+    return f"{shown} leading settings of {settings}" + (f"; grey: {others}" if others else "")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
@@ -28,6 +29,9 @@ _COVERED_LINE = 0.8
 _MOST_POINTS = 1500
 
 
+LARGER = "larger"
+
+
 @dataclass(frozen=True)
 class Series:
     """The points of one setting, and the line through them where it has one."""
@@ -38,8 +42,8 @@ class Series:
 
 
 def draw_marks(axes: Axes, series: Sequence[Series], x: str, y: str) -> list[Floats]:
-    """What the later ones would cover is drawn larger, so that all can be seen. To be called when the limits of the
-    axes are as they stay. Returns the sizes of the marks in points."""
+    """What the later ones would cover is drawn larger (gid LARGER), so that all can be seen. To be called when the
+    limits of the axes are as they stay. Returns the sizes of the marks in points."""
     at = [places(one.points, x, y) for one in series]
     sizes_pt = []
     for one, here, covered in zip(series, at, _covered(axes, at), strict=True):
@@ -49,6 +53,10 @@ def draw_marks(axes: Axes, series: Sequence[Series], x: str, y: str) -> list[Flo
             covering = int(np.sum(covered.mean(axis=1) >= _COVERED_LINE))
             one.line.set_linewidth(_LINE_PT + _LINE_GROWS_PT * min(covering, _MOST_WITHIN))
     return sizes_pt
+
+
+def has_larger_marks(figure: Figure) -> bool:
+    return any(line.get_gid() == LARGER for axes in figure.axes for line in axes.lines)
 
 
 def places(points: pd.DataFrame, x: str, y: str) -> Floats:
@@ -77,7 +85,8 @@ def _draw_marks(axes: Axes, series: Series, at: Floats, sizes_pt: Floats) -> Non
         for is_valid, face in ((True, series.look["color"]), (False, color("paper"))):
             chosen = at[(valid == is_valid) & (sizes_pt == size_pt)]
             if len(chosen):
-                axes.plot(chosen[:, 0], chosen[:, 1], markerfacecolor=face, **style)
+                gid = LARGER if size_pt > _MARK_PT else None
+                axes.plot(chosen[:, 0], chosen[:, 1], markerfacecolor=face, gid=gid, **style)
 
 
 def draw_bars(axes: Axes, x: Floats, y: Floats, look: Look, **errors: Any) -> None:

@@ -46,9 +46,11 @@ def memory(points: pd.DataFrame) -> Figure:
     of_replica = "replica" in set(known["memory_scope"]) and most[peak].notna().any()
     panels = ["device"] * bool(parts) + ["replica"] if of_replica else ["device"]
     handles: list[Any] = [Patch(facecolor=color(_PARTS[name]), label=METRIC_BY_NAME[name].label) for name in parts]
-    use = f"Highest use, {_SCOPES[panels[-1]]}"
+    use = f"Highest use seen, {_SCOPES[panels[-1]]}"
     handles.append(Patch(facecolor=color("used"), label=use) if of_replica else hollow("D", color("ink"), use))
     title = "Memory" + of_settings
+    if parts and not of_replica and most[peak].notna().any():
+        title += f"\n{_BEYOND}"
     figure, grid = new_figure(points, title, len(panels), _BAR_IN * len(most) + 0.5, handles)
     for axes, panel in zip(grid, panels, strict=True):
         if panel == "replica":
@@ -66,6 +68,10 @@ def memory(points: pd.DataFrame) -> Figure:
     return figure
 
 
+_BEYOND = (
+    "The bars are what vLLM plans with. The diamond is the highest use that the device reported: CUDA graphs, "
+    "libraries and buffers come on top."
+)
 _SCOPES = {"device": "device", "replica": "replica's processes"}
 
 

@@ -30,7 +30,7 @@ _LONGEST_OF_THREE = 34
 # Rows of a legend with a column for each family of settings.
 _LEGEND_ROWS = 5
 BESIDE: dict[str, Any] = {"xytext": (-3, 3), "textcoords": "offset points", "ha": "right"}
-FRONT = "front: no point is better beyond the intervals"
+FRONT = "front: nothing is better beyond the intervals"
 NOTHING_MEASURED, NO_QUEUE_POINT = "no point was measured", "no queue point was measured"
 # Columns of seconds that are drawn in milliseconds.
 IN_MS = frozenset(name for name in METRIC_BY_NAME if name.startswith("tpot_"))
@@ -53,7 +53,7 @@ def some(values: Sequence[Any], most: int) -> list[Any]:
     return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
 
 
-def of_many(points: pd.DataFrame, others: str = "range of the others") -> str:
+def of_many(points: pd.DataFrame, others: str = "the range of the others") -> str:
     """What the title says of a plot that does not show all settings and lengths; empty for one that does."""
     settings, lengths, shown = points["setting"].nunique(), points["seq_len"].nunique(), len(named(points))
     words = []
@@ -201,6 +201,8 @@ def handles_of(points: pd.DataFrame, names: Sequence[str]) -> list[Any]:
         handle.set_gid("tp" if families[name][0] == "one" else families[name][0])
     if (points["verdict"] != "valid").any():
         handles.append(hollow("o", color("ink"), f"hollow: {NOT_TO_RELY_ON}"))
+    if "_has_larger" in points:
+        handles.append(words_only("larger mark: another one lies on it"))
     return handles
 
 

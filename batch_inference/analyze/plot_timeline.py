@@ -27,21 +27,22 @@ from batch_inference.analyze.plot_style import (
     new_figure,
     reference,
 )
-from batch_inference.analyze.queues import QueuePoint
+from batch_inference.analyze.queues import QueuePoint, phases
 from batch_inference.core.text import short_name, with_budget
 
 # Facets have three panels each: more cannot be read.
 _FACETS = 6
-PLATEAU = "plateau_output_tok_per_s"
 # So many stretches of time; shorter ones show single steps.
 _STRETCHES = 80
 # Share of a facet's height, from its top, and what is between two panels.
 _PANELS, _BETWEEN = (0.55, 0.18, 0.18), 0.045
 _PHASES = (
-    ("ramp: the places fill", "ramp"),
-    ("plateau: all places are taken", "plateau"),
-    ("drain: fewer are left than places", "drain"),
+    ("ramp: the places are filling", "ramp"),
+    ("plateau: every place is taken", "plateau"),
+    ("drain: fewer requests than places", "drain"),
 )
+# Of runs that differ by more each has an axis of its own: the short ones could not be read.
+_MOST_OF_TIME = 4.0
 # A unit of time, and from how many seconds on it is used.
 _TIMES = (("h", 3600.0, 3 * 3600.0), ("min", 60.0, 10 * 60.0), ("s", 1.0, 0.0))
 
@@ -54,6 +55,12 @@ class Course:
     output_tok_per_s: Floats
     prompt_tok_per_s: Floats
     running: Floats
+
+    def mean_output(self, start_s: float, end_s: float) -> float:
+        """Of what is drawn between two moments."""
+        done = np.concatenate([[0.0], np.cumsum(self.output_tok_per_s * np.diff(self.edges_s))])
+        first, last = np.interp([start_s, end_s], self.edges_s, done)
+        return float((last - first) / (end_s - start_s))
 
 
 def course(point: QueuePoint) -> Course:
@@ -72,19 +79,11 @@ def course(point: QueuePoint) -> Course:
     return Course(edges_s, *(sums / np.diff(edges_s)))
 
 
-def phases(point: QueuePoint) -> list[tuple[float, float]]:
-    """Ramp, plateau and drain of all replicas together: a plateau is where each has one."""
-    end_s = max(one.end_s for one in point.phases)
-    drain_s = min(one.drain_start_s for one in point.phases)
-    ramp_s = min(max(one.ramp_end_s for one in point.phases), drain_s)
-    return [(0.0, ramp_s), (ramp_s, drain_s), (drain_s, end_s)]
-
-
 def timeline(points: pd.DataFrame, title: str) -> Figure:
     """A facet for the fastest point of each setting."""
     told = points[[any(one.end_s for one in point.timelines) for point in points["point"]]]
     if told.empty:
-        raise NothingToShowError("no point tells its steps")
+        raise NothingToShowError("no point recorded its steps")
     best = told[told["setting"].isin(named(points))].drop_duplicates("setting").head(_FACETS)
     settings, columns = points["setting"].nunique(), columns_of(len(best))
     of_many = f" ({of_settings(len(best), settings)})" if len(best) < settings else ""
@@ -93,7 +92,14 @@ def timeline(points: pd.DataFrame, title: str) -> Figure:
     # What a title has beyond one line is taken from the facets.
     titles_in = 0.15 * (max(map(len, titles)) - 1)
     height_in = (2.7 if len(best) > 1 else 3.2) + titles_in
-    figure, grid = new_figure(best, title + of_many, len(best), height_in, _handles(best["point"]))
+    lasts_s = [phases(point)[-1][1] for point in best["point"]]
+    is_shared = max(lasts_s) <= _MOST_OF_TIME * min(lasts_s)
+    note = (
+        ""
+        if is_shared
+        else "\nThe axes of time are not alike: the longest run takes many times as long as the shortest."
+    )
+    figure, grid = new_figure(best, title + of_many + note, len(best), height_in, _handles(best["point"]))
     label_outside(grid, "", "")
     unit, unit_s = _time_unit(best["point"])
     first: list[Axes] = []
@@ -103,9 +109,16 @@ def timeline(points: pd.DataFrame, title: str) -> Figure:
         axes.set_title("\n".join(words), fontsize=8.5, pad=3, linespacing=1.15)
         _draw(panels, point, unit_s, looks(points)[setting]["color"])
         _label(panels, unit, is_left=index % columns == 0, is_last=index + columns >= len(grid))
+    for axes, last_s in zip(grid, lasts_s, strict=True):
+        _set_time(axes, (max(lasts_s) if is_shared else last_s) / unit_s)
     for axes in first:
         axes.set_ylim(0, None)
     return figure
+
+
+def _set_time(axes: Axes, last: float) -> None:
+    # A number at the right edge would meet the first one of the next facet.
+    axes.set(xlim=(0, last), xticks=[tick for tick in MaxNLocator(5).tick_values(0, last) if tick <= 0.92 * last])
 
 
 def _words(setting: str, order: str, point: QueuePoint, width: int) -> list[str]:
@@ -116,7 +129,14 @@ def _words(setting: str, order: str, point: QueuePoint, width: int) -> list[str]
     words = [with_budget(at_once, point.tokens_per_step) if point.tokens_per_step else at_once]
     words += [order] if order != "given" else []
     words += ["suspect"] if point.verdict != "valid" else []
+    words += [_of_job(point)]
     return [short_name(setting, width - 4), *textwrap.wrap("; ".join(words), width, break_on_hyphens=False)]
+
+
+def _of_job(point: QueuePoint) -> str:
+    if point.is_whole_job:
+        return "the whole job"
+    return f"a sample of {point.requests:,} requests"
 
 
 def _handles(points: Iterable[QueuePoint]) -> list[Any]:
@@ -167,13 +187,9 @@ def _draw(panels: Sequence[Axes], point: QueuePoint, unit_s: float, line_color: 
         axes.yaxis.set_major_locator(MaxNLocator(5 if is_first else 2))
         axes.yaxis.set_major_formatter(FuncFormatter(in_short))
     start_s, end_s = times[1]
-    plateau = point.summary.get(PLATEAU)
-    if plateau is not None and end_s > start_s:
-        panels[0].plot([start_s / unit_s, end_s / unit_s], [plateau, plateau], **reference())
-    last = times[-1][1] / unit_s
-    # A number at the right edge would meet the first one of the next facet.
-    ticks = [tick for tick in MaxNLocator(5).tick_values(0, last) if tick <= 0.92 * last]
-    panels[0].set(xlim=(0, last), xticks=ticks)
+    if end_s > start_s:
+        mean = found.mean_output(start_s, end_s)
+        panels[0].plot([start_s / unit_s, end_s / unit_s], [mean, mean], **reference())
 
 
 def _label(panels: Sequence[Axes], unit: str, *, is_left: bool, is_last: bool) -> None:

@@ -48,9 +48,9 @@ _LABELLED = [
 _MOST_LABELLED, _FEW_LABELLED = 200, 40
 _NUMBERS = "number: batch size per replica"
 _HOW_TO_READ = (
-    "How to read it: the height of a point is its MFU, the share of the device's arithmetic that is used. Right of "
-    "the ridge arithmetic is the limit, left of it memory bandwidth: there the share of the bandwidth that is used, "
-    "MBU, is how near a point is to the slanted roof. A point on the roof uses all that the device has."
+    "How to read it: the dotted roof is the most that the device can do. Left of the ridge, at 1, memory bandwidth is "
+    "the limit; right of it arithmetic is. The height of a point is its MFU, the share of the peak arithmetic that it "
+    "uses. Left of the ridge its height over that of the roof is its MBU, the share of the peak bandwidth."
 )
 
 
@@ -138,10 +138,10 @@ def roofline(points: pd.DataFrame) -> Figure:
     distance below the slanted roof its MBU."""
     measured = points[(points["status"] == "ok") & (points["mfu"] > 0) & (points["mbu"] > 0)]
     if measured.empty:
-        raise NothingToShowError("no point tells them")
+        raise NothingToShowError("no point has both numbers")
     measured = measured.assign(_x=measured["mfu"] / measured["mbu"])
     shown = named(measured)
-    roof = Line2D([], [], label="roof: all that the device can do", **reference())
+    roof = Line2D([], [], label="roof: the most that the device can do", **reference())
     handles = [*handles_of(measured, shown), roof, words_only(_NUMBERS)]
     title = ROOFLINE + of_many(measured, "the others")
     figure, grid = length_grid(measured, f"{title}\n{_HOW_TO_READ}", handles)

@@ -21,6 +21,7 @@ from batch_inference.analyze.plot_heatmap import heatmap
 from batch_inference.analyze.plot_jobs import JOB_PLOTS
 from batch_inference.analyze.plot_lines import Curve, line_facets, measured_points
 from batch_inference.analyze.plot_looks import prepared
+from batch_inference.analyze.plot_marks import has_larger_marks
 from batch_inference.analyze.plot_memory import memory
 from batch_inference.analyze.plot_style import (
     DPI,
@@ -82,7 +83,8 @@ def _percentiles(points: pd.DataFrame, prefix: str, title: str) -> Figure:
     told = measured.assign(**{p99: measured[p99].where(requests >= _LEAST_FOR_P99)})
     if told[p99].isna().all():
         return line_facets(measured, Curve(median), title)
-    label = "p99" + ("" if told[p99].notna().all() else f" of {_LEAST_FOR_P99} requests or more")
+    few = "" if told[p99].notna().all() else f", where {_LEAST_FOR_P99} requests or more were timed"
+    label = f"99th percentile{few}; thick line: median"
     return line_facets(told, Curve(median, thin=p99, thin_label=label), title)
 
 
@@ -109,7 +111,7 @@ def _efficiency(points: pd.DataFrame, efficiency: str, equal: str) -> Figure:
     baseline = baseline_of(measured)
     shown = measured[measured[efficiency].notna() & (measured["setting"].astype(object) != baseline)]
     if shown.empty:
-        raise NothingToShowError(f"no point has the length and the {equal} of one of the baseline, {baseline}")
+        raise NothingToShowError(f"no point has the same length and {equal} as one of the baseline, {baseline}")
     title = f"Scaling efficiency against {short_name(str(baseline), 30)}, at equal {equal}"
     x = "batch_size" if efficiency.startswith("weak") else "global_batch_size"
     shown = shown.assign(_half=shown[f"{efficiency}_ci95"])
@@ -187,9 +189,15 @@ def _draw_and_save(draw: Callable[[pd.DataFrame], Figure], points: pd.DataFrame,
     vector = path.with_suffix(".svg")
     for theme, files in (("light", (path, vector)), ("dark", (dark_variant(vector),))):
         with mpl.rc_context(STYLES[theme]):
-            figure = draw(points)
+            figure = with_its_keys(draw, points)
             for file in files:
                 _save(figure, file)
+
+
+def with_its_keys(draw: Callable[[pd.DataFrame], Figure], points: pd.DataFrame) -> Figure:
+    """Whether marks lie on one another is known when they are drawn, and the room for the legend before."""
+    figure = draw(points)
+    return draw(points.assign(_has_larger=True)) if has_larger_marks(figure) else figure
 
 
 def _sheets(groups: Sequence[Group], jobs: Sequence[tuple[str, pd.DataFrame]]) -> tuple[list[Sheet], list[Sheet]]:

@@ -8,8 +8,15 @@ from statistics import fmean
 
 from batch_inference.core.metrics import Summary
 from batch_inference.core.queue_points import runs_of
-from batch_inference.core.queue_runs import Phases, QueueRun, phases_of
+from batch_inference.core.queue_runs import LIVES, Interval, Phases, QueueRun, phases_of
 from batch_inference.core.results import Job, Point, Result, Timeline, WorkloadKey
+
+PLATEAU = "plateau_output_tok_per_s"
+
+
+def is_told(rate: Interval) -> bool:
+    """An interval as wide as its value says nothing."""
+    return rate.high is None or rate.high < 2 * rate.value
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,20 @@ class QueuePoint:
     @property
     def is_whole_job(self) -> bool:
         return self.requests >= self.job.requests
+
+    @property
+    def plateau(self) -> Interval | None:
+        """Output tok/s of the plateau; None where the sample is too short to tell it."""
+        rate, half = (self.summary.get(name) for name in (PLATEAU, "plateau_ci95_tok_per_s"))
+        if rate is None:
+            return None
+        found = Interval(rate) if half is None else Interval(rate, rate - half, rate + half)
+        return found if is_told(found) else None
+
+    @property
+    def requests_of_a_plateau(self) -> int:
+        """That a sample takes to tell it."""
+        return LIVES * self.batch_size * self.replicas
 
 
 def queue_points(result: Result, summaries: Sequence[Summary]) -> Iterator[QueuePoint]:
@@ -66,3 +87,11 @@ def _queue_point(result: Result, point: Point, job: Job, summary: Summary) -> Qu
         timelines=timelines,
         phases=[phases_of(replica) for replica in runs[-1]],
     )
+
+
+def phases(point: QueuePoint) -> list[tuple[float, float]]:
+    """Ramp, plateau and drain of all replicas together: a plateau is where each has one."""
+    end_s = max(one.end_s for one in point.phases)
+    drain_s = min(one.drain_start_s for one in point.phases)
+    ramp_s = min(max(one.ramp_end_s for one in point.phases), drain_s)
+    return [(0.0, ramp_s), (ramp_s, drain_s), (drain_s, end_s)]

@@ -54,7 +54,7 @@ def _of_each(analysis: Analysis) -> Iterator[tuple[_Pair, list[_Pair]]]:
             key = (*question_of(setting.answers), *(str(setting.shared[name]) for name in _ALIKE))
             asked.setdefault(key, []).append((names[setting.path], setting.answers))
     for (name, answers), *others in asked.values():
-        own = _Pair(name, "itself in two halves", (name, "itself"), of_itself(answers))
+        own = _Pair(name, "itself, in two halves", (name, "itself"), of_itself(answers))
         pairs = [_Pair(other, name, (other, name), differences(answers.first, its.first)) for other, its in others]
         yield own, [*pairs, *(pair for one in ((name, answers), *others) for pair in _of_replicas(*one))]
 
@@ -75,12 +75,12 @@ def _said(pair: _Pair, own: Differences) -> Iterator[str]:
     (name, other), found = pair.in_words, pair.found
     if found.is_another_model:
         yield (
-            f"{name} is not the model that {other} is: {found.count} of {found.requests} answers differ, most from "
-            "the first tokens on. Look for a fault in its weights or kernels before you use it."
+            f"{name} does not answer like the same model as {other}: {found.count} of {found.requests} answers differ, "
+            "most of them from the first tokens on. Look for a fault in its weights or kernels before you use it."
         )
     elif found.count > own.count:
         yield (
-            f"{name} answers {found.count} of {found.requests} requests otherwise than {other}, which answers "
-            f"{own.count} otherwise itself in a batch of half the size. The usual reason is rounding, which differs "
-            "with the layout."
+            f"{name} answers {found.count} of {found.requests} requests differently from {other}, which itself answers "
+            f"{own.count} differently in a batch of half the size. The usual reason is rounding, which depends on the "
+            "layout."
         )

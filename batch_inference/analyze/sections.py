@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ from batch_inference.core.text import counted, short
 
 # A table has as many rows at most; results.csv and summary.json have them all.
 ROW_LIMIT = 500
+# Where a title goes on with more than its topic.
+_SHORT_TITLE = re.compile(r":| of group | against | \[|, (?:length|output) ")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,17 @@ class Section:
     keys: int = 1  # columns that tell what a row is of
     is_more_better: frozenset[str] = frozenset()  # columns that are best sorted from the highest down
     is_detail: bool = False  # for the report, not for the terminal
+
+    @property
+    def topic(self) -> str:
+        """The title without what only the section itself needs to say."""
+        return _SHORT_TITLE.split(self.title)[0]
+
+    @property
+    def link(self) -> str:
+        """What a link to it is called, of several groups too."""
+        _, group, number = self.title.partition(" of group ")
+        return self.topic + (f" (group {number.partition(':')[0]})" if group else "")
 
     @property
     def rest(self) -> str:
@@ -81,12 +95,13 @@ def best(group: Group, analysis: Analysis) -> Section:
 def _best_notes(group: Group, rows: Sequence[Sequence[str]]) -> Iterator[str]:
     if (group.points["global_batch_size"] != group.points["batch_size"]).any():
         yield "batch: requests handed to each replica."
-    if any(row[2].endswith("*") for row in rows):
+    tied = [row for choice in group.choices for row in choice.ties]
+    if any(row["verdict"] == "suspect" for row in tied) or any(row[2].endswith("*") for row in rows):
         yield SUSPECT_LINE
     if any("±" in row[2] for row in rows):
         yield "±: 95 % confidence interval of the mean over the runs."
     if any(half_width(choice.best, choice.goal.column) is None for choice in group.choices if choice.best):
-        yield "no ±: a single run has no interval, and shows no tie; raise --num-runs."
+        yield "no ±: a single run has no interval and cannot show a tie; raise --num-runs."
 
 
 def _choice_row(choice: Choice, best: Mapping[Hashable, Any]) -> list[str]:
@@ -103,11 +118,11 @@ def _tie(choice: Choice) -> str:
         for row in choice.ties
     ]
     shown = few(others, 3, " and {} more settings: summary.json")
-    return f"tie, length {choice.seq_len}, {goal.name}: the interval overlaps that of {shown}"
+    return f"tie, length {choice.seq_len}, {goal.name}, as good within the intervals: {shown}"
 
 
 def _none_keeps(choice: Choice, analysis: Analysis) -> str:
-    start = f"length {choice.seq_len}: no point keeps the limits"
+    start = f"length {choice.seq_len}: no point meets the limits"
     if choice.nearest is None:
         return f"{start}; the percentiles are not known"
     columns = analysis.question.limits.columns()
@@ -133,10 +148,12 @@ def scaling(group: Group) -> Section:
     )
     found = found.sort_values(["setting", "seq_len", "scaling"], kind="stable")
     rows = [_scaling_row(row) for row in found.head(ROW_LIMIT).to_dict("records")]
-    lines = ["strong: at an equal global batch; weak: at an equal batch per replica. The largest batch that both have; "
-             "results.csv has all. Ideal: efficiency 1."]  # fmt: skip
+    lines = [
+        "strong: at the same global batch; weak: at the same batch per replica. Each row is of the largest batch that "
+        "both have; results.csv has all. An efficiency of 1 is ideal."
+    ]
     if not rows:
-        lines = [f"No point has the length and the batch size of one of {baseline}."]
+        lines = [f"No other point has the length and batch size of a point of {baseline}."]
     header = ("setting", "devices", "length", "scaling", "batch", "speed-up", "efficiency")
     numbers = frozenset({"devices", "length", "batch", "speed-up", "efficiency"})
     title = group.titled(f"Scaling against {baseline}")
@@ -197,7 +214,7 @@ def compared(comparison: SetComparison) -> Section:
     if not ratio.empty:
         mean = math.exp(ratio.map(math.log).mean())
         pairs.append(
-            ("throughput, new / old", f"{mean:.4f} on geometric average, {ratio.min():.4f} to {ratio.max():.4f}")
+            ("throughput, new / old", f"{mean:.4f} (geometric mean), from {ratio.min():.4f} to {ratio.max():.4f}")
         )
     pairs += [(name, f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
     order = {word: number for number, word in enumerate(("lost", "worse", "better", "unknown", "no difference"))}
@@ -222,20 +239,22 @@ def counts_of_changes(points: pd.DataFrame) -> str:
 
 
 def _compare_notes(comparison: SetComparison) -> Iterator[str]:
-    yield ("better, worse: Welch's t test of the runs, corrected by Holm for the number of points, at 5 %. ±: 95 % "
-           "interval of each ratio alone.")  # fmt: skip
+    yield ("better, worse: by Welch's t test of the runs at 5 %, with Holm's correction for the number of points. ±: "
+           "95 % interval of each ratio alone.")  # fmt: skip
     if (comparison.points["change"] == "lost").any():
         yield "lost: measured before; now failed, invalid, or asked for and not reached."
     if (comparison.points["change"] == "unknown").any():
         yield "unknown: a point with a single run; raise --num-runs."
-    for count, what in (
+    counts = (
         (comparison.only_new, "only in the new results"),
         (comparison.only_old, "only in the earlier results"),
         (comparison.repeated, "more than once in one of the sets, and left out"),
-    ):
+    )
+    for count, what in counts:
         if count:
-            verb = "is" if count == 1 else "are"
-            yield f"{counted(count, 'point')} {verb} {what} (a point: name, layout, batch and lengths)."
+            yield f"{counted(count, 'point')} {'is' if count == 1 else 'are'} {what}."
+    if any(count for count, _ in counts):
+        yield "Points are matched by name, layout, batch and lengths."
 
 
 def _change_row(row: Mapping[Hashable, Any]) -> list[str]:

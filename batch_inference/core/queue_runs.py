@@ -23,6 +23,8 @@ _USUALLY = 0.9  # of all moments before the drain, as many run or fewer
 _SHORTEST_PLATEAU = 0.25
 # Means of stretches as long as a request lives, or longer, are nearly independent; fewer of them say little.
 BATCHES = 10
+# Requests of a sample, for each that runs at once: so many for a plateau of BATCHES lives and its two ends.
+LIVES = BATCHES + 2
 
 
 @dataclass(frozen=True, slots=True)

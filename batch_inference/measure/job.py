@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.lengths import Distribution
+from batch_inference.core.queue_runs import LIVES as LIVES
 from batch_inference.core.results import Job, PointKey, Sample, workload_key
 from batch_inference.core.sample import representative_order
 from batch_inference.core.sharing import ordered, shared_out
@@ -14,9 +15,7 @@ from batch_inference.measure.job_lengths import FEWEST_LIVES, JobLengths
 from batch_inference.measure.messages import Asked
 from batch_inference.measure.texts import ids_of
 
-# Requests of a sample, for each that runs at once: a plateau of some ten lives of a request, and its two ends.
-LIVES = 12
-# And however few run at once: a handful of requests stands for no job.
+# However few run at once: a handful of requests stands for no job.
 FEWEST_REQUESTS = 32
 # Requests that a result file holds the lengths of, in the bulk and at the end.
 _BULK, _LAST = 20_000, 4_000
