@@ -78,7 +78,7 @@ def _flags() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def _at_least(low: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) >= low):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} was given, a whole number of at least {low} is needed")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} was given; a whole number of at least {low} is needed")
         return int(text)
 
     return parse

@@ -87,7 +87,7 @@ def test_a_setting_may_have_sizes_of_the_machine_a_suffix_and_flags_of_its_own(l
 def test_a_setting_without_a_size_on_this_machine_is_left_out_with_a_line(launcher: Launcher) -> None:
     with_preset(launcher, "setting TP=N/4 suffix=ep", "setting TP=1")
     plan, done = launcher("mine", "--dry-run", DEVICES="6"), launcher("mine", DEVICES="6")
-    said = "TP=N/4 suffix=ep is left out: N/4 of 6 devices is no whole number"
+    said = "TP=N/4 suffix=ep is left out: N/4 of 6 devices is not a whole number"
     assert (plan.returncode, plan.stderr) == (0, "")
     assert said in " ".join(plan.stdout.replace("#", "").split())
     assert f"note: {said}" in done.stderr.splitlines()
@@ -115,13 +115,13 @@ def test_where_every_setting_is_left_out_none_can_run(launcher: Launcher) -> Non
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["setting TP=two"], "preset mine: 'setting TP=two': 'TP=two' is none of TP=N"),
+        (["setting TP=two"], "preset mine: 'setting TP=two': 'TP=two' is neither a flag nor TP=N"),
         (["setting TP=2 TP=4"], "preset mine: 'setting TP=2 TP=4': TP is given twice"),
         (["setting TP=2", "setting TP=2 --seed 1"], "preset mine: two settings are named tp_2; give one a suffix=WORD"),
-        (["made_by magic"], "preset mine: 'made_by magic': known are custom"),
-        (["echo 'what is this'"], "preset mine: 'what is this' is no line of a preset"),
+        (["made_by magic"], "preset mine: 'made_by magic': it is one of custom"),
+        (["echo 'what is this'"], "preset mine: 'what is this' is not a line of a preset"),
         (["setting TP=2 --max-tokens none"], "--max-tokens: 'none' was given"),
-        (["setting TP=N/0"], "preset mine: 'setting TP=N/0': TP=N/0 is no size"),
+        (["setting TP=N/0"], "preset mine: 'setting TP=N/0': TP=N/0 is not a size"),
         (["false"], "preset mine: this fails: false"),
     ],
 )
@@ -176,7 +176,7 @@ def test_any_word_of_a_preset_reaches_the_script(launcher: Launcher) -> None:
 def test_more_nodes_than_a_setting_has_devices_skip_it(launcher: Launcher) -> None:
     done = launcher("tensor-parallel", "--nnodes", "4", "--master-addr", "h", "--dry-run")
     assert [config_of(words).name for words in commands_of(done)] == ["tp_4_nodes_4", "tp_8_nodes_4"]
-    assert "tp_2_nodes_4 cannot run: its 2 devices cannot be shared out evenly over 4 nodes" in " ".join(
+    assert "tp_2_nodes_4 cannot run: its 2 devices cannot be divided evenly among 4 nodes" in " ".join(
         done.stdout.replace("#", "").split()
     )
 

@@ -228,7 +228,7 @@ def test_a_misspelt_vllm_flag_is_found_by_vllms_own_parser(tmp_path: Path) -> No
         timeout=120,
     )
     assert done.returncode == 2
-    assert "--quantisation is no flag of this program or of vLLM; did you mean --quantization?" in done.stderr
+    assert "--quantisation is not a flag of this program or of vLLM; did you mean --quantization?" in done.stderr
     assert list(tmp_path.iterdir()) == []  # before an engine starts
 
 
