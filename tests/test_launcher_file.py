@@ -122,7 +122,7 @@ def test_where_every_setting_is_left_out_none_can_run(launcher: Launcher) -> Non
         (["echo 'what is this'"], "preset mine: 'what is this' is not a line of a preset"),
         (["setting TP=2 --max-tokens none"], "--max-tokens: 'none' was given"),
         (["setting TP=N/0"], "preset mine: 'setting TP=N/0': TP=N/0 is not a size"),
-        (["false"], "preset mine: this fails: false"),
+        (["false"], "preset mine: this command fails: false"),
     ],
 )
 def test_a_slip_in_a_preset_is_named(launcher: Launcher, lines: list[str], said: str) -> None:
@@ -372,7 +372,11 @@ def test_the_presets_of_the_file_are_these() -> None:
         ("pipeline-parallel", "PP=1, 2, 4", pipeline),
         ("mixed-parallel", four, mixed),
         ("data-parallel", "DP=1, 2, 4", data),
-        ("scaling-study", "all of the above, TP2_DP2, TP4_DP2, TP2_DP4", tensor + pipeline + mixed + data + replicas),
+        (
+            "scaling-study",
+            "all of the above, plus TP2_DP2, TP4_DP2, TP2_DP4",
+            tensor + pipeline + mixed + data + replicas,
+        ),
         ("torchrun-tensor-parallel", "TP=2, 4, 8 under torchrun", [[*words, "torchrun"] for words in tensor[1:]]),
         ("torchrun-mixed-parallel", f"{four} under torchrun", [[*words, "torchrun"] for words in mixed]),
         (
@@ -380,9 +384,9 @@ def test_the_presets_of_the_file_are_these() -> None:
             "TP=N, with whole experts TP=N, DP=N, TP=2 DP=N/2",
             [["TP=N"], ["TP=N", "experts"], ["DP=N", "experts"], ["TP=2", "DP=N/2", "experts"]],
         ),
-        ("custom", "one setting: TP=x PP=y DP=z, any of them; experts", []),
-        ("best", "searches the best setting of all devices", []),
-        ("quickstart", "a first try: a tiny model at TP=1, 2, analysed", [["TP=1"], ["TP=2"]]),
+        ("custom", "one setting: any of TP=x PP=y DP=z, and experts", []),
+        ("best", "searches for the best setting on all devices", []),
+        ("quickstart", "a first try: a tiny model at TP=1, 2, and its analysis", [["TP=1"], ["TP=2"]]),
     ]
     special = [(one.name, one.made_by, one.is_demo, one.flags) for one in presets.values() if one.flags or one.made_by]
     flags = (
