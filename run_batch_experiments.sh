@@ -65,7 +65,7 @@ preset_custom() { made_by custom; }
 # searches for the best setting on all devices
 preset_best() { search; }
 
-# a first try: a tiny model at TP=1, 2, and its analysis
+# a first try: a tiny model at TP=1, 2, with analysis
 preset_quickstart() {
   demo
   flags --model "${prefix}models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456

@@ -386,7 +386,7 @@ def test_the_presets_of_the_file_are_these() -> None:
         ),
         ("custom", "one setting: any of TP=x PP=y DP=z, and experts", []),
         ("best", "searches for the best setting on all devices", []),
-        ("quickstart", "a first try: a tiny model at TP=1, 2, and its analysis", [["TP=1"], ["TP=2"]]),
+        ("quickstart", "a first try: a tiny model at TP=1, 2, with analysis", [["TP=1"], ["TP=2"]]),
     ]
     special = [(one.name, one.made_by, one.is_demo, one.flags) for one in presets.values() if one.flags or one.made_by]
     flags = (
