@@ -236,7 +236,7 @@ def test_what_is_shown_of_a_sweep_line_by_line(capsys: pytest.CaptureFixture[str
     assert shown_lines == [
         "  1 of 3 points is kept from x.json",
         "  batch x length: output throughput ±95 % interval, latency, TTFT, memory",
-        *wrapped("      2 x 8: vLLM compiled a kernel during a run, which becomes a warm-up and is repeated", indent=6),
+        "      2 x 8: vLLM compiled a kernel; the run becomes a warm-up and is repeated",
         "  [2/3] 2 x 8: 64.00 tok/s ±3.5%, 1.00 s, TTFT 0.100 s, 60.0 GiB, suspect",
         "      first reason",
         "      second reason",

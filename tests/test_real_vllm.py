@@ -48,7 +48,7 @@ def measure(
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights of its own: those of --load-format dummy are others on each device."""
+    """The tiny model with its own weights, because --load-format dummy gives each device other ones."""
     folder = tmp_path_factory.mktemp("weights")
     write_weights(folder)
     return folder

@@ -223,7 +223,7 @@ def test_something_else_that_listens_on_the_port_is_said(words: bytes) -> None:
         problem = verdict_of(attend, "127.0.0.1", port, SECOND, time.monotonic() + 0.5)
         server.shutdown(socket.SHUT_RDWR)
     assert problem == (
-        f"--master-port {port}: another program listens there on 127.0.0.1 ours; choose another on every node"
+        f"--master-port {port}: another program listens there on 127.0.0.1; choose another port on every node"
     )
 
 

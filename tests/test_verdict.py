@@ -361,7 +361,7 @@ def test_every_reason_is_said_to_the_letter() -> None:
         "_token_counts": ["128 prompt and 63 output tokens came back, but 128 and 64 were asked for"],
         "_prefix_hits": ["16 prompt tokens came from the prefix cache"],
         "_longer_than_passed": ["a run reports 0.999 s, but only 0.98 s passed meanwhile; check the nodes' clocks"],
-        "_preempted": ["2 requests were preempted for want of KV cache"],
+        "_preempted": ["2 requests were preempted for lack of KV cache"],
         "_never_steady": ["not steady after 2 warm-ups: the last two differ by more than 5%"],
         "_compiled_late": ["vLLM kept compiling kernels during timed runs; raise --warmup-runs"],
         "_wide_interval": ["runs differ: after 10 the 95 % interval is over ±5%; raise --max-runs"],

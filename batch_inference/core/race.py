@@ -125,7 +125,7 @@ class Load:
     lengths: tuple[int | None, ...] = ()  # of prompts
     # What it must reach at each length to be worth more runs than its ranking needs, in the unit of its `Tried` values.
     to_beat: tuple[float, ...] = ()
-    is_answer: bool = True  # otherwise it only tells about others, and needs no interval of its own
+    is_answer: bool = True  # otherwise it only tells about others, and needs no interval
 
 
 @dataclass

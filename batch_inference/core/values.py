@@ -44,7 +44,7 @@ class TooLargeError(ValueError):
 def whole_number(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         digits = text.strip()
-        # Cut, because Python refuses thousands of digits with a message of its own.
+        # Cut, because Python refuses thousands of digits with its own message.
         number = int(digits[:_MOST_DIGITS]) if digits.isdecimal() else None
         if number is None or number < low:
             raise ValueError(f"a whole number of at least {low} is needed")

@@ -89,7 +89,7 @@ def _longer_than_passed(_: Result, point: Point) -> list[str]:
 
 def _preempted(_: Result, point: Point) -> list[str]:
     count = sum(run.counters.preemptions for run in point.runs)
-    return [f"{count} requests were preempted for want of KV cache"] if count else []
+    return [f"{count} requests were preempted for lack of KV cache"] if count else []
 
 
 def _waves(result: Result, point: Point) -> list[str]:

@@ -59,9 +59,7 @@ def check_together(preset: Preset, options: Options) -> None:
     if options.job and not preset.is_demo:
         raise ConfigError(f"--job: it works only with quickstart; with {preset.name} give --prompts-file FILE")
     if options.job and options.prompts_file:
-        raise ConfigError(
-            f"--prompts-file {options.prompts_file}: --job measures a workload of its own; drop one of them"
-        )
+        raise ConfigError(f"--prompts-file {options.prompts_file}: --job measures its own workload; drop one of them")
     if options.nnodes in (None, 1) and not options.is_over_nodes:
         return
     given = f"--nnodes: '{options.nnodes}'" if options.nnodes else f"--master-addr: '{options.master_addr}'"

@@ -118,7 +118,7 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.1f} GiB"
 
 
-# --- in the process of its own --------------------------------------------------------------------------------------
+# --- in the separate process ------------------------------------------------------------------------------------------
 
 
 def _look(request: _Request) -> _Answer:

@@ -86,12 +86,12 @@ class JobFile:
         ids_of(self._workload, self.config, self._first(max(map(self.sample_size, sizes or self.config.batch_sizes))))
 
     def shares(self, key: PointKey, requests: int | None = None) -> list[list[Asked]]:
-        """What each replica runs for a point, in the order of its queue; only so many `requests` of the sample, if
+        """What each replica runs for a point, in the order of its queue; only `requests` of the sample's requests, if
         given."""
         return self.shares_of(min(requests or len(self), self.sample_size(key.batch_size)))
 
     def shares_of(self, requests: int) -> list[list[Asked]]:
-        """The same for a sample of so many requests."""
+        """The same for a sample of `requests` requests."""
         drawn, config = self._first(requests), self.config
         queue = ordered(drawn, self._prompts, self._outputs, workload_key(config).order, config.seed)
         prompts, outputs = ([column[index] for index in queue] for column in (self._prompts, self._outputs))

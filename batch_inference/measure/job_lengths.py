@@ -62,7 +62,7 @@ def _output_lengths(said: Sequence[int], config: ExperimentConfig) -> Sequence[i
 
 
 def _check_sample(config: ExperimentConfig, requests: int) -> None:
-    """Raises ConfigError for a sample that does not fit a job of so many requests."""
+    """Raises ConfigError for a sample that does not fit a job of `requests` requests."""
     sample = config.sample
     if sample is None:
         return
