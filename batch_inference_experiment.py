@@ -29,7 +29,7 @@ from batch_inference.plan.place import Place, check_place, find_place
 from batch_inference.plan.printed import setting_plan
 from batch_inference.plan.said import Said
 
-# What measures needs installed packages; --help and --dry-run answer without them.
+# Measuring needs installed packages; --help and --dry-run work without them.
 if TYPE_CHECKING:
     from batch_inference.core.results import Environment, Peaks, Result
     from batch_inference.measure.hardware import Monitor
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Surroundings:
     """What this process finds: the model's sizes, this machine's devices, its place in a torchrun job, a Ray cluster
-    to join, and what vLLM says of the setting. None where there is none of the kind."""
+    to join, and what vLLM says about the setting. None for what does not exist."""
 
     facts: ModelFacts | None
     devices: Devices
     place: Place | None
     cluster: Cluster | None
     said: Said | None = None
-    job: JobLengths | None = None  # of a workload, on the node that shares it out
+    job: JobLengths | None = None  # of a workload, on the node that distributes it
 
     @property
     def processes(self) -> int | None:
-        """How many torchrun has started on this node."""
+        """How many torchrun started on this node."""
         return self.place.local_world_size if self.place else None
 
     @property
@@ -60,7 +60,7 @@ class Surroundings:
         return self.cluster.gpus if self.cluster else len(self.devices)
 
     def memory_gib(self, config: ExperimentConfig) -> float | None:
-        """Of the smallest device, where it can be known or is told."""
+        """Of the smallest device, if it can be found or is given."""
         return config.device_memory_gib or smallest_memory_gib(self.devices)
 
 
@@ -70,7 +70,7 @@ def main() -> int:
     place = None
     try:
         place = find_place()
-        # torchrun ends the other ranks by SIGTERM, at once: they have nothing to save.
+        # torchrun ends the other ranks with SIGTERM, at once: they have nothing to save.
         if place is None or place.leads:
             end_in_order()
         config, notes = parse_flags(sys.argv[1:])
@@ -81,7 +81,7 @@ def main() -> int:
             say_notes([*notes, *([job.left_out] if job and job.left_out else [])])
         return work(config, here)
     except ConfigError as error:
-        # Every rank of a node finds the same; one says it.
+        # Every rank of a node finds the same error; one reports it.
         if place is None or place.local_rank == 0:
             say(f"error: {error}")
         return 2
@@ -94,34 +94,34 @@ def main() -> int:
 
 
 def read_workload(config: ExperimentConfig, place: Place | None) -> tuple[ExperimentConfig, JobLengths | None]:
-    """One process reads it, and hands out what is run. Raises ConfigError for a file that is no job."""
+    """One process reads it and hands out what is run. Raises ConfigError for a file that is not a job."""
     leads = place.leads if place else config.node_rank == 0
     if config.prompts_file is None or not (leads or config.max_model_len is None):
         return config, None
-    if place and not leads:  # rank 0 says how long its engine is to be
+    if place and not leads:  # rank 0 decides the length that its engine needs
         return config, None
     return read_job(config, say)
 
 
 def look_around(config: ExperimentConfig, place: Place | None, job: JobLengths | None = None) -> Surroundings:
-    """Raises ConfigError for a model folder or a RAY_ADDRESS that leads nowhere, and for a place that does not fit."""
+    """Raises ConfigError if a model folder or RAY_ADDRESS leads nowhere, or if the place does not fit."""
     check_place(config, place)
     facts, cluster = facts_of(config), None
     devices = devices_elsewhere(config.devices) if config.devices else find_devices()
-    # A plan asks nobody, and vLLM refuses Ray on the CPU.
+    # A plan needs no cluster, and vLLM refuses Ray on the CPU.
     if config.distributed_executor_backend == "ray" and devices.kind == "gpu" and not config.dry_run:
         from batch_inference.measure.ray_cluster import find_cluster
 
         cluster = find_cluster()
     here = Surroundings(facts, devices, place, cluster, job=job)
-    # Of the ranks of a node, one asks.
+    # One of a node's ranks asks.
     asks = place is None or place.local_rank == 0
     knows_lengths = config.prompts_file is None or config.workload_longest is not None
     return replace(here, said=ask(config, here)) if asks and knows_lengths else here
 
 
 def ask(config: ExperimentConfig, here: Surroundings) -> Said | None:
-    """Raises ConfigError for a flag that vLLM does not know, and for a vLLM that loads no engine of ours."""
+    """Raises ConfigError for a flag that vLLM does not know, and for a vLLM that cannot load our engines."""
     if not config.dry_run and (warning := check_vllm_version(say)):
         say(f"warning: {warning}")
     check_vllm_flags(config.engine_args, say)
@@ -132,14 +132,14 @@ def ask(config: ExperimentConfig, here: Surroundings) -> Said | None:
 
 
 def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[ExperimentConfig, Surroundings], int]:
-    """What this process is to do. Raises ConfigError where that cannot work, before an engine loads."""
+    """What this process should do. Raises ConfigError, before an engine loads, if that cannot work."""
     follows = here.place is not None and not here.place.leads
     if config.dry_run:
         if follows:
             return say_nothing
         return show_plan
     reason = devices_against(config, here.devices, here.processes, here.ray_gpus)
-    # Others of a node do not know what vLLM says; the one that does speaks for them.
+    # Only one rank of a node knows what vLLM says; it speaks for the others.
     if reason is None and (here.place is None or here.place.local_rank == 0):
         reason = model_against(config, here)
     if reason:
@@ -148,12 +148,12 @@ def choose(config: ExperimentConfig, here: Surroundings) -> Callable[[Experiment
         raise ConfigError(missing)
     if follows:
         return follow_rank_0
-    # torchrun has numbers of its own, whatever --node-rank says.
+    # torchrun numbers the nodes itself, whatever --node-rank says.
     return measure if here.place or config.node_rank == 0 else serve_node_0
 
 
 def model_against(config: ExperimentConfig, here: Surroundings) -> str | None:
-    """Why the model cannot run so, in one line; None when nothing speaks against it."""
+    """Why the model cannot run like this, in one line; None if nothing speaks against it."""
     needs = needs_of(config, here.facts, here.devices, here.memory_gib(config), here.said)
     return rules_against(config, here.facts, here.devices, here.said) or memory_against(needs)
 
@@ -173,7 +173,7 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
     from batch_inference.measure.locks import devices_in_use
     from batch_inference.measure.study import claimed
 
-    # Of a job over several nodes, the devices of this one.
+    # In a job over several nodes, the devices of this node.
     devices = here.devices.slice_for(0, here.processes or config.devices_per_node)
     watch = monitor(devices)
     environment = environment_of(config, here, devices, watch)
@@ -199,12 +199,12 @@ def sweep(
     from batch_inference.measure.resume import starting_result
 
     result = starting_result(config, environment)
-    if not result.points:  # a log of earlier points is gone on with
+    if not result.points:  # a log with earlier points is continued
         for log in log_paths(config):
             empty_log(log)
     job = JobFile(config, here.job) if here.job else None
     experiment = Experiment(config, result, watch, Console(), job)
-    # Ranks of torchrun start their engines at the same time; vLLM itself has one of them fetch.
+    # Ranks of torchrun start their engines together, and vLLM itself has one of them download.
     if config.data_parallel_size > 1 and here.place is None and experiment.is_open:
         fetch_models([config], say)
     try:
@@ -228,7 +228,7 @@ def environment_of(config: ExperimentConfig, here: Surroundings, devices: Device
 
 
 def measured_peaks(config: ExperimentConfig, here: Surroundings) -> Peaks:
-    """What one device can do at most. No engine is loaded yet: a model that cannot be read from here is most likely in
+    """The most that one device can do. No engine is loaded yet: a model that cannot be read from here most likely uses
     16 bits."""
     from batch_inference.measure.peaks import measure_peaks
 
@@ -250,7 +250,7 @@ def build_replicas(config: ExperimentConfig, here: Surroundings, devices: Device
 
 
 def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
-    """What became of it, and the exit code."""
+    """Say how it ended; returns the exit code."""
     from batch_inference.measure.console import closing_table
 
     if result.failure:
@@ -263,7 +263,7 @@ def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
 
 
 def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
-    """A node other than 0: its devices work for the engine there, until node 0 says that the setting is over."""
+    """Any node but 0: its devices work for the engine on node 0 until node 0 says that the setting is over."""
     from batch_inference.measure.engine_process import ReplicaError, log_paths
     from batch_inference.measure.logs import empty_log
     from batch_inference.measure.nodes import meet
@@ -284,7 +284,7 @@ def serve_node_0(config: ExperimentConfig, here: Surroundings) -> int:
 
 
 def follow_rank_0(config: ExperimentConfig, here: Surroundings) -> int:
-    """A rank of torchrun other than 0: it does what rank 0 says."""
+    """Any rank of torchrun but 0: it does what rank 0 says."""
     from batch_inference.measure.engine_process import quiet_environment, rank_log
     from batch_inference.measure.worker import follow
 

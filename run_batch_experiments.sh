@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Run the settings of a preset, one process each: see --help.
+# Run the settings of a preset, one process each; see --help.
 #
-# This file is the table of presets; what is done with them is in batch_inference/launch.
+# This file is the table of presets; the code that runs them is in batch_inference/launch.
 set -euo pipefail
 shopt -s inherit_errexit
 
 # --- Presets ----------------------------------------------------------------------------------------------------------
-# A preset is a function preset_NAME; the comment above it is its line in --help. It says, in any order:
+# A preset is a function preset_NAME; the comment above it is its line in --help. It may call, in any order:
 #
-#   setting TP=2 PP=2       a setting; a size not given is 1. A size may be N, the devices there are (of all nodes), or a
-#                           part of them like N/2: where that is no whole number, the setting is left out
+#   setting TP=2 PP=2       a setting; a missing size is 1. A size may be N, the number of devices (of all nodes), or a
+#                           part of it like N/2: if that is not a whole number, the setting is left out
 #   setting TP=4 torchrun   the same under torchrun
-#   setting TP=4 experts    tp_4_ep: experts shared out whole, and not each of them split (--enable-expert-parallel)
+#   setting TP=4 experts    tp_4_ep: whole experts on each device, not a slice of every one (--enable-expert-parallel)
 #   setting TP=4 suffix=x --enforce-eager   named tp_4_x; flags of the experiment script come last
-#   flags --max-tokens 32   flags for all of its settings
-#   demo                    one node; replaces what is in its own folder; ends with the analysis
+#   flags --max-tokens 32   flags for all its settings
+#   demo                    one node; replaces what is in its own folder, and ends with the analysis
 #   made_by NAME            settings made by Python: MADE_BY in batch_inference/launch/presets.py
-#   search                  settings and batch sizes are searched: batch_inference/launch/best.py
+#   search                  searches settings and batch sizes: batch_inference/launch/best.py
 #
-# $prefix stands before names of our own files; it is empty where the user is in the checkout.
+# $prefix comes before names of our own files; it is empty if the user is in the checkout.
 
 # TP=1, 2, 4, 8
 preset_tensor-parallel() { for n in 1 2 4 8; do setting "TP=$n"; done; }
@@ -32,7 +32,7 @@ preset_mixed-parallel() { for pp in 2 4; do for tp in 2 4; do setting "TP=$tp" "
 # DP=1, 2, 4
 preset_data-parallel() { for n in 1 2 4; do setting "DP=$n"; done; }
 
-# all of the above, TP2_DP2, TP4_DP2, TP2_DP4
+# all of the above, plus TP2_DP2, TP4_DP2, TP2_DP4
 preset_scaling-study() {
   preset_tensor-parallel
   preset_pipeline-parallel
@@ -59,13 +59,13 @@ preset_expert-parallel() {
   setting TP=2 DP=N/2 experts
 }
 
-# one setting: TP=x PP=y DP=z, any of them; experts
+# one setting: any of TP=x PP=y DP=z, and experts
 preset_custom() { made_by custom; }
 
-# searches the best setting of all devices
+# searches for the best setting on all devices
 preset_best() { search; }
 
-# a first try: a tiny model at TP=1, 2, analysed
+# a first try: a tiny model at TP=1, 2, with analysis
 preset_quickstart() {
   demo
   flags --model "${prefix}models/tiny-llama" --load-format dummy --kv-cache-memory-bytes 268435456
@@ -82,7 +82,7 @@ demo() { line demo; }
 made_by() { line made_by "$1"; }
 search() { line search; }
 
-# A line of the table: its words, a unit separator after each, and a record separator at the end.
+# A line of the table: its words, each followed by a unit separator, and a record separator at the end.
 line() {
   printf '%s\x1f' "$@"
   printf '\x1e'
@@ -92,7 +92,7 @@ line() {
 table() {
   local text comment='' name='' known=' '
   set -E
-  trap 'die "preset $name: this fails: $BASH_COMMAND"' ERR
+  trap 'die "preset $name: this command fails: $BASH_COMMAND"' ERR
   while IFS= read -r text; do
     if [[ $text =~ ^preset_([A-Za-z0-9_-]+)\ *\(\) ]]; then
       name=${BASH_REMATCH[1]}
@@ -109,12 +109,12 @@ table() {
 }
 
 die() {
-  trap '' PIPE # the exit code is the same where nobody reads
+  trap '' PIPE # the exit code stays the same if nobody reads
   printf 'error: %s\n' "$1" >&2 2>/dev/null || true
   exit 2
 }
 
-# Slurm runs a copy of this file from a folder of its own: the checkout is then where sbatch was called.
+# Slurm runs a copy of this file from its own folder; the checkout is then where sbatch was called.
 find_checkout() {
   local folder own
   own=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
@@ -123,10 +123,10 @@ find_checkout() {
     checkout=$(CDPATH='' cd -P -- "$folder" && pwd)
     return
   done
-  die "$own: batch_inference is not there, and not in $PWD; start the script (or sbatch) in the folder of the checkout"
+  die "$own: batch_inference is neither there nor in $PWD; start the script (or sbatch) in the folder of the checkout"
 }
 
-# The user's word, ours, or the one at hand: where that has no vLLM, it calls setup_env.sh before it measures.
+# The user's choice, .venv's, or the current one: if that has no vLLM, it calls setup_env.sh before it measures.
 find_python() {
   python=${prefix}.venv/bin/python
   if [[ -n ${PYTHON:-} ]]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make .venv beside this script and install what the scripts need. Done already, it returns at once.
+# Make .venv beside this script and install what the scripts need. If that is done already, it returns at once.
 #
-#   ./setup_env.sh [--dev]      --dev: the tools of the tests and linters as well
+#   ./setup_env.sh [--dev]      --dev: also the tools for tests and linters
 #
 # PYTHON=/path/to/python3.12    the Python to make .venv from (3.11 or newer)
 # WHEELS=/path/to/wheels        a folder of wheels, for machines without internet
@@ -12,7 +12,7 @@ set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
 
-# Where nobody reads it any more, the installation goes on.
+# The installation goes on even if nobody reads its output any more.
 trap '' PIPE
 say() { printf '%s\n' "$*" >&2 2>/dev/null || true; }
 die() {
@@ -31,7 +31,7 @@ pip_setting() {
   fi
 }
 
-# Fills `folders` with the places of wheels. pip only warns of a folder that is missing; uv fails.
+# Fills `folders` with the places of wheels. pip only warns about a missing folder; uv fails.
 find_folders() {
   local found place
   IFS=, read -ra folders <<<"${UV_FIND_LINKS:-}"
@@ -43,7 +43,7 @@ find_folders() {
   return 0
 }
 
-# True where one of the folders holds a CPU build of torch; the + in its name may be percent-encoded.
+# True if one of the folders holds a CPU build of torch; the + in its name may be percent-encoded.
 has_cpu_torch() {
   local folder wheels
   for folder in "${folders[@]}"; do
@@ -53,7 +53,7 @@ has_cpu_torch() {
   return 1
 }
 
-# Those of pip's extra indexes that uv can use. One that cannot be reached makes it fail; a file:// one hides newer
+# The ones of pip's extra indexes that uv can use. An unreachable one makes uv fail; a file:// one hides newer
 # versions elsewhere, because uv takes a package only from the first index that has it.
 usable_indexes() {
   local urls=() url
@@ -63,7 +63,7 @@ usable_indexes() {
   done
 }
 
-# Behind a proxy only the proxy can tell.
+# Behind a proxy, only the proxy can tell.
 reachable() {
   "$venv/bin/python" -c '
 import socket, sys, urllib.parse, urllib.request
@@ -74,7 +74,7 @@ if url.scheme not in urllib.request.getproxies():
 ' "$1" 2>/dev/null
 }
 
-# What the user tells uv himself is left as it is.
+# What the user tells uv directly is left unchanged.
 export_uv_settings() {
   local index indexes name
   index=$(pip_setting index-url)
@@ -98,7 +98,7 @@ make_venv() {
   "$python" -m venv "$venv" || die 1 "$python -m venv failed; install Python's venv module or set PYTHON"
 }
 
-# WHEELS may hold everything: try it alone first, so that a machine without internet waits for nothing.
+# WHEELS may hold everything: try it alone first, so that a machine without internet does not wait for a time-out.
 install_uv() {
   { [[ -n ${WHEELS:-} ]] && "$venv/bin/python" -m pip install --quiet --no-index --find-links "$WHEELS" uv; } ||
     "$venv/bin/python" -m pip install --quiet uv
@@ -115,7 +115,7 @@ main() {
     --dev) dev=true ;;
     *) die 2 "$*: only --dev is understood" ;;
   esac
-  [[ -z ${WHEELS:-} || -d $WHEELS ]] || die 2 "WHEELS: '$WHEELS' is no folder; name the one that holds the wheels"
+  [[ -z ${WHEELS:-} || -d $WHEELS ]] || die 2 "WHEELS: '$WHEELS' is not a folder; name the one that holds the wheels"
 
   local requirements="requirements.txt"
   has_gpu || requirements="requirements-cpu.txt"
@@ -123,7 +123,7 @@ main() {
   [[ $requirements == requirements.txt ]] || overrides=("$here/requirements-cpu-overrides.txt")
   $dev && files+=("$here/requirements-dev.txt")
 
-  # The stamp is written last: a half-finished installation has none, and is made again. What --dev installs is
+  # The stamp is written last: a half-finished installation has none and is made again. What --dev installs is also
   # enough without --dev.
   local stamp=$venv/.installed-$requirements wanted without_dev
   wanted=$(cat "${files[@]}" "${overrides[@]}" | cksum)
@@ -131,20 +131,20 @@ main() {
     return 0
   fi
 
-  # A failure to add the tools leaves a good installation good; any other change makes the stamp untrue.
+  # If adding the tools fails, a good installation stays good; any other change invalidates the stamp.
   without_dev=$(cat "$here/$requirements" "${overrides[@]}" | cksum)
   [[ ! -e $stamp ]] || grep -qxF "$without_dev" "$stamp" || rm "$stamp"
-  # pip comes last into a new environment: without it, the making was interrupted.
+  # pip is the last thing in a new environment: without it, making the environment was interrupted.
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
   say "installing $requirements into .venv: a few minutes the first time"
   local log=$venv/install.log
   install_uv >"$log" 2>&1 || {
     tail -n 5 "$log" >&2
-    die 1 "uv could not be installed; look at $log, check the network or set WHEELS=FOLDER"
+    die 1 "uv could not be installed; see $log, check the network or set WHEELS=FOLDER"
   }
 
-  # Each process of an engine imports some thousand modules: 9 s from bytecode, 18 s without (docs/performance.md).
-  # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, no import would ever write it.
+  # Each process of an engine imports thousands of modules: 9 s from bytecode, 18 s without (docs/performance.md).
+  # If PYTHONDONTWRITEBYTECODE is set, as in many containers, no import would ever write bytecode.
   local options=(--python "$venv/bin/python" --compile-bytecode)
   find_folders
   export_uv_settings
@@ -156,7 +156,7 @@ main() {
   for file in "${files[@]}"; do options+=(--requirements "$file"); done
   install_requirements "${options[@]}" >"$log" 2>&1 || {
     tail -n 15 "$log" >&2
-    die 1 "the installation failed (whole output: $log); without internet, put the wheels into a folder and set WHEELS"
+    die 1 "the installation failed (full output: $log); without internet, put the wheels into a folder and set WHEELS"
   }
   printf '%s\n' "$wanted" "$without_dev" >"$stamp"
   say "installed in $((SECONDS - start)) s"

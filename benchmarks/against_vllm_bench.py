@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""A grid measured by this program, and by one `vllm bench latency` after the other, as people do it today.
+"""A grid measured by this program, and by one `vllm bench latency` after another, as people do it today.
 
     python benchmarks/against_vllm_bench.py --model models/tiny-llama --batch-sizes 1,4,16 --seq-lens 64,128 \\
         --max-tokens 16 -- --load-format dummy --kv-cache-memory-bytes 268435456
 
-Both use one device, the same engine flags (after --), warm-ups, runs and sampling. Prints two Markdown tables, and
-writes them with every number to --output-dir, after each point: where the wall time went, and the medians at each
-point. Before both starts, a sweep of ours that does not count warms vLLM's compile cache, unless it is --warm already;
-with --cold each of the two has an empty one of its own instead. --resume keeps what the same commands measured before
+Both use one device and the same engine flags (after --), warm-ups, runs and sampling. Prints two Markdown tables, and
+writes them with all numbers to --output-dir after each point: where the wall time went, and the medians at each
+point. Before both, a sweep of ours that is not counted warms vLLM's compile cache, unless it is already --warm;
+with --cold each of the two gets its own empty one instead. --resume keeps what the same commands measured before
 into the same folder.
 
-Where `vllm bench latency` is too slow for the whole grid, --bench-points names some. What the other processes would
-take is then estimated: the time around the runs of those measured, and as many runs of the medians of ours. Exit code
-1 where ours is less than --least-ratio times faster.
+If `vllm bench latency` is too slow for the whole grid, --bench-points selects some points. The time of the other
+processes is then estimated: the time around the runs of the measured ones, plus as many runs at our medians. Exit code
+1 if ours is less than --least-ratio times faster.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from ways import (
 from batch_inference.core.statistics import ci95_half_width
 from batch_inference.core.values import batch_sizes, prompt_lengths
 
-# Parts of the engine's start, in vLLM's own words, 0.26 to 0.33: seconds in the last group.
+# Parts of the engine's start in vLLM's own words (0.26 to 0.33), with the seconds in the last group.
 ENGINE_PARTS = {
     "weights_s": r"Model loading took .* ([\d.]+) seconds",
     "compile_s": r"torch\.compile .*?took ([\d.]+) s",
@@ -103,19 +103,19 @@ def parse() -> argparse.Namespace:
     cache.add_argument("--cold", action="store_true", help="an empty compile cache for each of the two")
     cache.add_argument("--warm", action="store_true", help="an earlier sweep warmed the compile cache: start at once")
     parser.add_argument("--resume", action="store_true", help="keep what the same commands measured before")
-    parser.add_argument("--bench-points", type=points, metavar="BxN,..", help="vllm bench latency at these alone")
+    parser.add_argument("--bench-points", type=points, metavar="BxN,..", help="vllm bench latency only at these")
     parser.add_argument("--least-ratio", type=float, default=1.0)
     args = parser.parse_args()
     args.points = list(itertools.product(args.batch_sizes, args.seq_lens))
     args.bench_points = args.bench_points or args.points
     for batch, length in set(args.bench_points) - set(args.points):
-        parser.error(f"--bench-points: {batch}x{length} is no point of the grid")
+        parser.error(f"--bench-points: {batch}x{length} is not a point of the grid")
     return args
 
 
 @contextlib.contextmanager
 def compile_cache(cold: bool) -> Iterator[None]:
-    """The compile caches of vLLM and Triton in an empty folder for a while, where `cold`; otherwise where they are."""
+    """If `cold`, the compile caches of vLLM and Triton are in an empty folder for a while; otherwise where they are."""
     if not cold:
         yield
         return
@@ -136,7 +136,7 @@ def say(what: str) -> None:
 def compared(
     args: argparse.Namespace, result: Result, ours: Phases, bench: dict[Point, dict[str, Any]], every: Sequence[Phases]
 ) -> dict[str, Any]:
-    """The document: ours and what `vllm bench latency` has measured so far."""
+    """The document: ours, and what `vllm bench latency` has measured so far."""
     theirs = added(every)
     rows = [row_of(result, point, bench[point]["latencies_s"] if point in bench else None) for point in args.points]
     missing_s = [row["ours_s"] * (args.warmup_runs + args.num_runs) for row in rows if row["bench_s"] is None]
@@ -199,7 +199,7 @@ def known(seconds: float | None) -> float:
 
 
 def added(every: Sequence[Phases]) -> Phases:
-    """Of all processes together."""
+    """The phases of all processes together."""
     return {name: total(phases[name] for phases in every) for name in PHASES}
 
 
@@ -258,7 +258,7 @@ def table(args: argparse.Namespace, document: dict[str, Any]) -> list[str]:
     ]
     for name, label in PHASES.items():
         if (ours[name], theirs[name]) != (None, None):
-            # Some of the processes against the whole of ours is no ratio.
+            # Some of the processes compared with all of ours gives no ratio.
             lines.append(markdown_row([label, *seconds(ours[name], theirs[name], with_ratio=not missing)]))
     if missing:
         label = f"**wall time of all {count}, {missing} estimated**"

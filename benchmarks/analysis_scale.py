@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time and memory of the analysis against the number of points: CSV, summary and reports, without plots.
+"""How time and memory of the analysis grow with the number of points: CSV, summary and reports, without plots.
 
     python benchmarks/analysis_scale.py [--points 1000,10000,100000] [--folder DIR] [--plots]
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def make_files(folder: Path, files: int) -> None:
-    """Does nothing where they are there."""
+    """Does nothing if they exist."""
     folder.mkdir(parents=True, exist_ok=True)
     if len(list(folder.glob("*.json"))) == files:
         return
@@ -71,7 +71,7 @@ def measure(folder: Path, points: int, flags: list[str]) -> None:
     started_s = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started_s
-    # Of the largest child so far, in KiB: the sizes go up.
+    # Of the largest child so far, in KiB, which is this one because the sizes go up.
     peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(
         f"{points:<9} {len(files):<6} {mib:7.1f} {seconds:9.2f} {peak_mib:9.0f} {seconds / points * 1000:9.3f}",

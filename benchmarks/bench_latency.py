@@ -1,6 +1,6 @@
-"""`vllm bench latency` itself, with a stopwatch around its phases: the flags are its own.
+"""`vllm bench latency` itself, with a stopwatch around its phases. Its flags are unchanged.
 
-Without the `vllm bench` command around it, which does not start with the CPU build of vLLM 0.32.0. The seconds go to
+It runs without the `vllm bench` command, which does not start with the CPU build of vLLM 0.32.0. The seconds go to
 the file named by the variable STOPWATCH: import_s, engine_s, and calls_s of every LLM.generate, warm-ups first.
 """
 

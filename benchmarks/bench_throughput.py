@@ -1,7 +1,7 @@
-"""`vllm bench throughput` itself, which also says what it ran: the flags are its own.
+"""`vllm bench throughput` itself, which also records what it ran. Its flags are unchanged.
 
-Without the `vllm bench` command around it, as bench_latency.py. To the file named by the variable RAN go, of the timed
-run, the prompt and output tokens of each request in the order of the queue, and the engine's steps that gave a token.
+It runs without the `vllm bench` command, like bench_latency.py. The file named by the variable RAN gets, for the timed
+run, the prompt and output tokens of each request in queue order, and the number of engine steps that made a token.
 """
 
 import json
@@ -19,7 +19,7 @@ def main() -> None:
     from vllm.v1.engine.output_processor import OutputProcessor
 
     steps = 0
-    last: list[Any] = []  # outputs of a call: a warm-up comes before the timed run
+    last: list[Any] = []  # outputs of the last call: a warm-up comes before the timed run
     generate, process_outputs = LLM.generate, OutputProcessor.process_outputs
 
     def kept(*args: Any, **keywords: Any) -> Any:

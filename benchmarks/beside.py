@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a sweep's numbers lose where something else runs on the machine: an import of vLLM, or another setting (--pack).
+"""How much a sweep slows down if something else runs on the machine: an import of vLLM, or another setting (--pack).
 
     python benchmarks/beside.py --model models/tiny-llama --points 4x128,16x128 --max-tokens 32 --num-runs 10 -- \\
         --load-format dummy --kv-cache-memory-bytes 268435456
 
-The same TP=1 setting alone, with imports of vLLM beside it one after the other, and as one of two settings side by
-side; --rounds of the three in turn, every engine new. Prints a Markdown table of the medians, and writes it with every
-latency to --output-dir.
+The same TP=1 setting runs alone, with imports of vLLM beside it one after another, and as one of two settings side by
+side; the three take turns for --rounds, every engine new. Prints a Markdown table of the medians, and writes it
+with every latency to --output-dir.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def with_imports(args: argparse.Namespace) -> Measured:
 
 def packed(args: argparse.Namespace) -> Measured:
     files = [args.output_dir / f"packed_{number}_results.json" for number in (1, 2)]
-    # Not the same setting twice: no two measure the same point at the same time.
+    # Not the same setting twice: two programs never measure the same point at the same time.
     jobs = [job(args, file, "--seed", str(number)) for number, file in enumerate(files)]
     started_s = time.monotonic()
     with Processes() as processes:

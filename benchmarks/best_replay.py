@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""The search of `best` against recorded studies, instead of engines: device time, and how far from the true best.
+"""The search of `best` on recorded studies instead of engines: device time, and distance from the true best.
 
     python benchmarks/best_replay.py docs/h100/study tests/h100x4 --output-dir docs/best
 
-Each FOLDER holds the result files of one study: settings that were measured over a grid of batch sizes. The search
-loads, climbs and leaves settings as it does on a machine, but a run takes what one of the recorded runs of that point
-took, drawn anew with --seeds seeds. Batch sizes are those of the grid. An engine start takes what it took, and the
-devices of the largest setting count as held all the time.
+Each FOLDER holds the result files of one study: settings measured over a grid of batch sizes. The search
+loads, climbs and drops settings as it does on a machine, but a run takes as long as one of the recorded runs of that
+point, drawn again for each of --seeds seeds. Batch sizes are those of the grid. An engine start takes as long as it
+took, and the devices of the largest setting count as held all the time.
 
-Of each study and goal: how many of the answers, one for each prompt length, are points whose recorded mean is within
-2 % of the best of the whole grid, the worst distance, and the device time against that of the study. Exit code 1
-where fewer than 95 of 100 are within 2 %.
+For each study and goal: how many of the answers, one per prompt length, are points whose recorded mean is within
+2 % of the best of the whole grid, the worst distance, and the device time compared with the study's. Exit code 1
+if fewer than 95 of 100 are within 2 %.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Row:
 
     study: str
     settings: int
-    points: int  # of each setting
+    points: int  # per setting
     devices: int
     goal: str
     near: float  # share of the answers that are within NEAR
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def recorded(folder: Path) -> tuple[str, Study]:
-    """With its name."""
+    """A study with its name."""
     name = folder.name if folder.name != "study" else folder.parent.name
     return name, study_of(map(load_result, sorted(folder.glob("*_results.json"))))
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The same points measured by this program, by a bare loop around LLM.generate, and by `vllm bench latency`, in turn.
+"""The same points measured in turn by this program, by a bare loop around LLM.generate, and by `vllm bench latency`.
 
     python benchmarks/fidelity.py --model models/tiny-llama --points 1x64,4x64 --max-tokens 32 -- --load-format dummy
 
-A point is BATCHxLENGTH. All three use one device, the same engine flags (after --), warm-ups, runs and sampling
+A point is BATCHxLENGTH. All three use one device and the same engine flags (after --), warm-ups, runs and sampling
 (temperature 1, top-p 1, as `vllm bench latency` does). Prints a Markdown table of the medians and their ratios, and
-writes it with every latency to --output-dir. Exit code 1 where a ratio is further from 1 than --tolerance.
+writes it with every latency to --output-dir. Exit code 1 if a ratio is further from 1 than --tolerance.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, output_dir="results/fidelity", max_tokens=128, num_runs=5)
     parser.add_argument("--points", type=points, required=True, metavar="BxN,..", help="batch x prompt length")
-    parser.add_argument("--rounds", type=int, default=1, help="each round starts every engine anew")
+    parser.add_argument("--rounds", type=int, default=1, help="each round restarts every engine")
     parser.add_argument("--tolerance", type=float, default=0.02, help="largest distance of a ratio from 1")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Whole jobs against what samples of them forecast.
+"""Whole jobs compared with what samples of them forecast.
 
     python benchmarks/forecast.py --model models/tiny-llama --settings TP=1,TP=2,DP=2,PP=2 -- --load-format dummy
     python benchmarks/forecast.py --again results/forecast/forecast.json
     python benchmarks/forecast.py --recorded FOLDER
 
-The first makes jobs of several mixes of lengths, runs of each a sample and then all of it on the same engine, forecasts
-the job from the sample, and says how each ranks the settings; it writes the table, and every
-request's times in milliseconds, to --output-dir. The second forecasts from these times once more.
+The first makes jobs with several mixes of lengths, runs a sample of each and then all of it on the same engine,
+forecasts the job from the sample, and says how each ranks the settings; it writes the table, and every request's times
+in milliseconds, to --output-dir. The second forecasts from these times again.
 
-FOLDER holds recordings of one job, as JSON: job*.json of all of it, sample*.json of samples. Each has `wall`, the
-seconds that it took, and `rows`, one for each request: prompt tokens, output tokens, and the moments at which it was
-scheduled and had its first and last token, in seconds by one clock; of several replicas, `replicas` has a list of such
-rows for each. From a sample alone, and the lengths of the job's requests in the order in which they ran, the job's
-seconds are forecast, and compared to those that it took.
+FOLDER holds recordings of one job as JSON: job*.json of all of it, sample*.json of samples. Each has `wall`, the
+seconds that it took, and `rows`, one per request: prompt tokens, output tokens, and the moments at which it was
+scheduled and had its first and last token, in seconds by one clock; for several replicas, `replicas` has a list of such
+rows for each. From only a sample, and the lengths of the job's requests in the order in which they ran, the job's
+seconds are forecast and compared with what it took.
 
-Exit code 1 where the median error is above 5 %, or less than 90 % of the intervals hold the truth.
+Exit code 1 if the median error is above 5 %, or less than 90 % of the intervals hold the truth.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MOST_ERROR, LEAST_HELD = 0.05, 0.9
 
 @dataclass(frozen=True)
 class Recording:
-    """One run of a queue, of a sample or of a whole job."""
+    """One run of a queue: a sample or a whole job."""
 
     name: str
     runs: Sequence[QueueRun]  # one for each replica
@@ -54,7 +54,7 @@ class Recording:
 
     @property
     def lengths(self) -> JobLengths:
-        """Of all its requests, in the order in which they were scheduled."""
+        """The lengths of all its requests, in the order in which they were scheduled."""
         scheduled_s = np.concatenate([run.scheduled_s for run in self.runs])
         order = np.argsort(scheduled_s, kind="stable")
         prompts = np.concatenate([run.prompt_tokens for run in self.runs])
@@ -78,7 +78,7 @@ class Row:
 
     @property
     def rate(self) -> float:
-        """Requests per second, by forecast."""
+        """Forecast requests per second."""
         return self.job_requests / self.forecast_s.value
 
     @property
@@ -91,7 +91,7 @@ class Row:
 
     @property
     def is_held(self) -> bool | None:
-        """None where the forecast has no interval."""
+        """None if the forecast has no interval."""
         low, high = self.forecast_s.low, self.forecast_s.high
         return None if low is None or high is None else low <= self.true_s <= high
 
@@ -100,9 +100,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recorded", type=Path, metavar="FOLDER")
     parser.add_argument("--again", type=Path, metavar="FILE")
-    parser.add_argument("--batch-size", type=int, default=256, help="where a recording has no `batch_size` (256)")
+    parser.add_argument("--batch-size", type=int, default=256, help="for recordings without `batch_size` (256)")
     parser.add_argument(
-        "--max-num-batched-tokens", type=int, default=8192, help="where it has no `max_num_batched_tokens` (8192)"
+        "--max-num-batched-tokens",
+        type=int,
+        default=8192,
+        help="for recordings without `max_num_batched_tokens` (8192)",
     )
     add_flags(parser)
     flags = parser.parse_args()
@@ -126,7 +129,7 @@ def whole_jobs(flags: argparse.Namespace) -> int:
             Recording(one.name, one.replicas(one.sample), one.sample.latency_s),
             Recording(one.name, one.replicas(one.whole), one.whole.latency_s),
         )
-        # Not in the order in which it ran, but as the file has it.
+        # Not in the order in which it ran, but in that of the file.
         lengths = JobLengths(np.array(one.job.lengths.prompt_tokens), np.array(one.job.lengths.output_tokens))
         found = forecast(one.replicas(one.sample), lengths, len(one.sample.replicas))
         row = replace(row, job=f"{len(one.job)} requests", forecast_s=found.seconds, setting=one.setting, mix=one.mix)
@@ -137,7 +140,7 @@ def whole_jobs(flags: argparse.Namespace) -> int:
 
 
 def again(path: Path, parser: argparse.ArgumentParser) -> int:
-    """From the times that an earlier run has written."""
+    """From the times that an earlier run wrote."""
     document = json.loads(path.read_text())
     flags = parser.parse_args(document["argv"][1:])
     flags.output_dir = path.parent
@@ -155,7 +158,7 @@ def again(path: Path, parser: argparse.ArgumentParser) -> int:
 
 
 def stamped(lines: Sequence[Sequence[float]], at_once: int, setting: str) -> list[QueueRun]:
-    """What `stamps` wrote, on a machine like this one."""
+    """Reads what `stamps` wrote on a machine like this one."""
     scatter = usual_scatter(find_devices().kind, int(sizes_of(setting).get("PP", "1")))
     columns = np.array(lines)
     replicas = (columns[columns[:, 0] == replica] for replica in np.unique(columns[:, 0]))
@@ -173,7 +176,7 @@ def told(rows: Sequence[Row], flags: argparse.Namespace, document: dict[str, Any
 
 
 def ranking(rows: Sequence[Row]) -> list[str]:
-    """Of each mix the settings by forecast and by whole job, as far as intervals do not overlap."""
+    """For each mix, the settings ranked by forecast and by whole job, where intervals do not overlap."""
     lines = []
     for mix in dict.fromkeys(row.mix for row in rows):
         pairs = list(itertools.combinations([row for row in rows if row.mix == mix], 2))
@@ -186,7 +189,7 @@ def ranking(rows: Sequence[Row]) -> list[str]:
 
 
 def are_apart(one: Row, two: Row) -> bool:
-    """By requests per second: with replicas a job has more of them."""
+    """By requests per second, because with replicas a job has more of them."""
     ends = []
     for row in (one, two):
         low, high = row.forecast_s.low, row.forecast_s.high
@@ -236,7 +239,7 @@ def median_error(rows: Sequence[Row]) -> float:
 
 
 def share_held(rows: Sequence[Row]) -> float:
-    """A forecast without interval holds nothing."""
+    """A forecast without an interval holds nothing."""
     return sum(row.is_held is True for row in rows) / len(rows)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How often intervals and bounds hold the true mean, by simulation.
+"""How often intervals and bounds hold the true mean, found by simulation.
 
     python benchmarks/interval_coverage.py > docs/interval_coverage.md
 
-First the 95 % interval of points whose runs go on until it is within ±2 %, 3 to 10 of them, against the plain one of
-Student's t under the same rule; then the bounds by which `best` leaves settings (`core/race.py`). Runs are normal, or
-lopsided to the slow side (lognormal, sigma 0.5, whose longest of a hundred is 4 of its standard deviations away). Takes
+First the 95 % interval of points whose runs (3 to 10) go on until it is within ±2 %, compared with plain
+Student's t under the same rule; then the bounds by which `best` drops settings (`core/race.py`). Runs are normal, or
+skewed to the slow side (lognormal, sigma 0.5, whose longest of a hundred is 4 of its standard deviations away). Takes
 seconds.
 """
 
@@ -33,7 +33,7 @@ BOUND_SPREADS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 SETTINGS = 10  # of a search
 POINTS = 50_000
 ON_THE_WAY = 2  # runs of the size before the best
-TARGET, MAX_RUNS = ExperimentConfig.target_ci, ExperimentConfig.max_runs  # as where no flag says otherwise
+TARGET, MAX_RUNS = ExperimentConfig.target_ci, ExperimentConfig.max_runs  # the defaults
 SIGMA = 0.5
 
 
@@ -88,12 +88,12 @@ class Adaptive:
 
     @property
     def coverage(self) -> float:
-        """Of the true mean, which is 1."""
+        """How often the interval holds the true mean, which is 1."""
         return float((np.abs(self.mean - 1) <= self.half_width).mean())
 
 
 def draws(shape: str, points: int, runs: int = MAX_RUNS) -> Floats:
-    """Noise of mean 0 and standard deviation 1, a row for each point."""
+    """Noise with mean 0 and standard deviation 1, one row per point."""
     normal = np.random.default_rng(0).normal(size=(points, runs))
     if shape == "normal":
         return normal
@@ -103,7 +103,7 @@ def draws(shape: str, points: int, runs: int = MAX_RUNS) -> Floats:
 
 
 def adaptive(noise: Floats, spread: float, wider: float = STOPPED_BY_ITSELF) -> Adaptive:
-    """Points around a true mean of 1, which stop where an interval of `wider` times Student's t is narrow."""
+    """Points around a true mean of 1 that stop once an interval of `wider` times Student's t is narrow."""
     mean, half_width = _of_first_runs(1 + spread * noise)
     half_width = wider * half_width
     stops = (half_width <= TARGET * mean) & (mean > 0)
@@ -118,7 +118,7 @@ def _of_first_runs(values: Floats) -> tuple[Floats, Floats]:
     """Mean of the first 1, 2, 3, ... runs of each row, and the half width of its interval by Student's t."""
     count = np.arange(1, values.shape[1] + 1)
     mean = np.cumsum(values, axis=1) / count
-    # Around 1, which is near the mean: as sums of squares lose no digits.
+    # Around 1, which is near the mean, so that sums of squares lose no digits.
     squares = np.cumsum((values - 1) ** 2, axis=1) - count * (mean - 1) ** 2
     quantiles = np.array([np.inf, *(t_quantile_95(int(degrees)) for degrees in count[:-1])])
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -132,7 +132,7 @@ def bounds_wrong(shape: str, spread: float, sure: float) -> float:
     best, before = noise[:, :MAX_RUNS], 1 + spread * noise[:, MAX_RUNS:]
     points = adaptive(best, spread)
     made = np.arange(MAX_RUNS) < points.runs[:, None]
-    # The size before is another batch: its spread is a share of its own mean.
+    # The size before is a different batch: its spread is a share of its own mean.
     squares = (np.where(made, (1 + spread * best) / points.mean[:, None] - 1, 0) ** 2).sum(axis=1)
     squares = squares + ((before / before.mean(axis=1, keepdims=True) - 1) ** 2).sum(axis=1)
     degrees = points.runs - 1 + ON_THE_WAY - 1

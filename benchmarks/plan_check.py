@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What --dry-run estimates against what vLLM reports: weights and KV cache of every result file given.
+"""What --dry-run estimates compared with what vLLM reports: weights and KV cache of every result file given.
 
     python benchmarks/plan_check.py docs/routes docs/h200 docs/h100 >docs/plan_check.md
 
-Models are looked for by the path in the file, from the current folder. Where a plan was made by the vLLM that measured,
-it lies beside the files: what --dry-run printed in NAME_plan.txt, or as JSON, for all, in plan_json.txt.
+Models are looked up by the path in the file, from the current folder. If the vLLM that measured also made a plan,
+it is beside the files: the output of --dry-run in NAME_plan.txt, or as JSON, for all of them, in plan_json.txt.
 Prints a Markdown table.
 """
 
@@ -35,7 +35,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Planned:
-    """None for what the plan does not say."""
+    """None means that the plan does not say."""
 
     weights_gib: float | None = None
     pool_gib: float | None = None
@@ -43,12 +43,14 @@ class Planned:
 
 
 def made_there(path: Path) -> Planned | None:
-    """The plan that lies beside a result file; None where there is none."""
+    """The plan beside a result file; None if there is none."""
     name = path.name.removesuffix("_results.json")
     text, for_all = path.with_name(f"{name}_plan.txt"), path.with_name("plan_json.txt")
     if text.exists():
         said = " ".join(text.read_text().split())
-        weights, pool = (re.search(rf"([0-9.]+) GiB {words}", said) for words in ("weights per", "are there for it"))
+        # Recorded plans have the words of the program that made them.
+        words = ("(?:of )?weights per", "are (?:there|available) for it")
+        weights, pool = (re.search(rf"([0-9.]+) GiB {pattern}", said) for pattern in words)
         return Planned(weights and float(weights[1]), pool and float(pool[1]))
     if not for_all.exists():
         return None
@@ -66,7 +68,7 @@ def by_formula(result: Result) -> Planned:
 
 
 def row(path: Path, result: Result) -> str | None:
-    """None for a file without an engine, and for a model whose sizes are not known."""
+    """None for a file without an engine, and for a model of unknown sizes."""
     engine = result.engine
     if engine is None or not (engine.weights_gib and engine.max_model_len and engine.kv_cache_tokens):
         return None
@@ -93,7 +95,7 @@ def _compared(planned: float | None, seen: float, digits: str) -> list[str]:
 
 
 def _left(planned: float | None, seen: float | None) -> list[str]:
-    """What is there for the KV cache, and what vLLM takes from the same share beside weights and cache."""
+    """What is left for the KV cache, and what vLLM takes from the same share apart from weights and cache."""
     if planned is None or seen is None:
         return ["unknown", "" if seen is None else f"{seen:.2f}", ""]
     return [f"{planned:.2f}", f"{seen:.2f}", f"{planned - seen:.2f}"]

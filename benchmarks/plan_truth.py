@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How many plans are right: those of models that people run, against the sizes that vLLM's own code gives.
+"""How many plans are right: for models that people run, compared with the sizes that vLLM's own code gives.
 
     python benchmarks/plan_truth.py >docs/plan_truth.md
 
 The truth is in tests/plan_truth (`truth.json`, vLLM 0.32): weights of the fullest device, and how many requests fit
-at once into 80 GiB x 0.8 less the weights. Prints a Markdown table. A way to plan is one line of `WAYS`.
+at once into 80 GiB x 0.8 minus the weights. Prints a Markdown table. A way to plan is one line in `WAYS`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Planned:
     requests_in_one_wave: dict[int, int | None]  # by tokens of a request
 
 
-Planner = Callable[[Path, int, int, list[int]], Planned]  # of a model folder at TP and PP, for so many tokens
+Planner = Callable[[Path, int, int, list[int]], Planned]  # for a model folder at TP and PP, and so many tokens
 
 
 def by_formula(folder: Path, tp: int, pp: int, tokens: list[int]) -> Planned:
-    """As --dry-run does without vLLM, for GPUs of 80 GiB."""
+    """As --dry-run plans without vLLM, for GPUs of 80 GiB."""
     config = ExperimentConfig(
         model=str(folder), tensor_parallel_size=tp, pipeline_parallel_size=pp, gpu_memory_utilization=SHARE
     )
@@ -55,7 +55,7 @@ WAYS: dict[str, Planner] = {"by formula": by_formula}
 
 
 def settings() -> Iterator[tuple[str, int, int, dict[str, Any]]]:
-    """(model, TP, PP, truth) of each setting that vLLM answered."""
+    """(model, TP, PP, truth) of each setting for which vLLM gave an answer."""
     for model, truths in json.loads((FOLDER / "truth.json").read_text()).items():
         for name, truth in truths.items():
             if "weights_gib" in truth:
@@ -64,7 +64,7 @@ def settings() -> Iterator[tuple[str, int, int, dict[str, Any]]]:
 
 
 def verdict(planner: Planner, model: str, tp: int, pp: int, truth: dict[str, Any]) -> str:
-    """`in part`: what is said is right, but not all is said."""
+    """`in part`: what it says is right, but it does not say everything."""
     requests = _true_requests(truth)
     planned = planner(FOLDER / model, tp, pp, list(requests))
     parts = [_weights_are(planned.weights_gib, truth["weights_gib"])]
@@ -84,12 +84,12 @@ def _true_requests(truth: dict[str, Any]) -> dict[int, float]:
 def _weights_are(planned: float | None, true: float) -> str:
     if planned is None:
         return UNKNOWN
-    # The truth has three digits behind the point.
+    # The truth has three decimals.
     return RIGHT if abs(planned - true) <= max(WEIGHTS_WITHIN * true, 0.0005) else WRONG
 
 
 def _requests_are(planned: int | None, true: float) -> str:
-    """Whole requests, where the truth has parts of one too."""
+    """Whole requests; the truth also has fractions."""
     if planned is None:
         return UNKNOWN
     least, most = math.floor(true * (1 - REQUESTS_WITHIN)), math.floor(true * (1 + REQUESTS_WITHIN))
@@ -97,7 +97,7 @@ def _requests_are(planned: int | None, true: float) -> str:
 
 
 def table(ways: dict[str, Planner]) -> list[str]:
-    """A line for each model, and one for all: in how many of its settings a plan is right."""
+    """One line per model, and one for all: in how many settings a plan is right."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for model, tp, pp, truth in settings():
         for way, planner in ways.items():

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How many plans by vLLM are right: the table of plan_truth.py, for the plan that vLLM itself makes.
+"""How many plans by vLLM are right: the table of plan_truth.py for the plan that vLLM itself makes.
 
     python benchmarks/plan_truth_by_vllm.py >docs/plan_truth_by_vllm.md      with a Python that has vLLM
 
-Asks it in one process for all settings of the truth, those that vLLM refused included. Some of the truth is in doubt,
-and named. Prints Markdown.
+Asks it in one process for all settings of the truth, including those that vLLM refused. Some of the truth is in doubt
+and listed. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from benchmarks.plan_truth import FOLDER, IN_PART, MEMORY_GIB, RIGHT, SHARE, UNK
 TOKENS, MAX_TOKENS = (640, 2176, 8320), 128
 IN_DOUBT = "truth in doubt"
 COLUMNS = (RIGHT, IN_PART, UNKNOWN, WRONG, IN_DOUBT)
-# How the truth was made says why: asked again with blocks as vLLM fits them to layers that keep a state, the same
-# program gives our numbers for the first (nemotron-h-8b at TP=2: 368.79 for 122.78); for the second it laid out the
-# KV cache of the fullest stage, where an engine does it for all stages together.
+# How the truth was made explains it. Asked again with blocks that vLLM fits to layers with a state, the same
+# program gives our numbers for the first (nemotron-h-8b at TP=2: 368.79 for 122.78). For the second it laid out the
+# KV cache of the fullest stage only, while an engine does it for all stages together.
 _BLOCKS = "its layers that keep a state were given blocks of 16 tokens"
 _STAGES = "the cache was laid out for one stage alone"
 DOUBTS = {
@@ -44,7 +44,7 @@ DOUBTS = {
     "qwen3-next-80b-a3b": (_BLOCKS, ("tp1_pp4", "tp8_pp1")),
     "qwen3.5-27b": (_BLOCKS, ("tp1_pp2", "tp1_pp4")),
 }
-# Of the machine that the truth was made on, or of the program that made it.
+# Errors of the machine that the truth was made on, or of the program that made it.
 _NO_REFUSALS = ("NotImplementedError", "1 validation error for ModelConfig")
 
 
@@ -72,7 +72,7 @@ class Compared:
 
 
 def compared(models: Sequence[str] = ()) -> list[Compared]:
-    """All settings or those of some models, without the refusals that say nothing of a model."""
+    """All settings, or those of some models, without the refusals that say nothing about a model."""
     settings = [
         (model, name, truth)
         for model, truths in json.loads((FOLDER / "truth.json").read_text()).items()
@@ -88,7 +88,7 @@ def compared(models: Sequence[str] = ()) -> list[Compared]:
 
 
 def _config(model: str, name: str) -> ExperimentConfig:
-    """As the truth was made: with prefixes cached and the parts for images, where an engine of ours has neither."""
+    """As the truth was made: with cached prefixes and the parts for images; our engines have neither."""
     tp, pp = _sizes(name)
     return ExperimentConfig(
         model=str(FOLDER / model), tensor_parallel_size=tp, pipeline_parallel_size=pp, gpu_memory_utilization=SHARE,

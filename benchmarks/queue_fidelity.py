@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""The same queue of requests by this program with all limits on one load, by an engine started for each limit, and by
-`vllm bench throughput`, in turn.
+"""The same queue of requests run in turn by this program with all limits on one load, by an engine per limit, and by
+`vllm bench throughput`.
 
     python benchmarks/queue_fidelity.py --model models/tiny-llama --tokenizer TOKENIZER --batch-sizes 2,8 \
         --tolerance 0.05 -- --load-format dummy --kv-cache-memory-bytes 268435456
 
 together    this program, every batch size and token budget on one load
-alone       this program, an engine for each of them, without a scheduler of its own
+alone       this program, an engine for each of them, without its own scheduler
 bench       `vllm bench throughput` with --max-num-seqs and --max-num-batched-tokens, on texts of the same lengths
 
-Every round starts every engine anew. All get the same engine flags (after --), sampling (temperature 1, top-p 1), order
-of requests, and a warm-up of as many requests. Lengths come from --prompts-file, without those that `vllm bench
-throughput` would drop. Each run is checked: the lengths of every request, in their order; the most requests at once;
-the tokens of the steps against the budget. Exit code 1 where a check fails, or a ratio of the medians is further from 1
+Every round restarts every engine. All get the same engine flags (after --), sampling (temperature 1, top-p 1), order
+of requests, and a warm-up of as many requests. Lengths come from --prompts-file, except those that `vllm bench
+throughput` would drop. Each run is checked: the lengths of every request, in order; the most requests at once;
+the tokens of the steps against the budget. Exit code 1 if a check fails, or a ratio of the medians is further from 1
 than --tolerance. One replica.
 """
 
@@ -53,19 +53,19 @@ class Limit(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """Of file names."""
+        """For file names."""
         return "_".join(map(str, filter(None, self)))
 
 
 @dataclass(frozen=True)
 class Queue:
-    """What all of them run."""
+    """What all three ways run."""
 
     lengths: list[Lengths]
-    left_out: int  # requests of the file
+    left_out: int  # how many requests of the file
     own_file: Path
     sharegpt_file: Path | None
-    ids_s: float | None  # to turn all prompts into ids
+    ids_s: float | None  # time to turn all prompts into ids
 
     @property
     def tokens(self) -> int:
@@ -74,7 +74,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Ran:
-    """One run, and what is wrong with it."""
+    """One run, and what was wrong with it."""
 
     elapsed_s: float
     wrong: list[str]
@@ -100,7 +100,7 @@ def main() -> int:
             print(f"round {number}: {way} ...", file=sys.stderr, flush=True)
             for limit, runs in MEASURES[way](args, queue).items():
                 measured[way][limit] += runs
-        # A round takes minutes: whoever stops after some has those.
+        # A round takes minutes: anybody who stops after a few keeps those.
         rows = [row_of(limit, measured, queue.tokens) for limit in args.limits]
         shown = "\n".join(table(args, queue, rows, rounds=number))
         keep(folder, args.name, document(args, queue, measured, rows), shown)
@@ -114,17 +114,19 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--tokenizer", help="of the texts; without it `vllm bench throughput` is left out")
-    parser.add_argument("--prompts-file", type=Path, default=REPOSITORY / "examples/workload.jsonl", help="of lengths")
-    parser.add_argument("--requests", type=int, default=200, help="of the file, from its beginning")
+    parser.add_argument("--tokenizer", help="for the texts; without it, `vllm bench throughput` is left out")
+    parser.add_argument(
+        "--prompts-file", type=Path, default=REPOSITORY / "examples/workload.jsonl", help="source of the lengths"
+    )
+    parser.add_argument("--requests", type=int, default=200, help="how many of the file's first requests to run")
     parser.add_argument("--batch-sizes", type=sizes, required=True, metavar="N,N,..")
     parser.add_argument("--budgets", type=sizes, default=[None], metavar="N,N,..", help="tokens per step")
-    parser.add_argument("--num-runs", type=int, default=1, help="of this program, on each load")
-    parser.add_argument("--rounds", type=int, default=3, help="each round starts every engine anew")
+    parser.add_argument("--num-runs", type=int, default=1, help="runs of this program on each load")
+    parser.add_argument("--rounds", type=int, default=3, help="each round restarts every engine")
     parser.add_argument("--tolerance", type=float, default=0.02, help="largest distance of a ratio from 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("results/queue_fidelity"))
-    parser.add_argument("--name", default="queue_fidelity", help="of the table and of the numbers, in --output-dir")
+    parser.add_argument("--name", default="queue_fidelity", help="name of the table and the numbers in --output-dir")
     parser.add_argument("engine_flags", nargs="*", help="vLLM's engine flags, after --")
     args = parser.parse_args()
     args.output_dir = args.output_dir.resolve()
@@ -143,7 +145,7 @@ def sizes(text: str) -> list[int]:
 
 
 def make_queue(args: argparse.Namespace) -> Queue:
-    """Its files, in the folder of the output."""
+    """Writes its files into the output folder."""
     said = [
         (entry.prompt_tokens, entry.output_tokens)
         for entry in Workload(args.prompts_file).entries()
@@ -151,7 +153,7 @@ def make_queue(args: argparse.Namespace) -> Queue:
     ]
     lengths = list(islice(filter(is_kept, said), args.requests))
     if len(lengths) < max(args.requests, *args.batch_sizes):
-        raise ValueError(f"--requests {args.requests}: {args.prompts_file} has {len(lengths)} lengths that can be used")
+        raise ValueError(f"--requests {args.requests}: {args.prompts_file} has {len(lengths)} usable lengths")
     own_file = args.output_dir / "lengths.jsonl"
     lines = (json.dumps({"prompt_tokens": prompt, "output_tokens": output}) for prompt, output in lengths)
     own_file.write_text("".join(f"{line}\n" for line in lines))
@@ -194,7 +196,7 @@ def ours(args: argparse.Namespace, queue: Queue, limits: Sequence[Limit], stem: 
     result = load_result(file)
     found: dict[Limit, list[Ran]] = {}
     for point in result.points:
-        # Where there is one budget, it is the engine's and not the point's.
+        # A single budget belongs to the engine, not to the point.
         limit = Limit(point.batch_size, point.max_num_batched_tokens or limits[0].budget)
         found[limit] = [ran_by_us(run, limit, queue) for run in point.runs]
     return found
@@ -207,7 +209,7 @@ def ran_by_us(run: Run, limit: Limit, queue: Queue) -> Ran:
         wrong.append(f"{run.counters.peak_running} requests ran at once")
     line = run.replicas[0].timeline
     if limit.budget and line and (most := over_budget(line, limit.budget)) > spilled(queue.lengths):
-        wrong.append(f"{most} tokens more than the budget of so many steps")
+        wrong.append(f"{most} tokens more than the budget of its steps")
     return Ran(run.latency_s, wrong, sum(line.steps) if line else None)
 
 
@@ -241,18 +243,18 @@ MEASURES = {"together": together, "alone": alone, "bench": bench}
 
 
 def differences(ran: Sequence[Lengths], asked: Sequence[Lengths]) -> Iterator[str]:
-    """Between the requests that were run and those that were to be run."""
+    """Between the requests that were run and those that should have been."""
     if len(ran) != len(asked) or sum(map(sum, ran)) != sum(map(sum, asked)):
         yield (
             f"{len(ran)} requests of {sum(map(sum, ran))} tokens were run in place of "
             f"{len(asked)} of {sum(map(sum, asked))}"
         )
     elif list(ran) != list(asked):
-        yield "requests were run in another order, or with other lengths"
+        yield "requests were run in a different order, or with different lengths"
 
 
 def over_budget(line: Timeline, budget: int) -> int:
-    """Most tokens by which any stretch of a run was over the budget of its steps."""
+    """The most tokens by which any stretch of a run exceeded the budget of its steps."""
     most = now = 0
     for steps, prompt, output in zip(line.steps, line.prompt_tokens, line.output_tokens, strict=True):
         now = max(0, now + prompt + output - budget * steps)
@@ -261,7 +263,7 @@ def over_budget(line: Timeline, budget: int) -> int:
 
 
 def spilled(lengths: Sequence[Lengths]) -> int:
-    """What a stretch may seem to have over its budget: a prompt counts whole in the step that ends it, and the first
+    """How far a stretch may seem to exceed its budget: a prompt counts fully in the step that ends it, and the first
     output token of a request comes out of the step that ends its prompt."""
     return max(prompt for prompt, _ in lengths) + len(lengths)
 

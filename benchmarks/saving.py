@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What saving costs per point, as the file grows: the journal against writing the whole file each time.
+"""What saving costs per point as the file grows: the journal compared with writing the whole file each time.
 
     python benchmarks/saving.py [--points 10,100,1000] [--requests 512] [--runs 10] [--folder DIR]
 
-Prints a Markdown table. A point of 512 requests and ten runs takes ten seconds and more to measure on any device.
+Prints a Markdown table. A point of 512 requests and ten runs takes at least ten seconds to measure on any device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batch_inference.core.result_file import load_result, save_result  # noqa: E
 from batch_inference.core.results import Point  # noqa: E402
 from builders import make_point, make_result  # noqa: E402
 
-# The whole file is written no more often than this: it takes minutes.
+# The whole file is written at most this often, because it takes minutes.
 MOST_WHOLE = 100
 
 
@@ -51,7 +51,7 @@ def point_of(number: int, requests: int, runs: int) -> Point:
 
 
 def grow(path: Path, points: int, requests: int, runs: int) -> float:
-    """Seconds that saving took, with the points made outside of them."""
+    """Seconds that saving took, without making the points."""
     file = GrowingFile(path, make_result(points=[]))
     file.begin()
     taken_s = 0.0

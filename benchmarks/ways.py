@@ -1,4 +1,4 @@
-"""Two ways to measure points: this program, and `vllm bench latency`; for the benchmarks that compare them.
+"""Two ways to measure points, for the benchmarks that compare them: this program, and `vllm bench latency`.
 
 Both get the same model, device, engine flags, sampling (temperature 1, top-p 1), warm-ups and runs.
 """
@@ -25,15 +25,15 @@ from batch_inference.core.results import Result  # noqa: E402
 from batch_inference.measure.engine_process import quiet_environment  # noqa: E402
 
 Point = tuple[int, int]  # batch size, prompt length
-# What our script gives to vLLM itself.
+# What our script itself gives to vLLM.
 _MEMORY = ("--gpu-memory-utilization", "0.8")
 AS_OURS = (*_MEMORY, "--skip-tokenizer-init")
-# The same for a tool whose prompts are texts, and which would keep the prefixes that they share.
+# The same for a tool whose prompts are texts, and which would cache their shared prefixes.
 AS_OURS_OF_TEXTS = (*_MEMORY, "--no-enable-prefix-caching")
 
 
 def add_flags(parser: argparse.ArgumentParser, *, output_dir: str, max_tokens: int, num_runs: int) -> None:
-    """The flags that both need; `points` of the namespace is for the benchmark to fill."""
+    """The flags that both need; the benchmark fills in `points` of the namespace."""
     parser.add_argument("--model", required=True)
     parser.add_argument("--max-tokens", type=int, default=max_tokens)
     parser.add_argument("--num-runs", type=int, default=num_runs)
@@ -50,7 +50,7 @@ def points(text: str) -> list[Point]:
 
 
 def shared_flags(args: argparse.Namespace) -> list[str]:
-    """What both give to vLLM: every size that would otherwise follow the grid or a point of it."""
+    """What both give to vLLM: every size that would otherwise depend on the grid or a point."""
     sizes = {
         "--max-model-len": max(length for _, length in args.points) + args.max_tokens,
         "--max-num-seqs": max(batch for batch, _ in args.points),
@@ -59,13 +59,13 @@ def shared_flags(args: argparse.Namespace) -> list[str]:
 
 
 def with_sizes(args: argparse.Namespace, sizes: dict[str, int]) -> list[str]:
-    """The model and the engine flags; sizes that these do not have come from `sizes`."""
+    """The model and the engine flags, with sizes that these lack from `sizes`."""
     missing = [(flag, str(size)) for flag, size in sizes.items() if flag not in args.engine_flags]
     return ["--model", args.model, *itertools.chain(*missing), *args.engine_flags]
 
 
 def measure_ours(args: argparse.Namespace, *, resume: bool = False) -> tuple[Result, float]:
-    """One sweep over all points; its result, and the wall time of the whole process in seconds."""
+    """One sweep over all points: its result, and the wall time of the whole process in seconds."""
     file = args.output_dir / "ours_results.json"
     wall_s = call(ours_command(args, file), args.output_dir / "ours.txt", resume=resume)
     return load_result(file), wall_s
@@ -100,9 +100,9 @@ def bench_log(args: argparse.Namespace, point: Point) -> Path:
 
 
 def call(command: list[str], log: Path, *, resume: bool = False, **variables: str) -> float:
-    """Run a process to its end; what it prints goes to a file of its own. Its wall time in seconds.
+    """Run a process to its end, with its output in its own file; returns its wall time in seconds.
 
-    With `resume`, a process that the same command ended with success before, into the same log, isn't run again.
+    With `resume`, a command that already succeeded with the same log is not run again.
     """
     record = log.with_name(f"{log.stem}_process.json")
     if resume and record.exists():
@@ -110,8 +110,8 @@ def call(command: list[str], log: Path, *, resume: bool = False, **variables: st
         if before["command"] == command:
             return float(before["wall_s"])
     record.unlink(missing_ok=True)
-    # What the engines of ours get: bytecode is written, and Triton's kernels are found, for both or for none. And an
-    # engine has a process of its own, for both, unless the user says otherwise.
+    # The same as our engines get: bytecode is written and Triton's kernels are found for both or for neither. And an
+    # engine has its own process for both, unless the user says otherwise.
     environment = {SEPARATE: "1", **os.environ, **quiet_environment(), **variables}
     started_s = time.monotonic()
     with log.open("w") as output:
@@ -132,7 +132,7 @@ def markdown_row(cells: Iterable[object]) -> str:
 
 
 def save(folder: Path, name: str, document: dict[str, Any], table: str) -> None:
-    """Print the table, and keep it beside the numbers."""
+    """Print the table, and save it beside the numbers."""
     print(table)
     keep(folder, name, document, table)
 

@@ -1,4 +1,4 @@
-"""Whole jobs on engines of this machine, each after a sample of it on the same load: what forecast.py compares."""
+"""Runs whole jobs on this machine, each after a sample on the same engine load: what forecast.py compares."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def two_humps(prompt: float, output: float) -> Draw:
 
 
 def with_giant(prompt: float, output: float) -> Draw:
-    """One request in a thousand takes forty times as long as the mean one."""
+    """One request in a thousand is forty times as long as the mean."""
     usual = lognormal(prompt, output, 0.4)
     return lambda source: (round(prompt), round(40 * output)) if source.random() < 0.001 else usual(source)
 
@@ -78,20 +78,22 @@ class Measured:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model")
     parser.add_argument("--settings", default="TP=1", help="TP=2+DP=2,TP=4: separated by commas, sizes by + (TP=1)")
-    parser.add_argument("--requests-at-once", type=int, default=8, help="on each replica (8)")
-    parser.add_argument("--sample", type=int, default=12, help="its requests, for each that runs at once (12)")
-    parser.add_argument("--times", type=int, default=10, help="so many times its sample's requests has a job (10)")
+    parser.add_argument("--requests-at-once", type=int, default=8, help="requests at once on each replica (8)")
+    parser.add_argument(
+        "--sample", type=int, default=12, help="requests of a sample per request that runs at once (12)"
+    )
+    parser.add_argument("--times", type=int, default=10, help="requests of a job per request of its sample (10)")
     parser.add_argument("--mean-prompt", type=float, default=40)
     parser.add_argument("--mean-output", type=float, default=12)
     parser.add_argument("--mixes", default="narrow,lognormal,two humps,one giant,long outputs")
-    parser.add_argument("--jobs-of-each", type=int, default=1, help="of each mix, with other lengths (1)")
+    parser.add_argument("--jobs-of-each", type=int, default=1, help="jobs of each mix, with different lengths (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("results/forecast"))
     parser.add_argument("engine_flags", nargs="*", help="vLLM's engine flags, after --")
 
 
 def measured(args: argparse.Namespace) -> Iterator[Measured]:
-    """Setting by setting; each loads once."""
+    """Setting by setting, each with one load."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for number, setting in enumerate(args.settings.split(",")):
         yield from of_setting(args, setting, number)
@@ -101,7 +103,7 @@ def measured(args: argparse.Namespace) -> Iterator[Measured]:
 
 
 def of_setting(args: argparse.Namespace, setting: str, number: int) -> Iterator[Measured]:
-    """Of each mix a warm-up, a sample, then the whole job."""
+    """For each mix a warm-up, a sample, then the whole job."""
     names = [(mix, again) for again in range(args.jobs_of_each) for mix in args.mixes.split(",")]
     jobs = {
         f"{mix} {again + 1}" if again else mix: made(args, setting, mix, f"{number}/{again}") for mix, again in names

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make a file of the lengths of a job's requests: prompts and outputs of all sizes, as chats have them.
+"""Make a file with the lengths of a job's requests: prompts and outputs of all sizes, as in chats.
 
     python examples/make_workload.py --output examples/workload.jsonl
     python examples/make_workload.py --requests 1000000 --mean-prompt 800 --mean-output 150 --longest 8192 > job.jsonl
 
-Both lengths are lognormal, and a long prompt has a longer output than a short one, a little. Cut at the longest, they
-are on average a little shorter than asked for. A seed says which lengths they are.
+Both lengths are lognormal, and longer prompts tend to have slightly longer outputs. Because they are cut at --longest,
+they are on average a little shorter than asked for. The seed determines the lengths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-# Standard deviations of the logarithms, as in logs of chats: one length in twenty is three to four times the median.
+# Standard deviations of the logarithms, as in chat logs: one length in twenty is three to four times the median.
 _PROMPT_SIGMA, _OUTPUT_SIGMA = 0.8, 0.7
 _CORRELATION = 0.4  # of the logarithms
 
@@ -29,13 +29,13 @@ def main() -> None:
             for prompt_tokens, output_tokens in lengths(flags):
                 file.write(f'{{"prompt_tokens": {prompt_tokens}, "output_tokens": {output_tokens}}}\n')
     except BrokenPipeError:
-        return  # `| head` has seen enough
+        return  # `| head` has read enough
     except OSError as error:
         parser.exit(1, f"error: {flags.output or 'standard output'}: it cannot be written ({error.strerror})\n")
 
 
 def _opened(path: Path | None) -> IO[str]:
-    """With line ends that are the same everywhere."""
+    """With the same line ends on every system."""
     return open(path or 1, "w", encoding="ascii", newline="\n", closefd=path is not None)
 
 
@@ -57,7 +57,7 @@ def _tokens(logarithm: float, most: int) -> int:
 
 
 def _flags() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Defaults: a job for the tiny model of the quick start, on a machine without a GPU."""
+    """The defaults make a job for the tiny model of the quick start on a machine without a GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -68,7 +68,7 @@ def _flags() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.add_argument(f"--mean-{name}", type=_at_least(1), default=mean, metavar="N", help=about)
     about = "most tokens of a prompt and its output together; default: %(default)s"
     parser.add_argument("--longest", type=_at_least(2), default=512, metavar="N", help=about)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="written anew; default: standard output")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="overwritten if there; default: standard output")
     flags = parser.parse_args()
     if flags.mean_prompt + flags.mean_output > flags.longest:
         parser.error(f"--longest {flags.longest}: the mean lengths are longer; raise it")
@@ -78,7 +78,7 @@ def _flags() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def _at_least(low: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) >= low):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} was given, a whole number of at least {low} is needed")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} was given; a whole number of at least {low} is needed")
         return int(text)
 
     return parse

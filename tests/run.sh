@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All tests: the fast ones (under a minute), with their coverage, then the slow ones and those on a real vLLM engine.
+# All tests: the fast ones (under a minute) with their coverage, then the slow ones and those on a real vLLM engine.
 #
-#   ./tests/run.sh [--fast] [pytest arguments]      --fast: the first part alone, without its coverage
+#   ./tests/run.sh [--fast] [pytest arguments]      --fast: only the first part, without coverage
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +14,7 @@ fi
 
 ./setup_env.sh --dev
 
-# Arguments may choose tests of one part alone; pytest's 5 says that the other has none.
+# Arguments may select tests of only one part; pytest's exit code 5 says that the other has none.
 run_part() {
   local rc=0
   .venv/bin/python -m "$@" || rc=$?
@@ -25,7 +25,7 @@ run_part() {
   fi
 }
 
-# One line: each room's, and the whole, which pyproject.toml has a floor for.
+# One line with the coverage of each room and of all, for which pyproject.toml sets a minimum.
 say_coverage() {
   local room
   .venv/bin/python -m coverage combine -q
@@ -43,7 +43,7 @@ coverage_of() {
 
 ran=false
 chosen=$#
-# Some wait for a process or a clock: a worker more than there are cores, eight at most. Each more imports all again.
+# Some tests wait for a process or a clock, so one more worker than cores, but at most eight: each imports everything.
 workers=$(($(nproc) + 1))
 ((workers <= 8)) || workers=8
 fast_part=(pytest -q -m "not vllm and not slow" -n "$workers" --dist worksteal --durations=3 "$@")

@@ -152,5 +152,5 @@ def test_numbers_may_be_as_far_from_zero_below_as_above() -> None:
 def test_what_is_read_may_be_called_as_it_likes_and_what_is_written_may_not() -> None:
     assert flags.old_path("a\nb") == Path("a\nb")
     assert flags.parse(["--input", "a\nb", "--compare", "c\nd"]).compare == Path("c\nd")
-    with pytest.raises(argparse.ArgumentTypeError, match="was given, it holds"):
+    with pytest.raises(argparse.ArgumentTypeError, match="was given; it contains"):
         flags.new_path("a\nb")

@@ -172,7 +172,7 @@ def test_what_vllm_would_drop_is_left_out(load: Any, tmp_path: Path) -> None:
     asked = [json.loads(line) for line in queue.own_file.read_text().splitlines()]
     assert asked[0] == {"prompt_tokens": 8, "output_tokens": 4}
     args.requests = 5
-    with pytest.raises(ValueError, match=r"--requests 5: .*lengths\.csv has 4 lengths"):
+    with pytest.raises(ValueError, match=r"--requests 5: .*lengths\.csv has 4 usable lengths"):
         load("queue_fidelity").make_queue(args)
 
 
@@ -183,7 +183,7 @@ def test_other_requests_than_asked_are_wrong(load: Any) -> None:
     assert list(differences([(8, 4)], asked)) == ["1 requests of 12 tokens were run in place of 2 of 26"]
     assert list(differences([(8, 4), (9, 6)], asked)) == ["2 requests of 27 tokens were run in place of 2 of 26"]
     (same_counts,) = differences([(9, 5), (8, 4)], asked)
-    assert same_counts == "requests were run in another order, or with other lengths"
+    assert same_counts == "requests were run in a different order, or with different lengths"
 
 
 def test_a_run_over_its_limits_is_wrong(load: Any) -> None:
@@ -207,7 +207,7 @@ def test_a_run_over_its_limits_is_wrong(load: Any) -> None:
     one_by_one = [0] * 4 + [100] + [0] * 5 + [100] + [0] * 3, [0] * 4 + [1] * 3 + [0] * 3 + [1] * 3 + [0]
     assert wrong(*one_by_one, running=2) == []
     assert wrong(*one_by_one, running=1) == ["1 requests ran at once"]
-    assert wrong([200, 0, 0], [2, 2, 2], running=2) == ["182 tokens more than the budget of so many steps"]
+    assert wrong([200, 0, 0], [2, 2, 2], running=2) == ["182 tokens more than the budget of its steps"]
 
 
 def test_ratios_of_queues_and_what_is_wrong_with_them(load: Any) -> None:

@@ -123,10 +123,10 @@ def test_one_replica_and_four_of_them_are_loaded_and_no_more(tmp_path: Path, mon
         "  25494 ±0.5% tok/s\n"
         "  TP=1, 256 at once: 6416 ±0.3% tok/s\n"
         "  not loaded: PP=2 DP=2, PP=4, TP=2 DP=2, TP=2 PP=2, TP=4: at most 25494 tok/s:\n"
-        "      the devices of DP=4, and the same work divided further\n"
+        "      the same devices as DP=4, with the same work divided further\n"
         "\n"
         "Used 8.0 device-minutes (4 devices, 120 s) for 2 loads; a study of all settings\n"
-        "  at these batch sizes takes about 53.7"
+        "  at these batch sizes would take about 53.7"
     )
 
 
@@ -155,7 +155,7 @@ def test_the_answer_is_written_to_be_used(tmp_path: Path) -> None:
     config = (tmp_path / "best" / "vllm_config.yaml").read_text()
     assert f"max-num-seqs: {found.best.batch_size}\n" in config
     assert f"tensor-parallel-size: {found.layout.tp}\n" in config
-    assert "the best for throughput that a search has found" in config
+    assert "the best for throughput that a search found" in config
     assert (tmp_path / "best" / "run.py").exists()
 
 
@@ -170,21 +170,21 @@ def test_for_the_shortest_time_one_request_is_enough(tmp_path: Path) -> None:
     assert ("tp_4", tuple(AUTO_SIZES)) in engines.calls
     first = report(best)[:2]
     assert first[0].startswith("Best for latency, prompts of 512 tokens: TP=4, ")
-    assert first[1].endswith(" s for a batch")
+    assert first[1].endswith(" s per batch")
 
 
 def test_for_one_device_the_price_is_said(tmp_path: Path) -> None:
     best, engines = searched(tmp_path, "--goal cost --device-hour-price 2.5")
     assert [name for name, _ in engines.calls] == ["tp_1"]
     # 2.5 / 3600 s / 6416 tok/s x 10^6
-    assert report(best)[1] == "  6416 ±0.3% tok/s per device, 0.1082 for a million output tokens"
+    assert report(best)[1] == "  6416 ±0.3% tok/s per device, 0.1082 per million output tokens"
 
 
 def test_a_setting_that_cannot_be_loaded_is_named_with_its_reason(tmp_path: Path) -> None:
     best, engines = searched(tmp_path, broken=["tp_1"])
     said = " ".join(" ".join(report(best)).split())
     assert "not loaded: DP=4, PP=2 DP=2" not in said
-    assert "not loaded: DP=4: TP=1 has failed: out of memory while loading; see" in said
+    assert "not loaded: DP=4: TP=1 failed: out of memory while loading; see" in said
     assert best.is_answered
     assert best.failed[0].name == "tp_1"
     assert ("tp_2", tuple(AUTO_SIZES)) in engines.calls
@@ -209,7 +209,7 @@ def test_a_setting_that_keeps_no_limit_is_said_beside_the_best(tmp_path: Path) -
     best, _ = searched(tmp_path, "--max-latency-s 0.7")
     said = " ".join(" ".join(report(best)).split())
     assert "Best for throughput, prompts of 512 tokens: TP=4" in said
-    assert "TP=1: no batch size that was tried keeps --max-latency-s 0.7" in said
+    assert "TP=1: no batch size that was tried stays within --max-latency-s 0.7" in said
 
 
 def test_without_limits_none_is_said_to_be_broken(tmp_path: Path) -> None:
@@ -223,7 +223,9 @@ def test_without_limits_none_is_said_to_be_broken(tmp_path: Path) -> None:
 def test_one_token_budget_is_searched_at(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         searched(tmp_path, "-- --max-num-batched-tokens 2048,8192")
-    assert str(caught.value) == ("--max-num-batched-tokens 2048, 8192: best compares settings at one; give one of them")
+    assert str(caught.value) == (
+        "--max-num-batched-tokens 2048, 8192: best compares settings at one of them; give only one"
+    )
 
 
 def test_a_winner_that_ran_beside_others_is_measured_alone(tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_a_point_that_says_nothing_is_no_answer(tmp_path: Path) -> None:
     assert race.best() is None
     said = report(best)
     assert said[0] == "Best for cost, prompts of 512 tokens: none"
-    assert said[1] == "  TP=1: its runs say nothing of the whole job; raise --sample"
+    assert said[1] == "  TP=1: its runs say nothing about the whole job; raise --sample"
 
 
 def test_a_setting_that_another_process_measures_is_waited_for(
@@ -262,15 +264,17 @@ def test_a_budget_ends_the_search_before_it_is_used_up(tmp_path: Path, monkeypat
     assert len(engines.calls) == 1  # four minutes each
     said = " ".join(" ".join(report(best)).split())
     assert "Best for throughput, prompts of 512 tokens: none" in said
-    assert "DP=4, PP=4" in said or "the budget ended before" in said
-    assert said.endswith("the budget of 7.9 has ended the search")
+    assert "DP=4, PP=4" in said or "the budget ran out first" in said
+    assert said.endswith("the budget of 7.9 ended the search")
     assert not best.is_answered
 
 
 def test_limits_that_nothing_keeps_name_the_nearest(tmp_path: Path) -> None:
     best, _ = searched(tmp_path, "--max-latency-s 0.1")
     said = " ".join(" ".join(report(best)).split())
-    assert "no batch size that was tried keeps --max-latency-s 0.1; the nearest is TP=4 with 16 at once, 5." in said
+    assert (
+        "no batch size that was tried stays within --max-latency-s 0.1; the nearest is TP=4 with 16 at once, 5." in said
+    )
 
 
 def test_limits_are_told_to_each_load_and_kept(tmp_path: Path) -> None:
@@ -313,17 +317,17 @@ def test_candidates_are_all_ways_to_use_the_devices() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--nnodes 2 --master-addr h", "--nnodes 2: best is for one node"),
-        ("--master-addr h", "--master-addr h: best is for one node"),
+        ("--nnodes 2 --master-addr h", "--nnodes 2: best runs on one node"),
+        ("--master-addr h", "--master-addr h: best runs on one node"),
         ("--batch-sizes 1,2", "--batch-sizes 1, 2: best searches them"),
         ("-- --batch-sizes 1,2", "--batch-sizes after --: best searches it; leave it out"),
         ("-- --tensor-parallel-size=2", "--tensor-parallel-size after --: best searches it; leave it out"),
         ("-- --max-ttft-s 2", "--max-ttft-s after --: best must know it; give it before --"),
-        ("--goal cost", "--goal cost: a price is needed too; give --device-hour-price PRICE"),
-        ("--devices 5", "--devices 5: there are 4 (gpu); lower it"),
+        ("--goal cost", "--goal cost: it also needs a price; add --device-hour-price PRICE"),
+        ("--devices 5", "--devices 5: only 4 are there (gpu); lower it"),
         (
             "--budget-device-minutes 0.6",
-            "--budget-device-minutes 0.6: on 4 devices this is 9 s, in which no engine starts",
+            "--budget-device-minutes 0.6: on 4 devices that is 9 s, too short to start an engine",
         ),
     ],
 )
@@ -337,7 +341,7 @@ def test_what_a_search_does_not_take_is_one_line(line: str, said: str) -> None:
 def test_its_options_are_of_no_other_preset(tmp_path: Path, flag: str) -> None:
     done = Launcher(tmp_path)("tensor-parallel", flag, "5")
     assert done.returncode == 2
-    assert done.stderr == f"error: {flag} 5: it is for best, tensor-parallel was given; leave it out\n"
+    assert done.stderr == f"error: {flag} 5: it is for best, not tensor-parallel; leave it out\n"
 
 
 def test_its_plan_names_all_settings_that_may_be_loaded(tmp_path: Path) -> None:

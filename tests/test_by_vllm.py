@@ -94,7 +94,7 @@ def test_all_settings_are_asked_for_at_once_and_the_second_plan_asks_nobody(aske
     lines: list[str] = []
     configs = [replace(SHORT, tensor_parallel_size=size) for size in (1, 2, 4)]
     first = ask_vllm([(config, None, 80.0) for config in configs], EIGHT, lines.append)
-    assert lines == ["note: asking vLLM 9.9 for the plan of 3 settings; importing it takes some seconds, once"]
+    assert lines == ["note: asking vLLM 9.9 for the plan of 3 settings; importing it takes several seconds, once"]
     assert len(asked) == 1
     assert [question["words"][3] for question in asked[0]] == ["1", "2", "4"]
     assert first == [Said("9.9", **NUMBERS)] * 3  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def test_of_a_vllm_that_runs_out_of_time_what_it_said_counts(asked: Asked) -> No
     assert (first.unknown, first.weights_gib) == (None, 2.5)
     assert second == Said("9.9", unknown="no answer within 130 s")
     assert lines[1:] == [
-        "note: vLLM 9.9 could not be asked for all of the plan (no answer within 130 s); the rest is by formula"
+        "note: vLLM 9.9 could not answer for the whole plan (no answer within 130 s); the rest is by formula"
     ]
     asked.answers, asked.problem = None, None
     assert ask_vllm(settings, EIGHT, lines.append)[1] == first
@@ -256,7 +256,7 @@ def test_a_limit_of_nothing_asks_nobody(asked: Asked, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("limit", ["-1", "soon", "1e3", "9999999"])
 def test_a_limit_that_is_no_number_is_an_error(asked: Asked, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setenv(LIMIT_VARIABLE, limit)
-    with pytest.raises(ConfigError, match=f"{LIMIT_VARIABLE}: '{limit}' is no whole number of seconds"):
+    with pytest.raises(ConfigError, match=f"{LIMIT_VARIABLE}: '{limit}' is not a whole number of seconds"):
         said_of(SHORT)
     assert asked == []
 
@@ -388,7 +388,7 @@ def test_vllms_refusal_is_an_obstacle_and_what_it_takes_is_none() -> None:
 def test_of_a_length_that_vllm_refuses_our_flags_are_named() -> None:
     said = Said("9.9", refusal="User-specified max_model_len (80) is greater than ...", longest=70)
     reason = rules_against(SHORT, None, EIGHT, said)
-    assert reason == "--seq-lens 64 plus --max-tokens 16 is 80, over the model's 70; shorten the requests"
+    assert reason == "--seq-lens 64 plus --max-tokens 16 is 80, more than the model's 70; shorten the requests"
 
 
 def words_of_plan(said: Said | None, config: ExperimentConfig = SHORT) -> str:
@@ -398,20 +398,20 @@ def words_of_plan(said: Said | None, config: ExperimentConfig = SHORT) -> str:
 def test_the_plan_of_a_setting_says_whose_numbers_it_has() -> None:
     by_it = words_of_plan(Said("9.9", **NUMBERS))  # type: ignore[arg-type]
     assert (
-        "about 2.5 GiB weights per device; 2 GiB KV cache per device for the largest point in one wave; 8 GiB are "
-        "there for it; requests that fit in one wave: 15 of length 64, 31 of length 16 (by vLLM 9.9)" in by_it
+        "about 2.5 GiB of weights per device; 2 GiB of KV cache per device for the largest point in one wave; 8 GiB "
+        "are available for it; requests that fit in one wave: 15 of length 64, 31 of length 16 (by vLLM 9.9)" in by_it
     )
     assert "(by formula)" in words_of_plan(None)
     assert "(by formula); not by vLLM 9.9: no time" in words_of_plan(Said("9.9", unknown="no time"))
     refused = words_of_plan(Said("9.9", refusal="10 is not divisible by 3"))
-    assert "memory nothing, it is refused" in refused
+    assert "memory none: it is refused" in refused
     assert "verdict cannot run: vLLM 9.9 refuses it: 10 is not divisible by 3" in refused
 
 
 def test_weights_that_do_not_fit_leave_no_room() -> None:
     said = Said("9.9", weights_gib=70.0, pool_gib=-6.0, waves=[0, 0], kv_cache_tokens=0, kv_gib=[1.0, 0.5])
     text = words_of_plan(said)
-    assert "memory about 70 GiB weights per device (by vLLM 9.9)" in text
+    assert "memory about 70 GiB of weights per device (by vLLM 9.9)" in text
     assert "verdict cannot run: 70 GiB of weights do not fit into 64 GiB of a device" in text
     needs = needs_of(SHORT, None, EIGHT, 80.0, said)
     assert (needs.kv_cache_tokens, needs.requests_in_one_wave) == (0, {64: 0, 16: 0})
@@ -420,7 +420,7 @@ def test_weights_that_do_not_fit_leave_no_room() -> None:
 def test_what_vllm_does_not_say_is_unknown() -> None:
     needs = needs_of(SHORT, facts(), EIGHT, None, Said("9.9", weights_gib=1.0))
     assert (needs.weights_gib, needs.kv_cache_tokens, needs.requests_in_one_wave) == (1.0, None, None)
-    assert "about 1 GiB weights per device (by vLLM 9.9)" in words_of_plan(Said("9.9", weights_gib=1.0))
+    assert "about 1 GiB of weights per device (by vLLM 9.9)" in words_of_plan(Said("9.9", weights_gib=1.0))
 
 
 def plan_of_preset(*answers: Any, asked: Asked) -> tuple[str, list[dict[str, Any]]]:
@@ -509,7 +509,7 @@ def test_a_plan_with_kept_answers_answers_at_once(refusing: dict[str, str], tmp_
     path.write_text(json.dumps({"weights_gib": 0.25}))
     second = run(refusing, *command)
     assert (second.returncode, second.stderr) == (0, "")
-    assert re.search(r"memory +about 0.25 GiB weights per device \(by vLLM ", second.stdout)
+    assert re.search(r"memory +about 0.25 GiB of weights per device \(by vLLM ", second.stdout)
     assert_answers_at_once(command, tmp_path, refusing)
 
 

@@ -131,4 +131,4 @@ def test_its_flags_need_a_search(experiment: Run, flag: tuple[str, str]) -> None
     done = experiment(*flag)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {flag[0]} ")
-    assert done.stderr.endswith("it is for --batch-sizes auto; give that too, or drop it\n")
+    assert done.stderr.endswith("it works only with --batch-sizes auto; add that, or drop it\n")

@@ -68,15 +68,15 @@ def test_the_number_of_runs_is_exact_or_has_bounds(argv: list[str], fewest: int,
         (["--batch-sizes", ""], "--batch-sizes: ''"),
         (["--batch-sizes", "1,,2"], "--batch-sizes: '1,,2'"),
         (["--batch-sizes"], "--batch-sizes"),
-        (["--batch-sizes", "1", "4"], "'4' is no flag"),
+        (["--batch-sizes", "1", "4"], "'4' is not a flag"),
         (["--seq-lens", "1.5"], "--seq-lens: '1.5'"),
         (["--max-tokens", "0"], "--max-tokens: '0'"),
         (["--num-runs", "-1"], "--num-runs: '-1'"),
         (["--num-runs", "0"], "--num-runs: '0'"),
-        (["--target-ci", "2"], "--target-ci: '2' was given, a fraction above 0 and up to 1 is needed, like 0.02"),
+        (["--target-ci", "2"], "--target-ci: '2' was given; a fraction above 0 and up to 1 is needed, like 0.02"),
         (["--target-ci", "2%"], "--target-ci: '2%'"),
         (["--target-ci", "0"], "--target-ci: '0'"),
-        (["--max-runs", "2"], "--max-runs 2: 3 runs are made at least; raise it, or give --num-runs 2"),
+        (["--max-runs", "2"], "--max-runs 2: at least 3 runs are made; raise it, or give --num-runs 2"),
         (["--num-runs", "5", "--max-runs", "7"], "--num-runs 5 means exactly 5 runs, whatever --max-runs 7 says"),
         (["--num-runs", "5", "--target-ci", "0.1"], "whatever --target-ci 0.1 says"),
         (["--tensor-parallel-size", "two"], "--tensor-parallel-size: 'two'"),
@@ -86,7 +86,7 @@ def test_the_number_of_runs_is_exact_or_has_bounds(argv: list[str], fewest: int,
         (["--temperature", "-0.1"], "--temperature: '-0.1'"),
         (["--temperature", "inf"], "--temperature: 'inf'"),
         (["--point-timeout", "inf"], "--point-timeout: 'inf'"),
-        (["--packed", "--distributed-executor-backend", "ray"], "--packed (--pack of the launcher) shares out"),
+        (["--packed", "--distributed-executor-backend", "ray"], "--packed (the launcher's --pack) shares out"),
         (["--top-p", "0"], "--top-p: '0'"),
         (["--dtype", "int3"], "--dtype"),
         (["--model", ""], "--model: ''"),
@@ -95,66 +95,69 @@ def test_the_number_of_runs_is_exact_or_has_bounds(argv: list[str], fewest: int,
         (["--config", "x.yaml"], "--config cannot be passed on"),
         (["--enable-prefix-caching"], "--enable-prefix-caching cannot be passed on"),
         (["--overwrite", "--resume"], "--overwrite and --resume"),
-        (["--max-model-len", "600"], "2176, over --max-model-len 600"),
+        (["--max-model-len", "600"], "2176, more than --max-model-len 600"),
         (["--distributed-executor-backend", "mpi"], "--distributed-executor-backend"),
         (["--nnodes", "2", "-tp", "2"], "--nnodes 2 needs --master-addr too"),
         (["--nnodes", "2", "-tp", "3", "--master-addr", "a"], "--nnodes 2 does not divide TP x PP, which is 3"),
         (["--nnodes", "2", "-tp", "2", "-dp", "2", "--master-addr", "a"], "--data-parallel-size 2 needs torchrun"),
         (["--nnodes", "2", "-tp", "2", "--node-rank", "2", "--master-addr", "a"], "--node-rank 2: --nnodes 2 goes up"),
-        (["--nnodes", "2", "-tp", "2", "--distributed-executor-backend", "ray"], "mp, ray was given"),
-        (["--master-port", "65535"], "--master-port: '65535' was given, a port from 1 to 65534"),
-        (["--distributed-executor-backend", "uni", "-tp", "2"], "uni runs one device, TP x PP is 2"),
-        (["--node-rank", "1"], "--node-rank 1: without --nnodes there is one node; give --nnodes N too"),
+        (["--nnodes", "2", "-tp", "2", "--distributed-executor-backend", "ray"], "mp, but ray was given"),
+        (["--master-port", "65535"], "--master-port: '65535' was given; a port from 1 to 65534"),
+        (["--distributed-executor-backend", "uni", "-tp", "2"], "uni runs one device, but TP x PP is 2"),
+        (["--node-rank", "1"], "--node-rank 1: without --nnodes there is one node; add --nnodes N"),
         (["--master-addr", "head"], "--master-addr head: without --nnodes"),
         (["--max-runs=--"], "--max-runs: '--' was given"),
         (["-dp=--"], "--data-parallel-size: '--' was given"),
         (["--load-format=--"], "--load-format: '--' was given"),
-        (["--", "--max-tokens", "4"], "-- ends no flags here"),
-        (["--warmup-runs", "2147483648"], "--warmup-runs: '2147483648' was given, at most 10000 is possible"),
+        (["--", "--max-tokens", "4"], "-- has no meaning here"),
+        (["--warmup-runs", "2147483648"], "--warmup-runs: '2147483648' was given; at most 10000 is allowed"),
         (["--num-runs", "10001"], "at most 10000"),
-        (["--max-runs", "9" * 5000], "99999' was given, at most 10000"),
-        (["-tp", "1048577"], "--tensor-parallel-size: '1048577' was given, at most 1048576"),
-        (["--batch-sizes", "1,1048577"], "--batch-sizes: '1,1048577' was given, at most 1048576"),
+        (["--max-runs", "9" * 5000], "99999' was given; at most 10000"),
+        (["-tp", "1048577"], "--tensor-parallel-size: '1048577' was given; at most 1048576"),
+        (["--batch-sizes", "1,1048577"], "--batch-sizes: '1,1048577' was given; at most 1048576"),
         (["--seq-lens", "134217729"], "at most 134217728"),
-        (["--max-model-len", "134218k"], "--max-model-len: '134218k' was given, at most 134217728"),
+        (["--max-model-len", "134218k"], "--max-model-len: '134218k' was given; at most 134217728"),
         (["--max-model-len", "9" * 5000], "at most 134217728"),
-        (["--seed", "4294967296"], "--seed: '4294967296' was given, at most 4294967295"),
-        (["--point-timeout", "1e308"], "--point-timeout: '1e308' was given, a number above 0 and up to 1000000"),
+        (["--seed", "4294967296"], "--seed: '4294967296' was given; at most 4294967295"),
+        (["--point-timeout", "1e308"], "--point-timeout: '1e308' was given; a number above 0 and up to 1000000"),
         (["--device-memory-gib", "1e308"], "--device-memory-gib: '1e308'"),
         (["--temperature", "101"], "a number from 0 to 100"),
-        (["--name", "a\nb"], "--name: 'a\\nb' was given, it holds characters that steer a terminal"),
+        (["--name", "a\nb"], "--name: 'a\\nb' was given; it contains control characters"),
         (["--name", "\x1b[31mred"], "--name: '\\x1b[31mred'"),
-        (["--name", "x" * 300], "xxxx' was given, a path takes 4095 bytes, and each name in it 255; shorten it"),
-        (["--name", "\u00e9" * 110], "which makes a file name of 233 bytes; 220 are possible"),
-        (["--name", "a\udcff"], "--name: 'a\udcff' was given, it holds bytes that are no text"),
+        (["--name", "x" * 300], "xxxx' was given; a path may have 4095 bytes, and each name in it 255; shorten it"),
+        (["--name", "\u00e9" * 110], "which makes a file name of 233 bytes; at most 220 are allowed"),
+        (["--name", "a\udcff"], "--name: 'a\udcff' was given; it contains bytes that are not text"),
         (["--output-dir", "a/\x9b31m"], "--output-dir: 'a/\\x9b31m'"),
         (["--output-dir", "x/" * 3000], "--output-dir: 'x/x/"),
         (["--output-file", "x" * 250], "--output-file: 'xxx"),
         (["--model", "a\u202eb"], "--model: 'a\\u202eb'"),
         (["--model", "m/" + "x" * 300], "--model: 'm/xxx"),
-        (["--dtype", "\x1b"], "--dtype: '\\x1b' was given, one of auto, half"),
-        (["\x1b[31m"], "'\\x1b[31m' is no flag"),
-        (["--load-format", "\x1b[31m"], "'\\x1b[31m' holds characters that steer a terminal"),
-        (["--hf-overrides", '{"a":\r1}'], "holds characters that steer a terminal"),
-        (["--sample", "0", *JOB], "--sample: '0' was given, a whole number of at least 1"),
-        (["--sample", "9"], "--sample 9: it is for a workload; give --prompts-file FILE too, or drop it"),
-        (["--order", "shuffled"], "--order shuffled: it is for a workload"),
-        (["--output-lengths", "eos"], "--output-lengths eos: it is for a workload"),
-        (["--output-lengths", "7"], "--output-lengths 7: it is for a workload"),
-        (["--skip-bad-lines"], "--skip-bad-lines: it is for a workload"),
-        (["--output-lengths", "0", *JOB], "--output-lengths: '0' was given, file, eos or a number of tokens of at"),
-        (["--output-lengths", "long", *JOB], "--output-lengths: 'long' was given, file, eos or a number"),
-        (["--output-lengths", "134217729", *JOB], "--output-lengths: '134217729' was given, at most 134217728"),
-        (["--order", "random", *JOB], "--order: 'random' was given, one of given, shuffled, longest-first, short"),
+        (["--dtype", "\x1b"], "--dtype: '\\x1b' was given; one of auto, half"),
+        (["\x1b[31m"], "'\\x1b[31m' is not a flag"),
+        (["--load-format", "\x1b[31m"], "'\\x1b[31m' contains control characters"),
+        (["--hf-overrides", '{"a":\r1}'], "contains control characters"),
+        (["--sample", "0", *JOB], "--sample: '0' was given; a whole number of at least 1"),
+        (["--sample", "9"], "--sample 9: it works only with a workload; add --prompts-file FILE, or drop it"),
+        (["--order", "shuffled"], "--order shuffled: it works only with a workload"),
+        (["--output-lengths", "eos"], "--output-lengths eos: it works only with a workload"),
+        (["--output-lengths", "7"], "--output-lengths 7: it works only with a workload"),
+        (["--skip-bad-lines"], "--skip-bad-lines: it works only with a workload"),
+        (["--output-lengths", "0", *JOB], "--output-lengths: '0' was given; file, eos or a number of tokens of at"),
+        (["--output-lengths", "long", *JOB], "--output-lengths: 'long' was given; file, eos or a number"),
+        (["--output-lengths", "134217729", *JOB], "--output-lengths: '134217729' was given; at most 134217728"),
+        (["--order", "random", *JOB], "--order: 'random' was given; one of given, shuffled, longest-first, short"),
         (["--prompts-file", ""], "--prompts-file: ''"),
         (["--prompts-file", "a\x1b[31m"], "--prompts-file: 'a\\x1b[31m'"),
-        (["--seq-lens", "8,16", *JOB], "--seq-lens 8,16: a workload has lengths of its own; drop it, or --prompts"),
+        (["--seq-lens", "8,16", *JOB], "--seq-lens 8,16: a workload has its own lengths; drop this flag or --prompts"),
         (["--seq-lens=512,1024,2048", *JOB], "--seq-lens 512,1024,2048: a workload"),  # as it is anyway, and yet
-        (["--output-lengths", "eos", "--load-format", "dummy", *JOB], "--load-format dummy has no end of its own"),
-        (["--output-lengths=eos", "--load_format=dummy", *JOB], "--load-format dummy has no end of its own"),
+        (
+            ["--output-lengths", "eos", "--load-format", "dummy", *JOB],
+            "dummy weights (--load-format) never end an answer",
+        ),
+        (["--output-lengths=eos", "--load_format=dummy", *JOB], "dummy weights (--load-format) never end an answer"),
         (["--scheduler-cls", "a.B", *JOB], "--scheduler-cls a.B: several batch sizes of a workload"),
         (["--scheduler_cls=a.B", "--max-num-batched-tokens", "64,128"], "--scheduler-cls a.B: several batch sizes"),
-        (["--max-num-batched-tokens", "64,0"], "--max-num-batched-tokens: '64,0' was given, a number of tokens"),
+        (["--max-num-batched-tokens", "64,0"], "--max-num-batched-tokens: '64,0' was given; a number of tokens"),
         (["--max-num-batched-tokens", "64,,128"], "--max-num-batched-tokens: '64,,128'"),
         (["--max-num-batched-tokens", "64,2147483648"], "at most 2147483647"),
         (["--worker-extension-cls", "a.B", *JOB], "--worker-extension-cls cannot be passed on"),
@@ -448,7 +451,7 @@ def test_a_mistake_in_the_flags_is_said_to_the_letter(words: str, said: str) -> 
 
 def test_a_flag_that_nobody_knows_is_held_against_ours_and_vllms() -> None:
     def advice(flag: str) -> str:
-        return unknown_flag_message(flag, ["--quantization", "--max-log-len"]).removeprefix(f"{flag} is no flag of ")
+        return unknown_flag_message(flag, ["--quantization", "--max-log-len"]).removeprefix(f"{flag} is not a flag of ")
 
     assert [advice(flag) for flag in ("--max-token=4", "--quantisation", "--zzzz")] == [
         "this program or of vLLM; did you mean --max-tokens?",
@@ -461,8 +464,8 @@ def test_a_flag_that_nobody_knows_is_held_against_ours_and_vllms() -> None:
 def test_notes_of_repeats_name_what_is_left_in_its_order() -> None:
     _, notes = parse_flags(["--batch-sizes", "4,1,4", "--seq-lens", "8,8"])
     assert notes == [
-        "--batch-sizes: repeats dropped, 4,1 is measured",
-        "--seq-lens: repeats dropped, 8 is measured",
+        "--batch-sizes: repeats are dropped; 4,1 will be measured",
+        "--seq-lens: repeats are dropped; 8 will be measured",
     ]
     assert parse_flags(["--batch-sizes", "4,1", "--seq-lens", "8"])[1] == []
 
@@ -599,14 +602,14 @@ def test_each_number_has_its_lowest_and_its_highest(parse: str, low: float, high
     read = getattr(values, parse)
     assert (read(str(low)), read(f" {high} ")) == (low, high)
     for beyond in (low - 1, high + 1):
-        with pytest.raises(ValueError, match=r"is needed|^at most \d+ is possible$"):
+        with pytest.raises(ValueError, match=r"is needed|^at most \d+ is allowed$"):
             read(str(beyond))
 
 
 def test_a_number_may_have_40_digits_and_no_more() -> None:
     assert run_count("0" * 39 + "7") == 7
     for text in ("7" * 41, "1" + "0" * 40):
-        with pytest.raises(ValueError, match=r"^at most 10000 is possible$"):
+        with pytest.raises(ValueError, match=r"^at most 10000 is allowed$"):
             run_count(text)
 
 
@@ -652,9 +655,9 @@ def test_what_is_asked_of_a_workload_reaches_its_field() -> None:
         ("2048", 2048, None),
         ("2048,8192", (2048, 8192), None),
         ("16K, 2k", (16_384, 2000), None),
-        ("64,128,64", (64, 128), "--max-num-batched-tokens: repeats dropped, 64,128 is measured"),
+        ("64,128,64", (64, 128), "--max-num-batched-tokens: repeats are dropped; 64,128 will be measured"),
         # One is no axis.
-        ("64,64", 64, "--max-num-batched-tokens: repeats dropped, 64 is measured"),
+        ("64,64", 64, "--max-num-batched-tokens: repeats are dropped; 64 will be measured"),
     ],
 )
 def test_tokens_of_a_step_may_be_an_axis(text: str, sizes: Any, note: str | None) -> None:

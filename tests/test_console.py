@@ -57,7 +57,7 @@ def test_what_is_unknown_is_left_out() -> None:
 
 
 def test_every_line_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    reasons = ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"]
+    reasons = ["another process was on the devices; end it, or choose others with CUDA_VISIBLE_DEVICES"]
     large = make_point(4096, 131072, latencies_s=[7000.0, 9999.0], verdict="suspect", verdict_reasons=reasons)
     failed = Point(8192, 131072, 32, "oom", reason="torch.OutOfMemoryError: " + "CUDA out of memory. " * 9)
     make_result(points=[large, failed])
@@ -162,8 +162,8 @@ def test_a_lost_point_is_shown_with_its_class_and_what_to_do(capsys: pytest.Capt
     console.close()
     printed = capsys.readouterr().err
     assert "[1/1] 4 x 64: oom: CUDA out of memory" in printed
-    assert "oom_run: smaller --batch-sizes" in printed
-    assert "4 x 64: the engine is started again" in printed
+    assert "oom_run: use smaller --batch-sizes" in printed
+    assert "4 x 64: the engine is restarted" in printed
 
 
 def test_a_reason_that_many_points_share_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,11 +236,11 @@ def test_what_is_shown_of_a_sweep_line_by_line(capsys: pytest.CaptureFixture[str
     assert shown_lines == [
         "  1 of 3 points is kept from x.json",
         "  batch x length: output throughput ±95 % interval, latency, TTFT, memory",
-        *wrapped("      2 x 8: vLLM compiled a kernel during a run: a warm-up, and repeated", indent=6),
+        "      2 x 8: vLLM compiled a kernel; the run becomes a warm-up and is repeated",
         "  [2/3] 2 x 8: 64.00 tok/s ±3.5%, 1.00 s, TTFT 0.100 s, 60.0 GiB, suspect",
         "      first reason",
         "      second reason",
-        "      4 x 16: the engine is started again",
+        "      4 x 16: the engine is restarted",
         "  [3/3] 4 x 16: oom: CUDA out of memory",
         *advice,
         *wrapped("tp_1: 1 of 1 point is kept from x.json: nothing is left to measure", indent=6),
@@ -312,7 +312,7 @@ def test_a_point_is_shown_by_all_that_tells_it_from_others(
     console.start(ExperimentConfig(num_runs=3), 1, [])
     console.restarting(point)
     console.close()
-    assert f"      {shape}: the engine is started again" in capsys.readouterr().err
+    assert f"      {shape}: the engine is restarted" in capsys.readouterr().err
     assert ", ".join(key_words(point)) == key
 
 
@@ -387,8 +387,8 @@ def test_every_workload_and_every_way_through_it_has_a_table_that_says_which() -
     points = [make_queue_point(batch_size, workload=key) for batch_size in (2, 4) for key in keys]
     tables = closing_table(make_result(points=points, jobs=[job])).split("\n\n")
     assert [table.splitlines()[0] for table in tables] == [
-        "workload abcdef01 of 500 requests, output lengths of the file, order given",
-        "workload abcdef01 of 500 requests, output lengths of the file, order",
+        "workload abcdef01 of 500 requests, output lengths from the file, order given",
+        "workload abcdef01 of 500 requests, output lengths from the file, order",
         "workload abcdef01, outputs end by themselves, order given",
         "workload 01234567, 64 output tokens each, order shuffled, prefixes cached",
     ]

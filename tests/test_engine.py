@@ -174,14 +174,14 @@ def test_only_vllm_flags_that_were_given_are_passed_on() -> None:
     [
         (
             ["--quantisation", "fp8"],
-            "--quantisation is no flag of this program or of vLLM; did you mean --quantization?",
+            "--quantisation is not a flag of this program or of vLLM; did you mean --quantization?",
         ),
         (["--batchsizes", "1"], "did you mean --batch-sizes?"),
         (["--zzz"], "see --help"),
         (["--block-size", "two"], "argument --block-size: invalid"),
         # What only vLLM's parser knows to be a flag of ours, or one that breaks the measurement.
-        (["-n", "2"], "--nnodes is a flag of this program too; write it out"),
-        (["-tp", "2"], "--tensor-parallel-size is a flag of this program too"),
+        (["-n", "2"], "--nnodes is also a flag of this program; write it in full"),
+        (["-tp", "2"], "--tensor-parallel-size is also a flag of this program"),
         (["--load-form", "dummy"], "did you mean --load-format?"),
     ],
 )
@@ -672,7 +672,7 @@ def test_a_gpu_of_torch_is_found_by_its_identifier(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("nnodes", 2, "--nnodes is a flag of this program too; write it out"),
+        ("nnodes", 2, "--nnodes is also a flag of this program; write it in full"),
         ("enable_prefix_caching", False, None),  # as it is anyway
         ("enable_prefix_caching", True, "--enable-prefix-caching"),
         ("quantization", "fp8", None),
@@ -788,8 +788,7 @@ def test_ids_that_are_none_of_the_model_are_refused_and_not_told(loaded: Loader)
         with pytest.raises(ConfigError) as caught:
             one.make_queue([Asked([5], 3), Asked([4, wrong, 4], 3), Asked(7, 3)], [0])
         assert str(caught.value) == (
-            "--prompts-file job.jsonl: it has token ids that are not among the 100 of the model; give those of its own "
-            "tokenizer"
+            "--prompts-file job.jsonl: it has token ids outside the 100 of the model; use the model's own tokenizer"
         )
 
 

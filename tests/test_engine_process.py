@@ -116,7 +116,7 @@ def test_commands_go_one_way_and_replies_the_other(process: Any) -> None:
     [
         ([Ready(), Failed("--dtype x: no", usage=True)], ConfigError, "--dtype x: no"),
         ([Failed("RuntimeError: no\nmore\x1b[2J", usage=False)], ReplicaError, "RuntimeError: no"),
-        ([{"event": "ready"}, {"event": "other"}], ReplicaError, "what the engine answered cannot be: Invalid value"),
+        ([{"event": "ready"}, {"event": "other"}], ReplicaError, "the engine gave an invalid answer: Invalid value"),
     ],
 )
 def test_a_failure_is_the_users_or_the_engines(replies: list[Any], error: Any, said: str, process: Any) -> None:
@@ -150,12 +150,12 @@ def test_a_process_that_has_ended_is_told_by_how(code: int, said: str, process: 
 
 
 def test_a_part_or_a_node_that_is_gone_is_named(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost: list[str | None] = [None, "node 2 is gone; what it printed says why"]
+    lost: list[str | None] = [None, "node 2 is gone; its output says why"]
     process._nodes = SimpleNamespace(lost=lambda: lost.pop(0))
     assert process.replies() == []
     with pytest.raises(ReplicaError) as caught:
         process.replies()
-    assert caught.value.reason == "node 2 is gone; what it printed says why"
+    assert caught.value.reason == "node 2 is gone; its output says why"
     monkeypatch.setattr(process, "_dead_part", lambda: "VLLM::Worker_TP1")
     with pytest.raises(ReplicaError) as caught:
         process.replies()
@@ -233,7 +233,7 @@ def test_the_variables_of_every_engine(monkeypatch: pytest.MonkeyPatch) -> None:
          "OutOfMemoryError: CUDA out of memory"),
         (["ValueError: a", "EngineCore encountered an issue: RuntimeError: b"], "ValueError: a"),
         (["Worker proc A died unexpectedly (exit code: 1)", "Worker proc B died unexpectedly (exit code: -9)"],
-         "Worker proc A died unexpectedly (exit code: 1); -9 is mostly the kernel's, out of main memory"),
+         "Worker proc A died unexpectedly (exit code: 1); -9 usually means that the kernel ran out of main memory"),
         (["an Error: of none"], None),
     ],
 )  # fmt: skip

@@ -69,8 +69,8 @@ def test_the_flags_are_obeyed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "rc", "line"),
     [
-        ("--requests 0", 2, "argument --requests: '0' was given, a whole number of at least 1 is needed"),
-        ("--seed x", 2, "argument --seed: 'x' was given, a whole number of at least 0 is needed"),
+        ("--requests 0", 2, "argument --requests: '0' was given; a whole number of at least 1 is needed"),
+        ("--seed x", 2, "argument --seed: 'x' was given; a whole number of at least 0 is needed"),
         ("--longest 80", 2, "--longest 80: the mean lengths are longer; raise it"),
         ("--output /no/such/folder/f", 1, "error: /no/such/folder/f: it cannot be written (No such file or directory)"),
     ],

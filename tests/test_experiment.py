@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.growing_file import GrowingFile
 from batch_inference.core.metrics import summarise
+from batch_inference.core.queue_runs import LIVES
 from batch_inference.core.result_file import load_result, save_result
 from batch_inference.core.results import (
     Clocks,
@@ -46,7 +47,7 @@ from batch_inference.measure.console import Console, closing_table
 from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.experiment import Experiment
 from batch_inference.measure.hardware import Reading, Seen
-from batch_inference.measure.job import FEWEST_REQUESTS, LIVES, JobFile
+from batch_inference.measure.job import FEWEST_REQUESTS, JobFile
 from batch_inference.measure.job_lengths import JobLengths
 from batch_inference.measure.messages import Outcome, Prepare, Queue
 from batch_inference.measure.resume import has_runs_enough, is_enough, keep_job, set_aside_engine, starting_result
@@ -269,7 +270,7 @@ def test_a_timed_run_that_compiled_becomes_a_warmup_and_is_repeated_when_steady_
     assert "until vLLM compiled a kernel during it" in str(point.warmups[2].reason)
     assert [run.latency_s for run in point.runs] == [1.24] * 3
     assert point.verdict == "valid"
-    assert "vLLM compiled a kernel during a run: a warm-up, and repeated" in capsys.readouterr().err
+    assert "vLLM compiled a kernel; the run becomes a warm-up and is repeated" in capsys.readouterr().err
     # Each with prompts of its own, the repeated one too.
     assert [index for _, phase, index in replicas.calls if phase == "run"] == [0, 1, 2, 3]
 
@@ -286,13 +287,15 @@ def test_compiling_again_and_again_ends_and_is_suspect(config: ExperimentConfig)
     point = run(dataclasses.replace(config, num_runs=3), FakeReplicas(compiles_in=always)).points[0]
     assert len(point.runs) == 3
     assert sum(warmup.reason is not None for warmup in point.warmups) == 3
-    assert point.verdict_reasons == ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"]
+    assert point.verdict_reasons == ["vLLM kept compiling kernels during timed runs; raise --warmup-runs"]
 
 
 def test_a_last_warmup_that_compiled_is_not_steady(config: ExperimentConfig) -> None:
     point = run(config, FakeReplicas(compiles_in=[("warmup", index) for index in range(5)])).points[0]
     assert len(point.warmups) == 5
-    assert point.verdict_reasons == ["not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"]
+    assert point.verdict_reasons == [
+        "not steady: vLLM was still compiling kernels in the last warm-up; raise --warmup-runs"
+    ]
 
 
 def test_more_warmups_are_made_when_asked_for(config: ExperimentConfig) -> None:
@@ -315,7 +318,7 @@ def test_prompts_of_every_run_come_from_a_stream_of_their_own(config: Experiment
 @pytest.mark.parametrize(
     ("changes", "verdict", "said"),
     [
-        ({"output_tokens": 15}, "invalid", "32 prompt and 15 output tokens came back, 32 and 16 were asked"),
+        ({"output_tokens": 15}, "invalid", "32 prompt and 15 output tokens came back, but 32 and 16 were asked for"),
         ({"prompt_tokens": 31}, "invalid", "31 prompt and 16 output tokens came back"),
         ({"prefix_cache_hit_tokens": 16}, "invalid", "48 prompt tokens came from the prefix cache"),
         ({"preemptions": 2}, "suspect", "6 requests were preempted"),
@@ -466,7 +469,7 @@ def test_two_losses_in_a_row_end_the_sweep(config: ExperimentConfig) -> None:
     replicas = FakeReplicas(fail_at=lambda *_: True)
     result = run(dataclasses.replace(config, batch_sizes=(1,), seq_lens=(8, 16, 32), overwrite=True), replicas)
     assert list(statuses(result).values()) == ["oom", "oom", "skipped"]
-    assert result.points[2].reason == "2 engines were lost one after the other, the last at batch_size 1, seq_len 16"
+    assert result.points[2].reason == "2 engines were lost one after another, the last at batch_size 1, seq_len 16"
     assert (replicas.starts, result.status) == (2, "partial")
 
 
@@ -617,7 +620,7 @@ def test_resume_with_nothing_open_starts_no_engine_and_keeps_the_file(config: Ex
 def test_a_wrong_flag_found_by_vllm_costs_no_old_measurement(config: ExperimentConfig) -> None:
     class Wrong(FakeReplicas):
         def start(self) -> list[EngineInfo]:
-            raise ConfigError("--quantisation is no flag")
+            raise ConfigError("--quantisation is not a flag")
 
     run(config, FakeReplicas())
     before = config.output_path.read_text()
@@ -1210,7 +1213,7 @@ def test_batches_and_queues_go_into_one_file(config: ExperimentConfig, job: Expe
 def test_counts_that_are_wrong_make_a_queue_point_invalid_and_it_is_measured_again(job: ExperimentConfig) -> None:
     before = queued(job, QueueReplicas(miscounted=2))
     assert [point.verdict for point in before.points] == ["invalid", "invalid"]
-    assert before.points[0].verdict_reasons == ["2 requests came back with other numbers of tokens than were asked"]
+    assert before.points[0].verdict_reasons == ["2 requests came back with a different number of tokens than asked"]
     after = queued(job, QueueReplicas())
     assert [point.verdict for point in after.points] == ["valid", "valid"]
     assert len(after.jobs) == 1

@@ -101,11 +101,11 @@ def test_a_name_and_the_default_file_follow_the_sizes(tmp_path: Path) -> None:
         (("--batch-sizes", "0"), "--batch-sizes"),
         (("--node-rank", "1"), "--node-rank 1: without --nnodes there is one node"),
         (("--name", "a\x1b[31m\nb"), "--name: 'a\\x1b[31m\\nb' was given"),
-        (("--devices", "8"), "--devices 8: it is for a plan; add --dry-run"),
+        (("--devices", "8"), "--devices 8: it is only for a plan; add --dry-run"),
         (("--quantisation", "fp8"), "did you mean --quantization?"),
         (("--model", "./absent"), "--model ./absent: there is no such folder"),
-        (("--max-model-len", "4096"), "--max-model-len 4096 is over the model's 2048"),
-        (("-tp", "3"), "TP x PP x DP is 3 devices, this machine has"),
+        (("--max-model-len", "4096"), "--max-model-len 4096 is more than the model's 2048"),
+        (("-tp", "3"), "TP x PP x DP is 3 devices, but this machine has"),
         (("--distributed-executor-backend", "ray"), "ray is refused by vLLM on the CPU; use mp"),
         (("-tp", "2", "--distributed-executor-backend", "external_launcher"), "torchrun --nproc-per-node 2"),
         (("--output-file", "/proc/nowhere/x.json"), "--output-file /proc/nowhere/x.json"),
@@ -135,7 +135,7 @@ def test_a_wrong_vllm_flag_leaves_no_result_file_behind(experiment: Run, tmp_pat
 def test_repeats_are_noted_and_dropped(experiment: Run) -> None:
     done = experiment("--batch-sizes", "1,1,2", "--dry-run")
     assert done.returncode == 0
-    assert "note: --batch-sizes: repeats dropped, 1,2 is measured" in done.stderr
+    assert "note: --batch-sizes: repeats are dropped; 1,2 will be measured" in done.stderr
 
 
 def test_the_same_command_again_goes_on(experiment: Run, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_terminal_that_is_closed_hangs_up_twice(tmp_path: Path) -> None:
 
 def test_variables_that_torchrun_did_not_set_are_named(experiment: Run) -> None:
     done = experiment(RANK="x\x1b", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    assert done.stderr == "error: RANK: 'x\\x1b' is no number; torchrun sets it, unset it elsewhere\n"
+    assert done.stderr == "error: RANK: 'x\\x1b' is not a number; unset it outside torchrun\n"
     assert done.returncode == 2
 
 
@@ -243,7 +243,7 @@ def test_a_plan_counts_with_the_memory_that_is_given_before_that_of_this_machine
         config = ExperimentConfig(model=model, seq_lens=(512,), device_memory_gib=given_gib)
         here = Surroundings(read_model_facts(config.model), Devices("gpu", ("0",)), None, None)
         assert show_plan(config, here) == 0
-        found = re.search(r"([0-9.]+) GiB are there for it", " ".join(capsys.readouterr().out.split()))
+        found = re.search(r"([0-9.]+) GiB are available for it", " ".join(capsys.readouterr().out.split()))
         assert found
         return float(found[1])
 
@@ -359,10 +359,10 @@ def test_a_plan_for_another_machine_counts_its_devices(experiment: Run) -> None:
     told = " ".join(done.stdout.split())
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "verdict   can run")
     assert "4 of 4 gpu devices" in told
-    assert "60.9 GiB are there for it" in told
+    assert "60.9 GiB are available for it" in told
     done = experiment("--dry-run", *model, "--devices", "2")
     assert done.returncode == 1
-    assert "cannot run: TP x PP x DP is 4 devices, this machine has 2 GPUs" in " ".join(done.stdout.split())
+    assert "cannot run: TP x PP x DP is 4 devices, but this machine has 2 GPUs" in " ".join(done.stdout.split())
 
 
 def test_a_python_without_vllm_is_told_what_to_do(tmp_path: Path) -> None:
@@ -457,7 +457,9 @@ def test_a_workload_becomes_a_queue_point_for_each_batch_size_on_one_load(experi
     for name in ("tp_1_results.log", "tp_1_results.replica_1.log"):
         assert (tmp_path / name).read_text().count("stub vLLM is loading") == 1
     table = done.stdout.splitlines()
-    assert table[0] == (f"workload {job['content_hash'][:8]} of 120 requests, output lengths of the file, order given")
+    assert table[0] == (
+        f"workload {job['content_hash'][:8]} of 120 requests, output lengths from the file, order given"
+    )
     assert table[1].split()[:3] == ["at", "once", "tok/s"]
     assert [line.split()[0] for line in table[3:5]] == ["2", "4"]
     assert "[2/2] 4 at once: " in done.stderr
@@ -482,7 +484,7 @@ def test_requests_that_come_back_otherwise_make_a_queue_point_invalid(experiment
     done = experiment("--prompts-file", str(write_job(tmp_path)), grid=QUEUE_GRID, STUB_FAIL="tokens")
     assert done.returncode == 0, done.stderr
     assert [point["verdict"] for point in points_of(tmp_path)] == ["invalid", "invalid"]
-    said = "1 request came back with other numbers of tokens than were asked"
+    said = "1 request came back with a different number of tokens than asked"
     assert points_of(tmp_path)[0]["verdict_reasons"][0] == said
     assert said in done.stderr
 
@@ -528,47 +530,52 @@ def test_prefixes_that_are_cached_are_a_part_of_the_point(experiment: Run, tmp_p
 @pytest.mark.parametrize(
     ("lines", "flags", "said"),
     [
-        ("", (), "{file}: it has no usable request; give one on each line"),
-        ("\n \n", (), "{file}: it has no usable request; give one on each line"),
-        ("[]", (), "{file}: it has no usable request; give one on each line"),
+        ("", (), "{file}: it has no usable request; write one on each line"),
+        ("\n \n", (), "{file}: it has no usable request; write one on each line"),
+        ("[]", (), "{file}: it has no usable request; write one on each line"),
         (
             '{"prompt_tokens": 8, "output_tokens": 4}\n{"prompt',
             (),
-            "{file}, line 2: it is no JSON; mend it, or leave it out with --skip-bad-lines",
+            "{file}, line 2: it is not JSON; fix it, or leave it out with --skip-bad-lines",
         ),
         (
             '{"prompt_tokens": 8, "output_tokens": 4}\n\n{"prompt_tokens": 0, "output_tokens": 4}\n',
             (),
-            "{file}, line 3: its prompt_tokens '0' is no number of tokens from 1 to 134217728; mend it, or leave it "
+            "{file}, line 3: its prompt_tokens '0' is not a number of tokens from 1 to 134217728; fix it, or leave it "
             "out with --skip-bad-lines",
         ),
         (
             '{"prompt_tokens": 8, "output_tokens": -4}',
             (),
-            "{file}, line 1: its output_tokens '-4' is no number of tokens from 1 to 134217728; mend it, or leave it "
+            "{file}, line 1: its output_tokens '-4' is not a number of tokens from 1 to 134217728; fix it, or leave it "
             "out with --skip-bad-lines",
         ),
-        ('{"prompt_tokens": 0}', ("--skip-bad-lines",), "{file}: it has no usable request; give one on each line"),
-        ("prompt_tokens,output_tokens\n8,x\n", (), "{file}, line 2: its output_tokens 'x' is no number of tokens from"),
+        ('{"prompt_tokens": 0}', ("--skip-bad-lines",), "{file}: it has no usable request; write one on each line"),
+        (
+            "prompt_tokens,output_tokens\n8,x\n",
+            (),
+            "{file}, line 2: its output_tokens 'x' is not a number of tokens from",
+        ),
         (
             "a,b\n1,2\n",
             (),
-            "{file}, line 1: 'a,b' begins neither JSON nor a CSV with the columns prompt_tokens, output",
+            "{file}, line 1: 'a,b' begins like neither JSON nor a CSV with the columns prompt_tokens, output",
         ),
         (
             '{"prompt_tokens": 8}\n',
             (),
-            "{file}: 1 request of 1 says no output length (first: request 1); give --output-lengths N, or eos",
+            "{file}: 1 request of 1 has no output length (first: request 1); give --output-lengths N, or eos",
         ),
         (
             '{"prompt_tokens": 2000, "output_tokens": 49}\n',
             (),
-            "{file}: its longest request takes 2049 tokens, over the model's 2048; shorten the requests",
+            "{file}: its longest request takes 2049 tokens, more than the model's 2048; shorten the requests",
         ),
         (
             '{"prompt_tokens": 8, "output_tokens": 4}\n',
             ("--max-model-len", "11"),
-            "{file}: its longest request takes 12 tokens, over --max-model-len 11; raise it or shorten the requests",
+            "{file}: its longest request takes 12 tokens, more than --max-model-len 11; raise it or shorten the "
+            "requests",
         ),
         (
             '{"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}}\n',
@@ -593,11 +600,14 @@ def test_a_file_that_is_no_job_is_one_line_that_names_it_and_the_place(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--sample", "121"), "--sample 121: {file} has 120 requests; lower it, or drop it to run what is needed"),
+        (
+            ("--sample", "121"),
+            "--sample 121: {file} has 120 requests; lower it, or drop it to run as many as are needed",
+        ),
         (("--sample", "7"), "--sample 7: with 4 at once on 1 replica there is no plateau below 8; raise it, or lower"),
         (("--sample", "15", "-dp", "2"), "--sample 15: with 4 at once on 2 replicas there is no plateau below 16"),
-        (("--seq-lens", "8"), "--seq-lens 8: a workload has lengths of its own; drop it, or --prompts-file"),
-        (("--output-lengths", "eos", "--load-format", "dummy"), "--output-lengths eos: a model of --load-format dummy"),
+        (("--seq-lens", "8"), "--seq-lens 8: a workload has its own lengths; drop this flag or --prompts-file"),
+        (("--output-lengths", "eos", "--load-format", "dummy"), "--output-lengths eos: dummy weights (--load-format)"),
         (("--scheduler-cls", "a.B"), "--scheduler-cls a.B: several batch sizes of a workload"),
     ],
 )
@@ -621,7 +631,7 @@ def test_what_is_no_file_is_no_workload(experiment: Run, tmp_path: Path, kind: s
     elif kind == "fifo":
         os.mkfifo(path)
     done = experiment("--prompts-file", str(path), grid=QUEUE_GRID)
-    why = {"folder": "Is a directory", "fifo": "it is no regular file", "absent": "No such file or directory"}[kind]
+    why = {"folder": "Is a directory", "fifo": "it is not a regular file", "absent": "No such file or directory"}[kind]
     assert (done.returncode, done.stderr) == (
         2,
         f"error: --prompts-file {path}: it cannot be read ({why}); give a file\n",

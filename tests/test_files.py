@@ -66,7 +66,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_no_regular_file_is_refused_and_stays(special: Path, way: str) -> None:
     before = os.lstat(special)
-    with pytest.raises(OSError, match="it is no regular file"):
+    with pytest.raises(OSError, match="it is not a regular file"):
         WAYS[way](special)
     after = os.lstat(special)
     assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
@@ -75,9 +75,9 @@ def test_what_is_no_regular_file_is_refused_and_stays(special: Path, way: str) -
 
 def test_a_result_that_is_no_regular_file_is_named(special: Path) -> None:
     assert read_heading(special) is None
-    with pytest.raises(ResultFileError, match=r"special\.json: cannot be read: it is no regular file"):
+    with pytest.raises(ResultFileError, match=r"special\.json: cannot be read: it is not a regular file"):
         load_result(special)
-    with pytest.raises(ResultFileError, match=r"special\.json: cannot be written: it is no regular file"):
+    with pytest.raises(ResultFileError, match=r"special\.json: cannot be written: it is not a regular file"):
         save_result(make_result(), special)
 
 
@@ -85,7 +85,7 @@ def test_a_result_that_is_no_regular_file_is_named(special: Path) -> None:
 def test_an_output_file_that_is_no_regular_file_is_wrong_use(special: Path, overwrite: bool) -> None:
     config = ExperimentConfig(output_file=str(special), overwrite=overwrite)
     with (
-        pytest.raises(ConfigError, match=r"--output-file \S+special\.json: .*it is no regular file"),
+        pytest.raises(ConfigError, match=r"--output-file \S+special\.json: .*it is not a regular file"),
         claimed(config, make_result().environment),
     ):
         pass
@@ -94,7 +94,7 @@ def test_an_output_file_that_is_no_regular_file_is_wrong_use(special: Path, over
 
 def test_a_log_that_is_no_regular_file_is_wrong_use(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.log")
-    with pytest.raises(ConfigError, match=r"x\.log cannot be written: it is no regular file"):
+    with pytest.raises(ConfigError, match=r"x\.log cannot be written: it is not a regular file"):
         check_writable_paths(ExperimentConfig(output_file=str(tmp_path / "x.json")))
     assert read_log_tail(tmp_path / "x.log") == []
 
@@ -127,7 +127,7 @@ def test_a_lock_that_is_no_lock_is_not_touched(tmp_path: Path) -> None:
         pass
     lock.unlink()
     os.mkfifo(lock)
-    with pytest.raises(OSError, match="it is no regular file"), locked(lock, "x"):
+    with pytest.raises(OSError, match="it is not a regular file"), locked(lock, "x"):
         pass
     assert holder_of(tmp_path / "x.json") is None
     assert wanted.read_text() == "wanted"
@@ -145,13 +145,13 @@ def test_a_journal_that_is_none_is_named_and_not_the_file(tmp_path: Path, line: 
     path = tmp_path / "x.json"
     save_result(make_result(points=[make_point()]), path)
     journal_of(path).write_text(f"{line}\n")
-    with pytest.raises(ResultFileError, match=r"x\.json\.journal: holds no points of x\.json .*; move it away$"):
+    with pytest.raises(ResultFileError, match=r"x\.json\.journal: has no points of x\.json .*; move it away$"):
         load_result(path)
 
 
 def test_a_model_config_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read .*it is no regular file"):
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read .*it is not a regular file"):
         read_model_facts(str(tmp_path))
 
 
@@ -213,7 +213,7 @@ def test_an_analysis_replaces_nothing_but_files(tmp_path: Path, name: str, capsy
     os.mkfifo(out / name)
     assert analyze_results.main(["--input", str(tmp_path / "in"), "--no-plots", "--output-dir", str(out)]) == 2
     assert (out / name).is_fifo()
-    assert f"error: --output-dir {out}: cannot be written to: it is no regular file" in capsys.readouterr().err
+    assert f"error: --output-dir {out}: cannot be written to: it is not a regular file" in capsys.readouterr().err
 
 
 def test_a_file_is_written_beside_and_on_the_disk_before_it_takes_its_place(
@@ -247,7 +247,7 @@ def test_what_is_in_the_way_is_said_with_its_number_and_its_place(tmp_path: Path
                 place = Path(error.filename).name
                 told[place, check.__name__] = (type(error), error.errno, error.strerror)
     folder = (IsADirectoryError, errno.EISDIR, "Is a directory")
-    fifo = (OSError, errno.EINVAL, "it is no regular file")
+    fifo = (OSError, errno.EINVAL, "it is not a regular file")
     assert told == {
         ("folder", "check_regular"): folder,
         ("folder", "check_no_link"): folder,

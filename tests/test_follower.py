@@ -36,7 +36,7 @@ class World:
     def receive(self, _decoder: object, timeout_s: float | None = None) -> Any:
         # Between settings node 0 may be silent for as long as the line allows.
         if timeout_s is None:
-            self.log.append("waits for node 0")
+            self.log.append("waiting for node 0")
         else:
             self.now_s += timeout_s
         said = self._says.pop(0) if self._says else None
@@ -114,12 +114,12 @@ def test_it_does_its_part_of_each_setting_and_tells_how_that_ended(
     )
     assert serve(world, monkeypatch) == 0
     assert world.log == [
-        "waits for node 0", "waits for node 0", "waits for node 0",
+        "waiting for node 0", "waiting for node 0", "waiting for node 0",
         (("part", "tp_4_nodes_3", "29503", "2"), {}, True), Ended(3),
-        "waits for node 0", "waits for node 0", "closed",
+        "waiting for node 0", "waiting for node 0", "closed",
     ]  # fmt: skip
     assert capsys.readouterr().err.splitlines() == [
-        "[1/3] tp_1: this node is not needed, and waits",
+        "[1/3] tp_1: this node is not needed and waits",
         "[2/3] tp_4: this is node 2 of 3",
         "the results are on node 0",
     ]
@@ -145,7 +145,7 @@ def test_a_part_that_goes_on_after_the_setting_is_over_is_ended(monkeypatch: pyt
     monkeypatch.setattr(world, "send", lambda message: world.log.append(message) or world._says.append(Over(1, None)))
     assert serve(world, monkeypatch) == 1
     assert world.log[2:] == [
-        "ended at 15 s, with 20 s of patience", Ended(143), "waits for node 0", "closed",
+        "ended at 15 s, with 20 s of patience", Ended(143), "waiting for node 0", "closed",
     ]  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_where_node_0_is_gone_the_part_is_ended_and_it_is_named(
     world = World([error])
     with pytest.raises(NodesError, match=r"^node 0 \(a\) "):
         serve(world, monkeypatch)
-    assert world.log == ["waits for node 0", "closed"]
+    assert world.log == ["waiting for node 0", "closed"]
 
 
 def test_node_0_may_be_gone_when_the_part_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

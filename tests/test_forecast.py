@@ -396,10 +396,10 @@ def test_the_kv_cache_may_be_the_limit() -> None:
     ("prompts", "outputs", "expected"),
     [
         (200, 50, None),
-        (450, 50, "The mean prompt of the job has 450 tokens, that of the measured sample 200."),
-        (90, 50, "The mean prompt of the job has 90 tokens, that of the measured sample 200."),
-        (200, 101, "The mean output of the job has 101 tokens, that of the measured sample 50."),
-        (300, 26, "The job reads 2.9 times as many prompt tokens for an output token as the measured sample."),
+        (450, 50, "The mean prompt of the job has 450 tokens, and that of the measured sample 200."),
+        (90, 50, "The mean prompt of the job has 90 tokens, and that of the measured sample 200."),
+        (200, 101, "The mean output of the job has 101 tokens, and that of the measured sample 50."),
+        (300, 26, "The job reads 2.9 times as many prompt tokens per output token as the measured sample."),
         (200, None, None),
     ],
 )
@@ -414,13 +414,13 @@ def test_requests_longer_than_all_that_were_measured() -> None:
     prompts, outputs = np.full(1000, 200), np.full(1000, 50)
     prompts[3] = 700
     assert mix_outside([run], JobLengths(prompts, outputs)) == (
-        "The longest prompt of the job has 700 tokens, the longest measured 300."
+        "The longest prompt of the job has 700 tokens, and the longest measured 300."
     )
     prompts[3] = 400
     assert mix_outside([run], JobLengths(prompts, outputs)) is None
     outputs[::10] = 100
     assert mix_outside([run], JobLengths(prompts, outputs)) == (
-        "18% of the job's output tokens are in requests that are longer than the longest measured."
+        "18% of the job's output tokens are in requests longer than the longest measured."
     )
 
 

@@ -123,13 +123,13 @@ def test_one_that_goes_again_gives_its_place_to_the_next(
     assert isinstance(met, Met)
     assert met.names == ["node 0 (a)", "node 1 (b)"]
     assert lines.log == ["gone closed", ("b", Agreed(1, met.names))]
-    assert "gone has gone again\n" in capsys.readouterr().err
+    assert "gone has left again\n" in capsys.readouterr().err
 
 
 def test_a_number_beyond_the_last_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = Lines([node("x", 2), node("b", 1)])
     assert isinstance(gathered(lines, monkeypatch, nnodes=2), Met)
-    said = "node 2 (x) is none of 2, whose numbers go up to 1; see --nnodes and --node-rank"
+    said = "node 2 (x) is not one of 2, numbered up to 1; see --nnodes and --node-rank"
     assert lines.log[0] == ("x", Refused(said), said)
 
 
@@ -137,22 +137,22 @@ def test_a_number_beyond_the_last_is_refused_at_once(monkeypatch: pytest.MonkeyP
     ("own", "come", "asked", "said"),
     [
         (OWN, [], {}, "--master-addr h: no other node came to port 7 within 30 s; start the same command on the "
-         "others, or drop --master-addr for this node alone"),
+         "others, or drop --master-addr to use only this node"),
         (OWN, [], {"nnodes": 3}, "node 1, 2 of 3 did not come within 30 s; start the same command there"),
         (OWN, [node("b", 1)], {"nnodes": 4}, "node 2, 3 of 4 did not come within 30 s; start the same command there"),
         (OWN, [node("b", 3), node("c")], {}, "node 2 of 4 did not come within 30 s; start the same command there"),
         (OWN, [node("b", 1), node("c", 1)], {"nnodes": 3},
-         "b and c both are node 1; give each a --node-rank of its own"),
+         "b and c are both node 1; give each its own --node-rank"),
         (OWN, [node("b", 2), node("c", 1), node("d", 2)], {},
-         "b and d both are node 2; give each a --node-rank of its own"),
+         "b and d are both node 2; give each its own --node-rank"),
         (replace(OWN, vllm_version=None), [node("b")], {}, "node 0 (a) has no vLLM; run ./setup_env.sh there"),
         (OWN, [node("b"), node("c", vllm_version=None)], {}, "node 2 (c) has no vLLM; run ./setup_env.sh there"),
-        (OWN, [node("b"), node("c", vllm_version="1")], {}, "node 2 (c) has vLLM 1, node 0 (a) 0.32.0"),
-        (OWN, [node("b", kind="cpu")], {}, "node 1 (b) has cpu devices, node 0 (a) gpu devices"),
+        (OWN, [node("b"), node("c", vllm_version="1")], {}, "node 2 (c) has vLLM 1, but node 0 (a) has 0.32.0"),
+        (OWN, [node("b", kind="cpu")], {}, "node 1 (b) has cpu devices, but node 0 (a) has gpu devices"),
         # What does not fit is worse than who is missing.
-        (OWN, [node("b", kind="cpu")], {"nnodes": 3}, "node 1 (b) has cpu devices, node 0 (a) gpu devices"),
+        (OWN, [node("b", kind="cpu")], {"nnodes": 3}, "node 1 (b) has cpu devices, but node 0 (a) has gpu devices"),
         (OWN, [node("b", arguments={"--seed": "1"})], {},
-         "node 1 (b) has other arguments: --seed 1; node 0 (a): --seed 0"),
+         "node 1 (b) has different arguments: --seed 1; node 0 (a): --seed 0"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_to_all_in_the_same_words(
@@ -217,7 +217,7 @@ def test_node_0_is_who_was_told_so_or_owns_the_address_and_is_the_first(  # noqa
     assert meet(ASKED, replace(OWN, rank=rank)) == end
     opened = {"told": ("open_door", 7, "h"), "open_door": ("open_door", 7, "h"), "own": ("7 h", b"s")}
     assert log == ([opened[door]] if door else [])
-    waits = "node 0 (a) waits for the others on port 7; start the same command on each\n"
+    waits = "node 0 (a) is waiting for the others on port 7; start the same command on each\n"
     assert capsys.readouterr().err == (waits if door else "")
 
 
@@ -254,8 +254,8 @@ def test_a_name_that_is_none_is_not_owned() -> None:
 
 # --- the others -------------------------------------------------------------------------------------------------------
 
-ABOUT = "h is no address of this machine (a); if it leads here, give --node-rank 0 here"
-WAITS = "waits for node 0 at h, port 7"
+ABOUT = "h is not an address of this machine (a); if it leads here, give --node-rank 0 here"
+WAITS = "waiting for node 0 at h, port 7"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_another_node_says_where_it_calls_and_what_it_hears(  # noqa: PLR0913
     ("heard", "said"),
     [
         (Refused("no vLLM there"), "no vLLM there"),
-        (None, "--master-addr h: no word of node 0 within 40 s"),
+        (None, "--master-addr h: nothing from node 0 within 40 s"),
         (ConnectionResetError(), "--master-addr h: node 0 ended before all nodes had come"),
         (ValueError(), "--master-addr h: node 0 ended before all nodes had come"),
     ],
@@ -313,7 +313,7 @@ def test_late_ones_hear_who_began_and_when(monkeypatch: pytest.MonkeyPatch) -> N
     door: Any = lines
     monkeypatch.setattr(meeting, "time", lines)
     refuse_late(Met(0, ["node 0 (a)", "node 1 (b)"], door=door), 70.0)
-    late = [f"{host} came too late: node 0 (a), node 1 (b) began 30 s before" for host in "cd"]
+    late = [f"{host} came too late: node 0 (a), node 1 (b) began 30 s earlier" for host in "cd"]
     again = "; start the same command again when they are ready"
     assert lines.log == [(host, Refused(said + again), said) for host, said in zip("cd", late, strict=True)]
 

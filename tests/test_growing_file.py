@@ -138,7 +138,7 @@ def test_a_point_that_could_not_be_written_is_told_all_the_same(path: Path, monk
         with pytest.raises(ResultFileError) as caught:
             growing.add(make_point(4))
         assert str(caught.value) == (
-            f"{path}: cannot be written: No space left on device; free the disk or choose another path"
+            f"{path}: cannot be written: No space left on device; free disk space or choose another path"
         )
     assert [point["batch_size"] for point in json.loads(growing.told() or "")["points"]] == [1, 2, 4]
     growing.add(make_point(4))

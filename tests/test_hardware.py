@@ -490,7 +490,7 @@ def test_nvml_is_begun_before_it_is_asked_and_what_it_refuses_is_named(monkeypat
     with pytest.raises(ConfigError) as caught:
         GpuMonitor(Devices("gpu", ("0",)))
     assert str(caught.value) == (
-        f"{sys.executable} has no nvidia-ml-py, and vLLM's copy of it is not there: pip install nvidia-ml-py"
+        f"{sys.executable} has no nvidia-ml-py, and vLLM's copy of it is missing: pip install nvidia-ml-py"
     )
 
 

@@ -58,7 +58,7 @@ def asked(hub: Path) -> list[str]:
 def test_the_files_that_vllm_takes_are_fetched_once(fetch: Fetch, hub: Path) -> None:
     (hub / "SIZE").write_text(str(2**29))
     (line,) = fetch((), ("--block-size", "16"))
-    assert line == f"org/name: 1.0 GiB are fetched into {hub}/cache, once for all replicas and settings of this node"
+    assert line == f"org/name: downloading 1.0 GiB into {hub}/cache, once for all replicas and settings of this node"
     assert asked(hub) == [LOOK, FETCH]
     assert fetch() == []
     assert asked(hub) == [LOOK, FETCH, LOOK]
@@ -97,7 +97,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_fetched(fetch: Fet
     (hub / "SIZE").write_text(str(2**59))
     with pytest.raises(WorkFailedError) as error:
         fetch()
-    assert "--model org/name: 1073741824.0 GiB are to be fetched into" in str(error.value)
+    assert "--model org/name: 1073741824.0 GiB must be downloaded into" in str(error.value)
     assert f"{hub}/cache, where " in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     assert asked(hub) == [LOOK]
@@ -136,7 +136,7 @@ def test_the_launcher_fetches_before_the_first_of_several_settings(launcher: Lau
     done = launcher("tensor-parallel", *words)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in asked(hub)] == ["look", "fetch"]
-    assert "org/name: 0.0 GiB are fetched into" in done.stderr.splitlines()[0]
+    assert "org/name: downloading 0.0 GiB into" in done.stderr.splitlines()[0]
     assert launcher("tensor-parallel", *words, "--dry-run").returncode == 0
     assert len(asked(hub)) == 2
 
@@ -299,7 +299,7 @@ def test_a_fetch_is_looked_at_first_and_said(tmp_path: Path, monkeypatch: pytest
         ("measure.hub", "look", request, {**options, "timeout_s": 60.0}),
         ("measure.hub", "fetch", {**request, "files": ["a", "b"]}, {**options, "timeout_s": 604_800.0}),
     ]
-    assert said == [f"org/name: 3.0 GiB are fetched into {folder}, once for all replicas and settings of this node"]
+    assert said == [f"org/name: downloading 3.0 GiB into {folder}, once for all replicas and settings of this node"]
 
     def refused() -> str:
         with pytest.raises(WorkFailedError) as caught:
@@ -309,8 +309,8 @@ def test_a_fetch_is_looked_at_first_and_said(tmp_path: Path, monkeypatch: pytest
     free["of"] -= 1
     answers[:] = [{"missing_bytes": 3 * GIB, "folder": folder}]
     assert refused() == (
-        f"--model org/name: 3.0 GiB are to be fetched into {folder}, where 3.0 GiB are free; free the disk, or choose "
-        "another folder (HF_HOME, or vLLM's --download-dir)"
+        f"--model org/name: 3.0 GiB must be downloaded into {folder}, where 3.0 GiB are free; free disk space, or "
+        "choose another folder (HF_HOME, or vLLM's --download-dir)"
     )
     answers[:] = [{"missing_bytes": 1, "folder": folder}, {"problem": "GatedRepoError: no"}]
     assert refused() == f"--model org/name: GatedRepoError: no; {ADVICE['model_gated']}"
@@ -322,7 +322,7 @@ def test_a_fetch_is_looked_at_first_and_said(tmp_path: Path, monkeypatch: pytest
         answers[:] = [answer]
         fetch_models([ExperimentConfig(model="org/name")], said.append)
     assert said == [
-        f"note: the hub could not be asked for org/name ({problem}); vLLM tries it itself"
+        f"note: the hub could not be asked for org/name ({problem}); vLLM will try itself"
         for problem in ("no answer within 60 s", "GatedRepoError: no")
     ]
     answers[:] = [{"missing_bytes": 0, "folder": folder}]

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
+from batch_inference.core.queue_runs import LIVES
 from batch_inference.core.results import PointKey, workload_key
 from batch_inference.core.workload import Workload
 from batch_inference.measure import job as job_module
-from batch_inference.measure.job import FEWEST_REQUESTS, LIVES, JobFile
+from batch_inference.measure.job import FEWEST_REQUESTS, JobFile
 from batch_inference.measure.job_lengths import FEWEST_LIVES, JobLengths, read_job
 from batch_inference.measure.messages import Asked
 
@@ -85,7 +86,7 @@ def test_a_plateau_has_the_room_of_some_lives_between_its_ends() -> None:
     [
         (
             {"sample": 1001},
-            "--sample 1001: job.jsonl has 1000 requests; lower it, or drop it to run what is needed",
+            "--sample 1001: job.jsonl has 1000 requests; lower it, or drop it to run as many as are needed",
         ),
         (
             {"sample": 15, "batch_sizes": (1, 8, 4)},
@@ -288,8 +289,8 @@ def test_lengths_of_outputs_may_be_others_than_the_files(
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([one(1, 1), one(2), one(3)], "2 requests of 3 say no output length (first: request 2)"),
-        ([one(1, 1), one(2)], "1 request of 2 says no output length (first: request 2)"),
+        ([one(1, 1), one(2), one(3)], "2 requests of 3 have no output length (first: request 2)"),
+        ([one(1, 1), one(2)], "1 request of 2 has no output length (first: request 2)"),
     ],
 )
 def test_a_file_that_does_not_say_how_long_outputs_are_is_told_what_to_do(
@@ -306,8 +307,8 @@ def test_a_request_that_is_longer_than_asked_for_is_refused(tmp_path: Path) -> N
     with pytest.raises(ConfigError) as caught:
         read_job(replace(config, max_model_len=99), print)
     assert str(caught.value) == (
-        f"--prompts-file {config.prompts_file}: its longest request takes 100 tokens, over --max-model-len 99; raise "
-        "it or shorten the requests"
+        f"--prompts-file {config.prompts_file}: its longest request takes 100 tokens, more than --max-model-len 99; "
+        "raise it or shorten the requests"
     )
     for allowed in (100, -1, None):
         assert read_job(replace(config, max_model_len=allowed), print)[0].workload_longest == 100
@@ -315,7 +316,9 @@ def test_a_request_that_is_longer_than_asked_for_is_refused(tmp_path: Path) -> N
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     config = written(tmp_path, one(7, 5), {"prompt_tokens": 0}, one(3, 8))
-    with pytest.raises(ConfigError, match=r"job\.jsonl, line 2: its prompt_tokens '0' is no number of tokens from 1"):
+    with pytest.raises(
+        ConfigError, match=r"job\.jsonl, line 2: its prompt_tokens '0' is not a number of tokens from 1"
+    ):
         read_job(config, print)
     read, found = read_job(replace(config, skip_bad_lines=True), print)
     assert list(found.prompt_tokens) == [7, 3]

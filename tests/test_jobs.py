@@ -349,7 +349,7 @@ def test_a_file_of_another_job_needs_both_lengths(tmp_path: Path) -> None:
         lengths_in(bad)
     # The analysis has no flag by which lines are left out.
     bad.write_text('{"prompt_tokens": 0, "output_tokens": 4}\n')
-    with pytest.raises(UsageError, match=r"bad\.jsonl, line 1: .*; mend it, or leave it out$"):
+    with pytest.raises(UsageError, match=r"bad\.jsonl, line 1: .*; fix it, or leave it out$"):
         lengths_in(bad)
     with pytest.raises(UsageError, match=r"^--job .*none\.jsonl: it cannot be read"):
         lengths_in(tmp_path / "none.jsonl")

@@ -91,24 +91,24 @@ def test_a_line_of_words_gives_these_options_and_no_others(
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("s --nope=3", "--nope: unknown option; see --help, flags for the experiment script go after --"),
-        ("s --pack=3", "--pack: '3' was given, it takes no value"),
+        ("s --nope=3", "--nope: unknown option; see --help (flags for the experiment script go after --)"),
+        ("s --pack=3", "--pack: '3' was given, but it takes no value"),
         ("s --model", "--model: a value is needed"),
         ("s --model=", "--model: a value is needed"),
         ("s --model --pack", "--model: a value is needed"),
         ("s --settle-s -1 --master-addr h", "--settle-s: a value is needed"),
-        ("s --json", "--json: it is the form of a plan; add --dry-run"),
+        ("s --json", "--json: it works only with a plan; add --dry-run"),
         ("s --master-port 7", "--master-port: '7' was given without --master-addr HOST; add it"),
         ("s --node-rank 1", "--node-rank: '1' was given without --master-addr HOST; add it"),
         ("s --wait-for-nodes-s 7", "--wait-for-nodes-s: '7.0' was given without --master-addr HOST; add it"),
         ("s --settle-s 7", "--settle-s: '7.0' was given without --master-addr HOST; add it"),
         ("s --meeting-secret w", "--meeting-secret: '<meeting_secret>' was given without --master-addr HOST; add it"),
-        ("s --nnodes 2 --node-rank 2", "--node-rank: '2' was given, --nnodes 2 goes up to 1"),
-        ("s --nnodes 2 --pack", "--pack: it shares out the devices of one node, --nnodes '2' was given"),
-        ("s --master-addr h --pack", "--pack: it shares out the devices of one node, --master-addr 'h' was given"),
+        ("s --nnodes 2 --node-rank 2", "--node-rank: '2' was given, but --nnodes 2 allows 1 at most"),
+        ("s --nnodes 2 --pack", "--pack: it shares out one node's devices, but --nnodes '2' was given"),
+        ("s --master-addr h --pack", "--pack: it shares out one node's devices, but --master-addr 'h' was given"),
         (
             "s --master-addr h --nnodes 2 --pack",
-            "--pack: it shares out the devices of one node, --nnodes '2' was given",
+            "--pack: it shares out one node's devices, but --nnodes '2' was given",
         ),
     ],
 )
@@ -139,7 +139,10 @@ def test_slurm_numbers_the_nodes_where_the_user_does_not(
 
 
 def test_a_number_of_slurm_is_checked_like_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, said in (("x", "--node-rank: 'x' was given"), ("2", "--node-rank: '2' was given, --nnodes 2 goes")):
+    for number, said in (
+        ("x", "--node-rank: 'x' was given"),
+        ("2", "--node-rank: '2' was given, but --nnodes 2 allows"),
+    ):
         monkeypatch.setenv("SLURM_NODEID", number)
         with pytest.raises(ConfigError, match=f"^{said}"):
             parse_options(["s", "--nnodes", "2", "--master-addr", "h"])
@@ -182,8 +185,9 @@ def test_the_help_of_every_option_and_preset_is_as_it_is_shown() -> None:
     defaults = [part.partition(")")[0] for part in text.split("(default: ")[1:]]
     assert defaults == [
         "meta-llama/Llama-2-7b-chat-hf", "1,4,8,16", "512,1024,2048", "throughput", "experiment_results", "29500",
-        "as few of those that come as hold it",
-        "SLURM_NODEID; else 0 where HOST is an address of this machine, and the others as they come", "600", "15",
+        "as few of those that come as can hold it",
+        "SLURM_NODEID; otherwise 0 if HOST is an address of this machine, and the others in order of arrival",
+        "600", "15",
     ]  # fmt: skip
 
 
@@ -270,9 +274,9 @@ def test_the_flags_of_the_user_decide_for_the_plan_too() -> None:
 @pytest.mark.parametrize(
     ("of", "line", "said"),
     [
-        (DEMO, "--nnodes 2 --master-addr h", "--nnodes: '2' was given, quickstart is for one node"),
-        (DEMO, "--master-addr h", "--master-addr: 'h' was given, quickstart is for one node"),
-        (STUDY, "--nnodes 2", "--nnodes: '2' was given, --master-addr HOST is needed too"),
+        (DEMO, "--nnodes 2 --master-addr h", "--nnodes: '2' was given, but quickstart is for one node"),
+        (DEMO, "--master-addr h", "--master-addr: 'h' was given, but quickstart is for one node"),
+        (STUDY, "--nnodes 2", "--nnodes: '2' was given, but --master-addr HOST is needed too"),
         (STUDY, "--nnodes 2 --master-addr h", None),
         (STUDY, "--nnodes 1", None),
         (DEMO, "--nnodes 1 --master-addr h", None),
@@ -295,7 +299,7 @@ def test_ports_are_counted_for_several_nodes_only_and_the_number_of_this_node_is
     with pytest.raises(ConfigError) as caught:
         launch.jobs_of(settings, STUDY, parse_options(f"{ports} 2 --master-addr h".split()), HERE)
     assert str(caught.value) == (
-        "--master-port: '65532' was given, study takes two ports for each setting after it: at most 65531"
+        "--master-port: '65532' was given, but study takes two ports per setting after it: at most 65531"
     )
     jobs = launch.jobs_of(
         settings, STUDY, parse_options(["s", "--master-addr", "h", "--nnodes", "2", "--node-rank", "1"]), HERE
@@ -333,24 +337,24 @@ PLANS = {
 # tp_16          16       1         -         0.00234      1579866    20909 / 11616
 #
 # activations are not counted: in our runs on GPUs vLLM had 0.7 to 3.9 GiB (1 to
-#   7 %) less for the KV cache of a device (docs/plan_check.md)
-# TP=N/3 is left out: N/3 of 8 devices is no whole number
-# tp_16 cannot run: it needs 16 devices, there are 8 (gpu)
+#   7 %) less per device for the KV cache (docs/plan_check.md)
+# TP=N/3 is left out: N/3 of 8 devices is not a whole number
+# tp_16 cannot run: it needs 16 devices, but there are 8 (gpu)
 # dp_2 will not be compared with torchrun_tp_2: its replicas' batches add up to
 #   2, 16; add 4 to --batch-sizes
 # 3 s left
-# put in what is not written here: A, B
+# fill in what is not shown here: A, B
 py x/batch_inference_experiment.py --name tp_1
 py x/batch_inference_experiment.py --name dp_2
 py -m torch.distributed.run --nproc-per-node 2 --standalone x/batch_inference_experiment.py --name torchrun_tp_2
 py x/batch_inference_experiment.py --name tp_4_pp_2
 """,
     f"{TINY} --batch-sizes 2 --seq-lens 64 --master-addr h : TP=2,TP=4 DP=4,TP=4 PP=4,TP=32": """
-# models/tiny-llama on 8 gpu devices on each node, if all are like this one; as
-#   many nodes as a setting needs
+# models/tiny-llama on 8 gpu devices on each node, if all are like this one; a
+#   setting takes as many nodes as it needs
 # 1 point each: batch sizes 2 x lengths 64, 8 output tokens
-# over nodes: one replica by vLLM's own mp; more (DP) by torchrun, because
-#   vLLM's offline engine knows no replicas
+# over nodes: one replica by vLLM's own mp; several (DP) by torchrun, because
+#   vLLM's offline engine has no replicas
 # memory: by formula
 #
 # setting                     devices  replicas  by                 weights GiB  KV tokens  fit in one wave
@@ -360,13 +364,13 @@ py x/batch_inference_experiment.py --name tp_4_pp_2
 # tp_32_nodes_4               32       1         -                  0.00123      1507608    20938
 #
 # activations are not counted: in our runs on GPUs vLLM had 0.7 to 3.9 GiB (1 to
-#   7 %) less for the KV cache of a device (docs/plan_check.md)
+#   7 %) less per device for the KV cache (docs/plan_check.md)
 # tp_32_nodes_4 cannot run: --tensor-parallel-size 32 does not divide the
 #   model's 8 attention heads
 # torchrun_tp_4_dp_4_nodes_2 will not be compared with tp_4_pp_4_nodes_2: its
 #   replicas' batches add up to 8; add 8 to --batch-sizes
 # 3 s left
-# put in what is not written here: A, B
+# fill in what is not shown here: A, B
 py x/batch_inference_experiment.py --name tp_2
 py -m torch.distributed.run --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr h --master-port 29503 \
 x/batch_inference_experiment.py --name torchrun_tp_4_dp_4_nodes_2
@@ -381,30 +385,29 @@ py x/batch_inference_experiment.py --name tp_4_pp_4_nodes_2
 # tp_1       1        1         uni
 # tp_3_pp_3  9        1         -
 #
-# memory unknown: a hub name says nothing of the model's sizes from here
-# tp_3_pp_3 cannot run: it needs 9 devices, there are 8 (gpu)
-# put in what is not written here: A, B
+# memory unknown: a hub name says nothing about the model's sizes
+# tp_3_pp_3 cannot run: it needs 9 devices, but there are 8 (gpu)
+# fill in what is not shown here: A, B
 py x/batch_inference_experiment.py --name tp_1
 """,
     "--model who/knows --nnodes 2 --master-addr h --batch-sizes 2 --seq-lens 64 : TP=3,TP=2": """
 # who/knows on 8 gpu devices on each of 2 nodes
 # 1 point each: batch sizes 2 x lengths 64, 8 output tokens
-# over nodes: one replica by vLLM's own mp; more (DP) by torchrun, because
-#   vLLM's offline engine knows no replicas
+# over nodes: one replica by vLLM's own mp; several (DP) by torchrun, because
+#   vLLM's offline engine has no replicas
 #
 # setting       devices  replicas  by
 # tp_3_nodes_2  3        1         -
 # tp_2_nodes_2  2        1         mp, 2 nodes
 #
-# memory unknown: a hub name says nothing of the model's sizes from here
-# tp_3_nodes_2 cannot run: its 3 devices cannot be shared out evenly over 2
-#   nodes
+# memory unknown: a hub name says nothing about the model's sizes
+# tp_3_nodes_2 cannot run: its 3 devices cannot be divided evenly among 2 nodes
 # 3 s left
-# put in what is not written here: A, B
+# fill in what is not shown here: A, B
 py x/batch_inference_experiment.py --name tp_2_nodes_2
 """,
     "--nnodes 2 --master-addr h : TP=N/3": """
-# TP=N/3 is left out: N/3 of 16 devices is no whole number
+# TP=N/3 is left out: N/3 of 16 devices is not a whole number
 """,
 }
 
@@ -464,7 +467,7 @@ def worked(line: str) -> int:
     return launch.work(preset, options, HERE, ["table", "py", "x/", "study"], Processes())
 
 
-LEFT_OUT = "says note: TP=N/3 is left out: N/3 of {0} devices is no whole number"
+LEFT_OUT = "says note: TP=N/3 is left out: N/3 of {0} devices is not a whole number"
 UNCOMPARED = "says note: dp_2 will not be compared with tp_2: its replicas' batches add up to 2; add 2 to --batch-sizes"
 
 
@@ -493,7 +496,7 @@ def test_a_plan_does_nothing_else(log: list[Any], capsys: pytest.CaptureFixture[
     shown = json.loads(capsys.readouterr().out)
     nothing = {
         **dict.fromkeys(("weights_gib", "kv_cache_tokens", "requests_in_one_wave", "source")),
-        "unknown": ["memory unknown: a hub name says nothing of the model's sizes from here"],
+        "unknown": ["memory unknown: a hub name says nothing about the model's sizes"],
         **dict.fromkeys(("max_model_len", "activations_counted")),
     }
     assert shown == [
@@ -509,13 +512,15 @@ def test_what_the_nodes_cannot_hold_is_said_before_what_this_one_cannot() -> Non
     preset = Preset("study", "", settings=[["TP=4"], ["TP=16"]])
     jobs, _ = launch.plan_jobs(preset, options, HERE, Devices("gpu", ("0", "1")), NodeDevices([2, 2], None))
     assert [(one.job.name, one.reason) for one in jobs] == [
-        ("tp_4_nodes_2", None), ("tp_16", "it needs 16 devices, in equal parts on some of the nodes; they have 2, 2"),
+        ("tp_4_nodes_2", None),
+        ("tp_16", "it needs 16 devices, in equal parts on some of the nodes, but they have 2, 2"),
     ]  # fmt: skip
 
 
 SHARED = [["TP=N"], ["DP=N", "experts"], ["TP=2", "DP=N/2", "experts"]]
 ONE_NODE = (
-    "N is 2 in this plan, the devices of one node; it will be those of all nodes that come, and --nnodes says how many"
+    "N is 2 in this plan, the devices of one node; in a run it counts all nodes that come, and --nnodes sets their "
+    "number"
 )
 
 
@@ -548,8 +553,14 @@ def test_n_is_the_devices_of_all_nodes(
     [
         (["--help"], None, 0, "usage: ", ""),
         ([], None, 2, "", "usage: "),
-        (["nope"], None, 2, "", "error: 'nope' is no preset; choose one of: study custom\n"),
-        (["study", "--nnodes", "2"], None, 2, "", "error: --nnodes: '2' was given, --master-addr HOST is needed too\n"),
+        (["nope"], None, 2, "", "error: 'nope' is not a preset; choose one of: study custom\n"),
+        (
+            ["study", "--nnodes", "2"],
+            None,
+            2,
+            "",
+            "error: --nnodes: '2' was given, but --master-addr HOST is needed too\n",
+        ),
         (["study"], ConfigError("wrong"), 2, "", "error: wrong\n"),
         (["study"], WorkFailedError("failed"), 1, "", "error: failed\n"),
         (["study"], None, 6, "", ""),
@@ -865,7 +876,7 @@ def one_planned(line: str = "", setting: Setting = Setting(1, 1, 1), **changes: 
 def test_uneven_shares_are_the_first_reason() -> None:
     one = one_planned("--master-addr h", Setting(9, 1, 1, nodes=2))
     (found,) = overview.planned([one.job], Devices("gpu", ("0",)), print)
-    assert found.reason == "its 9 devices cannot be shared out evenly over 2 nodes"
+    assert found.reason == "its 9 devices cannot be divided evenly among 2 nodes"
 
 
 def test_weights_that_do_not_fit_are_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -881,7 +892,7 @@ def test_weights_that_do_not_fit_are_an_obstacle(monkeypatch: pytest.MonkeyPatch
         "4.5 GiB of weights do not fit into 4.5 GiB of a device (its memory x --gpu-memory-utilization); raise "
         "--tensor-parallel-size or --pipeline-parallel-size",
         None,
-        "it needs 16 devices, there are 8 (gpu)",
+        "it needs 16 devices, but there are 8 (gpu)",
     ]
 
 
@@ -968,7 +979,7 @@ def test_what_is_hidden_in_commands_is_named_where_they_are_shown(monkeypatch: p
     jobs = [one_planned(words=(name,)) for name in "abc"]
     jobs[1] = replace(jobs[1], reason="no devices")
     lines = plan(jobs, [], "", EIGHT)
-    assert "# put in what is not written here: <a>, <both>, <c>" in lines
+    assert "# fill in what is not shown here: <a>, <both>, <c>" in lines
     assert lines[-2:] == ["a", "c"]
 
 

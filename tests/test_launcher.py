@@ -195,7 +195,7 @@ def test_torchrun_skips_what_cannot_be_shared_out_over_the_nodes(launcher: Launc
     nodes = ("--nnodes", "4", "--node-rank", "0", "--master-addr", "head")
     done = launcher("torchrun-tensor-parallel", *nodes, "--dry-run")
     assert [words[words.index("--nproc-per-node") + 1] for words in commands_of(done)] == ["1", "2"]
-    said = "torchrun_tp_2_nodes_4 cannot run: its 2 devices cannot be shared out evenly over 4 nodes"
+    said = "torchrun_tp_2_nodes_4 cannot run: its 2 devices cannot be divided evenly among 4 nodes"
     assert said in " ".join(done.stdout.replace("#", "").split())
 
 
@@ -218,8 +218,8 @@ def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(l
     ports = [int(words[words.index("--master-port") + 1]) for words in commands.values()]
     assert all(later - earlier >= 2 for earlier, later in itertools.pairwise(sorted(ports)))
     plan = " ".join(done.stdout.replace("#", "").split())
-    assert "one replica by vLLM's own mp; more (DP) by torchrun" in plan
-    assert "tp_1_nodes_2 cannot run: its 1 device cannot be shared out evenly over 2 nodes" in plan
+    assert "one replica by vLLM's own mp; several (DP) by torchrun" in plan
+    assert "tp_1_nodes_2 cannot run: its 1 device cannot be divided evenly among 2 nodes" in plan
 
 
 def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launcher) -> None:
@@ -251,7 +251,7 @@ def test_a_plan_for_another_machine_counts_its_devices_and_prints_commands_witho
     elsewhere = launcher(*words, "--devices", "4", DEVICES="0")
     assert elsewhere.returncode == 0, elsewhere.stderr
     assert f"# {model} on 4 gpu devices" in elsewhere.stdout
-    assert "# tp_8 cannot run: it needs 8 devices, there are 4 (gpu)" in elsewhere.stdout
+    assert "# tp_8 cannot run: it needs 8 devices, but there are 4 (gpu)" in elsewhere.stdout
     assert [config_of(words).name for words in commands_of(elsewhere)] == ["tp_1", "tp_2", "tp_4"]
     for planned in commands_of(elsewhere):
         assert not {"--devices", "--device-memory-gib", "--dry-run"} & set(planned)
@@ -287,13 +287,13 @@ def test_a_plan_for_scripts_is_a_list_with_an_object_for_each_setting(launcher: 
     assert (first["name"], first["devices"], first["replicas"], first["obstacle"]) == ("tp_1", 1, 1, None)
     assert (round(first["weights_gib"], 2), first["kv_cache_tokens"], first["source"]) == (12.55, 105360, "formula")
     assert first["requests_in_one_wave"] == {"512": 164, "1024": 91}
-    assert last["obstacle"] == "it needs 8 devices, there are 4 (gpu)"
+    assert last["obstacle"] == "it needs 8 devices, but there are 4 (gpu)"
     # Unknown is null: the memory of the devices; of a hub model also the weights.
     first = json.loads(launcher(*words, "--model", model).stdout)[0]
     assert (first["kv_cache_tokens"], first["requests_in_one_wave"], first["source"]) == (None, None, "formula")
     first = json.loads(launcher(*words, "--model", "org/name").stdout)[0]
     assert (first["weights_gib"], first["source"]) == (None, None)
-    assert first["unknown"] == ["memory unknown: a hub name says nothing of the model's sizes from here"]
+    assert first["unknown"] == ["memory unknown: a hub name says nothing about the model's sizes"]
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_a_setting_that_needs_more_devices_is_skipped_and_no_failure(launcher: L
     done = launcher("tensor-parallel", DEVICES="2")
     assert done.returncode == 0
     assert launcher.names() == ["tp_1", "tp_2"]
-    assert "tp_4 skipped: it needs 4 devices, there are 2" in done.stderr
+    assert "tp_4 skipped: it needs 4 devices, but there are 2" in done.stderr
 
 
 def test_nothing_that_could_run_is_exit_1(launcher: Launcher) -> None:
@@ -533,7 +533,7 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("nope",), "'nope' is no preset"),
+        (("nope",), "'nope' is not a preset"),
         (("tensor-parallel", "extra"), "'extra' is one word too many"),
         (("custom",), "at least one of TP=N"),
         (("custom", "TP=0"), "custom TP: '0' was given"),
@@ -541,11 +541,11 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("custom", "TP=two"), "custom TP: 'two' was given"),
         (("custom", "XX=2"), "'XX=2' was given"),
         (("custom", "TP=1", "TP=2"), "TP is given twice"),
-        (("quickstart", "--devices", "8"), "--devices 8: it is for a plan; add --dry-run"),
+        (("quickstart", "--devices", "8"), "--devices 8: it is only for a plan; add --dry-run"),
         (("quickstart", "--devices", "0", "--dry-run"), "--devices: '0' was given"),
         (("quickstart", "--dry-run", "--", "--devices", "8"), "--devices: give it once and before --"),
-        (("quickstart", "--", "--devices", "8"), "--devices 8: it is for a plan; add --dry-run"),
-        (("quickstart", "--json"), "--json: it is the form of a plan; add --dry-run"),
+        (("quickstart", "--", "--devices", "8"), "--devices 8: it is only for a plan; add --dry-run"),
+        (("quickstart", "--json"), "--json: it works only with a plan; add --dry-run"),
         (("quickstart", "--modle", "x"), "--modle: unknown option"),
         (("quickstart", "-x"), "-x: unknown option"),
         (("quickstart", "--model"), "--model: a value is needed"),
@@ -556,27 +556,27 @@ def test_a_stopped_launcher_starts_no_further_setting_and_leaves_no_process(
         (("torchrun-tensor-parallel", "--node-rank", "1"), "--node-rank: '1' was given without --master-addr HOST"),
         (
             ("tensor-parallel", "--settle-s", "0"),
-            "--settle-s: '0' was given, a number above 0 and up to 1000000 is needed",
+            "--settle-s: '0' was given; a number above 0 and up to 1000000 is needed",
         ),
         (("tensor-parallel", "--master-port", "1"), "--master-port: '1' was given without --master-addr HOST"),
         (
             ("tensor-parallel", "--meeting-secret", "s3"),
             "--meeting-secret: '<meeting_secret>' was given without --master-addr HOST",
         ),
-        (("quickstart", "--master-addr", "h"), "--master-addr: 'h' was given, quickstart is for one node"),
-        (("tensor-parallel", "--pack", "--master-addr", "h"), "one node, --master-addr 'h' was given"),
+        (("quickstart", "--master-addr", "h"), "--master-addr: 'h' was given, but quickstart is for one node"),
+        (("tensor-parallel", "--pack", "--master-addr", "h"), "--master-addr 'h' was given"),
         (("torchrun-tensor-parallel", "--nnodes", "2", "--node-rank", "2"), "--node-rank: '2' was given"),
         (("tensor-parallel", "--nnodes", "2"), "--master-addr HOST is needed too"),
         (("quickstart", "--nnodes", "2"), "quickstart is for one node"),
         (
             ("tensor-parallel", "--nnodes", "2", "--master-addr", "h", "--master-port", "65529"),
-            "'65529' was given, tensor",
+            "'65529' was given, but tensor",
         ),
         (
             ("tensor-parallel", "--pack", "--", "--distributed-executor-backend", "ray"),
             "shares out the devices of this",
         ),
-        (("tensor-parallel", "--pack", "--nnodes", "2"), "--pack: it shares out the devices of one node"),
+        (("tensor-parallel", "--pack", "--nnodes", "2"), "--pack: it shares out one node's devices"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_2(launcher: Launcher, words: tuple[str, ...], said: str) -> None:

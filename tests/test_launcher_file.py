@@ -89,7 +89,7 @@ def test_a_setting_may_have_sizes_of_the_machine_a_suffix_and_flags_of_its_own(l
 def test_a_setting_without_a_size_on_this_machine_is_left_out_with_a_line(launcher: Launcher) -> None:
     with_preset(launcher, "setting TP=N/4 suffix=ep", "setting TP=1")
     plan, done = launcher("mine", "--dry-run", DEVICES="6"), launcher("mine", DEVICES="6")
-    said = "TP=N/4 suffix=ep is left out: N/4 of 6 devices is no whole number"
+    said = "TP=N/4 suffix=ep is left out: N/4 of 6 devices is not a whole number"
     assert (plan.returncode, plan.stderr) == (0, "")
     assert said in " ".join(plan.stdout.replace("#", "").split())
     assert f"note: {said}" in done.stderr.splitlines()
@@ -117,14 +117,14 @@ def test_where_every_setting_is_left_out_none_can_run(launcher: Launcher) -> Non
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["setting TP=two"], "preset mine: 'setting TP=two': 'TP=two' is none of TP=N"),
+        (["setting TP=two"], "preset mine: 'setting TP=two': 'TP=two' is neither a flag nor TP=N"),
         (["setting TP=2 TP=4"], "preset mine: 'setting TP=2 TP=4': TP is given twice"),
         (["setting TP=2", "setting TP=2 --seed 1"], "preset mine: two settings are named tp_2; give one a suffix=WORD"),
-        (["made_by magic"], "preset mine: 'made_by magic': known are custom"),
-        (["echo 'what is this'"], "preset mine: 'what is this' is no line of a preset"),
+        (["made_by magic"], "preset mine: 'made_by magic': it is one of custom"),
+        (["echo 'what is this'"], "preset mine: 'what is this' is not a line of a preset"),
         (["setting TP=2 --max-tokens none"], "--max-tokens: 'none' was given"),
-        (["setting TP=N/0"], "preset mine: 'setting TP=N/0': TP=N/0 is no size"),
-        (["false"], "preset mine: this fails: false"),
+        (["setting TP=N/0"], "preset mine: 'setting TP=N/0': TP=N/0 is not a size"),
+        (["false"], "preset mine: this command fails: false"),
     ],
 )
 def test_a_slip_in_a_preset_is_named(launcher: Launcher, lines: list[str], said: str) -> None:
@@ -178,7 +178,7 @@ def test_any_word_of_a_preset_reaches_the_script(launcher: Launcher) -> None:
 def test_more_nodes_than_a_setting_has_devices_skip_it(launcher: Launcher) -> None:
     done = launcher("tensor-parallel", "--nnodes", "4", "--master-addr", "h", "--dry-run")
     assert [config_of(words).name for words in commands_of(done)] == ["tp_4_nodes_4", "tp_8_nodes_4"]
-    assert "tp_2_nodes_4 cannot run: its 2 devices cannot be shared out evenly over 4 nodes" in " ".join(
+    assert "tp_2_nodes_4 cannot run: its 2 devices cannot be divided evenly among 4 nodes" in " ".join(
         done.stdout.replace("#", "").split()
     )
 
@@ -369,7 +369,11 @@ def test_the_presets_of_the_file_are_these() -> None:
         ("pipeline-parallel", "PP=1, 2, 4", pipeline),
         ("mixed-parallel", four, mixed),
         ("data-parallel", "DP=1, 2, 4", data),
-        ("scaling-study", "all of the above, TP2_DP2, TP4_DP2, TP2_DP4", tensor + pipeline + mixed + data + replicas),
+        (
+            "scaling-study",
+            "all of the above, plus TP2_DP2, TP4_DP2, TP2_DP4",
+            tensor + pipeline + mixed + data + replicas,
+        ),
         ("torchrun-tensor-parallel", "TP=2, 4, 8 under torchrun", [[*words, "torchrun"] for words in tensor[1:]]),
         ("torchrun-mixed-parallel", f"{four} under torchrun", [[*words, "torchrun"] for words in mixed]),
         (
@@ -377,9 +381,9 @@ def test_the_presets_of_the_file_are_these() -> None:
             "TP=N, with whole experts TP=N, DP=N, TP=2 DP=N/2",
             [["TP=N"], ["TP=N", "experts"], ["DP=N", "experts"], ["TP=2", "DP=N/2", "experts"]],
         ),
-        ("custom", "one setting: TP=x PP=y DP=z, any of them; experts", []),
-        ("best", "searches the best setting of all devices", []),
-        ("quickstart", "a first try: a tiny model at TP=1, 2, analysed", [["TP=1"], ["TP=2"]]),
+        ("custom", "one setting: any of TP=x PP=y DP=z, and experts", []),
+        ("best", "searches for the best setting on all devices", []),
+        ("quickstart", "a first try: a tiny model at TP=1, 2, with analysis", [["TP=1"], ["TP=2"]]),
     ]
     special = [(one.name, one.made_by, one.is_demo, one.flags) for one in presets.values() if one.flags or one.made_by]
     flags = (

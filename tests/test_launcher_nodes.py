@@ -55,7 +55,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         nodes.append(Node(tmp_path / name, (*words, *meeting), variables))
         if len(nodes) == 1:  # the first to listen is node 0
             assert nodes[0].process.stderr is not None
-            assert "waits for the others" in nodes[0].process.stderr.readline()
+            assert "is waiting for the others" in nodes[0].process.stderr.readline()
         return nodes[-1]
 
     yield start_node
@@ -74,7 +74,7 @@ def test_the_same_line_on_each_measures_everything_that_the_nodes_hold(start: St
     by_mp = ["tp_8_nodes_2", "tp_4_pp_2_nodes_2", "tp_2_pp_4_nodes_2"]
     by_torchrun = ["torchrun_tp_4_dp_2_nodes_2", "torchrun_tp_2_dp_4_nodes_2"]
     assert set(second.launcher.names()) == {*by_mp, *by_torchrun}
-    assert "[1/15] tp_1: this node is not needed, and waits" in ends[1][1]
+    assert "[1/15] tp_1: this node is not needed and waits" in ends[1][1]
     assert "[4/15] tp_8_nodes_2: this is node 1 of 2" in ends[1][1]
     # Every node has its number, and they agree on the ports, none of which is that of the meeting.
     ports = set()
@@ -96,7 +96,7 @@ def test_with_nnodes_every_setting_is_on_all_nodes_and_torchrun_knows_the_networ
         for call in node.launcher.calls():
             assert call[call.index("--node-rank") + 1] == str(rank)
         assert node.networks == ["lo", "lo"]
-    assert "torchrun_tp_8_nodes_2 skipped: it needs 4 devices on each of 2 nodes, they have 2, 2" in ends[0][1]
+    assert "torchrun_tp_8_nodes_2 skipped: it needs 4 devices on each of 2 nodes, but they have 2, 2" in ends[0][1]
 
 
 def test_other_arguments_end_all_at_once_and_are_named(start: Start) -> None:
@@ -105,7 +105,7 @@ def test_other_arguments_end_all_at_once_and_are_named(start: Start) -> None:
     for code, errors in (first.end(), second.end()):
         assert code == 1
         assert "error: node 1 (" in errors
-        assert "has other arguments: --model y, --batch-sizes 2; node 0 (" in errors
+        assert "has different arguments: --model y, --batch-sizes 2; node 0 (" in errors
         assert errors.count("error: ") == 1
     assert first.launcher.calls() == second.launcher.calls() == []
 
@@ -140,7 +140,7 @@ def test_a_part_that_fails_fails_its_setting_and_the_next_is_begun(start: Start)
     (code, errors), (other, _) = first.end(), second.end()
     assert (code, other) == (1, 1)
     assert "error: torchrun_tp_4_nodes_2: the part of node 1 (" in errors
-    assert "ended with exit code 2; what it printed says why" in errors
+    assert "ended with exit code 2; its output says why" in errors
     assert "failed: torchrun_tp_4_nodes_2\n" in errors
     assert second.launcher.names()[-1] == "torchrun_tp_8_nodes_2"
 
@@ -151,7 +151,7 @@ def test_what_is_wrong_for_the_first_setting_ends_the_preset_on_every_node(start
     assert first.end()[0] == 2
     code, errors = second.end()
     assert code == 2
-    assert "nothing can be measured with these arguments; what it printed says why" in errors
+    assert "nothing can be measured with these arguments; its output says why" in errors
     assert first.launcher.names() == second.launcher.names() == ["torchrun_tp_2_nodes_2"]
 
 
@@ -166,5 +166,5 @@ def test_after_a_node_is_gone_nothing_more_is_begun(start: Start) -> None:
     code, errors = first.end()
     assert code == 1
     assert "error: torchrun_tp_4_nodes_2: node 1 (" in errors
-    assert "; the preset ends, not begun: torchrun_tp_8_nodes_2\n" in errors
+    assert "; the preset ends; not started: torchrun_tp_8_nodes_2\n" in errors
     assert "done: torchrun_tp_2_nodes_2   skipped: none   failed: torchrun_tp_4_nodes_2\n" in errors

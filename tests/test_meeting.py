@@ -57,7 +57,9 @@ def arrivals() -> Iterator[Callable[..., None]]:
 
     def wait_for(count: int, *calls: Future[Any]) -> None:
         deadline_s = time.monotonic() + 20
-        while sum(there in line for line in said for there in (" waits for the others ", " has come, with ")) < count:
+        while (
+            sum(there in line for line in said for there in (" is waiting for the others ", " has come, with ")) < count
+        ):
             if any(call.done() for call in calls):
                 return
             assert time.monotonic() < deadline_s, said
@@ -181,7 +183,7 @@ def test_another_node_calls_for_as_long_and_then_waits_for_a_word(monkeypatch: p
 
     monkeypatch.setattr(meeting, "time", clock)
     monkeypatch.setattr(meeting, "call", answer)
-    with pytest.raises(NodesError, match=r"^--master-addr 192\.0\.2\.1: no word of node 0 within 610 s$"):
+    with pytest.raises(NodesError, match=r"^--master-addr 192\.0\.2\.1: nothing from node 0 within 610 s$"):
         meeting.attend(asked, OWN, is_owned=False)
     assert told == {"calls until": 600, "waits_s": 610}
 
@@ -190,7 +192,7 @@ def test_a_node_that_stays_alone_says_so(port: int) -> None:
     (said,) = meeting_of(options(port, wait_s=0.3), OWN)
     assert said == (
         f"--master-addr 127.0.0.1: no other node came to port {port} within 0.3 s; start the same command on the "
-        "others, or drop --master-addr for this node alone"
+        "others, or drop --master-addr to use only this node"
     )
 
 
@@ -203,7 +205,7 @@ def test_a_node_that_does_not_come_is_named_to_those_that_did(port: int) -> None
 
 
 def test_two_nodes_of_one_number_are_named(port: int) -> None:
-    said = "b and c both are node 1; give each a --node-rank of its own"
+    said = "b and c are both node 1; give each its own --node-rank"
     told = replace(OWN, rank=1, host="b")
     assert meeting_of(options(port, nnodes=3), OWN, told, replace(told, host="c")) == [said] * 3
 
@@ -211,11 +213,11 @@ def test_two_nodes_of_one_number_are_named(port: int) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"arguments": {"--seed": "1", "settings": "TP=1"}}, "has other arguments: --seed 1; node 0 (a): --seed 0"),
-        ({"arguments": {"--seed": "0"}}, "has other arguments: settings not at all; node 0 (a): settings TP=1"),
-        ({"vllm_version": "0.26.0"}, "has vLLM 0.26.0, node 0 (a) 0.32.0"),
+        ({"arguments": {"--seed": "1", "settings": "TP=1"}}, "has different arguments: --seed 1; node 0 (a): --seed 0"),
+        ({"arguments": {"--seed": "0"}}, "has different arguments: settings not at all; node 0 (a): settings TP=1"),
+        ({"vllm_version": "0.26.0"}, "has vLLM 0.26.0, but node 0 (a) has 0.32.0"),
         ({"vllm_version": None}, "has no vLLM; run ./setup_env.sh there"),
-        ({"kind": "cpu"}, "has cpu devices, node 0 (a) gpu devices"),
+        ({"kind": "cpu"}, "has cpu devices, but node 0 (a) has gpu devices"),
     ],
 )
 def test_every_node_hears_what_does_not_fit(port: int, change: dict[str, Any], said: str) -> None:
@@ -236,13 +238,13 @@ def test_where_nobody_owns_the_address_each_is_told_of_node_rank_0(
         raise ConnectionRefusedError(111, "Connection refused")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    about = "192.0.2.1 is no address of this machine (a); if it leads here, give --node-rank 0 here"
+    about = "192.0.2.1 is not an address of this machine (a); if it leads here, give --node-rank 0 here"
     assert meeting_of(options(port, "192.0.2.1", wait_s=0.3), OWN) == [
         f"--master-addr 192.0.2.1: nothing answers on port {port} (Connection refused); start the same command there; "
         f"{about}"
     ]
     # Not after ten minutes only.
-    assert capsys.readouterr().err == f"waits for node 0 at 192.0.2.1, port {port}: {about}\n"
+    assert capsys.readouterr().err == f"waiting for node 0 at 192.0.2.1, port {port}: {about}\n"
 
 
 def test_node_rank_0_listens_though_it_does_not_own_the_address(port: int) -> None:
@@ -279,7 +281,7 @@ def test_something_else_that_listens_is_said(port: int) -> None:
         threading.Thread(target=greet).start()
         (said,) = meeting_of(options(port, wait_s=0.3), OWN)
     assert isinstance(said, str)
-    assert said.startswith(f"--master-port {port}: something else listens there on 127.0.0.1")
+    assert said.startswith(f"--master-port {port}: another program listens there on 127.0.0.1")
 
 
 @pytest.mark.slow
@@ -315,7 +317,7 @@ def test_one_that_is_started_again_takes_its_own_place(port: int) -> None:
 def test_a_number_beyond_nnodes_is_refused_and_the_others_meet(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     asked, wrong = options(port, nnodes=2), replace(OWN, rank=7, host="x")
     first, refused, other = meeting_of(asked, OWN, wrong, replace(OWN, host="b"))
-    said = "node 7 (x) is none of 2, whose numbers go up to 1; see --nnodes and --node-rank"
+    said = "node 7 (x) is not one of 2, numbered up to 1; see --nnodes and --node-rank"
     assert refused == said
     assert isinstance(first, Met)
     assert isinstance(other, Met)
@@ -337,7 +339,7 @@ def test_who_comes_late_is_told_so_by_name(port: int, capsys: pytest.CaptureFixt
             time.sleep(0.05)
         assert met.door is not None
         met.door.close()
-    said = r"c came too late: node 0 \(a\), node 1 \(b\) began \d+ s before"
+    said = r"c came too late: node 0 \(a\), node 1 \(b\) began \d+ s earlier"
     assert re.fullmatch(f"{said}; start the same command again when they are ready", str(late.result()))
     assert re.search(f"note: {said}\n", capsys.readouterr().err)
 
@@ -416,7 +418,7 @@ def test_a_number_that_is_given_is_taken(asked: str, monkeypatch: pytest.MonkeyP
     else:
         words += [asked, "3"]
     assert parse_options(words).node_rank == 3
-    with pytest.raises(ConfigError, match="--nnodes 2 goes up to 1"):
+    with pytest.raises(ConfigError, match="--nnodes 2 allows 1 at most"):
         parse_options([*words, "--nnodes", "2"])
 
 

@@ -292,7 +292,7 @@ def test_the_blocks_of_a_hybrid_model_follow_from_its_layers(fake_vllm: FakeVLLM
 def test_a_model_that_generates_no_text_is_refused(fake_vllm: FakeVLLM) -> None:
     fake_vllm.runner = "pooling"
     assert answer(question()) == {
-        "longest": 4096, "refusal": "it generates no text (vLLM's runner for it is pooling)",
+        "longest": 4096, "refusal": "it does not generate text (vLLM's runner for it is pooling)",
     }  # fmt: skip
 
 
@@ -371,9 +371,9 @@ def test_parameters_go_to_the_device_with_what_they_carry() -> None:
     ("words", "changes", "reason"),
     [
         (("--quantization", "fp8"), {}, "weights are quantized while they load"),
-        (("--cpu-offload-gb", "1"), {}, "a part of the weights goes to main memory"),
+        (("--cpu-offload-gb", "1"), {}, "part of the weights goes to main memory"),
         (("--load-format", "bitsandbytes"), {}, "--load-format bitsandbytes may change the weights"),
-        ((), {"model_quantization": "gguf"}, "vLLM knows the sizes in a GGUF file when it loads it"),
+        ((), {"model_quantization": "gguf"}, "vLLM learns the sizes in a GGUF file only when it loads it"),
         (("--no-such",), {}, "unrecognized arguments: --no-such"),
     ],
 )

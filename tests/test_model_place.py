@@ -119,7 +119,7 @@ def test_the_part_for_the_language_model_is_changed_by_its_name(tmp_path: Path) 
 def test_what_cannot_be_followed_is_unknown_and_not_refused(tmp_path: Path, words: tuple[str, ...]) -> None:
     config = setting(tmp_path, *words)
     assert facts_of(config) is None
-    assert "memory unknown: vLLM alone knows what --hf-overrides makes of this model" in printed(config)
+    assert "memory unknown: only vLLM knows what --hf-overrides makes of this model" in printed(config)
     assert "verdict can run" in printed(config)
 
 
@@ -147,12 +147,12 @@ def test_parts_are_read_as_vllm_reads_them() -> None:
         ("s3://my-bucket/models/llama", "an object store", False),
         ("gs://b/m", "an object store", False),
         ("az://b/m/n/o", "an object store", False),
-        ("org/repo/file-Q4.gguf", "a hub name says nothing of the model's sizes from here", False),
+        ("org/repo/file-Q4.gguf", "a hub name says nothing about the model's sizes", False),
         ("org/repo:Q4_K_M", "a hub name", False),
         ("org/name", "a hub name", True),
         ("gpt2", "a hub name", True),
-        ("kept/other", "a hub name says nothing of the model's sizes from here (the folder kept here has none", True),
-        ("kept/m.gguf", "a model of one file", False),
+        ("kept/other", "a hub name says nothing about the model's sizes (the folder kept here has none", True),
+        ("kept/m.gguf", "a model in a single file", False),
     ],
 )
 def test_what_lies_elsewhere_is_vllms_to_judge(
@@ -180,7 +180,7 @@ def test_a_file_is_the_same_model_however_it_is_called_from_here(
 def test_a_folder_in_mistrals_format_is_vllms_to_judge(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text('{"dim": 256}')
     for words in ((), ("--config-format", "mistral"), ("--config_format=mistral",)):
-        assert "vLLM alone reads" in (why_unread(ExperimentConfig(model=str(tmp_path), engine_args=words)) or "")
+        assert "only vLLM reads" in (why_unread(ExperimentConfig(model=str(tmp_path), engine_args=words)) or "")
     with pytest.raises(ConfigError, match=r"it has no config\.json"):
         facts_of(ExperimentConfig(model=str(tmp_path), engine_args=("--config-format", "hf")))
     # With both, the flag decides which of them vLLM reads.
@@ -233,7 +233,7 @@ def test_weights_outside_the_device_are_not_counted_as_if_they_were_inside(tmp_p
 def test_with_a_length_that_vllm_finds_out_nothing_is_refused(tmp_path: Path) -> None:
     config = setting(tmp_path, max_model_len=-1, seq_lens=(512,))
     assert infeasible(config, facts_of(config), GPU) is None
-    assert "GiB weights" in printed(config)
+    assert "GiB of weights" in printed(config)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

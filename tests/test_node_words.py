@@ -24,13 +24,13 @@ def node(number: int = 1, **changes: Any) -> Introduction:
     ("others", "said"),
     [
         ((node(1), node(2)), None),
-        ((node(1, devices=1),), "node 1 (host-1) has 1 device, 2 are needed on each"),
-        ((node(1), node(2, devices=0)), "node 2 (host-2) has 0 devices, 2 are needed on each"),
+        ((node(1, devices=1),), "node 1 (host-1) has 1 device, but 2 are needed on each"),
+        ((node(1), node(2, devices=0)), "node 2 (host-2) has 0 devices, but 2 are needed on each"),
         ((node(1, devices=3), node(2, vllm_version=None)), "node 2 (host-2) has no vLLM; run ./setup_env.sh there"),
-        ((node(1), node(2, vllm_version="0.26.0")), "node 2 (host-2) has vLLM 0.26.0, node 0 (host-0) 0.32.0"),
+        ((node(1), node(2, vllm_version="0.26.0")), "node 2 (host-2) has vLLM 0.26.0, but node 0 (host-0) has 0.32.0"),
         (
             (node(1, arguments={"--seed": "7"}), node(2, devices=0)),
-            "node 1 (host-1) has other arguments: --seed 7; node 0 (host-0): --seed 0",
+            "node 1 (host-1) has different arguments: --seed 7; node 0 (host-0): --seed 0",
         ),
     ],
 )
@@ -39,7 +39,7 @@ def test_the_first_node_that_does_not_fit_is_named(others: tuple[Introduction, .
 
 
 def test_node_0_is_looked_at_too() -> None:
-    assert disagreement(node(0, devices=1), [node(1)]) == "node 0 (host-0) has 1 device, 2 are needed on each"
+    assert disagreement(node(0, devices=1), [node(1)]) == "node 0 (host-0) has 1 device, but 2 are needed on each"
 
 
 def test_of_many_arguments_that_differ_four_are_shown() -> None:
@@ -60,7 +60,7 @@ def test_of_many_arguments_that_differ_four_are_shown() -> None:
         ((1, 2, 3), None),
         ((1, 3), "node 2 of 4 did not come within 60 s; start the same command there"),
         ((2,), f"node {nodes.listed([1, 3])} of 4 did not come within 60 s; start the same command there"),
-        ((1, 2, 2, 3), "host-2 and host-2 both are node 2; give each a --node-rank of its own"),
+        ((1, 2, 2, 3), "host-2 and host-2 are both node 2; give each its own --node-rank"),
     ],
 )
 def test_every_number_is_there_once(numbers: tuple[int, ...], problem: str | None) -> None:
@@ -68,12 +68,10 @@ def test_every_number_is_there_once(numbers: tuple[int, ...], problem: str | Non
 
 
 def test_other_words_of_nodes_are_pinned() -> None:
-    assert nodes.twice("a", "b", 3) == "a and b both are node 3; give each a --node-rank of its own"
+    assert nodes.twice("a", "b", 3) == "a and b are both node 3; give each its own --node-rank"
     assert nodes.ended_early("head") == "--master-addr head: node 0 ended before all nodes had come"
-    assert nodes.gone("node 2") == "node 2 is gone; what it printed says why"
-    assert nodes.beyond(4, "h", 4) == (
-        "node 4 (h) is none of 4, whose numbers go up to 3; see --nnodes and --node-rank"
-    )
+    assert nodes.gone("node 2") == "node 2 is gone; its output says why"
+    assert nodes.beyond(4, "h", 4) == ("node 4 (h) is not one of 4, numbered up to 3; see --nnodes and --node-rank")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_engines_use_the_network_that_joins_the_nodes(
 
 def test_the_first_node_that_is_gone_is_named() -> None:
     lines = {1: line("a"), 2: line("a", spoken=True), 3: line("a", spoken=True)}
-    assert Nodes(lines).lost() == "node 2 is gone; what it printed says why"
+    assert Nodes(lines).lost() == "node 2 is gone; its output says why"
     assert Nodes({1: line("a")}).lost() is None
 
 
@@ -145,9 +143,9 @@ def test_the_first_node_that_is_gone_is_named() -> None:
     [
         (None, False),
         (nodes.Dismissal(failed=False), True),
-        (nodes.Dismissal(failed=True), "the setting failed; what node 0 printed says why"),
-        (OSError(), "node 0 is gone; what it printed says why"),
-        (ValueError(), "node 0 is gone; what it printed says why"),
+        (nodes.Dismissal(failed=True), "the setting failed; the output of node 0 says why"),
+        (OSError(), "node 0 is gone; its output says why"),
+        (ValueError(), "node 0 is gone; its output says why"),
     ],
 )
 def test_a_node_is_dismissed_by_node_0_or_told_why_not(dismissal: Any, end: bool | str) -> None:

@@ -80,7 +80,7 @@ def test_an_engine_that_does_not_start_fails_on_both(start: Callable[..., Node])
     (code_1, error_1), (code_0, error_0) = ends_of(start(1), start(0, STUB_FAIL="load"))
     assert (code_0, code_1) == (1, 1)
     assert "ValueError: the planted reason" in error_0
-    assert error_1 == "error: the setting failed; what node 0 printed says why\n"
+    assert error_1 == "error: the setting failed; the output of node 0 says why\n"
 
 
 def test_a_node_whose_workers_fail_says_why_and_node_0_ends(start: Callable[..., Node], tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_node_whose_workers_fail_says_why_and_node_0_ends(start: Callable[...,
     assert (code_0, code_1) == (1, 1)
     assert "RuntimeError: no workers on this node" in error_1
     document = json.loads((tmp_path / "node_0" / "x.json").read_text())
-    assert document["points"][0]["reason"] == "node 1 is gone; what it printed says why"
+    assert document["points"][0]["reason"] == "node 1 is gone; its output says why"
     assert "node 1 is gone" in error_0
 
 
@@ -101,7 +101,7 @@ def test_node_0_that_ends_ends_the_others_and_their_workers(
     node_0.send_signal(how)
     ((code, error),) = ends_of(node_1)
     assert code == 1
-    assert error == "error: node 0 is gone; what it printed says why\n"
+    assert error == "error: node 0 is gone; its output says why\n"
     assert processes_of(tmp_path / "node_1") == []
 
 

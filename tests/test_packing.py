@@ -123,7 +123,7 @@ def test_one_whose_output_has_no_place_has_failed_and_the_others_go_on(
     (tmp_path / "taken").touch()
     jobs = [job(tmp_path / "taken", "bad"), job(tmp_path, "good", tp=4)]
     assert {one.name: code for one, code in Packing(jobs, FOUR, Processes()).run()} == {"bad": 1, "good": 0}
-    assert f"error: {tmp_path}/taken/bad_results.txt: what bad prints cannot be written" in capsys.readouterr().err
+    assert f"error: {tmp_path}/taken/bad_results.txt: bad's output cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -124,10 +124,10 @@ def test_kv_bytes_count_keys_and_values_of_this_devices_heads_and_layers(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tensor_parallel_size": 16}, "is 16 devices, this machine has 8 GPUs"),
+        ({"tensor_parallel_size": 16}, "is 16 devices, but this machine has 8 GPUs"),
         ({"tensor_parallel_size": 5}, "--tensor-parallel-size 5 does not divide the model's 32 attention heads"),
-        ({"max_model_len": 5000}, "--max-model-len 5000 is over the model's 4096"),
-        ({"seq_lens": (4000,)}, "--seq-lens 4000 plus --max-tokens 128 is 4128, over the model's 4096"),
+        ({"max_model_len": 5000}, "--max-model-len 5000 is more than the model's 4096"),
+        ({"seq_lens": (4000,)}, "--seq-lens 4000 plus --max-tokens 128 is 4128, more than the model's 4096"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_loads(tmp_path: Path, changes: dict[str, object], said: str) -> None:
@@ -195,7 +195,7 @@ def test_what_is_no_size_is_not_known(tmp_path: Path, size: object) -> None:
 def test_a_hub_name_is_no_error_and_its_memory_is_unknown() -> None:
     assert read_model_facts("meta-llama/Llama-2-7b-chat-hf") is None
     lines = setting_plan(ExperimentConfig(), None, EIGHT_GPUS)
-    assert "memory    unknown: a hub name says nothing of the model's sizes from here" in lines
+    assert "memory    unknown: a hub name says nothing about the model's sizes" in lines
     assert lines[-1] == "verdict   can run"
 
 
@@ -237,7 +237,7 @@ def test_the_plan_fits_80_columns_and_estimates_the_memory(tmp_path: Path) -> No
     config = ExperimentConfig(model="m/n", batch_sizes=tuple(range(1, 40)), engine_args=("--hf-token", "hush"))
     lines = setting_plan(config, facts(tmp_path), EIGHT_GPUS)
     assert max(map(len, lines)) <= 80
-    assert any("12.6 GiB weights" in line for line in lines)
+    assert any("12.6 GiB of weights" in line for line in lines)
     assert "hush" not in "".join(lines)
     assert lines[-1] == "verdict   can run"
 
@@ -272,7 +272,9 @@ def test_the_plan_takes_vllms_own_word_for_the_size_of_the_cache(tmp_path: Path)
     # 128 blocks of 16 tokens, of which vLLM holds one back; a request takes 32
     for words in (("--kv-cache-memory-bytes", str(2**30)), (f"--kv_cache_memory_bytes={2**30}",)):
         config = ExperimentConfig(seq_lens=(384,), engine_args=words)
-        assert "1 GiB are there for it; requests that fit in one wave: 3 of length 384" in plan(config, facts(tmp_path))
+        assert "1 GiB are available for it; requests that fit in one wave: 3 of length 384" in plan(
+            config, facts(tmp_path)
+        )
 
 
 def test_the_plan_counts_a_byte_for_each_key_and_value_of_an_fp8_cache(tmp_path: Path) -> None:
@@ -286,21 +288,21 @@ def test_the_plan_counts_a_byte_for_each_key_and_value_of_an_fp8_cache(tmp_path:
 def test_the_memory_of_a_quantized_model_is_unknown(tmp_path: Path) -> None:
     quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
     read = facts(tmp_path, **quantized)
-    assert "unknown: quantized (awq), and no weights lie in the folder" in plan(ExperimentConfig(), read, 80.0)
+    assert "unknown: quantized (awq), and its folder holds no weights" in plan(ExperimentConfig(), read, 80.0)
     inner = facts(tmp_path, text_config={**LLAMA_2_7B, **quantized})
     assert inner.quantization is not None
     assert inner.quantization.method == "awq"
     for words in (("--quantization", "fp8"), ("-q", "fp8"), ("--quantization=fp8",)):
         said = plan(ExperimentConfig(engine_args=words), facts(tmp_path), 80.0)
-        assert "weights unknown: --quantization 'fp8' changes them" in said
+        assert "weights unknown: --quantization 'fp8' changes the sizes of weights" in said
     said = plan(ExperimentConfig(engine_args=("--kv-cache-dtype", "nvfp4")), facts(tmp_path), 80.0)
-    assert "about 12.6 GiB weights per device (by formula); KV cache unknown: the formulas do not know" in said
+    assert "about 12.6 GiB of weights per device (by formula); KV cache unknown: the formulas do not know" in said
 
 
 def test_the_plan_says_that_the_weights_do_not_fit(tmp_path: Path) -> None:
     assert (
-        "memory about 12.6 GiB weights per device (by formula) verdict cannot run: 12.6 GiB of weights do not fit into "
-        "9.6 GiB of a device (its memory x --gpu-memory-utilization); raise --tensor-parallel-size or "
+        "memory about 12.6 GiB of weights per device (by formula) verdict cannot run: 12.6 GiB of weights do not fit "
+        "into 9.6 GiB of a device (its memory x --gpu-memory-utilization); raise --tensor-parallel-size or "
         "--pipeline-parallel-size"
     ) in plan(ExperimentConfig(), facts(tmp_path), 12.0)
     # With a size of its own for the KV cache vLLM looks at no share.
@@ -445,10 +447,10 @@ def test_of_several_nodes_each_needs_its_share_of_the_devices(tmp_path: Path) ->
     config = ExperimentConfig(tensor_parallel_size=8, nnodes=2)
     assert infeasible(config, read, four) is None
     assert infeasible(config, read, Devices("gpu", tuple("012"))) == (
-        "TP x PP x DP is 8 devices, 4 on each node, this machine has 3 GPUs; "
+        "TP x PP x DP is 8 devices, 4 on each node, but this machine has 3 GPUs; "
         "lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
     )
-    assert "TP x PP x DP is 8 devices, this machine has 4 GPUs" in (
+    assert "TP x PP x DP is 8 devices, but this machine has 4 GPUs" in (
         infeasible(dataclasses.replace(config, nnodes=1), read, four) or ""
     )
     replicas = ExperimentConfig(data_parallel_size=4)
@@ -585,10 +587,14 @@ def test_a_cache_of_so_many_bytes_is_taken_at_its_word(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine_args", "changes", "said"),
     [
-        (("--quantization", "fp8"), {}, "weights unknown: --quantization 'fp8' changes them"),
-        (("-q", "fp8"), {}, "weights unknown: --quantization 'fp8' changes them"),
-        (("--load-format", "bitsandbytes"), {}, "weights unknown: --load-format 'bitsandbytes' may change them"),
-        (("--load_format=gguf",), {}, "weights unknown: --load-format 'gguf' may change them"),
+        (("--quantization", "fp8"), {}, "weights unknown: --quantization 'fp8' changes the sizes of weights"),
+        (("-q", "fp8"), {}, "weights unknown: --quantization 'fp8' changes the sizes of weights"),
+        (
+            ("--load-format", "bitsandbytes"),
+            {},
+            "weights unknown: --load-format 'bitsandbytes' may change the sizes of weights",
+        ),
+        (("--load_format=gguf",), {}, "weights unknown: --load-format 'gguf' may change the sizes of weights"),
         (("--kv-cache-dtype", "turbo4"), {}, "KV cache unknown: the formulas do not know --kv-cache-dtype 'turbo4'"),
         (("--speculative-config", "{}"), {}, "memory unknown: the formulas do not know what --speculative-config"),
         ((), {"quantization_config": {}}, "weights unknown: quantized (in a way that it does not name)"),
@@ -596,14 +602,26 @@ def test_a_cache_of_so_many_bytes_is_taken_at_its_word(tmp_path: Path) -> None:
         ((), {"compression_config": {"quant_method": "compressed-tensors"}}, "weights unknown: quantized (compressed-"),
         ((), {"quantization_config": {"quant_method": "mxfp4"}}, "weights unknown: quantized (mxfp4): its sizes in"),
         ((), {"num_local_experts": 8}, "memory unknown: the formulas know LlamaForCausalLM only without experts"),
-        ((), {"architectures": ["MambaForCausalLM"]}, "memory unknown: MambaForCausalLM is none of the architectures"),
-        ((), {"architectures": None}, "memory unknown: a model that names none is none of the architectures"),
+        (
+            (),
+            {"architectures": ["MambaForCausalLM"]},
+            "memory unknown: the formulas do not know the architecture MambaForCausalLM",
+        ),
+        ((), {"architectures": None}, "memory unknown: the formulas do not know the architecture of a model"),
         ((), {"torch_dtype": "float64"}, "memory unknown: the formulas do not know the type 'float64'"),
         ((), {"sliding_window": 4096}, "KV cache unknown: not every layer of LlamaForCausalLM keeps all tokens"),
         ((), {"layer_types": ["full_attention", "sliding_attention"]}, "KV cache unknown: not every layer"),
         ((), {"kv_lora_rank": 512}, "KV cache unknown: not every layer"),
-        ((), {"vision_config": {"depth": 32}}, "memory unknown: the formulas know LlamaForCausalLM only where it has"),
-        ((), {"audio_config": {"depth": 32}}, "memory unknown: the formulas know LlamaForCausalLM only where it has"),
+        (
+            (),
+            {"vision_config": {"depth": 32}},
+            "memory unknown: the formulas know LlamaForCausalLM only as a model for text",
+        ),
+        (
+            (),
+            {"audio_config": {"depth": 32}},
+            "memory unknown: the formulas know LlamaForCausalLM only as a model for text",
+        ),
     ],
 )
 def test_what_the_formulas_do_not_know_is_unknown_and_says_why(
@@ -623,8 +641,8 @@ def test_an_older_modelopt_checkpoint_says_beside_its_config_that_it_is_quantize
     beside.write_text(json.dumps({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}))
     found = planned(tmp_path)
     assert found.unknown == (
-        "weights unknown: quantized (modelopt), and no weights lie in the folder",
-        "KV cache unknown: its checkpoint says a type for keys and values",
+        "weights unknown: quantized (modelopt), and its folder holds no weights",
+        "KV cache unknown: its checkpoint sets a type for keys and values",
     )
     for broken in ("{", "[]", '"x"', "0"):
         beside.write_text(broken)
@@ -634,14 +652,14 @@ def test_an_older_modelopt_checkpoint_says_beside_its_config_that_it_is_quantize
 def test_a_partition_of_the_users_own_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "10,22")
     assert planned(tmp_path, pp=2).unknown == (
-        "memory unknown: VLLM_PP_LAYER_PARTITION says how layers are shared out",
+        "memory unknown: VLLM_PP_LAYER_PARTITION decides how layers are divided",
     )
     assert planned(tmp_path).unknown == ()
 
 
 def test_stages_without_a_layer_have_no_plan(tmp_path: Path) -> None:
     assert planned(tmp_path, pp=2, num_hidden_layers=1).unknown == (
-        "memory unknown: 2 stages are more than its layers",
+        "memory unknown: it has fewer layers than 2 stages",
     )
 
 
@@ -714,7 +732,7 @@ def test_experts_are_split_or_shared_out(
 def test_the_cache_of_the_largest_point_is_that_of_its_batch_and_its_longest_request(tmp_path: Path) -> None:
     config = ExperimentConfig(batch_sizes=(4, 16, 1), seq_lens=(2048, 512), max_tokens=128)
     # 16 requests of 2176 tokens, at 512 KiB each
-    assert "17 GiB KV cache per device for the largest point in one wave" in plan(config, facts(tmp_path))
+    assert "17 GiB of KV cache per device for the largest point in one wave" in plan(config, facts(tmp_path))
 
 
 def test_the_plan_says_in_a_line_that_activations_are_not_counted(tmp_path: Path) -> None:
@@ -730,7 +748,7 @@ def test_the_plan_says_in_a_line_that_activations_are_not_counted(tmp_path: Path
 def test_weights_that_fill_the_share_exactly_leave_nothing() -> None:
     found = Needs(weights_gib=8.0, source="formula", kv_gib=1.0, pool_gib=0.0)
     assert "into 8 GiB of a device" in (memory_against(found) or "")
-    assert _memory_words(ExperimentConfig(), found) == "about 8 GiB weights per device (by formula)"
+    assert _memory_words(ExperimentConfig(), found) == "about 8 GiB of weights per device (by formula)"
     assert memory_against(dataclasses.replace(found, pool_gib=0.001)) is None
 
 

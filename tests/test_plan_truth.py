@@ -79,10 +79,10 @@ def test_what_vllm_refuses_cannot_run_and_nothing_else(model: str) -> None:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("deepseek-v3.2", "memory unknown: DeepseekV32ForCausalLM is none of the architectures that the formulas know"),
-        ("nemotron-super-49b", "memory unknown: DeciLMForCausalLM is none of the architectures"),
-        ("llama-3.1-8b-awq", "weights unknown: quantized (awq), and no weights lie in the folder"),
-        ("gpt-oss-120b", "weights unknown: quantized (mxfp4): its sizes in vLLM are others than in its files"),
+        ("deepseek-v3.2", "memory unknown: the formulas do not know the architecture DeepseekV32ForCausalLM"),
+        ("nemotron-super-49b", "memory unknown: the formulas do not know the architecture DeciLMForCausalLM"),
+        ("llama-3.1-8b-awq", "weights unknown: quantized (awq), and its folder holds no weights"),
+        ("gpt-oss-120b", "weights unknown: quantized (mxfp4): its sizes in vLLM differ from those in its files"),
         (
             "mistral-7b-v0.1",
             "KV cache unknown: not every layer of MistralForCausalLM keeps all tokens (sliding_window)",

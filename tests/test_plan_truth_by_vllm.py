@@ -106,6 +106,6 @@ def test_what_only_this_machine_cannot_build_is_unknown_and_sizes_are_never_gues
     assert len(reasons) == 5
     assert all(answer and answer.refusal is None and answer.weights_gib is None for answer in answers)
     assert reasons[0]
-    assert reasons[1:3] == ["weights are quantized while they load", "a part of the weights goes to main memory"]
+    assert reasons[1:3] == ["weights are quantized while they load", "part of the weights goes to main memory"]
     assert "unrecognized arguments: --no-such-flag" in reasons[3]
     assert reasons[4] == "--load-format bitsandbytes may change the weights"

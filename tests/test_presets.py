@@ -45,12 +45,12 @@ def test_a_size_that_is_no_whole_number_here_is_left_out_and_said() -> None:
     found, left_out = names(3, "TP=N", "TP=N/2", "TP=2 DP=N/2", "DP=N/4")
     assert found == ["tp_3"]
     assert left_out == [
-        "TP=N/2 is left out: N/2 of 3 devices is no whole number",
-        "TP=2 DP=N/2 is left out: N/2 of 3 devices is no whole number",
-        "DP=N/4 is left out: N/4 of 3 devices is no whole number",
+        "TP=N/2 is left out: N/2 of 3 devices is not a whole number",
+        "TP=2 DP=N/2 is left out: N/2 of 3 devices is not a whole number",
+        "DP=N/4 is left out: N/4 of 3 devices is not a whole number",
     ]
     assert names(0, "TP=1", "TP=N") == (
-        ["tp_1"], ["TP=N is left out: N of 0 devices is no whole number"],
+        ["tp_1"], ["TP=N is left out: N of 0 devices is not a whole number"],
     )  # fmt: skip
 
 
@@ -72,14 +72,18 @@ def test_repeats_are_dropped_and_two_settings_of_one_name_refused() -> None:
 # --- experts in parallel ------------------------------------------------------------------------------------------
 
 PARALLEL = ("TP=N", "TP=N experts", "DP=N experts", "TP=2 DP=N/2 experts")  # the preset expert-parallel
-TOO_FEW = "experts are shared out over TP x DP devices, and that is 1"
+TOO_FEW = "experts are divided among TP x DP devices, which is 1"
 
 
 @pytest.mark.parametrize(
     ("devices", "found", "left_out"),
     [
         (8, ["tp_8", "tp_8_ep", "dp_8_ep", "tp_2_dp_4_ep"], []),
-        (3, ["tp_3", "tp_3_ep", "dp_3_ep"], ["TP=2 DP=N/2 experts is left out: N/2 of 3 devices is no whole number"]),
+        (
+            3,
+            ["tp_3", "tp_3_ep", "dp_3_ep"],
+            ["TP=2 DP=N/2 experts is left out: N/2 of 3 devices is not a whole number"],
+        ),
         # TP=2 with one replica is TP=N here.
         (2, ["tp_2", "tp_2_ep", "dp_2_ep"], []),
         (
@@ -88,7 +92,7 @@ TOO_FEW = "experts are shared out over TP x DP devices, and that is 1"
             [
                 f"TP=N experts is left out: {TOO_FEW}",
                 f"DP=N experts is left out: {TOO_FEW}",
-                "TP=2 DP=N/2 experts is left out: N/2 of 1 device is no whole number",
+                "TP=2 DP=N/2 experts is left out: N/2 of 1 device is not a whole number",
             ],
         ),
     ],
@@ -186,7 +190,9 @@ def test_every_setting_over_nodes_has_two_ports_of_its_own() -> None:
     assert [one.port for one in jobs_of(settings, STUDY, options, HERE)] == [1001, 1003, 1005]
     last = [*["study", "--model", TINY, "--nnodes", "2", "--master-addr", "a", "--master-port"]]
     assert jobs_of(settings, STUDY, parse_options([*last, "65529"]), HERE)[-1].port == 65534
-    with pytest.raises(ConfigError, match=r"--master-port: '65530' was given, study takes two ports .* at most 65529"):
+    with pytest.raises(
+        ConfigError, match=r"--master-port: '65530' was given, but study takes two ports .* at most 65529"
+    ):
         jobs_of(settings, STUDY, parse_options([*last, "65530"]), HERE)
 
 
@@ -223,10 +229,10 @@ FOUR = Devices("gpu", tuple("0123"))
     ("sizes", "nnodes", "reason"),
     [
         ((4, 1, 1), 1, None),
-        ((8, 1, 1), 1, "it needs 8 devices, there are 4 (gpu)"),
+        ((8, 1, 1), 1, "it needs 8 devices, but there are 4 (gpu)"),
         ((4, 1, 2), 2, None),
-        ((4, 1, 4), 2, "it needs 16 devices, there are 8 (gpu)"),
-        ((1, 1, 3), 2, "its 3 devices cannot be shared out evenly over 2 nodes"),
+        ((4, 1, 4), 2, "it needs 16 devices, but there are 8 (gpu)"),
+        ((1, 1, 3), 2, "its 3 devices cannot be divided evenly among 2 nodes"),
     ],
 )
 def test_a_setting_that_has_no_devices_is_known_before(
@@ -266,12 +272,12 @@ def test_nothing_measured_has_no_time_left(tmp_path: Any) -> None:
         (["experts", "TP=2", "experts"], "custom: experts is given twice"),
         (["experts"], "at least one of TP=N, PP=N, DP=N is needed"),
         (["experts=2", "TP=2"], "'experts=2' was given"),
-        (["XP=2"], "'XP=2' was given, TP=N, PP=N, DP=N or experts is needed"),
+        (["XP=2"], "'XP=2' was given, but TP=N, PP=N, DP=N or experts is needed"),
         (["TP"], "'TP' was given"),
         (["TP=2", "TP=4"], "custom: TP is given twice"),
-        (["TP=0"], "custom TP: '0' was given, a whole number of at least 1 is needed"),
+        (["TP=0"], "custom TP: '0' was given; a whole number of at least 1 is needed"),
         (["TP=N"], "custom TP: 'N' was given"),
-        (["TP=9999999999"], "at most 1048576 is possible"),
+        (["TP=9999999999"], "at most 1048576 is allowed"),
         ([], "at least one of TP=N, PP=N, DP=N is needed"),
     ],
 )
@@ -360,11 +366,11 @@ def test_the_plan_says_who_starts_the_workers() -> None:
     [
         ("TP=2 PP=1 TP=4", "'setting TP=2 PP=1 TP=4': TP is given twice"),
         ("torchrun torchrun", "'setting torchrun torchrun': torchrun is given twice"),
-        ("TP=0", "'setting TP=0': TP=0 is no size"),
-        ("TP=1 DP=N/0", "'setting TP=1 DP=N/0': DP=N/0 is no size"),
+        ("TP=0", "'setting TP=0': TP=0 is not a size"),
+        ("TP=1 DP=N/0", "'setting TP=1 DP=N/0': DP=N/0 is not a size"),
         (
             "TP=1 XP=2",
-            "'setting TP=1 XP=2': 'XP=2' is none of TP=N, PP=N, DP=N, experts, torchrun, suffix=WORD, and no flag",
+            "'setting TP=1 XP=2': 'XP=2' is neither a flag nor TP=N, PP=N, DP=N, experts, torchrun, suffix=WORD",
         ),
     ],
 )
@@ -376,8 +382,8 @@ def test_a_slip_in_a_setting_is_said_in_these_words(line: str, said: str) -> Non
 
 def test_a_slip_in_the_table_or_in_the_users_words_is_said_in_these_words() -> None:
     for words, said in (
-        ("nothing\x1fx\x1f", "preset a: 'nothing x' is no line of a preset"),
-        ("made_by\x1fx\x1f", "preset a: 'made_by x': known are custom"),
+        ("nothing\x1fx\x1f", "preset a: 'nothing x' is not a line of a preset"),
+        ("made_by\x1fx\x1f", "preset a: 'made_by x': it is one of custom"),
     ):
         with pytest.raises(ConfigError) as caught:
             read_table(f"preset\x1fa\x1fb\x1f\x1e{words}\x1e")
@@ -386,10 +392,10 @@ def test_a_slip_in_the_table_or_in_the_users_words_is_said_in_these_words() -> N
         preset("TP=1").words_of_settings(["first", "second"])
     assert str(caught.value) == "'first' is one word too many after the preset study"
     for given, said in (
-        (["TP=x"], "custom TP: 'x' was given, a whole number of at least 1 is needed"),
-        (["TP=1", "PP"], "custom: 'PP' was given, TP=N, PP=N, DP=N or experts is needed"),
-        (["TP=1", "=3"], "custom: '=3' was given, TP=N, PP=N, DP=N or experts is needed"),
-        (["DP"], "custom: 'DP' was given, TP=N, PP=N, DP=N or experts is needed"),
+        (["TP=x"], "custom TP: 'x' was given; a whole number of at least 1 is needed"),
+        (["TP=1", "PP"], "custom: 'PP' was given, but TP=N, PP=N, DP=N or experts is needed"),
+        (["TP=1", "=3"], "custom: '=3' was given, but TP=N, PP=N, DP=N or experts is needed"),
+        (["DP"], "custom: 'DP' was given, but TP=N, PP=N, DP=N or experts is needed"),
     ):
         with pytest.raises(ConfigError) as caught:
             Preset("custom", "", made_by="custom").words_of_settings(given)
@@ -398,7 +404,7 @@ def test_a_slip_in_the_table_or_in_the_users_words_is_said_in_these_words() -> N
     assert find_preset(two, "study") is STUDY
     with pytest.raises(ConfigError) as caught:
         find_preset(two, "stud")
-    assert str(caught.value) == "'stud' is no preset; choose one of: study a-first"
+    assert str(caught.value) == "'stud' is not a preset; choose one of: study a-first"
 
 
 def test_every_part_of_a_setting_is_read() -> None:

@@ -56,7 +56,7 @@ def test_without_requests_there_is_no_run() -> None:
     nothing, one = np.array([], dtype=np.int64), np.array([1.0])
     with pytest.raises(ValueError, match="at least one request"):
         QueueRun(nothing, nothing, nothing, nothing, nothing, 1)
-    with pytest.raises(ValueError, match="as many entries"):
+    with pytest.raises(ValueError, match="arrays of equal length"):
         QueueRun(np.array([1]), np.array([1, 2]), one, one, one, 1)
 
 

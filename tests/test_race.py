@@ -128,7 +128,7 @@ def test_one_replica_is_loaded_then_all_of_them_and_nothing_else_can_win() -> No
     assert best.layout == DP4
     bound = one.bound(TP4)
     assert bound.most == 25500
-    assert str(bound) == "the devices of DP=4, and the same work divided further"
+    assert str(bound) == "the same devices as DP=4, with the same work divided further"
     bound = race(HIGH, TP4, known=[one.found[TP1]]).bound(TP4)
     assert bound.most == pytest.approx(4 * 6400 * 1.01)
     assert str(bound) == "4 times the devices of TP=1, so at most 4 times its work, at any batch size"
@@ -218,8 +218,8 @@ def test_for_the_shortest_time_stages_and_replicas_are_left() -> None:
         order.append(load.layout)
     # TP=4 is faster than two devices can be.
     assert order == [TP1, TP4]
-    assert "passes all stages" in str(one.bound(Layout(pp=4)))
-    assert "passes all stages" in str(one.bound(Layout(tp=2, pp=2)))
+    assert "passes through all stages" in str(one.bound(Layout(pp=4)))
+    assert "passes through all stages" in str(one.bound(Layout(tp=2, pp=2)))
     assert "replicas" in str(one.bound(DP4))
     assert one.bound(Layout(tp=2, dp=2)).most == pytest.approx(2 / 1.12, rel=0.01)
 

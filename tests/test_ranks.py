@@ -71,8 +71,8 @@ def test_ranks_that_say_the_same_join() -> None:
     ("abouts", "said"),
     [
         ((SAME, SAME, None), "rank 2 of 3 did not join within 60 s"),
-        ((SAME, {**SAME, "vLLM": "0.26.0"}, SAME), "rank 1 on node-1 has vLLM 0.26.0, rank 0 has 0.32.0"),
-        ((SAME, SAME, {**SAME, "arguments": "xyz"}), "rank 2 on node-2 has arguments xyz, rank 0 has abc"),
+        ((SAME, {**SAME, "vLLM": "0.26.0"}, SAME), "rank 1 on node-1 has vLLM 0.26.0, but rank 0 has 0.32.0"),
+        ((SAME, SAME, {**SAME, "arguments": "xyz"}), "rank 2 on node-2 has arguments xyz, but rank 0 has abc"),
     ],
 )
 def test_a_rank_that_is_missing_or_unlike_is_named(abouts: Any, said: str) -> None:
@@ -131,7 +131,7 @@ def test_the_place_of_a_rank_is_torchruns_word() -> None:
     ("backend", "place", "said"),
     [
         ("external_launcher", Place(0, 4, 0, 4), None),
-        ("external_launcher", Place(0, 8, 0, 4), "torchrun started 8 processes, TP x PP x DP is 4"),
+        ("external_launcher", Place(0, 8, 0, 4), "torchrun started 8 processes, but TP x PP x DP is 4"),
         ("external_launcher", None, "start it with torchrun --nproc-per-node 4"),
         ("mp", Place(0, 4, 0, 4), "torchrun started this"),
         ("mp", None, None),

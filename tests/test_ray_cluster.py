@@ -92,7 +92,7 @@ def test_the_devices_of_the_cluster_count_and_not_those_of_this_machine() -> Non
     config = ExperimentConfig(tensor_parallel_size=8, distributed_executor_backend="ray")
     one_gpu = Devices("gpu", ("0",))
     assert infeasible(config, None, one_gpu, ray_gpus=16) is None
-    said = "TP x PP x DP is 8, the Ray cluster has 4 GPUs; lower --tensor-parallel-size"
+    said = "TP x PP x DP is 8, but the Ray cluster has 4 GPUs; lower --tensor-parallel-size"
     assert (infeasible(config, None, one_gpu, ray_gpus=4) or "").startswith(said)
     # Nobody asks a cluster for a plan.
     assert infeasible(config, None, one_gpu) is None

@@ -65,7 +65,9 @@ def table_rows(text: str) -> list[list[str]]:
 
 def launch(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**stub_environment(**variables), "PYTHON": sys.executable}
-    return subprocess.run([str(LAUNCHER), *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [str(LAUNCHER), *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+    )
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def measure(
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights of its own: those of --load-format dummy are others on each device."""
+    """The tiny model with its own weights, because --load-format dummy gives each device other ones."""
     folder = tmp_path_factory.mktemp("weights")
     write_weights(folder)
     return folder
@@ -228,7 +228,7 @@ def test_a_misspelt_vllm_flag_is_found_by_vllms_own_parser(tmp_path: Path) -> No
         timeout=120,
     )
     assert done.returncode == 2
-    assert "--quantisation is no flag of this program or of vLLM; did you mean --quantization?" in done.stderr
+    assert "--quantisation is not a flag of this program or of vLLM; did you mean --quantization?" in done.stderr
     assert list(tmp_path.iterdir()) == []  # before an engine starts
 
 

@@ -77,14 +77,14 @@ def test_node_0_says_when_the_setting_is_over(joined: tuple[Nodes, Nodes]) -> No
 def test_a_setting_that_failed_fails_on_every_node(joined: tuple[Nodes, Nodes]) -> None:
     node_0, node_1 = joined
     node_0.dismiss(failed=True)
-    with pytest.raises(NodesError, match="the setting failed; what node 0 printed says why"):
+    with pytest.raises(NodesError, match="the setting failed; the output of node 0 says why"):
         node_1.dismissed(5)
 
 
 def test_a_node_that_is_gone_is_seen_at_once(joined: tuple[Nodes, Nodes]) -> None:
     node_0, node_1 = joined
     node_1.__exit__(None, None, None)
-    assert node_0.lost() == "node 1 is gone; what it printed says why"
+    assert node_0.lost() == "node 1 is gone; its output says why"
 
 
 def test_node_0_that_is_gone_is_seen_at_once(joined: tuple[Nodes, Nodes]) -> None:
@@ -112,12 +112,12 @@ def test_nodes_that_agree_all_go_on() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"vllm_version": "0.26.0"}, "node 1 (b) has vLLM 0.26.0, node 0 (a) 0.32.0"),
+        ({"vllm_version": "0.26.0"}, "node 1 (b) has vLLM 0.26.0, but node 0 (a) has 0.32.0"),
         (
             {"arguments": {**ARGUMENTS, "--seed": "1", "--dtype": "half"}},
-            "node 1 (b) has other arguments: --seed 1, --dtype half; node 0 (a): --seed 0, --dtype auto",
+            "node 1 (b) has different arguments: --seed 1, --dtype half; node 0 (a): --seed 0, --dtype auto",
         ),
-        ({"devices": 2}, "node 1 (b) has 2 devices, 4 are needed on each"),
+        ({"devices": 2}, "node 1 (b) has 2 devices, but 4 are needed on each"),
         ({"vllm_version": None}, "node 1 (b) has no vLLM; run ./setup_env.sh there"),
     ],
 )
@@ -147,7 +147,7 @@ def test_a_node_that_is_started_again_takes_its_own_place_and_one_beyond_nnodes_
         nodes = [pool.submit(verdict_of, gather, Door(server, say=said.append), FIRST, 3, deadline_s)]
         call(at, SECOND, deadline_s).close()
         beyond = verdict_of(attend, *at, replace(SECOND, node=3, host="x"), deadline_s)
-        assert beyond == "node 3 (x) is none of 3, whose numbers go up to 2; see --nnodes and --node-rank"
+        assert beyond == "node 3 (x) is not one of 3, numbered up to 2; see --nnodes and --node-rank"
         assert said == [f"note: {beyond}"]
         nodes += [pool.submit(verdict_of, attend, *at, replace(SECOND, node=node), deadline_s) for node in (1, 2)]
         assert [node.result(timeout=20) for node in nodes] == [None, None, None]
@@ -185,13 +185,13 @@ def test_node_0_that_does_not_answer_is_said() -> None:
 
 
 def test_node_0_itself_may_lack_devices() -> None:
-    assert disagreement(replace(FIRST, devices=1), [SECOND]) == "node 0 (a) has 1 device, 4 are needed on each"
+    assert disagreement(replace(FIRST, devices=1), [SECOND]) == "node 0 (a) has 1 device, but 4 are needed on each"
 
 
 @pytest.mark.slow
 def test_two_nodes_that_were_told_the_same_number_are_named() -> None:
     verdicts = meet(SECOND, replace(SECOND, host="b"), nnodes=3, patience_s=1)
-    assert verdicts == ["b and b both are node 1; give each a --node-rank of its own"] * 3
+    assert verdicts == ["b and b are both node 1; give each its own --node-rank"] * 3
 
 
 def test_a_stranger_that_says_nothing_delays_nobody() -> None:
@@ -223,8 +223,7 @@ def test_something_else_that_listens_on_the_port_is_said(words: bytes) -> None:
         problem = verdict_of(attend, "127.0.0.1", port, SECOND, time.monotonic() + 0.5)
         server.shutdown(socket.SHUT_RDWR)
     assert problem == (
-        f"--master-port {port}: something else listens there on 127.0.0.1, which is no node of ours; choose another on "
-        "every node"
+        f"--master-port {port}: another program listens there on 127.0.0.1; choose another port on every node"
     )
 
 

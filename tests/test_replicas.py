@@ -730,7 +730,7 @@ def test_an_answer_to_something_else_is_none(no_process: list[FakeProcess], tmp_
     made = LocalReplicas(ExperimentConfig(output_file=f"{tmp_path}/x.json"), ONE_CORE)
     made.start()
     no_process[0].answers = [[Ready()]]
-    with pytest.raises(TypeError, match="Ready was answered, Loaded is the answer"):
+    with pytest.raises(TypeError, match="Ready was answered instead of Loaded"):
         made._all([Prepare(1, 8, 4, [0])], Loaded)
     made.close()
 

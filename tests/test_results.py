@@ -129,7 +129,7 @@ def test_a_number_that_is_no_number_is_never_read(path: Path, word: str) -> None
 
 def test_a_newer_file_asks_for_a_newer_program(path: Path) -> None:
     write(path, schema_version=SCHEMA_VERSION + 1)
-    with pytest.raises(ResultFileError, match=f"schema_version is {SCHEMA_VERSION + 1}.*update this program"):
+    with pytest.raises(ResultFileError, match=f"schema_version is {SCHEMA_VERSION + 1}.*update it"):
         load_result(path)
 
 
@@ -201,10 +201,10 @@ def test_unknown_sections_of_the_same_version_are_left_alone(path: Path) -> None
             -1.5,
             r"points\[0\]\.runs\[0\]\.latency_s is -1\.5, expected `float` > 1e-09",
         ),
-        (("status",), "done", r"status is 'done', which is none of the words that it may be"),
+        (("status",), "done", r"status is 'done', which is not one of the allowed words"),
         (("config", "tensor_parallel_size"), "2", r"config: tensor_parallel_size is '2', expected `int`"),
-        (("config", "batch_sizes"), [0], r"batch_sizes holds 0, which is no size"),
-        (("config", "seq_lens"), [8, 0], r"seq_lens holds 0, which is no size"),
+        (("config", "batch_sizes"), [0], r"batch_sizes holds 0, which is not a size"),
+        (("config", "seq_lens"), [8, 0], r"seq_lens holds 0, which is not a size"),
         (("schema_version",), 0, r"schema_version is below 1"),
     ],
 )
@@ -308,26 +308,26 @@ def test_what_is_wrong_with_a_file_is_said_to_the_letter(path: Path) -> None:
     good = json.loads(to_json(make_result(points=[make_point()])))
     none = "not a result of this program: "
     for changes, said in (
-        ({"schema_version": 3}, "schema_version is 3, this program reads up to 2; update this program"),
+        ({"schema_version": 3}, "schema_version is 3, but this program reads up to 2; update it"),
         (
             {"schema_version": 10**30},
-            "schema_version is 1000000000…000000000, this program reads up to 2; update this program",
+            "schema_version is 1000000000…000000000, but this program reads up to 2; update it",
         ),
         ({"schema_version": 0}, none + "schema_version is below 1"),
         ({"config": {**good["config"], "model": 5}}, none + "config: model is 5, expected `str`"),
         ({"points": 5}, none + "points is 5, expected `array`"),
         ({"points": [{}]}, none + "points[0]: object missing required field `batch_size`"),
         ({"name": ["x"]}, none + "name: expected `str`, got `array`"),
-        ({"status": "done"}, none + "status is 'done', which is none of the words that it may be"),
+        ({"status": "done"}, none + "status is 'done', which is not one of the allowed words"),
         ({"name": None, "engine": "x" * 50}, none + "name: expected `str`, got `null`"),
         ({"engine": "x" * 50}, none + f"engine is '{'x' * 19}…{'x' * 18}', expected `object | null`"),
         ({"restarts": -1}, none + "restarts is -1, expected `int` >= 0"),
         (
             {"points": [{**good["points"][0], "engine": 0}]},
-            none + "points[0].engine is 0, there are 0",
+            none + "points[0].engine is 0, but there are 0",
         ),
-        ({"engine": None}, none + "points[0] is measured, and there is no engine"),
-        ({"points": [{**good["points"][0], "runs": []}]}, none + "points[0] is ok, and has no runs"),
+        ({"engine": None}, none + "points[0] is measured, but there is no engine"),
+        ({"points": [{**good["points"][0], "runs": []}]}, none + "points[0] is ok, but has no runs"),
     ):
         assert said_of(path, json.dumps(good | changes)) == said
     path.unlink()
@@ -339,7 +339,7 @@ def test_what_is_wrong_with_a_file_is_said_to_the_letter(path: Path) -> None:
 
 def test_why_a_file_cannot_be_written_is_said_to_the_letter() -> None:
     error = cannot_be_written(Path("a/b.json"), OSError(errno.ENOSPC, "No space left on device"))
-    assert str(error) == "a/b.json: cannot be written: No space left on device; free the disk or choose another path"
+    assert str(error) == "a/b.json: cannot be written: No space left on device; free disk space or choose another path"
 
 
 def test_a_journal_lies_beside_the_file_itself(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_journal_lies_beside_the_file_itself(tmp_path: Path) -> None:
     with pytest.raises(ResultFileError) as caught:
         load_result(path)
     assert str(caught.value) == (
-        f"{journal_of(path)}: holds no points of x.json (Expected `object`, got `int`); move it away"
+        f"{journal_of(path)}: has no points of x.json (Expected `object`, got `int`); move it away"
     )
 
 
@@ -401,7 +401,7 @@ def test_every_size_of_a_stored_grid_is_one(name: str) -> None:
         StoredConfig(**{name: (1, size)})
     for size in (0, 2**31 + 1):
         for sizes in ((size, 1), (1, size)):
-            with pytest.raises(ValueError, match=f"^{name} holds {size}, which is no size$"):
+            with pytest.raises(ValueError, match=f"^{name} holds {size}, which is not a size$"):
                 StoredConfig(**{name: sizes})
 
 
@@ -409,7 +409,7 @@ def test_what_a_queue_has_beside_is_there_of_every_request_or_of_none() -> None:
     lists: dict[str, Any] = {key: [1] for key in ("ttft_s", "latency_s", "queue_s", "output_tokens")}
     for name in ("arrival_s", "prompt_tokens"):
         Requests(**lists, **{name: [1]})
-        with pytest.raises(ValueError, match=r"^its lists are not equally long$"):
+        with pytest.raises(ValueError, match=r"^its lists differ in length$"):
             Requests(**lists, **{name: [1, 1]})
 
 
@@ -443,7 +443,7 @@ def test_the_requests_of_a_run_have_as_many_of_each(name: str) -> None:
     lists: dict[str, Any] = {key: [1] for key in ("ttft_s", "latency_s", "queue_s", "output_tokens")}
     Requests(**lists)
     for other in ([], [1, 1]):
-        with pytest.raises(ValueError, match=r"^its lists are not equally long$"):
+        with pytest.raises(ValueError, match=r"^its lists differ in length$"):
             Requests(**(lists | {name: other}))
 
 
@@ -476,7 +476,7 @@ def test_a_file_of_version_1_has_the_engine_of_each_point_in_a_list() -> None:
 def test_a_file_with_characters_that_are_no_utf_8_is_checked_like_others(path: Path) -> None:
     good = json.loads(to_json(make_result("tp_\udcff".encode("utf-8", "replace").decode(), [make_point()])))
     for version, said in (
-        (3, "schema_version is 3, this program reads up to 2; update this program"),
+        (3, "schema_version is 3, but this program reads up to 2; update it"),
         (0, "not a result of this program: schema_version is below 1"),
     ):
         text = json.dumps(good | {"schema_version": version, "name": "\udcff"})

@@ -68,7 +68,7 @@ def test_a_setting_that_another_program_took_at_the_same_moment_is_tried_again_a
     assert processes.names == ["tp_1", "tp_2", "tp_1"]
     assert [job.name for job in outcomes.done] == ["tp_2", "tp_1"]
     assert not outcomes.failed
-    assert "[1/2] tp_1: another process is measuring it; it is tried again at the end" in capsys.readouterr().err
+    assert "[1/2] tp_1: another process is measuring it; it will be tried again at the end" in capsys.readouterr().err
 
 
 def test_one_that_is_being_measured_is_waited_for(
@@ -229,10 +229,10 @@ def test_over_nodes_the_leader_runs_each_and_a_problem_ends_the_preset(
     outcomes = run_jobs(five(tmp_path, 3), Options(), DEVICES, Planned(), leader)
     assert ends(outcomes) == ("", "tp_4", "tp_1")
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: node 1 (b) is gone; the preset ends, not begun: tp_2, tp_3, tp_5"
+        "error: node 1 (b) is gone; the preset ends; not started: tp_2, tp_3, tp_5"
     )
     run_jobs(five(tmp_path, 1, 2, 3, 4), Options(), DEVICES, Planned(), Told(1, ends_with="x"))
-    assert "error: x; the preset ends, not begun: none\n" in capsys.readouterr().err
+    assert "error: x; the preset ends; not started: none\n" in capsys.readouterr().err
 
 
 def test_those_of_others_come_last_in_their_order_and_are_said_once(
@@ -252,8 +252,8 @@ def test_those_of_others_come_last_in_their_order_and_are_said_once(
     assert ends(run_jobs(jobs, Options(), DEVICES, processes)) == ("tp_2 tp_5 tp_1 tp_3", "tp_4", "")
     assert waited == [1.0, 1.0]
     assert [line for line in capsys.readouterr().err.splitlines() if "process 7" in line] == [
-        "[1/5] tp_1: process 7 is measuring it; it is tried again at the end",
-        "[3/5] tp_3: process 7 is measuring it; it is tried again at the end",
+        "[1/5] tp_1: process 7 is measuring it; it will be tried again at the end",
+        "[3/5] tp_3: process 7 is measuring it; it will be tried again at the end",
         "[1/5] tp_1 waits: process 7 is measuring it",
     ]
     # A signal ends the wait.

@@ -128,9 +128,7 @@ def test_nothing_that_was_measured_is_lost_where_the_engine_does_not_answer(
 
 
 def test_dummy_weights_have_no_answers_to_compare() -> None:
-    with pytest.raises(
-        ConfigError, match="--compare-answers: weights of --load-format dummy are others on each device"
-    ):
+    with pytest.raises(ConfigError, match="--compare-answers: --load-format dummy gives each device other weights"):
         parse_flags(["--compare-answers", "--load-format", "dummy"])
 
 

@@ -92,5 +92,5 @@ def test_a_measured_point_without_runs_is_none(
     document = json.loads(path.read_text())
     document["points"][0]["runs"] = []
     path.write_text(json.dumps(document))
-    with pytest.raises(ResultFileError, match=r"points\[0\] is ok, and has no runs"):
+    with pytest.raises(ResultFileError, match=r"points\[0\] is ok, but has no runs"):
         load_result(path)

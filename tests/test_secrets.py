@@ -112,7 +112,7 @@ LINES = (
     "401 Client Error: Unauthorized for url: https://user:{}@host/api/models",
     "(EngineCore pid=7) ValueError: bad config {'model': 'm', 'hf_token': '{}', 'max_tokens': 4}",
     "ValueError: {'loader': {'extra': {'aws_secret_access_key': \"{}\"}}}",
-    "--api-key: '{}' was given, a number is needed",
+    "--api-key: '{}' was given; a number is needed",
     "curl -H 'Authorization: Bearer {}' https://host",
     "download https://host/f?X-Amz-Credential={}&X-Amz-Signature={} failed",
     "export HF_TOKEN={}; vllm serve --api-key {} --port 1",
@@ -245,7 +245,7 @@ def test_an_error_says_no_secret() -> None:
 def test_a_value_that_begins_with_a_dash_is_written_with_an_equals_sign(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_flags(["--hf-token", value])
-    assert str(caught.value) == "--hf-token: its value begins with -; join the two with ="
+    assert str(caught.value) == "--hf-token: its value begins with -; join flag and value with ="
     assert parse_flags([f"--hf-token={value}"])[0].engine_args == (f"--hf-token={value}",)
 
 
@@ -255,7 +255,7 @@ def test_a_placeholder_is_no_value() -> None:
         ["--hf-overrides", '{"token": "<token>"}'],
         ["--model", "s3://<login>@b/x"],
     ):
-        with pytest.raises(ConfigError, match="stands for a value that was not written"):
+        with pytest.raises(ConfigError, match="is a placeholder for a secret"):
             parse_flags(words)
     assert parse_flags(["--hf-overrides", '{"pad_token": "<pad>"}'])
 
@@ -312,7 +312,7 @@ def test_a_log_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
 def test_what_is_no_file_keeps_its_rights(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o644)
-    with pytest.raises(OSError, match="it is no regular file"), open_log(pipe):
+    with pytest.raises(OSError, match="it is not a regular file"), open_log(pipe):
         pass
     assert stat.S_IMODE(pipe.stat().st_mode) == 0o644
 
@@ -532,13 +532,13 @@ def test_a_plan_to_be_pasted_has_placeholders_and_says_so(tmp_path: Path) -> Non
 
     plan = launch("--dry-run")
     assert plan.returncode == 0, plan.stderr
-    assert "# put in what is not written here: <hf_token>, <login>" in plan.stdout
+    assert "# fill in what is not shown here: <hf_token>, <login>" in plan.stdout
     (command,) = commands_of(plan)
     assert command[-4:] == ["--hf-token", "<hf_token>", "--tokenizer", "https://<login>@h"]
     assert "--hf-token '<hf_token>' --tokenizer 'https://<login>@h'" in plan.stdout
     pasted = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=90)
     assert (pasted.returncode, pasted.stderr) == (
-        2, "error: <hf_token> stands for a value that was not written; put the value in its place\n",
+        2, "error: <hf_token> is a placeholder for a secret; put the value in its place\n",
     )  # fmt: skip
     wrong = launch(flags=("--batch-sizes", hush(1)))
     assert wrong.stderr.startswith("error: --batch-sizes: '<hf_token>' was given"), wrong.stderr

@@ -169,7 +169,7 @@ def test_a_wheel_folder_may_have_a_space_and_an_encoded_name(setup: Setup, tmp_p
 def test_a_wheel_folder_that_does_not_exist_is_refused(setup: Setup) -> None:
     done = setup(WHEELS="/no/such folder")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: WHEELS: '/no/such folder' is no folder")
+    assert done.stderr.startswith("error: WHEELS: '/no/such folder' is not a folder")
 
 
 def test_pips_indexes_reach_uv_where_uv_can_use_them(setup: Setup, tmp_path: Path) -> None:

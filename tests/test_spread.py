@@ -33,7 +33,7 @@ def test_a_setting_takes_as_few_nodes_as_hold_it(
 def test_what_no_number_of_nodes_holds_is_said() -> None:
     devices = NodeDevices([4, 2], None)
     assert devices.obstacle(devices.spread(Setting(8, 1, 1))) == (
-        "it needs 8 devices, in equal parts on some of the nodes; they have 4, 2"
+        "it needs 8 devices, in equal parts on some of the nodes, but they have 4, 2"
     )
     larger = NodeDevices([2, 8], None)
     assert larger.obstacle(larger.spread(Setting(8, 1, 1))) is not None
@@ -44,7 +44,7 @@ def test_nnodes_spreads_every_setting_evenly() -> None:
     assert devices.spread(Setting(2, 1, 1)).nodes == 2
     assert devices.obstacle(devices.spread(Setting(4, 1, 1))) is None
     assert devices.obstacle(devices.spread(Setting(8, 1, 1))) == (
-        "it needs 4 devices on each of 2 nodes, they have 4, 2"
+        "it needs 4 devices on each of 2 nodes, but they have 4, 2"
     )
 
 
@@ -73,7 +73,7 @@ def test_every_node_that_takes_part_has_its_share() -> None:
     none = NodeDevices([8, 2], None)
     assert none.spread(Setting(16, 1, 1)).nodes == 1
     assert none.obstacle(none.spread(Setting(16, 1, 1))) == (
-        "it needs 16 devices, in equal parts on some of the nodes; they have 8, 2"
+        "it needs 16 devices, in equal parts on some of the nodes, but they have 8, 2"
     )
 
 
@@ -94,7 +94,7 @@ def test_what_does_not_divide_by_the_nodes_is_left_for_the_plan_to_say() -> None
 def test_what_cannot_be_shared_out_is_left_to_the_plan_and_node_0_takes_part_in_all() -> None:
     assert NodeDevices([2, 2], 2).obstacle(Setting(9, 1, 1, nodes=2)) is None
     # Two of the three could hold it, but not without node 0, which writes the file.
-    said = "it needs 4 devices, in equal parts on some of the nodes; they have 1, 2, 2"
+    said = "it needs 4 devices, in equal parts on some of the nodes, but they have 1, 2, 2"
     assert NodeDevices([1, 2, 2], None).obstacle(Setting(4, 1, 1, nodes=2)) == said
     assert NodeDevices([1, 2, 2], None).spread(Setting(4, 1, 1)).nodes == 1
     assert NodeDevices([1, 1, 1], None).spread(Setting(3, 1, 1)).nodes == 3

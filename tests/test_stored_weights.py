@@ -128,7 +128,7 @@ def test_the_files_of_a_model_that_no_formula_knows_are_its_weights_on_one_devic
     write(tmp_path / "model.safetensors", [LINEAR])
     found = planned(tmp_path)
     assert (found.weights_gib, found.source) == (OF_ONE / GIB, "files")
-    assert found.unknown == ("KV cache unknown: MambaForCausalLM is none of the architectures that the formulas know",)
+    assert found.unknown == ("KV cache unknown: the formulas do not know the architecture MambaForCausalLM",)
     assert planned(tmp_path, dtype="float32").weights_gib == 2 * OF_ONE / GIB
     assert planned(tmp_path, data_parallel_size=2).weights_gib == OF_ONE / GIB
     # What is shared out, and what each rank holds, is not known.
@@ -172,7 +172,7 @@ def test_a_tensor_in_two_files_is_counted_in_neither(tmp_path: Path) -> None:
     model(tmp_path, architectures=["MambaForCausalLM"])
     for name in ("a", "b"):
         write(tmp_path / f"{name}.safetensors", [LINEAR])
-    assert "tensors of 'b.safetensors' lie in another file too" in planned(tmp_path).unknown[0]
+    assert "tensors of 'b.safetensors' are in another file too" in planned(tmp_path).unknown[0]
 
 
 def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
@@ -218,13 +218,13 @@ def test_what_is_no_safetensors_file_is_unknown_and_named(tmp_path: Path, conten
 def test_a_pipe_of_that_name_is_not_waited_for(tmp_path: Path) -> None:
     model(tmp_path, architectures=["MambaForCausalLM"])
     os.mkfifo(tmp_path / "model.safetensors")
-    assert "it is no regular file" in planned(tmp_path).unknown[0]
+    assert "it is not a regular file" in planned(tmp_path).unknown[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vision_config": {}, "text_config": {"hidden_size": 8}}, "which parts in its files vLLM holds"),
+        ({"vision_config": {}, "text_config": {"hidden_size": 8}}, "which parts of its files it holds"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized (bitsandbytes): its sizes in vLLM"),
         ({"quantization_config": {"quant_method": "gptq", "group_size": 32}}, "quantized (gptq): its sizes in vLLM"),
     ],
@@ -241,7 +241,7 @@ def test_files_that_do_not_say_what_vllm_holds_are_not_counted(
 def test_weights_in_mistrals_format_beside_others_are_unknown(tmp_path: Path) -> None:
     model(tmp_path, architectures=["MambaForCausalLM"])
     write(tmp_path / "consolidated.safetensors", [LINEAR])
-    assert "weights in Mistral's format lie in the folder" in planned(tmp_path).unknown[0]
+    assert "the folder holds weights in Mistral's format" in planned(tmp_path).unknown[0]
 
 
 def test_files_with_other_tensors_than_the_formulas_know_are_unknown(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_files_with_other_tensors_than_the_formulas_know_are_unknown(tmp_path: P
     whole = list(decoder(config, awq, "F16"))
     for missing in ("lm_head", "embed_tokens", "layers.31."):
         write(tmp_path / "model.safetensors", [tensor for tensor in whole if missing not in tensor[0]])
-        assert "other tensors than the formulas know" in planned(tmp_path).unknown[0]
+        assert "other tensors than the formulas expect" in planned(tmp_path).unknown[0]
     # One layer is not quantized.
     mixed = [tensor for tensor in whole if "layers.3." not in tensor[0]]
     write(tmp_path / "model.safetensors", [*mixed, ("model.layers.3.mlp.up_proj.weight", "F16", (8192, 8192))])

@@ -169,10 +169,12 @@ def test_a_file_that_the_user_named_is_never_another_setting_s(config: Experimen
     save(named.output_path, named)
     assert choose(named, HERE) == (named.output_path, [])
     for flags in ({}, {"overwrite": True}):
-        with pytest.raises(ConfigError, match=r"mine\.json: it was measured with other settings: seed was 0, now 7"):
+        with pytest.raises(
+            ConfigError, match=r"mine\.json: it was measured with different settings: seed was 0, now 7"
+        ):
             choose(dataclasses.replace(named, seed=7, **flags), HERE)
     named.output_path.write_text("precious")
-    with pytest.raises(ConfigError, match=r"mine\.json: it is no result of this program; move it away"):
+    with pytest.raises(ConfigError, match=r"mine\.json: it is not a result of this program; move it away"):
         choose(named, HERE)
 
 
@@ -275,10 +277,10 @@ def test_a_setting_that_another_program_measures_comes_last(tmp_path: Path, monk
     assert done.returncode == 0, done.stderr
     assert launcher.names() == ["tp_2", "tp_1"]
     assert done.stderr.splitlines()[:4] == [
-        "[1/4] tp_1: process 7 on node-b is measuring it; it is tried again at the end",
+        "[1/4] tp_1: process 7 on node-b is measuring it; it will be tried again at the end",
         "[2/4] tp_2 -> experiment_results/tp_2_results.json",
-        "[3/4] tp_4 skipped: it needs 4 devices, there are 2 (gpu)",
-        "[4/4] tp_8 skipped: it needs 8 devices, there are 2 (gpu)",
+        "[3/4] tp_4 skipped: it needs 4 devices, but there are 2 (gpu)",
+        "[4/4] tp_8 skipped: it needs 8 devices, but there are 2 (gpu)",
     ]
     assert done.stderr.count("[1/4] tp_1 waits: process 7 on node-b is measuring it") == 1
 
@@ -301,7 +303,9 @@ def test_two_launchers_share_a_folder(tmp_path: Path) -> None:
     )
     assert first.wait(60) == 0
     assert second.returncode == 0, second.stderr
-    assert re.search(r"\[1/4\] tp_1: process \d+ on .* is measuring it; it is tried again at the end", second.stderr)
+    assert re.search(
+        r"\[1/4\] tp_1: process \d+ on .* is measuring it; it will be tried again at the end", second.stderr
+    )
     assert "done: tp_2 tp_1" in second.stderr
     assert "of 2 points are kept" in " ".join(second.stderr.split())
     assert sorted(path.name for path in lock.parent.glob("*.json")) == ["tp_1_results.json", "tp_2_results.json"]
@@ -433,8 +437,8 @@ def test_a_named_file_tells_five_differences_at_most(config: ExperimentConfig, m
     with pytest.raises(ConfigError) as caught:
         choose(named, HERE)
     assert str(caught.value) == (
-        f"--output-file {named.output_path}: it was measured with other settings: s0 was b0, now n0; s1 was b1, now n1;"
-        " s2 was b2, now n2; s3 was b3, now n3; s4 was b4, now n4; give another name"
+        f"--output-file {named.output_path}: it was measured with different settings: s0 was b0, now n0; "
+        "s1 was b1, now n1; s2 was b2, now n2; s3 was b3, now n3; s4 was b4, now n4; give another name"
     )
     named.output_path.unlink()
     named.output_path.symlink_to("nowhere")  # whether it can be made is seen next
@@ -466,7 +470,7 @@ def test_a_file_that_another_holds_is_waited_for_or_passed_by(
     with pytest.raises(ConfigError) as caught, claimed(chosen, HERE):
         pass
     assert str(caught.value) == (
-        f"--output-file {config.output_path}: {held} is measuring into it; wait for its end, or give another "
+        f"--output-file {config.output_path}: {held} is measuring into it; wait until it ends, or give another "
         "--output-dir"
     )
 

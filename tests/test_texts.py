@@ -149,7 +149,7 @@ def test_texts_go_through_vllm_once_for_all_settings(tmp_path: Path, vllm: Vllm)
     said: list[str] = []
     found = lengths_of(workload, config, said.append)
     assert (list(found.prompt_tokens), list(found.output_tokens)) == ([4, 9, 2], [5, 0, 1])
-    begin = f"note: vLLM 0.32.0 makes tokens of the texts of {workload.path}, once; importing it takes some seconds"
+    begin = f"note: vLLM 0.32.0 tokenizes the texts of {workload.path}, once; importing it takes several seconds"
     assert said == [begin, "note: no template"]
     question = {
         "path": str(workload.path), "skip_bad_lines": True, "left_out": [], "model": config.model,
@@ -232,7 +232,7 @@ def test_a_tokenizer_that_fails_says_nothing_of_the_texts(
     workload = workload_of(tmp_path, TEXT)
     with pytest.raises(WorkFailedError) as caught:
         lengths(workload, config_of(tmp_path))
-    assert str(caught.value) == f"--prompts-file {workload.path}: vLLM 0.32.0 made no tokens of its texts ({reason})"
+    assert str(caught.value) == f"--prompts-file {workload.path}: vLLM 0.32.0 could not tokenize its texts ({reason})"
 
 
 def test_a_file_that_has_changed_since_is_not_measured(tmp_path: Path, vllm: Vllm) -> None:
@@ -243,7 +243,7 @@ def test_a_file_that_has_changed_since_is_not_measured(tmp_path: Path, vllm: Vll
         lengths(workload, config)
         for index in (0, 5):
             workload_of(tmp_path, *others)
-            with pytest.raises(WorkFailedError, match="it is not what it was when its lengths were read; start again"):
+            with pytest.raises(WorkFailedError, match="it has changed since its lengths were read; start again"):
                 ids_of(workload, config, [index])
 
 
@@ -399,7 +399,7 @@ def test_what_vllm_would_answer_with_an_error_is_a_bad_line(small_tokenizer: str
     assert first == third != second
     with pytest.raises(ConfigError) as caught:
         lengths(workload_of(tmp_path, CUSTOM[0], documents[0], *SERVED), config)
-    why = "line 2: vLLM refuses its chat ('there is no judge here'); mend it, or leave it out with --skip-bad-lines"
+    why = "line 2: vLLM refuses its chat ('there is no judge here'); fix it, or leave it out with --skip-bad-lines"
     assert str(caught.value) == f"--prompts-file {workload.path}, {why}"
 
 
@@ -414,7 +414,7 @@ def test_texts_without_a_tokenizer_or_a_template(small_tokenizer: str, tmp_path:
     found = lengths_of(workload_of(tmp_path, CUSTOM[0]), config, said.append)
     assert list(found.prompt_tokens) == [len("<") + len(CUSTOM[0]["prompt"].encode()) - 2]
     assert said[1:] == [
-        f"note: --tokenizer {without}: its tokenizer has no chat template; prompts are taken as they are"
+        f"note: --tokenizer {without}: its tokenizer has no chat template; prompts are used as they are"
     ]
     for document, asked, expected in (
         (CUSTOM[0], ExperimentConfig(model=tiny), f"--model {tiny}: vLLM finds no tokenizer for texts ("),

@@ -90,8 +90,8 @@ def test_the_identical_line_measures_the_study_on_as_few_nodes_as_hold_each_sett
         assert (tmp_path / name / "experiment_results" / log).exists()
     assert results_of(tmp_path / "b") == results_of(tmp_path / "c") == {}
     assert not (tmp_path / "c" / "experiment_results").exists()
-    assert "[3/15] tp_4_nodes_2: this node is not needed, and waits" in said_by(tmp_path / "c")
-    assert "tp_8 skipped: it needs 8 devices, in equal parts on some of the nodes; they have 2, 2, 2" in said_by(
+    assert "[3/15] tp_4_nodes_2: this node is not needed and waits" in said_by(tmp_path / "c")
+    assert "tp_8 skipped: it needs 8 devices, in equal parts on some of the nodes, but they have 2, 2, 2" in said_by(
         tmp_path / "a"
     )
     assert nothing_runs_in(*(tmp_path / one for one in "abc"))
@@ -127,10 +127,10 @@ def test_node_1_that_dies_in_a_setting_ends_it_and_the_preset(
     assert codes_of(nodes[0], nodes[2]) == [1, 1]
     said = said_by(tmp_path / "a")
     assert f"error: {name}: node 1 (" in said
-    assert "is gone; what it printed says why; the preset ends, not begun: none" in said
+    assert "is gone; its output says why; the preset ends; not started: none" in said
     if how == signal.SIGINT and size == "TP=4":  # its part ended before the launcher did
         (point,) = json.loads((tmp_path / "a" / "experiment_results" / f"{name}_results.json").read_text())["points"]
-        assert point["reason"] == "node 1 is gone; what it printed says why"
+        assert point["reason"] == "node 1 is gone; its output says why"
     assert nothing_runs_in(*(tmp_path / one for one in "abc"))
 
 
@@ -147,7 +147,7 @@ def test_node_0_that_is_killed_ends_the_others(start: Start, tmp_path: Path) -> 
     assert codes_of(*nodes[1:]) == [1, 1]
     for other in "bc":
         assert "error: node 0 (" in said_by(tmp_path / other)
-        assert "is gone; what it printed says why" in said_by(tmp_path / other)
+        assert "is gone; its output says why" in said_by(tmp_path / other)
     assert nothing_runs_in(*(tmp_path / one for one in "abc"))
 
 
@@ -159,4 +159,4 @@ def test_an_engine_that_does_not_start_is_the_reason_and_not_the_part_that_follo
     said = said_by(tmp_path / "a")
     assert "ValueError: the planted reason" in said
     assert "the part of node 1" not in said
-    assert "error: the setting failed; what node 0 printed says why" in said_by(tmp_path / "b")
+    assert "error: the setting failed; the output of node 0 says why" in said_by(tmp_path / "b")

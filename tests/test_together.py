@@ -133,9 +133,9 @@ def test_a_part_that_does_not_end_ends_the_preset(clock: Any) -> None:
         (None, Over(0, None)),
         (ConfigError("wrong\nflag"), Over(2, "wrong\\nflag")),
         (WorkFailedError("no model\nmore"), Over(1, "no model")),
-        (SystemExit(2), Over(2, "nothing can be measured with these arguments; what it printed says why")),
+        (SystemExit(2), Over(2, "nothing can be measured with these arguments; its output says why")),
         (SystemExit(130), Over(1, "it was interrupted")),
-        (ZeroDivisionError(), Over(1, "it has failed; what it printed says why")),
+        (ZeroDivisionError(), Over(1, "it failed; its output says why")),
     ],
 )
 def test_the_others_hear_how_node_0_ended(end: BaseException | None, said: Over) -> None:
@@ -286,9 +286,9 @@ def test_torchrun_gets_the_network_of_those_that_take_part(clock: Any, monkeypat
     [
         # What the first of them said decides how long is waited, what any of them said the exit code.
         ({2: [None, Ended(1)], 3: [None, None, Ended(2)]}, (), 90, 2, None,
-         "the part of node 2 (c) ended with exit code 1; what it printed says why"),
+         "the part of node 2 (c) ended with exit code 1; its output says why"),
         ({2: [], 3: [Ended(3)]}, (), 15, 1, "node 2 (c) did not end a setting within 60 s",
-         "the part of node 3 (d) ended with exit code 3; what it printed says why"),
+         "the part of node 3 (d) ended with exit code 3; its output says why"),
         ({2: [Ended(0)], 3: [ValueError()]}, (), 15, 1, "gone 3", "gone 3"),
         # It said that it had failed, and was gone with that.
         ({2: [Ended(1), OSError()], 3: [Ended(0)]}, (), 15, 1, "gone 2", "gone 2"),
@@ -374,7 +374,7 @@ def test_nnodes_is_what_each_setting_gets(monkeypatch: pytest.MonkeyPatch) -> No
         # Ended by itself, it has said why, unless it was left alone or another was used wrongly.
         ({2: [OSError()], 3: [Ended(0)]}, 1, 1, "error: x: gone 2\n"),
         ({2: [Ended(0)], 3: [Ended(2)]}, 1, 2,
-         "error: x: the part of node 3 (d) ended with exit code 2; what it printed says why\n"),
+         "error: x: the part of node 3 (d) ended with exit code 2; its output says why\n"),
         ({2: [Ended(1)], 3: [Ended(1)]}, 1, 1, ""),
         ({2: [Ended(0)], 3: [Ended(2)]}, 0, 0, ""),
     ],

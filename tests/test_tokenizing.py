@@ -168,8 +168,8 @@ def test_many_come_some_at_a_time_and_in_order(
         (chat([{"role": "user", "content": "secret judge"}]), "vLLM refuses its chat (ValueError)"),
         (chat([{"content": "secret"}]), "vLLM refuses its chat (messages.0: missing)"),
         ({"prompt": "secret judge"}, "the chat template refuses its prompt ('no judge here')"),
-        ({"prompt": "secret \ud800"}, "its text holds half a character (a lone surrogate)"),
-        (chat([{"role": "user", "content": " "}]), "vLLM's tokenizer makes no token of its prompt"),
+        ({"prompt": "secret \ud800"}, "its text contains half a character (a lone surrogate)"),
+        (chat([{"role": "user", "content": " "}]), "vLLM's tokenizer makes no tokens from its prompt"),
     ],
 )
 def test_what_vllm_refuses_is_a_bad_line_and_nothing_of_it_is_said(
@@ -177,7 +177,7 @@ def test_what_vllm_refuses_is_a_bad_line_and_nothing_of_it_is_said(
 ) -> None:
     assert renderer.seen == []
     assert refusal(tmp_path, ALL[0], document, ALL[2]) == (
-        f"FILE, line 2: {why}; mend it, or leave it out with --skip-bad-lines"
+        f"FILE, line 2: {why}; fix it, or leave it out with --skip-bad-lines"
     )
     lengths, last = said(tmp_path, ALL[0], document, ALL[2], skip=True)
     assert lengths["prompt_tokens"] == [2, 6]
@@ -190,7 +190,7 @@ def test_what_vllm_refuses_is_a_bad_line_and_nothing_of_it_is_said(
 
 def test_bad_lines_and_other_kinds_are_counted_as_everywhere(tmp_path: Path, renderer: Renderer) -> None:
     documents = ({"prompt_tokens": 0}, {"url": "/v1/embeddings", "body": {}}, *ALL[:2])
-    assert "line 1: its prompt_tokens '0' is no number" in refusal(tmp_path, *documents)
+    assert "line 1: its prompt_tokens '0' is not a number" in refusal(tmp_path, *documents)
     _, last = said(tmp_path, *documents, skip=True)
     assert last == {"left_out": [], "bad_lines": 1, "refused": {"for embeddings": 1}, "notes": []}
     assert len(renderer.seen) == 2
@@ -202,7 +202,7 @@ def test_without_a_chat_template_prompts_are_taken_as_they_are_and_chats_are_not
     monkeypatch.setattr(Tokenizer, "chat_template", None)
     lengths, last = said(tmp_path, ALL[2], ALL[2])
     assert lengths["prompt_tokens"] == [4, 4]
-    assert last["notes"] == ["--model m: its tokenizer has no chat template; prompts are taken as they are"]
+    assert last["notes"] == ["--model m: its tokenizer has no chat template; prompts are used as they are"]
     assert refusal(tmp_path, ALL[0]).startswith("--model m: its tokenizer has no chat template, and a chat needs one; ")
     assert len(renderer.seen) == 1
 

@@ -77,7 +77,7 @@ def test_a_wrong_number_of_processes_is_said_once_and_every_rank_ends(tmp_path: 
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "torchrun started 2 processes, TP x PP x DP is 4" in errors[0]
+    assert "torchrun started 2 processes, but TP x PP x DP is 4" in errors[0]
     assert not (tmp_path / "tp_1_results.json").exists()
 
 
@@ -85,7 +85,7 @@ def test_a_file_that_exists_ends_every_rank(tmp_path: Path) -> None:
     (tmp_path / "tp_1_results.json").write_text("{}")
     done = torchrun(tmp_path, 2, "-tp", "2")
     assert done.returncode != 0
-    assert "it is no result of this program" in done.stderr
+    assert "it is not a result of this program" in done.stderr
     assert (tmp_path / "tp_1_results.json").read_text() == "{}"
 
 

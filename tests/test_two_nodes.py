@@ -104,7 +104,7 @@ def test_nodes_that_were_told_different_things_end_with_a_line_that_says_so(tmp_
     processes = [start_node(node, folders[node], "custom", "TP=2", "--batch-sizes", str(node + 1)) for node in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
-    said = "has other arguments: --batch-sizes 2; node 0"
+    said = "has different arguments: --batch-sizes 2; node 0"
     assert all(said in errors for _, errors in outputs), outputs
     assert list(tmp_path.rglob("*.json")) == []
 

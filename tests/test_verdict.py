@@ -64,7 +64,11 @@ def test_a_good_point_is_valid_without_a_reason() -> None:
 
 
 FAULTS: dict[str, tuple[Point, str, str]] = {
-    "_token_counts": (measured(2, output_tokens=63), "invalid", "63 output tokens came back, 128 and 64 were asked"),
+    "_token_counts": (
+        measured(2, output_tokens=63),
+        "invalid",
+        "63 output tokens came back, but 128 and 64 were asked for",
+    ),
     "_prefix_hits": (
         measured(counters=COUNTERS | {"prefix_cache_hit_tokens": 16}),
         "invalid",
@@ -73,7 +77,7 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
     "_longer_than_passed": (
         measured(passed_s=0.98),
         "invalid",
-        "a run is said to have taken 0.999 s, and 0.98 s passed meanwhile",
+        "a run reports 0.999 s, but only 0.98 s passed meanwhile",
     ),
     "_preempted": (measured(counters=COUNTERS | {"preemptions": 2}), "suspect", "2 requests were preempted"),
     "_never_steady": (
@@ -84,7 +88,7 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
     "_compiled_late": (
         measured(counters=COUNTERS | {"jit_compilations": 1}),
         "suspect",
-        "vLLM compiled kernels during timed runs again and again",
+        "vLLM kept compiling kernels during timed runs",
     ),
     "_wide_interval": (measured(latencies_s=[1.0, 1.2] * 5), "suspect", "runs differ: after 10"),
     "_drift": (measured(latencies_s=[1.0, 1.011, 1.019, 1.031, 1.04]), "suspect", "drift: runs become slower"),
@@ -97,14 +101,14 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
     "_throttled": (
         measured(clocks={"throttle_reasons": ["sw_power_cap", "sw_thermal_slowdown", "hw_slowdown"]}),
         "suspect",
-        "clocks were throttled: hw_slowdown, sw_thermal_slowdown; see",
+        "clocks were throttled: hw_slowdown, sw_thermal_slowdown; check",
     ),
     "_not_alone": (measured(clocks={"other_processes": 1}), "suspect", "another process was on the devices"),
     "_waves": (measured(9), "suspect", "ran in waves: batch_size 9 is over max_num_seqs 8"),
     "_empty_places": (
         queued(counters={"peak_running": 2}),
         "suspect",
-        "of 4 places at most 2 were taken: the first end while prompts of others wait",
+        "at most 2 of 4 places were taken: the first requests end while prompts of others still wait",
     ),
     "_no_plateau": (
         make_queue_point(4, (3,)),
@@ -112,7 +116,7 @@ FAULTS: dict[str, tuple[Point, str, str]] = {
         "sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample",
     ),
     "_wide_plateau": (jerky(), "suspect", "plateau: the 95 % interval of its throughput is over ±10%"),
-    "_unsteady_plateau": (queued(slower=0.2), "suspect", "plateau not steady: it becomes slower, by "),
+    "_unsteady_plateau": (queued(slower=0.2), "suspect", "plateau not steady: it becomes slower by "),
     "_packed": (measured(), "suspect", "packed: other settings ran beside it"),
 }
 # What makes a fault of a point that is like any other.
@@ -235,7 +239,10 @@ def test_settled_warmups_agree_and_the_last_compiled_nothing(
     ("warmups", "said"),
     [
         ([(1.0, 2), (1.2, None)], "not steady after 2 warm-ups: the last two differ by more than 5%"),
-        ([(1.0, None), (1.0, 2)], "not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"),
+        (
+            [(1.0, None), (1.0, 2)],
+            "not steady: vLLM was still compiling kernels in the last warm-up; raise --warmup-runs",
+        ),
     ],
 )
 def test_why_warmups_are_not_steady_is_said_of_the_last(warmups: list[tuple[float, int | None]], said: str) -> None:
@@ -351,32 +358,30 @@ def test_every_reason_is_said_to_the_letter() -> None:
         for name, (point, *_) in FAULTS.items()
     }
     assert said == {
-        "_token_counts": ["128 prompt and 63 output tokens came back, 128 and 64 were asked"],
+        "_token_counts": ["128 prompt and 63 output tokens came back, but 128 and 64 were asked for"],
         "_prefix_hits": ["16 prompt tokens came from the prefix cache"],
-        "_longer_than_passed": [
-            "a run is said to have taken 0.999 s, and 0.98 s passed meanwhile; see to the nodes' clocks"
-        ],
-        "_preempted": ["2 requests were preempted for want of KV cache"],
+        "_longer_than_passed": ["a run reports 0.999 s, but only 0.98 s passed meanwhile; check the nodes' clocks"],
+        "_preempted": ["2 requests were preempted for lack of KV cache"],
         "_never_steady": ["not steady after 2 warm-ups: the last two differ by more than 5%"],
-        "_compiled_late": ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"],
+        "_compiled_late": ["vLLM kept compiling kernels during timed runs; raise --warmup-runs"],
         "_wide_interval": ["runs differ: after 10 the 95 % interval is over ±5%; raise --max-runs"],
-        "_drift": ["drift: runs become slower, by over 3% from the first to the last"],
+        "_drift": ["drift: runs become slower by over 3% from the first to the last"],
         "_unlike_warmups": ["the last warm-up took 1 s, the runs 0.6 s; raise --warmup-runs"],
         "_too_short": ["runs under 10 ms are too short to time; raise --max-tokens"],
-        "_throttled": ["clocks were throttled: hw_slowdown, sw_thermal_slowdown; see to cooling and power"],
-        "_not_alone": ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"],
+        "_throttled": ["clocks were throttled: hw_slowdown, sw_thermal_slowdown; check cooling and power"],
+        "_not_alone": ["another process was on the devices; end it, or choose others with CUDA_VISIBLE_DEVICES"],
         "_waves": ["ran in waves: batch_size 9 is over max_num_seqs 8"],
         "_empty_places": [
-            "of 4 places at most 2 were taken: the first end while prompts of others wait for their turn in the tokens "
-            "per step"
+            "at most 2 of 4 places were taken: the first requests end while prompts of others still wait for room "
+            "in a step"
         ],
         "_no_plateau": ["sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample"],
         "_wide_plateau": ["plateau: the 95 % interval of its throughput is over ±10%; raise --sample"],
         "_unsteady_plateau": [
-            "plateau not steady: it becomes slower, by 20% from its beginning to its end; raise --sample, or give "
+            "plateau not steady: it becomes slower by 20% from its beginning to its end; raise --sample, or give "
             "--order shuffled"
         ],
-        "_packed": ["packed: other settings ran beside it; measure what decides again without --pack"],
+        "_packed": ["packed: other settings ran beside it; measure the decisive points again without --pack"],
     }
 
 
@@ -389,7 +394,7 @@ def test_reasons_come_in_their_order_those_of_invalid_points_first() -> None:
     point.runs[0].clocks.throttle_reasons = ["hw_slowdown"]
     reasons, found = judged(point, {"packed": True}, max_num_seqs=8)
     assert [reason.split()[0] + " " + reason.split()[1] for reason in reasons] == [
-        "576 prompt", "8 prompt", "a run", "3 requests", "ran in", "vLLM compiled", "the last", "runs under",
+        "576 prompt", "8 prompt", "a run", "3 requests", "ran in", "vLLM kept", "the last", "runs under",
         "clocks were", "another process", "packed: other",
     ]  # fmt: skip
     assert found == "invalid"
@@ -401,15 +406,15 @@ def test_all_replicas_are_counted_and_each_other_count_is_said_once_the_smaller_
     assert judge(result, point) == ([], "valid")
     for run, tokens in zip(point.runs, (190, 180, 180), strict=True):
         run.output_tokens = tokens
-    asked = "384 and 192 were asked"
+    asked = "384 and 192 were asked for"
     assert judge(result, point)[0] == [
-        f"384 prompt and 180 output tokens came back, {asked}",
-        f"384 prompt and 190 output tokens came back, {asked}",
+        f"384 prompt and 180 output tokens came back, but {asked}",
+        f"384 prompt and 190 output tokens came back, but {asked}",
     ]
     point.runs[0].prompt_tokens, point.runs[0].output_tokens = 383, 192
     for run in point.runs[1:]:
         run.output_tokens = 192
-    assert judge(result, point)[0] == [f"383 prompt and 192 output tokens came back, {asked}"]
+    assert judge(result, point)[0] == [f"383 prompt and 192 output tokens came back, but {asked}"]
     for name in ("seq_len", "max_tokens"):
         assert judge(result, replace(point, **{name: None})) == ([], "valid")
 
@@ -418,7 +423,7 @@ def test_of_several_runs_longer_than_what_passed_the_longest_is_named() -> None:
     point = measured(latencies_s=[1.0, 1.002, 1.001])
     for run, passed_s in zip(point.runs, (0.5, 0.6, 0.7), strict=True):
         run.passed_s = passed_s
-    assert judged(point)[0] == ["a run is said to have taken 1 s, and 0.6 s passed meanwhile; see to the nodes' clocks"]
+    assert judged(point)[0] == ["a run reports 1 s, but only 0.6 s passed meanwhile; check the nodes' clocks"]
 
 
 def test_reasons_of_clocks_that_are_no_fault_are_these() -> None:
@@ -458,7 +463,7 @@ def test_a_good_queue_point_is_valid_by_one_run_and_one_warmup() -> None:
 @pytest.mark.parametrize(("wrong", "said"), [(1, "1 request came back"), (7, "7 requests came back")])
 def test_requests_of_a_queue_with_other_counts_than_asked_make_it_invalid(wrong: int, said: str) -> None:
     reasons, found = judged(queued(counters={"miscounted": wrong}))
-    assert reasons == [f"{said} with other numbers of tokens than were asked"]
+    assert reasons == [f"{said} with a different number of tokens than asked"]
     assert found == "invalid"
 
 
@@ -474,13 +479,13 @@ def test_prefixes_may_come_from_the_cache_where_that_was_asked_for() -> None:
     [
         ({"max_num_seqs": 2}, 0.5, "--max-num-seqs is 2"),
         ({"max_num_seqs": 8}, 0.95, "the KV cache was full"),
-        ({}, None, "the first end while prompts of others wait for their turn in the tokens per step"),
+        ({}, None, "the first requests end while prompts of others still wait for room in a step"),
     ],
 )
 def test_why_places_of_a_queue_stay_empty_is_said(engine: dict[str, Any], kv_use: float | None, why: str) -> None:
     """And not also that a larger sample would have a plateau."""
     point = make_queue_point(4, (3,), counters={"peak_running": 2}, memory={"peak_kv_use": kv_use})
-    assert judged(point, **engine)[0] == [f"of 3 places at most 2 were taken: {why}"]
+    assert judged(point, **engine)[0] == [f"at most 2 of 3 places were taken: {why}"]
 
 
 def test_a_replica_with_fewer_requests_than_places_leaves_none_empty() -> None:
@@ -523,7 +528,7 @@ def test_a_job_that_ran_as_a_whole_needs_no_plateau(jobs: list[Job], reasons: li
 )
 def test_a_plateau_that_is_not_steady_has_a_direction(slower: float, order: str, said: str | None) -> None:
     reasons, _ = judged(queued(slower=slower, order=order))
-    assert [reason.split(",")[0].split()[-1] for reason in reasons] == ([said] if said else [])
+    assert [reason.split(" by ")[0].split()[-1] for reason in reasons] == ([said] if said else [])
 
 
 @pytest.mark.parametrize(

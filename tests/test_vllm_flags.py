@@ -25,7 +25,7 @@ from in_process import called
 
 LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
 KNOWN = ["--load-format", "--kv-cache-dtype", "--compilation-config", "--quantization", "--no-async-scheduling"]
-FOUND = "error: --quantisation is no flag of this program or of vLLM; did you mean --quantization?"
+FOUND = "error: --quantisation is not a flag of this program or of vLLM; did you mean --quantization?"
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_the_real_vllm_names_its_flags(tmp_path: Path) -> None:
 
 def test_what_is_said_while_vllm_is_asked_is_pinned(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_flags, "vllm_version", lambda: "0.32.0")
-    begins = "note: asking vLLM 0.32.0 once for its flags, to find misspelt ones; importing it takes some seconds"
+    begins = "note: asking vLLM 0.32.0 once for its flags, to find misspelt ones; importing it takes several seconds"
     options: list[Any] = []
 
     def fail(module: str, **words: object) -> None:
@@ -220,7 +220,7 @@ def test_the_folder_of_vllm_is_found_without_importing_it(
 
 
 def test_of_several_flags_the_first_that_is_unknown_is_named_and_a_secret_never(asked: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--quantisation is no flag"):
+    with pytest.raises(ConfigError, match="--quantisation is not a flag"):
         said_by("--load-format", "x", "--quantisation", "fp8", "--lod-format", "y")
     with pytest.raises(ConfigError) as caught:
         said_by("--quantization", "fp8", "--hf-token", "--hush")

@@ -23,7 +23,7 @@ from conftest import REPOSITORY, STUB, experiment_command, stub_environment
 from in_process import called
 
 LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
-OLD = "vLLM 0.25.1 is not one of 0.26 to 0.33; it lacks "
+OLD = "vLLM 0.25.1 is outside 0.26 to 0.33; it lacks "
 # Looked up where they are used: not every version has them.
 NEWER = {"vllm.v1.worker.utils", "vllm.v1.worker.worker_base", "vllm.v1.attention.backends.utils"}
 
@@ -88,10 +88,10 @@ def test_another_version_is_a_warning_and_looked_into_once(
     said: list[str] = []
     warning = check_vllm_version(said.append)
     assert warning is not None
-    assert warning.startswith(f"vLLM {version} is not one of 0.26 to 0.33; it lacks ")
+    assert warning.startswith(f"vLLM {version} is outside 0.26 to 0.33; it lacks ")
     assert warning.endswith(ends)
     (note,) = said
-    assert note.startswith(f"note: looking once into vLLM {version}")
+    assert note.startswith(f"note: checking vLLM {version}")
     assert check_vllm_version(fails) == warning
 
 
@@ -199,7 +199,7 @@ def test_both_programs_measure_with_a_version_that_nobody_tried_and_say_so(
     program: str, tmp_path: Path, old_vllm: dict[str, str]
 ) -> None:
     grid = ("--batch-sizes", "1", "--seq-lens", "8", "--max-tokens", "4")
-    looks = "note: looking once into vLLM 0.25.1, which nobody has tried; importing it takes some seconds"
+    looks = "note: checking vLLM 0.25.1 once, which was not tested; importing it takes several seconds"
     if program == "script":
         done = script(tmp_path, old_vllm, *grid, "--num-runs", "1")
     else:

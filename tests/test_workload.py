@@ -88,35 +88,35 @@ def test_a_table_of_lengths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "FILE: it has no usable request; give one on each line"),
-        ("[]", "FILE: it has no usable request; give one on each line"),
-        ("prompt_tokens\n", "FILE: it has no usable request; give one on each line"),
-        ("words\n1\n", "FILE, line 1: 'words' begins neither JSON nor a CSV with the columns prompt_tokens"),
-        ('{"prompt_tokens": 1}\n\n{"prompt', "FILE, line 3: it is no JSON; mend it, or leave it out with --skip"),
-        ('[{"prompt_tokens": 1}, {"prompt', "FILE, entry 2: it is no JSON, and nothing after it can be read; mend it"),
-        ('[{"prompt_tokens": 1},\n', "FILE, entry 2: the list ends before its ]; mend it, or give lines of JSON"),
-        ('[{"prompt_tokens": 1}]\n[', "FILE: after its list of 1 request comes something else; give one list"),
-        ('{"prompt_tokens": 0}', "FILE, line 1: its prompt_tokens '0' is no number of tokens from 1 to 134217728; "),
-        ('{"prompt_tokens": -3}', "FILE, line 1: its prompt_tokens '-3' is no number"),
-        ('{"prompt_tokens": 1.5}', "FILE, line 1: its prompt_tokens '1.5' is no number"),
-        ('{"prompt_tokens": 1e400}', "FILE, line 1: its prompt_tokens 'inf' is no number"),
-        ('{"prompt_tokens": true}', "FILE, line 1: its prompt_tokens 'True' is no number"),
-        ('{"prompt_tokens": [1]}', "FILE, line 1: its prompt_tokens '[1]' is no number"),
-        ('{"prompt": "a", "output_tokens": "many"}', "FILE, line 1: its output_tokens 'many' is no number of tokens"),
-        ('{"prompt": ""}', "FILE, line 1: its prompt is no text; mend it"),
-        ('{"prompt_token_ids": [1, -1]}', "FILE, line 1: its token ids are no list of numbers"),
-        ('{"prompt_token_ids": [1, 9999999999]}', "FILE, line 1: its token ids are no list of numbers"),
-        ("{}", "FILE, line 1: it has none of body, conversations, prompt, prompt_token_ids and prompt_tokens; mend"),
-        ("[3]", "FILE, entry 1: it is no object; mend"),
-        ('{"body": 3}', "FILE, line 1: its body is no object; mend"),
+        ("", "FILE: it has no usable request; write one on each line"),
+        ("[]", "FILE: it has no usable request; write one on each line"),
+        ("prompt_tokens\n", "FILE: it has no usable request; write one on each line"),
+        ("words\n1\n", "FILE, line 1: 'words' begins like neither JSON nor a CSV with the columns prompt_tokens"),
+        ('{"prompt_tokens": 1}\n\n{"prompt', "FILE, line 3: it is not JSON; fix it, or leave it out with --skip"),
+        ('[{"prompt_tokens": 1}, {"prompt', "FILE, entry 2: it is not JSON, and nothing after it can be read; fix it"),
+        ('[{"prompt_tokens": 1},\n', "FILE, entry 2: the list has no closing ]; fix it, or write lines of JSON"),
+        ('[{"prompt_tokens": 1}]\n[', "FILE: something follows its list of 1 request; give one list"),
+        ('{"prompt_tokens": 0}', "FILE, line 1: its prompt_tokens '0' is not a number of tokens from 1 to 134217728; "),
+        ('{"prompt_tokens": -3}', "FILE, line 1: its prompt_tokens '-3' is not a number"),
+        ('{"prompt_tokens": 1.5}', "FILE, line 1: its prompt_tokens '1.5' is not a number"),
+        ('{"prompt_tokens": 1e400}', "FILE, line 1: its prompt_tokens 'inf' is not a number"),
+        ('{"prompt_tokens": true}', "FILE, line 1: its prompt_tokens 'True' is not a number"),
+        ('{"prompt_tokens": [1]}', "FILE, line 1: its prompt_tokens '[1]' is not a number"),
+        ('{"prompt": "a", "output_tokens": "many"}', "FILE, line 1: its output_tokens 'many' is not a number"),
+        ('{"prompt": ""}', "FILE, line 1: its prompt is not a text; fix it"),
+        ('{"prompt_token_ids": [1, -1]}', "FILE, line 1: its token ids are not a list of numbers"),
+        ('{"prompt_token_ids": [1, 9999999999]}', "FILE, line 1: its token ids are not a list of numbers"),
+        ("{}", "FILE, line 1: it has none of body, conversations, prompt, prompt_token_ids and prompt_tokens; fix"),
+        ("[3]", "FILE, entry 1: it is not a JSON object; fix"),
+        ('{"body": 3}', "FILE, line 1: its body is not an object; fix"),
         ('{"url": "/v1/x", "body": {}}', "FILE, line 1: its url '/v1/x' is neither /v1/chat/completions nor"),
-        (json.dumps(chat()), "FILE, line 1: its messages are no list of objects"),
+        (json.dumps(chat()), "FILE, line 1: its messages are not a list of objects"),
         ('{"conversations": [{"from": "human", "value": "a"}]}', "FILE, line 1: its conversation has no question with"),
-        ("prompt_tokens,output_tokens\n5,5\n6,x\n", "FILE, line 3: its output_tokens 'x' is no number of tokens"),
-        ("prompt_tokens,output_tokens\n5,5\n1,200,96\n", "FILE, line 3: it has 3 cells for 2 columns; mend it"),
+        ("prompt_tokens,output_tokens\n5,5\n6,x\n", "FILE, line 3: its output_tokens 'x' is not a number of tokens"),
+        ("prompt_tokens,output_tokens\n5,5\n1,200,96\n", "FILE, line 3: it has 3 cells for 2 columns; fix it"),
         ('prompt_tokens,output_tokens\n5,5\n"6,5\n6,5\n', "FILE, line 3: its prompt_tokens '6,5\\n6,5\\n' is no"),
-        ("x" * 200_000, f"FILE, line 1: '{'x' * 40}…{'x' * 39}' begins neither JSON nor a CSV"),
-        ("\x1f\udc9b[31m", r"FILE, line 1: '\x1f\udc9b[31m' begins neither JSON nor a CSV"),
+        ("x" * 200_000, f"FILE, line 1: '{'x' * 40}…{'x' * 39}' begins like neither JSON nor a CSV"),
+        ("\x1f\udc9b[31m", r"FILE, line 1: '\x1f\udc9b[31m' begins like neither JSON nor a CSV"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(text: str, words: str, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_is_not_measured_is_counted_and_refused_at_the_end(tmp_path: Path) 
     assert said(tmp_path, text) == (
         "FILE: not measured: 2 with n over 1 (first: line 2), 2 with structured output (first: line 3), 1 with images "
         "or other media (first: line 5), 1 for embeddings (first: line 6), 1 with several prompts (first: line 7), 2 "
-        "with a chat template of their own (first: line 8), 2 with a suffix or a prompt that is cut (first: line 10); "
+        "with a chat template of their own (first: line 8), 2 with a suffix or a truncated prompt (first: line 10); "
         "leave them out with --skip-bad-lines"
     )
 
@@ -188,7 +188,7 @@ def test_a_line_that_is_too_long_costs_itself_alone(
 @pytest.mark.parametrize("text", ['[{"prompt_tokens": 1}, {bad}, {"prompt_tokens": 3}]', '[{"prompt_tokens": 1}'])
 def test_of_a_broken_list_nothing_is_left_out(text: str, tmp_path: Path) -> None:
     """Where the next entry begins, nobody knows: all that follow would be lost."""
-    with pytest.raises(ConfigError, match=r", entry 2: .*; mend it, or give lines of JSON$"):
+    with pytest.raises(ConfigError, match=r", entry 2: .*; fix it, or write lines of JSON$"):
         read(tmp_path, text, skip=True)
 
 

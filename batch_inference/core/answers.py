@@ -1,7 +1,7 @@
-"""Whether settings answer the same: `--compare-answers`.
+"""Whether settings give the same answers: `--compare-answers`.
 
-Each engine is asked the same prompts greedily. What is kept of an answer is no token, but a digest of each of its
-beginnings: of the first token, of the first two, and so on. Two answers are alike up to where these differ.
+Each engine answers the same prompts greedily. No token of an answer is kept, only a digest of each of its
+beginnings: of the first token, of the first two, and so on. Two answers agree up to where their digests differ.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from statistics import median
 
 from batch_inference.core.results import Answers
 
-# Few, because they are asked of every engine; enough to tell some percent that differ from none.
+# Few, because every engine is asked; enough to tell a few percent that differ from none.
 REQUESTS = 32
 OUTPUT_TOKENS = 32
 PROMPT_TOKENS = 64
-# Of one beginning, in hexadecimal: one in 65,536 that differ looks alike, and the next one does not.
+# Hexadecimal digits per beginning: one difference in 65,536 goes unseen, and the next beginning shows it.
 _DIGITS = 4
-# Rounding changes an answer where two tokens are nearly as likely, which may be at the first. Where most change there,
-# it is another model.
+# Rounding changes an answer where two tokens are about equally likely, even the first. If most change that early,
+# it is a different model.
 _WRONG_UP_TO = 2
 
 
@@ -34,7 +34,7 @@ def beginnings(tokens: Sequence[int]) -> str:
 
 
 def first_difference(one: str, other: str) -> int | None:
-    """The number of the first token that differs, from 1; None where none does. Of answers in `beginnings`."""
+    """The number, from 1, of the first token that differs; None if none does. Takes answers as `beginnings`."""
     pairs = zip(_parts(one), _parts(other), strict=True)
     return next((number for number, (mine, yours) in enumerate(pairs, 1) if mine != yours), None)
 
@@ -45,10 +45,10 @@ def _parts(digests: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Differences:
-    """Of some answers from others to the same prompts."""
+    """How some answers differ from others to the same prompts."""
 
     requests: int
-    firsts: Sequence[int]  # of each answer that differs, the first token that does
+    firsts: Sequence[int]  # the first differing token of each answer that differs
 
     @property
     def count(self) -> int:
@@ -56,7 +56,7 @@ class Differences:
 
     @property
     def is_another_model(self) -> bool:
-        """Whether most answers differ from their first tokens on."""
+        """Whether most answers differ from one of their first tokens on."""
         return 2 * self.count > self.requests and median(self.firsts) <= _WRONG_UP_TO
 
 
@@ -66,26 +66,26 @@ def differences(ones: Sequence[str], others: Sequence[str]) -> Differences:
 
 
 def of_itself(answers: Answers) -> Differences:
-    """Of the same engine, asked the same in two halves: a batch of another size rounds otherwise."""
+    """Of the same engine, asked again in two halves: a batch of another size rounds differently."""
     return differences(answers.first, answers.again)
 
 
 def between_replicas(answers: Answers) -> list[Differences]:
-    """Of each other replica from the first one."""
+    """How each other replica differs from the first."""
     return [differences(answers.first, other) for other in answers.other_replicas]
 
 
 def lengths_for(longest: int) -> tuple[int, int]:
-    """Tokens of a prompt and of an answer, of engines for requests of `longest` tokens."""
+    """Tokens of a prompt and of an answer, for an engine that takes requests of `longest` tokens."""
     output_tokens = min(OUTPUT_TOKENS, longest // 2)
     return min(PROMPT_TOKENS, longest - output_tokens), output_tokens
 
 
 def is_asked(answers: Answers | None, seed: int, longest: int) -> bool:
-    """Whether such an engine was asked before."""
+    """Whether such an engine has already been asked."""
     return answers is not None and question_of(answers) == (seed, *lengths_for(longest), REQUESTS)
 
 
 def question_of(answers: Answers) -> tuple[int, int, int, int]:
-    """What was asked: answers to the same are compared."""
+    """What was asked; only answers to the same question are compared."""
     return answers.seed, answers.prompt_tokens, answers.output_tokens, len(answers.first)

@@ -1,4 +1,4 @@
-"""How many requests of a point run at once in one replica: vLLM runs a batch that does not fit in waves, unasked."""
+"""How many requests of a point run at once in one replica: vLLM splits a batch that does not fit into waves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batch_inference.core.results import EngineInfo, Point, Result
 
 
 def running_requests(result: Result, point: Point) -> int | None:
-    """The most requests that ran at once: as vLLM counted them, or else as its limits allow."""
+    """The most requests that ran at once: as vLLM counted them, otherwise as its limits allow."""
     counted = [run.counters.peak_running for run in point.runs]
     known = [count for count in counted if count]
     if known and len(known) == len(counted):
@@ -19,12 +19,12 @@ def running_requests(result: Result, point: Point) -> int | None:
 
 
 def waves(point: Point, running: int | None) -> int | None:
-    """`running`: of `running_requests`. None of a queue, in which one request takes the place of another."""
+    """`running`: from `running_requests`. None for a queue, where one request takes the place of another."""
     return None if running is None or point.workload else math.ceil(point.batch_size / running)
 
 
 def request_slots(result: Result, point: Point) -> int | None:
-    """Requests that vLLM's scheduler runs at once at most."""
+    """The most requests that vLLM's scheduler runs at once."""
     engine = result.engine_of(point)
     return engine.max_num_seqs if engine else None
 
@@ -41,8 +41,8 @@ def requests_in_kv_cache(result: Result, point: Point) -> int | None:
 
 
 def _blocks_of_one_pool(engine: EngineInfo, kv_cache_tokens: int) -> tuple[int, int] | None:
-    """Number and size of the blocks where every layer takes blocks of one pool. None for models that mix kinds of
-    layers, and contexts spread over devices: there vLLM's capacity in tokens is not the one computed here."""
+    """Number and size of the blocks if every layer takes blocks from one pool. None for models that mix kinds of
+    layers and for contexts spread over devices: there vLLM's capacity in tokens is not the one computed here."""
     blocks, block_size, longest = engine.num_gpu_blocks, engine.block_size, engine.max_model_len
     if not (blocks and block_size and longest):
         return None
@@ -52,7 +52,7 @@ def _blocks_of_one_pool(engine: EngineInfo, kv_cache_tokens: int) -> tuple[int, 
 
 
 def padded_batch_size(result: Result, point: Point, running: int | None) -> int | None:
-    """Requests in a decoding step when it is padded to a captured graph; None where no graph is used, and with
+    """Requests in a decoding step once it is padded to a captured graph; None if no graph is used, and with
     pipeline stages, which divide the batch among them in a way that is not known here."""
     engine = result.engine_of(point)
     if engine is None or running is None or result.config.pipeline_parallel_size > 1:

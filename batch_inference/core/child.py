@@ -1,7 +1,7 @@
-"""A module of ours in a process of its own, asked one question: it prints its answer as lines of JSON, and ends.
+"""Run one of our modules in its own process to answer one question: it prints lines of JSON and ends.
 
-For what must leave nothing behind in the script that supervises: torch on a device, a connection to Ray, stand-ins for
-parts of vLLM. Python's own library alone, because a plan asks too.
+For what must leave no trace in the supervising script: torch on a device, a connection to Ray, stand-ins for
+parts of vLLM. Needs only Python's own library, because plans use it too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
 
 
 class ChildError(Exception):
-    """It gave no answer; the message is the reason in one line."""
+    """It gave no answer; the message gives the reason in one line."""
 
 
 def ask(module: str, *words: str, timeout_s: float, environment: Mapping[str, str] | None = None) -> Any:
-    """What `python -m batch_inference.MODULE WORDS` prints in its last line. Raises ChildError."""
+    """The last line that `python -m batch_inference.MODULE WORDS` prints, as JSON. Raises ChildError."""
     try:
         done = _run(module, words, "", timeout_s, environment)
     except subprocess.TimeoutExpired:
@@ -42,8 +42,8 @@ def ask(module: str, *words: str, timeout_s: float, environment: Mapping[str, st
 def ask_for_lines(
     module: str, question: str, *, timeout_s: float, environment: Mapping[str, str] | None = None
 ) -> tuple[list[Any], str | None]:
-    """What it prints, line by line, when it is given `question` to read; and why that is not all, where it ended early
-    or its time was over."""
+    """What it prints, line by line, given `question` to read; and why that is not everything if it ended early
+    or ran out of time."""
     try:
         done = _run(module, (), question, timeout_s, environment)
     except subprocess.TimeoutExpired as error:
@@ -52,7 +52,7 @@ def ask_for_lines(
 
 
 def ask_for_a_stream(module: str, question: str, *, silence_s: float) -> Generator[Any]:
-    """Each of its lines as soon as it comes. Raises ChildError where it fails, or says nothing for so long."""
+    """Each of its lines as soon as it comes. Raises ChildError if it fails or is silent for `silence_s`."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             _command(module), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment()
@@ -96,7 +96,7 @@ def _end_of(file: IO[bytes]) -> str:
 
 
 def python_path() -> str:
-    """PYTHONPATH for our own processes: they find this package wherever the user is."""
+    """PYTHONPATH for our own processes, so that they find this package in any folder."""
     ours = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -129,13 +129,13 @@ def _no_answer(timeout_s: float) -> str:
 
 
 def _last_line(text: str) -> str:
-    """The error that it ended with, without what its message says in further lines; else the last line."""
+    """The error that it ended with, only its first line; otherwise the last line."""
     lines = text.strip().splitlines() or [NO_REASON]
     return plain(next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1]))
 
 
 def _whole_lines(output: str | bytes | None) -> list[Any]:
-    """Without one that it was still writing; of a process that ran out of time they come as bytes."""
+    """Without a line that is still unfinished; from a process that ran out of time they come as bytes."""
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
     values = []
     for line in text.splitlines():

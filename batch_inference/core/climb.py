@@ -1,9 +1,9 @@
-"""Which batch size to try next, so that the best is found without trying all: `--batch-sizes auto`.
+"""Which batch size to try next, to find the best without trying all: `--batch-sizes auto`.
 
-Throughput rises with the batch size until the device is full, requests wait for memory, or a limit is broken. So sizes
-double while each gains more than chance would, or a tenth; then the neighbours of the best are tried where they can be
-better. The largest sizes cost most: on a device that is nearly full, each further request takes at least as long as the
-last ones did, so a size that can gain no more than a tie, or what is to be beaten, is not tried.
+Throughput rises with the batch size until the device is full, requests wait for memory, or a limit is broken. So the
+size doubles while each step gains more than chance would, or a tenth; then neighbours of the best are tried if they
+can be better. Large sizes cost most: on a device that is nearly full, each further request takes at least as long as
+the last ones did, so a size that cannot gain more than a tie, or reach `to_beat`, is not tried.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from dataclasses import dataclass
 
 from batch_inference.core.statistics import t_quantile_95
 
-# Of the best: no difference that anybody would load an engine for, or run a batch twice as large.
+# As a share of the best: too small a difference to load an engine for, or to run a batch twice as large.
 TIE = 0.02
-# A bound is this many half widths of a 95 % interval above what was measured: it is looked at after each load again,
-# and holds at all looks together.
+# A bound is this many half widths of a 95 % interval above what was measured: it is checked again after each load
+# and must hold over all checks together.
 SURE = 2.0
-# The first size where throughput is asked for: smaller ones are quick, but hardly ever the best.
+# The first size when the goal is throughput: smaller ones are quick, but hardly ever the best.
 FIRST_SIZE = 16
-# A gain by a larger size that is followed even where runs differ more than that.
+# A gain large enough to follow even if runs differ by more than that.
 _MUCH = 0.1
-# A device is nearly full where twice the requests gain less than this.
+# A device is nearly full if doubling the requests gains less than this.
 _NEARLY_FULL = 0.3
-# Neighbours of the best that are tried.
+# How many neighbours of the best are tried.
 _MOST_BETWEEN = 2
-# Sizes nearer to each other than this are the same for a device.
+# Sizes closer together than this make no difference to a device.
 _LEAST_STEP = 1.1
 
 
@@ -36,10 +36,10 @@ class Tried:
     """A batch size that was measured."""
 
     batch_size: int
-    value: float  # throughput, or what else is the better the higher it is
+    value: float  # throughput, or anything else where higher is better
     half: float  # of its 95 % interval
     fits: bool = True  # in memory at once
-    excess: float = 0.0  # the largest of what has a limit, over its limit
+    excess: float = 0.0  # the worst ratio of a limited value to its limit
     runs: int = 1
 
     @property
@@ -48,15 +48,15 @@ class Tried:
 
     @property
     def taken_s(self) -> float:
-        """The time of a batch, but for a constant factor: how many tokens a request has."""
+        """The time of a batch, up to a constant factor: the tokens of a request."""
         return self.batch_size / self.value
 
 
 def pooled_halves(runs_s: Mapping[int, Sequence[float]]) -> dict[int, float]:
     """Batch size -> the half width of the 95 % interval of its mean latency, as a share of it.
 
-    Two runs tell little by themselves: so the spread is that of a size and its neighbours, up to twice and half of it.
-    Larger batches vary less. Infinite where nothing was run twice.
+    Two runs alone tell little, so the spread is pooled over a size and its neighbours, from half to twice the size.
+    Larger batches vary less. Infinite if nothing was run twice.
     """
     spreads = {size: _squares(runs) for size, runs in runs_s.items()}
     halves = {}
@@ -76,15 +76,15 @@ def _squares(runs: Sequence[float]) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class Climb:
-    """The search among batch sizes of one setting, prompt length and engine load."""
+    """The search over batch sizes at one setting, prompt length and engine load."""
 
     sizes: Sequence[int]  # in rising order
-    rises: bool = True  # False where the smallest batch is the best, as for the shortest batch time
-    between: Callable[[int], bool] = lambda _: True  # whether a size that is none of `sizes` may be tried
-    to_beat: float = 0.0  # a setting that cannot reach it is left
+    rises: bool = True  # False if the smallest batch is the best, as for the shortest batch time
+    between: Callable[[int], bool] = lambda _: True  # whether a size outside `sizes` may be tried
+    to_beat: float = 0.0  # the search ends if this cannot be reached
 
     def next_size(self, tried: Sequence[Tried]) -> int | None:
-        """None where all that can matter is tried. `tried`: in any order."""
+        """None once everything that can matter has been tried. `tried`: in any order."""
         if not tried:
             first = next((size for size in self.sizes if size >= FIRST_SIZE), self.sizes[-1])
             return first if self.rises else self.sizes[0]
@@ -99,12 +99,12 @@ class Climb:
         return larger or self._further_down(known) or self._beside_best(known)
 
     def is_exhausted(self, tried: Sequence[Tried]) -> bool:
-        """Whether no larger batch could be better: throughput rises no more, or there is no larger size. Not where
-        memory or a limit has ended it, or what is to be beaten."""
+        """Whether no larger batch could be better: throughput has stopped rising, or there is no larger size. False if
+        memory, a limit or `to_beat` ended the search."""
         return bool(tried) and all(map(_is_good, tried)) and not self._is_hopeless(tried)
 
     def _is_hopeless(self, tried: Sequence[Tried]) -> bool:
-        """Whether no size can reach what is to be beaten. Below sizes that were tried nothing can, once it rises."""
+        """Whether no size can reach `to_beat`. While throughput rises, no smaller size can either."""
         if not self.rises or min(tried, key=lambda one: one.batch_size) is max(tried, key=lambda one: one.value):
             return False
         return max(ceiling(tried), *(one.value + SURE * one.half for one in tried)) < self.to_beat
@@ -116,14 +116,14 @@ class Climb:
         return next((size for size in self.sizes if size > last.batch_size), None)
 
     def _further_down(self, known: Sequence[Tried]) -> int | None:
-        """Where not even the smallest keeps the limits, or fits; or where it is the best so far."""
+        """A smaller size, if even the smallest tried breaks a limit, does not fit, or is the best so far."""
         first = known[0]
         if _is_good(first) and best_of(known) is not first:
             return None
         return next((size for size in reversed(self.sizes) if size < first.batch_size), None)
 
     def _before_last(self, known: Sequence[Tried]) -> int | None:
-        """Between the two largest sizes, where that may be better than both."""
+        """A size between the two largest, if it may be better than both."""
         before, last = known[-2:]
         middle = (before.batch_size + last.batch_size) // 2
         is_other = middle >= _LEAST_STEP * before.batch_size and self._may_be_between(known, middle)
@@ -151,7 +151,7 @@ class Climb:
 
 @dataclass(frozen=True, slots=True)
 class _Summit:
-    """Of the parabola through the best point and its neighbours, over the logarithm of the size."""
+    """The top of the parabola through the best point and its neighbours, over the logarithm of the size."""
 
     gain: float  # over the best point
     is_above: bool  # at a larger size
@@ -160,7 +160,7 @@ class _Summit:
 def _summit(known: Sequence[Tried], place: int) -> _Summit | None:
     if not 0 < place < len(known) - 1:
         return None
-    # A size that was lost has no value, and bends nothing.
+    # A size that was lost has no value to fit.
     if any(one.value <= 0 for one in known[place - 1 : place + 2]):
         return None
     (x0, y0), (x1, y1), (x2, y2) = ((math.log(one.batch_size), one.value) for one in known[place - 1 : place + 2])
@@ -173,7 +173,7 @@ def _summit(known: Sequence[Tried], place: int) -> _Summit | None:
 
 
 def _full(tried: Sequence[Tried]) -> tuple[Tried, Tried] | None:
-    """The two largest sizes that fit, where they show a device that is nearly full."""
+    """The two largest sizes that fit, if they show a device that is nearly full."""
     known = sorted((one for one in tried if one.fits and one.value > 0), key=lambda one: one.batch_size)
     if len(known) < 2:
         return None
@@ -184,14 +184,14 @@ def _full(tried: Sequence[Tried]) -> tuple[Tried, Tried] | None:
 
 
 def _is_tie(known: Sequence[Tried], larger: int) -> bool:
-    """Whether that size can be no better than the largest one by more than a tie, as far as their means say."""
+    """Whether the means say that this size cannot beat the largest one by more than a tie."""
     last = known[-1]
     is_sure = all(one.half <= TIE * one.value for one in known[-2:])
     return is_sure and _most_at(larger, known) <= last.value * (1 + TIE)
 
 
 def _most_at(size: int, known: Sequence[Tried]) -> float:
-    """What a size above the last one does where each further request takes as long as the last ones did."""
+    """The value at a size above the last one, if each further request takes as long as the last ones did."""
     pair = _full(known)
     if pair is None:
         return math.inf
@@ -201,8 +201,8 @@ def _most_at(size: int, known: Sequence[Tried]) -> float:
 
 
 def ceiling(tried: Sequence[Tried]) -> float:
-    """What no larger batch exceeds, as each further request takes at least as long as the last ones did. Infinite where
-    the device is not nearly full, or the times of the batches are not known well enough."""
+    """What no larger batch exceeds, since each further request takes at least as long as the last ones did. Infinite if
+    the device is not nearly full, or if the batch times are not known well enough."""
     pair = _full(tried)
     if pair is None:
         return math.inf
@@ -213,7 +213,7 @@ def ceiling(tried: Sequence[Tried]) -> float:
 
 
 def best_of(tried: Sequence[Tried]) -> Tried | None:
-    """Of those that keep the limits; of equal ones the smaller batch."""
+    """The best of those that keep the limits; of equal ones the smaller batch."""
     kept = sorted((one for one in tried if one.keeps_limits), key=lambda one: one.batch_size)
     return max(kept, key=lambda one: one.value, default=None)
 
@@ -223,7 +223,7 @@ def _is_good(one: Tried) -> bool:
 
 
 def _gains(before: Tried, after: Tried) -> bool:
-    """More than chance would; or so much that one size more is cheaper than to miss it, where chance is large or not
-    known."""
+    """Whether it gains more than chance would; or so much that one more size is cheaper than missing it, if chance
+    is large or unknown."""
     gain = after.value - before.value
     return gain > math.hypot(before.half, after.half) or gain > _MUCH * before.value

@@ -41,14 +41,14 @@ from batch_inference.core.values import (
     tokens_per_step,
 )
 
-# Fewer runs have an interval too, but one that is wide by chance alone.
+# Fewer runs also give an interval, but chance alone makes it wide.
 MIN_RUNS = 3
 BACKENDS = ("mp", "ray", "external_launcher", "uni")
-# The variable with what nodes prove to each other that they know.
+# The variable that holds the secret which nodes prove to each other that they know.
 MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
-# The variable of vLLM that, if 0, gives an engine no process of its own.
+# vLLM's variable that, if 0, keeps an engine in the process that made it.
 SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
-# vLLM's own: the experts of a mixture are shared out whole, and not each of them split.
+# vLLM's own: each device holds whole experts of a mixture, instead of a slice of every one.
 EXPERTS_FLAG = "--enable-expert-parallel"
 PREFIX_FLAG = "--enable-prefix-caching"
 # Content, output lengths, order, whether prefixes are cached.
@@ -70,14 +70,14 @@ def _flag(
     short: str | None = None,
     **argparse_options: Any,
 ) -> Any:
-    """A field that is a flag. `measured`: it changes what is measured, and so is part of `settings_hash`."""
+    """A field that is a flag. `measured`: it changes what is measured, so it is part of `settings_hash`."""
     metadata = {"help": help_text, "parse": parse, "measured": measured, "short": short, "options": argparse_options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """What was asked: one field per flag, in the order of --help. None means: vLLM or the grid decides."""
+    """What was asked: one field per flag, in the order of --help. None means that vLLM or the grid decides."""
 
     model: str = _flag("meta-llama/Llama-2-7b-chat-hf", "model folder or hub name", path_text)
     tensor_parallel_size: int = _flag(1, "TP: devices that share each layer", device_count, short="-tp")
@@ -92,86 +92,91 @@ class ExperimentConfig:
     master_port: int = _flag(29500, "port of node 0; the next one must be free too", port, measured=False)
     batch_sizes: tuple[int, ...] = _flag(
         (1, 4, 8, 16),
-        "requests handed to each replica at once; of a workload, that run at once; auto: the best is searched",
+        "requests handed to each replica at once (of a workload: running at once); auto searches for the best",
         batch_sizes,
         measured=False,
     )
-    goal: str = _flag(GOALS[0], "of --batch-sizes auto: what is best", choices=GOALS, measured=False)
+    goal: str = _flag(GOALS[0], "for --batch-sizes auto: what counts as best", choices=GOALS, measured=False)
     to_beat: tuple[float, ...] | None = _flag(
         None,
-        "the same: tok/s, or batches/s, for each prompt length: a setting that cannot reach it is left, with few runs",
+        "for --batch-sizes auto: tok/s (or batches/s) to reach per prompt length; a setting that cannot ends early",
         numbers,
         measured=False,
         metavar="X,X,..",
     )
     max_latency_s: float | None = _flag(
-        None, "of --batch-sizes auto: the most that the p99 of a request's latency may be", seconds, measured=False
+        None, "for --batch-sizes auto: upper limit of the p99 request latency", seconds, measured=False
     )
-    max_ttft_s: float | None = _flag(None, "the same of its time to first token", seconds, measured=False)
-    max_tpot_s: float | None = _flag(None, "the same of its time per output token", seconds, measured=False)
+    max_ttft_s: float | None = _flag(None, "the same for the time to first token", seconds, measured=False)
+    max_tpot_s: float | None = _flag(None, "the same for the time per output token", seconds, measured=False)
     seq_lens: tuple[int, ...] = _flag((512, 1024, 2048), "prompt lengths in tokens", prompt_lengths, measured=False)
     max_tokens: int = _flag(128, "output tokens of each request, exact", token_count, measured=False)
     prompts_file: str | None = _flag(
-        None, "in place of --seq-lens: a workload, whose requests are queued; see the README", path_text, measured=False
+        None, "a workload in place of --seq-lens; its requests are queued (see the README)", path_text, measured=False
     )
     output_lengths: str | int = _flag(
         FROM_FILE,
-        "of a workload: file, exact as it says; eos, the model's own end, at most --max-tokens; or N for all",
+        "for a workload: file (exactly as it says), eos (where the model stops, at most --max-tokens), or N for all",
         output_lengths,
         measured=False,
         metavar="file|eos|N",
     )
     sample: int | None = _flag(
         None,
-        "requests of the workload that are run; default: enough for a plateau at each batch size",
+        "how many requests of the workload to run; default: enough for a plateau at each batch size",
         request_count,
         measured=False,
     )
     order: str = _flag(
-        ORDERS[0], "in which the workload's requests are queued, by output length", choices=ORDERS, measured=False
+        ORDERS[0],
+        "queue order of the workload's requests (longest and shortest first: by output length)",
+        choices=ORDERS,
+        measured=False,
     )
     skip_bad_lines: bool = _flag(
-        False, "leave out what is wrong or not measured in the workload, and say how much", measured=False
+        False, "skip requests of the workload that are malformed or not supported, and count them", measured=False
     )
     compare_answers: bool = _flag(
-        False, "ask every setting the same, greedily, and say which answer otherwise; for real weights", measured=False
+        False,
+        "compare greedy answers between settings and report those that differ; needs real weights",
+        measured=False,
     )
     max_model_len: int | None = _flag(
-        None, "longest prompt plus output, or auto: what fits; default: what the grid needs", token_length
+        None, "longest prompt plus output; auto: whatever fits; default: what the grid needs", token_length
     )
     dtype: str = _flag(
         "auto", "weights and activations", choices=("auto", "half", "float16", "bfloat16", "float", "float32")
     )
     max_num_seqs: int | None = _flag(
-        None, "requests that vLLM runs at once; default: the largest batch size", request_count
+        None, "most requests that vLLM runs at once; default: the largest batch size", request_count
     )
     max_num_batched_tokens: int | tuple[int, ...] | None = _flag(
         None,
-        "tokens per engine step, several separated by commas to try each; default: vLLM's",
+        "tokens per engine step; commas separate several to try; default: vLLM's own",
         tokens_per_step,
         metavar="N,N,..",
     )
     gpu_memory_utilization: float = _flag(
-        0.8, "share of each device's memory for vLLM (on the CPU: of the main memory, for all)", fraction
+        0.8, "share of each device's memory for vLLM (on the CPU: of main memory, for all devices)", fraction
     )
     temperature: float = _flag(0.8, "sampling temperature; 0 is greedy", temperature)
     top_p: float = _flag(0.95, "nucleus sampling", fraction)
     num_runs: int | None = _flag(
         None,
-        f"timed runs per point, exactly; default: {MIN_RUNS} or more, as --target-ci and --max-runs say",
+        f"exact number of timed runs per point; default: {MIN_RUNS} or more, as --target-ci and --max-runs say",
         run_count,
         measured=False,
     )
     target_ci: float = _flag(
         0.02,
-        "runs go on until the 95 %% interval of the mean latency is within this fraction of it",
+        "repeat until the 95 %% interval of the mean latency is within this fraction of the mean",
         interval,
         measured=False,
     )
     max_runs: int = _flag(10, "most timed runs per point", run_count, measured=False)
     warmup_runs: int = _flag(
         1,
-        "fewest warm-ups per point; they go on, up to 5, until two in a row agree within 5 %%",
+        "fewest warm-ups per point; up to 5 are made until two in a row agree within 5 %%",
         run_count,
         measured=False,
     )
@@ -182,26 +187,28 @@ class ExperimentConfig:
     output_file: str | None = _flag(
         None, "result file; default: NAME_results.json in --output-dir; the log is beside it", path_text, measured=False
     )
-    name: str | None = _flag(None, "name of the setting; default: from the sizes, like tp_2", name_text, measured=False)
-    overwrite: bool = _flag(False, "measure anew what was measured with the same settings", measured=False)
-    resume: bool = _flag(False, "go on with what was measured with the same settings; the default", measured=False)
+    name: str | None = _flag(
+        None, "name of the setting; default: made from the sizes, like tp_2", name_text, measured=False
+    )
+    overwrite: bool = _flag(False, "measure again what was already measured with the same settings", measured=False)
+    resume: bool = _flag(False, "keep what was measured with the same settings and go on; the default", measured=False)
     startup_timeout: float = _flag(1800, "seconds that an engine may take to start", seconds, measured=False)
     point_timeout: float = _flag(
         900, "seconds without a finished run after which a point is given up", seconds, measured=False
     )
     packed: bool = _flag(
-        False, "say of every point that other settings run beside this one (the launcher's --pack)", measured=False
+        False, "mark every point as measured beside other settings (the launcher's --pack)", measured=False
     )
     measure_peaks: bool = _flag(
-        False, "measure what a device can do, for MFU and MBU; default: its datasheet", measured=False
+        False, "measure a device's peaks, for MFU and MBU; default: its datasheet", measured=False
     )
     verbose: bool = _flag(False, "show vLLM's log (of the first replica) on stderr too", measured=False)
     dry_run: bool = _flag(False, "print the plan and stop", measured=False)
     devices: int | None = _flag(
-        None, "for --dry-run: plan for so many GPUs instead of this machine's devices", device_count, measured=False
+        None, "for --dry-run: plan for this many GPUs instead of this machine's devices", device_count, measured=False
     )
     device_memory_gib: float | None = _flag(
-        None, "for --dry-run: the memory of one GPU, where it is another machine's", gib, measured=False
+        None, "for --dry-run: memory of one GPU of the machine that is planned for", gib, measured=False
     )
     engine_args: tuple[str, ...] = ()  # vLLM's own flags, as given
     # Of the workload, once its file is read: prompt and output of its longest request, and what it holds.
@@ -218,7 +225,7 @@ class ExperimentConfig:
 
     @property
     def fewest_runs(self) -> int:
-        """Timed runs that every point has."""
+        """Timed runs that every point has at least."""
         return self.num_runs or MIN_RUNS
 
     @property
@@ -231,7 +238,7 @@ class ExperimentConfig:
 
     @property
     def devices_elsewhere(self) -> bool:
-        """True where devices may be on other machines or are given out by Ray: who holds one reads it."""
+        """True if devices may be on other machines or Ray assigns them: only the worker that holds one can read it."""
         return self.nnodes > 1 or self.distributed_executor_backend in ("external_launcher", "ray")
 
     @property
@@ -248,30 +255,30 @@ class ExperimentConfig:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """What a plan is made for: the prompt lengths of the grid, or the longest request of a workload. Where another
-        process has read it, no more is known than --max-model-len."""
+        """What a plan is made for: the prompt lengths of the grid, or the longest request of a workload. If another
+        process has read the workload, --max-model-len is all that is known."""
         if self.prompts_file is None:
             return self.seq_lens
         return (self.workload_longest or max(1, self.max_model_len or 1),)
 
     @property
     def request_tokens(self) -> tuple[int, ...]:
-        """Prompt and output of a request of each of the `lengths`."""
+        """Tokens of a request, prompt and output, for each of the `lengths`."""
         return self.lengths if self.prompts_file else tuple(length + self.max_tokens for length in self.seq_lens)
 
     @property
     def searches(self) -> bool:
-        """Whether the best of the batch sizes is searched, and not all are measured."""
+        """Whether to search for the best batch size instead of measuring all of them."""
         return isinstance(self.batch_sizes, Doublings)
 
     @property
     def least_batch(self) -> int:
-        """What a plan must hold: of a search the smallest size, since it ends where memory does."""
+        """The batch that must fit in a plan: for a search the smallest size, since a search ends where memory does."""
         return min(self.batch_sizes) if self.searches else max(self.batch_sizes)
 
     @property
     def budgets(self) -> tuple[int | None, ...]:
-        """Tokens per engine step, where they are an axis of the sweep; else None, and the engine has its own."""
+        """Tokens per engine step where they are an axis of the sweep; otherwise None, and the engine uses its own."""
         return self.max_num_batched_tokens if isinstance(self.max_num_batched_tokens, tuple) else (None,)
 
     @property
@@ -282,14 +289,14 @@ class ExperimentConfig:
 
     @property
     def changes_limits(self) -> bool:
-        """Whether the loaded engine is told between points how much it may run at once."""
+        """Whether the loaded engine gets new limits on what it runs at once between points."""
         slots = self.max_num_seqs or max(self.batch_sizes)
         return len(self.budgets) > 1 or (self.prompts_file is not None and min(self.batch_sizes) < slots)
 
     @property
     def setting_name(self) -> str:
-        """`name`, or one made from the sizes above 1: tp_2, tp_2_pp_2_dp_2, tp_2_nodes_2; tp_1 where all are 1. With
-        experts in parallel tp_2_ep."""
+        """`name`, or one made from the sizes above 1: tp_2, tp_2_pp_2_dp_2, tp_2_nodes_2; tp_1 if all are 1. With
+        expert parallelism, tp_2_ep."""
         sizes = {
             "tp": self.tensor_parallel_size,
             "pp": self.pipeline_parallel_size,
@@ -312,11 +319,11 @@ class ExperimentConfig:
 
     @property
     def model_shown(self) -> str:
-        """As it may be read by everybody: a URL may hold a password."""
+        """What anybody may read: a URL may hold a password."""
         return redact_value(self.model)
 
     def engine_word(self, flag: str) -> str | None:
-        """The value of one of vLLM's own flags; None where it isn't given."""
+        """The value of one of vLLM's own flags; None if it is not given."""
         words: list[str] = []
         for word in self.engine_args:
             name, equals, value = word.partition("=") if word.startswith("-") else (word, "", "")
@@ -324,39 +331,39 @@ class ExperimentConfig:
         return dict(itertools.pairwise(words)).get(flag)
 
     def engine_number(self, flag: str) -> int | None:
-        """The same, where it is a size, like 4096 or 8G."""
+        """The same for a flag whose value is a size, like 4096 or 8G."""
         word = self.engine_word(flag)
         return size_with_suffix(word) if word else None
 
     @property
     def enable_expert_parallel(self) -> bool:
-        """Whether experts are to be shared out whole, and not each of them split."""
+        """Whether each device holds whole experts instead of a slice of every one."""
         return wants_whole_experts(self.engine_args)
 
     @property
     def caches_prefixes(self) -> bool:
-        """Whether prefixes that requests share are computed once."""
+        """Whether prefixes that requests share are computed only once."""
         return _is_on(PREFIX_FLAG, self.engine_args)
 
     @property
     def workload(self) -> Workload | None:
-        """What of a workload tells points apart."""
+        """The part of a workload that tells points apart."""
         if self.prompts_file is None:
             return None
         return (self.workload_hash or "", self.output_lengths, self.order, self.caches_prefixes)
 
     def points(self) -> Iterator[Shape]:
-        """What tells the points of the sweep apart, batch sizes innermost; a workload has lengths of its own, and where
-        the model ends its outputs they have a limit."""
+        """What tells the points of the sweep apart, batch sizes innermost. A workload has its own lengths; where
+        the model ends its outputs, they have a limit."""
         workload, limit = self.workload, self.max_tokens if self.output_lengths == OWN_END else None
         lengths = ((None, limit),) if workload else tuple((length, self.max_tokens) for length in self.seq_lens)
         for budget, (seq_len, max_tokens), batch_size in itertools.product(self.budgets, lengths, self.batch_sizes):
             yield batch_size, seq_len, max_tokens, workload, budget
 
     def same_settings(self) -> dict[str, Any]:
-        """Equal where two configurations measure the same, however they were written: what the engine gets once
-        defaults are filled in and paths resolved. The grid and how often it is run are no settings, and no secret is
-        one: nothing can be guessed from what is kept of them."""
+        """Equal if two configurations measure the same, however they were written: what the engine gets once
+        defaults are filled in and paths resolved. The grid and its number of runs are not settings, nor are
+        secrets: nothing can be guessed from what is kept of them."""
         values = {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(ExperimentConfig)
@@ -374,20 +381,20 @@ class ExperimentConfig:
 
     @property
     def own_backend(self) -> str:
-        """What vLLM runs its workers by where nobody says."""
+        """How vLLM runs its workers unless it is told."""
         return "uni" if self.devices_per_replica == 1 else "mp"
 
     def settings_hash(self) -> str:
         return _hash_of(self.same_settings())
 
     def arguments(self) -> dict[str, str]:
-        """Equal where two processes are about to measure the same: settings and grid, by flag."""
+        """Equal if two processes are about to measure the same settings and grid; by flag."""
         names = (
             "model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs",
             "output_lengths", "sample", "order", "skip_bad_lines", "compare_answers", "max_num_batched_tokens", "goal",
             "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s",
         )  # fmt: skip
-        # A model may lie elsewhere on another node, where it has the same name; so may a workload, of which node 0
+        # A model may be in another folder on another node, under the same name. So may a workload, of which node 0
         # sends what is run.
         workload = self.prompts_file and Path(self.prompts_file).name
         values = {**self.same_settings(), **{name: getattr(self, name) for name in names}}
@@ -405,14 +412,14 @@ def wants_whole_experts(words: Iterable[str]) -> bool:
 
 
 def _is_on(flag: str, words: Iterable[str], short: str | None = None) -> bool:
-    """A switch of vLLM, by the words of a command line, of which the last counts, as vLLM reads them."""
+    """Whether a switch of vLLM is on in a command line; the last word counts, as it does for vLLM."""
     known = {flag: True, short: True, flag.replace("--", "--no-", 1): False}
     said = [known[word] for word in (word.replace("_", "-") for word in words) if word in known]
     return bool(said and said[-1])
 
 
 def as_compared(value: Any) -> str:
-    """As it is written after a flag; of a long one the beginning, and what tells it from others."""
+    """As it is written after a flag. A long value is cut to its beginning and what tells it from others."""
     if value is None or value == []:
         return "not given"
     if isinstance(value, (list, tuple)):
@@ -422,11 +429,11 @@ def as_compared(value: Any) -> str:
 
 
 def _resolved(model: str) -> str:
-    """A folder or file by its real path, whatever it is called from here; a hub name as it is."""
+    """A folder or file by its real path, however it is named from here; a hub name unchanged."""
     path = Path(model).expanduser()
     try:
         return str(path.resolve()) if path.is_dir() or path.is_file() else model
-    except OSError:  # no name of a file is so long
+    except OSError:  # too long for a file name
         return model
 
 

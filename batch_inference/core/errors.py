@@ -7,9 +7,9 @@ from batch_inference.core.text import escaped
 
 
 class CleanError(Exception):
-    """Its message is one line, steers no terminal, and holds no secret, whoever made it."""
+    """Its message is one line without control characters or secrets, wherever it came from."""
 
-    HAS_LINES = False  # of its own, as they are
+    HAS_LINES = False  # True: its own line breaks stay
 
     def __init__(self, message: str) -> None:
         lines = message.split("\n") if self.HAS_LINES else [message]

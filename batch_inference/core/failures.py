@@ -1,4 +1,4 @@
-"""Why an engine was lost or never started: a class by vLLM's own words, and what to do, in one line each."""
+"""Why an engine was lost or never started: one class for each of vLLM's messages, with one line on what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WorkFailedError(CleanError):
 
 @dataclass(frozen=True)
 class FailureClass:
-    """`pattern`: what vLLM 0.26 to 0.33, torch or the model hub say; None where the supervisor itself knows.
+    """`pattern`: what vLLM 0.26 to 0.33, torch or the model hub say; None if the supervisor itself knows.
     `phase`: None for both."""
 
     name: str
@@ -30,7 +30,7 @@ class FailureClass:
 
 
 _SEE_LOG = "see the end of the log"
-# The first that fits counts: what is said of a cause stands before what is said of its consequences.
+# The first match counts, so causes come before their consequences.
 FAILURES: tuple[FailureClass, ...] = (
     FailureClass("timeout_startup", None, "raise --startup-timeout, or see in the log where the start hangs"),
     FailureClass("timeout_point", None, "raise --point-timeout, or see in the log where the run hangs"),
@@ -43,10 +43,11 @@ FAILURES: tuple[FailureClass, ...] = (
                  r"|Invalid repository ID or local directory|Repo id must|does not appear to have a file named config",
                  "check --model: a folder with a config.json, or org/name of the hub"),
     FailureClass("tp_not_dividing", r"must be divisible by tensor parallel size|is not divisible by \d"
-                 r"|not divisible by tensor", "choose a --tensor-parallel-size that divides heads and sizes"),
+                 r"|not divisible by tensor",
+                 "choose a --tensor-parallel-size that divides the model's heads and sizes"),
     FailureClass("too_few_devices", r"larger than the number of available GPUs|exceeds the total number of available"
                  r"|invalid device ordinal|No CUDA GPUs are available",
-                 "lower TP x PP x DP, or free devices; CUDA_VISIBLE_DEVICES counts"),
+                 "lower TP x PP x DP, or free devices; CUDA_VISIBLE_DEVICES may hide some"),
     FailureClass("max_model_len", r"greater than the derived max_model_len|longer than the maximum model length"
                  r"|exceeds? (?:the )?max_model_len", "shorten --seq-lens or --max-tokens, or lower --max-model-len"),
     FailureClass("kv_too_small", r"No available memory for the cache blocks|larger than the available KV cache",
@@ -54,23 +55,23 @@ FAILURES: tuple[FailureClass, ...] = (
     FailureClass("oom_load", r"out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory"
                  r"|Free memory on device", "raise TP or PP, or free the device: another process may hold it", "load"),
     FailureClass("oom_run", r"out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory",
-                 "smaller --batch-sizes or --seq-lens, or a lower --gpu-memory-utilization", "run"),
+                 "use smaller --batch-sizes or --seq-lens, or a lower --gpu-memory-utilization", "run"),
     FailureClass("port_in_use", r"Address already in use|EADDRINUSE",
                  "another engine uses the port: set VLLM_PORT or --master-port"),
     FailureClass("worker_killed", r"exit code: -9\b|signal SIGKILL",
-                 "mostly the kernel, out of main memory: see dmesg, free memory"),
+                 "usually the kernel ran out of main memory: see dmesg, and free some"),
     FailureClass("engine_crash", r"EngineDeadError|died unexpectedly|ended without a word|the engine process ended"
                  r"|node \d+ is gone|Segmentation fault", _SEE_LOG),
     FailureClass("unknown", "", _SEE_LOG),
 )  # fmt: skip
-# What is wrong with the model, or with the way to it, is wrong for every setting.
+# A problem with the model, or with reaching it, affects every setting.
 SAME_FOR_ALL = frozenset({"model_gated", "network_offline", "model_not_found"})
 ADVICE = {failure.name: failure.advice for failure in FAILURES}
 
 
 def classify(phase: Phase, reason: str, log_tail: Sequence[str] = ()) -> str:
-    """The name of the class of a failure: by its reason, and where that says nothing, by the end of the log."""
-    # The log's last words first, and only its errors: warnings are of what was survived.
+    """The name of a failure's class: by its reason or, if that says nothing, by the end of the log."""
+    # The log from its end, and only errors: the engine survived what it warned about.
     errors = [line for line in reversed(log_tail) if re.search(r"ERROR|Error\b|Exception\b", line)]
     for text in (reason, *errors):
         for failure in FAILURES:

@@ -1,6 +1,6 @@
-"""Files as they may be found: what is written is a regular file or not there yet, what is read is a regular file.
+"""Careful reading and writing: what is written is a regular file or not there yet, what is read is a regular file.
 
-A device or a pipe of that name would be waited for, or replaced. A link is followed: what it leads to is the file.
+With a device or a pipe of that name, a program would wait forever or replace it. Links are followed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-NOT_REGULAR = "it is no regular file"
+NOT_REGULAR = "it is not a regular file"
 
 
 def open_regular(path: Path, mode: str, **how: Any) -> IO[Any]:
-    """As Path.open. Raises OSError for what is there and is no regular file."""
+    """Like Path.open. Raises OSError if something is there that is not a regular file."""
     check_regular(path)
     return path.open(mode, **how)
 
@@ -30,7 +30,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Raises OSError for what is there and is no regular file."""
+    """Raises OSError if something is there that is not a regular file."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -40,21 +40,21 @@ def check_regular(path: Path) -> None:
 
 
 def check_no_link(path: Path) -> None:
-    """Likewise for what is ours alone: nobody has it lead elsewhere."""
+    """Likewise for files that are only ours, which nobody has a reason to link elsewhere."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link", str(path))
     check_regular(path)
 
 
 def real(path: Path) -> Path:
-    """Where links lead to: two names of one file are one file."""
+    """Where links lead, so that two names of one file are the same."""
     return Path(os.path.realpath(path))
 
 
 def write_whole(path: Path, parts: Iterable[str]) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one, never half of one.
+    """Write a file beside it and rename that, so that a reader sees the old file or the new one, never half of one.
 
-    Raises OSError where it cannot be written; what was there is intact then.
+    Raises OSError if it cannot be written; what was there is then intact.
     """
     check_regular(path)
     target = real(path)
@@ -66,13 +66,13 @@ def write_whole(path: Path, parts: Iterable[str]) -> None:
             os.fsync(file.fileno())
         beside.replace(target)
     finally:
-        # Gone where it was renamed; left where the disk is full, or somebody interrupted.
+        # Already gone if it was renamed; still there after a full disk or an interruption.
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError unless `write_whole` would write it; the file at `path` is not touched."""
+    """Raises OSError unless `write_whole` could write it; the file at `path` is not touched."""
     check_regular(path)
     beside = _beside(real(path))
     try:
@@ -82,5 +82,5 @@ def check_writable(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    # Per-process name: two writers of one file must not share a temporary one.
+    # One name per process: two writers of one file must not share a temporary one.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""The flags of the experiment script: the parser, what is wrong with them alone or together, and vLLM's own flags."""
+"""The flags of the experiment script: the parser, the checks of one flag and of several, and vLLM's own flags."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from batch_inference.core.secrets import dashed_secret, left_placeholder
 from batch_inference.core.text import has_control, quoted
 from batch_inference.core.values import AUTO, AUTO_LENGTH, LONGEST_NAME_BYTES, OWN_END, one_of, without_value
 
-# Beside a result file lie its lock, its journal, its logs and what is not whole yet, named after it.
+# Its lock, its journal, its logs and its temporary file lie beside a result file and are named after it.
 _LONGEST_FILE_NAME_BYTES = LONGEST_NAME_BYTES - 35
 
 DESCRIPTION = """\
 Measure one TP/PP/DP setting of a model on vLLM: every batch size at every
-prompt length, or over a workload of your own, on one engine load. Any other
-vLLM engine flag (--load-format dummy, --quantization fp8 ...) is passed on to
-vLLM."""
+prompt length, or a workload of your own, with one engine load. Any other vLLM
+engine flag (--load-format dummy, --quantization fp8 ...) is passed on to vLLM."""
 
 EPILOG = """\
 example:
@@ -31,22 +30,23 @@ example:
       --tensor-parallel-size 2 --batch-sizes 1,16,64 --seq-lens 512,2048
 
 exit codes:
-  0 every point ok   1 some work failed (the file says which), or the plan of
-  --dry-run cannot run
-  2 wrong use        129, 130, 143 interrupted; finished points are kept"""
+  0 every point is ok
+  1 some work failed (the result file says which), or the plan cannot run
+  2 wrong use
+  129, 130, 143 interrupted; finished points are kept"""
 
-# What only a plan is told: of a machine that one does not sit at.
+# Flags that only a plan takes, to describe another machine.
 PLAN_FLAGS = ("--devices", "--device-memory-gib")
 
 # vLLM flags that this program sets itself, and why a user's own value would break the measurement.
-_REPLICAS_ARE_OURS = "replicas are started by this program; use --data-parallel-size"
+_REPLICAS_ARE_OURS = "this program starts the replicas; use --data-parallel-size"
 SCHEDULER_FLAG = "--scheduler-cls"
 OWNED_BY_US = {
     "--config": "write its flags on the command line, so that they are checked and kept in the file",
-    PREFIX_FLAG: "cached prefixes would be counted as computed prompt tokens; it is for a workload (--prompts-file)",
+    PREFIX_FLAG: "cached prefixes would count as computed prompt tokens; use it with a workload (--prompts-file)",
     "--disable-log-stats": "the request times come from vLLM's own statistics",
     "--enable-mfu-metrics": "it is always on, for MFU and MBU",
-    "--jit-monitor-verbose": "it is always on, so that no kernel that is compiled late goes unnoticed",
+    "--jit-monitor-verbose": "it is always on, so that kernels compiled late are noticed",
     "--worker-extension-cls": "it is used to ask the workers for their memory",
     "--data-parallel-backend": _REPLICAS_ARE_OURS,
     "--data-parallel-rank": _REPLICAS_ARE_OURS,
@@ -64,7 +64,7 @@ def _argparse_type(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
         try:
             return parse(text)
         except ValueError as error:
-            raise ConfigError(f"{flag_of(field.name)}: {quoted(text)} was given, {error}") from None
+            raise ConfigError(f"{flag_of(field.name)}: {quoted(text)} was given; {error}") from None
 
     return convert
 
@@ -102,19 +102,19 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 
 def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
     """Flags -> configuration and notes for the user. Raises ConfigError for anything wrong in the flags alone."""
-    # Before anything is parsed: argparse would take a part of -hush for -h.
+    # Before anything is parsed: argparse would take the -h of -hush for --help.
     if flag := dashed_secret(argv):
         raise value_with_dash(flag)
     if left := left_placeholder(argv):
-        raise ConfigError(f"{left} stands for a value that was not written; put the value in its place")
+        raise ConfigError(f"{left} is a placeholder for a secret; put the value in its place")
     words = _long_flags(argv)
     if flag := without_value(words):
-        raise ConfigError(f"{flag}: '--' was given, which is no value; give one")
+        raise ConfigError(f"{flag}: '--' was given, which is not a value; give one")
     namespace, rest = build_parser().parse_known_args(words)
     _check_engine_args(rest, has_workload=namespace.prompts_file is not None)
     if namespace.prompts_file is not None and _is_given("--seq-lens", words):
         raise ConfigError(
-            f"--seq-lens {','.join(map(str, namespace.seq_lens))}: a workload has lengths of its own; drop it, or "
+            f"--seq-lens {','.join(map(str, namespace.seq_lens))}: a workload has its own lengths; drop this flag or "
             "--prompts-file"
         )
     values = vars(namespace)
@@ -125,14 +125,14 @@ def parse_flags(argv: Sequence[str]) -> tuple[ExperimentConfig, list[str]]:
 
 
 def _drop_repeats(values: dict[str, Any]) -> list[str]:
-    """Of lists of sizes; notes for the user."""
+    """Drops what a list of sizes repeats; returns notes for the user."""
     notes = []
     for name in ("batch_sizes", "seq_lens", "max_num_batched_tokens"):
         if not isinstance(values[name], tuple):
             continue
         unique = tuple(dict.fromkeys(values[name]))
         if len(unique) < len(values[name]):
-            notes.append(f"{flag_of(name)}: repeats dropped, {','.join(map(str, unique))} is measured")
+            notes.append(f"{flag_of(name)}: repeats are dropped; {','.join(map(str, unique))} will be measured")
             values[name] = unique
     if isinstance(budgets := values["max_num_batched_tokens"], tuple) and len(budgets) == 1:
         values["max_num_batched_tokens"] = budgets[0]
@@ -140,7 +140,7 @@ def _drop_repeats(values: dict[str, Any]) -> list[str]:
 
 
 def without_plan_flags(words: Sequence[str]) -> list[str]:
-    """The same words, without what only a plan is told."""
+    """The same words without the flags that only a plan takes."""
     kept: list[str] = []
     rest = iter(words)
     for word in rest:
@@ -153,7 +153,7 @@ def without_plan_flags(words: Sequence[str]) -> list[str]:
 
 
 def _long_flags(argv: Sequence[str]) -> list[str]:
-    """-tp 2 -> --tensor-parallel-size 2. argparse itself would take -t for -tp, though abbreviations are off."""
+    """-tp 2 -> --tensor-parallel-size 2. argparse would accept -t for -tp even with abbreviations off."""
     known = {field.metadata["short"]: flag_of(field.name) for field in dataclasses.fields(ExperimentConfig)
              if field.metadata.get("short")}  # fmt: skip
     return [known.get((parts := word.partition("="))[0], parts[0]) + parts[1] + parts[2] for word in argv]
@@ -164,10 +164,10 @@ def _is_given(flag: str, words: Sequence[str]) -> bool:
 
 
 def _check_engine_args(words: Sequence[str], *, has_workload: bool) -> None:
-    """Find mistakes in the words left for vLLM that need no vLLM to see."""
+    """Find the mistakes in the words left for vLLM that can be seen without vLLM."""
     ours = [flag_of(field.name) for field in dataclasses.fields(ExperimentConfig) if "help" in field.metadata]
     if words and not words[0].startswith("-"):
-        raise ConfigError(f"{quoted(words[0])} is no flag; lists are written with commas, like --batch-sizes 1,4,8")
+        raise ConfigError(f"{quoted(words[0])} is not a flag; write lists with commas, like --batch-sizes 1,4,8")
     for word in words:
         _check_engine_word(word)
         if not word.startswith("--"):
@@ -183,15 +183,15 @@ def _check_engine_args(words: Sequence[str], *, has_workload: bool) -> None:
 
 
 def value_with_dash(flag: str) -> ConfigError:
-    return ConfigError(f"{flag}: its value begins with -; join the two with =")
+    return ConfigError(f"{flag}: its value begins with -; join flag and value with =")
 
 
 def _check_engine_word(word: str) -> None:
     # JSON may be written over several lines.
     if has_control(word, allowed="\n\t"):
-        raise ConfigError(f"{quoted(word)} holds characters that steer a terminal; leave them out")
+        raise ConfigError(f"{quoted(word)} contains control characters; leave them out")
     if word == "--":
-        raise ConfigError("-- ends no flags here: those of vLLM stand beside those of this program; leave it out")
+        raise ConfigError("-- has no meaning here: vLLM's flags go beside those of this program; leave it out")
 
 
 def owned_by_us(flag: str) -> ConfigError:
@@ -199,16 +199,16 @@ def owned_by_us(flag: str) -> ConfigError:
 
 
 def unknown_flag_message(flag: str, vllm_flags: Sequence[str]) -> str:
-    """What to say of a flag that neither we nor vLLM know."""
+    """What to say about a flag that neither we nor vLLM know."""
     ours = [flag_of(field.name) for field in dataclasses.fields(ExperimentConfig)]
     near = difflib.get_close_matches(flag.partition("=")[0], [*ours, *vllm_flags], n=1)
     advice = f"did you mean {near[0]}?" if near else "see --help, and vLLM's own engine flags"
-    return f"{flag} is no flag of this program or of vLLM; {advice}"
+    return f"{flag} is not a flag of this program or of vLLM; {advice}"
 
 
 def _check_together(config: ExperimentConfig) -> None:
     if config.overwrite and config.resume:
-        raise ConfigError("--overwrite and --resume exclude each other; give one of them")
+        raise ConfigError("--overwrite and --resume exclude each other; give only one")
     _check_search(config)
     _check_workload(config)
     _check_answers(config)
@@ -226,23 +226,23 @@ def _check_search(config: ExperimentConfig) -> None:
     for name in () if config.searches else ("goal", "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s"):
         if (value := getattr(config, name)) != getattr(ExperimentConfig, name):
             raise ConfigError(
-                f"{flag_of(name)} {as_compared(value)}: it is for --batch-sizes {AUTO}; give that too, or drop it"
+                f"{flag_of(name)} {as_compared(value)}: it works only with --batch-sizes {AUTO}; add that, or drop it"
             )
 
 
 def check_longest(config: ExperimentConfig) -> None:
-    """Of a workload once its file is read. Raises ConfigError."""
+    """For a workload, once its file is read. Raises ConfigError."""
     longest = config.max_model_len
     if longest not in (None, AUTO_LENGTH) and config.longest_request > longest:
         raise ConfigError(
-            f"{config.longest_in_words}, over --max-model-len {longest}; raise it or shorten the requests"
+            f"{config.longest_in_words}, more than --max-model-len {longest}; raise it or shorten the requests"
         )
 
 
 def _check_answers(config: ExperimentConfig) -> None:
     if config.compare_answers and config.engine_word("--load-format") == "dummy":
         raise ConfigError(
-            "--compare-answers: weights of --load-format dummy are others on each device; give a model with weights, "
+            "--compare-answers: --load-format dummy gives each device other weights; give a model with real weights, "
             "or drop it"
         )
 
@@ -252,34 +252,34 @@ def _check_workload(config: ExperimentConfig) -> None:
         for name in ("output_lengths", "sample", "order", "skip_bad_lines"):
             if (value := getattr(config, name)) != getattr(ExperimentConfig, name):
                 given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
-                raise ConfigError(f"{given}: it is for a workload; give --prompts-file FILE too, or drop it")
+                raise ConfigError(f"{given}: it works only with a workload; add --prompts-file FILE, or drop it")
     elif config.output_lengths == OWN_END and config.engine_word("--load-format") == "dummy":
         raise ConfigError(
-            f"--output-lengths {OWN_END}: a model of --load-format dummy has no end of its own; give a model with "
-            "weights, or another --output-lengths"
+            f"--output-lengths {OWN_END}: dummy weights (--load-format) never end an answer; give a model with "
+            "real weights, or another --output-lengths"
         )
     if config.changes_limits and (scheduler := config.engine_word(SCHEDULER_FLAG)):
         raise ConfigError(
             f"{SCHEDULER_FLAG} {scheduler}: several batch sizes of a workload, or several --max-num-batched-tokens, "
-            "are measured on one load by a scheduler of this program; give one of each, or drop it"
+            "are measured on one engine load with this program's own scheduler; give one of each, or drop it"
         )
 
 
 def devices_without_plan(devices: int) -> ConfigError:
     return ConfigError(
-        f"--devices {devices}: it is for a plan; add --dry-run, or drop it: what measures uses the devices that are "
-        "there (CUDA_VISIBLE_DEVICES chooses among them)"
+        f"--devices {devices}: it is only for a plan; add --dry-run, or drop it: a measurement uses this machine's "
+        "devices (CUDA_VISIBLE_DEVICES chooses among them)"
     )
 
 
 def _check_names(config: ExperimentConfig) -> None:
-    """The parts of a path were looked at one by one; the file is named from them."""
+    """The parts of a path were checked one by one; the file name is made from them."""
     path = config.output_path
     if len(os.fsencode(path.name)) > _LONGEST_FILE_NAME_BYTES:
         flag, text = ("--output-file", path.name) if config.output_file else ("--name", config.setting_name)
         raise ConfigError(
             f"{flag}: {quoted(text)} was given, which makes a file name of {len(os.fsencode(path.name))} bytes; "
-            f"{_LONGEST_FILE_NAME_BYTES} are possible, because what is written beside it has longer names; shorten it"
+            f"at most {_LONGEST_FILE_NAME_BYTES} are allowed, because the files beside it have longer names; shorten it"
         )
 
 
@@ -288,7 +288,7 @@ def _check_runs(config: ExperimentConfig) -> None:
     if config.num_runs is None:
         if config.max_runs < MIN_RUNS:
             raise ConfigError(
-                f"--max-runs {config.max_runs}: {MIN_RUNS} runs are made at least; "
+                f"--max-runs {config.max_runs}: at least {MIN_RUNS} runs are made; "
                 f"raise it, or give --num-runs {config.max_runs}"
             )
         return
@@ -304,22 +304,22 @@ def _check_runs(config: ExperimentConfig) -> None:
 def _check_backend(config: ExperimentConfig) -> None:
     backend, size = config.distributed_executor_backend, config.devices_per_replica
     if backend == "uni" and size > 1:
-        raise ConfigError(f"--distributed-executor-backend uni runs one device, TP x PP is {size}; use mp")
+        raise ConfigError(f"--distributed-executor-backend uni runs one device, but TP x PP is {size}; use mp")
     if backend == "ray" and config.packed:
         raise ConfigError(
-            "--packed (--pack of the launcher) shares out the devices of this machine, Ray gives out its cluster's; "
+            "--packed (the launcher's --pack) shares out the devices of this machine, but Ray assigns its cluster's; "
             "drop it, or --distributed-executor-backend ray"
         )
 
 
 def _check_one_node(config: ExperimentConfig) -> None:
-    """Under torchrun, which has numbers of its own, what is said of nodes does no harm."""
+    """Under torchrun, which numbers the nodes itself, these flags do no harm."""
     if config.distributed_executor_backend == "external_launcher":
         return
     for name in ("node_rank", "master_addr"):
         if value := getattr(config, name):
             raise ConfigError(
-                f"{flag_of(name)} {value}: without --nnodes there is one node; give --nnodes N too, or drop it"
+                f"{flag_of(name)} {value}: without --nnodes there is one node; add --nnodes N, or drop it"
             )
 
 
@@ -330,7 +330,7 @@ def _check_nodes(config: ExperimentConfig) -> None:
         return
     if backend not in (None, "mp"):
         raise ConfigError(
-            f"--nnodes {config.nnodes} belongs to --distributed-executor-backend mp, {backend} was given; "
+            f"--nnodes {config.nnodes} works only with --distributed-executor-backend mp, but {backend} was given; "
             "torchrun takes --nnodes itself, and Ray knows its nodes"
         )
     if config.data_parallel_size > 1:

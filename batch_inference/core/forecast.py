@@ -1,12 +1,12 @@
-"""One measured sample of a job, to the hours of the whole job, with a 95 % interval.
+"""From one measured sample of a job to the hours of the whole job, with a 95 % interval.
 
-The job's work (job_work.py) follows from its lengths alone. The seconds are that work at the costs that were fitted to
-the sample (step_costs.py), times what the sample took over what its own simulation takes.
+The job's work (job_work.py) follows from its lengths alone. The seconds are that work at the costs fitted to the
+sample (step_costs.py), times the ratio of what the sample took to what its own simulation takes.
 
-The interval holds: the costs' own error, by leaving out one stretch of the sample after the other (delete-a-group
-jackknife; where the plateau is long, a stretch is a batch as long as a request lives, and this is the method of batch
-means); what another way to weigh the stretches would have found; how far the simulation is from the sample; that two
-runs of the same are never equal; and, where output lengths are the model's own choice, that they are drawn.
+The interval covers five errors. The costs' own error comes from leaving out one stretch of the sample at a time
+(delete-a-group jackknife; in a long plateau a stretch is a batch as long as a request lives, which is the method of
+batch means). The others are what other weights of the stretches would have found, how far the simulation is from the
+sample, that two equal runs never take the same time and, if the model chooses its output lengths, that they are drawn.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ SORTED = ("longest-first", "shortest-first")
 
 _Z_95 = 1.959964
 _GROUPS_OF_A_PHASE, _FEWEST_GROUPS, _MOST_GROUPS = 4, 4, 30
-# A stretch counts by its seconds to this power: 1 is what independent steps have, and the others show where the costs
-# depend on it, as they do where a step does not cost the sum of its parts.
+# A stretch is weighted by its seconds to this power: 1 fits independent steps, and the others show if the costs
+# depend on the power, as they do if a step does not cost the sum of its parts.
 _OTHER_POWERS = (0.0, 2.0)
-# Requests that are simulated, over all replicas.
+# How many requests are simulated, over all replicas.
 _SIMULATED = 100_000
-# Where output lengths are drawn: so often, for so many requests, each from so many of the sample.
+# For drawn output lengths: how often, for how many requests, and from how many of the sample each.
 _DRAWS = 16
 _SIMULATED_OF_A_DRAW = 5_000
 _LONGEST_DRAWN = 50_000
 _NEAREST = 30
-# Of the noise: so few stretches say nothing, and so many costs were fitted to them.
+# For the noise: the fewest stretches that say anything, and how many costs were fitted to them.
 _FEWEST_STRETCHES, _FITTED = 7, 3
 _T_95 = t_quantile_95(_FEWEST_STRETCHES - 1)
-# A step is alike another one where its parts differ by this share of its cost. Where less than that share of the sample
-# is alike the job's plateau, the forecast is that uncertain.
+# Two steps are alike if their parts differ by at most this share of the cost. If less than that share of the sample
+# is like the job's plateau, the forecast is uncertain by as much.
 _ALIKE, _ENOUGH_ALIKE, _UNSEEN = 0.4, 0.2, 0.15
-# Half width: few requests run in a drain, so a step more or less, or the size of a graph, makes a difference.
+# Half width: few requests run in a drain, so one step more or less, or the size of a graph, matters.
 _DRAIN = 0.06
-# Of steps that read prompts a simulation has so many times those that were seen, as a logarithm.
+# Simulated and seen steps that read prompts may differ by this factor, as a logarithm.
 _OTHER_READING = 0.4
-# A job's means and longest may differ from the sample's by this factor, and so many of its tokens lie beyond.
+# A job's means and longest may differ from the sample's by this factor, and this share of its tokens may lie beyond.
 _FACTOR = 2.0
 _MOST_BEYOND = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of the whole job, on all its replicas together."""
+    """For the whole job, on all its replicas together."""
 
     seconds: Interval
-    output_tokens_per_s: Interval | None  # while all places are taken; None where they never are
+    output_tokens_per_s: Interval | None  # while all places are taken; None if they never are
     drain_s: Interval
     method: str
     replicas: int
-    imbalance: float  # tokens of the fullest replica over those of the mean one, less 1
+    imbalance: float  # tokens of the fullest replica / mean of all replicas - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """How far the seconds of a stretch are from what its work costs, as a share: standard deviations."""
+    """How far the seconds of a stretch are from the cost of its work: standard deviations, as a share."""
 
-    short: float  # of a stretch however short
+    short: float  # of any stretch, however short
     of_a_second: float  # of a long one, times the square root of its seconds
 
     def of(self, seconds: float) -> float:
@@ -89,11 +89,11 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the runs of one sample say about any job: one for each replica, or, run after run, all of these."""
+    """What the runs of one sample say about any job: one run per replica, or several such sets one after another."""
 
     runs: Sequence[QueueRun]
     costs: StepCosts
-    factors: Floats  # (runs,): what each took over what its simulation takes
+    factors: Floats  # (runs,): what each took / what its simulation takes
     left_out: Floats  # (groups, 5): costs, fitted and scaled without one group each
     reweighed: Floats  # (ways, 5): costs by other weights
     noise: Noise
@@ -108,7 +108,7 @@ class Measured:
 
 
 def too_small(runs: Sequence[QueueRun]) -> str | None:
-    """Why these runs say nothing about longer ones, as a clause; None where they do."""
+    """Why these runs say nothing about longer ones, as a clause; None if they do."""
     for run in runs:
         if len(run.prompt_tokens) < run.batch_size:
             return f"the sample has {counted(len(run.prompt_tokens), 'request')} for {run.batch_size:,} places"
@@ -119,7 +119,7 @@ def too_small(runs: Sequence[QueueRun]) -> str | None:
 
 
 def measured(runs: Sequence[QueueRun]) -> Measured:
-    """The costs of all replicas are fitted together; each has a factor of its own."""
+    """The costs of all replicas are fitted together; each replica has its own factor."""
     runs = [replace(run, batch_size=places_taken(run)) for run in runs]
     seen = [seen_work(run) for run in runs]
     work, seconds = np.concatenate([one.work for one in seen]), np.concatenate([one.seconds for one in seen])
@@ -131,7 +131,7 @@ def measured(runs: Sequence[QueueRun]) -> Measured:
     planned = np.array([queue.work.sum(axis=0) for queue in queues])
     columns = columns_worth_it(work, seconds)
     if abs(math.log(planned[:, READING].sum() / work[:, READING].sum())) > _OTHER_READING:
-        # Which steps read prompts was not seen, as where moments are blurred: their cost would be an accident.
+        # Which steps read prompts was not seen, for example because times are blurred: their cost would be accidental.
         columns = tuple(column for column in columns if column != READING)
     costs = fit_costs(work, seconds, columns)
     took = np.array([run.end_s for run in runs])
@@ -159,9 +159,9 @@ def _median(values: Sequence[int]) -> int:
 
 
 def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integers, str]:
-    """The number of the group to which each stretch belongs, and the method that this is.
+    """The number of each stretch's group, and the name of the method.
 
-    No group holds a whole phase: without any of the drain, say, nothing tells what few requests cost.
+    No group holds a whole phase: without any of the drain, for example, nothing tells what few requests cost.
     """
     numbers, method, count = [], BATCH_MEANS, 0
     for run, ends in zip(runs, ends_s, strict=True):
@@ -185,15 +185,15 @@ def _groups(runs: Sequence[QueueRun], ends_s: Sequence[Floats]) -> tuple[Integer
 
 
 def _noise(took_s: Sequence[Floats], costs_s: Sequence[Floats]) -> Noise:
-    """Stretches are put together by twos, fours and so on, since neighbours may err together: what they make of a
-    second is the largest that any of these say."""
+    """Stretches are joined in twos, fours and so on, since the errors of neighbours may be related: the noise of a
+    second is the largest that any of these give."""
     short, of_a_second = 0.0, 0.0
     for together in (1, 2, 4, 8, 16, 32):
         pairs = [_put_together(took, costs, together) for took, costs in zip(took_s, costs_s, strict=True)]
         took, cost = (np.concatenate(values) for values in zip(*pairs, strict=True))
         if len(took) < _FEWEST_STRETCHES:
             break
-        # The fit has taken some of the scatter.
+        # The fit has absorbed some of the scatter.
         off = float(np.sqrt((np.log(took / np.maximum(cost, 1e-12)) ** 2).sum() / (len(took) - _FITTED)))
         short = max(short, off)
         of_a_second = max(of_a_second, off * math.sqrt(float(took.mean())))
@@ -221,7 +221,7 @@ def forecast(
     order: str = "given",
     seed: int = 0,
 ) -> Forecast:
-    """The job on so many replicas (those measured, unless said), each as fast as the measured ones."""
+    """The job on `replicas` replicas (by default as many as were measured), each as fast as the measured ones."""
     return forecast_from(measured(runs), job, replicas, order, seed)
 
 
@@ -235,7 +235,7 @@ def forecast_from(
 
 
 def _works(found: Measured, job: JobLengths, replicas: int, is_sorted: bool, seed: int) -> list[JobWork]:
-    """One, or several of drawn output lengths."""
+    """One, or several if output lengths are drawn."""
     if job.output_tokens is not None:
         return [job_work(job, found.places, replicas, is_sorted, _SIMULATED)]
     draw, job = np.random.default_rng(seed), job.thinned(_LONGEST_DRAWN)
@@ -244,8 +244,8 @@ def _works(found: Measured, job: JobLengths, replicas: int, is_sorted: bool, see
 
 
 def _drawn_outputs(runs: Sequence[QueueRun], prompts: Integers, draw: np.random.Generator) -> Integers:
-    """For each prompt the output of one of the sample's _NEAREST by prompt length; the sample itself is drawn first,
-    since it is one of many that could have been."""
+    """For each prompt the output of one of the sample's _NEAREST by prompt length. The sample itself is drawn first,
+    since it is one of many possible ones."""
     of_prompt = np.concatenate([run.prompt_tokens for run in runs])
     of_output = np.concatenate([run.output_tokens for run in runs])
     again = draw.integers(len(of_prompt), size=len(of_prompt))
@@ -261,7 +261,7 @@ def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forec
     factors = _factors(found, replicas, len(works[0].whole))
     plateau = np.mean([work.plateau.mean(axis=0) for work in works], axis=0)
     alike = _alike(found, plateau)
-    # Of each draw, of each replica.
+    # One per draw and replica.
     each_s = np.array([(work.whole + alike.more * work.plateau) @ costs * factors for work in works])
     drains_s = np.array([work.drain @ costs * factors for work in works])
     whole, drain = (np.mean([part.mean(axis=0) for part in parts], axis=0) for parts in _parts(works))
@@ -280,7 +280,7 @@ def _parts(works: Sequence[JobWork]) -> tuple[list[Floats], list[Floats]]:
 
 
 def _factors(found: Measured, replicas: int, simulated: int) -> Floats:
-    """Of the simulated replicas. Where other ones are meant than were measured, the slowest of them decides."""
+    """For the simulated replicas. If they are not the measured ones, the slowest decides."""
     logs = np.log(found.factors)
     if simulated == replicas and len(logs) % replicas == 0:
         each: Floats = np.exp(logs.reshape(-1, replicas).mean(axis=0))
@@ -299,12 +299,12 @@ def _between_runs(found: Measured, replicas: int) -> float:
 
 
 def _largest_of(count: int) -> float:
-    """Mean of the largest of so many standard normal values (Blom 1958)."""
+    """Mean of the largest of `count` standard normal values (Blom 1958)."""
     return 0.0 if count == 1 else statistics.NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def _interval(found: Measured, values: Floats, work: Floats, off: float) -> Interval:
-    """Of seconds that this work takes; `values` are as many as output lengths were drawn."""
+    """Of the seconds that this work takes; there is one value for each draw of output lengths."""
     value = float(values.mean())
     if value <= 0:
         return Interval(0.0)
@@ -317,7 +317,7 @@ def _interval(found: Measured, values: Floats, work: Floats, off: float) -> Inte
 
 
 def _half_width(found: Measured, work: Floats, off: float) -> float | None:
-    """As a share of the seconds of this work; None where there are too few groups."""
+    """As a share of the seconds of this work; None if there are too few groups."""
     base = float(work @ found.costs.as_array())
     if base <= 0 or len(found.left_out) < _FEWEST_GROUPS:
         return None
@@ -337,16 +337,16 @@ def _half_width(found: Measured, work: Floats, off: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """What the stretches whose steps are like those of a job's plateau say about its seconds."""
+    """What stretches with steps like those of a job's plateau say about the plateau's seconds."""
 
-    more: float  # that it takes, as a share
+    more: float  # how much longer it takes, as a share
     half_width: float
 
 
 def _alike(found: Measured, plateau: Floats) -> _Alike:
-    """A step need not cost the sum of its parts. So the plateau takes what stretches alike took over their costs, as
-    far as that is more than noise. Where hardly any was like it, that is an error by itself: a short queue of equal
-    requests, say, either reads prompts or makes tokens, while a long one does both in each step."""
+    """A step need not cost the sum of its parts. So the plateau is scaled by what similar stretches took over their
+    costs, as far as that exceeds the noise. If hardly any stretch is similar, that is an error in itself: a short queue
+    of equal requests, say, either reads prompts or makes tokens, while a long one does both in each step."""
     if plateau[STEPS] <= 0:
         return _Alike(0.0, 0.0)
     costs = found.costs.as_array()
@@ -354,7 +354,7 @@ def _alike(found: Measured, plateau: Floats) -> _Alike:
     steps = np.maximum(found.work[:, STEPS], 1e-9)
     parts = found.work / steps[:, None] * costs
     is_alike = np.abs(parts - usual).sum(axis=1) <= _ALIKE * usual.sum()
-    # Even where no cost was found for it: a step in which prompts are read is another one.
+    # Even if no cost was found for it, a step that reads prompts is a different step.
     is_alike &= np.abs(found.work[:, READING] / steps - plateau[READING] / plateau[STEPS]) <= _ALIKE
     took_s, cost_s = float(found.seconds[is_alike].sum()), float((found.work[is_alike] @ costs).sum())
     share = took_s / float(found.seconds.sum())
@@ -364,8 +364,8 @@ def _alike(found: Measured, plateau: Floats) -> _Alike:
 
 
 def _jackknife(logs: Floats) -> float:
-    """Half width, of logarithms with one group left out each. Neighbours may err together: so the widest of what single
-    groups, pairs and threes of them say."""
+    """Half width from logarithms that each leave out one group. The errors of neighbours may be related, so it is the
+    widest that single groups, pairs and threes of them give."""
     effects, widest = logs - logs.mean(), 0.0
     for together in (1, 2, 3):
         sums = np.add.reduceat(effects, np.arange(0, len(effects), together))
@@ -377,7 +377,7 @@ def _jackknife(logs: Floats) -> float:
 
 
 def _rate(found: Measured, works: Sequence[JobWork], replicas: int, alike: _Alike) -> Interval | None:
-    """Output tokens per second of all replicas."""
+    """Output tokens per second over all replicas."""
     costs = found.costs.as_array() * float(np.exp(np.log(found.factors).mean())) * (1 + alike.more)
     plateaus = np.array([work.plateau.sum(axis=0) for work in works])
     seconds = plateaus @ costs
@@ -392,21 +392,21 @@ def _rate(found: Measured, works: Sequence[JobWork], replicas: int, alike: _Alik
 
 @dataclass(frozen=True, slots=True)
 class DeadlineAnswer:
-    forecast: Forecast  # its replicas are the fewest that are in time by the upper end of the interval
-    margin: float  # share of the deadline that is left at that end
+    forecast: Forecast  # with the fewest replicas that are in time even at the upper end of the interval
+    margin: float  # share of the deadline left over at that end
 
 
 def replicas_for_deadline(
     runs: Sequence[QueueRun], job: JobLengths, deadline_s: float, order: str = "given", seed: int = 0
 ) -> DeadlineAnswer | None:
-    """None where no number of replicas is in time: the last request alone takes longer."""
+    """None if no number of replicas is in time because the last request alone takes longer."""
     found, replicas = measured(runs), 1
     while replicas <= max(job.requests, 1):
         answer = forecast_from(found, job, replicas, order, seed)
         latest_s = answer.seconds.high or answer.seconds.value
         if latest_s <= deadline_s:
             return DeadlineAnswer(answer, 1 - latest_s / deadline_s)
-        # What lies before the drain is shared out; the drain is not.
+        # The work before the drain is divided among replicas; the drain is not.
         drain_s = min(answer.drain_s.value, latest_s)
         left_s = deadline_s - drain_s
         wanted = replicas * (latest_s - drain_s) / left_s if left_s > 0 else 2 * replicas
@@ -415,7 +415,7 @@ def replicas_for_deadline(
 
 
 def mix_outside(runs: Sequence[QueueRun], job: JobLengths) -> str | None:
-    """In what a job is unlike everything measured, as one sentence; None where it is not."""
+    """How a job is unlike everything measured, in one sentence; None if it is not."""
     prompts = np.concatenate([run.prompt_tokens for run in runs])
     outputs = np.concatenate([run.output_tokens for run in runs])
     pairs = [("prompt", prompts, job.prompt_tokens)]
@@ -426,12 +426,12 @@ def mix_outside(runs: Sequence[QueueRun], job: JobLengths) -> str | None:
         usual, mean = float(seen.mean()), float(np.average(asked, weights=job.weights))
         means.append(mean / usual)
         if not 1 / _FACTOR <= mean / usual <= _FACTOR:
-            return f"The mean {name} of the job has {mean:,.0f} tokens, that of the measured sample {usual:,.0f}."
+            return f"The mean {name} of the job has {mean:,.0f} tokens, and that of the measured sample {usual:,.0f}."
         if (beyond := _beyond(name, seen, asked, job.weights)) is not None:
             return beyond
     if len(means) == 2 and not 1 / _FACTOR <= means[0] / means[1] <= _FACTOR:
         return (
-            f"The job reads {means[0] / means[1]:.2g} times as many prompt tokens for an output token as the measured"
+            f"The job reads {means[0] / means[1]:.2g} times as many prompt tokens per output token as the measured"
             " sample."
         )
     return None
@@ -440,9 +440,9 @@ def mix_outside(runs: Sequence[QueueRun], job: JobLengths) -> str | None:
 def _beyond(name: str, seen: Integers, asked: Integers, weights: Floats) -> str | None:
     most = int(seen.max())
     if asked.max() > _FACTOR * most:
-        return f"The longest {name} of the job has {int(asked.max()):,} tokens, the longest measured {most:,}."
+        return f"The longest {name} of the job has {int(asked.max()):,} tokens, and the longest measured {most:,}."
     tokens = asked * weights
     share = float(tokens[asked > most].sum() / max(tokens.sum(), 1e-9))
     if share > _MOST_BEYOND:
-        return f"{share:.0%} of the job's {name} tokens are in requests that are longer than the longest measured."
+        return f"{share:.0%} of the job's {name} tokens are in requests longer than the longest measured."
     return None

@@ -1,8 +1,8 @@
-"""A result file that grows point by point, at a cost that stays the same for each.
+"""A result file that grows point by point, at the same cost for each point.
 
-New points go to a journal beside the file, and are folded in when it holds as many as the file: each point is written
-about three times in all, however many there are. Only lines are copied then, so that the raw runs of a point need not
-stay in memory once it is saved. Both files stay open: what they hold can be told even where their folder is gone.
+New points go to a journal beside the file and are folded in once it holds as many as the file, so each point is
+written about three times in all, however many there are. Folding only copies lines, so the raw runs of a point need
+not stay in memory once it is saved. Both files stay open, so their content can be shown even if the folder is gone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from batch_inference.core.results import Point, PointKey, Result
 
 
 class GrowingFile:
-    """The file of `result`: its head is taken from there, its points are only added."""
+    """The file of `result`: the head comes from `result`, and points are only added."""
 
     def __init__(self, path: Path, result: Result) -> None:
         self.path = path
@@ -46,11 +46,11 @@ class GrowingFile:
         return self._file is not None
 
     def begin(self) -> None:
-        """Replace what is there by the result with all its points. Raises ResultFileError."""
+        """Replace what is there with the result and all its points. Raises ResultFileError."""
         self._write(map(point_line, self._result.points), {point.key for point in self._result.points})
 
     def add(self, point: Point) -> None:
-        """One more, or the same measured again. Raises ResultFileError, and keeps it in mind then."""
+        """Add a point, or one that was measured again. On ResultFileError the point is kept in memory."""
         line = point_line(point)
         self._unsaved.append(line)
         self._append(line)
@@ -60,7 +60,7 @@ class GrowingFile:
             self.fold()
 
     def fold(self) -> None:
-        """Write the head anew, and all points behind it. Raises ResultFileError."""
+        """Write the head again, with all points after it. Raises ResultFileError."""
         self._write(self._lines(), self._in_file | self._in_journal)
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class GrowingFile:
                 file.close()
 
     def told(self) -> str | None:
-        """The whole document, with what could not be saved; None without any point."""
+        """The whole document, including what could not be saved; None if there is no point."""
         if not (self._in_file or self._in_journal or self._unsaved):
             return None
         return "".join(self._document([*self._lines(), *self._unsaved]))
@@ -79,7 +79,7 @@ class GrowingFile:
         self.close()
         self._file, self._journal = self.path.open("rb"), None
         self._in_file, self._in_journal = keys, set()
-        # A reader that comes before this sees that it has been folded in.
+        # A reader that comes before this still sees that the journal was folded in.
         with contextlib.suppress(OSError):
             journal_of(self.path).unlink(missing_ok=True)
 
@@ -94,7 +94,7 @@ class GrowingFile:
     def _append(self, line: str) -> None:
         try:
             if self._journal is None:
-                # Without a buffer: what a full disk does not take would be tried again wherever it is read or closed.
+                # Unbuffered: otherwise data that a full disk refused would be written again at every read or close.
                 self._journal = open_regular(journal_of(self.path), "w+b", buffering=0)
             head = b""
             if self._journal.seek(0, os.SEEK_END) == 0:
@@ -105,7 +105,7 @@ class GrowingFile:
             raise cannot_be_written(self.path, error) from error
 
     def _lines(self) -> Iterator[str]:
-        """Of every point, as it was measured last."""
+        """The line of every point, as it was last measured."""
         again = self._in_file & self._in_journal
         for line in self._lines_of_file():
             if not again or msgspec.json.decode(line, type=PointKey) not in again:
@@ -130,7 +130,7 @@ class GrowingFile:
 
 
 def _write_or_undo(file: IO[bytes], line: bytes) -> None:
-    """At the end of the file, and on the disk. Raises OSError, and leaves no part of it there then."""
+    """Append to the file and sync it to disk. On OSError no part of the line is left."""
     end = file.seek(0, os.SEEK_END)
     try:
         rest = memoryview(line)

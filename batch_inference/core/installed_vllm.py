@@ -1,6 +1,6 @@
-"""The vLLM that is installed here, found without importing it, and what it has answered before.
+"""The installed vLLM, found without importing it, and what it answered before.
 
-Python's own library alone, because a plan looks too.
+Needs only Python's own library, because plans use it too.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def vllm_version() -> str:
 
 
 def release_of(version: str) -> tuple[int, int] | None:
-    """0.32.1.dev3+g1234 is of 0.32. None for what says no version."""
+    """0.32.1.dev3+g1234 is of 0.32. None if the text is not a version."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def kept_path(folder: Path, what: str) -> Path:
-    """Where its answers are kept. One place for each version, and for each installation: a checkout of vLLM changes
-    and its version does not. `folder`: of the installation."""
+    """Where its answers are kept. One place per version and installation: a checkout of vLLM can change while its
+    version does not. `folder`: of the installation."""
     source = folder / "engine" / "arg_utils.py"
     changed = source.stat().st_mtime_ns if source.exists() else 0
     identity = hashlib.sha256(f"{folder} {changed}".encode(errors="replace")).hexdigest()[:12]
@@ -47,13 +47,13 @@ def kept_path(folder: Path, what: str) -> Path:
 
 
 def cache_home() -> Path:
-    """Where programs keep what they can make again."""
-    # Path.home() raises where a user without a name has no HOME, as in some containers.
+    """Where programs keep what they can make again (the user's cache folder)."""
+    # Path.home() raises if a user without a name has no HOME, as in some containers.
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
 
 
 def kept(path: Path) -> Any:
-    """None where nothing is kept, or what is there cannot be read."""
+    """None if nothing is kept, or if it cannot be read."""
     try:
         return json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
@@ -61,7 +61,7 @@ def kept(path: Path) -> Any:
 
 
 def keep(answer: Any, path: Path) -> None:
-    """Where it cannot be written, vLLM is asked again the next time."""
+    """If it cannot be written, vLLM is simply asked again next time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, [json.dumps(answer)])

@@ -1,4 +1,4 @@
-"""How long a whole job takes by one of its queue points: what an analysis says, and what a search compares.
+"""How long a whole job takes, judging by one of its queue points: the analysis reports it, and a search compares it.
 
 Needs numpy.
 """
@@ -18,12 +18,12 @@ from batch_inference.core.queue_runs import Interval, QueueRun
 from batch_inference.core.results import Job, Point, Result
 from batch_inference.core.sharing import Order, ordered
 
-# Half width of the 95 % interval of what two equal runs differ by, in standard deviations of one.
+# Half width of the 95 % interval of the difference of two equal runs, in standard deviations of one run.
 _TWO_RUNS = 1.96 * math.sqrt(2)
 
 
 def job_throughput(result: Result, point: Point) -> Interval | None:
-    """Output tokens per second over all of the job; None where the point says nothing about it."""
+    """Output tokens per second over the whole job; None if the point says nothing about it."""
     job = result.job_of(point.workload) if point.workload else None
     if job is None or point.workload is None or not all(run.requests.arrival_s for run in point.runs):
         return None
@@ -44,20 +44,20 @@ def job_throughput(result: Result, point: Point) -> Interval | None:
 
 
 def as_it_was_run(found: Forecast, took_s: float, runs: Sequence[QueueRun]) -> Forecast:
-    """Of a job that was run as a whole: nothing is to be forecast but how much another run may differ."""
+    """For a job that was run as a whole: only how much another run may differ is a forecast."""
     half = _TWO_RUNS * runs[0].scatter
     return replace(found, seconds=Interval(took_s, took_s * (1 - half), took_s * (1 + half)))
 
 
 def made_tokens(job: JobLengths, runs: Sequence[QueueRun]) -> float:
-    """Output tokens of the job; where nobody knows them, as many for each request as the sample made."""
+    """Output tokens of the job; if they are unknown, as many per request as the sample made."""
     if job.output_tokens is not None:
         return total(job, job.output_tokens)
     return job.requests * float(np.concatenate([run.output_tokens for run in runs]).mean())
 
 
 def total(job: JobLengths, tokens: object) -> float:
-    """Of all its requests; `tokens` has an entry for each of its lengths."""
+    """The sum over all its requests; `tokens` has an entry for each of its lengths."""
     return float(job.weights @ np.asarray(tokens)) * job.repeats
 
 
@@ -67,14 +67,14 @@ def lengths_of_job(job: Job) -> JobLengths:
     weights[len(weights) - job.last :] = 1.0
     bulk = job.requests - job.last
     thinned = len(weights) - job.last
-    if thinned:  # the last step may be a short one
+    if thinned:  # the last step may be shorter
         weights[:thinned] = bulk / thinned
     outputs = None if job.output_lens is None else np.array(job.output_lens)
     return JobLengths(np.array(job.prompt_lens), outputs, None if job.every == 1 else weights)
 
 
 def in_order(job: JobLengths, order: str) -> JobLengths:
-    """The lengths as they would be queued. Where nobody knows the outputs, that of the file has to do."""
+    """The lengths in the order of the queue. If the outputs are unknown, the order of the file has to do."""
     if order == "given" or job.output_tokens is None:
         return job
     queue = ordered(range(len(job.prompt_tokens)), job.prompt_tokens.tolist(), job.output_tokens.tolist(),

@@ -1,7 +1,7 @@
-"""The work that a job makes (queue_simulation.py), from its lengths.
+"""The work of a job (see queue_simulation.py), computed from its lengths.
 
-A short job is simulated. Of a long one the beginning and the end are, with requests that stand for all; what lies
-between is arithmetic: all places are taken, and tokens are sums. So a billion requests take no longer than a million.
+A short job is simulated. Of a long one only the beginning and the end are, with requests that represent all; what lies
+between is arithmetic: all places are taken, and tokens add up. So a billion requests take no longer than a million.
 
 Needs numpy.
 """
@@ -17,7 +17,7 @@ from batch_inference.core.queue_runs import Floats, Integers
 from batch_inference.core.queue_simulation import CONTEXT, DECODE, PROMPT, READING, STEPS, WORK, simulate_work
 from batch_inference.core.sharing import imbalance, shared_out
 
-# Replicas of a long job that are simulated.
+# How many replicas of a long job are simulated.
 _SIMULATED_REPLICAS = 4
 
 
@@ -26,9 +26,9 @@ class JobLengths:
     """Lengths of a job in the order in which they run; shape (entries,) each."""
 
     prompt_tokens: Integers
-    output_tokens: Integers | None  # None: the model's own choice, not known
-    every: Floats | None = None  # so many requests does each entry stand for; None: 1
-    repeats: float = 1.0  # so often the whole comes
+    output_tokens: Integers | None  # None: chosen by the model, so unknown
+    every: Floats | None = None  # how many requests each entry stands for; None: 1
+    repeats: float = 1.0  # how often the whole list comes
 
     @property
     def weights(self) -> Floats:
@@ -39,13 +39,13 @@ class JobLengths:
         return float(self.weights.sum()) * self.repeats
 
     def thinned(self, most: int) -> JobLengths:
-        """About so many entries: of a longer job the last ones, each for itself, and some for all before them."""
+        """About `most` entries: of a longer job the last ones, each for itself, and some that represent all before."""
         count = len(self.prompt_tokens)
         if count <= most:
             return self
         first_last = count - most // 2
         kept = np.concatenate([np.arange(0, first_last, -(-2 * first_last // most)), np.arange(first_last, count)])
-        # Each stands for those from itself to the next.
+        # Each stands for the entries from itself to the next.
         every = np.add.reduceat(self.weights, kept)
         outputs = None if self.output_tokens is None else self.output_tokens[kept]
         return JobLengths(self.prompt_tokens[kept], outputs, every, self.repeats)
@@ -62,19 +62,19 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class JobWork:
-    """Work of the replicas that were simulated: shape (replicas, 5) each."""
+    """Work of the simulated replicas: shape (replicas, 5) each."""
 
     whole: Floats
-    drain: Floats  # once no request waits
+    drain: Floats  # from when no request waits
     plateau: Floats
     plateau_outputs: Floats  # (replicas,): tokens made in the plateau
-    imbalance: float  # tokens of the fullest replica over those of the mean one, less 1
+    imbalance: float  # tokens of the fullest replica / mean of all replicas - 1
 
 
 def job_work(job: JobLengths, places: Places, replicas: int, is_sorted: bool, most: int) -> JobWork:
-    """Of a job whose outputs are known, or drawn; about `most` requests are simulated."""
+    """For a job whose outputs are known or drawn; about `most` requests are simulated."""
     if job.output_tokens is None:
-        raise ValueError("a job makes no work before its outputs are known or drawn")
+        raise ValueError("the work of a job needs known or drawn outputs")
     outputs = job.output_tokens
     if job.every is None and job.requests <= most:
         again = _repeated(len(outputs), job.repeats, is_sorted)
@@ -93,7 +93,7 @@ def job_work(job: JobLengths, places: Places, replicas: int, is_sorted: bool, mo
 
 
 def _repeated(count: int, repeats: float, is_sorted: bool) -> Integers:
-    """Entries of a job of `count` that comes so often, or of a part of it, evenly spread."""
+    """Entries of a job of `count` entries that is repeated, or of an evenly spread part of it."""
     places = np.arange(max(1, round(count * repeats)))
     return places % count if repeats > 1 and not is_sorted else (places / repeats).astype(np.int64).clip(max=count - 1)
 
@@ -108,7 +108,7 @@ def _all_simulated(prompts: Integers, outputs: Integers, places: Places, replica
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Of one replica."""
+    """The work of one replica."""
 
     whole: Floats
     drain: Floats
@@ -128,7 +128,7 @@ def _joined(parts: list[_Part], share_imbalance: float) -> JobWork:
 
 
 def _simulated(prompts: Integers, outputs: Integers, places: Places) -> _Part:
-    """The plateau begins when the first batch_size requests have made a token, and ends with the last admission."""
+    """The plateau lasts from when the first batch_size requests have made a token to the last admission."""
     nothing = np.zeros(WORK)
     if not len(prompts):
         return _Part(nothing, nothing, nothing, 0.0, 0)
@@ -143,8 +143,8 @@ def _simulated(prompts: Integers, outputs: Integers, places: Places) -> _Part:
 
 
 def _stand_ins(job: JobLengths, replica: int, replicas: int, size: int, last: int) -> Integers:
-    """Entries, in order, that one replica's queue is simulated with: its own of the last ones, as far as each stands
-    for itself, and before them some of all, evenly spread."""
+    """Entries, in order, to simulate one replica's queue with: its own share of the last ones, while each stands
+    for itself, and before them an even spread of the rest."""
     count = len(job.prompt_tokens)
     thinned = np.flatnonzero(job.weights != 1)
     first_itself = int(thinned[-1]) + 1 if len(thinned) else 0
@@ -158,19 +158,19 @@ def _stand_ins(job: JobLengths, replica: int, replicas: int, size: int, last: in
 
 
 def _totals(prompts: Integers, outputs: Integers, weights: Floats) -> Floats:
-    """Requests, prompt tokens, output tokens, and context that is looked back on."""
+    """Requests, prompt tokens, output tokens, and context tokens attended to."""
     decodes = np.maximum(outputs - 1, 0).astype(float)
     context = decodes * prompts + decodes * (decodes + 1) / 2
     return np.array([weights.sum(), weights @ prompts, weights @ outputs, weights @ context])
 
 
 def _with_more(part: _Part, totals: Floats, places: Places) -> _Part:
-    """With more requests in the middle of the plateau, of which `totals` are the sums."""
+    """The part with more requests in the middle of its plateau; `totals` are their sums."""
     requests, prompts, outputs, context = np.maximum(totals, 0.0).tolist()
     if requests <= 0:
         return part
     budget = places.budget or math.inf
-    # Steps for which a place makes no token, for each request: its prompt is read, or the one before is just over.
+    # Steps per request in which a place makes no token: its prompt is read, or the request before has just ended.
     empty, reading = 1 + places.lag_steps + prompts / requests / budget, 1.0
     if part.admitted:
         empty = float(part.plateau[STEPS] * places.batch_size - part.plateau[DECODE]) / part.admitted

@@ -1,4 +1,4 @@
-"""vLLM's arithmetic of a KV cache in blocks, as the plan and the results need it. Python's own library alone.
+"""vLLM's arithmetic of KV cache blocks, for the plan and the results. Needs only Python's own library.
 
 vLLM holds one block back, and a request takes whole blocks (block_pool.py and kv_cache_utils.py in vllm/v1/core of 0.26
 and 0.32).

@@ -1,4 +1,4 @@
-"""Lengths of a job's requests in a few numbers, and how well a sample of them stands for the whole."""
+"""The lengths of a job's requests in a few numbers, and how well a sample represents the whole."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class Lengths(Struct):
 
 
 class Difference(Struct):
-    """A sample's lengths less the job's; 0 everywhere where the sample is the whole job."""
+    """A sample's lengths minus the job's; all 0 if the sample is the whole job."""
 
-    relative_mean: _Difference  # 0.02 where the sample's mean is 2 % above the job's
-    # In standard deviations of the job's lengths; as parts of its mean where they are all equal.
+    relative_mean: _Difference  # 0.02 if the sample's mean is 2 % above the job's
+    # In standard deviations of the job's lengths; as fractions of their mean if they are all equal.
     mean: _Difference
     percentiles: Annotated[list[_Difference], _PerPercent]
-    # Kolmogorov and Smirnov's: no share of requests up to any length differs by more.
+    # Kolmogorov-Smirnov: the share of requests up to any length differs by no more than this.
     distance: Annotated[float, Meta(ge=0, le=1)]
 
 
 class Likeness(Struct):
-    """How well a sample stands for the job."""
+    """How well a sample represents the job."""
 
     prompt_tokens: Difference
     output_tokens: Difference
 
     @property
     def relative_mean(self) -> float:
-        """In one number: 0.02 where one of the mean lengths is 2 % off and the other no more."""
+        """In one number: 0.02 if one of the mean lengths is 2 % off and the other no more."""
         return max(abs(self.prompt_tokens.relative_mean), abs(self.output_tokens.relative_mean))
 
     @property
@@ -57,7 +57,7 @@ class Likeness(Struct):
 
 
 class Distribution:
-    """How often there is each length: far fewer numbers than a job of millions has requests."""
+    """How often each length occurs: far fewer numbers than a job of millions has requests."""
 
     def __init__(self, tokens: Iterable[int]) -> None:
         counts = Counter(tokens)
@@ -71,7 +71,7 @@ class Distribution:
         self.deviation = math.sqrt(squares / self.requests)
 
     def percentile(self, percent: int) -> int:
-        """The shortest length that so many per cent of the requests do not exceed."""
+        """The shortest length that `percent` percent of the requests do not exceed."""
         rank = -(-percent * self.requests // 100)
         return self._values[bisect_left(self._up_to, rank)]
 
@@ -86,7 +86,7 @@ class Distribution:
         return Difference(mean / job.mean, mean / unit, percentiles, self._distance(job))
 
     def _distance(self, other: Distribution) -> float:
-        """Between two lengths of ours our share stands still, and theirs rises: it is farthest off at one of both."""
+        """Between two of our lengths our share is constant and theirs rises: the largest gap is at one of the two."""
         return max(
             abs(self._share(bisect(self._values, value)) - other._share(bisect(other._values, value)))
             for value in self._values
@@ -94,14 +94,14 @@ class Distribution:
         )
 
     def _share(self, lengths: int) -> float:
-        """Of requests that have one of the shortest so many lengths."""
+        """Share of the requests that have one of the `lengths` shortest lengths."""
         return self._up_to[lengths - 1] / self.requests if lengths else 0.0
 
 
 def likeness(
     sample_prompts: Iterable[int], sample_outputs: Iterable[int], prompts: Distribution, outputs: Distribution
 ) -> Likeness:
-    """`prompts`, `outputs`: of the whole job, which several samples may be compared with."""
+    """`prompts`, `outputs`: of the whole job, so that several samples can be compared with them."""
     return Likeness(
         Distribution(sample_prompts).difference_from(prompts), Distribution(sample_outputs).difference_from(outputs)
     )

@@ -1,4 +1,4 @@
-"""Every derived number once: name with unit, label, formula, and which direction is better.
+"""Every derived number, defined once: name with unit, label, formula, and which direction is better.
 
 The console, the JSON summary, the CSV, the plots and the report all take their numbers from METRICS.
 """
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from batch_inference.core.queue_points import Plateau, QueueSummary
 
 Better = Literal["higher", "lower"]
-Summary = dict[str, float | None]  # of every metric by its name
+Summary = dict[str, float | None]  # the value of every metric by name
 
 
 class Measured:
-    """A point that has runs, and the result that it belongs to. Its durations are collected and sorted once for the
+    """A point that has runs, and its result. Its durations are collected and sorted once for the
     mean and all percentiles."""
 
     def __init__(self, result: Result, point: Point) -> None:
@@ -42,17 +42,17 @@ class Measured:
 
     @cached_property
     def queue(self) -> QueueSummary | None:
-        """None for a batch point, and where the times of its requests are not there."""
+        """None for a batch point, or if the times of its requests are missing."""
         if self.point.workload is None or not all(run.requests.arrival_s for run in self.point.runs):
             return None
-        # It needs numpy, and is slow to import.
+        # Needs numpy, and is slow to import.
         from batch_inference.core.queue_points import runs_of, summary_of
 
         return summary_of(runs_of(self.result, self.point))
 
     @property
     def plateau_interval_by(self) -> str | None:
-        """Where the interval of its plateau is from; None where it has none."""
+        """The method behind the interval of its plateau; None if it has none."""
         plateau = self.queue.plateau if self.queue else None
         return None if plateau is None or _plateau_ci95(plateau) is None else plateau.method
 
@@ -62,7 +62,7 @@ Formula = Callable[[Measured], float | None]
 
 @dataclass(frozen=True)
 class Metric:
-    """One derived number of a point: `formula` is None where it cannot be known."""
+    """One derived number of a point: `formula` returns None if it cannot be known."""
 
     name: str
     unit: str
@@ -73,12 +73,12 @@ class Metric:
 
 
 def summarise(result: Result, point: Point) -> Summary:
-    """Every metric of a point; all None for one that failed, though some of its runs may be there."""
+    """Every metric of a point; all None for a failed point, even if some of its runs exist."""
     return summary_and_method(result, point)[0]
 
 
 def summary_and_method(result: Result, point: Point) -> tuple[Summary, str | None]:
-    """And where the interval of its plateau is from."""
+    """The summary, and the method behind the interval of the plateau."""
     if point.status != "ok" or not point.runs:
         return dict.fromkeys(metric.name for metric in METRICS), None
     measured = Measured(result, point)
@@ -135,7 +135,7 @@ def _energy_j_per_output_token(measured: Measured) -> float | None:
 
 
 def _highest(values: Callable[[Run], list[float] | None]) -> Formula:
-    """Over runs, and the devices or replicas of each."""
+    """The highest over runs, and over the devices or replicas of each."""
     return lambda measured: max((value for run in measured.point.runs for value in values(run) or []), default=None)
 
 
@@ -155,11 +155,11 @@ def _kv_peak_use(measured: Measured) -> float | None:
 
 
 def _share_of_peak(work: Callable[[Run], float | None], peak: Callable[[Peaks], float]) -> Formula:
-    """What vLLM estimates that one device did in the runs, over what it could have done in that time."""
+    """vLLM's estimate of what one device did in the runs, divided by the most it could have done in that time."""
 
     def share(measured: Measured) -> float | None:
         peaks = measured.result.environment.peaks
-        # vLLM estimates the work of some architectures and quantizations not at all, or not all of it.
+        # For some architectures and quantizations vLLM estimates none of the work, or only part of it.
         done = [count for run in measured.point.runs if (count := work(run))]
         if peaks is None or len(done) < len(measured.point.runs):
             return None
@@ -173,7 +173,7 @@ _share_of_bandwidth = _share_of_peak(lambda run: run.counters.memory_bytes_per_d
 
 
 def _mfu(measured: Measured) -> float | None:
-    # The peak is that of 16 bits; what computes in fewer has a higher one.
+    # The peak is for 16 bits; fewer bits have a higher one.
     is_quantized = measured.engine is not None and measured.engine.quantization
     return None if is_quantized else _share_of_arithmetic(measured)
 
@@ -239,7 +239,7 @@ def _of_queue(number: Callable[[QueueSummary], float]) -> Formula:
 
 
 def _imbalance(measured: Measured) -> float | None:
-    """Replicas of a batch point have as much to do as each other."""
+    """Replicas of a batch point all have the same work."""
     if measured.point.workload is None:
         return None
     return max(imbalance([part.prompt_tokens + part.output_tokens for part in run.replicas])
@@ -267,10 +267,10 @@ METRICS: tuple[Metric, ...] = (
                    "time from the common start to the last replica's end, over the runs"),
     Metric("latency_ci95_s", "s", "Batch latency, 95 % CI (±)", None,
            lambda measured: ci95_half_width(measured.latencies_s, measured.result.is_adaptive(measured.point)),
-           f"Student's t x standard deviation / sqrt(runs), {STOPPED_BY_ITSELF} times that where the runs decided "
-           "themselves when they were enough; unknown for one run"),
+           f"Student's t x standard deviation / sqrt(runs), {STOPPED_BY_ITSELF} times that if their number was not "
+           "fixed in advance; unknown for one run"),
     Metric("runs", "count", "Timed runs", None, lambda measured: len(measured.point.runs),
-           "timed runs of the point, warm-ups not counted"),
+           "timed runs of the point, without warm-ups"),
     *_distribution("ttft", "Time to first token (TTFT)", lambda measured: measured.ttfts_s,
                    "time from a request's arrival to its first token, queue wait included, over all requests"),
     *_distribution("tpot", "Time per output token (TPOT)", lambda measured: measured.tpots_s,
@@ -288,14 +288,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("kv_pool_gib", "GiB", "KV cache pool per device", None, _of_engine(lambda engine: engine.kv_pool_gib),
            "bytes that vLLM reserved for the KV cache on the fullest device"),
     Metric("activations_gib", "GiB", "Activations, peak", None, _of_engine(lambda engine: engine.activations_gib),
-           "peak of activations that vLLM saw when it profiled the model, on the fullest device"),
+           "peak of activations when vLLM profiled the model, on the fullest device"),
     Metric("kv_cache_tokens", "tokens", "KV cache capacity", "higher",
            _of_engine(lambda engine: engine.kv_cache_tokens),
            "tokens that the KV cache of one replica holds"),
     Metric("kv_use", "ratio", "KV cache use", None, _kv_use,
            "batch_size x (seq_len + max_tokens) / kv_cache_tokens: what the whole batch needs; above 1 it cannot fit"),
     Metric("kv_peak_use", "ratio", "KV cache use, peak", None, _kv_peak_use,
-           "share of the KV cache in use at the fullest moment, by vLLM's scheduler after each of its steps"),
+           "share of the KV cache in use at the fullest moment, as vLLM's scheduler counts after each step"),
     Metric("running_requests", "count", "Requests at once", None,
            lambda measured: measured.running_requests,
            "most requests of a replica that ran at once: counted, or the least of batch_size, max_num_seqs and the "
@@ -317,22 +317,22 @@ METRICS: tuple[Metric, ...] = (
            "vLLM's estimate of the bytes that a device moved / (latency x its peak bandwidth, stated in the file)"),
     Metric("plateau_output_tok_per_s", "tok/s", "Output throughput, plateau", "higher",
            _of_plateau(lambda plateau: plateau.output_tok_per_s.value),
-           "of a queue point, while batch_size requests run on each replica: output tokens of all replicas per second"),
+           "for a queue point: output tokens per second of all replicas, while batch_size requests run on each"),
     Metric("plateau_ci95_tok_per_s", "tok/s", "Output throughput, plateau, 95 % CI (±)", None,
            _of_plateau(_plateau_ci95),
-           "by batch means where the plateau lasts ten mean request lives, else by costs per step fitted to the run"),
+           "by batch means if the plateau lasts ten mean request lives, otherwise by costs per step fitted to the run"),
     Metric("plateau_prompt_tok_per_s", "tok/s", "Prompt throughput, plateau", "higher",
-           _of_plateau(lambda plateau: plateau.prompt_tok_per_s), "the same of prompt tokens"),
+           _of_plateau(lambda plateau: plateau.prompt_tok_per_s), "the same for prompt tokens"),
     Metric("plateau_requests_per_s", "req/s", "Requests per second, plateau", "higher",
-           _of_plateau(lambda plateau: plateau.requests_per_s), "the same of requests"),
+           _of_plateau(lambda plateau: plateau.requests_per_s), "the same for requests"),
     Metric("ramp_s", "s", "Ramp", None, _of_queue(lambda queue: queue.ramp_s),
-           "of a queue point: from the start until batch_size requests run, on the replica that takes longest"),
+           "for a queue point: from the start until batch_size requests run, on the replica that takes longest"),
     Metric("drain_s", "s", "Drain", "lower", _of_queue(lambda queue: queue.drain_s),
-           "of a queue point: from the last request being scheduled to the end, on the replica that takes longest"),
+           "for a queue point: from when the last request is scheduled to the end, on the replica that takes longest"),
     Metric("imbalance", "ratio", "Imbalance of replicas", "lower", _imbalance,
-           "of a queue point: tokens of the replica that has most / those of the mean replica - 1"),
+           "for a queue point: tokens of the replica with the most / mean tokens of the replicas - 1"),
     Metric("prefix_hit_share", "ratio", "Prompt tokens from the prefix cache", None, _prefix_hit_share,
-           "prompt tokens that were not computed because a prefix of them was cached / prompt tokens"),
+           "prompt tokens not computed because they were in a cached prefix / prompt tokens"),
     Metric("load_s", "s", "Engine start", "lower", _of_engine(lambda engine: engine.load_s.total_s),
            "from the worker's start to the engine being ready"),
 )  # fmt: skip

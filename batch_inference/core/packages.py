@@ -1,4 +1,4 @@
-"""Which packages the scripts need, and how to install what is missing: asked before anything loads."""
+"""Which packages the scripts need, and how to install what is missing; checked before anything loads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from batch_inference.core.text import listed
 
 _ENGINE, _TABLES, _DRAWING = ("vllm", "torch"), ("pandas",), ("matplotlib", "seaborn")
-# What vLLM and torch bring.
+# Packages that come with vLLM and torch.
 _BROUGHT = ("msgspec", "psutil", "tqdm")
 
 
 def missing_to_measure() -> str | None:
-    """What is not installed, and the command that installs it; None where all is there."""
+    """What is not installed, and the command that installs it; None if nothing is missing."""
     gone = _missing([*_ENGINE, *_BROUGHT])
     if "vllm" not in gone:
         return _in_words(gone, gone)
@@ -22,7 +22,7 @@ def missing_to_measure() -> str | None:
 
 
 def missing_to_analyse(*, plots: bool) -> str | None:
-    """The same. Without vLLM, which brings it, msgspec may be missing too."""
+    """The same for the analysis. Without vLLM, which brings msgspec, that may be missing too."""
     gone = _missing(["msgspec", *_TABLES, *(_DRAWING if plots else ())])
     return _in_words(gone, dict.fromkeys([*_TABLES, *_DRAWING, *gone]))
 

@@ -1,4 +1,4 @@
-"""argparse as the programs here have it: what is wrong is an error of theirs, no flag may be cut short."""
+"""argparse for the programs here: mistakes raise their own errors, and flags cannot be abbreviated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `error_type` for wrong flags; --help ends with exit code 1 where it cannot be shown."""
+    """Raises `error_type` for wrong flags; --help ends with exit code 1 if it cannot be shown."""
 
     def __init__(self, error_type: type[CleanError], *, usage: str, description: str, epilog: str) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Seeded token-id prompts of exact length: no tokenizer, no text, nothing that two runs share."""
+"""Seeded prompts of token ids with exact lengths: no tokenizer, no text, nothing that two runs share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def make_prompts(
 ) -> list[list[int]]:
     """`num_prompts` lists of `seq_len` token ids in [0, vocab_size), without the ids in `avoid`.
 
-    `seed_parts` (seed, point, run, replica ...) select the stream: equal parts give equal prompts on every
+    `seed_parts` (seed, point, run, replica ...) select the random stream: equal parts give equal prompts on every
     machine and for every setting, different parts give independent ones.
     """
     # Seeding with text hashes it with SHA-512: stable between processes, unlike hash().

@@ -1,4 +1,4 @@
-"""What a queue point says of itself: its runs as arrays, its plateau and its drain. Needs numpy."""
+"""What a queue point shows: its runs as arrays, its plateau and its drain. Needs numpy."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from batch_inference.core.results import Point, Result, Run
 
 @dataclass(frozen=True)
 class Plateau:
-    """Of all replicas of a point together, on the mean of its runs."""
+    """All replicas of a point together, as the mean of its runs."""
 
     output_tok_per_s: Interval
     prompt_tok_per_s: float
     requests_per_s: float
-    method: str  # where the interval is from
+    method: str  # how the interval was found
 
 
 @dataclass(frozen=True)
 class QueueSummary:
-    """Seconds of the replica that takes longest, on the mean of the runs."""
+    """Seconds of the replica that takes longest, as the mean of the runs."""
 
-    plateau: Plateau | None  # None where batch_size never ran on every replica for a while
+    plateau: Plateau | None  # None if batch_size requests never ran on every replica for a while
     ramp_s: float
     drain_s: float
 
 
 def runs_of(result: Result, point: Point) -> list[list[QueueRun]]:
-    """Of each run of a point, the replicas."""
+    """The replicas of each run of a point."""
     engine = result.engine_of(point)
     budget = point.max_num_batched_tokens or (engine.max_num_batched_tokens if engine else None)
     scatter = usual_scatter(result.environment.device_kind, result.config.pipeline_parallel_size)
@@ -46,7 +46,7 @@ def runs_of(result: Result, point: Point) -> list[list[QueueRun]]:
 
 
 def replicas_of(run: Run, batch_size: int, budget: int | None) -> list[QueueRun]:
-    """`budget`: of tokens per step, where it is known."""
+    """`budget`: tokens per step, if known."""
     requests = run.requests
     arrival_s = np.array(requests.arrival_s)
     scheduled_s, first_s, last_s = (
@@ -75,7 +75,7 @@ def _mean_of(plateaus: Sequence[Plateau]) -> Plateau:
     rates = [one.output_tok_per_s for one in plateaus]
     halves = [one.high - one.value for one in rates if one.high is not None]
     value = fmean(one.value for one in rates)
-    # What is off in one run may be off in all: more runs make no narrower interval.
+    # An error in one run may be in all of them, so more runs do not narrow the interval.
     half = max(halves) if len(halves) == len(rates) else None
     return Plateau(
         Interval(value) if half is None else Interval(value, value - half, value + half),
@@ -86,7 +86,7 @@ def _mean_of(plateaus: Sequence[Plateau]) -> Plateau:
 
 
 def _plateau(run: Sequence[QueueRun]) -> Plateau | None:
-    """Of replicas that run side by side."""
+    """The plateau of replicas that run side by side."""
     rates = [plateau_rates(replica) for replica in run]
     known = [one for one in rates if one]
     if not known or len(known) < len(rates):
@@ -106,7 +106,7 @@ def _plateau(run: Sequence[QueueRun]) -> Plateau | None:
 
 
 def _relative_by_fitted_steps(run: Sequence[QueueRun]) -> float:
-    """Half width of the interval of the plateau's rate, as a share of it, as a forecast of the sample itself has it."""
+    """Half width of the interval of the plateau's rate, as a share of it, from a forecast of the sample itself."""
     if too_small(run):
         return 1.0
     prompts, outputs, scheduled_s = (
@@ -114,7 +114,7 @@ def _relative_by_fitted_steps(run: Sequence[QueueRun]) -> float:
         for name in ("prompt_tokens", "output_tokens", "scheduled_s")
     )
     order = np.argsort(scheduled_s, kind="stable")
-    # Of this very run: that another would differ is no part of it.
+    # For this very run: how another run would differ is not part of it.
     rate = forecast(
         [replace(replica, scatter=0.0) for replica in run], JobLengths(prompts[order], outputs[order])
     ).output_tokens_per_s

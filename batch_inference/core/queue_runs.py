@@ -16,12 +16,12 @@ from batch_inference.core.statistics import ci95_half_width
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Between the last token of one request and the first of the next one at its place lies a step or two.
+# A step or two lie between the last token of a request and the first token of the next one in its place.
 _SHARE_OF_FULL = 0.95
-_USUALLY = 0.9  # of all moments before the drain, as many run or fewer
-# In mean lives of a request: a shorter plateau is an accident.
+_USUALLY = 0.9  # the usual number is not exceeded in this share of the moments before the drain
+# In mean request lives: a shorter plateau is an accident.
 _SHORTEST_PLATEAU = 0.25
-# Means of stretches as long as a request lives, or longer, are nearly independent; fewer of them say little.
+# Means of stretches at least as long as a request lives are nearly independent; fewer of them say little.
 BATCHES = 10
 # Requests of a sample, for each that runs at once: so many for a plateau of BATCHES lives and its two ends.
 LIVES = BATCHES + 2
@@ -33,17 +33,17 @@ class QueueRun:
 
     prompt_tokens: Integers
     output_tokens: Integers
-    scheduled_s: Floats  # when it was first given a place in a step
+    scheduled_s: Floats  # when it first got a place in a step
     first_token_s: Floats
     last_token_s: Floats
-    batch_size: int  # at most so many ran at once
-    max_num_batched_tokens: int | None = None  # tokens of prompts and outputs in one step; None: not known
-    scatter: float = 0.01  # standard deviation of the seconds of equal runs, as a share: of usual_scatter
+    batch_size: int  # the most that ran at once
+    max_num_batched_tokens: int | None = None  # prompt and output tokens in one step; None: unknown
+    scatter: float = 0.01  # standard deviation of the seconds of equal runs, as a share; from usual_scatter
 
     def __post_init__(self) -> None:
         arrays = (self.prompt_tokens, self.output_tokens, self.scheduled_s, self.first_token_s, self.last_token_s)
         if len({len(array) for array in arrays}) != 1 or not len(self.prompt_tokens):
-            raise ValueError("a queue run needs at least one request, and each of its arrays as many entries")
+            raise ValueError("a queue run needs at least one request, and arrays of equal length")
 
     @property
     def end_s(self) -> float:
@@ -51,13 +51,13 @@ class QueueRun:
 
     @property
     def mean_life_s(self) -> float:
-        """From scheduled to the last token."""
+        """From being scheduled to the last token."""
         return float((self.last_token_s - self.scheduled_s).mean())
 
 
 def usual_scatter(device_kind: str | None, pipeline_parallel_size: int) -> float:
-    """What runs of the same differ by on such a machine, which one run cannot tell: TP and DP by 1 to 2 % on GPUs,
-    pipeline stages by 4 to 12 % there, and everything by some 4 % on a CPU that does other things too."""
+    """How much equal runs differ on such a machine, which one run cannot tell: TP and DP by 1 to 2 % on GPUs,
+    pipeline stages by 4 to 12 % there, and everything by about 4 % on a CPU that does other work too."""
     if device_kind == "cpu":
         return 0.04
     return 0.05 if pipeline_parallel_size > 1 else 0.01
@@ -65,7 +65,7 @@ def usual_scatter(device_kind: str | None, pipeline_parallel_size: int) -> float
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """Ramp: 0 to ramp_end_s. Plateau: to drain_start_s, and there is none where both are equal. Drain: to end_s."""
+    """Ramp: 0 to ramp_end_s. Plateau: to drain_start_s; none if both are equal. Drain: to end_s."""
 
     ramp_end_s: float
     drain_start_s: float
@@ -82,7 +82,7 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A value with its 95 % interval; without one where there is not enough to tell."""
+    """A value with its 95 % interval, or without one if there is too little data."""
 
     value: float
     low: float | None = None
@@ -91,7 +91,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class PlateauRates:
-    """Per second of the plateau, of one replica."""
+    """What one replica does per second of the plateau."""
 
     output_tokens: Interval
     prompt_tokens: Interval
@@ -99,10 +99,10 @@ class PlateauRates:
 
 
 def phases_of(run: QueueRun) -> Phases:
-    """The ramp ends when nearly as many requests make tokens as usually do while others wait: batch_size, unless
+    """The ramp ends when nearly as many requests make tokens as usual while others wait: batch_size, unless
     prompts or the KV cache are the limit. The drain begins when the last request has been scheduled.
 
-    Without a plateau (the sample fills all places never, or only for a moment) the ramp ends where the drain begins.
+    Without a plateau (the sample never fills all places, or only for a moment) the ramp ends where the drain begins.
     """
     drain_start_s = float(run.scheduled_s.max())
     ramp_end_s = _first_full_s(run, drain_start_s)
@@ -121,17 +121,17 @@ def _first_full_s(run: QueueRun, until_s: float) -> float:
 
 
 def _running(starts_s: Floats, ends_s: Floats) -> tuple[Floats, Integers]:
-    """Moments in rising order, and how many run from each to the next."""
+    """Moments in order, and how many requests run from each to the next."""
     times_s = np.concatenate([starts_s, ends_s])
     change = np.concatenate([np.ones(len(starts_s), dtype=np.int64), -np.ones(len(ends_s), dtype=np.int64)])
-    # Of one moment the ends come first.
+    # At the same moment, ends come first.
     order = np.lexsort((change, times_s))
     return times_s[order], np.cumsum(change[order])
 
 
 def places_taken(run: QueueRun) -> int:
-    """How many requests run at once while others wait: batch_size, or fewer where something else is the limit, and then
-    on the mean of the plateau."""
+    """How many requests run at once while others wait: batch_size, or fewer if something else is the limit, and then
+    the mean over the plateau."""
     _, running = _running(run.scheduled_s, run.last_token_s)
     phases = phases_of(run)
     if running.max() >= run.batch_size or phases.plateau_s <= 0:
@@ -143,13 +143,13 @@ def places_taken(run: QueueRun) -> int:
 
 
 def plateau_rates(run: QueueRun) -> PlateauRates | None:
-    """By batch means where the plateau lasts BATCHES mean lives or more, else without interval."""
+    """By batch means if the plateau lasts BATCHES mean lives or more, otherwise without an interval."""
     phases = phases_of(run)
     if phases.plateau_s <= 0:
         return None
     batches = BATCHES if phases.plateau_s >= BATCHES * run.mean_life_s else 1
     edges_s = np.linspace(phases.ramp_end_s, phases.drain_start_s, batches + 1)
-    # Tokens of outputs come evenly from the first to the last, prompts are read from scheduled to the first.
+    # Output tokens come evenly from the first to the last; prompts are read from being scheduled to the first token.
     one = np.ones(len(run.prompt_tokens))
     return PlateauRates(
         _rate(done_by(edges_s, run.first_token_s, run.last_token_s, run.output_tokens), edges_s),
@@ -159,7 +159,7 @@ def plateau_rates(run: QueueRun) -> PlateauRates | None:
 
 
 def done_by(times_s: Floats, starts_s: Floats, ends_s: Floats, amounts: Floats | Integers) -> Floats:
-    """How much is done at each of `times_s`, if amount i is done evenly between its start and its end."""
+    """How much is done by each of `times_s`, if amount i is done evenly between its start and its end."""
     lengths_s = np.maximum(ends_s - starts_s, 1e-9)
     speeds = amounts / lengths_s
     moments_s = np.concatenate([starts_s, starts_s + lengths_s])

@@ -1,10 +1,10 @@
-"""The queue of any requests: which steps an engine takes, whatever they cost.
+"""Simulates a queue of requests: which steps an engine takes, whatever they cost.
 
-All requests wait from the start, and a place that becomes free is filled at once, so the steps follow from the lengths
-alone. One simulation gives the seconds for any costs of steps (step_costs.py).
+All requests wait from the start, and a free place is filled at once, so the steps follow from the lengths
+alone. One simulation gives the seconds for any cost of steps (step_costs.py).
 
-The work of a stretch of time is five numbers: steps, prompt tokens read, tokens made (one for each request that decodes
-in a step), tokens of context that these look back on, and steps in which prompts are read.
+The work in a stretch of time is five numbers: steps, prompt tokens read, tokens made (one for each request that decodes
+in a step), context tokens that these attend to, and steps in which prompts are read.
 
 Needs numpy.
 """
@@ -22,7 +22,7 @@ from batch_inference.core.queue_runs import Floats, Integers
 # Columns of a work array, shape (..., 5).
 STEPS, PROMPT, DECODE, CONTEXT, READING = range(5)
 WORK = 5
-# A step is planned while the one before it runs, so a place that becomes free is empty for one step. Seen is 0 or 1.
+# A step is planned while the one before it runs, so a freed place stays empty for one step. Real runs show 0 or 1.
 USUAL_LAG = 1
 
 
@@ -40,7 +40,7 @@ class SimulatedWork:
 
     @property
     def drain_block(self) -> int:
-        """From the start of this block on, no request waits."""
+        """The block from whose start no request waits."""
         return int(self.scheduled.max())
 
 
@@ -51,10 +51,10 @@ def simulate_work(
     max_num_batched_tokens: int | None,
     lag_steps: int = USUAL_LAG,
 ) -> SimulatedWork:
-    """A scheduler of continuous batches: in each step first every request that decodes makes a token, then prompts are
-    read within the budget of tokens, those begun before first, and then waiting requests come in, first in first out.
+    """A scheduler with continuous batching: in each step every decoding request first makes a token, then prompts are
+    read within the token budget (those already begun first), and then waiting requests come in, first in, first out.
 
-    Steps in which nothing comes or goes are one block, so the time taken goes by requests and not by tokens.
+    Steps in a row in which no request comes or goes form one block, so the time taken depends on requests, not tokens.
     """
     return _Scheduler(
         prompt_tokens.tolist(), output_tokens.tolist(), batch_size, max_num_batched_tokens, lag_steps
@@ -69,12 +69,12 @@ class _Scheduler:
         self.budget = budget or sum(prompts) + batch_size
         self.lag = lag_steps
         self.free = batch_size
-        self.freed: deque[tuple[int, int]] = deque()  # (step from which on, places)
+        self.freed: deque[tuple[int, int]] = deque()  # (the step from which they are free, places)
         self.waiting = 0  # the next request
         self.reading: deque[list[int]] = deque()  # [request, prompt tokens left]
         self.ends: list[tuple[int, int]] = []  # heap of (step of the last token, request)
         self.decoding = 0
-        self.context = 0  # of the requests that decode: sum of prompt minus step of the first token
+        self.context = 0  # over decoding requests: sum of prompt length minus step of the first token
         self.step = 0
         self.blocks: list[tuple[int, int, int, int, int]] = []
         count = len(prompts)
@@ -87,7 +87,7 @@ class _Scheduler:
             read, started = self._read_prompts()
             steps = 1 if read else self._steps_alike()
             if not read and not self.decoding:
-                # All places are empty for the lag: no step runs.
+                # All places are empty during the lag, so no step runs.
                 self.step += steps
                 continue
             self.blocks.append((steps, read, self.decoding * steps, self._context(steps), int(read > 0)))
@@ -98,7 +98,7 @@ class _Scheduler:
         )
 
     def _read_prompts(self) -> tuple[int, list[int]]:
-        """Prompt tokens of this step, and the requests whose prompt is read with it."""
+        """Prompt tokens of this step, and the requests whose prompts are complete with it."""
         left = self.budget - self.decoding
         read, done = 0, []
         while left > 0 and self.reading:
@@ -123,7 +123,7 @@ class _Scheduler:
         return read, done
 
     def _steps_alike(self) -> int:
-        """Until a request ends or a place becomes free."""
+        """How many, until a request ends or a place becomes free."""
         last = self.ends[0][0] + 1 if self.ends else None
         if self.freed and self.waiting < len(self.prompts):
             last = self.freed[0][0] if last is None else min(last, self.freed[0][0])

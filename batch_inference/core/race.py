@@ -1,8 +1,8 @@
-"""Which setting to load next, so that the best is found without loading all; and why the others cannot win.
+"""Which setting to load next, to find the best without loading all, and why the others cannot win.
 
-Settings are taken in the order of what they can be at most. That is infinite before anything is measured, and then what
-the bounds below leave: each holds for a reason, at every batch size, and is checked against recorded studies by the
-tests. A setting is left when it can be no better than the best one measured, by more than a tie.
+Settings are taken in the order of the most they can reach. That is infinite before anything is measured, and then
+limited by the bounds below: each has a reason, holds at every batch size, and is checked against recorded studies by
+the tests. A setting is dropped once it cannot beat the best one measured by more than a tie.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from dataclasses import dataclass, field, replace
 
 from batch_inference.core.climb import SURE, TIE, Tried, best_of, ceiling
 
-# What other settings run beside may be so much faster alone: on cores a fifth was seen, on GPUs some percent.
+# How much faster a setting may be alone than beside others: a fifth was seen on cores, a few percent on GPUs.
 BESIDE = 1.25
-# Replicas that do less together than this share of what each does alone are held up by something that others may not
-# be, as by too few cores to drive them.
+# Replicas that together do less than this share of what each does alone are held up by something that others may not
+# share, such as too few cores to drive them.
 UNHINDERED = 0.95
-# Of replicas, where a limit decides.
+# How many sizes of a setting with replicas are tried if a limit decides.
 _SIZES_AT_A_LIMIT = 3
 
-# Why a setting can be no better. Tested against recorded studies; docs/best.md has the reasons in full.
+# Why a setting cannot be better. Tested against recorded studies; docs/best.md gives the reasons in full.
 SPLIT = "{times} times the devices of {base}, so at most {times} times its work, at any batch size"
-SHARED = "the devices of {base}, and the same work divided further"
+SHARED = "the same devices as {base}, with the same work divided further"
 REPLICA = "a batch takes as long as on one of its replicas, {base}"
-STAGED = "a batch passes all stages, and takes as long as a stage's part of it on {base}"
+STAGED = "a batch passes through all stages, and takes as long as a stage's part of it on {base}"
 DIVIDED = "{times} times the devices of {base}, so at least 1/{times} of its time"
-BOTH = "a batch passes all stages, and takes at least 1/{times} of a stage's part of it on {base}"
+BOTH = "a batch passes through all stages, and takes at least 1/{times} of a stage's part of it on {base}"
 
 
 @dataclass(frozen=True, order=True)
 class Layout:
-    """Sizes of a setting."""
+    """The sizes of a setting."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
-    experts: bool = False  # shared out whole: replicas then wait for each other
+    experts: bool = False  # whole experts on each device: replicas then wait for each other
 
     @property
     def num_devices(self) -> int:
@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def replica(self) -> Layout:
-        """What one of its replicas is, where they do not need each other; else itself."""
+        """One of its replicas if they do not need each other; otherwise itself."""
         return self if self.experts else replace(self, dp=1)
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is the better the higher it is: throughput (of all devices, or per device), or batches per second."""
+    """What is maximised: throughput (of all devices, or per device), or batches per second."""
 
     is_latency: bool = False
     is_per_device: bool = False
@@ -67,8 +67,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Found:
-    """What a load has measured. The values of `tried` are tokens per second of all its devices, or batches per second
-    where the shortest batch time is asked for."""
+    """What one load has measured. The values of `tried` are tokens per second of all its devices, or batches per second
+    if the goal is the shortest batch time."""
 
     layout: Layout
     tried: Sequence[Tried]
@@ -77,18 +77,18 @@ class Found:
 
     @property
     def best(self) -> Tried | None:
-        """None where no size keeps the limits, or none that does has a value."""
+        """None if no size keeps the limits, or none of those has a value."""
         best = best_of(self.tried)
         return best if best and best.value > 0 else None
 
     @property
     def most(self) -> float:
-        """What it does at most at any batch size; infinite where that is not known."""
+        """The most it can do at any batch size; infinite if unknown."""
         return self.highest if self.is_exhausted else max(self.highest, ceiling(self.tried) * self._alone)
 
     @property
     def highest(self) -> float:
-        """What it does at most at the sizes that were tried."""
+        """The most it can do at the sizes that were tried."""
         return max(map(self.high_of, self.tried))
 
     @property
@@ -96,7 +96,7 @@ class Found:
         return 1 if self.is_alone else BESIDE
 
     def high_of(self, one: Tried) -> float:
-        """What this size does at most, with nothing beside it."""
+        """The most this size can do with nothing running beside it."""
         return (one.value + SURE * one.half) * self._alone
 
     def at(self, batch_size: int) -> Tried | None:
@@ -105,7 +105,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a setting can be at most, in the unit of the goal, and why."""
+    """The most a setting can reach, in the unit of the goal, and why."""
 
     most: float
     why: str = ""
@@ -118,39 +118,39 @@ class Bound:
 
 @dataclass(frozen=True)
 class Load:
-    """An engine to be started: at which batch sizes; None where they are to be searched."""
+    """An engine to start, and its batch sizes; None if they are to be searched."""
 
     layout: Layout
     sizes: tuple[int, ...] | None = None
     lengths: tuple[int | None, ...] = ()  # of prompts
-    # What it must reach, for each length, to be worth more runs than its place needs: in the values of its `Tried`.
+    # What it must reach at each length to be worth more runs than its ranking needs, in the unit of its `Tried` values.
     to_beat: tuple[float, ...] = ()
-    is_answer: bool = True  # else it only tells of others, and needs no interval of its own
+    is_answer: bool = True  # otherwise it only tells about others, and needs no interval
 
 
 @dataclass
 class Race:
-    """Of the settings at one prompt length."""
+    """The race of the settings at one prompt length."""
 
     goal: Goal
-    candidates: Sequence[Layout]  # that may be the answer
-    feasible: frozenset[Layout]  # candidates and replicas of them that can be loaded
+    candidates: Sequence[Layout]  # those that may be the answer
+    feasible: frozenset[Layout]  # candidates and their replicas that can be loaded
     found: dict[Layout, Found] = field(default_factory=dict)
-    lost: dict[Layout, str] = field(default_factory=dict)  # that could not be loaded, and why
+    lost: dict[Layout, str] = field(default_factory=dict)  # those that could not be loaded, and why
 
     # --- what is known ---------------------------------------------------------------------------------------------
 
     def best(self) -> Found | None:
-        """Of the candidates that were measured."""
+        """The best of the measured candidates."""
         known = [one for one in self._found_candidates() if one.best]
         return max(known, key=self.value_of, default=None)
 
     def value_of(self, found: Found) -> float:
-        """In the unit of the goal; `found` has a best."""
+        """In the unit of the goal; `found` must have a best."""
         return self.goal.value(found.layout, found.best.value) if found.best else -math.inf
 
     def half_of(self, found: Found) -> float:
-        """Infinite where it is not known."""
+        """Infinite if unknown."""
         return self.goal.value(found.layout, found.best.half) if found.best else 0.0
 
     def ties(self) -> list[Found]:
@@ -163,7 +163,7 @@ class Race:
         return [one for one in others if low <= self.value_of(one) + self.half_of(one) < math.inf]
 
     def nearest(self) -> tuple[Layout, Tried] | None:
-        """What misses the limits by least."""
+        """The one that misses the limits by the least."""
         known = [(layout, one) for layout, found in self.found.items() for one in found.tried]
         return min(known, key=lambda pair: pair[1].excess, default=None)
 
@@ -171,7 +171,7 @@ class Race:
         return (self.found[layout] for layout in self.candidates if layout in self.found)
 
     def bound(self, layout: Layout) -> Bound:
-        """The lowest of all that are known."""
+        """The lowest of all known bounds."""
         return min(self._bounds(layout), key=lambda one: one.most, default=Bound(math.inf))
 
     def _bounds(self, layout: Layout) -> Iterator[Bound]:
@@ -183,19 +183,19 @@ class Race:
         if self.goal.is_latency:
             yield from _shortest_times(layout, base)
         elif times := _times(layout, base.layout):
-            # No step of a layer takes less than its share of one device's time; talking to each other takes more.
+            # No step of a layer takes less than its share of one device's time; communication only adds to it.
             yield Bound(self.goal.value(layout, times * self._most_of(base)), SPLIT, base.layout, times)
         elif self._is_unhindered(base) and _times(layout, base.layout.replica) == base.layout.dp:
-            # What slows all devices at once, as power does, it slows as well.
+            # Whatever slows all devices at once, such as power, slows this setting too.
             yield Bound(self.goal.value(layout, self._most_of(base)), SHARED, base.layout)
 
     def _most_of(self, base: Found) -> float:
-        """At any batch size."""
+        """The most at any batch size."""
         one = self.found.get(base.layout.replica)
-        # Replicas are measured where one of them is best.
+        # Replicas are measured at the size where a single one is best.
         is_known = one is not None and one.is_exhausted and one.best and base.at(one.best.batch_size)
         most = base.highest if is_known else base.most
-        # By how much the best itself may be better than it was measured is no hope for others.
+        # That the best itself may be better than measured is no hope for the others.
         return max(one.value for one in base.tried) if math.isfinite(most) and base is self.best() else most
 
     def _is_unhindered(self, base: Found) -> bool:
@@ -206,7 +206,7 @@ class Race:
         return base.best.value >= UNHINDERED * base.layout.dp * alone.value
 
     def estimate(self, layout: Layout) -> float | None:
-        """What independent replicas do, by one of them; None where none was measured."""
+        """What independent replicas should do, judging by one of them; None if none was measured."""
         one = self.found.get(layout.replica)
         if layout in self.found or one is None or one.best is None or layout.replica == layout:
             return None
@@ -216,11 +216,11 @@ class Race:
     # --- what is next ----------------------------------------------------------------------------------------------
 
     def open(self) -> list[Layout]:
-        """Candidates that may still win, the most hopeful first."""
+        """Candidates that may still win, the most promising first."""
         enough = -math.inf
         if (best := self.best()) is not None:
             value, half = self.value_of(best), self.half_of(best)
-            # An interval that is not known makes nothing a tie.
+            # An unknown interval does not make anything a tie.
             enough = value + max(half if math.isfinite(half) else 0.0, TIE * value)
         left = [
             one
@@ -232,40 +232,40 @@ class Race:
 
     def _hope(self, layout: Layout) -> tuple[float, float, int, int, int]:
         most, estimate = self.bound(layout).most, self.estimate(layout)
-        # Of those that can be as good, first the one that is known to be, then small ones, which tell most of others.
+        # Among equally good ones, first a known one, then small ones, which tell the most about others.
         rough = -round(math.log(most) / TIE) if 0 < most < math.inf else -most
-        # Many replicas for throughput, few for the shortest time.
+        # Many replicas for throughput, few for the shortest batch time.
         dp = layout.dp if self.goal.is_latency else -layout.dp
         return (rough, 0 if estimate is not None else 1, layout.replica.num_devices, layout.pp, dp)
 
     def next_load(self) -> Load | None:
-        """None where the best is found."""
+        """None once the best is found."""
         hopeful = self.open()
         if hopeful:
             return self._load_for(hopeful[0])
         best = self.best()
-        # An answer is of what ran alone.
+        # Only a setting that ran alone can be the answer.
         if best and best.best and not best.is_alone and best.layout not in self.lost:
             return Load(best.layout, (best.best.batch_size,))
         return None
 
     def to_beat(self, layout: Layout) -> float:
-        """What a setting must do so that it, or several of it, are as good as the best; 0 where nothing is known."""
+        """What a setting must do for it, or several copies of it, to match the best; 0 if nothing is known."""
         best = self.best()
         if best is None:
             return 0.0
-        value = max(0.0, self.value_of(best) - self.half_of(best))  # 0 where the interval is not known
+        value = max(0.0, self.value_of(best) - self.half_of(best))  # 0 if the interval is unknown
         times = [self._times_of(one, layout) for one in self.candidates if layout in (one, one.replica)]
         return value / max(times, default=1.0)
 
     def _times_of(self, candidate: Layout, layout: Layout) -> float:
-        """The candidate's value over the throughput of `layout`, which it is made of."""
+        """The candidate's value divided by the throughput of `layout`, of which it is made."""
         if self.goal.is_latency:
             return 1.0
         return self.goal.value(candidate, candidate.num_devices / layout.num_devices)
 
     def wants(self, layout: Layout) -> bool:
-        """Whether a load of it would tell something."""
+        """Whether loading it would tell anything."""
         if (load := self.next_load()) and load.layout == layout:
             return True
         if layout in self.found or layout in self.lost:
@@ -273,7 +273,7 @@ class Race:
         return any(layout in (one, one.replica) for one in self.open())
 
     def loads_beside(self, first: Load, devices: int) -> list[Load]:
-        """`first`, and others that are needed whatever it finds, and fit beside it on so many devices."""
+        """`first`, and others that are needed whatever it finds and that fit beside it on `devices` devices."""
         free, loads = devices - first.layout.num_devices, [first]
         for one in self.open():
             load = self._load_for(one)
@@ -286,18 +286,18 @@ class Race:
         return loads
 
     def _is_told_by(self, layout: Layout, others: Iterable[Layout]) -> bool:
-        """Whether one of these may bound it."""
+        """Whether one of the others may give it a bound."""
         return any(other == layout or _times(layout.replica, other) for other in others)
 
     def _load_for(self, layout: Layout) -> Load:
-        """What is to be loaded to know more of it: one replica first."""
+        """What to load to learn more about it: a single replica first."""
         if layout.replica not in self.found and layout.replica in self.feasible:
             return Load(layout.replica)
         return self.load_of(layout)
 
     def load_of(self, layout: Layout) -> Load:
-        """Of a setting whose replica is known, at the size that is the best there. Where a limit has decided on it, it
-        may just be missed: then at the next smaller ones, too."""
+        """The load of a setting whose replica is known, at the replica's best size. If a limit decided on that size, it
+        may just be missed, so the next smaller ones are tried too."""
         one = self.found.get(layout.replica)
         if not one or not one.best:
             return Load(layout)
@@ -309,12 +309,12 @@ class Race:
 
 @dataclass
 class Search:
-    """Races of several prompt lengths, which share their loads."""
+    """The races at several prompt lengths, which share their loads."""
 
     races: dict[int | None, Race]  # by prompt length; None for a workload
 
     def next_loads(self, devices: int) -> list[Load]:
-        """Side by side on so many devices; none where all is found."""
+        """Loads to run side by side on `devices` devices; none once everything is found."""
         for race in self.races.values():
             if load := race.next_load():
                 return [self._for_all(one) for one in race.loads_beside(load, devices)]
@@ -332,7 +332,7 @@ class Search:
 
 
 def _times(layout: Layout, base: Layout) -> int:
-    """How many times the devices of `base`, where `layout` is that setting divided further; else 0."""
+    """How many times the devices of `base` it has, if `layout` is that setting divided further; otherwise 0."""
     sizes = zip((layout.tp, layout.pp, layout.dp), (base.tp, base.pp, base.dp), strict=True)
     if any(size % of_base for size, of_base in sizes):
         return 0
@@ -340,7 +340,7 @@ def _times(layout: Layout, base: Layout) -> int:
 
 
 def _shortest_times(layout: Layout, base: Found) -> Iterator[Bound]:
-    """Bounds of batches per second, at the batch size of the best."""
+    """Bounds on batches per second, at the batch size of the best."""
     best, other = base.best, base.layout
     if best is None:
         return
@@ -348,7 +348,7 @@ def _shortest_times(layout: Layout, base: Found) -> Iterator[Bound]:
         yield Bound(base.high_of(best), REPLICA, other)
     if other.pp > 1 or other.dp > 1 or layout.tp % other.tp:
         return
-    # Of the part of a batch that fills one stage; of a single request, all of it.
+    # For the part of a batch that fills one stage; for a single request, all of it.
     part = base.at(max(1, best.batch_size // layout.pp))
     if part and layout.replica != other:
         times = layout.tp // other.tp
@@ -357,7 +357,7 @@ def _shortest_times(layout: Layout, base: Found) -> Iterator[Bound]:
 
 
 def layouts(devices: int, *, exactly: bool = True, most_tp: int | None = None) -> list[Layout]:
-    """All TP x PP x DP on so many devices, or one replica on as many or fewer."""
+    """All TP x PP x DP on `devices` devices, or single replicas on as many or fewer."""
     found = []
     for total in [devices] if exactly else range(1, devices + 1):
         for tp in _divisors(total):

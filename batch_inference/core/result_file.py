@@ -1,4 +1,4 @@
-"""Result files on disk: written whole or not at all, read with every value checked against its type.
+"""Result files on disk: written completely or not at all, and read with every value checked against its type.
 
 python -m batch_inference.core.result_file >batch_inference/core/result.schema.json      the JSON Schema
 """
@@ -23,28 +23,28 @@ from batch_inference.core.text import short_name
 
 
 class ResultFileError(WorkFailedError):
-    """A result file that cannot be read or written: the message names the file, what is wrong, what to do."""
+    """A result file that cannot be read or written: the message names the file, the problem, and what to do."""
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
 def to_json(result: Result) -> str:
-    """A line for each point, because a number per line makes nothing readable; the rest is set out.
+    """One line per point, because one number per line is unreadable; the rest is indented.
 
-    Raises ValueError, naming the field, for a number that is none: msgspec would write it as null without a word.
+    Raises ValueError, naming the field, for NaN or infinity: msgspec would silently write them as null.
     """
     lines = ",\n".join(point_line(point) for point in result.points)
     return "".join([head_of(result), lines and lines + "\n", POINTS_END])
 
 
-# After the head, which ends in this line, come the lines of the points, divided by commas, and then the end.
+# The head ends in this line; then come the lines of the points, separated by commas, and then the end.
 FIRST_POINT = b' "points": [\n'
 POINTS_END = " ]\n}\n"
 
 
 def head_of(result: Result) -> str:
-    """Everything but the points, up to where they begin. Raises ValueError as `to_json` does."""
+    """Everything up to where the points begin. Raises ValueError as `to_json` does."""
     document = {name: getattr(result, name) for name in result.__struct_fields__ if name != "points"}
     for name, value in document.items():
         check_finite(value, f"{result.name}.{name}")
@@ -53,7 +53,7 @@ def head_of(result: Result) -> str:
 
 
 def point_line(point: Point) -> str:
-    """One point as one line, without its end. Raises ValueError as `to_json` does."""
+    """One point as one line, without a line break. Raises ValueError as `to_json` does."""
     check_finite(point, f"batch_size {point.batch_size}, seq_len {point.seq_len}")
     return _encoded(point).decode()
 
@@ -67,12 +67,12 @@ def _encoded(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:
-        # A path or a variable may hold bytes that are no UTF-8.
+        # A path or a variable may contain bytes that are not UTF-8.
         return msgspec.json.encode(_encodable(msgspec.to_builtins(value)))
 
 
 def _encodable(value: Any) -> Any:
-    """The same, with a question mark for every character that JSON cannot hold."""
+    """The same, with a question mark for every character that JSON cannot represent."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
@@ -81,7 +81,7 @@ def _encodable(value: Any) -> Any:
 
 
 def _not_finite(value: Any, where: str) -> Iterator[str]:
-    """Every place of a number that is NaN or infinite."""
+    """The place of every number that is NaN or infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         yield where
     for name, item in _parts(value):
@@ -89,7 +89,7 @@ def _not_finite(value: Any, where: str) -> Iterator[str]:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What is inside, with its place behind that of the whole."""
+    """What is inside, with its place relative to the whole."""
     if isinstance(value, Struct):
         yield from ((f".{name}", getattr(value, name)) for name in value.__struct_fields__)
     elif dataclasses.is_dataclass(value):
@@ -101,7 +101,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _are_finite(values: list[Any]) -> bool:
-    """Whether it is a list of finite numbers and nothing else: the long ones of a run are, and are done in one go."""
+    """Whether it is a list of finite numbers only: the long lists of a run are, and are checked in one go."""
     try:
         return all(map(math.isfinite, values))
     except TypeError:
@@ -114,7 +114,7 @@ def save_result(result: Result, path: Path) -> None:
 
 
 def write_document(path: Path, parts: Iterable[str]) -> None:
-    """Raises ResultFileError when the disk or the folder does not allow it; the previous file is intact then."""
+    """Raises ResultFileError if the disk or the folder does not allow it; the previous file is then intact."""
     try:
         write_whole(path, parts)
     except OSError as error:
@@ -122,7 +122,7 @@ def write_document(path: Path, parts: Iterable[str]) -> None:
 
 
 def cannot_be_written(path: Path, error: OSError) -> ResultFileError:
-    return ResultFileError(f"{path}: cannot be written: {error.strerror}; free the disk or choose another path")
+    return ResultFileError(f"{path}: cannot be written: {error.strerror}; free disk space or choose another path")
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -132,14 +132,14 @@ def cannot_be_written(path: Path, error: OSError) -> ResultFileError:
 
 
 class JournalHead(Struct):
-    """Its first line: which file it goes on with. Another one has been folded in already."""
+    """Its first line: which file it continues. If that is another file, the journal has already been folded in."""
 
     started_at: str | None
-    points: int  # that the file held
+    points: int  # how many the file held
 
 
 def journal_of(path: Path) -> Path:
-    """Beside the file itself, where `path` is a link to it."""
+    """Beside the file itself if `path` is a link to it."""
     file = real(path)
     return file.with_name(file.name + ".journal")
 
@@ -148,7 +148,7 @@ def _with_journal(result: Result, path: Path) -> Result:
     """The file and its journal are one; a later point replaces an earlier one of the same key. Raises
     ResultFileError."""
     try:
-        first, *lines = read_regular(journal_of(path)).split(b"\n")[:-1]  # what has no end was cut short
+        first, *lines = read_regular(journal_of(path)).split(b"\n")[:-1]  # a line without an end was cut short
     except (OSError, ValueError):
         return result
     try:
@@ -158,8 +158,8 @@ def _with_journal(result: Result, path: Path) -> Result:
             new = {(point := msgspec.json.decode(line, type=Point)).key: point for line in lines}
             result.points = [point for point in result.points if point.key not in new] + list(new.values())
     except (ValueError, RecursionError) as error:
-        # The file itself is whole, and not what is to be moved away.
-        raise ResultFileError(f"{journal_of(path)}: holds no points of {path.name} ({error}); move it away") from error
+        # The file itself is complete, and need not be moved away.
+        raise ResultFileError(f"{journal_of(path)}: has no points of {path.name} ({error}); move it away") from error
     return result
 
 
@@ -167,7 +167,7 @@ def _with_journal(result: Result, path: Path) -> Result:
 
 
 class Heading(Struct):
-    """What tells a result from others, without its points."""
+    """What tells one result from another, without its points."""
 
     name: str
     config: StoredConfig
@@ -175,7 +175,7 @@ class Heading(Struct):
 
 
 def read_heading(path: Path) -> Heading | None:
-    """None for what is no result of this program."""
+    """None if it is not a result of this program."""
     try:
         return msgspec.json.decode(read_regular(path), type=Heading)
     except (OSError, ValueError, RecursionError):
@@ -193,7 +193,7 @@ class _PlainHeader(Struct):
 
 
 class _Needed(Struct):
-    """What `config` must say itself: a default would make a file that is none of ours look like one."""
+    """What `config` must contain: with defaults, a foreign file would look like one of ours."""
 
     model: str
     tensor_parallel_size: int
@@ -202,7 +202,7 @@ class _Needed(Struct):
 
 
 def load_result(path: Path) -> Result:
-    """Read one result file. Raises ResultFileError naming the file, the field, its value and what would fit."""
+    """Read one result file. Raises ResultFileError, naming the file, the field, its value and what would fit."""
     try:
         data = read_regular(path)
     except OSError as error:
@@ -233,7 +233,7 @@ def _decoded(data: bytes) -> Result:
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:
-        # Python's own reader takes what version 1 could hold: characters that are no UTF-8.
+        # Python's own reader accepts what version 1 could contain: characters that are not UTF-8.
         return _converted(json.loads(data, parse_constant=_refuse_constant))
     _check_version(header.schema_version)
     if header.schema_version < SCHEMA_VERSION:
@@ -254,9 +254,7 @@ def _check_version(version: int) -> None:
         raise _OtherVersionError("not a result of this program: schema_version is below 1")
     if version > SCHEMA_VERSION:
         told = short_name(str(version), 20)
-        raise _OtherVersionError(
-            f"schema_version is {told}, this program reads up to {SCHEMA_VERSION}; update this program"
-        )
+        raise _OtherVersionError(f"schema_version is {told}, but this program reads up to {SCHEMA_VERSION}; update it")
 
 
 def _check_config(config: Any) -> None:
@@ -276,7 +274,7 @@ def _in_words(error: msgspec.ValidationError, data: bytes) -> str:
     place = where.rstrip("`").removeprefix("$").removeprefix(".")
     wanted = f"{what[:1].lower()}{what[1:]}"
     if wanted.startswith("invalid enum value"):
-        wanted = "which is none of the words that it may be"
+        wanted = "which is not one of the allowed words"
     if not place:
         return wanted
     value = _value_at(place, data)
@@ -286,7 +284,7 @@ def _in_words(error: msgspec.ValidationError, data: bytes) -> str:
 
 
 def _value_at(place: str, data: bytes) -> str | None:
-    """A plain value of the document as text; None for what has no such place, or is no single value."""
+    """A plain value of the document as text; None if the place does not exist or holds more than one value."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
@@ -302,7 +300,7 @@ def _value_at(place: str, data: bytes) -> str | None:
 
 
 def _from_version_1(document: Any) -> Any:
-    """As version 2 has it. Failures stood in `engine`, and each point held what was otherwise with its own engine."""
+    """The document in version 2. Failures were in `engine`, and each point held what differed in its own engine."""
     if not isinstance(document, dict) or not isinstance(document.get("engine"), dict):
         return document
     engine = document["engine"]
@@ -315,7 +313,7 @@ def _from_version_1(document: Any) -> Any:
 
 
 def _point_from_version_1(point: Any, engine: dict[str, Any], earlier: list[dict[str, Any]]) -> Any:
-    """`earlier` grows by the point's own engine where no other point has had the same."""
+    """Adds the point's own engine to `earlier` unless an earlier point had the same."""
     own = point.get("engine") if isinstance(point, dict) else None
     if not isinstance(own, dict):
         return point

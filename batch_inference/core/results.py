@@ -1,8 +1,8 @@
 """THE RESULT SCHEMA: what a result file holds, type by type.
 
-Raw measurements are the truth; `summary` is derived by metrics.py and can always be computed again.
-An unknown number is None with a reason beside it, never 0, -1, NaN or "inf". The bounds are there to refuse what no
-measurement is, so that no formula has to expect it. result_file.py reads and writes these types.
+The raw measurements are the truth; `summary` is derived by metrics.py and can always be recomputed.
+An unknown number is None with a reason beside it, never 0, -1, NaN or "inf". The bounds reject what no
+measurement can be, so that no formula has to expect it. result_file.py reads and writes these types.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Mhz = Annotated[float, Meta(ge=0, le=1e9)]
 class Requests(Struct):
     """One list entry per request of a run, over all replicas, in submission order; all durations in seconds."""
 
-    ttft_s: list[Seconds]  # arrival to first token, waiting in the queue included
+    ttft_s: list[Seconds]  # arrival to first token, including the wait in the queue
     latency_s: list[Seconds]  # arrival to last token
     queue_s: list[Seconds]  # arrival to first scheduled
     output_tokens: list[Count]
-    # Of a queue point alone, whose requests differ and have to wait.
+    # Only for a queue point, whose requests differ and have to wait.
     arrival_s: list[Seconds] = []  # from the common start
     prompt_tokens: list[Count] = []
 
@@ -57,17 +57,17 @@ class Requests(Struct):
         sizes = {len(self.ttft_s), len(self.latency_s), len(self.queue_s), len(self.output_tokens)}
         sizes |= {len(of_queue) for of_queue in (self.arrival_s, self.prompt_tokens) if of_queue}
         if len(sizes) > 1:
-            raise ValueError("its lists are not equally long")
+            raise ValueError("its lists differ in length")
 
 
 class Timeline(Struct):
-    """What the scheduler of a replica said of its steps, put together in intervals: a list entry each."""
+    """What a replica's scheduler reported about its steps, combined into intervals: one list entry each."""
 
     end_s: list[Seconds]  # of the interval, from the common start
     steps: list[Count]
-    prompt_tokens: list[Count]  # of the requests that had their first token in it
+    prompt_tokens: list[Count]  # of the requests whose first token came in it
     output_tokens: list[Count]
-    running: list[Annotated[float, Meta(ge=0, le=1e9)]]  # requests, on the mean of its steps
+    running: list[Annotated[float, Meta(ge=0, le=1e9)]]  # requests, mean over its steps
     waiting: list[Count]  # requests, at its end
 
 
@@ -79,7 +79,7 @@ class ReplicaRun(Struct):
     end_s: Seconds
     prompt_tokens: Count
     output_tokens: Count
-    # Of a queue point: how many of the run's requests it had, and its steps.
+    # For a queue point: how many of the run's requests it had, and its steps.
     requests: Count | None = None
     timeline: Timeline | None = None
 
@@ -88,27 +88,27 @@ class Memory(Struct):
     """GiB in use: one number per device or per replica, as `scope` says."""
 
     scope: Literal["device", "replica"]
-    used_gib: list[Gib] | None  # after the run; None where nobody knows
-    peak_gib: list[Gib] | None = None  # during the run, where it was watched
-    # Share of the KV cache in use at the fullest moment, of the fullest replica.
+    used_gib: list[Gib] | None  # after the run; None if unknown
+    peak_gib: list[Gib] | None = None  # during the run, if it was watched
+    # Share of the KV cache in use at the fullest moment of the fullest replica.
     peak_kv_use: Annotated[float, Meta(ge=0, le=1e6)] | None = None
 
 
 class Counters(Struct):
-    """What vLLM counted during a run, of all replicas; None where it does not tell."""
+    """What vLLM counted during a run, over all replicas; None if it does not say."""
 
     preemptions: Count
     prefix_cache_hit_tokens: Count
     jit_compilations: Count | None = None  # kernels that vLLM compiled during the run
     peak_running: Count | None = None  # most requests that ran at once, of the replica with the fewest
-    miscounted: Count | None = None  # requests of a queue that came back with other numbers of tokens than asked
-    # vLLM's own estimates of the work of one device, of the busiest replica.
+    miscounted: Count | None = None  # requests of a queue that came back with a different number of tokens than asked
+    # vLLM's own estimates of the work of one device in the busiest replica.
     flops_per_device: Work | None = None
     memory_bytes_per_device: Work | None = None
 
 
 class Clocks(Struct):
-    """What was seen of clocks and neighbours; None where nobody watched."""
+    """What was seen of clocks and neighbours; None if nobody watched."""
 
     sm_mhz: list[Mhz | None] | None = None  # mean during the run, per device
     throttle_reasons: list[str] | None = None  # NVML's words
@@ -127,36 +127,36 @@ class Run(Struct):
     memory: Memory
     counters: Counters
     energy_j: Joules | None = None
-    # What passed meanwhile by the clock of the program that asked for the run: `latency_s` is a part of it.
+    # The time that passed by the clock of the program that asked for the run; `latency_s` is part of it.
     passed_s: Seconds | None = None
     clocks: Clocks = field(default_factory=Clocks)
     unknown: dict[str, str] = {}  # name of a number that is None -> why
 
 
 class Warmup(Struct):
-    """A run that does not count."""
+    """A run that is not counted."""
 
     latency_s: Seconds
     jit_compilations: Count | None = None
-    reason: str | None = None  # of a timed run that was moved here: why
+    reason: str | None = None  # why, if a timed run was moved here
 
 
-# What tells the jobs of a file apart: the content of the workload, and where output lengths are from.
+# What tells the jobs of a file apart: the content of the workload, and where its output lengths come from.
 JobKey = tuple[str, str | int]
 
 
 class Job(Struct):
-    """The requests of a workload, of which a sample is run: their lengths alone, in the order of the file."""
+    """The requests of a workload, of which a sample is run: only their lengths, in the order of the file."""
 
     content_hash: str
     output_lengths: Literal["file", "eos"] | Size
     requests: Size
     prompt_tokens: Count
-    output_tokens: Count | None  # None where the model itself ends
+    output_tokens: Count | None  # None if the model decides where to end
     longest: Size  # prompt and output of the longest request
-    # The lists hold every so-manieth request, and from a moment on all, because the last ones make the drain.
+    # The lists hold every nth request, and all of the last ones, because those make the drain.
     every: Size
-    last: Count  # how many at the end of the lists stand for themselves alone
+    last: Count  # how many at the end of the lists stand only for themselves
     prompt_lens: list[Size]
     output_lens: list[Size] | None
     prompts: Lengths
@@ -169,35 +169,35 @@ class Job(Struct):
 
 
 class Sample(Struct):
-    """Which requests of the job a queue point ran, and how well they stand for it."""
+    """Which requests of the job a queue point ran, and how well they represent it."""
 
     prompts: Lengths
     outputs: Lengths | None
-    # From the job's; None where outputs are the model's own choice.
+    # Difference from the job's; None if the model chooses its output lengths.
     prompt_difference: Difference
     output_difference: Difference | None
 
 
 class WorkloadKey(Struct, frozen=True):
-    """Which requests a queue point ran: the content of the file, where output lengths are from, and the order."""
+    """Which requests a queue point ran: the content of the file, where output lengths come from, and the order."""
 
     content_hash: str
     output_lengths: Literal["file", "eos"] | Size
     order: Literal["given", "shuffled", "longest-first", "shortest-first"]
-    is_cached: bool = False  # prefixes that requests share are computed once (--enable-prefix-caching)
+    is_cached: bool = False  # shared prefixes are computed only once (--enable-prefix-caching)
 
     def as_tuple(self) -> Workload:
-        """As ExperimentConfig.workload."""
+        """The same as ExperimentConfig.workload."""
         return self.content_hash, self.output_lengths, self.order, self.is_cached
 
     @property
     def job(self) -> JobKey:
-        """The key of the job that the requests are of."""
+        """The key of the job that the requests belong to."""
         return self.content_hash, self.output_lengths
 
 
 def workload_key(config: ExperimentConfig) -> WorkloadKey:
-    """Of a configuration that has a workload."""
+    """For a configuration that has a workload."""
     return msgspec.convert(dict(zip(WorkloadKey.__struct_fields__, config.workload or (), strict=True)), WorkloadKey)
 
 
@@ -214,22 +214,22 @@ class PointKey(Struct, frozen=True):
 class Point(Struct):
     """One batch size at one prompt length and output length (a batch point), or over a workload (a queue point)."""
 
-    batch_size: Size  # requests handed to each replica, or running at most on each
-    seq_len: Size | None  # prompt length in tokens, exact; None where a workload has lengths of its own
-    max_tokens: Size | None  # output tokens of each request, exact; None likewise; most where the model ends them
+    batch_size: Size  # requests handed to each replica, or the most that run on each
+    seq_len: Size | None  # exact prompt length in tokens; None for a workload, which has its own lengths
+    max_tokens: Size | None  # exact output tokens of each request; None likewise; a limit if the model ends them
     status: PointStatus
     workload: WorkloadKey | None = None
-    sample: Sample | None = None  # of a queue point
-    max_num_batched_tokens: Size | None = None  # tokens per step, where it is an axis of the sweep
+    sample: Sample | None = None  # for a queue point
+    max_num_batched_tokens: Size | None = None  # tokens per step, if that is an axis of the sweep
     reason: str | None = None
-    failure: str | None = None  # the class of the failure, of failures.py
+    failure: str | None = None  # the class of the failure, from failures.py
     log_tail: list[str] | None = None
     verdict: Verdict | None = None
     verdict_reasons: list[str] = []
     warmups: list[Warmup] = []
     runs: list[Run] = []
     summary: dict[str, float | None] = {}
-    plateau_interval_by: str | None = None  # of a queue point: the method, "batch means" or "fitted steps"
+    plateau_interval_by: str | None = None  # for a queue point: the method, "batch means" or "fitted steps"
     engine: int | None = None  # which of `earlier_engines` measured it; None: the last one
 
     @property
@@ -238,7 +238,7 @@ class Point(Struct):
 
     @property
     def tokens_per_request(self) -> int | None:
-        """Prompt and output; None where requests differ."""
+        """Prompt and output; None if requests differ."""
         return None if self.seq_len is None or self.max_tokens is None else self.seq_len + self.max_tokens
 
 
@@ -246,13 +246,13 @@ class Point(Struct):
 
 
 class DeviceInfo(Struct):
-    """What a device is, and what it held and drew before an engine loaded."""
+    """What a device is, and its memory use and power draw before an engine loaded."""
 
     index: Count
     name: str
     memory_gib: Gib | None = None
     uuid: str | None = None
-    cores: str | None = None  # of a slice of a CPU
+    cores: str | None = None  # for a slice of a CPU
     used_before_gib: Gib | None = None
     power_limit_w: Watts | None = None
     idle_power_w: Watts | None = None
@@ -260,7 +260,7 @@ class DeviceInfo(Struct):
 
 
 class WorkerInfo(Struct):
-    """What one of vLLM's workers holds, as it says itself. The first files did not have all of it."""
+    """What one of vLLM's workers reports that it holds. The first files did not have all of it."""
 
     weights_bytes: Count
     kv_bytes: Count
@@ -273,7 +273,7 @@ class WorkerInfo(Struct):
 
 
 class LoadTimes(Struct):
-    """Seconds from the worker's start: vLLM's import, the engine, both; compiling is part of the engine's."""
+    """Seconds from the worker's start: vLLM's import, the engine, and both; the engine's include compiling."""
 
     import_s: Seconds | None = None
     engine_s: Seconds | None = None
@@ -282,7 +282,7 @@ class LoadTimes(Struct):
 
 
 class ReplicaInfo(Struct):
-    """What each replica has of its own; None for what is as in the first."""
+    """What is particular to each replica; None for what is the same as in the first."""
 
     load_s: LoadTimes | None = None
     workers: list[WorkerInfo] = []
@@ -291,7 +291,7 @@ class ReplicaInfo(Struct):
 
 
 class EngineInfo(Struct):
-    """The settings that vLLM really runs with, read back from it, and what it holds; of the first replica."""
+    """The settings that vLLM really runs with, read back from it, and what it holds; for the first replica."""
 
     vllm_version: str
     executor: str | None = None
@@ -304,7 +304,7 @@ class EngineInfo(Struct):
     quantization: str | None = None
     max_model_len: Count | None = None
     enforce_eager: bool | None = None
-    language_model_only: bool | None = None  # of a multimodal model
+    language_model_only: bool | None = None  # for a multimodal model
     skip_tokenizer_init: bool | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
@@ -312,7 +312,7 @@ class EngineInfo(Struct):
     async_scheduling: bool | None = None
     speculative_method: str | None = None
     num_speculative_tokens: Count | None = None
-    kv_connector: str | None = None  # by which the KV cache goes elsewhere, to main memory for one
+    kv_connector: str | None = None  # moves the KV cache elsewhere, for example to main memory
     gpu_memory_utilization: float | None = None
     kv_cache_dtype: str | None = None
     block_size: Count | None = None
@@ -326,14 +326,14 @@ class EngineInfo(Struct):
     kv_cache_tokens: Count | None = None  # of one replica
     runner: str | None = None
     load_s: LoadTimes = field(default_factory=LoadTimes)
-    # One rank that compiles is what all wait for.
+    # If one rank compiles, all wait for it.
     compile_cache: Literal["cold", "warm"] | None = None
-    # Of the fullest device.
+    # On the fullest device.
     weights_gib: Gib | None = None
     kv_pool_gib: Gib | None = None
     activations_gib: Gib | None = None
     workers: list[WorkerInfo] = []
-    replicas: list[ReplicaInfo] = []  # empty where there is one
+    replicas: list[ReplicaInfo] = []  # empty if there is only one
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -341,10 +341,10 @@ class EngineInfo(Struct):
 
 @dataclass(frozen=True)
 class StoredConfig(ExperimentConfig):
-    """What was asked, as a file holds it: with a placeholder like <hf_token> for each secret, and with the hash of what
-    changes a measurement, in which no secret is.
+    """What was asked, as a file holds it: with a placeholder like <hf_token> for each secret, and with a hash of what
+    changes a measurement, which contains no secret.
 
-    A field that an older file does not have yet reads as its default.
+    A field that an older file lacks gets its default.
     """
 
     config_hash: str | None = None
@@ -356,7 +356,7 @@ class StoredConfig(ExperimentConfig):
         for name in ("batch_sizes", "seq_lens"):
             for size in getattr(self, name):
                 if not 1 <= size <= 2**31:
-                    raise ValueError(f"{name} holds {size}, which is no size")
+                    raise ValueError(f"{name} holds {size}, which is not a size")
 
     @classmethod
     def of(cls, config: ExperimentConfig) -> StoredConfig:
@@ -367,7 +367,7 @@ class StoredConfig(ExperimentConfig):
 
 
 class Peaks(Struct):
-    """The most that one device can do, and who says so."""
+    """The most that one device can do, and where the numbers come from."""
 
     flops_per_s: Annotated[float, Meta(ge=1, le=1e24)]
     bytes_per_s: Annotated[float, Meta(ge=1, le=1e24)]
@@ -376,7 +376,7 @@ class Peaks(Struct):
 
 
 class Environment(Struct):
-    """Where it was measured, so that two files can be told apart. Nothing secret is in it."""
+    """Where it was measured, so that two files can be told apart. It contains no secret."""
 
     started_at: str | None = None
     ended_at: str | None = None  # None until the setting is done
@@ -393,32 +393,32 @@ class Environment(Struct):
     topology: str | None = None
     git_commit: str | None = None
     git_dirty: bool | None = None
-    variables: dict[str, str] = {}  # of those that may hold a secret, only that they are set
+    variables: dict[str, str] = {}  # for those that may hold a secret, only that they are set
     peaks: Peaks | None = None
     resumed_from: list[str | None] = []  # when the earlier sweeps of this file began
 
 
 class Failure(Struct):
-    """Why a setting has no engine."""
+    """Why a setting did not get an engine."""
 
-    kind: str = field(name="class")  # of failures.py
+    kind: str = field(name="class")  # from failures.py
     reason: str
     log_tail: list[str] = []
 
 
 class Answers(Struct):
-    """How the answers to --compare-answers begin, for each request in the form of answers.py: no token is in it."""
+    """How the answers to --compare-answers begin, for each request in the form of answers.py, without tokens."""
 
     seed: int
     prompt_tokens: Count
     output_tokens: Count
-    first: list[str]  # of the first replica, all requests at once
-    again: list[str]  # of the same one, in two halves
+    first: list[str]  # from the first replica, all requests at once
+    again: list[str]  # from the same replica, in two halves
     other_replicas: list[list[str]] = []  # all at once
 
 
 class Result(Struct):
-    """One setting: what was asked, where it ran, what vLLM made of it, and every point."""
+    """One setting: what was asked, where it ran, the engine that vLLM made, and every point."""
 
     name: str
     status: RunStatus
@@ -427,27 +427,28 @@ class Result(Struct):
     points: list[Point]
     engine: EngineInfo | None = None  # None until it is loaded
     jobs: list[Job] = []  # the workloads of its queue points
-    failure: Failure | None = None  # of a setting that failed as a whole
-    restarts: Count = 0  # of an engine that was lost
+    failure: Failure | None = None  # for a setting that failed as a whole
+    restarts: Count = 0  # of the engine, after it was lost
     answers: Answers | None = None
-    earlier_engines: list[EngineInfo] = []  # of earlier sweeps of this file, for the points that they measured
+    earlier_engines: list[EngineInfo] = []  # from earlier sweeps of this file, for the points that they measured
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         for number, point in enumerate(self.points):
             if point.engine is not None and not 0 <= point.engine < len(self.earlier_engines):
-                raise ValueError(f"points[{number}].engine is {point.engine}, there are {len(self.earlier_engines)}")
+                earlier = len(self.earlier_engines)
+                raise ValueError(f"points[{number}].engine is {point.engine}, but there are {earlier}")
             if point.status == "ok" and self.engine is None:
-                raise ValueError(f"points[{number}] is measured, and there is no engine")
+                raise ValueError(f"points[{number}] is measured, but there is no engine")
             if point.status == "ok" and not point.runs:
-                raise ValueError(f"points[{number}] is ok, and has no runs")
+                raise ValueError(f"points[{number}] is ok, but has no runs")
 
     def engine_of(self, point: Point) -> EngineInfo | None:
         """The engine that measured the point."""
         return self.engine if point.engine is None else self.earlier_engines[point.engine]
 
     def is_adaptive(self, point: Point) -> bool:
-        """Whether the runs of the point decided themselves how many there are. Those of a queue never do."""
+        """Whether the number of runs of the point depended on how they went. For a queue it never does."""
         return self.config.num_runs is None and point.workload is None
 
     def job_of(self, workload: WorkloadKey) -> Job | None:

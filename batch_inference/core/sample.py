@@ -1,6 +1,6 @@
-"""Which requests of a job are run: an order in which every beginning stands for the whole.
+"""Which requests of a job are run: an order in which every beginning represents the whole.
 
-One order for all points: each takes the beginning that it needs.
+All points share one order, and each takes as much of its beginning as it needs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
-# The R2 sequence: steps that spread points over a square evenly, however many are taken (M. Roberts, 2018). The
+# The R2 sequence: steps that spread points evenly over a square, however many are taken (M. Roberts, 2018). The
 # number is the root of x^3 = x + 1.
 _ROOT = 1.324717957244746
 _STEPS = (1 / _ROOT, 1 / _ROOT**2)
@@ -18,9 +18,9 @@ _STEPS = (1 / _ROOT, 1 / _ROOT**2)
 def representative_order(prompt_tokens: Sequence[int], output_tokens: Sequence[int], seed: int) -> Iterator[int]:
     """Indices of all requests, each once.
 
-    They lie on a square: by output length in columns, and within a column by prompt length. Places are taken by a
-    sequence that is spread evenly at any moment, from where `seed` draws. Any request is as likely as any other to be
-    among the first n, as long as these are few of all.
+    Requests lie on a square: in columns by output length, and within a column by prompt length. Places are taken by a
+    sequence that is evenly spread at every moment, from a start drawn by `seed`. All requests are equally likely to be
+    among the first n, as long as n is a small part of all.
     """
     count = len(prompt_tokens)
     if len(output_tokens) != count:
@@ -30,7 +30,7 @@ def representative_order(prompt_tokens: Sequence[int], output_tokens: Sequence[i
     column_of = [number for number, column in enumerate(columns) for _ in column]
     across, along = draw.random(), draw.random()
     left = set(range(count))
-    # Towards the end most places that are met are taken.
+    # Towards the end most places it meets are already taken.
     for _ in range(4 * count):
         across, along = (across + _STEPS[0]) % 1, (along + _STEPS[1]) % 1
         column = columns[column_of[int(across * count)]]
@@ -44,7 +44,7 @@ def representative_order(prompt_tokens: Sequence[int], output_tokens: Sequence[i
 
 
 def _columns(prompt_tokens: Sequence[int], output_tokens: Sequence[int], draw: random.Random) -> list[list[int]]:
-    """As many as each is long, about. Equals stand in random order."""
+    """About as many columns as each is long. Equal requests are in random order."""
     indices = list(range(len(prompt_tokens)))
     draw.shuffle(indices)
     indices.sort(key=output_tokens.__getitem__)

@@ -1,8 +1,8 @@
-"""What is a secret, and what is written in its place: the one owner of that question. Python's own library alone.
+"""What is a secret, and what is written in its place. Only this module decides. Needs only Python's own library.
 
 A secret is a value whose name says so, wherever it stands: after a flag, in JSON, in a variable, in a URL. In all that
-is written it is replaced by its name, like <hf_token>; the engine alone gets the value. What is replaced once stays as
-it is when it is replaced again.
+is written, its name replaces it, like <hf_token>; only the engine gets the value. Replacing twice changes nothing
+more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-# The name of a secret and its value -> what is to stand in its place.
+# The name of a secret and its value -> what is written in its place.
 Swap = Callable[[str, str], str]
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ Swap = Callable[[str, str], str]
 # AWSAccessKeyId -> AWS Access Key Id
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SHOWN_WORD = re.compile(r"[A-Z0-9]+(?![a-z])|[A-Z]?[a-z0-9]+")
-# In a name whose words are joined by _, wherever they stand.
+# Anywhere in a name whose words are joined by _.
 _SECRET_WORDS = re.compile(
     r"secret|passw(?:or)?d|passphrase|passcode|credential|authori[sz]ation|bearer"
     r"|(?:api|access|private)_?keys?(?![a-z])"
@@ -32,7 +32,7 @@ _SECRET_WORDS = re.compile(
     r"|(?<![a-z])(?:access|api|auth|bearer|hf|hub|refresh|security|session)_?tok(?:en)?s?(?![a-z])"
 )
 _SECRET_LAST = frozenset({"auth", "cookie", "cookies", "cred", "creds", "jwt", "pwd", "sig", "signature"})
-# Last words that mean a secret, unless one of these stands before: the parts of a text or a cache have them too.
+# "token" and "key" as last words mean a secret, unless one of these words comes before: texts and caches have them too.
 _TEXT_TOKENS = """
     action assistant audio begin blank boa boi bonus bos class cls decode decoder draft each end eod eoi eom eos eot
     extra fake first image img input language last mask max message middle min new newline next num output pad patch per
@@ -44,16 +44,16 @@ _PLAIN_KEYS = """
     parameter partition primary query rope routing row sort state weight
 """
 _PLAIN_BEFORE = {"token": frozenset(_TEXT_TOKENS.split()), "key": frozenset(_PLAIN_KEYS.split())}
-# Before the word pass, which an optimiser makes too.
+# Words before "pass" that make it a password; an optimiser makes passes too.
 _PASS_OF = frozenset({"admin", "basic", "database", "db", "http", "login", "proxy", "redis", "root", "smtp", "user"})
-# NoCredentialsError is no secret.
+# NoCredentialsError is not a secret.
 _SAYS_WHAT_IS_WRONG = frozenset({"error", "errors", "exception", "warning"})
-# Switches, what is not given, and what stands for it in --help.
+# Switches, missing values, and the stand-in for a value in --help.
 _NO_VALUE = frozenset({"", "none", "null", "true", "false", "word"})
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether the value of a flag, a key or a variable of this name is a secret. --hf-overrides.token sets a part."""
+    """Whether the value of a flag, key or variable with this name is a secret. --hf-overrides.token sets a part."""
     return any(_is_secret_word(_words_of(part)) for part in name.split("."))
 
 
@@ -86,19 +86,19 @@ def redact(words: Sequence[str]) -> list[str]:
 
 
 def redact_value(value: str) -> str:
-    """A value whose name says nothing: JSON, a URL, or a name."""
+    """A value whose name does not mark it as secret: JSON, a URL, or a name."""
     return _swapped_value(value, _by_name)
 
 
 def redact_text(text: str) -> str:
-    """A line of a log or a message: the secrets that are known to this process too, wherever they stand."""
+    """A line of a log or a message; secrets that this process knows are replaced too, wherever they stand."""
     for value, name in _known.items():
         text = text.replace(value, placeholder(name))
     return _swapped_text(text, _by_name)
 
 
 def placeholders(words: Sequence[str]) -> list[str]:
-    """Those that `redact` puts into the words, each once, in order."""
+    """The placeholders that `redact` puts into the words, each once, in order."""
     found: dict[str, None] = {}
 
     def keep(name: str, value: str) -> str:
@@ -110,7 +110,7 @@ def placeholders(words: Sequence[str]) -> list[str]:
 
 
 def left_placeholder(words: Sequence[str]) -> str | None:
-    """A placeholder that nobody has put a value in for."""
+    """A placeholder that was not replaced by a value."""
     left: list[str] = []
 
     def look(name: str, value: str) -> str:
@@ -127,14 +127,14 @@ def _by_name(name: str, _value: str) -> str:
 
 # --- what this process knows ------------------------------------------------------------------------------------------
 
-# Shorter ones stand in other words by chance.
+# Shorter ones occur in other words by chance.
 _SHORTEST = 8
 # value -> name, the longest first
 _known: dict[str, str] = {}
 
 
 def remember(words: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
-    """The secrets of a command line and of variables are hidden from now on in every text, whatever stands before."""
+    """From now on, hide the secrets of a command line and of variables in every text, whatever comes before them."""
     found: dict[str, str] = {}
 
     def keep(name: str, value: str) -> str:
@@ -144,7 +144,7 @@ def remember(words: Sequence[str], variables: Mapping[str, str] | None = None) -
 
     list(_swapped_words(words, keep))
     for name, value in (variables or {}).items():
-        # PWD is a folder; and where a secret lies is none: its path would be hidden in every line.
+        # PWD is a folder. The path of a secret's file is not a secret: it would be hidden in every line.
         if is_secret_name(name) and name not in ("PWD", "OLDPWD") and not _is_path(value):
             keep(name, value)
         else:
@@ -155,7 +155,7 @@ def remember(words: Sequence[str], variables: Mapping[str, str] | None = None) -
 
 
 def _spellings(value: str) -> set[str]:
-    """As it may stand in a text; of user:password the password too."""
+    """The ways it may be spelled in a text; for user:password, also the password."""
     values = {value, *([value.partition(":")[2]] if ":" in value else [])}
     ways = (str, unquote, partial(quote, safe=""), lambda text: json.dumps(text)[1:-1])
     return {spelt for one in values for way in ways if len(spelt := way(one)) >= _SHORTEST}
@@ -170,7 +170,7 @@ def _is_path(value: str) -> bool:
 
 # --- words of a command line ------------------------------------------------------------------------------------------
 
-# What a value that begins with a dash does not look like: a long flag, or one of the short ones of vLLM and of ours.
+# What a value that begins with a dash does not look like: a long flag, or a short flag of vLLM or of ours.
 _PART = r"[a-z]+\d{0,2}[a-z]*"
 _FLAG = re.compile(
     rf"--{_PART}(?:[-_]{_PART})*(?:\.[\w.+-]+)?\+?(?:=.*)?"
@@ -180,7 +180,7 @@ _FLAG = re.compile(
 
 
 def dashed_secret(words: Sequence[str]) -> str | None:
-    """A flag whose value begins with a dash and is a word of its own, which no parser takes for a value."""
+    """A flag whose value is a separate word that begins with a dash, which no parser accepts as a value."""
     for flag, value in itertools.pairwise(words):
         if _opens_secret(flag) and value.startswith("-") and not _FLAG.fullmatch(value):
             return flag
@@ -192,12 +192,12 @@ def _opens_secret(word: str) -> bool:
 
 
 def follows_secret(words: Sequence[str], place: int) -> str | None:
-    """The flag before `place` that takes a secret, if there is one."""
+    """The flag that takes the secret at `place`, if there is one."""
     return words[place - 1] if place and _opens_secret(words[place - 1]) else None
 
 
 def _swapped_words(words: Sequence[str], swap: Swap) -> Iterator[str]:
-    name: str | None = None  # of the secret whose values come now
+    name: str | None = None  # of the secret whose values come next
     before = ""
     for word in words:
         may_be_dashed = word.startswith("-") and _opens_secret(before) and not _FLAG.fullmatch(word)
@@ -232,7 +232,7 @@ def _swapped_value(text: str, swap: Swap) -> str:
 
 
 def _swapped_json(value: Any, swap: Swap, name: str | None = None) -> Any:
-    """`name`: of the secret that this is a part of."""
+    """`name`: of the secret that this is part of."""
     if isinstance(value, dict):
         return {
             _swapped_text(key, swap): _swapped_json(item, swap, name or (key if is_secret_name(key) else None))
@@ -247,19 +247,19 @@ def _swapped_json(value: Any, swap: Swap, name: str | None = None) -> Any:
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
-# Between :// and @. A password may hold a slash; what looks like host:port does not begin one. A path has lost a slash.
+# Between :// and @. A password may contain a slash, but host:port does not begin one. A path has lost a slash.
 _LOGIN = re.compile(
     r'(?<=://)(?:[^\s/?#"]+(?=@)|[^\s/?#@:\["]+:(?!\d{1,5}(?:[/?#]|$))[^\s"@]+(?=@))|(?<=:/)[^\s/?#@:"]+:[^\s/@"]+(?=@)'
 )
 _LOGIN_ALONE = re.compile(r"""(?<![\w/.:@<-])[\w.+-]+:[^\s:@/"',]+(?=@[\w\[])""")
 _IN_QUERY = re.compile(r"""([?&#;])([\w.~%-]+)=([^\s&#"']+)""")
 _BEARER = re.compile(r"""(?i)\b(bearer|basic)(\s+)([\w.~+/=-]{8,})""")
-# Tokens that say themselves what they are: of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, Google, and JWT.
+# Tokens with a telling form: Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, Google, and JWT.
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|xox[abprs]-[\w-]{10,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+)"
 )
-# A name, which is no folder of a path, and what stands between it and its value; a flag may have a space there.
+# A name that is not a folder in a path, and what separates it from its value; after a flag this may be a space.
 _NAMED = re.compile(
     r"""(?<![\w./-])(?P<quote>\\*["']?)(?P<name>-{0,2}[A-Za-z][\w.-]{0,80})\+?(?P=quote)"""
     r"""(?:\s*(?P<sign>=|:(?!//))\s*|(?<=[\w+])\s+)"""
@@ -287,7 +287,7 @@ def _in_query(found: re.Match[str], swap: Swap) -> str:
 
 
 def _pieces(text: str, swap: Swap) -> Iterator[str]:
-    """The text, with what stands after the names of secrets swapped."""
+    """The text, with what follows the names of secrets replaced."""
     done = 0
     while named := _NAMED.search(text, done):
         yield text[done : named.end()]
@@ -299,7 +299,7 @@ def _pieces(text: str, swap: Swap) -> Iterator[str]:
 
 
 def _is_name_in_text(named: re.Match[str]) -> bool:
-    # In a text a "key" alone is mostly one of a dictionary, and only a flag has its value after a space.
+    # In a text a bare "key" is usually a dictionary's, and only a flag has its value after a space.
     name = named["name"]
     return name != "key" and (bool(named["sign"]) or name.startswith("-")) and is_secret_name(name)
 
@@ -316,7 +316,7 @@ def _bearer(found: re.Match[str], swap: Swap) -> str:
 
 
 def _swapped_quoted(name: str, value: str, swap: Swap) -> str:
-    """In the quotes that it has."""
+    """The replacement in the value's own quotes."""
     opening = (re.match(r"""\\*["']""", value) or [""])[0]
     inner = value[len(opening) :].removesuffix(opening) if opening else value
     return f"{opening}{_secret(name, inner, swap)}{opening}"

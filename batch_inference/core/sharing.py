@@ -11,8 +11,8 @@ Order = Literal["given", "shuffled", "longest-first", "shortest-first"]
 
 
 def shared_out(prompt_tokens: Sequence[int], output_tokens: Sequence[int], replicas: int) -> list[list[int]]:
-    """Indices of each replica's requests, rising. One request after another goes to the replica that has the fewest
-    tokens so far, the first of several: no two replicas differ by more than the longest request."""
+    """Indices of each replica's requests, in rising order. Each request goes to the replica that has the fewest
+    tokens so far (the first of several), so no two replicas differ by more than the longest request."""
     if replicas < 1:
         raise ValueError(f"{replicas} replicas")
     shares: list[list[int]] = [[] for _ in range(replicas)]
@@ -25,7 +25,7 @@ def shared_out(prompt_tokens: Sequence[int], output_tokens: Sequence[int], repli
 
 
 def imbalance(tokens: Sequence[int]) -> float:
-    """Of the tokens of each replica's share: 0.1 where the largest is 10 % above the mean. The others wait for it."""
+    """Of the replicas' tokens: 0.1 if the largest share is 10 % above the mean. The other replicas wait for it."""
     total = sum(tokens)
     return max(tokens) * len(tokens) / total - 1 if total else 0.0
 
@@ -33,13 +33,13 @@ def imbalance(tokens: Sequence[int]) -> float:
 def ordered(
     indices: Iterable[int], prompt_tokens: Sequence[int], output_tokens: Sequence[int], order: Order, seed: int
 ) -> list[int]:
-    """In which order these requests are run, whatever order they come in.
+    """The order in which these requests are run, whatever order they come in.
 
     given           as in the file
     shuffled        by `seed`
-    longest-first   by output tokens, because a request lasts as long as its output; of equals by prompt tokens, and
+    longest-first   by output tokens, because a request lasts as long as its output; ties go by prompt tokens, and
                     then as in the file
-    shortest-first  the same, from the other end; of entirely equal ones, too, the first in the file comes first
+    shortest-first  the reverse; requests that are equal in both still keep the order of the file
     """
     result = sorted(indices)
 

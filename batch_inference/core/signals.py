@@ -1,4 +1,4 @@
-"""Signals that end a program in order: what is open is closed and saved, and the exit code says which it was."""
+"""Signals that end a program in order: open files are saved and closed, and the exit code names the signal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 def end_in_order(numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGHUP)) -> None:
-    """These end this process as an exception would; Ctrl-C does so anyway, with a traceback where nobody catches it.
-    What nohup, or whoever started this, has it ignore stays ignored."""
+    """These signals end this process as an exception would. Ctrl-C does so anyway, with a traceback if it isn't caught.
+    Signals that nohup or the parent has set to be ignored stay ignored."""
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
@@ -25,7 +25,7 @@ def end_in_order(numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIG
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:
     # A terminal that is closed sends SIGHUP twice, by its shell and by the kernel, and systemd sends it after SIGTERM:
-    # it is no second wish. A handler, because what is ignored would be in new processes too.
+    # it is not a second request. A handler, because new processes would inherit an ignored signal.
     if signal.getsignal(signal.SIGHUP) is _end:
         signal.signal(signal.SIGHUP, lambda *_: None)
     with contextlib.suppress(RuntimeError):  # it came while something was being printed
@@ -34,8 +34,8 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _end_as_decided() -> None:
-    """The exit code is there. Python gives the signals back their default while it shuts down: one that came then
-    would end the program as if its work had been cut off."""
+    """The exit code is decided. Python restores the default handlers while it shuts down: a signal that came then
+    would end the program as if its work had been cut short."""
     for number in EXIT_CODES:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_IGN)

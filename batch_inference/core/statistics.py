@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist, fmean
 
-# Above, the expansion of a quantile is as good as the sum.
+# Above this, the expansion of a quantile is as good as the sum.
 _MANY_DEGREES = 200
-# Runs that decide themselves when they are enough stop too early where they agree by luck. This many times Student's
-# interval covers 95 % all the same, or close to it (benchmarks/interval_coverage.py).
+# Runs that continue until they agree stop too early if they agree by luck. This many times Student's
+# interval still covers 95 %, or close to it (benchmarks/interval_coverage.py).
 STOPPED_BY_ITSELF = 1.4
 
 
 def t_quantile_95(degrees_of_freedom: int) -> float:
-    """What the absolute value of Student's t exceeds in 5 % of all cases, up to 30 degrees of freedom to the three
-    digits that tables print: numbers of earlier files stay as they are."""
+    """What the absolute value of Student's t exceeds in 5 % of all cases. Up to 30 degrees of freedom it has the three
+    decimals of printed tables, so that numbers of earlier files stay the same."""
     exact = t_quantile(degrees_of_freedom, 0.05)
     return round(exact, 3) if degrees_of_freedom <= 30 else exact
 
 
 @lru_cache(maxsize=1024)
 def t_quantile(degrees_of_freedom: int, error: float) -> float:
-    """What the absolute value of Student's t exceeds with a probability of `error`: by halving, and for many degrees of
+    """What the absolute value of Student's t exceeds with probability `error`: by bisection, and for many degrees of
     freedom by the Cornish-Fisher expansion."""
     if degrees_of_freedom < 1:
         raise ValueError(f"degrees_of_freedom must be at least 1, got {degrees_of_freedom}")
@@ -56,8 +56,8 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def ci95_half_width(values: Sequence[float], adaptive: bool = False) -> float | None:
-    """Half width of the 95 % interval of the mean; None for fewer than two values. Student's t, and wider where the
-    number of values is not fixed: `adaptive` ones went on until this width was narrow."""
+    """Half width of the 95 % interval of the mean; None for fewer than two values. Student's t, and wider if the
+    number of values was not fixed: `adaptive` ones went on until the interval was narrow."""
     if len(values) < 2:
         return None
     half_width = t_quantile_95(len(values) - 1) * standard_error(values)
@@ -65,7 +65,7 @@ def ci95_half_width(values: Sequence[float], adaptive: bool = False) -> float | 
 
 
 def relative_ci95(values: Sequence[float], adaptive: bool = False) -> float | None:
-    """The same as a fraction of the mean: 0.02 where the mean is known to ±2 %. The values are above 0."""
+    """The same as a fraction of the mean: 0.02 if the mean is known to ±2 %. The values are above 0."""
     half_width = ci95_half_width(values, adaptive)
     return None if half_width is None else half_width / fmean(values)
 
@@ -77,7 +77,7 @@ def is_narrow(values: Sequence[float], target: float) -> bool:
 
 
 def trend(values: Sequence[float]) -> tuple[float, float] | None:
-    """Change from the first value to the last by a straight line of least squares, and the half width of its 95 %
+    """Change from the first value to the last along a least-squares line, and the half width of its 95 %
     interval; None for fewer than three values."""
     count = len(values)
     if count < 3:
@@ -92,7 +92,7 @@ def trend(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of two or more. In floating point, which is 20 times as fast as the exact fractions of
+    """Of the mean of two or more values. In floating point, which is 20 times as fast as the exact fractions of
     statistics.stdev."""
     center, count = fmean(values), len(values)
     return math.sqrt(math.fsum((value - center) ** 2 for value in values) / (count - 1) / count)
@@ -104,7 +104,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def percentile_of_sorted(ordered: Sequence[float], percent: float) -> float | None:
-    """The same of values in rising order."""
+    """The same for values in rising order."""
     if not ordered:
         return None
     rank = (len(ordered) - 1) * percent / 100

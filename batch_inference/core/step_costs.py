@@ -1,5 +1,5 @@
-"""What a step of the engine costs, fitted to a queue run: its seconds are the sum of each part of its work
-(queue_simulation.py) times the cost of that part.
+"""What a step of the engine costs, fitted to a queue run: its seconds are the sum over the parts of its work
+(queue_simulation.py) of the part times its cost.
 
 Needs numpy.
 """
@@ -28,10 +28,10 @@ Columns = tuple[int, ...]
 _ALWAYS = (STEPS, PROMPT, DECODE)
 _ROUNDS, _PASSES = 3, 100
 _SHORTEST_STEP_S = 1e-4
-# Steps that one row of the fit spans: in fewer than usual, it matters in which of two steps a prompt was read.
+# How many steps one row of the fit spans: in fewer, it would matter in which of two steps a prompt was read.
 _FEWEST_STEPS, _USUAL_STEPS = 4, 10
 _ROWS_OF_A_PHASE, _MOST_ROWS = 12, 100
-_FEWEST_ROWS = 12  # below which no cost is tried that may not be worth it
+_FEWEST_ROWS = 12  # with fewer, no doubtful cost is tried
 _LONGEST_LAG = 2
 _LEAST_OF_USUAL = 0.3
 
@@ -42,16 +42,16 @@ class StepCosts:
     per_prompt_token_s: float
     per_decode_s: float
     per_context_token_s: float
-    per_reading_step_s: float  # on top, for a step in which prompts are read: it may not be replayed as a graph
-    lag_steps: int = USUAL_LAG  # for which a place stays empty
+    per_reading_step_s: float  # added for a step that reads prompts, which may not be replayed as a graph
+    lag_steps: int = USUAL_LAG  # steps for which a place stays empty
 
     @classmethod
     def of(cls, costs: Floats, lag_steps: int) -> StepCosts:
-        """Of costs of shape (5,), in the order of the columns of a work array."""
+        """From costs of shape (5,), in the order of the columns of a work array."""
         return cls(costs[STEPS], costs[PROMPT], costs[DECODE], costs[CONTEXT], costs[READING], lag_steps)
 
     def seconds(self, work: Floats) -> Floats:
-        """Of work of shape (..., 5)."""
+        """Seconds for work of shape (..., 5)."""
         found: Floats = work @ self.as_array()
         return found
 
@@ -93,7 +93,7 @@ def simulate(
 
 @dataclass(frozen=True, slots=True)
 class SeenWork:
-    """What a run did and how long that took, in consecutive stretches of some steps each."""
+    """What a run did and how long that took, in consecutive stretches of several steps each."""
 
     work: Floats  # (stretches, 5)
     ends_s: Floats  # (stretches,)
@@ -110,11 +110,11 @@ class SeenWork:
 
 
 def seen_work(run: QueueRun) -> SeenWork:
-    """Split where a token came first or last, then put together to stretches of some steps each."""
+    """Split where a request's first or last token came, then joined into stretches of several steps each."""
     pieces = _pieces(run)
     steps = _fitted_steps(pieces, np.diff(pieces.edges_s))
     for _ in range(_ROUNDS):
-        # What the requests leave open is as it would be at the costs so far.
+        # What the requests leave open is filled in from the costs so far.
         work = _work(pieces, steps)
         starts, ends = _stretches(pieces, steps)
         costs = fit_costs(np.add.reduceat(work, starts), np.diff(pieces.edges_s[ends], prepend=0.0), _ALWAYS)
@@ -127,11 +127,11 @@ def seen_work(run: QueueRun) -> SeenWork:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """A run between the moments at which tokens came first or last, which are ends of steps."""
+    """A run between the moments of first and last tokens, which are ends of steps."""
 
     run: QueueRun
     edges_s: Floats  # (pieces + 1,)
-    first: Integers  # (requests,): the edge at which each made its first token
+    first: Integers  # (requests,): the edge at which each request made its first token
     last: Integers
     decoding: Floats  # (pieces,): requests that make a token in each step
     prompts: Floats  # (pieces,): prompt tokens read
@@ -139,7 +139,7 @@ class _Pieces:
 
 def _pieces(run: QueueRun) -> _Pieces:
     times_s, number = np.unique(np.concatenate([[0.0], run.first_token_s, run.last_token_s]), return_inverse=True)
-    # Moments of one step that rounding has told apart are one.
+    # Moments of one step that rounding has separated are joined.
     is_other = np.diff(times_s, prepend=-1.0) > _SHORTEST_STEP_S
     edge_of = np.cumsum(is_other) - 1
     edges_s = times_s[np.append(np.flatnonzero(is_other)[1:] - 1, len(times_s) - 1)]
@@ -150,8 +150,8 @@ def _pieces(run: QueueRun) -> _Pieces:
 
 
 def _prompts_read(run: QueueRun, edges_s: Floats, first: Integers) -> Floats:
-    """Prompt tokens read between the edges: in the step that makes the first token, and a prompt that one step cannot
-    hold evenly from when it was scheduled."""
+    """Prompt tokens read between the edges: in the step that makes the first token or, if one step cannot hold the
+    prompt, evenly from when it was scheduled."""
     is_long = run.prompt_tokens > (run.max_num_batched_tokens or np.inf)
     read = np.bincount(first, np.where(is_long, 0.0, run.prompt_tokens), len(edges_s))[1:].astype(float)
     if is_long.any():
@@ -161,11 +161,11 @@ def _prompts_read(run: QueueRun, edges_s: Floats, first: Integers) -> Floats:
 
 
 def _fitted_steps(pieces: _Pieces, guess: Floats) -> Floats:
-    """Steps in each piece, from a guess of any scale. A request that decodes makes one token in each step, so between
-    its first and its last are as many as it made; where none decodes, there are as many as the prompts need.
+    """Steps in each piece, from a guess of any scale. A decoding request makes one token in each step, so between
+    its first and its last token there are as many steps as it made; where none decodes, as many as the prompts need.
 
     By expectation maximisation (Richardson 1972, Lucy 1974): each piece is multiplied by the mean, over the requests
-    that decode in it, of tokens made over steps so far.
+    that decode in it, of tokens made / steps so far.
     """
     decodes = pieces.last > pieces.first
     first, last = pieces.first[decodes], pieces.last[decodes]
@@ -185,7 +185,7 @@ def _so_far(steps: Floats) -> Floats:
 
 
 def _steps_at(costs: Floats, pieces: _Pieces) -> Floats:
-    """Steps in each piece if its seconds were at these costs; without context, and half a step at least."""
+    """Steps in each piece if its seconds followed these costs; ignores context, and gives at least half a step."""
     left_s = np.diff(pieces.edges_s) - costs[PROMPT] * pieces.prompts
     steps: Floats = np.maximum(left_s / np.maximum(costs[STEPS] + costs[DECODE] * pieces.decoding, 1e-9), 0.5)
     return steps
@@ -194,7 +194,7 @@ def _steps_at(costs: Floats, pieces: _Pieces) -> Floats:
 def _work(pieces: _Pieces, steps: Floats) -> Floats:
     """Of each piece: shape (pieces, 5)."""
     run, so_far, count = pieces.run, _so_far(steps), len(pieces.edges_s)
-    # A request that made its first token in step f looks in step t back on its prompt and on t - f tokens.
+    # A request that made its first token in step f attends in step t to its prompt and t - f tokens.
     offset = run.prompt_tokens - so_far[pieces.first]
     offsets = np.cumsum(np.bincount(pieces.first, offset, count) - np.bincount(pieces.last, offset, count))[:-1]
     context = (offsets + pieces.decoding * (so_far[:-1] + so_far[1:]) / 2) * steps
@@ -223,10 +223,10 @@ def _stretches(pieces: _Pieces, steps: Floats) -> tuple[Integers, Integers]:
 
 
 def fit_costs(work: Floats, seconds: Floats, columns: Columns | None = None, power: float = 1.0) -> Floats:
-    """Costs of shape (5,), none below 0, by least squares; of those columns, or of those that are worth it.
+    """Costs of shape (5,), none below 0, by least squares, for the given columns or for those that are worth it.
 
-    The variance of a stretch is as its seconds to this power: 1 for the sum of independent steps. The costs are scaled
-    to make the seconds of all stretches together.
+    The variance of a stretch is proportional to its seconds to this power: 1 for a sum of independent steps. The costs
+    are scaled to reproduce the seconds of all stretches together.
     """
     costs = _non_negative(*_weighed(work, seconds, power), columns or columns_worth_it(work, seconds))[0]
     scaled: Floats = costs * (seconds.sum() / max(float(work.sum(axis=0) @ costs), 1e-12))
@@ -234,7 +234,7 @@ def fit_costs(work: Floats, seconds: Floats, columns: Columns | None = None, pow
 
 
 def columns_worth_it(work: Floats, seconds: Floats) -> Columns:
-    """By Schwarz's criterion; few stretches bear no cost beyond those that there always are."""
+    """By Schwarz's criterion; few stretches support no cost beyond those that always exist."""
     rows, values = _weighed(work, seconds, 1.0)
     count = len(seconds)
 
@@ -242,7 +242,7 @@ def columns_worth_it(work: Floats, seconds: Floats) -> Columns:
         error = _non_negative(rows, values, columns)[1]
         return count * math.log(max(error, 1e-300)) + len(columns) * math.log(count)
 
-    # At the start of a run all steps that read are full, so what one costs and what its tokens cost is the same.
+    # At the start of a run all reading steps are full, so the cost of a step and that of its tokens look the same.
     read = int((work[:, READING] > 0).sum())
     optional = [column for column, seen in ((CONTEXT, count), (READING, read)) if seen > _FEWEST_ROWS]
     sizes = range(len(optional) + 1)
@@ -251,16 +251,16 @@ def columns_worth_it(work: Floats, seconds: Floats) -> Columns:
 
 
 def _weighed(work: Floats, seconds: Floats, power: float) -> tuple[Floats, Floats]:
-    # A stretch whose end was seen late or early, not one that was short by nature, has next to no seconds: what steps
-    # usually take is their least.
+    # A stretch with next to no seconds is not short by nature: its end was seen late or early. What steps
+    # usually take is used as the minimum.
     usual_s = work[:, STEPS] * (seconds.sum() / max(float(work[:, STEPS].sum()), 1e-9))
     weights = np.maximum(seconds, _LEAST_OF_USUAL * usual_s) ** (-power / 2)
     return work * weights[:, None], seconds * weights
 
 
 def _non_negative(rows: Floats, values: Floats, columns: Columns) -> tuple[Floats, float]:
-    """The best of all choices of columns whose costs are none below 0, and its sum of squares: with five columns,
-    trying all is simpler than any method, and exact."""
+    """The best choice of columns with no cost below 0, and its sum of squares: with five columns,
+    trying all is simpler than any other method, and exact."""
     scale = np.sqrt((rows**2).sum(axis=0))
     scale[scale == 0] = 1
     products, right = (rows / scale).T @ (rows / scale), (rows / scale).T @ values
@@ -283,7 +283,7 @@ def costs_of(run: QueueRun) -> StepCosts:
 
 def lag_of(run: QueueRun, seen: SeenWork) -> int:
     """Steps for which a place stays empty: the lag whose simulation has, between a last token and the first token of
-    the request that followed to that place, as many steps as the run had."""
+    the next request in that place, as many steps as the run had."""
     if len(run.prompt_tokens) <= run.batch_size:
         return USUAL_LAG
     took = _steps_between_tokens(seen.last_step, seen.first_step, run.batch_size)
@@ -298,6 +298,6 @@ def lag_of(run: QueueRun, seen: SeenWork) -> int:
 
 
 def _steps_between_tokens(last: Floats, first: Floats, batch_size: int) -> float:
-    """Median, over the requests that took the place of another one: they are as many as do not run at first."""
+    """Median over the requests that took the place of another: there are as many as do not run at first."""
     later = np.sort(first)[batch_size:]
     return float(np.median(later - np.sort(last)[: len(later)]))

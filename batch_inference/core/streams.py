@@ -1,6 +1,6 @@
-"""Standard input, output and error as a program may find them: closed, full, read by nobody, or short of characters.
+"""Standard input, output and error in any state: closed, full, read by nobody, or unable to encode our text.
 
-What is printed is never worth more than the work that it tells of.
+Printing must never cost the work that it reports.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from batch_inference.core.secrets import redact_text
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-# Signs of ours, where they cannot be shown.
+# Our own symbols, for where they cannot be shown.
 _PLAIN = str.maketrans({"±": "+-", "●": "#", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "…": "..."})
 _ERRORS = "batch_inference"
 
 
 def secure_streams() -> None:
-    """Before anything else: from now on, printing to standard output and error fails in no way.
+    """Call this first: from then on, printing to standard output and error cannot fail.
 
-    Descriptors 0 to 2 that are closed are opened on /dev/null: the next pipe would be one of them otherwise, and a
+    Closed descriptors 0 to 2 are opened on /dev/null. Otherwise the next pipe would get one of these numbers, and a
     child would take it for its own standard input or output.
     """
     closed = set()
@@ -38,7 +38,7 @@ def secure_streams() -> None:
             os.fstat(number)
             continue
         closed.add(number)
-        # The lowest free number is taken, and those below are open.
+        # The lowest free number is taken, and all below are open.
         os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     codecs.register_error(_ERRORS, _shown_otherwise)
     sys.stdout = _secured(1, sys.stdout, 1 in closed)
@@ -56,7 +56,7 @@ def say_notes(lines: Iterable[str]) -> None:
 
 
 def show(text: str) -> int:
-    """What was asked for, on standard output; the exit code."""
+    """Print what was asked for on standard output; returns the exit code."""
     if problem := _printed(text):
         say(f"error: {problem}")
         return 1
@@ -64,13 +64,13 @@ def show(text: str) -> int:
 
 
 def print_kept(text: str, where: Path) -> None:
-    """On standard output, what is in a file or folder too: work is not lost where this is."""
+    """Print on standard output what is in a file or folder too: if this fails, no work is lost."""
     if problem := _printed(text):
         say(f"note: {problem}; what it would have shown is in {where}")
 
 
 def _printed(text: str) -> str | None:
-    """Why it, or what was printed before, is not on standard output. That nobody reads to the end, like `head`, is no
+    """Why this text, or earlier text, is not on standard output. A reader that stops early, like `head`, is not a
     reason."""
     print(redact_text(text), flush=True)
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
@@ -79,7 +79,7 @@ def _printed(text: str) -> str | None:
 
 
 class Output(io.FileIO):
-    """Takes everything, and keeps in mind what went wrong."""
+    """Accepts everything, and remembers what went wrong."""
 
     problem: OSError | None = None
 
@@ -93,13 +93,13 @@ class Output(io.FileIO):
                 return memoryview(data).nbytes
             if written is not None:
                 return written
-            # Somebody who shares it has set it not to block.
+            # Another process that shares it has made it non-blocking.
             select.select([], [self], [])
 
 
 def _secured(number: int, stream: TextIO | None, is_closed: bool) -> TextIO:
     if stream is not None and not _is_at(number, stream):
-        # Somebody has put another in its place, and knows why.
+        # Somebody has replaced it, and knows why.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ERRORS)
         return stream
@@ -107,7 +107,7 @@ def _secured(number: int, stream: TextIO | None, is_closed: bool) -> TextIO:
     if is_closed:
         raw.problem = OSError(errno.EBADF, "it is closed")
     encoding = stream.encoding if stream else "utf-8"
-    # Line by line wherever it goes: what is watched through a pipe or a file is seen at once.
+    # Line by line wherever it goes, so that whoever watches a pipe or a file sees it at once.
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=_ERRORS, line_buffering=True)
 
 
@@ -118,7 +118,7 @@ def _is_at(number: int, stream: TextIO) -> bool:
 
 
 def _shown_otherwise(error: UnicodeError) -> tuple[str | bytes, int]:
-    """For what the encoding of a stream does not have: bytes of a file's name as they were, our own signs in ASCII,
+    """For characters that a stream's encoding lacks: bytes of a file name unchanged, our own symbols in ASCII,
     others by their number."""
     if not isinstance(error, UnicodeEncodeError):
         raise error

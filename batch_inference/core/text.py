@@ -6,17 +6,17 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-# Of a terminal that nobody has widened.
+# The usual width of a terminal.
 WIDTH = 80
 NO_REASON = "no reason is given"
-# What moves a cursor, ends a line, or turns the direction of the text around it.
+# Characters that move the cursor, end a line, or reverse the direction of text.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-# Of a value in a message.
+# Longest value shown in a message.
 _LONGEST_VALUE = 80
 
 
 def short(value: float | None, digits: int = 4) -> str:
-    """Four significant digits, never in powers of ten; empty for unknown."""
+    """Four significant digits, never with an exponent; empty if unknown."""
     if value is None:
         return ""
     whole_digits = len(str(int(abs(value)))) if abs(value) >= 1 else 0
@@ -25,7 +25,7 @@ def short(value: float | None, digits: int = 4) -> str:
 
 
 def short_name(text: str, width: int) -> str:
-    """The beginning and the end of a long name: what tells two apart is often at the end."""
+    """The beginning and the end of a long name: names often differ only at the end."""
     return text if len(text) <= width else f"{text[: width // 2]}…{text[len(text) - (width - width // 2 - 1) :]}"
 
 
@@ -40,7 +40,7 @@ def with_budget(name: str, tokens_per_step: object) -> str:
 
 
 def on_each(replicas: int) -> str:
-    """What follows a batch size, which is that of one replica."""
+    """What follows a batch size, which is per replica."""
     return " on each replica" if replicas > 1 else ""
 
 
@@ -74,7 +74,7 @@ def table_in_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], side
 def _columns(
     header: Sequence[str], rows: Sequence[Sequence[str]], sides: Sequence[str], spare: int = 0
 ) -> list[list[str]]:
-    """The lines of a table, each cell as wide as its column, which is wider than its name by `spare`."""
+    """The lines of a table, with cells as wide as their column, which is at least `spare` wider than its name."""
     lines = [[cell.strip() for cell in line] for line in (header, *rows)]
     widths = [max([len(name) + spare, *map(len, cells)]) for name, *cells in zip(*lines, strict=True)]
     marks = [">" if side == "right" else "<" for side in sides]
@@ -82,22 +82,22 @@ def _columns(
 
 
 def plain(value: object) -> str:
-    """Text from a file without what would move a cursor or cannot be encoded."""
+    """Text from a file, without what would move the cursor or cannot be encoded."""
     return _CONTROL.sub(" ", str(value)).encode("utf-8", "replace").decode()
 
 
 def has_control(text: str, allowed: str = "") -> bool:
-    """Whether there is a character in it that `plain` would replace, but those `allowed`."""
+    """Whether it has a character that `plain` would replace, apart from those `allowed`."""
     return any(found not in allowed for found in _CONTROL.findall(text))
 
 
 def escaped(text: str) -> str:
-    """One line that can go to any terminal, and tells what was there: a line break is \\n."""
+    """One line that any terminal can show, and that tells what was there: a line break is \\n."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def in_short(text: str) -> str:
-    """A value that somebody gave, for a message."""
+    """A user's value, shortened for a message."""
     return escaped(short_name(text, _LONGEST_VALUE))
 
 
@@ -106,7 +106,7 @@ def quoted(text: str) -> str:
 
 
 def wrapped(text: str, indent: int = 0, *, width: int = WIDTH, break_long_words: bool = False) -> list[str]:
-    """Lines of at most `width` characters, those after the first with so many spaces before. Words longer than a line
+    """Lines of at most `width` characters; those after the first are indented. Words longer than a line
     stay whole, so that a path or a flag can be copied, unless told otherwise."""
     return textwrap.wrap(
         text,

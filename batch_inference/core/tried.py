@@ -1,4 +1,4 @@
-"""What points say to a search: measured ones as climb.py and race.py take them."""
+"""Measured points in the form that a search takes (climb.py and race.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batch_inference.core.values import LATENCY_GOAL
 
 
 class Limits(Protocol):
-    """The flags of a search that are limits, in seconds; None for none."""
+    """The flags of a search that are limits, in seconds; None if not given."""
 
     @property
     def max_latency_s(self) -> float | None: ...
@@ -24,14 +24,14 @@ class Limits(Protocol):
 
 
 def limits_of(asked: Limits) -> dict[str, float]:
-    """Metric -> the most that it may be."""
+    """Metric -> its upper limit."""
     most = {"latency": asked.max_latency_s, "ttft": asked.max_ttft_s, "tpot": asked.max_tpot_s}
     return {f"{name}_p99_s": value for name, value in most.items() if value is not None}
 
 
 def tried_of(result: Result, points: Sequence[Point], goal: str, limits: Mapping[str, float]) -> list[Tried]:
-    """Of points of `result` that differ in the batch size alone, and have their runs and their summary. `limits`:
-    metric -> the most that it may be; an unknown number keeps none."""
+    """For points of `result` that differ only in batch size and have their runs and their summary. `limits`:
+    metric -> its upper limit; an unknown value keeps no limit."""
     halves = pooled_halves({point.batch_size: run_latencies_s(point) for point in points})
     found = []
     for point in points:
@@ -47,7 +47,7 @@ def _over(value: float | None, most: float) -> float:
 
 
 def _value(result: Result, point: Point, goal: str, relative: float) -> tuple[float, float]:
-    """The higher the better, with the half width of its interval."""
+    """A value where higher is better, with the half width of its interval."""
     if point.workload is not None:
         return _value_of_job(result, point)
     batch_s, throughput = (point.summary[name] for name in ("latency_mean_s", "output_tok_per_s"))
@@ -56,8 +56,8 @@ def _value(result: Result, point: Point, goal: str, relative: float) -> tuple[fl
 
 
 def _value_of_job(result: Result, point: Point) -> tuple[float, float]:
-    """A run of a queue has its interval in itself. A point that says nothing of the job is no answer."""
-    # It needs numpy, and is slow to import.
+    """A single run of a queue already has an interval. A point that says nothing about the job is not an answer."""
+    # Needs numpy, and is slow to import.
     from batch_inference.core.job_times import job_throughput
 
     found = job_throughput(result, point)

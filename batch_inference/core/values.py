@@ -1,4 +1,4 @@
-"""What a flag may be: text -> value; ValueError says what was expected."""
+"""What a flag may be: text -> value; a ValueError says what was expected."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from decimal import Decimal
 
 from batch_inference.core.text import has_control
 
-# No machine, and no number of nodes, comes near: more is a slip of the keyboard, and would be tried for hours.
+# No machine or cluster comes near this: more is a typing mistake that would be tried for hours.
 MOST_DEVICES = 2**20
 MOST_REQUESTS = 2**20  # of a batch
 MOST_TOKENS = 2**27  # of a request
 MOST_TOKENS_PER_STEP = 2**31 - 1  # vLLM counts them in 32 bits
 MOST_RUNS = 10_000
 MOST_SEED = 2**32 - 1  # numpy takes no larger one
-MOST_SECONDS = 1e6  # more than eleven days; clocks and sockets stop at some number, and say so late
+MOST_SECONDS = 1e6  # more than eleven days; clocks and sockets have limits too, and complain late
 MOST_GIB = 1e6
-# Of a path, and of one name in it, on Linux.
+# Linux's limits for a path and for one name in it.
 _LONGEST_PATH_BYTES = 4095
 LONGEST_NAME_BYTES = 255
 # Of --output-lengths and --order.
@@ -29,22 +29,22 @@ THROUGHPUT, PER_DEVICE, LATENCY_GOAL, COST = GOALS = ("throughput", "per-device"
 
 
 _MOST_DIGITS = 40
-# Of --max-model-len: what the model allows and the memory holds, as vLLM finds out when it starts.
+# Of --max-model-len: what the model allows and memory holds, as vLLM finds out when it starts.
 AUTO_LENGTH = -1
-# Bytes of any memory have fewer digits.
+# No memory size in bytes has more digits.
 _SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18}))?([kKmMgGtT]?)")
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class TooLargeError(ValueError):
     def __init__(self, most: int) -> None:
-        super().__init__(f"at most {most} is possible")
+        super().__init__(f"at most {most} is allowed")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         digits = text.strip()
-        # Cut, because Python refuses to convert thousands of digits, in words of its own.
+        # Cut, because Python refuses thousands of digits with its own message.
         number = int(digits[:_MOST_DIGITS]) if digits.isdecimal() else None
         if number is None or number < low:
             raise ValueError(f"a whole number of at least {low} is needed")
@@ -101,8 +101,8 @@ prompt_lengths = list_of(token_count)
 
 
 def size_with_suffix(text: str) -> int | None:
-    """A size as vLLM's own flags take it: 16k is 16,000, 16K is 16,384, and 16.5k is 16,500; so with m, g and t.
-    None for what is none."""
+    """A size as vLLM's own flags take it: 16k is 16,000, 16K is 16,384 and 16.5k is 16,500; likewise with m, g and t.
+    None if it is not a size."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         return None
@@ -110,7 +110,7 @@ def size_with_suffix(text: str) -> int | None:
     if not suffix:
         return None if part else int(whole)
     base = 1000 if suffix.islower() else 1024
-    # A fraction of 1,024 would be no round number, and vLLM refuses it.
+    # A fraction of 1,024 need not be a whole number, so vLLM refuses it.
     if part and base == 1024:
         return None
     return int(Decimal(f"{whole}.{part or 0}") * base ** _POWERS[suffix.lower()])
@@ -149,7 +149,7 @@ def output_lengths(text: str) -> str | int:
 
 
 def token_length(text: str) -> int:
-    """A number of tokens, or AUTO_LENGTH for vLLM's own words for it."""
+    """A number of tokens, or AUTO_LENGTH for the words that vLLM has for it."""
     return AUTO_LENGTH if text.strip().lower() in ("auto", str(AUTO_LENGTH)) else _tokens(MOST_TOKENS)(text)
 
 
@@ -196,7 +196,7 @@ def non_empty(text: str) -> str:
 def _no_control(text: str) -> str:
     non_empty(text)
     if has_control(text):
-        raise ValueError("it holds characters that steer a terminal, like a line break; leave them out")
+        raise ValueError("it contains control characters, like a line break; leave them out")
     return text
 
 
@@ -204,29 +204,29 @@ def plain_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("it holds bytes that are no text; write it in UTF-8") from None
+        raise ValueError("it contains bytes that are not text; write it in UTF-8") from None
     return _no_control(text)
 
 
 def host(text: str) -> str:
-    """A name or an address; one of IPv6 may be in brackets, as in a URL."""
+    """A name or an address; an IPv6 address may be in brackets, as in a URL."""
     plain_text(text)
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def path_text(text: str) -> str:
-    """Of a file or folder, which may hold bytes that are no text; or a hub name, which is written like one."""
+    """The path of a file or folder, which may contain bytes that are not text; or a hub name, which looks like one."""
     _no_control(text)
     longest = max(len(os.fsencode(name)) for name in text.split("/"))
     if longest > LONGEST_NAME_BYTES or len(os.fsencode(text)) > _LONGEST_PATH_BYTES:
         raise ValueError(
-            f"a path takes {_LONGEST_PATH_BYTES} bytes, and each name in it {LONGEST_NAME_BYTES}; shorten it"
+            f"a path may have {_LONGEST_PATH_BYTES} bytes, and each name in it {LONGEST_NAME_BYTES}; shorten it"
         )
     return text
 
 
 def name_text(text: str) -> str:
-    """Of what is written into files, and names one."""
+    """A name that is written into files, and that a file is named after."""
     return path_text(plain_text(text))
 
 
@@ -240,5 +240,5 @@ def one_of(words: Sequence[str]) -> Callable[[str], str]:
 
 
 def without_value(words: Sequence[str]) -> str | None:
-    """The flag of the first word like `--model=--`; argparse drops the two dashes, and fails for want of a value."""
+    """The flag of the first word like `--model=--`; argparse drops the two dashes and then misses a value."""
     return next((flag for one in words if (flag := one.removesuffix("=--")) != one and flag.startswith("-")), None)

@@ -1,4 +1,4 @@
-"""The verdict on a measured point: every reason not to believe it, or to read it with care."""
+"""The verdict on a measured point: every reason to reject it, or to read it with care."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from batch_inference.core.results import Point, Result, Timeline, Verdict, Warmu
 from batch_inference.core.statistics import is_steady, relative_ci95, trend
 from batch_inference.core.text import counted
 
-# A kernel compiled in mid-run shows as a warm-up several times slower than the next: two that agree end the warm-up.
+# A kernel compiled in mid-run makes a warm-up several times slower than the next. Two that agree end the warm-up.
 STEADY_WITHIN = 0.05
-# A mean that is known no better than this decides nothing between settings.
+# A mean known no better than this cannot decide between settings.
 WIDEST_INTERVAL = 0.1
-# Runs that only scatter by a percent look like a smaller trend than this often enough.
+# Runs that only scatter by a percent often enough look like a trend smaller than this.
 DRIFT_OVER = 0.03
-# Two on two H200s went from 1.11 s in two warm-ups to 0.61 s in all runs, and nothing said why.
+# Two settings on two H200s went from 1.11 s in two warm-ups to 0.61 s in all runs, for no known reason.
 UNLIKE_WARMUPS = 0.15
-# A process is woken some 0.1 ms late where the machine is quiet, and milliseconds where it is not.
+# A process wakes up about 0.1 ms late on a quiet machine, and milliseconds late on a busy one.
 SHORTEST_RUN_S = 0.01
-# Clocks of different machines differ by far less.
+# The clocks of different machines differ by far less.
 LONGER_THAN_PASSED = 0.01
-# Below it vLLM finds room for another request; a block or two of the last ones may stay free.
+# Below it vLLM has room for another request; a block or two at the end may stay free.
 FULL_KV_CACHE = 0.9
-# What its reason begins with.
+# How its reason begins.
 _PACKED = "packed"
-# Reasons of NVML for a clock below the highest that are no fault: it is set so, or nothing is to be done. A GPU at its
-# power limit is one at full load; the limit stands in the file.
+# NVML's harmless reasons for a clock below the highest: it is set so, or there is nothing to do. A GPU at its
+# power limit is at full load; the limit is in the file.
 _USUAL_CLOCK_REASONS = {
     "gpu_idle",
     "applications_clocks_setting",
@@ -43,14 +43,14 @@ _USUAL_CLOCK_REASONS = {
 
 
 def judge(result: Result, point: Point) -> tuple[list[str], Verdict]:
-    """Reasons not to believe a measured point, and "valid", "suspect" or "invalid"."""
+    """Reasons to doubt a measured point, and the verdict: "valid", "suspect" or "invalid"."""
     invalid = [reason for find in _INVALID for reason in find(result, point)]
     suspect = [reason for find in _SUSPECT for reason in find(result, point)]
     return invalid + suspect, "invalid" if invalid else "suspect" if suspect else "valid"
 
 
 def is_settled(warmups: Sequence[Warmup]) -> bool:
-    """True when the last two warm-ups took as long as each other, and vLLM compiled nothing during the last."""
+    """True if the last two warm-ups took equally long, and vLLM compiled nothing during the last."""
     if not is_steady([warmup.latency_s for warmup in warmups], STEADY_WITHIN):
         return False
     return not warmups[-1].jit_compilations
@@ -58,14 +58,14 @@ def is_settled(warmups: Sequence[Warmup]) -> bool:
 
 def _token_counts(result: Result, point: Point) -> list[str]:
     if point.seq_len is None or point.max_tokens is None:
-        # Of a workload, whose counts are checked where its requests are known.
+        # A workload, whose counts are checked where its requests are known.
         wrong = sum(run.counters.miscounted or 0 for run in point.runs)
-        return [f"{counted(wrong, 'request')} came back with other numbers of tokens than were asked"] if wrong else []
+        return [f"{counted(wrong, 'request')} came back with a different number of tokens than asked"] if wrong else []
     requests = point.batch_size * result.data_parallel_size
     asked = (requests * point.seq_len, requests * point.max_tokens)
     came = {(run.prompt_tokens, run.output_tokens) for run in point.runs} - {asked}
     return [
-        f"{prompt} prompt and {output} output tokens came back, {asked[0]} and {asked[1]} were asked"
+        f"{prompt} prompt and {output} output tokens came back, but {asked[0]} and {asked[1]} were asked for"
         for prompt, output in sorted(came)
     ]
 
@@ -84,14 +84,12 @@ def _longer_than_passed(_: Result, point: Point) -> list[str]:
     if not wrong:
         return []
     took_s, passed_s = max(wrong)
-    return [
-        f"a run is said to have taken {took_s:.3g} s, and {passed_s:.3g} s passed meanwhile; see to the nodes' clocks"
-    ]
+    return [f"a run reports {took_s:.3g} s, but only {passed_s:.3g} s passed meanwhile; check the nodes' clocks"]
 
 
 def _preempted(_: Result, point: Point) -> list[str]:
     count = sum(run.counters.preemptions for run in point.runs)
-    return [f"{count} requests were preempted for want of KV cache"] if count else []
+    return [f"{count} requests were preempted for lack of KV cache"] if count else []
 
 
 def _waves(result: Result, point: Point) -> list[str]:
@@ -109,7 +107,7 @@ def _waves(result: Result, point: Point) -> list[str]:
 
 
 def _empty_places(result: Result, point: Point) -> list[str]:
-    """Of a queue, in which fewer ran at once than were to."""
+    """For a queue in which fewer requests ran at once than should have."""
     running, places = running_requests(result, point), _places(point)
     if point.workload is None or running is None or running >= places:
         return []
@@ -119,29 +117,29 @@ def _empty_places(result: Result, point: Point) -> list[str]:
     elif kv_use >= FULL_KV_CACHE:
         why = "the KV cache was full"
     else:
-        why = "the first end while prompts of others wait for their turn in the tokens per step"
-    return [f"of {places} places at most {running} were taken: {why}"]
+        why = "the first requests end while prompts of others still wait for room in a step"
+    return [f"at most {running} of {places} places were taken: {why}"]
 
 
 def _places(point: Point) -> int:
-    """Of each replica: it may have fewer requests in all."""
+    """Per replica: it may have fewer requests in all."""
     return min([point.batch_size, *(part.requests for run in point.runs for part in run.replicas if part.requests)])
 
 
 def _ends_while_prompts_wait(result: Result, point: Point) -> bool:
-    """True for outputs so short that the first requests end before the last have their turn in vLLM's tokens per step:
-    nothing that a larger cache would change."""
+    """True for outputs so short that the first requests end before vLLM's tokens per step reach the last ones:
+    a larger cache would not change that."""
     engine = result.engine_of(point)
     budget = point.max_num_batched_tokens or (engine.max_num_batched_tokens if engine else None)
     if not budget or point.seq_len is None or point.max_tokens is None:
         return False
-    # Twice: requests that already decode take their share of each step.
+    # Twice, because requests that already decode take their share of each step.
     return point.max_tokens <= 2 * math.ceil(point.batch_size * point.seq_len / budget)
 
 
 def _no_plateau(result: Result, point: Point) -> list[str]:
-    """Of a sample; a job that ran as a whole needs none, and where places stay empty it is no matter of the sample. A
-    request of a single output token stays for no moment, so that no sample of such ones has a plateau."""
+    """For a sample. A job that ran as a whole needs no plateau, and if places stay empty the sample is not the cause. A
+    request with a single output token ends at once, so a sample of such requests never has a plateau."""
     if point.workload is None or point.summary.get("plateau_output_tok_per_s") is not None:
         return []
     outputs = point.runs[0].requests.output_tokens
@@ -160,7 +158,7 @@ def _ran_as_a_whole(result: Result, point: Point) -> bool:
 
 
 def _wide_plateau(result: Result, point: Point) -> list[str]:
-    """Of a sample whose order lets it have a steady one."""
+    """For a sample whose order allows a steady plateau."""
     rate, half = (point.summary.get(name) for name in ("plateau_output_tok_per_s", "plateau_ci95_tok_per_s"))
     if point.workload is None or point.workload.order.endswith("first") or not rate or half is None:
         return []
@@ -180,14 +178,14 @@ def _unsteady_plateau(result: Result, point: Point) -> list[str]:
             if change and abs(change[0]) > max(change[1], DRIFT_OVER * fmean(rates)):
                 how = "faster" if change[0] > 0 else "slower"
                 return [
-                    f"plateau not steady: it becomes {how}, by {abs(change[0]) / fmean(rates):.0%} from its beginning "
+                    f"plateau not steady: it becomes {how} by {abs(change[0]) / fmean(rates):.0%} from its beginning "
                     f"to its end{_steadier(result, point)}"
                 ]
     return []
 
 
 def _steadier(result: Result, point: Point) -> str:
-    """What would help; nothing of ours where the whole job ran, its requests already shuffled."""
+    """What would help; nothing if the whole job ran with its requests already shuffled."""
     in_given_order = point.workload is not None and point.workload.order == "given"
     advice = [] if _ran_as_a_whole(result, point) else ["raise --sample"]
     advice += ["give --order shuffled"] if in_given_order else []
@@ -195,7 +193,7 @@ def _steadier(result: Result, point: Point) -> str:
 
 
 def _plateau_rates(timeline: Timeline | None, batch_size: int) -> list[float]:
-    """Tokens per second, prompt and output, in ten parts of the plateau: a part holds as much as many requests."""
+    """Tokens per second, prompt and output, in ten parts of the plateau: each part holds many requests."""
     if timeline is None:
         return []
     full = [number for number, running in enumerate(timeline.running) if running >= 0.95 * batch_size]
@@ -210,26 +208,26 @@ def _plateau_rates(timeline: Timeline | None, batch_size: int) -> list[float]:
 
 
 def _never_steady(_: Result, point: Point) -> list[str]:
-    # Fewer than two are not known to differ.
+    # Fewer than two cannot be known to differ.
     if len(point.warmups) < 2 or point.workload or is_settled(point.warmups):
         return []
     if point.warmups[-1].jit_compilations:
-        return ["not steady: vLLM still compiled kernels in the last warm-up; raise --warmup-runs"]
+        return ["not steady: vLLM was still compiling kernels in the last warm-up; raise --warmup-runs"]
     return [f"not steady after {len(point.warmups)} warm-ups: the last two differ by more than {STEADY_WITHIN:.0%}"]
 
 
 def _compiled_late(_: Result, point: Point) -> list[str]:
     if not any(run.counters.jit_compilations for run in point.runs):
         return []
-    return ["vLLM compiled kernels during timed runs again and again; raise --warmup-runs"]
+    return ["vLLM kept compiling kernels during timed runs; raise --warmup-runs"]
 
 
 def _wide_interval(result: Result, point: Point) -> list[str]:
     if point.workload:
-        return []  # in a single run: what is known of its plateau says so
+        return []  # a single run: its plateau's interval tells
     width, asked = relative_ci95(run_latencies_s(point), result.is_adaptive(point)), result.config
     if asked.searches and len(point.runs) <= MIN_RUNS and (width is None or width > asked.target_ci):
-        return [f"{counted(len(point.runs), 'run')}: it lies on the way to the best batch size (--batch-sizes auto)"]
+        return [f"{counted(len(point.runs), 'run')}: only a step towards the best batch size (--batch-sizes auto)"]
     if width is None:
         return ["a single run has no interval; raise --num-runs"]
     if asked.num_runs is None and width > asked.target_ci:
@@ -241,21 +239,21 @@ def _wide_interval(result: Result, point: Point) -> list[str]:
 
 
 def _drift(_: Result, point: Point) -> list[str]:
-    """A trend that is larger than DRIFT_OVER and than its own 95 % interval: runs that scatter alone show one in at
+    """A trend larger than DRIFT_OVER and than its own 95 % interval: runs that only scatter show one in at
     most 5 of 100 points."""
     latencies_s = run_latencies_s(point)
     change = trend(latencies_s)
     if change is None or abs(change[0]) <= max(change[1], DRIFT_OVER * fmean(latencies_s)):
         return []
     how = "slower" if change[0] > 0 else "faster"
-    return [f"drift: runs become {how}, by over {DRIFT_OVER:.0%} from the first to the last"]
+    return [f"drift: runs become {how} by over {DRIFT_OVER:.0%} from the first to the last"]
 
 
 def _unlike_warmups(_: Result, point: Point) -> list[str]:
-    """Warm-ups that agree with each other, and not with the runs after them: what was steady was something else."""
+    """Warm-ups that agree with each other but not with the runs after them: something else was steady."""
     if len(point.warmups) < 2 or point.workload or not is_settled(point.warmups):
         return []
-    # The median: a single slow run is for the interval to tell.
+    # The median, because a single slow run shows in the interval.
     last_s, middle_s = point.warmups[-1].latency_s, median(run_latencies_s(point))
     if abs(last_s - middle_s) <= UNLIKE_WARMUPS * max(last_s, middle_s):
         return []
@@ -274,24 +272,24 @@ def _too_short(result: Result, point: Point) -> list[str]:
 def _throttled(_: Result, point: Point) -> list[str]:
     said = {reason for run in point.runs for reason in run.clocks.throttle_reasons or []}
     reasons = sorted(said - _USUAL_CLOCK_REASONS)
-    return [f"clocks were throttled: {', '.join(reasons)}; see to cooling and power"] if reasons else []
+    return [f"clocks were throttled: {', '.join(reasons)}; check cooling and power"] if reasons else []
 
 
 def _not_alone(_: Result, point: Point) -> list[str]:
     if not any(run.clocks.other_processes for run in point.runs):
         return []
-    return ["another process was on the devices; end it, or choose others by CUDA_VISIBLE_DEVICES"]
+    return ["another process was on the devices; end it, or choose others with CUDA_VISIBLE_DEVICES"]
 
 
 def was_packed(point: Point) -> bool:
-    """True where other settings ran beside the point."""
+    """True if other settings ran beside the point."""
     return any(reason.startswith(_PACKED) for reason in point.verdict_reasons)
 
 
 def _packed(result: Result, _: Point) -> list[str]:
     if not result.config.packed:
         return []
-    return [f"{_PACKED}: other settings ran beside it; measure what decides again without --pack"]
+    return [f"{_PACKED}: other settings ran beside it; measure the decisive points again without --pack"]
 
 
 _Check = Callable[[Result, Point], list[str]]

@@ -1,7 +1,7 @@
-"""The requests of a job, as a file of any of the usual formats says them: read one by one, however many there are.
+"""The requests of a job, read one by one from a file in any of the usual formats, however many there are.
 
-Formats are told apart by content: a JSON array or lines of JSON (OpenAI batch lines, vLLM's custom data set, ShareGPT,
-token ids, lengths alone), or a CSV of lengths. Python's own library alone, because a plan looks too.
+The format follows from the content: a JSON array or JSON lines (OpenAI batch lines, vLLM's custom data set, ShareGPT,
+token ids, only lengths), or a CSV of lengths. Needs only Python's own library, because plans use it too.
 """
 
 from __future__ import annotations
@@ -21,76 +21,76 @@ from batch_inference.core.values import MOST_TOKENS
 
 _LENGTHS = ("prompt_tokens", "output_tokens")
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-# Of a JSON array, read at a time.
+# How much of a JSON array is read at a time.
 _CHUNK = 1 << 20
 _LONGEST_ENTRY = 1 << 26  # characters: far more than any model takes
-_IDS = range(1 << 31)  # of tokens: far more than any vocabulary has
-_NO_JSON = "it is no JSON"
-# Of an OpenAI body, what changes which tokens a prompt is.
+_IDS = range(1 << 31)  # token ids: far more than any vocabulary has
+_NO_JSON = "it is not JSON"
+# Fields of an OpenAI body that change the tokens of a prompt.
 _CHAT_OPTIONS = (
     "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template_kwargs", "documents",
     "reasoning_effort",
 )  # fmt: skip
 _COMPLETION_OPTIONS = ("add_special_tokens",)
-# vLLM's own names for ways to prescribe what an answer looks like.
+# vLLM's own names for structured output.
 _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "tools")
 _HUMANS, _MODELS = ("human", "user"), ("gpt", "assistant", "chatgpt", "bard", "bing")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One request. Of its prompt either the length is there, or ids, a text, or messages for a chat template."""
+    """One request. Its prompt is a length, ids, a text, or messages for a chat template."""
 
     prompt_tokens: int | None = None
     prompt_token_ids: Sequence[int] | None = None
     prompt: str | None = None
     messages: Sequence[dict[str, Any]] | None = None
-    output_tokens: int | None = None  # None where the file does not say it
+    output_tokens: int | None = None  # None if the file does not say it
     output: str | None = None  # an answer of that length
-    is_question: bool = False  # the prompt is put into the chat template, as what a user says
-    options: Mapping[str, Any] = field(default_factory=dict)  # of an OpenAI body, that change the tokens
+    is_question: bool = False  # the prompt goes into the chat template as a user's message
+    options: Mapping[str, Any] = field(default_factory=dict)  # fields of an OpenAI body that change the tokens
 
 
 class _BadLineError(Exception):
-    """A line that says no request; why."""
+    """A line that is not a request; the message says why."""
 
 
 class _RefusedError(Exception):
-    """A request of a kind that is not measured; which, in words that follow a number."""
+    """A request of a kind that is not measured; the message names it in words that follow a number."""
 
 
 @dataclass
 class Workload:
-    """The file at `path`, to be read again and again. What is left out is counted anew each time."""
+    """The file at `path`, which can be read many times. Each reading counts again what is left out."""
 
     path: Path
     skip_bad_lines: bool = False
     left_out: set[int] = field(default_factory=set)  # numbers of entries, from 0, that vLLM refuses
     bad_lines: int = 0
     refused: Counter[str] = field(default_factory=Counter)  # kind -> requests
-    stamp: tuple[int, int] | None = None  # of the file, when the lengths of its requests were read
-    notes: list[str] = field(default_factory=list)  # on how vLLM took its texts
-    # Token ids of entries that have been asked for, by their place among all that are given out.
+    stamp: tuple[int, int] | None = None  # of the file when the lengths were read
+    notes: list[str] = field(default_factory=list)  # on how vLLM read its texts
+    # Token ids of entries that were asked for, by their place among all entries returned.
     ids: dict[int, Sequence[int] | None] = field(default_factory=dict, repr=False)
-    number: int = -1  # of the entry that was read last
+    number: int = -1  # of the last entry read
     place: str = ""  # likewise
-    flag: str = "--prompts-file"  # that named it
+    flag: str = "--prompts-file"  # the flag that named the file
     _file: TextIO | None = field(default=None, repr=False, compare=False)
-    _bytes: int = 0  # of the last reading, when it ended
+    _bytes: int = 0  # at the end of the last reading
 
     @property
     def bytes_read(self) -> int:
-        """Of the reading that is going on, about."""
+        """Approximately, in the current reading."""
         return self._file.buffer.tell() if self._file and not self._file.closed else self._bytes
 
     @property
     def _by_flag(self) -> str:
-        """By what a line is left out, where there is a flag for it."""
+        """How to leave out a line, if there is a flag for it."""
         return " with --skip-bad-lines" if self.flag == "--prompts-file" else ""
 
     def entries(self) -> Iterator[Entry]:
-        """Raises ConfigError for a file that cannot be read or has no request, at its first bad line, and at its end
-        for requests of a kind that is not measured; with `skip_bad_lines` both are left out."""
+        """Raises ConfigError if the file cannot be read or has no request, at its first bad line, and at its end
+        for requests of a kind that is not measured. With `skip_bad_lines` both are left out instead."""
         self.bad_lines, self.refused, self.number = 0, Counter(), -1
         first: dict[str, str] = {}  # kind -> where
         usable = 0
@@ -114,26 +114,26 @@ class Workload:
             kinds = listed(f"{count} {kind} (first: {first[kind]})" for kind, count in self.refused.items())
             raise ConfigError(f"{self.flag} {self.path}: not measured: {kinds}; leave them out{self._by_flag}")
         if not usable:
-            raise ConfigError(f"{self.flag} {self.path}: it has no usable request; give one on each line")
+            raise ConfigError(f"{self.flag} {self.path}: it has no usable request; write one on each line")
 
     def told(self) -> str | None:
-        """What was left out of the last reading; None where nothing was."""
+        """What the last reading left out; None if nothing."""
         parts = [f"{count} {kind}" for kind, count in self.refused.items()]
         parts += [counted(self.bad_lines, "bad line")] if self.bad_lines else []
         return f"{self.flag} {self.path}: left out: {listed(parts)}" if parts else None
 
     def leave_out(self, number: int, place: str, why: str) -> None:
-        """An entry that has been read, and that vLLM refuses; raises ConfigError unless bad lines are skipped."""
+        """Leave out an entry that vLLM refuses; raises ConfigError unless bad lines are skipped."""
         self._bad(place, why)
         self.left_out.add(number)
 
     def _bad(self, where: str, why: str) -> None:
         if not self.skip_bad_lines:
-            raise ConfigError(f"{self.flag} {self.path}, {where}: {why}; mend it, or leave it out{self._by_flag}")
+            raise ConfigError(f"{self.flag} {self.path}, {where}: {why}; fix it, or leave it out{self._by_flag}")
         self.bad_lines += 1
 
     def _documents(self) -> Iterator[tuple[str, Any]]:
-        """(where, what is there) of each request."""
+        """(place, content) of each request."""
         try:
             with open_regular(self.path, "r", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
                 self._file = cast(TextIO, file)
@@ -177,17 +177,17 @@ class Workload:
             yield f"entry {number}", document
 
     def _broken_list(self, number: int, rest: str) -> ConfigError:
-        """No bad line: where the next entry begins, nobody knows."""
-        why = f"{_NO_JSON}, and nothing after it can be read" if rest else "the list ends before its ]"
-        return ConfigError(f"{self.flag} {self.path}, entry {number + 1}: {why}; mend it, or give lines of JSON")
+        """Not just a bad line: it is unknown where the next entry begins."""
+        why = f"{_NO_JSON}, and nothing after it can be read" if rest else "the list has no closing ]"
+        return ConfigError(f"{self.flag} {self.path}, entry {number + 1}: {why}; fix it, or write lines of JSON")
 
     def _check_end(self, text: str, file: IO[str], number: int) -> None:
-        """That nothing follows the list."""
+        """Check that nothing follows the list."""
         while not text.strip() and (text := file.read(_CHUNK)):
             pass
         if text.strip():
             raise ConfigError(
-                f"{self.flag} {self.path}: after its list of {counted(number, 'request')} comes something else; give "
+                f"{self.flag} {self.path}: something follows its list of {counted(number, 'request')}; give "
                 "one list, or lines of JSON"
             )
 
@@ -197,7 +197,7 @@ class Workload:
         names = [cell.strip() for cell in cells]
         if _LENGTHS[0] not in names:
             begin = f"{self.flag} {self.path}, {where}: {_shown(','.join(cells))}"
-            raise ConfigError(f"{begin} begins neither JSON nor a CSV with the columns {listed(_LENGTHS)}")
+            raise ConfigError(f"{begin} begins like neither JSON nor a CSV with the columns {listed(_LENGTHS)}")
         for where, cells in rows:
             if len(cells) > len(names):
                 self._bad(where, f"it has {len(cells)} cells for {counted(len(names), 'column')}")
@@ -206,7 +206,7 @@ class Workload:
                 yield where, {name: given[name] for name in _LENGTHS if given.get(name, "").strip()}
 
     def _lines(self, file: IO[str]) -> Iterator[str]:
-        """An empty one in place of one that is longer than any request: a file may be a single line."""
+        """Yields an empty line in place of one longer than any request: a file may be a single line."""
         number = 0
         while line := file.readline(_LONGEST_ENTRY):
             number += 1
@@ -218,7 +218,7 @@ class Workload:
             yield line
 
     def _rows(self, file: IO[str]) -> Iterator[tuple[str, list[str]]]:
-        """(where it begins, its cells) of each row of a table that is not empty."""
+        """(place, cells) of each row that is not empty."""
         csv.field_size_limit(_LONGEST_ENTRY)
         rows = csv.reader(self._lines(file), skipinitialspace=True)
         while True:
@@ -228,19 +228,19 @@ class Workload:
             except StopIteration:
                 return
             except csv.Error as error:
-                self._bad(where, f"it is no CSV ({error})")
+                self._bad(where, f"it is not CSV ({error})")
                 continue
             if any(cell.strip() for cell in cells):
                 yield where, cells
 
 
 def _shown(value: Any) -> str:
-    """Also of a file that is no text."""
+    """Works for a file that is not text, too."""
     return quoted(str(value).encode("utf-8", "backslashreplace").decode())
 
 
 def _first_character(file: IO[str]) -> str:
-    """That is no white space; the file is then at its beginning again."""
+    """The first that is not white space; the file is then rewound."""
     while (character := file.read(1)) and character.isspace():
         pass
     file.seek(0)
@@ -253,7 +253,7 @@ def _first_character(file: IO[str]) -> str:
 def entry_of(document: Any) -> Entry:
     """Raises _BadLineError and _RefusedError."""
     if not isinstance(document, dict):
-        raise _BadLineError("it is no object")
+        raise _BadLineError("it is not a JSON object")
     if "body" in document or "url" in document:
         return _of_openai(document)
     if "conversations" in document:
@@ -274,7 +274,7 @@ def _of_openai(document: dict[str, Any]) -> Entry:
     """As `vllm run-batch` reads it."""
     url, body = document.get("url"), document.get("body")
     if not isinstance(body, dict):
-        raise _BadLineError("its body is no object")
+        raise _BadLineError("its body is not an object")
     if url == "/v1/embeddings":
         raise _RefusedError("for embeddings")
     if url not in (_CHAT, _COMPLETIONS):
@@ -298,7 +298,7 @@ def _options(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _only(prompt: Any) -> Any:
-    """Of a list of prompts, which are texts or lists of ids, the only one."""
+    """The only prompt of a list of prompts, which are texts or lists of ids."""
     if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], (str, list)):
         return prompt
     if len(prompt) > 1:
@@ -317,17 +317,17 @@ def _refuse_several_and_structured(body: dict[str, Any]) -> None:
 
 
 def _refuse_own_ways(body: dict[str, Any]) -> None:
-    """`vllm run-batch` takes a chat template from its user alone."""
+    """`vllm run-batch` takes a chat template only from its user."""
     given = body.get("chat_template_kwargs")
     if body.get("chat_template") or (isinstance(given, dict) and given.get("chat_template")):
         raise _RefusedError("with a chat template of their own")
     if body.get("truncate_prompt_tokens") is not None or body.get("suffix"):
-        raise _RefusedError("with a suffix or a prompt that is cut")
+        raise _RefusedError("with a suffix or a truncated prompt")
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise _BadLineError("its messages are no list of objects")
+        raise _BadLineError("its messages are not a list of objects")
     for message in value:
         content = message.get("content")
         parts = content if isinstance(content, list) else []
@@ -339,7 +339,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
 def _of_sharegpt(turns: Any) -> Entry:
     """The first question, and the length of its answer."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise _BadLineError("its conversations are no list of objects")
+        raise _BadLineError("its conversations are not a list of objects")
     start = next((at for at, turn in enumerate(turns) if turn.get("from") in _HUMANS), None)
     answer = turns[start + 1] if start is not None and start + 1 < len(turns) else None
     if start is None or answer is None or answer.get("from") not in _MODELS:
@@ -349,18 +349,18 @@ def _of_sharegpt(turns: Any) -> Entry:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value:
-        raise _BadLineError(f"its {what} is no text")
+        raise _BadLineError(f"its {what} is not a text")
     return value
 
 
 def _ids(value: Any) -> list[int]:
     if not isinstance(value, list) or not value or not all(type(one) is int and one in _IDS for one in value):
-        raise _BadLineError("its token ids are no list of numbers")
+        raise _BadLineError("its token ids are not a list of numbers")
     return value
 
 
 def _length(document: dict[str, Any], name: str) -> int | None:
-    """None where it is not there. A table may write 812.0."""
+    """None if it is missing. A table may write 812.0."""
     value = document.get(name)
     if value is None:
         return None
@@ -369,5 +369,5 @@ def _length(document: dict[str, Any], name: str) -> int | None:
     except (ValueError, OverflowError):
         number = 0.0
     if not (1 <= number <= MOST_TOKENS and number.is_integer()):
-        raise _BadLineError(f"its {name} {_shown(value)} is no number of tokens from 1 to {MOST_TOKENS}")
+        raise _BadLineError(f"its {name} {_shown(value)} is not a number of tokens from 1 to {MOST_TOKENS}")
     return int(number)

@@ -1,8 +1,8 @@
-"""What run_batch_experiments.sh starts, with its table of presets: measure the settings of one of them.
+"""What run_batch_experiments.sh starts, with its table of presets: measures the settings of one preset.
 
     python -P -m batch_inference.launch TABLE PYTHON PREFIX WORDS..
 
-TABLE: a line per word of the presets, quoted for a shell. PYTHON: what measures. PREFIX: what stands before the names
+TABLE: a line per word of the presets, quoted for a shell. PYTHON: what measures. PREFIX: what precedes the names
 of our own files in commands. WORDS: the user's.
 """
 
@@ -84,7 +84,7 @@ def work(preset: Preset, options: Options, here: Here, argv: Sequence[str], proc
     check_packages(jobs, preset)
     if options.is_over_nodes:
         keep_secret(options)
-    # On every node, and before they meet: it may take long.
+    # On every node, before they meet, because it may take long.
     fetch_models(to_be_fetched(jobs), say)
     if options.is_over_nodes:
         return work_over_nodes(preset, options, here, devices, processes)
@@ -95,7 +95,7 @@ def work(preset: Preset, options: Options, here: Here, argv: Sequence[str], proc
 
 
 def work_over_nodes(preset: Preset, options: Options, here: Here, devices: Devices, processes: Processes) -> int:
-    # They need installed packages, and the plan answers without them.
+    # These need installed packages; the plan works without them.
     from batch_inference.launch.meeting import introduction, meet
     from batch_inference.launch.together import Follower, Leader
 
@@ -114,7 +114,7 @@ def work_over_nodes(preset: Preset, options: Options, here: Here, devices: Devic
 
 
 def keep_secret(options: Options) -> None:
-    """Where the meeting finds it, and those of the settings in processes of their own. Raises ConfigError."""
+    """Keep it where the meeting finds it, and so do the settings' own processes. Raises ConfigError."""
     from batch_inference.measure.greeting import secret_of_nodes
 
     if options.meeting_secret:
@@ -125,14 +125,14 @@ def keep_secret(options: Options) -> None:
 def plan_jobs(
     preset: Preset, options: Options, here: Here, devices: Devices, nodes: NodeDevices
 ) -> tuple[list[PlannedJob], list[str]]:
-    """The settings, and a line for each that is left out or may become another. Raises ConfigError."""
+    """The settings, and a line for each that is left out or may change. Raises ConfigError."""
     if preset.is_search:
         return plan_search(preset, options, here, devices), []
     settings, left_out = settings_of(preset, options, nodes.total, nodes.spread)
     if not nodes.are_all and has_n(preset, options):
         left_out.append(
-            f"N is {nodes.total} in this plan, the devices of one node; it will be those of all nodes that come, and "
-            "--nnodes says how many"
+            f"N is {nodes.total} in this plan, the devices of one node; in a run it counts all nodes that come, and "
+            "--nnodes sets their number"
         )
     jobs = planned(jobs_of(settings, preset, options, here), devices, say)
     if options.is_over_nodes:
@@ -141,7 +141,7 @@ def plan_jobs(
 
 
 def plan_search(preset: Preset, options: Options, here: Here, devices: Devices) -> list[PlannedJob]:
-    """All settings that may be loaded. Raises ConfigError."""
+    """Every setting that may be loaded. Raises ConfigError."""
     check_search(options, devices)
     options = as_search(options)
     one = job_of(Setting(1, 1, 1), 0, 0, preset, options, here)
@@ -152,7 +152,7 @@ def plan_search(preset: Preset, options: Options, here: Here, devices: Devices) 
 
 
 def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
-    """The exit code: 1 where nothing is found, and where a setting that was loaded has failed."""
+    """Returns the exit code: 1 if nothing is found, or if a loaded setting failed."""
     if all(one.reason for one in jobs):
         for one in jobs:
             say(f"{one.job.name} skipped: {one.reason}")
@@ -165,7 +165,7 @@ def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
 
 
 def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Options, devices: Devices) -> int:
-    """To read and to paste, or with --json for scripts; the exit code."""
+    """A plan to read and paste from, or for scripts with --json; returns the exit code."""
     if not options.json:
         return show("\n".join(plan(jobs, left_out, nodes_in_words(options), devices)))
     say_notes(left_out)
@@ -173,13 +173,13 @@ def show_plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], options: Opti
 
 
 def to_be_fetched(jobs: Sequence[PlannedJob]) -> list[ExperimentConfig]:
-    """Of settings that are to be measured, where several engines load the model: here, or side by side in one."""
+    """The settings to be measured, if several engines load the model: one after another, or side by side."""
     configs = [one.config for one in jobs if one.reason is None and open_points(one.config)]
     return configs if len(configs) > 1 or any(config.data_parallel_size > 1 for config in configs) else []
 
 
 def install_where_needed(jobs: Sequence[PlannedJob], here: Here, argv: Sequence[str], processes: Processes) -> None:
-    """Where neither the user nor .venv has a Python, and the one at hand has no vLLM: makes .venv, and starts again."""
+    """If neither the user nor .venv provides a Python, and the current one has no vLLM: make .venv, and start again."""
     chosen = os.environ.get("PYTHON") or here.python != "python3"
     if chosen or all(one.reason for one in jobs) or importlib.util.find_spec("vllm"):
         return
@@ -192,13 +192,13 @@ def install_where_needed(jobs: Sequence[PlannedJob], here: Here, argv: Sequence[
 
 
 def check_packages(jobs: Sequence[PlannedJob], preset: Preset) -> None:
-    """Raises ConfigError where something is not installed that measures, or that analyses a demo in the end, and for a
-    vLLM that loads no engine of ours."""
+    """Raises ConfigError if a package for measuring is missing, or one for a demo's final analysis, and for a
+    vLLM that cannot load our engines."""
     if all(one.reason for one in jobs):
         return
     if missing := missing_to_measure() or (missing_to_analyse(plots=True) if preset.is_demo else None):
         raise ConfigError(missing)
-    check_vllm_version(say)  # its warning is for each setting to say
+    check_vllm_version(say)  # each setting gives the warning itself
 
 
 def none_can_run(preset: Preset) -> int:
@@ -219,7 +219,7 @@ def close(outcomes: Outcomes, preset: Preset, options: Options, here: Here, proc
             say_how_to_analyse(here, folder)
     elif outcomes.done:
         say()
-        # Its exit code 2 would say that the preset was used wrongly.
+        # Its exit code 2 would mean that the preset was used wrongly.
         if processes.run([here.python, here.path(ANALYSIS), "--input", folder]):
             return 1
     return 1 if outcomes.failed else 0

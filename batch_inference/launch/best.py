@@ -1,6 +1,6 @@
-"""The preset `best`: loads one setting after the other, as core/race.py chooses them, until none can win any more.
+"""The preset `best`: loads one setting after another, in the order of core/race.py, until no other can win.
 
-All that is measured lies in the usual result files, and is taken from there where it was measured before: an engine is
+All measurements are in the usual result files, and earlier ones are taken from there: an engine is
 started only for what is missing.
 """
 
@@ -31,56 +31,56 @@ from batch_inference.launch.running import wait_for_others
 from batch_inference.launch.stored import file_of, result_of
 from batch_inference.plan.devices import Devices
 
-# Results need installed packages, and the plan answers without them.
+# Results need installed packages; the plan works without them.
 if TYPE_CHECKING:
     from batch_inference.core.results import Result
 
 _LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
 _ASKED = ("--goal", *map(flag_of, _LIMITS))
-# What a load is told anew: flags of the search, and the sizes.
+# What each load gets its own values of: flags of the search, and the sizes.
 _OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--packed", *_ASKED)
-# What is chosen for each load, and what a search must know itself: behind -- they would be for the loads alone.
+# What is chosen for each load, and what the search itself must know: after -- only the loads would get them.
 _SEARCHED = (
     "--batch-sizes", "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--to-beat",
     "--enable-expert-parallel", "--packed",
 )  # fmt: skip
-# Who says how often a point runs has said it for all settings.
+# A user who sets how often a point runs sets it for all settings.
 _RUNS = ("--num-runs", "--max-runs")
 _BEFORE = (*_ASKED, "--prompts-file")
-_KEEPS_NONE = "no batch size that was tried keeps"
+_KEEPS_NONE = "no batch size that was tried stays within"
 # No engine of a real model starts faster.
 _LEAST_START_S = 10.0
-# Runs and warm-ups of a point that is measured as a study does it.
+# Runs and warm-ups of a point in a study.
 _RUNS_OF_A_STUDY = 5
 _SETTINGS_OF_A_STUDY = 4
 
 
 def check_search(options: Options, devices: Devices) -> None:
-    """Raises ConfigError for what `best` does not take, or needs."""
+    """Raises ConfigError for what `best` does not accept, or lacks."""
     if options.nnodes not in (None, 1) or options.is_over_nodes:
         given = f"--nnodes {options.nnodes}" if options.nnodes else f"--master-addr {options.master_addr}"
-        raise ConfigError(f"{given}: best is for one node; leave it out, and give presets to more")
+        raise ConfigError(f"{given}: best runs on one node; leave it out, or use another preset for several nodes")
     if options.batch_sizes != Options.batch_sizes and options.batch_sizes != AUTO_SIZES:
         raise ConfigError(f"--batch-sizes {listed(options.batch_sizes)}: best searches them; leave it out")
     _check_behind(options.flags)
     if options.goal == LATENCY_GOAL and options.prompts_file:
         raise ConfigError(
-            f"--goal {LATENCY_GOAL}: a workload is one job, which takes least where throughput is highest; leave it out"
+            f"--goal {LATENCY_GOAL}: a workload is one job, fastest where throughput is highest; leave it out"
         )
     if options.goal == COST and options.device_hour_price is None:
-        raise ConfigError(f"--goal {COST}: a price is needed too; give --device-hour-price PRICE")
+        raise ConfigError(f"--goal {COST}: it also needs a price; add --device-hour-price PRICE")
     if options.devices and not options.dry_run and options.devices > len(devices):
-        raise ConfigError(f"--devices {options.devices}: there are {len(devices)} ({devices.kind}); lower it")
+        raise ConfigError(f"--devices {options.devices}: only {len(devices)} are there ({devices.kind}); lower it")
     budget_s = (options.budget_device_minutes or float("inf")) * 60 / len(devices)
     if budget_s < _LEAST_START_S:
         raise ConfigError(
-            f"--budget-device-minutes {options.budget_device_minutes:g}: on {counted(len(devices), 'device')} this is "
-            f"{budget_s:.2g} s, in which no engine starts; raise it"
+            f"--budget-device-minutes {options.budget_device_minutes:g}: on {counted(len(devices), 'device')} that is "
+            f"{budget_s:.2g} s, too short to start an engine; raise it"
         )
 
 
 def _check_behind(flags: Sequence[str]) -> None:
-    """Raises ConfigError for what would be told to the loads, and not to the search."""
+    """Raises ConfigError for flags that the loads would get, but not the search."""
     for word in flags:
         if (flag := word.partition("=")[0]) in _SEARCHED:
             raise ConfigError(f"{flag} after --: best searches it; leave it out")
@@ -89,30 +89,30 @@ def _check_behind(flags: Sequence[str]) -> None:
 
 
 def check_budgets(config: ExperimentConfig) -> None:
-    """Raises ConfigError for an axis that an answer has no word for."""
+    """Raises ConfigError for an axis that an answer cannot express."""
     if len(config.budgets) > 1:
         raise ConfigError(
-            f"--max-num-batched-tokens {listed(config.budgets)}: best compares settings at one; give one of them"
+            f"--max-num-batched-tokens {listed(config.budgets)}: best compares settings at one of them; give only one"
         )
 
 
 def as_search(options: Options) -> Options:
-    """As the settings of a search are planned."""
+    """The options with which the settings of a search are planned."""
     given = AUTO in options.passed_on
     words = options.passed_on if given else (*options.passed_on, "--batch-sizes", AUTO)
-    # A load is told its sizes, and a plan on how many devices it is made for.
+    # A load gets its own sizes, and a plan the number of devices it is for.
     return replace(options, passed_on=words, devices=options.devices if options.dry_run else None)
 
 
 def settings_to_search(options: Options, devices: int, *, has_experts: bool) -> list[Setting]:
-    """Candidates, and replicas of them, which are loaded first."""
+    """Candidates, and their single replicas, which are loaded first."""
     chosen = candidates(options.goal, devices, has_experts=has_experts)
     needed = dict.fromkeys([*(one.replica for one in chosen), *chosen])
     return [_setting(layout) for layout in sorted(needed, key=lambda one: (one.num_devices, one.pp, one.dp))]
 
 
 def candidates(goal: str, devices: int, *, has_experts: bool) -> list[Layout]:
-    """For what one device does, any number of them; else those that use all."""
+    """For a goal per device, any number of devices; otherwise those that use all."""
     exactly = goal not in (PER_DEVICE, COST)
     found = layouts(devices, exactly=exactly)
     if has_experts and devices > 1:
@@ -140,14 +140,14 @@ class Best:
     jobs: dict[Layout, PlannedJob] = field(default_factory=dict)
     search: Search = field(default_factory=lambda: Search({}))
     walls_s: list[float] = field(default_factory=list)  # of the loads
-    steps: int = 0  # loads, and those of which all was measured before
+    steps: int = 0  # loads, including those that were completely measured before
     loads: int = 0
     used_s: float = 0.0
     ended_by_budget: bool = False
     failed: list[Job] = field(default_factory=list)
     paths: dict[Layout, Path] = field(default_factory=dict)  # of their result files
     starts_s: list[float] = field(default_factory=list)
-    # Of every point measured, by what tells it from others of a setting: the mean time of a batch.
+    # The mean time of a batch of every point measured, by what tells it from other points of its setting.
     batches_s: dict[tuple[int | None, int], list[float]] = field(default_factory=dict)
 
     @property
@@ -155,7 +155,7 @@ class Best:
         return all(race.best() for race in self.search.races.values())
 
     def run(self, jobs: Sequence[PlannedJob]) -> None:
-        """Until nothing is open, or the budget is used. Raises SystemExit after a signal, and with 2 where what the
+        """Until nothing is open, or the budget is used up. Raises SystemExit after a signal, and with 2 if what the
         user asked is wrong for every setting."""
         self.jobs = {_layout(one.job.setting): one for one in jobs}
         self.search = self._search_among(jobs[0].config)
@@ -170,7 +170,7 @@ class Best:
             wall_s = time.monotonic() - began_s
             self.used_s += wall_s
             self.steps += len(loads)
-            # No engine is started where all was measured before.
+            # No engine starts if everything was measured before.
             if started := len(self._written() - before):
                 self.loads += started
                 self.walls_s.append(wall_s)
@@ -185,19 +185,19 @@ class Best:
         return Search({length: Race(what, chosen, feasible) for length in lengths})
 
     def _note_times(self, result: Result) -> None:
-        """For what a study of all would take."""
+        """To estimate what a study of all settings would take."""
         from batch_inference.launch.replay import Recorded, layout_of
 
         recorded = Recorded(layout_of(result), result)
         if recorded.start_s:
-            # To close the engine takes time, too, and what lies between runs.
+            # Closing the engine and the gaps between runs take time too.
             self.starts_s.append(recorded.start_s + recorded.beside_s)
         for point in result.points:
             if (batch_s := point.summary.get("latency_mean_s")) is not None:
                 self.batches_s.setdefault((point.seq_len, point.batch_size), []).append(batch_s)
 
     def write_to_use(self) -> str | None:
-        """Where the answer at the longest prompts was written to be used; None where a package is missing for that."""
+        """Where the answer at the longest prompts was written for use; None if a package for that is missing."""
         length, race = max(self.search.races.items(), key=lambda pair: pair[0] or 0)
         found = race.best()
         if found is None or found.best is None or missing_to_analyse(plots=False):
@@ -212,7 +212,7 @@ class Best:
             load_setting(path), self.jobs[found.layout].job.name, found.best.batch_size,
             None,
             length, None if length is None else config.max_tokens, config.workload,
-            f"the best for {self.options.goal} that a search has found",
+            f"the best for {self.options.goal} that a search found",
         )  # fmt: skip
         try:
             return str(folder) if write_winner(chosen, folder) else None
@@ -221,7 +221,7 @@ class Best:
             return None
 
     def study_s(self) -> float | None:
-        """About what all settings that can win would take, at all sizes that were tried; None where no engine was
+        """Roughly what all settings that could win would take, at all sizes that were tried; None if no engine was
         started."""
         settings = {one for race in self.search.races.values() for one in race.candidates if one in race.feasible}
         if not self.starts_s:
@@ -240,13 +240,13 @@ class Best:
         jobs = [self._job_of(load, beside=beside) for load in loads]
         for number, (load, job) in enumerate(zip(loads, jobs, strict=True), self.steps + 1):
             sizes = f"{listed(load.sizes)} at once" if load.sizes else "batch sizes searched"
-            # Of a search that was killed, a setting may still be measuring.
+            # A setting of a killed search may still be measuring.
             wait_for_others(job.config, f"[{number}] {job.name}", self.processes)
             say(f"[{number}] {job.name}, {sizes} -> {job.config.output_path}")
         if not beside:
             yield loads[0], jobs[0], self.processes.run(jobs[0].words)
             return
-        # It needs installed packages, and --help does not.
+        # This needs installed packages; --help does not.
         from batch_inference.launch.packing import Packing
 
         of_job = {job.name: load for load, job in zip(loads, jobs, strict=True)}
@@ -281,7 +281,7 @@ class Best:
         return any(word.partition("=")[0] in _RUNS for word in self.options.passed_on)
 
     def _written(self) -> set[tuple[str, int]]:
-        """The result files of the folder, each with the moment when it was written."""
+        """The result files of the folder, each with its modification time."""
         with contextlib.suppress(OSError):
             folder = Path(folder_of(self.preset, self.options))
             return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("*.json")}
@@ -289,7 +289,7 @@ class Best:
 
     def _keep(self, load: Load, job: Job, code: int) -> None:
         if code == 2 and not any(race.found for race in self.search.races.values()):
-            raise SystemExit(2)  # a flag or a model that is wrong for the first is wrong for all
+            raise SystemExit(2)  # a wrong flag or model is wrong for all
         if code:
             self.failed.append(job)
         path, result = file_of(job.config) or (None, None)
@@ -301,7 +301,7 @@ class Best:
             tried = tried_in(result, job.config, length, self.options) if result else []
             if result and tried:
                 climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL, to_beat=to_beat)
-                # What was lost on the way up may have been better than all that was measured.
+                # What was lost on the way up may have been better than everything measured.
                 before = race.found.get(load.layout)  # beside others
                 went_on = code == 0 and not _has_invalid(result, length)
                 is_searched = load.sizes is None or (before is not None and before.is_exhausted)
@@ -338,14 +338,14 @@ def _has_invalid(result: Result, length: int | None) -> bool:
 
 
 def what_best_saves(done: Sequence[Job]) -> str | None:
-    """In the end of a study: what a search for the same answer would have taken. None for few settings."""
+    """For the end of a study: what a search for the same answer would have taken. None for few settings."""
     if len(done) < _SETTINGS_OF_A_STUDY or any(job.config.prompts_file or job.config.packed for job in done):
         return None
     from batch_inference.launch.replay import replayed, study_of
 
     results = [result for job in done if (result := result_of(job.config))]
     study = study_of(results)
-    # Of one that was gone on with nobody knows how long it took.
+    # How long a resumed study took is unknown.
     is_whole = all(one.environment.ended_at and not one.environment.resumed_from for one in results)
     if len(study.settings) < _SETTINGS_OF_A_STUDY or not is_whole or not study.lengths:
         return None
@@ -360,7 +360,7 @@ def what_best_saves(done: Sequence[Job]) -> str | None:
 
 
 def report(best: Best) -> list[str]:
-    """The answer for each prompt length, the others, what was not loaded and why, and what it took."""
+    """For each prompt length the answer, the other settings, and what was not loaded and why; and what it took."""
     lines = []
     for length, race in best.search.races.items():
         what = f"{best.options.goal}, " + ("this workload" if length is None else f"prompts of {length} tokens")
@@ -377,7 +377,7 @@ def _named(found: Found) -> str:
 
 
 def _loaded(best: Best, race: Race) -> Iterator[str]:
-    """The best first, what is as good, and then the others."""
+    """The best first, then those that are as good, then the others."""
     first, ties = race.best(), race.ties()
     nearest = race.nearest()
     if first:
@@ -392,10 +392,10 @@ def _loaded(best: Best, race: Race) -> Iterator[str]:
         if found is first:
             continue
         if found.best:
-            word = "as good, by its interval: " if found in ties else ""
+            word = "as good, within its interval: " if found in ties else ""
             yield f"{word}{_named(found)}: {_value(best, race, found)}"
         elif any(tried.keeps_limits for tried in found.tried):
-            yield f"{found.layout}: its runs say nothing of the whole job; raise --sample"
+            yield f"{found.layout}: its runs say nothing about the whole job; raise --sample"
         elif first:
             yield f"{found.layout}: {_KEEPS_NONE} {_limits(best.options)}"
 
@@ -404,13 +404,13 @@ def _value(best: Best, race: Race, found: Found) -> str:
     """In the unit of the goal, with its interval."""
     value, half = race.value_of(found), race.half_of(found)
     if best.options.goal == LATENCY_GOAL:
-        return f"{_with_half(1 / value, half / value**2)} s for a batch"
-    over_all = " over all of the job" if best.options.prompts_file else ""
+        return f"{_with_half(1 / value, half / value**2)} s per batch"
+    over_all = " over the whole job" if best.options.prompts_file else ""
     words = f"{_with_half(value, half)} tok/s{_per_device(best)}{over_all}"
     if best.options.device_hour_price is None or found.best is None:
         return words
     cost = best.options.device_hour_price * found.layout.num_devices / 3600 / found.best.value * 1e6
-    return f"{words}, {short(cost)} for a million output tokens"
+    return f"{words}, {short(cost)} per million output tokens"
 
 
 def _with_half(value: float, half: float) -> str:
@@ -422,7 +422,7 @@ def _per_device(best: Best) -> str:
 
 
 def _not_loaded(best: Best, race: Race) -> Iterator[str]:
-    """Those with the same reason together."""
+    """Grouped by reason."""
     by_reason: dict[str, list[str]] = {}
     for layout in race.candidates:
         if layout not in race.found:
@@ -438,10 +438,10 @@ def _why_not(best: Best, race: Race, layout: Layout) -> str:
     if layout in race.lost:
         return race.lost[layout]
     if layout.replica in race.lost:
-        return f"{layout.replica} has failed: {race.lost[layout.replica]}"
+        return f"{layout.replica} failed: {race.lost[layout.replica]}"
     bound = race.bound(layout)
     if layout in race.open() or not math.isfinite(bound.most):
-        return "the budget ended before"
+        return "the budget ran out first"
     if best.options.goal == LATENCY_GOAL:
         return f"{short(1 / bound.most)} s or longer: {bound}"
     return f"at most {short(bound.most)} tok/s{_per_device(best)}: {bound}"
@@ -457,7 +457,7 @@ def _took(best: Best) -> str:
     used = f"{best.used_s * devices / 60:.1f} device-minutes ({counted(devices, 'device')}, {best.used_s:.0f} s)"
     words = f"Used {used} for {counted(best.loads, 'load')}"
     if study_s := best.study_s():
-        words += f"; a study of all settings at these batch sizes takes about {study_s * devices / 60:.3g}"
+        words += f"; a study of all settings at these batch sizes would take about {study_s * devices / 60:.3g}"
     if best.ended_by_budget:
-        words += f"; the budget of {best.options.budget_device_minutes:g} has ended the search"
+        words += f"; the budget of {best.options.budget_device_minutes:g} ended the search"
     return words

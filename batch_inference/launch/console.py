@@ -1,4 +1,4 @@
-"""What people see of the launcher itself: lines of progress and the closing report."""
+"""What the launcher itself prints: lines of progress and the closing report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Outcomes:
     failed: list[Job] = field(default_factory=list)
 
     def keep(self, job: Job, code: int) -> None:
-        """Raises SystemExit where somebody has interrupted the setting."""
+        """Raises SystemExit if the setting was interrupted."""
         if code in EXIT_CODES.values():
             raise SystemExit(code)
         (self.failed if code else self.done).append(job)
@@ -43,5 +43,5 @@ def say_how_to_analyse(here: Here, folder: str) -> None:
 
 
 def _names(jobs: list[Job]) -> str:
-    # A second part runs the same settings again.
+    # A second part may run the same settings again.
     return " ".join(dict.fromkeys(job.name for job in jobs)) or "none"

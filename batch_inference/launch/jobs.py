@@ -1,4 +1,4 @@
-"""The settings of a preset as jobs: the command line of each, and what it asks of the experiment script."""
+"""The settings of a preset as jobs: each one's command line, and what it asks of the experiment script."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ WORKLOAD = "examples/workload.jsonl"
 
 @dataclass(frozen=True)
 class Here:
-    """How commands are written where the user stands."""
+    """How commands are written for the user's current folder."""
 
     python: str
-    prefix: str  # before the names of our own files: nothing in the folder of the checkout
+    prefix: str  # before the names of our own files; empty in the folder of the checkout
 
     def path(self, name: str) -> str:
         return f"{self.prefix}{name}"
@@ -39,11 +39,11 @@ class Job:
     words: tuple[str, ...]  # the command
     config: ExperimentConfig
     setting: Setting
-    port: int = 0  # the first of its own on node 0, for several nodes
+    port: int = 0  # its first port on node 0, for several nodes
 
     @property
     def console_path(self) -> Path:
-        """What it prints, where another runs beside it."""
+        """Where its output goes if another job runs beside it."""
         return self.config.output_path.with_suffix(".txt")
 
 
@@ -53,22 +53,20 @@ def folder_of(preset: Preset, options: Options) -> str:
 
 
 def check_together(preset: Preset, options: Options) -> None:
-    """Raises ConfigError for options that the preset does not allow, or needs."""
+    """Raises ConfigError for options that the preset does not allow, or lacks."""
     if not preset.is_search:
         _check_no_search(preset, options)
     if options.job and not preset.is_demo:
-        raise ConfigError(f"--job: it is for quickstart; with {preset.name} give --prompts-file FILE")
+        raise ConfigError(f"--job: it works only with quickstart; with {preset.name} give --prompts-file FILE")
     if options.job and options.prompts_file:
-        raise ConfigError(
-            f"--prompts-file {options.prompts_file}: --job measures a workload of its own; drop one of them"
-        )
+        raise ConfigError(f"--prompts-file {options.prompts_file}: --job measures its own workload; drop one of them")
     if options.nnodes in (None, 1) and not options.is_over_nodes:
         return
     given = f"--nnodes: '{options.nnodes}'" if options.nnodes else f"--master-addr: '{options.master_addr}'"
     if preset.is_demo:
-        raise ConfigError(f"{given} was given, {preset.name} is for one node")
+        raise ConfigError(f"{given} was given, but {preset.name} is for one node")
     if options.master_addr is None:
-        raise ConfigError(f"{given} was given, --master-addr HOST is needed too")
+        raise ConfigError(f"{given} was given, but --master-addr HOST is needed too")
 
 
 def _check_no_search(preset: Preset, options: Options) -> None:
@@ -76,16 +74,16 @@ def _check_no_search(preset: Preset, options: Options) -> None:
         raise devices_without_plan(options.devices)
     for name in ("budget_device_minutes", "device_hour_price"):
         if (value := getattr(options, name)) is not None:
-            raise ConfigError(f"{flag_of(name)} {value:g}: it is for best, {preset.name} was given; leave it out")
+            raise ConfigError(f"{flag_of(name)} {value:g}: it is for best, not {preset.name}; leave it out")
 
 
 def nodes_in_words(options: Options) -> str:
-    """Where the devices of a plan are; nothing for one node."""
+    """Where the devices of a plan are; empty for one node."""
     if not options.is_over_nodes:
         return ""
     if options.nnodes:
         return f" on each of {options.nnodes} nodes"
-    return " on each node, if all are like this one; as many nodes as a setting needs"
+    return " on each node, if all are like this one; a setting takes as many nodes as it needs"
 
 
 def jobs_of(settings: Sequence[Setting], preset: Preset, options: Options, here: Here) -> list[Job]:
@@ -93,10 +91,10 @@ def jobs_of(settings: Sequence[Setting], preset: Preset, options: Options, here:
     most = 65535 - 2 * len(settings)
     if options.is_over_nodes and options.master_port > most:
         raise ConfigError(
-            f"--master-port: '{options.master_port}' was given, {preset.name} takes two ports for each setting after "
+            f"--master-port: '{options.master_port}' was given, but {preset.name} takes two ports per setting after "
             f"it: at most {most}"
         )
-    # Ports of its own: no setting meets what the one before may still be closing on node 0.
+    # Its own ports, so that no setting meets what the one before may still be closing on node 0.
     ports = itertools.count(options.master_port + 1, 2)
     rank = options.node_rank or 0
     parts = [preset, *([preset.over(here.path(WORKLOAD))] if options.job else [])]
@@ -104,16 +102,16 @@ def jobs_of(settings: Sequence[Setting], preset: Preset, options: Options, here:
 
 
 def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Options, here: Here) -> Job:  # noqa: PLR0913
-    """`rank`: the number that this node has among those of the setting. Raises ConfigError for flags that are wrong."""
+    """`rank`: this node's number among those of the setting. Raises ConfigError for flags that are wrong."""
     nodes = _node_flags(setting, port, rank, options)
     start, backend = [here.python], ["--distributed-executor-backend", "mp"] if setting.tp * setting.pp > 1 else []
-    # A first look is to be short; a study is to measure what vLLM does by itself.
+    # A first try should be short; a study should measure what vLLM does by itself.
     if preset.is_demo and SEPARATE not in os.environ and _runs_on_cores(options):
         start = ["env", f"{SEPARATE}=0", *start]
     if setting.torchrun:
         start = _torchrun(setting.num_devices // setting.nodes, nodes, here)
         backend = ["--distributed-executor-backend", "external_launcher"]
-    # One that cannot be shared out evenly is skipped, and no error of the preset.
+    # A setting that cannot be divided evenly is skipped, and is not an error of the preset.
     elif setting.num_devices % setting.nodes == 0:
         backend += nodes
     of_preset = preset.flags
@@ -127,7 +125,7 @@ def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Opti
         "--data-parallel-size", str(setting.dp), *backend, *of_preset,
         *setting.flags_beside([*of_preset, *options.flags]),
     ]  # fmt: skip
-    # In a folder of the user's own may lie results that took hours.
+    # A folder of the user's own may hold results that took hours.
     if preset.is_demo and not (preset.goes_on or options.resume or options.output_dir):
         flags.append("--overwrite")
     flags += options.passed_on
@@ -148,7 +146,7 @@ def _runs_on_cores(options: Options) -> bool:
 
 
 def _with_lengths(config: ExperimentConfig) -> ExperimentConfig:
-    """Of a workload how long its requests are, where its file is on this node. Raises ConfigError for one that is no
+    """With the lengths of a workload's requests, if its file is on this node. Raises ConfigError if it is not a
     job."""
     if config.prompts_file is None or (config.node_rank and not Path(config.prompts_file).exists()):
         return config
@@ -156,7 +154,7 @@ def _with_lengths(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _plan_flags(options: Options) -> list[str]:
-    """What a plan is made for; no command of it says so."""
+    """What a plan is made for; its commands do not say so."""
     if not options.dry_run:
         return []
     values = (options.devices, options.device_memory_gib)
@@ -165,7 +163,7 @@ def _plan_flags(options: Options) -> list[str]:
 
 
 def _torchrun(processes: int, nodes: list[str], here: Here) -> list[str]:
-    # torchrun would set the same, with a banner.
+    # torchrun would set the same and print a banner.
     start = [] if os.environ.get("OMP_NUM_THREADS") else ["env", "OMP_NUM_THREADS=1"]
     start += [here.python, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     return start + (nodes or ["--standalone"])

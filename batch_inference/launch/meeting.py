@@ -1,4 +1,4 @@
-"""The nodes of a preset meet, once: who is node 0, who has come in which order, and whether they fit together."""
+"""The nodes of a preset meet once: who is node 0, in which order they came, and whether they fit together."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from batch_inference.measure.nodes import (
 from batch_inference.plan.devices import Devices
 
 _MOST_NODES = 1000
-# Node 0 tells who has come as long after it is found as it waits at most, and on a busy machine a little later.
+# Once found, node 0 takes at most its own waiting time to say who has come, plus this on a busy machine.
 _VERDICT_GRACE_S = 10.0
 
 
 class Hello(Struct, tag=True):
-    """What each node says of itself. `rank`: where it was told one."""
+    """What each node says about itself. `rank`: if it was given one."""
 
     rank: Annotated[int, Meta(ge=1, lt=_MOST_NODES)] | None
     host: Word
@@ -61,21 +61,21 @@ class Hello(Struct, tag=True):
 
 
 class Agreed(Struct, tag=True):
-    """Node 0 to each other node: all are there."""
+    """Node 0 to each other node: all have come."""
 
     node: Number
     names: Annotated[list[Word], Meta(max_length=_MOST_NODES)]
 
 
 class Refused(Struct, tag=True):
-    """Node 0 to one that does not fit, or comes too late."""
+    """Node 0 to a node that does not fit or comes too late."""
 
     problem: Text
 
 
 @dataclass
 class Member:
-    """A node that has come, seen from node 0."""
+    """A node that has come, as node 0 sees it."""
 
     node: int
     hello: Hello
@@ -88,7 +88,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Met:
-    """Node 0: the others, and the door, where late ones still knock. The others: the line to node 0."""
+    """On node 0: the others, and the door where late ones still knock. On the others: the line to node 0."""
 
     node: int
     names: Sequence[str]
@@ -104,7 +104,7 @@ def introduction(preset: Preset, options: Options, devices: Devices) -> Hello:
     """Raises ConfigError for flags that are wrong."""
     told = {
         "preset": " ".join([preset.name, *options.words]),
-        # Of another version of the launcher, where the preset has the same name.
+        # Another version of the launcher may have a preset of the same name.
         "settings": "; ".join(" ".join(redact(words)) for words in preset.words_of_settings(options.words)),
     }
     arguments = parse_flags([*preset.flags, *options.passed_on, *options.flags])[0].arguments()
@@ -116,13 +116,13 @@ def introduction(preset: Preset, options: Options, devices: Devices) -> Hello:
 
 
 def meet(options: Options, own: Hello) -> Met:
-    """Raises NodesError, on every node that has come."""
+    """Raises NodesError on every node that has come."""
     address, port = options.master_addr or "", options.master_port
     owned = own.rank == 0 or (own.rank is None and owns(address, own_addresses(), own.host))
     door = _door(address, port, is_told=own.rank == 0) if owned else None
     if door is None:
         return attend(options, own, is_owned=owned)
-    say(f"node 0 ({own.host}) waits for the others on port {port}; start the same command on each")
+    say(f"node 0 ({own.host}) is waiting for the others on port {port}; start the same command on each")
     try:
         return gather(door, own, options)
     except BaseException:
@@ -131,7 +131,7 @@ def meet(options: Options, own: Hello) -> Met:
 
 
 def _door(address: str, port: int, *, is_told: bool) -> Door | None:
-    """None where another node of this machine, or something else, listens already. Raises NodesError."""
+    """None if another node on this machine, or something else, is already listening. Raises NodesError."""
     if is_told:
         return open_door(port, say, address)
     try:
@@ -149,8 +149,8 @@ def own_addresses() -> set[str]:
 
 
 def owns(address: str, own: Collection[str], host: str) -> bool:
-    """Whether `address`, a number or a name, is one of this machine, which has `own` addresses and is called `host`."""
-    # A machine's own name often leads to 127.0.1.1; it may be given with or without its domain.
+    """Whether `address`, a number or a name, is this machine's, which has `own` addresses and is called `host`."""
+    # A machine's own name often resolves to 127.0.1.1; it may be given with or without its domain.
     if address.lower() in {host.lower(), host.lower().partition(".")[0], "localhost"}:
         return True
     try:
@@ -161,13 +161,13 @@ def owns(address: str, own: Collection[str], host: str) -> bool:
 
 
 def gather(door: Door, own: Hello, options: Options) -> Met:
-    """Node 0: until all are there, or nobody more comes. Raises NodesError."""
+    """Node 0: wait until all have come, or nobody else comes. Raises NodesError."""
     calls = _callers(door, options)
     others = numbered(calls)
     problem = _misfit(own, others) or _missing(others, options)
     names = [named(0, own.host), *(other.name for other in others)]
     for other in others:
-        # One that is gone now is missed by the first setting that needs it.
+        # If one is gone now, the first setting that needs it will notice.
         with contextlib.suppress(OSError):
             other.connection.send(Refused(problem) if problem else Agreed(other.node, names))
     if problem:
@@ -177,7 +177,7 @@ def gather(door: Door, own: Hello, options: Options) -> Met:
 
 
 def _callers(door: Door, options: Options) -> list[tuple[Hello, Connection]]:
-    """In the order in which they come, until one time for all."""
+    """In order of arrival, until a common deadline."""
     calls: list[tuple[Hello, Connection]] = []
     deadline_s, last_s = time.monotonic() + options.wait_for_nodes_s, 0.0
     most = _MOST_NODES - 1 if options.nnodes is None else options.nnodes - 1
@@ -194,15 +194,15 @@ def _callers(door: Door, options: Options) -> list[tuple[Hello, Connection]]:
             calls.append((hello, connection))
             last_s = time.monotonic()
             say(f"{hello.host} has come, with {counted(hello.devices, 'device')}")
-        for one in [one for one in calls if one[1].has_spoken]:  # it has nothing to say yet
+        for one in [one for one in calls if one[1].has_spoken]:  # it should have nothing to say yet
             calls.remove(one)
             one[1].close()
-            say(f"{one[0].host} has gone again")
+            say(f"{one[0].host} has left again")
     return calls
 
 
 def numbered(calls: Sequence[tuple[Hello, Connection]]) -> list[Member]:
-    """Those that were told a number have it; the others get what is left, in the order in which they came."""
+    """Those that were given a number keep it; the others get the remaining ones in order of arrival."""
     told = {hello.rank for hello, _ in calls}
     free = iter([number for number in range(1, len(calls) + 1) if number not in told])
     members = [
@@ -212,7 +212,7 @@ def numbered(calls: Sequence[tuple[Hello, Connection]]) -> list[Member]:
 
 
 def _misfit(own: Hello, others: Sequence[Member]) -> str | None:
-    """What does not fit together, of node 0 and the others that have come."""
+    """What does not fit together among node 0 and the others that have come."""
     first, ours = named(0, own.host), (own.vllm_version, own.arguments)
     if own.vllm_version is None:
         return no_vllm(0, own.host)
@@ -222,17 +222,17 @@ def _misfit(own: Hello, others: Sequence[Member]) -> str | None:
         if one.hello.vllm_version is None:
             return no_vllm(one.node, one.hello.host)
         if one.hello.kind != own.kind:
-            return f"{one.name} has {one.hello.kind} devices, {first} {own.kind} devices"
+            return f"{one.name} has {one.hello.kind} devices, but {first} has {own.kind} devices"
     return None
 
 
 def _missing(others: Sequence[Member], options: Options) -> str | None:
-    """Who did not come, or came twice."""
+    """Which nodes did not come, or came twice."""
     address, waited_s = options.master_addr, options.wait_for_nodes_s
     if not others and options.nnodes is None:
         return (
             f"--master-addr {address}: no other node came to port {options.master_port} within {waited_s:g} s; start "
-            "the same command on the others, or drop --master-addr for this node alone"
+            "the same command on the others, or drop --master-addr to use only this node"
         )
     for earlier, later in itertools.pairwise(others):
         if earlier.node == later.node:
@@ -244,11 +244,11 @@ def _missing(others: Sequence[Member], options: Options) -> str | None:
 
 
 def attend(options: Options, own: Hello, *, is_owned: bool) -> Met:
-    """The other nodes: say who this is, and hear the verdict. Raises NodesError."""
+    """Other nodes: say who this is, and hear the verdict. Raises NodesError."""
     address, port = options.master_addr or "", options.master_port
     is_stranger = own.rank is None and not is_owned
-    about = f"{address} is no address of this machine ({own.host}); if it leads here, give --node-rank 0 here"
-    say(f"waits for node 0 at {address}, port {port}" + (f": {about}" if is_stranger else ""))
+    about = f"{address} is not an address of this machine ({own.host}); if it leads here, give --node-rank 0 here"
+    say(f"waiting for node 0 at {address}, port {port}" + (f": {about}" if is_stranger else ""))
     advice = f"; start the same command there; {about}" if is_stranger else "; start the same command there"
     connection = call((address, port), own, time.monotonic() + options.wait_for_nodes_s, advice, say)
     waits_s = options.wait_for_nodes_s + _VERDICT_GRACE_S
@@ -260,12 +260,14 @@ def attend(options: Options, own: Hello, *, is_owned: bool) -> Met:
         say(f"node {verdict.node} of {counted(len(verdict.names), 'node')}: {listed(verdict.names)}")
         return Met(verdict.node, verdict.names, node_0=connection)
     connection.close()
-    raise NodesError(verdict.problem if verdict else f"--master-addr {address}: no word of node 0 within {waits_s:g} s")
+    raise NodesError(
+        verdict.problem if verdict else f"--master-addr {address}: nothing from node 0 within {waits_s:g} s"
+    )
 
 
 def refuse_late(met: Met, began_s: float) -> None:
-    """Tell those that knock now that the preset has begun without them."""
+    """Tell nodes that knock now that the preset began without them."""
     assert met.door is not None
     for hello, connection in met.door.heard(HELLO, 0):
-        late = f"{hello.host} came too late: {listed(met.names)} began {time.monotonic() - began_s:.0f} s before"
+        late = f"{hello.host} came too late: {listed(met.names)} began {time.monotonic() - began_s:.0f} s earlier"
         met.door.refuse(connection, Refused(f"{late}; start the same command again when they are ready"), late)

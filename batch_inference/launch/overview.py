@@ -1,6 +1,6 @@
-"""The plan of a whole preset: which settings can run here, how, and what they will need.
+"""The plan of a whole preset: which settings can run here, how, and what they need.
 
-As text it is a script: a table as comment lines, and the commands that can run, to be read and pasted.
+The text is a script: a table in comment lines, and the commands that can run, to read and paste.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _COLUMNS = ("setting", "devices", "replicas", "by")
 _MEMORY = ("weights GiB", "KV tokens", "fit in one wave")
 UNKNOWN = "unknown"
 _WHY_TORCHRUN = (
-    "over nodes: one replica by vLLM's own mp; more (DP) by torchrun, because vLLM's offline engine knows no replicas"
+    "over nodes: one replica by vLLM's own mp; several (DP) by torchrun, because vLLM's offline engine has no replicas"
 )
 
 _PACKED = "side by side where devices are free, the longest first; points are marked"
@@ -37,13 +37,13 @@ _PACKED = "side by side where devices are free, the longest first; points are ma
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job, and what can be known of it before it runs."""
+    """A job, and what is known about it before it runs."""
 
     job: Job
     facts: ModelFacts | None
     reason: str | None  # why it cannot run here
     said: Said | None = None  # by vLLM
-    needs: Needs | None = None  # None: not looked at yet
+    needs: Needs | None = None  # None: not determined yet
 
     @property
     def config(self) -> ExperimentConfig:
@@ -51,7 +51,7 @@ class PlannedJob:
 
 
 def planned(jobs: Sequence[Job], devices: Devices, say: Callable[[str], None]) -> list[PlannedJob]:
-    """Of vLLM it is asked once for all. Raises ConfigError for a model folder that is none."""
+    """Asks vLLM once for all of them. Raises ConfigError for a folder that is not a model."""
     facts = [facts_of(job.config) for job in jobs]
     here_gib = smallest_memory_gib(devices)
     settings = [
@@ -73,22 +73,22 @@ def _obstacle(one: PlannedJob, devices: Devices) -> str | None:
 def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:
     if config.num_devices % nnodes == 0:
         return None
-    return f"its {counted(config.num_devices, 'device')} cannot be shared out evenly over {nnodes} nodes"
+    return f"its {counted(config.num_devices, 'device')} cannot be divided evenly among {nnodes} nodes"
 
 
 def _infeasible(
     config: ExperimentConfig, facts: ModelFacts | None, nnodes: int, devices: Devices, said: Said | None
 ) -> str | None:
     needed, there = config.num_devices, len(devices) * nnodes
-    # Every node is taken to be like this one.
+    # Every node is assumed to be like this one.
     on_each = None if config.distributed_executor_backend == "ray" else needed // nnodes
     if on_each and needed > there:
-        return f"it needs {needed} devices, there are {there} ({devices.kind})"
+        return f"it needs {needed} devices, but there are {there} ({devices.kind})"
     return devices_against(config, devices, on_each) or rules_against(config, facts, devices, said)
 
 
 def all_needs(jobs: Sequence[PlannedJob], devices: Devices) -> list[Needs]:
-    """Of each job; looked at once."""
+    """The needs of each job, determined only once."""
     here_gib = smallest_memory_gib(devices)
     return [
         one.needs or needs_of(one.config, one.facts, devices, one.config.device_memory_gib or here_gib, one.said)
@@ -97,7 +97,7 @@ def all_needs(jobs: Sequence[PlannedJob], devices: Devices) -> list[Needs]:
 
 
 def table(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> list[str]:
-    """What the settings will need, a line each; without the memory where nothing of it is known."""
+    """What the settings will need, a line each; without memory if nothing about it is known."""
     knows_sizes = any(need.source and not need.is_refused for need in needs)
     rows = [
         [one.job.name, str(one.config.num_devices), str(one.config.data_parallel_size), _by(one, one.job.setting.nodes)]
@@ -118,7 +118,7 @@ def _cells(needs: Needs) -> list[str]:
 
 
 def plan_as_json(jobs: Sequence[PlannedJob], devices: Devices) -> str:
-    """A list with an object for each setting, those that cannot run included; null for what is not known."""
+    """A list with an object for each setting, including those that cannot run; null for what is unknown."""
     settings = [
         {
             "name": one.job.name,
@@ -146,8 +146,8 @@ def _by(one: PlannedJob, nnodes: int) -> str:
 
 
 def uncompared(jobs: Iterable[PlannedJob]) -> list[str]:
-    """The settings with replicas whose batches never add up to one that another setting on as many devices has. Over a
-    workload all do the same job, however many requests run at once."""
+    """The settings with replicas whose batches never add up to one of another setting on as many devices. With a
+    workload all settings do the same job, however many requests run at once."""
     runnable = [one.job for one in jobs if one.reason is None and one.config.prompts_file is None]
     runnable = [job for job in runnable if not job.config.searches]
     lines = []
@@ -157,7 +157,7 @@ def uncompared(jobs: Iterable[PlannedJob]) -> list[str]:
         totals, replicas = _global_batches(config), config.data_parallel_size
         if replicas == 1 or not others or any(totals & _global_batches(other.config) for other in others):
             continue
-        # These bring the replicas to what others have; where nothing divides, the others to what the replicas have.
+        # Sizes that let the replicas match the others or, if nothing divides, let the others match the replicas.
         missing = {batch // replicas for batch in config.batch_sizes if batch % replicas == 0} or totals
         lines.append(
             f"{job.name} will not be compared with {listed(other.name for other in others)}: its replicas' batches add "
@@ -171,7 +171,7 @@ def _global_batches(config: ExperimentConfig) -> set[int]:
 
 
 def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, devices: Devices) -> list[str]:
-    """The table, what cannot run and why, and the commands for the rest. `nodes`: on which devices are."""
+    """The table, what cannot run and why, and the commands for the rest. `nodes`: where the devices are."""
     needs = all_needs(jobs, devices)
     rows = table(jobs, needs) if jobs else []
     head = [*_head([one.config for one in jobs], nodes, devices), _sources(jobs, needs)] if jobs else []
@@ -197,9 +197,9 @@ def plan(jobs: Sequence[PlannedJob], left_out: Sequence[str], nodes: str, device
 
 
 def _hidden(jobs: Iterable[PlannedJob]) -> str | None:
-    """What the commands do not say, if anything."""
+    """What the commands leave out, if anything."""
     names = dict.fromkeys(name for one in jobs if one.reason is None for name in placeholders(one.job.words))
-    return f"put in what is not written here: {listed(names)}" if names else None
+    return f"fill in what is not shown here: {listed(names)}" if names else None
 
 
 def _head(configs: Sequence[ExperimentConfig], nodes: str, devices: Devices) -> tuple[str, ...]:
@@ -219,13 +219,13 @@ def _points_words(config: ExperimentConfig) -> str:
 
 
 def _sources(jobs: Sequence[PlannedJob], needs: Sequence[Needs]) -> str:
-    """Whose numbers these are; nothing where there are none."""
+    """Where the numbers come from; empty if there are none."""
     by = _names_by(jobs, ([by_whom(need.source)] if need.source else [] for need in needs))
     return f"memory: {'; '.join(_for_some(by, len(jobs)))}" if by else ""
 
 
 def _names_by(jobs: Sequence[PlannedJob], texts: Iterable[Iterable[str]]) -> dict[str, list[str]]:
-    """Names of the settings of which each text is said."""
+    """The names of the settings that each text is about."""
     names: dict[str, list[str]] = {}
     for one, said in zip(jobs, texts, strict=True):
         for text in said:
@@ -234,10 +234,10 @@ def _names_by(jobs: Sequence[PlannedJob], texts: Iterable[Iterable[str]]) -> dic
 
 
 def _for_some(told: Mapping[str, Sequence[str]], count: int) -> list[str]:
-    """What is not said of all has names of settings after it."""
+    """A text that is not about all settings is followed by their names."""
     return [text if len(names) == count else f"{text} ({listed(names)})" for text, names in told.items()]
 
 
 def _wrapped(texts: Iterable[str]) -> list[str]:
-    # "# " stands before each.
+    # Each gets "# " in front.
     return [line for text in texts for line in wrapped(text, indent=2, width=WIDTH - 2)]

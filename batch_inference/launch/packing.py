@@ -1,7 +1,7 @@
-"""Settings of a preset side by side, each on devices of its own: the launcher's --pack.
+"""Settings of a preset side by side, each on its own devices: the launcher's --pack.
 
-The longest first, each as soon as enough devices are free. What a setting prints goes to NAME_results.txt beside its
-result file (NAME_results_2.txt where another launcher uses that), and to standard error behind its name.
+The longest first, each as soon as enough devices are free. A setting's output goes to NAME_results.txt beside its
+result file (NAME_results_2.txt if another launcher uses that), and to standard error after its name.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ LOOK_S = 0.1
 
 
 def longest_first(jobs: Iterable[Job]) -> list[Job]:
-    """A replica on fewer devices needs longer for the same batches. Of those that need as long, the one on the most
+    """A replica on fewer devices takes longer for the same batches. Among equally long ones, the one on the most
     devices is the hardest to place."""
     return sorted(jobs, key=lambda job: (job.config.devices_per_replica, -job.config.num_devices))
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A job that has been started; what it prints is shown behind its name."""
+    """A started job; its output is shown after its name."""
 
     job: Job
     devices: Devices
     process: Popen[bytes]
     follower: LogFollower
-    console: ExitStack  # holds the lock of what it prints into
+    console: ExitStack  # holds the lock of its output file
 
     def close(self) -> None:
         self.follower.stop()
@@ -48,7 +48,7 @@ class _Running:
 
 
 class Packing:
-    """Jobs on the devices of this machine: no two on the same one."""
+    """Jobs on the devices of this machine, no two on the same device."""
 
     def __init__(self, jobs: Iterable[Job], devices: Devices, processes: Processes) -> None:
         self._waiting = longest_first(jobs)
@@ -63,13 +63,13 @@ class Packing:
         return list(self._waiting)
 
     def give_up(self) -> list[Job]:
-        """Those that wait are not started any more."""
+        """Jobs that still wait are no longer started."""
         given_up = self.waiting
         self._waiting.clear()
         return given_up
 
     def run(self) -> Iterator[tuple[Job, int]]:
-        """Every job with its exit code, as they end. After a signal, those that run are waited for."""
+        """Every job with its exit code, as they end. After a signal, it waits for the running ones."""
         while self._running or (self._waiting and not self._processes.are_stopped):
             yield from self._start_what_fits()
             time.sleep(LOOK_S)
@@ -80,7 +80,7 @@ class Packing:
                 yield one.job, self._processes.ended(one.process)
 
     def _start_what_fits(self) -> Iterator[tuple[Job, int]]:
-        """Those that cannot be started have failed; the others go on."""
+        """Jobs that cannot be started count as failed; the others go on."""
         for job in list(self._waiting):
             if job.config.num_devices <= len(self._free) and not self._processes.are_stopped:
                 devices = Devices(self._devices.kind, tuple(self._free[: job.config.num_devices]))
@@ -91,7 +91,7 @@ class Packing:
                 try:
                     self._running.append(self._start(job, devices))
                 except OSError as error:
-                    say(f"error: {job.console_path}: what {job.name} prints cannot be written there: {error.strerror}")
+                    say(f"error: {job.console_path}: {job.name}'s output cannot be written there: {error.strerror}")
                     self._free += devices.ids
                     yield job, 1
 
@@ -104,10 +104,10 @@ class Packing:
             return _Running(job, devices, self._process_of(job, devices, path), follower, held.pop_all())
 
     def _process_of(self, job: Job, devices: Devices, path: Path) -> Popen[bytes]:
-        """`path`: what it prints goes there."""
+        """`path`: where its output goes."""
         allowed = os.sched_getaffinity(0)
         with open_log(path) as console:
-            # A child inherits the cores: the front end of an engine on CPUs is not to disturb the other engines.
+            # A child inherits the cores, so that the front end of a CPU engine does not disturb the other engines.
             if devices.kind == "cpu":
                 os.sched_setaffinity(0, {core for cores in devices.ids for core in cores_of(cores)})
             try:

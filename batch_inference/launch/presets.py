@@ -1,4 +1,4 @@
-"""The table of presets of run_batch_experiments.sh: from its lines to settings."""
+"""The table of presets in run_batch_experiments.sh: from its lines to settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batch_inference.core.values import device_count
 from batch_inference.launch.options import Options
 
 _KEYS = ("TP", "PP", "DP")
-# N: the devices there are, over nodes those of all.
+# N: the number of devices, over all nodes.
 _WORD = re.compile(
     r"(?P<key>TP|PP|DP)=(?P<size>[0-9]{1,9}|N(/[0-9]{1,9})?)|torchrun|experts|suffix=(?P<suffix>[\w.-]+)"
 )
@@ -29,9 +29,9 @@ class Setting:
     dp: int
     torchrun: bool = False
     suffix: str | None = None
-    flags: tuple[str, ...] = ()  # of the experiment script
-    nodes: int = 1  # that it is spread over
-    experts: bool = False  # shared out whole, by the word or by a flag
+    flags: tuple[str, ...] = ()  # for the experiment script
+    nodes: int = 1  # how many it is spread over
+    experts: bool = False  # whole experts on each device, by the word or by a flag
 
     @property
     def num_devices(self) -> int:
@@ -39,26 +39,26 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """From the sizes, as the experiment script itself would name it, and the suffix."""
+        """From the sizes, as the experiment script would name it, plus the suffix."""
         backend = "external_launcher" if self.torchrun else None
         sizes = ExperimentConfig(
             tensor_parallel_size=self.tp, pipeline_parallel_size=self.pp, data_parallel_size=self.dp,
             distributed_executor_backend=backend, nnodes=self.nodes,
             engine_args=(EXPERTS_FLAG,) if self.experts else (),
         )  # fmt: skip
-        # Before the name said it by itself, a suffix did.
+        # Before the name itself said so, a suffix did.
         suffix = None if self.experts and self.suffix == "ep" else self.suffix
         return f"{sizes.setting_name}_{suffix}" if suffix else sizes.setting_name
 
     def flags_beside(self, given: Iterable[str]) -> tuple[str, ...]:
-        """Its own, beside those that are `given` for all settings."""
+        """Its own flags, in addition to those `given` for all settings."""
         is_said = wants_whole_experts([*self.flags, *given])
         return self.flags if is_said or not self.experts else (EXPERTS_FLAG, *self.flags)
 
 
 @dataclass
 class Preset:
-    """What its function in the table says."""
+    """What the preset's function in the table says."""
 
     name: str
     comment: str
@@ -67,19 +67,19 @@ class Preset:
     made_by: str | None = None
     is_search: bool = False
     is_demo: bool = False
-    goes_on: bool = False  # in the files of a first part
+    goes_on: bool = False  # continues in the files of a first part
 
     def over(self, workload: str) -> Preset:
-        """A second part: the same settings, over a workload."""
+        """A second part: the same settings with a workload."""
         return replace(self, flags=[*without("--seq-lens", self.flags), "--prompts-file", workload], goes_on=True)
 
     @property
     def folder(self) -> str | None:
-        """Its own, where it has one."""
+        """Its own folder, if it has one."""
         return f"{self.name}_results" if self.is_demo else None
 
     def words_of_settings(self, words: Sequence[str]) -> list[list[str]]:
-        """Those of each setting. `words`: the user's, after the preset's name. Raises ConfigError."""
+        """The words of each setting. `words`: the user's, after the preset's name. Raises ConfigError."""
         if self.made_by:
             return MADE_BY[self.made_by](words)
         if words:
@@ -88,7 +88,7 @@ class Preset:
 
 
 def without(name: str, flags: Sequence[str]) -> list[str]:
-    """Those of a preset but this one, which something else of the user's takes the place of."""
+    """The flags of a preset without this one, which something from the user replaces."""
     kept: list[str] = []
     rest = iter(flags)
     for word in rest:
@@ -116,24 +116,24 @@ def read_table(text: str) -> dict[str, Preset]:
                 setattr(preset, f"is_{what}", True)
             case ["made_by", name]:
                 if name not in MADE_BY:
-                    raise ConfigError(f"preset {preset.name}: 'made_by {name}': known are {listed(MADE_BY)}")
+                    raise ConfigError(f"preset {preset.name}: 'made_by {name}': it is one of {listed(MADE_BY)}")
                 preset.made_by = name
             case _:
-                raise ConfigError(f"preset {preset.name}: '{' '.join(line.split())}' is no line of a preset")
+                raise ConfigError(f"preset {preset.name}: '{' '.join(line.split())}' is not a line of a preset")
     return presets
 
 
 def find_preset(presets: dict[str, Preset], name: str) -> Preset:
     """Raises ConfigError."""
     if name not in presets:
-        raise ConfigError(f"{quoted(name)} is no preset; choose one of: {' '.join(presets)}")
+        raise ConfigError(f"{quoted(name)} is not a preset; choose one of: {' '.join(presets)}")
     return presets[name]
 
 
 def settings_of(
     preset: Preset, options: Options, devices: int, spread: Callable[[Setting], Setting] = lambda setting: setting
 ) -> tuple[list[Setting], list[str]]:
-    """The settings, repeats dropped; and a line for each that is left out, because there is none like it with so many
+    """The settings without repeats, and a line for each that is left out because it does not exist with so many
     devices. `spread`: over nodes. Raises ConfigError."""
     settings: dict[str, Setting] = {}
     left_out = []
@@ -151,13 +151,13 @@ def settings_of(
 
 
 def has_n(preset: Preset, options: Options) -> bool:
-    """Whether a size of it depends on how many devices there are. Raises ConfigError."""
+    """Whether one of its sizes depends on the number of devices. Raises ConfigError."""
     words = itertools.chain.from_iterable(preset.words_of_settings(options.words))
     return any(match and match["size"] and match["size"].startswith("N") for match in map(_WORD.fullmatch, words))
 
 
 class _NoneHereError(Exception):
-    """A setting that there is none of with these devices."""
+    """A setting that does not exist with these devices."""
 
 
 def _setting(words: Sequence[str], devices: int, before: Sequence[str] = (), after: Sequence[str] = ()) -> Setting:
@@ -168,43 +168,43 @@ def _setting(words: Sequence[str], devices: int, before: Sequence[str] = (), aft
     for word in head:
         match = _WORD.fullmatch(word)
         if not match:
-            raise ValueError(f"{quoted(word)} is none of TP=N, PP=N, DP=N, experts, torchrun, suffix=WORD, and no flag")
+            raise ValueError(f"{quoted(word)} is neither a flag nor TP=N, PP=N, DP=N, experts, torchrun, suffix=WORD")
         name, _, value = word.partition("=")
         if name in found:
             raise ValueError(f"{name} is given twice")
         found[name] = value
     tp, pp, dp = (_size(key, found.get(key, "1"), devices) for key in _KEYS)
     if "experts" in found and tp * dp == 1:
-        raise _NoneHereError("experts are shared out over TP x DP devices, and that is 1")
+        raise _NoneHereError("experts are divided among TP x DP devices, which is 1")
     flags = tuple(words[len(head) :])
     experts = wants_whole_experts([*before, *([EXPERTS_FLAG] if "experts" in found else []), *flags, *after])
     return Setting(tp, pp, dp, "torchrun" in found, found.get("suffix"), flags, experts=experts)
 
 
 def _size(key: str, text: str, devices: int) -> int:
-    """2 -> 2, N -> as many as there are devices, N/2 -> half of them."""
+    """2 -> 2, N -> the number of devices, N/2 -> half of it."""
     whole, _, part = text.partition("/")
     number, divisor = devices if whole == "N" else int(whole), int(part or "1")
     if divisor == 0 or (number == 0 and whole != "N"):
-        raise ValueError(f"{key}={text} is no size")
+        raise ValueError(f"{key}={text} is not a size")
     if number % divisor or number == 0:
-        raise _NoneHereError(f"{text} of {counted(devices, 'device')} is no whole number")
+        raise _NoneHereError(f"{text} of {counted(devices, 'device')} is not a whole number")
     return number // divisor
 
 
 def _custom(words: Sequence[str]) -> list[list[str]]:
-    """One setting, of the user's own sizes."""
+    """One setting with the user's own sizes."""
     found: dict[str, str] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if word != "experts" and (not equals or key not in _KEYS):
-            raise ConfigError(f"custom: {quoted(word)} was given, TP=N, PP=N, DP=N or experts is needed")
+            raise ConfigError(f"custom: {quoted(word)} was given, but TP=N, PP=N, DP=N or experts is needed")
         if key in found:
             raise ConfigError(f"custom: {key} is given twice")
         try:
             found[key] = f"{key}={device_count(text)}" if equals else word
         except ValueError as error:
-            raise ConfigError(f"custom {key}: {quoted(text)} was given, {error}") from None
+            raise ConfigError(f"custom {key}: {quoted(text)} was given; {error}") from None
     if not set(_KEYS) & set(found):
         raise ConfigError("custom: at least one of TP=N, PP=N, DP=N is needed")
     return [list(found.values())]

@@ -1,6 +1,6 @@
-"""The processes that run now, each in a process group of its own, and what signals do to them.
+"""The running processes, each in its own process group, and what signals do to them.
 
-The first INT, TERM or HUP is passed on to all of them, once; a second INT or TERM kills their groups, and this process
+The first INT, TERM or HUP is passed on to all of them once; a second INT or TERM kills their groups, and this process
 ends.
 """
 
@@ -23,29 +23,29 @@ _PR_SET_PDEATHSIG = 1
 class Processes:
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[bytes]] = []
-        self._told: set[int] = set()  # those that have got the signal
+        self._told: set[int] = set()  # those that have received the signal
         self._is_starting = False
         self._stopped_by: signal.Signals | None = None
 
     def __enter__(self) -> Processes:
         for number in EXIT_CODES:
-            # What nohup, or a shell's &, has this program ignore stays ignored.
+            # Signals that nohup or a shell's & has set to be ignored stay ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.stop)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Whatever went wrong here, nothing is left behind."""
+        """Whatever went wrong, nothing is left behind."""
         self._kill()
 
     @property
     def are_stopped(self) -> bool:
-        """True after the first signal: nothing more may be started."""
+        """True after the first signal: nothing may be started any more."""
         return self._stopped_by is not None
 
     def run(self, words: Sequence[str], variables: Mapping[str, str] | None = None) -> int:
-        """Start a process, with these variables beside ours, and wait for it: its exit code, as a shell tells it. Ends
-        this one after a signal."""
+        """Start a process, with these variables beside ours, and wait for its exit code, as a shell gives it. Ends
+        this process after a signal."""
         process = self.start(words, variables)
         process.wait()
         code = self.ended(process)
@@ -60,7 +60,7 @@ class Processes:
         *,
         ends_with_us: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """`output`: where all that it prints goes. `ends_with_us`: it gets SIGTERM where this process is killed."""
+        """`output`: where all its output goes. `ends_with_us`: it gets SIGTERM if this process is killed."""
         self._is_starting = True
         try:
             process = subprocess.Popen(
@@ -71,7 +71,7 @@ class Processes:
             self._running.append(process)
         finally:
             self._is_starting = False
-        # A signal may have come before it could be told.
+        # A signal may have come before it could be passed on.
         self._tell()
         return process
 
@@ -84,7 +84,7 @@ class Processes:
                     process.wait(patience_s)
 
     def ended(self, process: subprocess.Popen[bytes]) -> int:
-        """It has: its exit code, as a shell tells it."""
+        """For a process that has ended: its exit code, as a shell gives it."""
         self._running.remove(process)
         code = process.returncode
         return 128 - code if code < 0 else code
@@ -121,7 +121,7 @@ class Processes:
 
 
 def _end_with_parent() -> None:
-    """Of a new process, before it becomes another program."""
+    """Runs in a new process, before it becomes another program."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

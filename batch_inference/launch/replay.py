@@ -1,7 +1,7 @@
-"""The search of `best` over what was measured already: how long it would have taken, and what it would have found.
+"""Replays the search of `best` over recorded measurements: how long it would have taken, and what it would have found.
 
-A run takes what one of the measured ones of its point took, an engine start what it took, and batch sizes are those
-that were measured.
+A run takes as long as one of the recorded runs of its point, an engine start as long as recorded, and batch sizes are
+the recorded ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Recorded:
 
     @cached_property
     def beside_s(self) -> float:
-        """Neither start nor runs: to close the engine, and what lies between runs."""
+        """Time for neither start nor runs: closing the engine, and gaps between runs."""
         return max(0.0, self.wall_s - self.start_s - sum(map(seconds_of, self.result.points)))
 
     def points(self, seq_len: int) -> dict[int, Point]:
@@ -65,14 +65,14 @@ class Study:
 
     @property
     def lengths(self) -> list[int]:
-        """Those at which every setting was measured."""
+        """The lengths at which every setting was measured."""
         of_each = [
             {point.seq_len for point in one.result.points if point.status == "ok"} for one in self.settings.values()
         ]
         return sorted(length for length in set.intersection(*of_each) if length)
 
     def candidates(self, goal: Goal) -> list[Layout]:
-        """Those that the search would choose among: all devices, or for what one device does, any number."""
+        """What the search would choose among: settings on all devices or, for a goal per device, on any number."""
         return [
             layout
             for layout in self.settings
@@ -82,7 +82,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Replay:
-    distances: dict[int, float]  # by prompt length: below the true best, as a share
+    distances: dict[int, float]  # by prompt length: how far below the true best, as a share
     wall_s: float
     loads: int
 
@@ -125,7 +125,7 @@ def replayed(study: Study, goal: Goal, draw: random.Random | None = None) -> Rep
 
 
 def distance(study: Study, goal: Goal, seq_len: int, race: Race) -> float:
-    """Of the chosen point from the best of the whole grid, by the means that were recorded."""
+    """How far the chosen point is from the best of the whole grid, by the recorded means."""
     best = race.best()
     assert best is not None
     assert best.best is not None
@@ -140,7 +140,7 @@ def distance(study: Study, goal: Goal, seq_len: int, race: Race) -> float:
 def measured(  # noqa: PLR0913 - a load, and what it is asked
     recorded: Recorded, load: Load, goal: Goal, seq_len: int, to_beat: float, draw: random.Random | None
 ) -> tuple[Found, float]:
-    """As one engine load does, and the seconds of its runs: few of each size, and of the best as many as its interval
+    """What one engine load measures, and the seconds of its runs: few per size, for the best as many as its interval
     needs."""
     points = recorded.points(seq_len)
     sizes = sorted(points)
@@ -189,7 +189,7 @@ def true_value(point: Point, layout: Layout, goal: Goal) -> float:
 
 
 def run_of(point: Point, draw: random.Random | None) -> float:
-    """One of the measured ones, spread as far from their mean as those of a sample are; without `draw` their mean."""
+    """One of the recorded runs, scattered around their mean like those of a sample; without `draw`, their mean."""
     runs = run_latencies_s(point)
     middle, wider = fmean(runs), math.sqrt(len(runs) / max(1, len(runs) - 1))
     if draw is None:

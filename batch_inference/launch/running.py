@@ -1,4 +1,4 @@
-"""The settings of a preset, measured: one after the other, or side by side."""
+"""Measures the settings of a preset, one after another or side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batch_inference.plan.devices import Devices
 if TYPE_CHECKING:
     from batch_inference.launch.together import Leader
 
-POLL_S = 1.0  # how often a setting that another program measures is asked after
+POLL_S = 1.0  # how often to check on a setting that another program measures
 
 
 def run_jobs(
@@ -31,7 +31,7 @@ def run_jobs(
     processes: Processes,
     leader: Leader | None = None,
 ) -> Outcomes:
-    """`leader`: of the nodes, where there are several. Raises SystemExit after a signal, and with 2 where what the user
+    """`leader`: of the nodes, if there are several. Raises SystemExit after a signal, and with 2 if what the user
     asked is wrong for every setting."""
     outcomes = Outcomes()
     outcomes.skipped += [one.job for one in jobs if one.reason]
@@ -56,7 +56,7 @@ def _say_skipped(jobs: Sequence[PlannedJob], place: int) -> None:
 
 
 def wait_for_others(config: ExperimentConfig, heading: str, processes: Processes) -> None:
-    """Until nobody else measures this setting into its folder. Raises SystemExit after a signal."""
+    """Wait until nobody else is measuring this setting into its folder. Raises SystemExit after a signal."""
     said = False
     while holder := measured_by(config):
         if not said:
@@ -67,7 +67,7 @@ def wait_for_others(config: ExperimentConfig, heading: str, processes: Processes
 
 
 class _OneByOne:
-    """The settings in turn; one that another program is measuring is tried again at the end."""
+    """The settings in turn; if another program is measuring one, it is tried again at the end."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class _OneByOne:
     ) -> None:
         self._jobs, self._outcomes, self._devices = jobs, outcomes, devices
         self._processes, self._leader = processes, leader
-        self._elsewhere: list[int] = []  # places of those that other programs are measuring
+        self._elsewhere: list[int] = []  # places of the settings that other programs are measuring
 
     def run(self) -> None:
         for place, one in enumerate(self._jobs):
@@ -92,7 +92,7 @@ class _OneByOne:
         self.wait_for([])
 
     def wait_for(self, places: Sequence[int]) -> None:
-        """Those that other programs are measuring: theirs to the end, and then what is left to do."""
+        """Settings that other programs are measuring: wait for them to end, then do what is left."""
         self._elsewhere += places
         while self._elsewhere:
             place = self._elsewhere.pop(0)
@@ -101,14 +101,14 @@ class _OneByOne:
                 return
 
     def _leave(self, place: int, holder: str) -> None:
-        say(f"{_heading(self._jobs, place)}: {holder} is measuring it; it is tried again at the end")
+        say(f"{_heading(self._jobs, place)}: {holder} is measuring it; it will be tried again at the end")
         self._elsewhere.append(place)
 
     def _wait_for_others(self, place: int) -> None:
         wait_for_others(self._jobs[place].config, _heading(self._jobs, place), self._processes)
 
     def _ends_preset(self, place: int) -> bool:
-        """Measure a setting; whether those after it need not be tried."""
+        """Measure a setting; returns whether those after it need not be tried."""
         job, heading, rest = self._jobs[place].job, _heading(self._jobs, place), self._jobs[place + 1 :]
         say(f"{heading} -> {job.config.output_path}")
         say_time_left(self._jobs[place:], self._devices)
@@ -117,7 +117,7 @@ class _OneByOne:
         if code == 2 and (holder := taken_since(job.config, since_s)):
             self._leave(place, holder)
             return False
-        # A flag or a model that is wrong for the first setting is wrong for all.
+        # A wrong flag or model is wrong for all settings.
         if code == 2 and self._outcomes.none_ran:
             raise SystemExit(2)
         self._outcomes.keep(job, code)
@@ -127,7 +127,7 @@ class _OneByOne:
             return True
         if self._leader and self._leader.problem:
             not_begun = listed(one.name for one in later)
-            say(f"error: {self._leader.problem}; the preset ends, not begun: {not_begun or 'none'}")
+            say(f"error: {self._leader.problem}; the preset ends; not started: {not_begun or 'none'}")
             return True
         return False
 
@@ -139,7 +139,7 @@ def say_time_left(jobs: Sequence[PlannedJob], devices: Devices) -> None:
 
 
 def is_same_for_all(failed: Job, rest: Sequence[Job], since_s: float) -> bool:
-    """Whether what kept a setting from having an engine would keep all others from it too; says so."""
+    """Whether what kept a setting from getting an engine would also stop all others; says so."""
     kind = failure_since(failed.config, since_s)
     if kind not in SAME_FOR_ALL:
         return False
@@ -149,7 +149,7 @@ def is_same_for_all(failed: Job, rest: Sequence[Job], since_s: float) -> bool:
 
 
 def _run_side_by_side(jobs: Sequence[Job], outcomes: Outcomes, devices: Devices, processes: Processes) -> list[Job]:
-    """Those that other programs are measuring are left, and returned."""
+    """Settings that other programs are measuring are skipped and returned."""
     from batch_inference.launch.packing import Packing
 
     packing, since_s = Packing(jobs, devices, processes), time.time()

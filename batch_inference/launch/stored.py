@@ -1,7 +1,7 @@
-"""What lies in the folder of a preset, and what it tells the launcher: why a setting failed, which points are measured
-already, and how long the others may take.
+"""What the folder of a preset holds and tells the launcher: why a setting failed, which points are already measured,
+and how long the others may take.
 
-Files are found by the settings that they hold, never by their names.
+Files are found by the settings in them, never by their names.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from batch_inference.core.config import ExperimentConfig, Shape
 from batch_inference.core.text import about_time, counted
 
-# A plan of an empty folder needs no installed package.
+# A plan for an empty folder needs no installed package.
 if TYPE_CHECKING:
     from batch_inference.core.results import Point, Result
 
-_WHOLE_SECOND = 1.0  # some file systems keep no part of one
+_WHOLE_SECOND = 1.0  # some file systems store no fractions
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Stored:
     settings: dict[str, Any]
     device_kind: str | None
     written_s: float
-    failure: str | None  # the class of what kept the setting from having an engine
+    failure: str | None  # the class of what kept the setting from getting an engine
     measured: frozenset[Shape]
-    seconds_per_point: float | None  # of its last sweep, loading included; None where that is not known
+    seconds_per_point: float | None  # in its last sweep, including loading; None if unknown
 
 
 _read: dict[tuple[Path, int], Stored | None] = {}
@@ -46,7 +46,7 @@ def folder_of(config: ExperimentConfig) -> Path:
 
 
 def stored_in(folder: Path) -> list[Stored]:
-    """Every result file that can be read; each is read once, until it changes."""
+    """Every readable result file; each is read once until it changes."""
     found = []
     with contextlib.suppress(OSError):
         for path in sorted(folder.glob("*.json")):
@@ -61,7 +61,7 @@ def stored_in(folder: Path) -> list[Stored]:
 def _stored(path: Path) -> Stored | None:
     try:
         from batch_inference.core.result_file import ResultFileError, load_result
-    except ModuleNotFoundError:  # msgspec comes with vLLM, and a plan does without
+    except ModuleNotFoundError:  # msgspec comes with vLLM, and plans work without it
         return None
     try:
         result = load_result(path)
@@ -86,7 +86,7 @@ def _shape(point: Point) -> Shape:
 
 
 def _seconds_per_point(result: Result, points: int) -> float | None:
-    """`points`: how many the last sweep has measured. What ran beside others says nothing of what runs alone."""
+    """`points`: how many the last sweep measured. What ran beside others says nothing about running alone."""
     begin, end = result.environment.started_at, result.environment.ended_at
     if not begin or not end or not points or result.config.packed:
         return None
@@ -96,7 +96,7 @@ def _seconds_per_point(result: Result, points: int) -> float | None:
 
 
 def failure_since(config: ExperimentConfig, since_s: float) -> str | None:
-    """The class of why this setting has no engine, by a file that was written after `since_s` (time.time())."""
+    """The class of the reason why this setting has no engine, from a file written after `since_s` (time.time())."""
     for one in stored_in(folder_of(config)):
         if one.name == config.setting_name and one.failure and one.written_s > since_s - _WHOLE_SECOND:
             return one.failure
@@ -104,7 +104,7 @@ def failure_since(config: ExperimentConfig, since_s: float) -> str | None:
 
 
 def result_of(config: ExperimentConfig) -> Result | None:
-    """What lies in the folder with the settings of `config`, the newest if there are several."""
+    """The result in the folder with the settings of `config`, the newest if there are several."""
     found = file_of(config)
     return found[1] if found else None
 
@@ -129,7 +129,7 @@ def file_of(config: ExperimentConfig) -> tuple[Path, Result] | None:
 
 
 def measured_by(config: ExperimentConfig) -> str | None:
-    """Who is measuring this setting into this folder now; None where nobody does."""
+    """Who is measuring this setting into this folder now; None if nobody is."""
     from batch_inference.measure.locks import holders_in, purpose_of
 
     purpose = purpose_of(config)
@@ -137,7 +137,7 @@ def measured_by(config: ExperimentConfig) -> str | None:
 
 
 def taken_since(config: ExperimentConfig, since_s: float) -> str | None:
-    """Who has begun to measure this setting after `since_s` (time.time()), and may have ended; None where nobody."""
+    """Who began to measure this setting after `since_s` (time.time()), and may have ended since; None if nobody did."""
     from batch_inference.measure.locks import ANOTHER
 
     written = (
@@ -164,8 +164,8 @@ def open_points(config: ExperimentConfig) -> int:
 
 
 def time_left(configs: Sequence[ExperimentConfig], device_kind: str) -> str | None:
-    """For the points of these settings that are not measured yet, from what was measured with the same model on the
-    same kind of device; None before there is anything."""
+    """For the points of these settings that are not yet measured, from what was measured with the same model on the
+    same kind of device; None if there is nothing yet."""
     left_s, used = 0.0, 0
     for config in configs:
         points = open_points(config)

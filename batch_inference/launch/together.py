@@ -1,4 +1,4 @@
-"""The settings of a preset over nodes that have met: node 0 says which comes next, and every node does its part."""
+"""The settings of a preset over nodes that have met: node 0 says which is next, and every node does its part."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from batch_inference.measure.connection import Connection, Text, Word
 from batch_inference.measure.nodes import NodesError, Number, gone, network_of
 
 LOOK_S = 0.1
-# A part that hears that the setting is over, or that another is gone, mostly ends by itself, and says why.
+# A part that hears that the setting is over, or that another node is gone, usually ends by itself and says why.
 GRACE_S = 15.0
-# After exit code 1, which is that of a part too whose setting has failed on node 0: that waits for its devices then.
+# After exit code 1, which a part also has if its setting failed on node 0: node 0 then still waits for its devices.
 FOLLOWED_GRACE_S = 90.0
 SEES_WITHIN_S = 3.0
-# Until a process that was asked to end is killed.
+# From asking a process to end until it is killed.
 PATIENCE_S = 20.0
-# All of that, and a machine that is busy.
+# All of that, on a busy machine.
 PART_TIMEOUT_S = 60.0
 
 
 class Next(Struct, tag=True):
-    """Node 0 to each other node: the next setting. `rank`: its number in it; None where it is not needed."""
+    """Node 0 to each other node: the next setting. `rank`: the node's number in it; None if it is not needed."""
 
     heading: Word
     setting: Setting
@@ -56,7 +56,7 @@ class Ended(Struct, tag=True):
 
 
 class Over(Struct, tag=True):
-    """Node 0's last word: the preset has ended. `reason`: where that came too early."""
+    """Node 0's last word: the preset has ended. `reason`: if it ended too early."""
 
     code: Number
     reason: Text | None
@@ -76,7 +76,7 @@ class Leader:
         self._met = met
         self._processes = processes
         self._began_s = time.monotonic()
-        self._codes: dict[int, int] = {}  # of the parts of the present setting that have ended, by node
+        self._codes: dict[int, int] = {}  # exit codes of the current setting's parts that have ended, by node
         self._gone: set[int] = set()
 
     def __enter__(self) -> Leader:
@@ -85,7 +85,7 @@ class Leader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The others hear how it ended."""
+        """Tell the others how it ended."""
         over = Over(self.code, None) if value is None else _too_early(value)
         for other in self._met.others:
             with contextlib.suppress(OSError):
@@ -95,7 +95,7 @@ class Leader:
             self._met.door.close()
 
     def run(self, job: Job, heading: str) -> int:
-        """The exit code of node 0's part. Ends this process after a signal."""
+        """Returns the exit code of node 0's part. Ends this process after a signal."""
         ranks = self.devices.ranks(job.setting)
         members = [self._met.others[node - 1] for node in ranks if node > 0]
         self._codes.clear()
@@ -108,15 +108,15 @@ class Leader:
         code = self._processes.ended(process)
         self._processes.end_if_stopped()
         self._wait_for(members)
-        # Where it was measured to its end all the same, it counts.
+        # If it was measured to the end anyway, it counts.
         if not reason or not code:
             return code
         say(f"error: {job.name}: {reason}")
-        # What is wrong for the part of another node is wrong for the setting.
+        # Wrong use on another node is wrong use of the setting.
         return 2 if 2 in self._codes.values() else 1
 
     def _watch(self, process: Popen[bytes], members: Sequence[Member]) -> str | None:
-        """Until node 0's part has ended: why it had to, where the part of another node has failed."""
+        """Wait until node 0's part has ended; returns why it had to, if another node's part failed."""
         failed, give_up_s = None, 0.0
         while process.poll() is None:
             self._look(LOOK_S)
@@ -130,7 +130,7 @@ class Leader:
             if failed and time.monotonic() > give_up_s and not self._processes.are_stopped:
                 self._processes.end(process, PATIENCE_S)
                 return failed
-        # Ended by itself, it has said why; unless another node is gone, or was used wrongly, that is the reason.
+        # If it ended by itself it has said why, and that is the reason unless another node is gone or was used wrongly.
         self._look(LOOK_S)
         first = (other for other in members if other.node in self._gone or self._codes.get(other.node) == 2)
         return next((self._failure_of(other) for other in first), None)
@@ -138,10 +138,10 @@ class Leader:
     def _failure_of(self, other: Member) -> str:
         if other.node in self._gone:
             return gone(other.name)
-        return f"the part of {other.name} ended with exit code {self._codes[other.node]}; what it printed says why"
+        return f"the part of {other.name} ended with exit code {self._codes[other.node]}; its output says why"
 
     def _wait_for(self, members: Sequence[Member]) -> None:
-        """Until the parts of the other nodes have ended too."""
+        """Wait until the parts of the other nodes have ended too."""
         for other in members:
             if other.node not in self._codes:
                 self._send(other, SettingOver())
@@ -153,7 +153,7 @@ class Leader:
             self._look(LOOK_S)
 
     def _look(self, timeout_s: float) -> None:
-        """Hear what the others say, and who comes late."""
+        """Listen to the other nodes, and to latecomers."""
         time.sleep(timeout_s)
         for other in self._still_there():
             try:
@@ -173,24 +173,24 @@ class Leader:
         return [other for other in self._met.others if other.node not in self._gone]
 
     def _miss(self, other: Member) -> None:
-        """It is gone; without it the preset cannot go on."""
+        """A node is gone; without it the preset cannot go on."""
         self._gone.add(other.node)
         self.problem = self.problem or gone(other.name)
 
 
 def _too_early(value: BaseException) -> Over:
-    """What the others hear where node 0 ends like this."""
+    """What the others hear if node 0 ends like this."""
     if isinstance(value, (ConfigError, WorkFailedError)):
         return Over(2 if isinstance(value, ConfigError) else 1, str(value).partition("\n")[0])
     if isinstance(value, SystemExit) and value.code == 2:
-        return Over(2, "nothing can be measured with these arguments; what it printed says why")
+        return Over(2, "nothing can be measured with these arguments; its output says why")
     if isinstance(value, SystemExit) and value.code in EXIT_CODES.values():
         return Over(1, "it was interrupted")
-    return Over(1, "it has failed; what it printed says why")
+    return Over(1, "it failed; its output says why")
 
 
 class Follower:
-    """Any other node: it does its part of what node 0 says."""
+    """Any other node: it does its part as node 0 says."""
 
     def __init__(self, met: Met, job_of: Callable[[Setting, int, int], Job], processes: Processes) -> None:
         assert met.node_0 is not None
@@ -200,7 +200,7 @@ class Follower:
         self._processes = processes
 
     def serve(self) -> int:
-        """The exit code of the preset. Raises NodesError where node 0 is gone, ConfigError for flags that are wrong."""
+        """Returns the exit code of the preset. Raises NodesError if node 0 is gone, and ConfigError for wrong flags."""
         try:
             while not isinstance(message := self._hear(), Over):
                 if isinstance(message, Next):
@@ -223,7 +223,7 @@ class Follower:
 
     def _follow(self, task: Next) -> Over | None:
         if task.rank is None:
-            say(f"{task.heading}: this node is not needed, and waits")
+            say(f"{task.heading}: this node is not needed and waits")
             return None
         say(f"{task.heading}: this is node {task.rank} of {task.setting.nodes}")
         job = self._job_of(task.setting, task.port, task.rank)
@@ -238,7 +238,7 @@ class Follower:
         return over
 
     def _until_the_end(self, process: Popen[bytes]) -> Over | None:
-        """Of this node's part: by itself, or some time after node 0 has ended its own."""
+        """Wait for the end of this node's part: by itself, or some time after node 0 has ended its own."""
         over, deadline_s = None, None
         try:
             while process.poll() is None:
@@ -251,7 +251,7 @@ class Follower:
                 if over:
                     break
         finally:
-            # Node 0 is gone, or has ended the preset: mostly this part sees that itself.
+            # Node 0 is gone, or has ended the preset: usually this part notices that itself.
             with contextlib.suppress(TimeoutExpired):
                 process.wait(SEES_WITHIN_S)
             self._processes.end(process, PATIENCE_S)

@@ -1,5 +1,5 @@
-"""One setting on an engine: the experiment, its replicas and their worker processes, nodes, devices, what is printed.
+"""One setting on an engine: the experiment, its replicas and worker processes, nodes, devices, and what is printed.
 
-Imports `core` and `plan`. `engine` and `tokenizing` alone import vLLM, but for a look at its names (`vllm_names`);
-`ray_cluster` alone Ray; pandas and plots stay outside.
+Imports `core` and `plan`. Only `engine` and `tokenizing` import vLLM, apart from a look at its names (`vllm_names`);
+only `ray_cluster` imports Ray; pandas and plots stay outside.
 """

@@ -1,5 +1,5 @@
-"""Which point of a load is next: those of the grid in turn, or with `--batch-sizes auto` each by what those before it
-have shown."""
+"""Which point of a load is next: the points of the grid in turn or, with `--batch-sizes auto`, chosen by what earlier
+points have shown."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from batch_inference.core.tried import limits_of, tried_of
 from batch_inference.core.values import LATENCY_GOAL
 from batch_inference.measure.resume import has_runs_enough
 
-# On the way to the best; the first point has one more, so that something is known of how much runs differ.
+# Runs on the way to the best; the first point has one more, to learn how much runs differ.
 RUNS_ON_THE_WAY = 2
 
 
 @dataclass(frozen=True)
 class Next:
-    """A point to be measured. `runs`: how many are enough; None for as many as --target-ci asks."""
+    """A point to measure. `runs`: how many are enough; None for as many as --target-ci needs."""
 
     key: PointKey
     runs: int | None = None
@@ -44,23 +44,23 @@ class InTurn:
 
 
 class Climbing:
-    """`keys`: of all that may be measured. `measured`: points of earlier loads, with their runs. `result`: which all
-    points belong to."""
+    """`keys`: of every point that may be measured. `measured`: points of earlier loads, with their runs. `result`: to
+    which all points belong."""
 
     def __init__(
         self, config: ExperimentConfig, result: Result, keys: Sequence[PointKey], measured: Sequence[Point]
     ) -> None:
         self._config, self._result = config, result
-        # The sizes of each length, or budget.
+        # The sizes for each length or budget.
         self._ways: dict[tuple[object, ...], list[PointKey]] = {}
         for key in keys:
             self._ways.setdefault(_way_of(key), []).append(key)
         self._points = {point.key: point for point in measured if _way_of(point.key) in self._ways}
-        # Until another point of the way is told: of a workload each is a forecast of the job.
+        # Kept until another point is reported: with a workload, each is a forecast of the job.
         self._tried: dict[tuple[object, ...], list[Tried]] = {}
         self._of_this_load: set[PointKey] = set()
         self._lost: set[PointKey] = set()
-        self.rest: list[PointKey] = []  # nobody knows which would have been next
+        self.rest: list[PointKey] = []  # it is unknown which would have been next
 
     def told(self, point: Point) -> None:
         """A point that was measured, with its runs, or lost."""
@@ -72,7 +72,7 @@ class Climbing:
             self._lost.add(point.key)
 
     def next_point(self) -> Next | None:
-        """None where the best of each length is found and has runs enough."""
+        """None once the best of each length is found and has enough runs."""
         return next(filter(None, map(self._next_of, self._ways.values())), None)
 
     @property
@@ -99,7 +99,7 @@ class Climbing:
         key = _of_size(keys[0], best.batch_size)
         if self._has_enough(self._points[key]):
             return None
-        # Runs of two engines are never put together.
+        # Runs of two engines are never combined.
         return Next(key, so_far=self._points[key] if key in self._of_this_load else None)
 
     def _to_beat(self, seq_len: int | None) -> float:

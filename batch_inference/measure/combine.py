@@ -1,4 +1,4 @@
-"""What the replicas report of a run, and what the devices showed, as one Run of the result."""
+"""Combines what the replicas report about a run, and what the devices showed, into one Run of the result."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def as_warmup(run: Run, reason: str | None = None) -> Warmup:
 
 
 def combine(outcomes: list[Outcome], before: Reading, after: Reading, seen: Seen) -> Run:
-    """One run out of what each replica reports: the last end, the sum of tokens, every request; and out of what the
-    devices showed before, after and meanwhile (`seen`)."""
+    """One run from what each replica reports (the last end, the sum of tokens, every request) and from what the
+    devices showed before, after and during it (`seen`)."""
     energy_j = drawn_j(before, after)
     return Run(
         latency_s=max(outcome.end_s for outcome in outcomes),

@@ -19,10 +19,10 @@ from batch_inference.core.secrets import redact_text
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, listed, plain, short, table, with_budget, wrapped
 
-# Two that agree are the rule; more make a point take longer than the bar thinks.
+# Usually two agree; with more, a point takes longer than the bar expects.
 EXPECTED_WARMUPS = 2
 LOG_LOOK_S = 0.2
-_SHORT_REASON = re.compile("[:;]")  # what comes before it
+_SHORT_REASON = re.compile("[:;]")  # what comes before is the short form
 _BATCH_LEGEND = "  batch x length: output throughput ±95 % interval, latency, TTFT, memory"
 _QUEUE_LEGEND = "  requests at once: output throughput on the plateau ±95 % interval, time, memory"
 
@@ -38,10 +38,10 @@ class Console:
         self._told: set[PointKey] = set()
         self._expected_runs = 0
         self._loading_since_s = 0.0
-        self._said: set[str] = set()  # reasons to doubt a point
+        self._said: set[str] = set()  # reasons to doubt a point, already shown
 
     def note(self, text: str) -> None:
-        """A line above the bar, where there is one; of a log too, which may hold a secret."""
+        """A line above the bar, if there is one. It may be from a log, which may hold a secret."""
         if self._bar is None:
             say(text)
         else:
@@ -61,14 +61,14 @@ class Console:
         )
 
     def asking(self) -> None:
-        self.note("  asking for the answers to be compared")
+        self.note("  asking for the answers to compare")
 
     def all_there(self, config: ExperimentConfig, kept: Sequence[Point]) -> None:
         self._wrapped(f"{config.setting_name}: {_kept_words(config, kept, len(kept))}: nothing is left to measure")
 
     def start(self, config: ExperimentConfig, total: int | None, kept: Sequence[Point]) -> None:
-        """`total`: None where it is searched which points are measured."""
-        # Imported here: --help and --dry-run show no bar.
+        """`total`: None if a search decides which points are measured."""
+        # Imported here, because --help and --dry-run show no bar.
         from tqdm import tqdm
 
         done, fewest_runs = len(kept), config.fewest_runs
@@ -92,16 +92,16 @@ class Console:
 
     def running(self, point: Point, phase: str, index: int) -> None:
         made = len(point.warmups) + len(point.runs)
-        # A point is done when it is: one that takes more runs than expected stays just short of it.
+        # A point that takes more runs than expected stays just short of done until it is.
         self._bar.n = self._number + made / max(made + 1, self._expected_runs)
         word = "warm-up" if phase == "warmup" else "run"
         self._bar.set_description_str(f"{_shape(point)}, {word} {index + 1}")
 
     def repeating(self, point: Point) -> None:
-        self._wrapped(f"      {_shape(point)}: vLLM compiled a kernel during a run: a warm-up, and repeated")
+        self._wrapped(f"      {_shape(point)}: vLLM compiled a kernel; the run becomes a warm-up and is repeated")
 
     def restarting(self, point: Point) -> None:
-        self._wrapped(f"      {_shape(point)}: the engine is started again")
+        self._wrapped(f"      {_shape(point)}: the engine is restarted")
 
     def point_done(self, point: Point) -> None:
         is_new = point.key not in self._told
@@ -116,7 +116,7 @@ class Console:
         self._bar.refresh()
 
     def _say_reasons(self, reasons: Sequence[str]) -> None:
-        """Each once in full: many points may share one."""
+        """Each in full only once: many points may share a reason."""
         for reason in reasons:
             if reason not in self._said:
                 self._wrapped(f"      {reason}")
@@ -136,7 +136,7 @@ class Console:
 
 
 class LogFollower:
-    """Shows every line that is added to a log, until it is stopped."""
+    """Shows every line added to a log until it is stopped."""
 
     def __init__(self, path: Path, show: Callable[[str], None]) -> None:
         self._path, self._show = path, show
@@ -171,14 +171,14 @@ def _kept_words(config: ExperimentConfig, kept: Sequence[Point], total: int) -> 
 
 
 def _shape(point: Point) -> str:
-    """8 x 512, or of a workload 8 at once; with the tokens per step where they are an axis."""
+    """8 x 512, or 8 at once for a workload; with the tokens per step if they are an axis."""
     start = f"{point.batch_size} at once" if point.workload else f"{point.batch_size} x {point.seq_len}"
     budget = point.max_num_batched_tokens
     return with_budget(start, budget) if budget else start
 
 
 def key_words(point: Point) -> list[str]:
-    """What tells a point from others, by the names of its sizes."""
+    """What tells a point from others, with the names of its sizes."""
     sizes = ("batch_size", "seq_len", "max_num_batched_tokens")
     return [f"{name} {size}" for name in sizes if (size := getattr(point, name)) is not None]
 
@@ -204,7 +204,7 @@ def point_words(point: Point) -> str:
 
 
 def _queue_words(point: Point, throughput: float, latency_s: float) -> str:
-    """Throughput on the plateau with its interval, where there is one; of all, else; time, drain, memory, verdict."""
+    """Throughput on the plateau with its interval, or over all without a plateau; time, drain, memory, verdict."""
     summary = point.summary
     plateau, half = summary["plateau_output_tok_per_s"], summary["plateau_ci95_tok_per_s"]
     interval = f" ±{half / plateau:.1%}" if plateau and half is not None else ""
@@ -228,7 +228,7 @@ _BATCH_COLUMNS = {
     "GiB": "memory_used_gib",
     "runs": "runs",
 }
-_LENGTHS_FROM: dict[str | int, str] = {"file": "output lengths of the file", "eos": "outputs end by themselves"}
+_LENGTHS_FROM: dict[str | int, str] = {"file": "output lengths from the file", "eos": "outputs end by themselves"}
 _QUEUE_COLUMNS = {
     "tok/s": "plateau_output_tok_per_s",
     "± tok/s": "plateau_ci95_tok_per_s",
@@ -240,13 +240,13 @@ _QUEUE_COLUMNS = {
 
 
 def closing_table(result: Result) -> str:
-    """Every point of a setting, within 80 columns; batches apart, and queues of each workload and order."""
+    """Every point of a setting, within 80 columns; one table for batches, and one for each workload and order."""
     queues = [point for point in result.points if point.workload]
     batches = [point for point in result.points if not point.workload]
     tables = []
     if batches:
         budgets = any(point.max_num_batched_tokens for point in batches)
-        # Both are in the file; with another size there is no room for them.
+        # Both are in the file; next to another size there is no room for them.
         dropped = ("TTFT s", "TPOT s") if budgets else ()
         columns = {name: metric for name, metric in _BATCH_COLUMNS.items() if name not in dropped}
         tables.append(_points_table(batches, {"batch": "batch_size", "length": "seq_len"}, columns, budgets))

@@ -1,7 +1,7 @@
-"""An engine on cores: in the process that submits to it, so that what is measured on cores runs on these cores.
+"""An engine on CPU cores: it lives in the process that submits to it, so that everything measured runs on these cores.
 
-vLLM's own way is a process that submits, one that schedules, and one for each device. On a CPU each of them imports
-vLLM anew, one after the other, and the first two run beside the cores of the device, or on them.
+vLLM itself uses one process to submit, one to schedule, and one for each device. On a CPU each of them imports
+vLLM again, one after another, and the first two run beside the cores of the device, or on them.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _OPEN_MP = ("libgomp", "libiomp", "libomp")
 
 
 def engine_environment(config: ExperimentConfig, cores: Devices) -> dict[str, str]:
-    """What makes vLLM run a replica so, on `cores`; nothing unless that is asked for."""
+    """The variables that make vLLM run a replica this way on `cores`; empty unless asked for."""
     if os.environ.get(SEPARATE, "1") != "0" or not cores.environment():
         return {}
     environment = {
         SEPARATE: "0",
-        # vLLM 0.32 cannot read there what it keeps of a compilation ahead of time, and compiles again at each start.
+        # vLLM 0.32 cannot read its kept ahead-of-time compilation there, and compiles again at each start.
         "VLLM_USE_AOT_COMPILE": os.environ.get("VLLM_USE_AOT_COMPILE", "0"),
     }
     if config.devices_per_replica == 1 and config.distributed_executor_backend != "mp":
-        # Workers in processes of their own are bound to their cores by vLLM, and this one is not.
+        # vLLM binds workers in their own processes to cores, but not this one.
         environment |= cores.rank_environment(0) | _open_mp()
     return environment
 
 
 def _open_mp() -> dict[str, str]:
-    """vLLM preloads torch's own OpenMP for its worker processes: beside another copy of it, threads that are bound use
-    one core alone (vllm#27369)."""
+    """vLLM preloads torch's own OpenMP for its worker processes: beside another copy of it, bound threads use only
+    one core (vllm#27369)."""
     given = os.environ.get("LD_PRELOAD", "")
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None or any(name in given for name in _OPEN_MP):
@@ -51,7 +51,7 @@ def _open_mp() -> dict[str, str]:
 
 
 def end_at_once() -> None:
-    """From now on this process, where vLLM has made it, ends as `leave` does."""
+    """From now on this process, if vLLM created it, ends as `leave` does."""
     if multiprocessing.parent_process():
         Finalize(None, _leave_where_all_is_well, exitpriority=-100)  # after all others
 
@@ -62,8 +62,8 @@ def _leave_where_all_is_well() -> None:
 
 
 def leave() -> NoReturn:
-    """End this process without taking apart what it holds: with vLLM and torch in it, that is 4 s of work for nothing.
-    What others have left to be done at the end is done."""
+    """End this process without tearing down what it holds: with vLLM and torch, that is 4 s of work for nothing.
+    Exit handlers that others have registered still run."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -1,4 +1,4 @@
-"""Where node 0 listens: nodes and strangers knock, side by side, and nobody waits for another."""
+"""Where node 0 listens: nodes and strangers knock side by side, and nobody waits for another."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from batch_inference.measure.connection import Connection
 from batch_inference.measure.greeting import Caller, RefusedError
 
 M = TypeVar("M")
-# For all that is said before a node is known, however slowly it comes.
+# For everything that is said before a node is known, however slowly it comes.
 _KNOCK_TIMEOUT_S = 10.0
-# At each step of the greeting: a node that says the word is not turned away for those that are silent.
+# At each step of the greeting: a real node is not turned away because of silent callers.
 _MOST_KNOCKING = 128
-# A look at the door; those that wait longer are let in at the next.
+# Callers let in per look at the door; the rest wait for the next.
 _MOST_AT_ONCE = 64
 _MOST_NOTES = 8
 
 
 class Door:
-    """`secret`: what callers must know. `say`: for a line about one that was refused."""
+    """`secret`: what callers must know. `say`: prints a line about a refused caller."""
 
     def __init__(self, server: socket.socket, secret: bytes = b"", say: Callable[[str], None] | None = None) -> None:
         self._server = server
         self._secret = secret
         self._say = say
         self._noted: set[str] = set()  # addresses
-        self._callers: dict[int, Caller] = {}  # by file number, in the order in which they came
+        self._callers: dict[int, Caller] = {}  # by file number, in order of arrival
         self._selector = selectors.DefaultSelector()
         self._selector.register(server, selectors.EVENT_READ)
         server.setblocking(False)
@@ -46,7 +46,7 @@ class Door:
             caller.connection.close()
 
     def heard(self, decoder: Decoder[M], timeout_s: float) -> list[tuple[M, Connection]]:
-        """Those that have said who they are; waits `timeout_s` at most for somebody to say something."""
+        """Callers that have said who they are; waits at most `timeout_s` for somebody to say something."""
         found = []
         for key, _ in self._selector.select(max(0.0, timeout_s)):
             if key.fileobj is self._server:
@@ -62,21 +62,21 @@ class Door:
         return found
 
     def refuse(self, connection: Connection, answer: Struct, text: str) -> None:
-        """One of those that were heard; all others may come as before."""
+        """Refuse one of the callers that were heard; all others may come as before."""
         self._note(connection, text)
         with contextlib.suppress(OSError):
             connection.send(answer)
         connection.close()
 
     def _note(self, connection: Connection, text: str) -> None:
-        """A line about a caller: one for an address, and not for many."""
+        """A line about a caller: one per address, and only for a few."""
         address = connection.other_address
         if self._say and address not in self._noted and len(self._noted) < _MOST_NOTES:
             self._noted.add(address)
             self._say(f"note: {text}")
 
     def _open(self) -> None:
-        with contextlib.suppress(OSError):  # nobody is left to be let in
+        with contextlib.suppress(OSError):  # nobody is left to let in
             for _ in range(_MOST_AT_ONCE):
                 connection = Connection(self._server.accept()[0])
                 caller = Caller(connection, self._secret, time.monotonic() + _KNOCK_TIMEOUT_S)
@@ -85,8 +85,8 @@ class Door:
                 self._make_room(caller)
 
     def _make_room(self, newest: Caller) -> None:
-        """Turn one away where too many are as far as `newest`: of the address that most of them come from, the one that
-        came first, because a node answers at once."""
+        """Turn one away if too many are as far as `newest`: from the address that most of them come from, the one that
+        came first, because a real node answers at once."""
         crowd = [one for one in self._callers.values() if one.steps == newest.steps]
         if len(crowd) > _MOST_KNOCKING:
             address = Counter(one.connection.other_address for one in crowd).most_common(1)[0][0]

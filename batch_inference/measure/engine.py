@@ -1,4 +1,4 @@
-"""One vLLM engine: the only file that imports vLLM."""
+"""One vLLM engine: the file that imports vLLM to measure."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from batch_inference.measure.vllm_objects import (
 )
 from batch_inference.plan.devices import Devices, find_devices
 
-# A tokenizer is not needed for prompts of token ids; cached prefixes would not be computed; without statistics
-# RequestOutput.metrics is None, and without the last two it neither estimates its work nor names every kernel that it
+# Prompts of token ids need no tokenizer; cached prefixes would not be computed; without statistics
+# RequestOutput.metrics is None; and without the last two vLLM neither estimates its work nor names every kernel that it
 # compiles late.
 MEASURING_SETTINGS = {
     "skip_tokenizer_init": True,
@@ -48,11 +48,11 @@ MEASURING_SETTINGS = {
     "enable_mfu_metrics": True,
     "jit_monitor_verbose": True,
 }
-# Prompts are text alone: without it a multimodal model prepares for images, and needs its tokenizer for that. Not every
+# Prompts are only text: otherwise a multimodal model prepares for images, and needs its tokenizer for that. Not every
 # version of vLLM has it.
 _TEXT_ALONE = {"language_model_only": True}
 
-# vLLM's counters -> what a run keeps of them.
+# vLLM's counters -> their names in a run.
 _COUNTERS = {
     "vllm:num_preemptions": "preemptions",
 }
@@ -68,7 +68,7 @@ class WorkerExtension:
     """Added to vLLM's workers (`worker_extension_cls`), so that each can be asked what it holds."""
 
     def batch_inference_report(self) -> Any:
-        """A WorkerInfo, in the plain types that vLLM carries between processes."""
+        """A WorkerInfo, in plain types that vLLM can pass between processes."""
         from vllm.compilation.counter import compilation_counter
 
         runner: Any = self.model_runner  # type: ignore[attr-defined]
@@ -87,11 +87,11 @@ class WorkerExtension:
         )
 
     def batch_inference_read(self) -> Any:
-        """A Reading of this rank's own device, wherever it is."""
+        """A Reading of this rank's own device, on whatever machine."""
         return msgspec.to_builtins(self._batch_inference_monitor().read([os.getpid()]))
 
     def batch_inference_end_at_once(self) -> None:
-        """For the end of this rank's process."""
+        """Make this rank's process end at once when it ends."""
         end_at_once()
 
     def _batch_inference_monitor(self) -> Monitor:
@@ -102,13 +102,13 @@ class WorkerExtension:
 
 
 def _counted_by_torch() -> Mapping[str, int]:
-    """What torch's inductor found in its cache, and what not; nothing where torch's compiler was not even imported."""
+    """What torch's inductor found in its cache and what it did not; empty if torch's compiler was never imported."""
     module = sys.modules.get("torch._dynamo.utils")
     return module.counters["inductor"] if module else {}
 
 
 def _devices_of(device: Any) -> Devices:
-    """A torch.device as the one of its kind. CUDA numbers them by what a process may see, NVML does not."""
+    """A torch.device as one of our devices. CUDA numbers those that a process can see; NVML numbers all."""
     if device.type == "cpu":
         return Devices("cpu", (",".join(map(str, sorted(os.sched_getaffinity(0)))),))
     import torch
@@ -122,7 +122,7 @@ def _engine_parser() -> Any:
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
-            raise ConfigError(" ".join(message.split()))  # pydantic's take several lines
+            raise ConfigError(" ".join(message.split()))  # pydantic's messages have several lines
 
     return EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS))
 
@@ -142,7 +142,7 @@ def parse_engine_flags(words: Sequence[str], *, may_cache_prefixes: bool = False
     from vllm.engine.arg_utils import EngineArgs
 
     parser = _engine_parser()
-    # argparse leaves alone what a namespace already holds: what is still `unset` afterwards was not given.
+    # argparse keeps what a namespace already holds, so what is still `unset` afterwards was not given.
     unset = object()
     namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
     try:
@@ -159,15 +159,15 @@ def parse_engine_flags(words: Sequence[str], *, may_cache_prefixes: bool = False
 
 
 def _names_of(engine_args: Any) -> set[str]:
-    """The settings that this version of vLLM takes, by its class EngineArgs."""
+    """The settings that this version of vLLM accepts, by its class EngineArgs."""
     return {field.name for field in dataclasses.fields(engine_args)}
 
 
 def _refuse_ours(name: str, value: Any) -> None:
-    """vLLM has short flags too, which nobody knows before its parser: -n for --nnodes."""
+    """vLLM also has short flags, which only its parser knows: -n for --nnodes."""
     flag = flag_of(name)
     if name in {field.name for field in dataclasses.fields(ExperimentConfig)}:
-        raise ConfigError(f"{flag} is a flag of this program too; write it out")
+        raise ConfigError(f"{flag} is also a flag of this program; write it in full")
     if flag in OWNED_BY_US and value != MEASURING_SETTINGS.get(name, ...):
         raise owned_by_us(flag)
 
@@ -180,14 +180,14 @@ def _explain(message: str, vllm_flags: Sequence[str]) -> str:
 def engine_settings(config: ExperimentConfig) -> dict[str, Any]:
     """Keyword arguments of vLLM's LLM."""
     ours = {**own_settings(config), **node_settings(config)}
-    # Under torchrun vLLM itself assigns the ranks to replicas; otherwise each replica is an engine of its own.
+    # Under torchrun vLLM itself assigns ranks to replicas; otherwise each replica is its own engine.
     if config.distributed_executor_backend == "external_launcher":
         ours["data_parallel_size"] = config.data_parallel_size
     return _with_tokenizer_where_needed({**ours, **_text_alone(), **_given_to_vllm(config)})
 
 
 def own_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """What every engine gets. What is left open is sized for the grid: no slot that no point uses."""
+    """What every engine gets. Open sizes are fitted to the grid, without slots that no point uses."""
     return {
         "model": str(Path(config.model).expanduser()) if config.model.startswith("~") else config.model,
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -213,7 +213,7 @@ def _text_alone() -> dict[str, Any]:
 
 
 def _with_tokenizer_where_needed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same, with the tokenizer for a model that vLLM cannot start without it, as vLLM's own ModelConfig says."""
+    """The same, with the tokenizer if vLLM cannot start the model without it, according to its own ModelConfig."""
     from vllm.engine.arg_utils import EngineArgs
 
     if not settings["skip_tokenizer_init"]:
@@ -223,18 +223,18 @@ def _with_tokenizer_where_needed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _needs_tokenizer(model: Any) -> bool:
-    """Whether vLLM will make the processor of a multimodal model, by its ModelConfig, in which the tokenizer is off."""
+    """Whether vLLM will create a multimodal processor, according to a ModelConfig without the tokenizer."""
     if not model.is_multimodal_model:
         return False
     try:
-        # Where an older vLLM does not say it, the tokenizer does no harm.
+        # If an older vLLM does not say, the tokenizer does no harm.
         return bool(getattr(model, "supports_multimodal_inputs", True))
-    except ValueError:  # InternVL looks into the vocabulary to answer
+    except ValueError:  # InternVL needs the vocabulary to answer
         return True
 
 
 def node_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """What vLLM's `mp` executor needs to span several nodes; nothing for one."""
+    """What vLLM's `mp` executor needs to span several nodes; empty for one node."""
     if config.nnodes == 1:
         return {}
     return {
@@ -242,7 +242,7 @@ def node_settings(config: ExperimentConfig) -> dict[str, Any]:
         "nnodes": config.nnodes,
         "node_rank": config.node_rank,
         "master_addr": config.master_addr,
-        # The nodes have met on the port itself, and keep it open.
+        # The nodes met on the port itself and keep it open.
         "master_port": config.master_port + 1,
     }
 
@@ -259,7 +259,7 @@ def serve_node_0(config: ExperimentConfig) -> None:
 
 
 def memory_share(config: ExperimentConfig) -> float:
-    """vLLM's share of a GPU; on the CPU every worker takes its share of the whole main memory, so all share one."""
+    """vLLM's share of a GPU. On the CPU every worker takes its share of the whole main memory, so they divide one."""
     on_cpu = find_devices().kind == "cpu"
     return config.gpu_memory_utilization / (config.devices_per_node if on_cpu else 1)
 
@@ -292,7 +292,7 @@ class Engine:
         engine.load_s = load_s
         workers = self._llm.collective_rpc("batch_inference_report")
         self.info = with_workers(engine, msgspec.convert(workers, list[WorkerInfo]))
-        # A rank of torchrun is the script itself, whose exit code counts; what GPUs hold is taken apart in order.
+        # A rank of torchrun is the script itself, whose exit code counts; what GPUs hold is torn down in order.
         own = config.distributed_executor_backend != "external_launcher" and find_devices().kind == "cpu"
         self.ends_at_once = own and not engine.multiprocess_engine
         if self.ends_at_once:
@@ -309,14 +309,14 @@ class Engine:
         return [{"prompt_token_ids": prompt} for prompt in prompts]
 
     def make_queue(self, asked: Sequence[Asked], seed_parts: Sequence[object]) -> list[dict[str, list[int]]]:
-        """The prompts of a queue: ids as they are, and of what is a length alone as many ids. Raises ConfigError for
-        ids that are none of the model."""
+        """The prompts of a queue: ids unchanged, and as many ids as asked for a bare length. Raises ConfigError for
+        ids that the model does not have."""
         largest = max((max(one.prompt, default=0) for one in asked if isinstance(one.prompt, list)), default=0)
         if largest >= self._vocab_size:
-            # A GPU would end the engine at them. Which they are is not told: they are of the user's own text.
+            # On a GPU they would end the engine. They are not shown, because they come from the user's own text.
             raise ConfigError(
-                f"--prompts-file {self._config.prompts_file}: it has token ids that are not among the "
-                f"{self._vocab_size} of the model; give those of its own tokenizer"
+                f"--prompts-file {self._config.prompts_file}: it has token ids outside the "
+                f"{self._vocab_size} of the model; use the model's own tokenizer"
             )
         lengths = [one.prompt for one in asked if isinstance(one.prompt, int)]
         (ids,) = (prompt["prompt_token_ids"] for prompt in self.make_prompts(1, sum(lengths), seed_parts))
@@ -325,12 +325,12 @@ class Engine:
         return [{"prompt_token_ids": next(made) if isinstance(one.prompt, int) else one.prompt} for one in asked]
 
     def limit(self, requests: int | None, tokens_per_step: int | None) -> None:
-        """What runs at once from now on; None: as the engine was loaded."""
+        """Limit what runs at once from now on; None: as the engine was loaded."""
         if self._limits:
             self._limits.set(requests, tokens_per_step)
 
     def run(self, prompts: list[dict[str, list[int]]], max_tokens: int, wait: Callable[[], None]) -> Outcome:
-        """Submit one batch when `wait` returns, wait for its end, and count what came back."""
+        """Submit one batch when `wait` returns, wait until it ends, and count what came back."""
         self._steps.forget()
         return self._run(prompts, self._params(max_tokens), wait)[0]
 
@@ -342,7 +342,7 @@ class Engine:
         *,
         ends_itself: bool,
     ) -> Outcome:
-        """The same for a queue of requests with lengths of their own; `ends_itself`: the model may end an output."""
+        """The same for a queue of requests with their own lengths; `ends_itself`: the model may end an output."""
         params = [self._params(one.max_tokens, ends_itself=ends_itself) for one in asked]
         self._steps.forget(keeps_steps=True)
         outcome, outputs, began_s = self._run(prompts, params, wait)
@@ -354,7 +354,7 @@ class Engine:
         return outcome
 
     def answer(self, prompts: list[dict[str, list[int]]], max_tokens: int) -> list[list[int]]:
-        """The tokens of each answer, the likeliest one each time; none of it from the cache of an answer before."""
+        """The tokens of each answer, always the likeliest one, and none from the cache of an earlier answer."""
         self._forget_prefixes()
         params = self._sampling_params(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
@@ -372,7 +372,7 @@ class Engine:
     def _run(
         self, prompts: list[dict[str, list[int]]], params: Any, wait: Callable[[], None]
     ) -> tuple[Outcome, list[Any], float]:
-        """What was counted, vLLM's outputs, and the start by the wall clock."""
+        """What was counted, vLLM's outputs, and the start by wall clock."""
         self._forget_prefixes()
         before = self._counters()
         wait()
@@ -388,17 +388,17 @@ class Engine:
         return outcome, outputs, began_s
 
     def _forget_prefixes(self) -> None:
-        """Of earlier runs, which may have had the same prompts: a run is to find what its own requests share."""
+        """Drop those of earlier runs with perhaps the same prompts: a run should only find what its requests share."""
         if self._config.caches_prefixes and not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not empty its prefix cache, in which the prompts of the run before are")
+            raise RuntimeError("vLLM did not empty its prefix cache, which holds the prompts of the run before")
 
     def read_devices(self) -> Reading:
-        """Memory and energy of the devices of every worker, read where they are."""
+        """Memory and energy of every worker's devices, read where they are."""
         return joined(msgspec.convert(self._llm.collective_rpc("batch_inference_read"), list[Reading]))
 
     def _counters(self) -> dict[str, int]:
-        """vLLM's own counters since the engine started: requests preempted, and its estimates of the work of one
-        device where they count all of it."""
+        """vLLM's own counters since the engine started: preempted requests, and its estimates of the work of one
+        device if they cover all of it."""
         counted = dict.fromkeys(self._counted.values(), 0)
         for metric in self._llm.get_metrics():
             if metric.name in self._counted:
@@ -410,10 +410,10 @@ class Engine:
 
 
 def has_whole_estimate(config: Any) -> bool:
-    """Whether vLLM estimates all of the work of a device, by its VllmConfig.
+    """Whether vLLM estimates all of the work of a device, according to its VllmConfig.
 
-    It leaves out, without a word, the parts of a model whose quantization it has no size for, and shares out the
-    feed-forward layers over replicas, also where each has them whole (vllm/v1/metrics/perf.py of 0.26 and 0.32).
+    It silently leaves out the parts of a model whose quantization it has no size for, and divides the
+    feed-forward layers over replicas even if each holds them whole (vllm/v1/metrics/perf.py of 0.26 and 0.32).
     """
     from vllm.v1.metrics.perf import ModelMetrics
 

@@ -1,6 +1,6 @@
-"""The process that holds an engine, seen from the supervising script: its pipes, its log, its life and its end.
+"""The process that holds an engine, as the supervising script sees it: its pipes, its log, its life and its end.
 
-Every engine process leads a process group of its own and has its own devices.
+Every engine process leads its own process group and has its own devices.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from batch_inference.measure.messages import (
 )  # fmt: skip
 from batch_inference.measure.nodes import Nodes
 
-# The flags that say how long an engine may take for its start, and for one run.
+# The flags that limit how long an engine may take to start, and for one run.
 STARTUP, POINT = "startup_timeout", "point_timeout"
 LOG_TAIL_LINES = 40
-# vLLM names its own processes so: VLLM::EngineCore, VLLM::Worker_TP0.
+# How vLLM names its own processes: VLLM::EngineCore, VLLM::Worker_TP0.
 _VLLM_TITLE = "VLLM::"
 DEATH_IS_SAID_WITHIN_S = 3.0
 
-# Errors that only pass on that another one happened.
+# Errors that only report that another one happened.
 _HANDED_ON = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed|cancelled|EngineDeadError|"
     r"EngineCore encountered an issue|Chat template"
 )
 _DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
-# vLLM's words for a kernel that its own warm-up did not cover.
+# vLLM's message about a kernel that its own warm-up did not cover.
 _COMPILED = re.compile(r" during inference: |Triton autotuning for function")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR = re.compile(r"(?:^|[\s\].])([A-Z]\w*(?:Error|Exception)): (.+)")
@@ -57,18 +57,18 @@ _ERROR = re.compile(r"(?:^|[\s\].])([A-Z]\w*(?:Error|Exception)): (.+)")
 
 class ReplicaError(Exception):
     """An engine that did not start, or did not finish its work: the reason in one line, the log's end, and a class of
-    failures.py where the supervisor knows it itself."""
+    failures.py if the supervisor itself knows it."""
 
     def __init__(self, reason: str, log_tail: list[str], kind: str | None = None) -> None:
         super().__init__(reason)
-        # Both go to the file and to the terminal.
+        # Both go into the file and to the terminal.
         self.reason = redact_text(reason)
         self.log_tail = list(map(redact_text, log_tail))
         self.kind = kind
 
 
 def replica_log(log_path: Path, replica: int) -> Path:
-    """The log of the first replica is that of the setting; the others have theirs beside it."""
+    """The first replica's log is the setting's; those of the others are beside it."""
     return log_path if replica == 0 else log_path.with_suffix(f".replica_{replica}.log")
 
 
@@ -77,7 +77,7 @@ def rank_log(log_path: Path, rank: int) -> Path:
 
 
 def log_paths(config: ExperimentConfig) -> list[Path]:
-    """The logs that a process which is about to measure will write; those of ranks other than 0 are their own."""
+    """The logs that a measuring process will write; ranks other than 0 write their own."""
     if config.nnodes > 1 and config.node_rank > 0:
         return [node_log(config.log_path, config.node_rank)]
     replicas = 1 if config.distributed_executor_backend == "external_launcher" else config.data_parallel_size
@@ -89,7 +89,7 @@ def node_log(log_path: Path, node: int) -> Path:
 
 
 class Patience:
-    """How long an answer may take, by a clock outside the engine: --startup-timeout or --point-timeout."""
+    """How long an answer may take by a clock outside the engine: --startup-timeout or --point-timeout."""
 
     def __init__(self, config: ExperimentConfig, waiting_for: str) -> None:
         self.waiting_for = waiting_for
@@ -102,8 +102,8 @@ class Patience:
 
 
 def receive(processes: Sequence[EngineProcess], patience: Patience) -> list[list[AnyReply]]:
-    """The next replies of each, one per rank. Raises ConfigError for the user's flags, ReplicaError for other failures:
-    at the first that fails, because coupled replicas wait for each other without end."""
+    """The next replies of each process, one per rank. Raises ConfigError for wrong flags, ReplicaError for a failure,
+    at the first that fails, because coupled replicas wait for each other forever."""
     answers: dict[EngineProcess, list[AnyReply]] = {}
     while waiting := [process for process in processes if process not in answers]:
         select.select(waiting, [], [], min(1.0, patience.limit_s))
@@ -123,7 +123,7 @@ class EngineProcess:
         replies_read, replies_write = os.pipe()
         with open_log(log_path) as log:
             self._process = subprocess.Popen(
-                # -P: a batch_inference or a queue.py in the user's folder is not meant.
+                # -P: ignore a batch_inference or a queue.py in the user's folder.
                 [sys.executable, "-P", "-m", "batch_inference.measure.worker", str(commands_read), str(replies_write)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -137,7 +137,7 @@ class EngineProcess:
         self._commands = os.fdopen(commands_write, "wb", buffering=0)
         self._replies = os.fdopen(replies_read, "rb", buffering=0)
         self._pieces = Lines()
-        self._lines: list[bytes] = []  # that are whole
+        self._lines: list[bytes] = []  # complete ones
         self.log_since = LogMark(log_path)
         self._parts: dict[int, str] = {}
         self._shared_memory: set[Path] = set()
@@ -148,14 +148,14 @@ class EngineProcess:
         return self._process.pid
 
     def send(self, command: Command) -> None:
-        # What the log said before is of something that went well.
+        # Everything in the log so far belongs to work that went well.
         self.log_since = LogMark(self.log_path)
-        # A process that is gone shows in `_receive`, with its log.
+        # If the process is gone, `_receive` notices, and has its log.
         with contextlib.suppress(BrokenPipeError):
             self._commands.write(encode(command) + b"\n")
 
     def fileno(self) -> int:
-        """Of the pipe that its replies come through."""
+        """The pipe that its replies come through."""
         return self._replies.fileno()
 
     def late(self, patience: Patience) -> ReplicaError:
@@ -164,7 +164,7 @@ class EngineProcess:
         return ReplicaError(f"no answer within {flag} {patience.limit_s:g} s", self._log_end(), kind)
 
     def replies(self) -> list[AnyReply]:
-        """The next replies, one per rank; nothing where none are there. Raises as `_receive` does."""
+        """The next replies, one per rank; empty if there are none. Raises as `_receive` does."""
         if not self._lines:
             readable, _, _ = select.select([self._replies], [], [], 0)
             chunk = os.read(self._replies.fileno(), 1 << 16) if readable else b""
@@ -176,15 +176,15 @@ class EngineProcess:
         try:
             replies = replies_from(self._lines.pop(0))
         except msgspec.ValidationError as error:
-            raise self._failure(f"what the engine answered cannot be: {error}") from error
+            raise self._failure(f"the engine gave an invalid answer: {error}") from error
         for reply in replies:
             if isinstance(reply, Failed):
                 raise ConfigError(reply.reason) if reply.usage else self._failure(reply.reason)
         return replies
 
     def _check_alive(self) -> None:
-        """Raises ReplicaError where nothing can be waited for."""
-        # End of file alone is not enough: a child of the engine may hold the pipe open after its death.
+        """Raises ReplicaError if there is nothing left to wait for."""
+        # End of file is not enough: a child of the engine may hold the pipe open after the engine's death.
         if self._process.poll() is not None:
             raise self._failure(f"the engine process ended with {_exit_words(self._process.returncode)}")
         if dead := self._dead_part():
@@ -193,8 +193,8 @@ class EngineProcess:
             raise ReplicaError(lost, self._log_end())
 
     def remember_parts(self) -> None:
-        """Once it is loaded: vLLM's own processes, which live as long as the engine, and how they talk. vLLM does not
-        always notice itself that one was killed; `generate` then never returns."""
+        """Once it is loaded: note vLLM's own processes, which live as long as the engine, and how they talk. vLLM does
+        not always notice that one was killed; `generate` then never returns."""
         self._shared_memory = shared_memory_of(self.pid)
         for process in processes_of(self.pid):
             with contextlib.suppress(OSError):
@@ -203,7 +203,7 @@ class EngineProcess:
                     self._parts[int(process.name)] = title
 
     def _dead_part(self) -> str | None:
-        """The title of a process of vLLM that is gone for longer than vLLM needs to say so."""
+        """The title of a vLLM process that has been gone for longer than vLLM needs to report it."""
         dead = [title for pid, title in self._parts.items() if not _is_alive(pid)]
         if not dead:
             return None
@@ -211,7 +211,7 @@ class EngineProcess:
         return dead[0] if time.monotonic() - self._dead_since_s > DEATH_IS_SAID_WITHIN_S else None
 
     def _failure(self, reason: str) -> ReplicaError:
-        # vLLM hands on a bare "Engine core initialization failed": the cause stands only in the log.
+        # vLLM passes on a bare "Engine core initialization failed": only the log has the cause.
         return ReplicaError(root_cause(self.log_since.lines()) or plain(reason.partition("\n")[0]), self._log_end())
 
     def _log_end(self) -> list[str]:
@@ -231,7 +231,7 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal_number)
             self._group_is_empty(patience_s)
-        # Nothing is there any more after an orderly end.
+        # After an orderly end, nothing is left.
         remove(self._shared_memory)
         self._replies.close()
         self._commands.close()
@@ -240,7 +240,7 @@ class EngineProcess:
         deadline_s = time.monotonic() + patience_s
         while True:
             self._process.poll()  # reaps the leader
-            # An orphan stays a zombie for long where the first process of a container reaps late, or never.
+            # An orphan may stay a zombie for long if the first process of a container reaps late or never.
             if not any(_is_alive(int(process.name)) for process in processes_of(self.pid)):
                 return True
             if time.monotonic() >= deadline_s:
@@ -252,24 +252,24 @@ def quiet_environment() -> dict[str, str]:
     return {
         "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",
-        # Images switch bytecode off to stay small. Without it every import of vLLM compiles its Python again, and an
-        # engine start has up to three: those after the first find it then.
+        # Container images disable bytecode to stay small. Every import of vLLM then compiles its Python again, and an
+        # engine start has up to three imports: with bytecode, those after the first find it.
         "PYTHONDONTWRITEBYTECODE": "",
-        # Triton's own default. Unset, torch moves it into the folder of the graph that it compiles, and each new graph,
-        # as well as the first start that loads one, has the same sampling kernels compiled again.
+        # Triton's own default. Unset, torch moves it into the folder of the graph being compiled, and each new graph,
+        # and the first start that loads one, compiles the same sampling kernels again.
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or f"{_triton_home()}/.triton/cache",
-        # Measuring machines are often cut off: usage statistics would only wait for a time-out.
+        # Measuring machines are often offline, where usage statistics would only wait for a time-out.
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
 
 
 def _triton_home() -> str:
-    # As Triton finds it: Path.home() raises where a user without a name has no HOME, as in some containers.
+    # As Triton finds it: Path.home() raises if a user without a name has no HOME, as in some containers.
     return os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # noqa: PTH111
 
 
 class LogMark:
-    """The end of a log at this moment, and what is written after it."""
+    """The current end of a log, and what is written after it."""
 
     def __init__(self, log_path: Path) -> None:
         self._log_path = log_path
@@ -279,7 +279,7 @@ class LogMark:
         return read_log_tail(self._log_path, start=self._start)
 
     def compilations(self) -> int:
-        """Kernels that vLLM says to have compiled."""
+        """How many kernels vLLM says it compiled."""
         with contextlib.suppress(OSError), open_regular(self._log_path, "rb") as log:
             log.seek(self._start)
             return len(_COMPILED.findall(log.read().decode(errors="replace")))
@@ -287,7 +287,7 @@ class LogMark:
 
 
 def _is_alive(pid: int) -> bool:
-    """A zombie, whose parent has not looked yet, is not."""
+    """A zombie, whose parent has not yet reaped it, is not alive."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -299,7 +299,7 @@ def _exit_words(code: int) -> str:
 
 
 def read_log_tail(path: Path, max_bytes: int = 200_000, start: int = 0) -> list[str]:
-    """The last lines of a log, of those after byte `start`, without colour codes."""
+    """The last lines of a log, among those after byte `start`, without colour codes."""
     with contextlib.suppress(OSError), open_regular(path, "rb") as log:
         log.seek(max(start, path.stat().st_size - max_bytes))
         text = log.read().decode(errors="replace")
@@ -308,11 +308,11 @@ def read_log_tail(path: Path, max_bytes: int = 200_000, start: int = 0) -> list[
 
 
 def root_cause(log_lines: list[str]) -> str | None:
-    """The last error of a log that is not just one being handed on; None where there is none."""
+    """The last error in a log that does not merely report another one; None if there is none."""
     for line in reversed(log_lines):
         found = _ERROR.search(line)
         if found and not _HANDED_ON.search(line):
             return f"{found[1]}: {found[2].strip()}"
-    # A worker that is killed says nothing itself.
+    # A killed worker says nothing itself.
     killed = next((found for line in log_lines if (found := _DIED.search(line))), None)
-    return killed and f"{killed[0]}; -9 is mostly the kernel's, out of main memory"
+    return killed and f"{killed[0]}; -9 usually means that the kernel ran out of main memory"

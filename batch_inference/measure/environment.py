@@ -1,4 +1,4 @@
-"""Provenance: what a measurement ran on, so that two files can be told apart. Nothing secret is written."""
+"""Provenance: what a measurement ran on, so that two files can be told apart. No secret is written."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _git_state() -> tuple[str | None, bool | None]:
 
 
 def _topology() -> str | None:
-    """How the GPUs are linked, without the escape sequences that nvidia-smi underlines its header with."""
+    """How the GPUs are linked, without the escape sequences that underline nvidia-smi's header."""
     table = _output_of("nvidia-smi", "topo", "-m")
     return table and re.sub(r"\x1b\[[\d;]*m", "", table)
 

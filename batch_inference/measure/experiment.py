@@ -1,4 +1,4 @@
-"""One setting: warm up, repeat, judge and save every point of the grid, on one engine load."""
+"""One setting: warm up, repeat, judge and save every point of the grid on one engine load."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from batch_inference.measure.replicas import Replicas, joined_readings
 from batch_inference.measure.resume import has_runs_enough, is_enough, is_warm, keep_job, set_aside_engine
 
 MAX_WARMUPS = 5
-# Requests of a queue's warm-up, for each that runs at once.
+# Requests in a queue's warm-up, per request that runs at once.
 WARMUP_LIVES = 2
-# Engines lost one after the other, at different points: it is not the points then.
+# Engines lost one after another at different points: then the points are not the cause.
 MOST_LOSSES = 2
-# A closed engine hands its memory back within seconds.
+# A closed engine returns its memory within seconds.
 DEVICES_TIMEOUT_S = 60.0
 _STATUS_OF: dict[str, PointStatus] = {"oom_run": "oom", "oom_load": "oom", "timeout_point": "timeout"}
-# Timed runs of a point that are repeated because vLLM compiled a kernel during them.
+# How many timed runs of a point are repeated because vLLM compiled a kernel during them.
 MAX_REPEATED = 3
 
 
@@ -64,13 +64,13 @@ class Experiment:
         console: Console,
         job: JobFile | None = None,
     ) -> None:
-        """`job`: of a workload, which the points are then made of."""
+        """`job`: the workload that the points are made of, if there is one."""
         self._config = config
         self._job = job
         self._monitor = monitor
         self._console = console
         self._before = monitor.read()
-        self._engine_is_lost = False  # and has nothing to end in order
+        self._engine_is_lost = False  # and cannot be closed in order
         self._file = GrowingFile(config.output_path, result)
         self._lost: list[Point] = []  # points that failed in this sweep
         self.result = result
@@ -79,32 +79,32 @@ class Experiment:
             keep_job(result, job.described())
 
     def run(self, replicas: Replicas, nodes: Nodes | None = None) -> Result:
-        """Load, measure every point that is still open, save after each. The replicas are closed at the end, and the
-        other `nodes` dismissed."""
+        """Load, measure every open point, save after each. At the end the replicas are closed and the
+        other `nodes` are dismissed."""
         hurry = False
         try:
             if self.is_open:
                 self._measure_open_points(replicas)
-                # Before the engine closes, which takes seconds: a setting that is ended then is still complete.
+                # Before the engine closes, which takes seconds: a setting interrupted then is still complete.
                 self._save()
             else:
-                # The other ranks of a torchrun job still wait for a word: `close` says it.
+                # The other ranks of a torchrun job are still waiting: `close` tells them.
                 self._console.all_there(self._config, self._kept)
                 self.result.status = "complete"
                 self._forget_runs()
         except (KeyboardInterrupt, SystemExit):
             hurry = True
             self._console.note("\nending the engine; finished points are kept")
-            # Interrupted while loading: say so in a file, but never in place of one that holds measurements.
+            # Interrupted while loading: record it in the file, but never replace one that holds measurements.
             if self._file.has_begun or not self._config.output_path.exists():
                 self._save()
             raise
         finally:
             self._console.close()
             replicas.close(hurry=hurry or self._engine_is_lost)
-        if nodes:  # before the wait: they may hold memory of the same devices
+        if nodes:  # before the wait: they may hold memory on the same devices
             nodes.dismiss(failed=self.result.status == "failed")
-        # The next setting is to find the devices as this one did.
+        # The next setting should find the devices as this one did.
         held = self._wait_for_devices()
         if held:
             self._console.note(f"warning: {held}")
@@ -112,7 +112,7 @@ class Experiment:
 
     @property
     def is_open(self) -> bool:
-        """Whether anything is left to measure, or to ask."""
+        """Whether anything is left to measure or to ask."""
         return self._order.next_point() is not None or self._asks_answers
 
     @property
@@ -122,17 +122,17 @@ class Experiment:
 
     @property
     def is_whole(self) -> bool:
-        """Every point is measured, and none failed on the way."""
+        """Whether every point is measured and none failed."""
         return not self._lost and all(point.status == "ok" for point in self.result.points)
 
     def unsaved(self) -> str | None:
-        """What was measured, as the file would hold it; None where nothing was."""
+        """What was measured, as the file would hold it; None if nothing was."""
         return self._file.told()
 
     def _measure_open_points(self, replicas: Replicas) -> None:
         try:
             self._console.loading(self._config)
-            # vLLM is imported once more to read texts, which takes about as long as an engine's start.
+            # Reading texts imports vLLM once more, which takes about as long as starting an engine.
             wait_for_texts = _begun(self._job.read_texts) if self._job else None
             self._keep_engine(replicas.start())
             if wait_for_texts:
@@ -146,7 +146,7 @@ class Experiment:
             self._fail(error)
 
     def _ask(self, replicas: Replicas) -> None:
-        """After all was measured, so that nothing of it is lost."""
+        """Asked after everything is measured, so that no measurement is lost."""
         self._console.asking()
         seed, (prompt_tokens, output_tokens) = self._config.seed, lengths_for(self._config.longest_request)
         asked = Answer(REQUESTS, prompt_tokens, output_tokens, [seed, "answers"])
@@ -161,7 +161,7 @@ class Experiment:
         self.result.answers = Answers(seed, prompt_tokens, output_tokens, at_once, in_halves, of_others)
 
     def _begin(self) -> InTurn | Climbing:
-        """What is to be measured, and beside it what an earlier sweep has measured well enough."""
+        """What to measure; keeps what an earlier sweep measured well enough."""
         config, points, grid = self._config, self.result.points, self._grid()
         if config.searches:
             grid = [key for key in grid if not self._job or self._job.fills(key.batch_size)] or grid[:1]
@@ -180,11 +180,11 @@ class Experiment:
         ]
 
     def _requests(self, batch_size: int) -> int | None:
-        """Of a queue point: how many are run."""
+        """How many a queue point runs."""
         return self._job.sample_size(batch_size) if self._job else None
 
     def _keep_engine(self, engines: list[EngineInfo]) -> None:
-        """The first replica's engine, and beside it what each replica has of its own. Points that are there already
+        """The first replica's engine, and what is particular to each replica. Points that are already there
         keep theirs."""
         set_aside_engine(self.result)
         first = engines[0]
@@ -200,7 +200,7 @@ class Experiment:
 
     def _measure_grid(self, replicas: Replicas) -> None:
         self._console.start(self._config, None if self._config.searches else len(self._grid()), self._kept)
-        losses: list[Point] = []  # engines lost one after the other
+        losses: list[Point] = []  # engines lost one after another
         while (planned := self._order.next_point()) is not None:
             point = planned.so_far or _point(planned.key, "ok", self._implied_by(planned.key))
             if point.reason:
@@ -224,7 +224,7 @@ class Experiment:
         self.result.status = "complete"
 
     def _is_engine_needed(self) -> bool:
-        """Whether anything is left that has not failed already, by what another has shown."""
+        """Whether anything is left to measure that another point has not already shown to fail."""
         if self._order.rest:
             return any(self._implied_by(key) is None for key in self._order.rest)
         return self._order.next_point() is not None
@@ -243,13 +243,13 @@ class Experiment:
         point.reason, point.log_tail = error.reason, error.log_tail
 
     def _recover(self, replicas: Replicas, losses: list[Point]) -> str | None:
-        """Start the engine again; why the sweep cannot go on, or None."""
+        """Restart the engine; returns why the sweep cannot go on, or None."""
         last = losses[-1]
         where = ", ".join(key_words(last))
         if not replicas.can_restart:
             return f"the engine was lost at {where}"
         if len(losses) >= MOST_LOSSES:
-            return f"{len(losses)} engines were lost one after the other, the last at {where}"
+            return f"{len(losses)} engines were lost one after another, the last at {where}"
         self._console.restarting(last)
         replicas.close(hurry=True)
         held = self._wait_for_devices()
@@ -264,7 +264,7 @@ class Experiment:
         return None
 
     def _wait_for_devices(self) -> str | None:
-        """Until the devices hold no more than before the first engine; who holds them, where that does not come."""
+        """Wait until the devices hold no more than before the first engine; returns who holds them if they never do."""
         deadline_s = time.monotonic() + DEVICES_TIMEOUT_S
         while held := self._monitor.held(self._before):
             if time.monotonic() > deadline_s:
@@ -281,7 +281,7 @@ class Experiment:
         self._console.point_done(point)
 
     def _keep(self, point: Point) -> None:
-        """In the file, and without its raw runs in memory. One that fails now takes nothing from what was measured."""
+        """Keep a point in the file, not its raw runs in memory. A failure does not replace an earlier measurement."""
         if point.status != "ok":
             self._lost.append(point)
             if any(one.key == point.key for one in self.result.points):
@@ -290,15 +290,15 @@ class Experiment:
         self.result.points = [one for one in self.result.points if one.key != point.key] + [_light(point)]
 
     def _measure(self, point: Point, replicas: Replicas, runs: int | None) -> None:
-        """`runs`: how many are enough; None for as many as are asked."""
+        """`runs`: how many are enough; None for as many as were asked."""
         if self._job:
             point.sample = self._job.sample(point.batch_size)
         self._warm_up(point, replicas)
         repeated = 0
         while not self._has_enough(point, runs):
             run = self._run(point, replicas, "run", len(point.runs) + repeated)
-            # Whether a run counts is decided by what vLLM says of it, never by how long it took: a run that is slow
-            # for no known reason stays.
+            # What vLLM says about a run decides whether it counts, never how long it took: a run that is slow
+            # for no known reason is kept.
             if run.counters.jit_compilations and repeated < MAX_REPEATED:
                 repeated += 1
                 point.warmups.append(as_warmup(run, "a timed run until vLLM compiled a kernel during it; repeated"))
@@ -313,8 +313,8 @@ class Experiment:
         return has_runs_enough(point, self._config, self._requests(point.batch_size))
 
     def _warm_up(self, point: Point, replicas: Replicas) -> None:
-        """Until steady; a run that compiled a kernel is the first of a new series. A queue is warm after one short run:
-        what it measures is found in its own course."""
+        """Run until steady; a run that compiled a kernel starts a new series. A queue is warm after one short run:
+        it finds its plateau while it runs."""
         made = 1 if point.warmups else 0
         if self._job:
             while made < max(1, self._config.warmup_runs):
@@ -333,10 +333,10 @@ class Experiment:
         with self._monitor.watch() as seen:
             outcomes = replicas.run()
         after = self._monitor.read(replicas.pids())
-        # The devices may be on other machines: then those who hold them have read them.
+        # The devices may be on other machines, whose workers have then read them.
         before, after = joined_readings(outcomes) or (before, after)
         if self._config.distributed_executor_backend == "ray":
-            seen = Seen()  # of this machine's first devices; Ray may have given out others
+            seen = Seen()  # would be of this machine's first devices; Ray may have assigned others
         return combine(outcomes, before, after, seen)
 
     def _next(self, point: Point, phase: str, index: int) -> Prepare | Queue:
@@ -359,7 +359,7 @@ class Experiment:
         self.result.failure = Failure(kind, error.reason, error.log_tail)
 
     def _save(self) -> None:
-        """The head with all points: those of earlier sweeps are in memory until then."""
+        """Save the head with all points; those of earlier sweeps are in memory until then."""
         if self._file.has_begun:
             self._file.fold()
             return
@@ -367,18 +367,18 @@ class Experiment:
         self._forget_runs()
 
     def _forget_runs(self) -> None:
-        """They are in the file: those of many points would not fit in memory."""
+        """Their runs are in the file; those of many points would not fit in memory."""
         self.result.points = [_light(point) for point in self.result.points]
 
 
 def _begun(work: Callable[[], None]) -> Callable[[], None]:
-    """Start it beside, and give what waits for its end, and raises what it raised. An interruption does not wait."""
+    """Start it in a thread; returns what waits for its end and raises what it raised. An interruption does not wait."""
     raised: list[BaseException] = []
 
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for it
             raised.append(error)
 
     thread = threading.Thread(target=run, daemon=True)

@@ -1,14 +1,14 @@
-"""Before anything else is said: a fixed word tells our nodes from strangers, and a proof those that know the secret.
+"""Before anything else: a fixed word tells our nodes from strangers, and a proof shows who knows the secret.
 
     caller -> node 0    Greeting(nonce)
     node 0 -> caller    Challenge(nonce)
     caller -> node 0    Proof(proof)
     node 0 -> caller    Welcome(proof), or Refusal()
-    caller -> node 0    what it says of itself
+    caller -> node 0    what it says about itself
 
-A proof is an HMAC over the nonces of both, so that none that was recorded is of use later. The caller proves itself
-first: a stranger that calls learns nothing that it could try secrets on. Without a secret the key is empty, and a proof
-says only that this is the same program.
+A proof is an HMAC over both nonces, so a recorded one is useless later. The caller proves itself
+first, so a stranger that calls learns nothing to test secrets on. Without a secret the key is empty, and a proof
+only says that this is the same program.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from batch_inference.core.config import MEETING_SECRET, ConfigError
 from batch_inference.measure.connection import Connection
 
 M = TypeVar("M")
-# Goes up where nodes of two versions could not understand each other.
+# Goes up when nodes of two versions could not understand each other.
 _PROTOCOL = 1
 _Protocol = Annotated[int, Meta(ge=0, lt=1_000_000)]
 _Nonce = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
@@ -52,7 +52,7 @@ class Welcome(Struct, tag=True):
 
 
 class Refusal(Struct, tag=True):
-    """The caller knows another secret, or none."""
+    """The caller has a different secret, or none."""
 
 
 _GREETING, _CHALLENGE, _PROOF, _ANSWER = (
@@ -64,11 +64,11 @@ _GREETING, _CHALLENGE, _PROOF, _ANSWER = (
 
 
 class RefusedError(Exception):
-    """The other is this program, and none of these nodes: how it is told, beginning with what it has."""
+    """The other is this program, but not one of these nodes; the message begins with what it has."""
 
 
 def secret_of_nodes() -> bytes:
-    """What nodes prove to each other that they know; empty where the user gives none. Raises ConfigError."""
+    """The secret that nodes prove to each other; empty if the user gives none. Raises ConfigError."""
     text = os.environ.get(MEETING_SECRET)
     if text is not None and not text.strip():
         raise ConfigError(f"{MEETING_SECRET}: it is empty; give it a value, or unset it")
@@ -76,17 +76,17 @@ def secret_of_nodes() -> bytes:
 
 
 class Caller:
-    """One that knocks at node 0's door, seen from there."""
+    """Somebody that knocks at node 0's door, as node 0 sees it."""
 
     def __init__(self, connection: Connection, secret: bytes, deadline_s: float) -> None:
         self.connection = connection
         self.deadline_s = deadline_s
-        self.steps = 0  # that it has come nearer
+        self.steps = 0  # of the greeting, done so far
         self._secret = secret
         self._theirs, self._ours = "", secrets.token_hex(16)
 
     def introduction(self, decoder: Decoder[M]) -> M | None:
-        """What it says of itself, once it has proved that it is one of us; None until then. Raises RefusedError, and
+        """What it says about itself, once it has proved that it is one of us; None until then. Raises RefusedError, and
         OSError or ValueError for a stranger."""
         if self.steps == 0 and (greeting := self.connection.receive(_GREETING, 0)):
             self._challenge(greeting)
@@ -111,7 +111,7 @@ class Caller:
 
 
 def greet(connection: Connection, secret: bytes, answer_within_s: float) -> None:
-    """The caller's part. Raises RefusedError, and OSError or ValueError where the other is no node 0 of ours."""
+    """The caller's part. Raises RefusedError, and OSError or ValueError if the other is not one of our node 0s."""
     nonce = secrets.token_hex(16)
     connection.send(Greeting(nonce))
     challenge = _answer(connection, _CHALLENGE, answer_within_s)
@@ -122,7 +122,7 @@ def greet(connection: Connection, secret: bytes, answer_within_s: float) -> None
     if isinstance(answer, Refusal):
         raise _another_secret()
     if not hmac.compare_digest(answer.proof, _proof_of("node 0", secret, nonces)):
-        raise ValueError("a welcome of somebody who does not know the secret")
+        raise ValueError("a welcome from somebody who does not know the secret")
     connection.trust()
 
 
@@ -145,5 +145,5 @@ def _another_secret() -> RefusedError:
 
 
 def _proof_of(whose: str, secret: bytes, nonces: tuple[str, str]) -> str:
-    """`whose`: so that nobody can give back what he has got."""
+    """`whose`: so that nobody can send back the proof that they received."""
     return hmac.new(secret, " ".join((whose, *nonces)).encode(), hashlib.sha256).hexdigest()

@@ -1,4 +1,4 @@
-"""What the devices hold, draw and do while an engine runs: NVML on GPUs, psutil on the CPU."""
+"""What the devices hold, draw and do while an engine runs: NVML for GPUs, psutil for the CPU."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from batch_inference.core.config import ConfigError
 from batch_inference.core.results import Clocks, DeviceInfo
 from batch_inference.plan.devices import GIB, Devices, find_nvml, nvml_handle
 
-# Between two looks at the clocks: often enough for a run of a second, and nothing beside an engine's step.
+# Between two looks at the clocks: often enough for a run of a second, and no burden on an engine.
 SAMPLE_S = 0.1
-# Contexts of other processes come and go.
+# Tolerance for the contexts of other processes, which come and go.
 RETURNED_WITHIN_GIB = 0.5
 
 
 class Reading(Struct):
-    """What a monitor reads at one moment: a number per device, or per replica, as `scope` says."""
+    """What a monitor reads at one moment: a number per device or per replica, as `scope` says."""
 
     scope: Literal["device", "replica"]
     used_gib: list[float]
-    energy_j: list[float | None]  # since the driver was loaded; None where there is no counter
-    other_processes: list[int | None] = []  # that are none of ours
+    energy_j: list[float | None]  # since the driver was loaded; None without a counter
+    other_processes: list[int | None] = []  # those that are not ours
 
 
 class Seen(Struct):
-    """What a monitor saw while a run went on; None where nobody looked."""
+    """What a monitor saw during a run; None if nobody looked."""
 
     sm_mhz: list[float | None] | None = None  # mean per device
     peak_gib: list[float] | None = None  # per device
@@ -56,7 +56,7 @@ class GpuMonitor:
         nvml = find_nvml()
         if nvml is None:
             raise ConfigError(
-                f"{sys.executable} has no nvidia-ml-py, and vLLM's copy of it is not there: pip install nvidia-ml-py"
+                f"{sys.executable} has no nvidia-ml-py, and vLLM's copy of it is missing: pip install nvidia-ml-py"
             )
         self._nvml = nvml
         try:
@@ -67,7 +67,7 @@ class GpuMonitor:
         self._throttle_bits = _throttle_bits(nvml)
 
     def identify(self, *, in_use: bool = False) -> list[DeviceInfo]:
-        """What the devices are, and what they hold and draw before an engine loads; unknown once they are `in_use`."""
+        """What the devices are, and what they hold and draw before an engine loads (unknown once they are `in_use`)."""
         nvml = self._nvml
         return [
             DeviceInfo(
@@ -91,7 +91,7 @@ class GpuMonitor:
         return str(self._nvml.nvmlSystemGetDriverVersion())
 
     def read(self, pids: Iterable[int] = ()) -> Reading:
-        """Memory in use, joules since the driver was loaded (None where a GPU has no counter), and processes that
+        """Memory in use, joules since the driver was loaded (None if a GPU has no counter), and processes that
         belong to none of the process groups of `pids`, per device."""
         nvml = self._nvml
         ours = {group for pid in pids if (group := _group_of(pid)) is not None}
@@ -106,7 +106,7 @@ class GpuMonitor:
         )
 
     def held(self, before: Reading) -> str | None:
-        """Which devices hold more than `before`, and for whom; None where none does."""
+        """Which devices hold more than `before`, and for whom; None if none does."""
         for index, (earlier_gib, held_gib) in enumerate(zip(before.used_gib, self._used_gib(), strict=True)):
             if held_gib > earlier_gib + RETURNED_WITHIN_GIB:
                 pids = self._running(self._handles[index]) or []
@@ -118,12 +118,12 @@ class GpuMonitor:
         return [self._nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles]
 
     def _running(self, handle: Any) -> list[int] | None:
-        """Processes that compute on a device; None where NVML does not tell."""
+        """Processes that compute on a device; None if NVML does not say."""
         running = _or_none(self._nvml, lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
         return None if running is None else [process.pid for process in running]
 
     def _count_others(self, handle: Any, ours: set[int]) -> int | None:
-        """In a container only its own processes can be told apart; the others are not counted."""
+        """In a container only its own processes can be identified; others are not counted."""
         pids = self._running(handle)
         if pids is None:
             return None
@@ -132,7 +132,7 @@ class GpuMonitor:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Seen]:
-        """Look at clocks and memory every SAMPLE_S while the block runs; what was seen is there after it."""
+        """Look at clocks and memory every SAMPLE_S while the block runs; what was seen is available afterwards."""
         seen = Seen()
         samples: list[list[_Sample]] = []
         over = threading.Event()
@@ -171,7 +171,7 @@ class CpuMonitor:
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
 
-    def identify(self, *, in_use: bool = False) -> list[DeviceInfo]:  # noqa: ARG002 - cores tell the same then
+    def identify(self, *, in_use: bool = False) -> list[DeviceInfo]:  # noqa: ARG002 - cores look the same then
         import psutil
 
         share_gib = psutil.virtual_memory().total / GIB / len(self._devices)
@@ -188,7 +188,7 @@ class CpuMonitor:
         return Reading(scope="replica", used_gib=used_gib, energy_j=[None] * len(used_gib))
 
     def held(self, _: Reading) -> None:
-        """Main memory is the kernel's to give back, with the process."""
+        """The kernel takes main memory back when the process ends."""
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Seen]:
@@ -199,7 +199,7 @@ Monitor = GpuMonitor | CpuMonitor
 
 
 def joined(readings: Sequence[Reading]) -> Reading:
-    """The readings of several ranks or replicas, each of devices of its own, as one."""
+    """The readings of several ranks or replicas, each on its own devices, as one."""
     return Reading(
         scope=readings[0].scope,
         used_gib=[value for reading in readings for value in reading.used_gib],
@@ -209,20 +209,20 @@ def joined(readings: Sequence[Reading]) -> Reading:
 
 
 def drawn_j(before: Reading, after: Reading) -> float | None:
-    """Joules that the devices drew between two readings; None where one is unknown."""
+    """Joules that the devices drew between two readings; None if either is unknown."""
     pairs = list(zip(before.energy_j, after.energy_j, strict=True))
     known = [(start_j, end_j) for start_j, end_j in pairs if start_j is not None and end_j is not None]
     return sum(end_j - start_j for start_j, end_j in known) if len(known) == len(pairs) else None
 
 
 def clocks_of(after: Reading, seen: Seen) -> Clocks:
-    """What a Run keeps of clocks and neighbours."""
+    """What a Run keeps about clocks and neighbours."""
     others = [count for count in after.other_processes if count is not None]
     return Clocks(seen.sm_mhz, seen.throttle_reasons, sum(others) if others else None)
 
 
 def _group_of(pid: int) -> int | None:
-    """None for a process that is gone, or belongs to another container."""
+    """None for a process that is gone or in another container."""
     try:
         return os.getpgid(pid)
     except ProcessLookupError:
@@ -245,7 +245,7 @@ def monitor(devices: Devices) -> Monitor:
 
 
 def _or_none(nvml: Any, read: Any) -> Any:
-    """What `read` returns, or None where this GPU or driver does not offer it."""
+    """What `read` returns, or None if this GPU or driver does not offer it."""
     try:
         return read()
     except nvml.NVMLError:

@@ -1,8 +1,8 @@
-"""A model of the hub, fetched once for all replicas and settings of a node, before an engine starts.
+"""Downloads a model from the hub, once for all replicas and settings of a node, before an engine starts.
 
-    python -m batch_inference.measure.hub look|fetch REQUEST      in a process of its own; REQUEST: a _Request as JSON
+    python -m batch_inference.measure.hub look|fetch REQUEST      in its own process; REQUEST: a _Request as JSON
 
-The files are those that vLLM's loader takes (0.26 to 0.33). What else it wants, it fetches itself.
+The files are those that vLLM's loader takes (0.26 to 0.33). vLLM itself fetches anything else it wants.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from batch_inference.core.text import plain
 from batch_inference.plan.devices import GIB
 from batch_inference.plan.model_place import is_on_hub
 
-# vLLM's --load-format -> the names of the weights, of which the first that there are count. Others load in ways of
-# their own, and `dummy` loads nothing.
+# vLLM's --load-format -> the names of the weights, of which the first that exist count. Other formats load in their own
+# ways, and `dummy` loads nothing.
 _WEIGHTS = {
     "auto": ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt"),
     "hf": ("*.safetensors", "*.bin", "*.pt"),
@@ -41,36 +41,36 @@ LOOK_TIMEOUT_S, FETCH_TIMEOUT_S = 60.0, 7 * 86_400.0
 
 @dataclass(frozen=True)
 class _Request:
-    """What is to be fetched, and where to; None is the hub's own default."""
+    """What to fetch, and where to; None is the hub's own default."""
 
     model: str
     load_format: str
     revision: str | None
     folder: str | None
-    files: tuple[str, ...] = ()  # what a look has found to be needed
+    files: tuple[str, ...] = ()  # what a look found to be needed
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """Of that process: what a look has found, or why there is none."""
+    """That process's answer: what a look found, or why it failed."""
 
     missing_bytes: int = 0
-    folder: str = ""  # that they go into
-    files: tuple[str, ...] = ()  # all that are needed
+    folder: str = ""  # where they go
+    files: tuple[str, ...] = ()  # all needed files
     problem: str | None = None
-    is_here: bool = False  # where there is a problem: whether some version of the model lies on this machine
+    is_here: bool = False  # if there is a problem: whether some version of the model is on this machine
 
 
 def fetch_models(configs: Sequence[ExperimentConfig], say: Callable[[str], None]) -> None:
-    """Fetches what is on the hub and not on this machine. Raises WorkFailedError for a model that cannot be had, and
-    for a disk that is too small."""
+    """Fetches what is on the hub and not on this machine. Raises WorkFailedError if the model is unavailable, or
+    the disk too small."""
     for request, token in {request: config.engine_word("--hf-token") for config in configs
                            if (request := _request(config))}.items():  # fmt: skip
         _fetch(request, {"HF_TOKEN": token} if token else {}, say)
 
 
 def _request(config: ExperimentConfig) -> _Request | None:
-    """None for what is not fetched from the hub, or not now."""
+    """None for a model that is not fetched from the hub, or not now."""
     offline = any(os.environ.get(name, "").upper() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     elsewhere = os.environ.get("VLLM_USE_MODELSCOPE", "").upper() in _YES
     load_format = config.engine_word("--load-format") or "auto"
@@ -86,8 +86,8 @@ def _fetch(request: _Request, environment: dict[str, str], say: Callable[[str], 
         kind = classify("load", problem)
         if kind in SAME_FOR_ALL - {"network_offline"} and not found.is_here:
             raise WorkFailedError(f"--model {request.model}: {problem}; {kind}: {ADVICE[kind]}")
-        # vLLM may find all that it needs on this machine.
-        say(f"note: the hub could not be asked for {request.model} ({problem}); vLLM tries it itself")
+        # vLLM may find everything it needs on this machine.
+        say(f"note: the hub could not be asked for {request.model} ({problem}); vLLM will try itself")
         return
     needed, folder = found.missing_bytes, Path(found.folder)
     if not needed:
@@ -95,10 +95,10 @@ def _fetch(request: _Request, environment: dict[str, str], say: Callable[[str], 
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if needed > free:
         raise WorkFailedError(
-            f"--model {request.model}: {_gib(needed)} are to be fetched into {folder}, where {_gib(free)} are free; "
-            "free the disk, or choose another folder (HF_HOME, or vLLM's --download-dir)"
+            f"--model {request.model}: {_gib(needed)} must be downloaded into {folder}, where {_gib(free)} are free; "
+            "free disk space, or choose another folder (HF_HOME, or vLLM's --download-dir)"
         )
-    say(f"{request.model}: {_gib(needed)} are fetched into {folder}, once for all replicas and settings of this node")
+    say(f"{request.model}: downloading {_gib(needed)} into {folder}, once for all replicas and settings of this node")
     request = dataclasses.replace(request, files=tuple(found.files))
     if problem := _ask("fetch", request, environment, FETCH_TIMEOUT_S).problem:
         raise WorkFailedError(f"--model {request.model}: {problem}; {ADVICE[classify('load', problem)]}")
@@ -118,7 +118,7 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.1f} GiB"
 
 
-# --- in the process of its own --------------------------------------------------------------------------------------
+# --- in the separate process ------------------------------------------------------------------------------------------
 
 
 def _look(request: _Request) -> _Answer:
@@ -133,7 +133,7 @@ def _look(request: _Request) -> _Answer:
 
 
 def _files(request: _Request) -> list[Any]:
-    """The weights in the format that vLLM prefers, and the small files beside them; none of folders below."""
+    """The weights in the format that vLLM prefers, and the small files beside them; nothing from subfolders."""
     import huggingface_hub
 
     listing = huggingface_hub.HfApi().model_info(
@@ -146,7 +146,7 @@ def _files(request: _Request) -> list[Any]:
 
 
 def _blob_name(file: Any) -> str:
-    """As the hub's cache names its content."""
+    """The name of its content in the hub's cache."""
     return str(file.lfs.sha256 if file.lfs else file.blob_id)
 
 
@@ -175,7 +175,7 @@ def main(what: str, words: str) -> _Answer:
     request = _Request(**json.loads(words))
     try:
         return _look(request) if what == "look" else _download(request)
-    except (OSError, ValueError) as error:  # the hub's own errors are both
+    except (OSError, ValueError) as error:  # the hub's own errors are of these two kinds
         reason = (str(error).strip().splitlines() or [""])[0]
         return _Answer(problem=plain(f"{type(error).__name__}: {reason}"), is_here=_is_here(request))
 

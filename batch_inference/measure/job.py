@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.lengths import Distribution
-from batch_inference.core.queue_runs import LIVES as LIVES
+from batch_inference.core.queue_runs import LIVES
 from batch_inference.core.results import Job, PointKey, Sample, workload_key
 from batch_inference.core.sample import representative_order
 from batch_inference.core.sharing import ordered, shared_out
@@ -15,14 +15,14 @@ from batch_inference.measure.job_lengths import FEWEST_LIVES, JobLengths
 from batch_inference.measure.messages import Asked
 from batch_inference.measure.texts import ids_of
 
-# However few run at once: a handful of requests stands for no job.
+# At least this many, however few run at once: a handful of requests does not represent a job.
 FEWEST_REQUESTS = 32
-# Requests that a result file holds the lengths of, in the bulk and at the end.
+# How many lengths a result file holds, from the bulk and from the end.
 _BULK, _LAST = 20_000, 4_000
 
 
 class JobFile:
-    """A workload of which samples are run."""
+    """A workload from which samples are run."""
 
     def __init__(self, config: ExperimentConfig, found: JobLengths) -> None:
         self.config = config
@@ -30,7 +30,7 @@ class JobFile:
         self._workload, self.left_out = found.workload, found.left_out
         self._prompts, self._outputs = found.prompt_tokens, found.output_tokens
         self._of_prompts = Distribution(self._prompts)
-        # Where the model itself ends, nobody knows before.
+        # If the model decides where to end, this is unknown beforehand.
         self._of_outputs = Distribution(self._outputs) if config.output_lengths != OWN_END else None
         self._order: Iterator[int] | None = None
         self._drawn: list[int] = []
@@ -39,12 +39,12 @@ class JobFile:
         return len(self._prompts)
 
     def sample_size(self, batch_size: int) -> int:
-        """Requests that a point runs, over all replicas."""
+        """How many requests a point runs, over all replicas."""
         replicas = self.config.data_parallel_size
         return min(len(self), self.config.sample or replicas * max(FEWEST_REQUESTS, LIVES * batch_size))
 
     def fills(self, batch_size: int) -> bool:
-        """Whether its sample is enough for a plateau of so many requests at once."""
+        """Whether its sample is enough for a plateau with `batch_size` requests at once."""
         return self.sample_size(batch_size) >= FEWEST_LIVES * batch_size * self.config.data_parallel_size
 
     def described(self) -> Job:
@@ -68,7 +68,7 @@ class JobFile:
         )
 
     def sample(self, batch_size: int) -> Sample:
-        """How well the requests of a point stand for the job."""
+        """How well the requests of a point represent the job."""
         drawn = self._first(self.sample_size(batch_size))
         prompts = Distribution(self._prompts[index] for index in drawn)
         outputs = Distribution(self._outputs[index] for index in drawn) if self._of_outputs else None
@@ -80,17 +80,17 @@ class JobFile:
         )
 
     def read_texts(self) -> None:
-        """Of the largest sample, at once; those of the others are then known. Raises ConfigError, WorkFailedError."""
+        """Read the texts of the largest sample, which includes the others. Raises ConfigError, WorkFailedError."""
         sizes = [size for size in self.config.batch_sizes if not self.config.searches or self.fills(size)]
         ids_of(self._workload, self.config, self._first(max(map(self.sample_size, sizes or self.config.batch_sizes))))
 
     def shares(self, key: PointKey, requests: int | None = None) -> list[list[Asked]]:
-        """What each replica runs for a point, in the order of its queue; of the sample only so many `requests`, where
-        it is said."""
+        """What each replica runs for a point, in the order of its queue; only `requests` of the sample's requests, if
+        given."""
         return self.shares_of(min(requests or len(self), self.sample_size(key.batch_size)))
 
     def shares_of(self, requests: int) -> list[list[Asked]]:
-        """The same of a sample of so many requests."""
+        """The same for a sample of `requests` requests."""
         drawn, config = self._first(requests), self.config
         queue = ordered(drawn, self._prompts, self._outputs, workload_key(config).order, config.seed)
         prompts, outputs = ([column[index] for index in queue] for column in (self._prompts, self._outputs))
@@ -103,7 +103,7 @@ class JobFile:
         return [[asked[place] for place in share] for share in shares]
 
     def _first(self, count: int) -> list[int]:
-        """Of the one permutation that all points take the beginning of."""
+        """The first of the one permutation that all points share."""
         if self._order is None:
             self._order = representative_order(self._prompts, self._outputs, self.config.seed)
         while len(self._drawn) < count:

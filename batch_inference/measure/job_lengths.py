@@ -1,4 +1,4 @@
-"""How long the requests of a workload are: its file is read once, before anything is planned or loaded.
+"""How long the requests of a workload are. The file is read once, before anything is planned or loaded.
 
 Python's own library alone, because a plan looks too.
 """
@@ -18,23 +18,23 @@ from batch_inference.core.values import FROM_FILE, OWN_END
 from batch_inference.core.workload import Workload
 from batch_inference.measure.texts import lengths_of
 
-# Of a sample, in requests for each that runs at once: below so many nothing is left between its two ends.
+# Smallest sample, in requests per request that runs at once: with fewer, nothing is left between its two ends.
 FEWEST_LIVES = 2
 
 
 @dataclass(frozen=True)
 class JobLengths:
-    """Of each request, in the order of the file; of the output what it takes at most."""
+    """For each request, in the order of the file; for the output, the most that it takes."""
 
     workload: Workload
     prompt_tokens: Sequence[int]
     output_tokens: Sequence[int]
-    left_out: str | None  # what was, and how much of it
+    left_out: str | None  # what was left out, and how much
 
 
 def read_job(config: ExperimentConfig, say: Callable[[str], None]) -> tuple[ExperimentConfig, JobLengths]:
-    """The configuration, which then knows the longest request. Raises ConfigError for a file that says no job, or not
-    the one that is asked for."""
+    """The configuration with the longest request filled in. Raises ConfigError for a file that is not a job, or not
+    the one asked for."""
     assert config.prompts_file is not None
     workload = Workload(Path(config.prompts_file), config.skip_bad_lines)
     found = lengths_of(workload, config, say)
@@ -47,14 +47,14 @@ def read_job(config: ExperimentConfig, say: Callable[[str], None]) -> tuple[Expe
 
 
 def _output_lengths(said: Sequence[int], config: ExperimentConfig) -> Sequence[int]:
-    """Of each request, at most; raises ConfigError where they are to be as the file says, and it does not say them."""
+    """The most for each request; raises ConfigError if they should come from the file, and it does not say them."""
     asked = config.output_lengths
     if asked == FROM_FILE:
         if missing := sum(not tokens for tokens in said):
             first = next(number for number, tokens in enumerate(said, 1) if not tokens)
             raise ConfigError(
                 f"--prompts-file {config.prompts_file}: {counted(missing, 'request')} of {len(said)} "
-                f"{'says' if missing == 1 else 'say'} no output length (first: request {first}); give --output-lengths "
+                f"{'has' if missing == 1 else 'have'} no output length (first: request {first}); give --output-lengths "
                 f"N, or {OWN_END}"
             )
         return said
@@ -62,14 +62,14 @@ def _output_lengths(said: Sequence[int], config: ExperimentConfig) -> Sequence[i
 
 
 def _check_sample(config: ExperimentConfig, requests: int) -> None:
-    """Raises ConfigError for a sample that cannot be of a job of so many requests."""
+    """Raises ConfigError for a sample that does not fit a job of `requests` requests."""
     sample = config.sample
     if sample is None:
         return
     if sample > requests:
         raise ConfigError(
             f"--sample {sample}: {config.prompts_file} has {counted(requests, 'request')}; lower it, or drop it to run "
-            "what is needed"
+            "as many as are needed"
         )
     largest, replicas = config.least_batch, config.data_parallel_size
     if sample < min(requests, FEWEST_LIVES * largest * replicas):

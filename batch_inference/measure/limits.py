@@ -1,8 +1,8 @@
-"""How many requests and tokens a loaded engine takes at once: changed between runs, without another start.
+"""How many requests and tokens a loaded engine takes at once: changed between runs, without a restart.
 
-vLLM's scheduler keeps both as plain attributes, but may live in a process of its own. The process that holds the engine
-writes them into memory that the scheduler reads before each step; a scheduler that does no more than that stands
-before vLLM's own (`--scheduler-cls`).
+vLLM's scheduler keeps both as plain attributes, but may live in its own process. The process that holds the engine
+writes them into memory that the scheduler reads before each step; a scheduler that only does this is placed
+in front of vLLM's own (`--scheduler-cls`).
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any
 SCHEDULER = f"{__name__}.LimitedScheduler"
 _VARIABLE = "BATCH_INFERENCE_LIMITS"
 _FORMAT = "qq"  # requests, tokens per step; 0: as loaded
-_REQUESTS = ("max_num_active_reqs", "max_num_running_reqs")  # the first that vLLM has; 0.26 has the second alone
+_REQUESTS = ("max_num_active_reqs", "max_num_running_reqs")  # the first that vLLM has; 0.26 has only the second
 _TOKENS = "max_num_scheduled_tokens"
 
 
 class Limits:
-    """Of the engine that this process loads next."""
+    """The limits of the engine that this process loads next."""
 
     def __init__(self) -> None:
-        # Without a name, so that nothing is left behind; children find it through this process.
+        # Unnamed, so that nothing is left behind; children find it through this process.
         self._file = os.memfd_create("limits")
         os.environ[_VARIABLE] = f"/proc/{os.getpid()}/fd/{self._file}"
         self.set(None, None)
 
     def set(self, requests: int | None, tokens: int | None) -> None:
-        """From the next step on; None: as the engine was loaded."""
+        """Applies from the next step on; None: as the engine was loaded."""
         os.pwrite(self._file, struct.pack(_FORMAT, requests or 0, tokens or 0), 0)
 
 
 class _Limiting:
-    """Before a scheduler of vLLM among the bases of a class."""
+    """Comes before a vLLM scheduler among the bases of a class."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -50,10 +50,10 @@ class _Limiting:
 
 
 class LimitedScheduler:
-    """vLLM's own choice of a scheduler, which obeys the limits."""
+    """vLLM's own choice of scheduler, made to obey the limits."""
 
     def __new__(cls, vllm_config: Any, *arguments: Any, **keywords: Any) -> Any:
-        # As if none had been named: vLLM has one for async scheduling, and one without.
+        # As if none had been named: vLLM has one with async scheduling and one without.
         own = copy.copy(vllm_config.scheduler_config)
         own.scheduler_cls = None
         limited = type(cls.__name__, (_Limiting, own.get_scheduler_cls()), {})

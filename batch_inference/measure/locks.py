@@ -1,6 +1,6 @@
-"""Who measures into a file, and on a device: locks that end with the process that holds them, however it ends.
+"""Who is measuring into a file or on a device: locks that end with the process that holds them, however it ends.
 
-flock(2) belongs to an open file, which no other process of ours inherits: an engine that is left over holds none.
+flock(2) belongs to an open file, which no other process of ours inherits, so a leftover engine holds no lock.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.files import check_no_link, open_regular, read_regular, real
 from batch_inference.core.results import DeviceInfo
 
-# Of a lock that does not say.
+# The holder of a lock that does not say.
 ANOTHER = "another process"
 _LONGEST_HOLDER_BYTES = 4096
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -32,20 +32,20 @@ class LockedError(Exception):
 
 @contextlib.contextmanager
 def locked(path: Path, purpose: str) -> Iterator[bool]:
-    """Hold the lock file `path` while the block runs; False where its file system cannot lock. `purpose` is for others
-    to read. Raises LockedError at once where somebody else holds it, and OSError where the file cannot be made."""
+    """Hold the lock file `path` while the block runs; False if its file system cannot lock. `purpose` is for others
+    to read. Raises LockedError at once if somebody else holds it, and OSError if the file cannot be made."""
     file = _open_locked(path)
     if file is None:
         yield False
         return
     os.ftruncate(file, 0)
-    # A name may hold bytes that are no text.
+    # A name may contain bytes that are not text.
     os.write(file, os.fsencode(f"process {os.getpid()} on {socket.gethostname()} ({purpose})\n"))
     try:
         yield True
     finally:
         with contextlib.suppress(OSError):
-            # Of a folder that was replaced meanwhile, the lock there is another's.
+            # If the folder was replaced meanwhile, the lock there belongs to somebody else.
             if _is_at(path, file):
                 path.unlink()
         os.close(file)
@@ -75,12 +75,12 @@ def _open_locked(path: Path) -> int | None:
 
 
 def _is_at(path: Path, file: int) -> bool:
-    """Raises OSError where nothing is there."""
+    """Raises OSError if nothing is there."""
     return os.path.samestat(os.fstat(file), path.stat())
 
 
 def _lock(file: int) -> None:
-    """Raises BlockingIOError where somebody holds it, and is not just looking who does."""
+    """Raises BlockingIOError if somebody holds it, rather than just checking who does."""
     for _ in range(4):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,25 +90,25 @@ def _lock(file: int) -> None:
 
 
 def lock_of(result: Path) -> Path:
-    """The lock beside a result file; it has one, whatever links lead to it."""
+    """The lock beside a result file; the same one for all links to the file."""
     result = real(result)
     return result.with_name(f".{result.name}.lock")
 
 
 def purpose_of(config: ExperimentConfig) -> str:
-    """What the lock of a setting says: its name, and what tells its settings from others."""
+    """What the lock of a setting says: its name, and what tells its settings apart."""
     return f"{config.setting_name}, settings {config.settings_hash()}"
 
 
 def holders_in(folder: Path) -> Iterator[str]:
-    """Who measures into result files of a folder now."""
+    """Who is measuring into result files of a folder now."""
     for path in sorted(folder.glob(".*.lock")):
         if holder := holder_of(path.with_name(path.name.removeprefix(".").removesuffix(".lock"))):
             yield holder
 
 
 def holder_of(result: Path) -> str | None:
-    """Who measures into a result file now; None where nobody does."""
+    """Who is measuring into a result file now; None if nobody is."""
     try:
         with open_regular(lock_of(result), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -122,12 +122,12 @@ def holder_of(result: Path) -> str | None:
 
 @contextlib.contextmanager
 def devices_in_use(devices: Iterable[DeviceInfo], purpose: str) -> Iterator[list[str]]:
-    """While the block runs others can see that these devices are used; a line for each that another sweep of this user
-    is using already."""
+    """While the block runs, others can see that these devices are in use; yields a line for each device that another
+    sweep of this user already uses."""
     folder = Path(tempfile.gettempdir()) / f"batch_inference_{os.getuid()}"
     lines = []
     with contextlib.ExitStack() as held:
-        # What cannot be told is no reason not to measure.
+        # Being unable to tell is no reason not to measure.
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
             # Workers may share cores; a device is held once.

@@ -1,8 +1,8 @@
-"""The log of an engine: who may read it, and what is hidden in it.
+"""An engine's log: who may read it, and what is hidden in it.
 
-vLLM writes into the file itself, and no pipe of ours is between: an engine would wait for a reader that has no time,
-and its last words would be lost where the script is killed. What Python prints in the process that holds the engine is
-hidden before it is written. vLLM's other processes and its C code are not reached, so nobody else may read the file.
+vLLM writes into the file directly, without a pipe of ours in between: an engine would wait for a busy reader,
+and its last words would be lost if the script is killed. In the process that holds the engine, Python's output is
+cleaned of secrets before it is written. vLLM's other processes and its C code are not, so only the user may read it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _OWNER_ALONE = 0o600
 
 @contextlib.contextmanager
 def open_log(path: Path, *, fresh: bool = False) -> Iterator[IO[bytes]]:
-    """To go on with it, or empty; for this user alone to read, where its file system can tell people apart. One behind
-    a link is gone on with: it may lead to something that is wanted. One that has another name too, as in a backup by
-    hard links, is left to that, and begun anew. Raises OSError for what is no regular file."""
+    """Open it to append, or emptied; readable only by this user, if the file system distinguishes users. A log behind
+    a link is appended to, because the target may be wanted. A log with a second name, as in a backup made with
+    hard links, is left to that name and begun anew. Raises OSError if it is not a regular file."""
     check_regular(path)
     fresh = fresh and not path.is_symlink()
     with contextlib.suppress(FileNotFoundError):
@@ -36,7 +36,7 @@ def open_log(path: Path, *, fresh: bool = False) -> Iterator[IO[bytes]]:
             path.unlink()
     mode = "wb" if fresh else "ab"
     with open(path, mode, opener=partial(os.open, mode=_OWNER_ALONE)) as log:
-        # One that is there already may be readable by all, or be another's.
+        # An existing log may be readable by all, or belong to somebody else.
         with contextlib.suppress(OSError):
             os.fchmod(log.fileno(), _OWNER_ALONE)
         yield log
@@ -64,10 +64,10 @@ class _Hiding(io.TextIOWrapper):
 
 
 def hide_secrets_in_output() -> None:
-    """Of this process, from now on; a child that is forked does the same."""
+    """For this process from now on; forked children do the same."""
     sys.stdout, sys.stderr = _Hiding(1), _Hiding(2)
 
 
 def hide_secrets_of(config: ExperimentConfig) -> None:
-    """What the engine is told, and what its variables hold."""
+    """Hide the secrets in what the engine is told and in its variables."""
     remember([config.model, *config.engine_args], os.environ)

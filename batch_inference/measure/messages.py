@@ -1,4 +1,4 @@
-"""What the supervising script and the processes that hold the engines say to each other: JSON lines, with types.
+"""What the supervising script and the engine processes say to each other: typed JSON lines.
 
     Load(config, replica)                         -> Loaded(engine)
     Prepare(batch_size, seq_len, max_tokens ...)  -> Ready()
@@ -9,7 +9,7 @@
     Join(config)         (the ranks of torchrun)  -> Joined()
     Close()                                       the process ends
 
-A command that fails is answered by Failed(reason, usage). A line of replies has one for each rank.
+A command that fails is answered by Failed(reason, usage). A line of replies holds one for each rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Outcome(Struct):
-    """What one replica, or one rank, reports of a run; times by the clock of its own machine."""
+    """What one replica or one rank reports about a run; times are by its own machine's clock."""
 
     start_s: float
     end_s: float
@@ -37,19 +37,19 @@ class Outcome(Struct):
     output_tokens: Count
     requests: Requests
     prefix_cache_hit_tokens: Count
-    # Of a queue; times from this replica's own start.
+    # For a queue; times from this replica's own start.
     timeline: Timeline | None = None
     miscounted: Count | None = None
     preemptions: Count = 0
-    # None where vLLM does not tell.
+    # None if vLLM does not say.
     peak_running: Count | None = None
     peak_kv_use: float | None = None
     flops_per_device: Work | None = None
     memory_bytes_per_device: Work | None = None
-    # By the supervisor: read from the log; and from the start to the answer, by its own clock.
+    # Set by the supervisor: read from the log; and the time from start to answer by its own clock.
     jit_compilations: Count | None = None
     passed_s: float | None = None
-    # Before and after the run, where only the replica itself can see its devices.
+    # Before and after the run, if only the replica itself can see its devices.
     readings: tuple[Reading, Reading] | None = None
 
 
@@ -84,28 +84,28 @@ class Prepare(Command):
 
 
 class Asked(Struct, array_like=True):
-    """One request of a queue: token ids, or how many are to be made; and its output tokens, at most or exactly."""
+    """One request of a queue: token ids, or how many to make; and its output tokens, at most or exactly."""
 
     prompt: int | list[int]
     max_tokens: int
 
 
 class Queue(Command):
-    """Make the requests of the next run, which wait in one queue on each replica; at most `batch_size` run at once."""
+    """Make the requests of the next run, which wait in a queue on each replica; at most `batch_size` run at once."""
 
-    shares: list[list[Asked]]  # of each replica
+    shares: list[list[Asked]]  # one for each replica
     batch_size: int
     stream: list[int | str]
-    ends_itself: bool = False  # the model may end an output before
+    ends_itself: bool = False  # the model may end an output earlier
     max_num_batched_tokens: int | None = None
 
 
 class Start(Command):
-    at_s: float | None = None  # time.monotonic; None where the ranks start together
+    at_s: float | None = None  # time.monotonic; None if the ranks start together
 
 
 class Answer(Command):
-    """Answer greedily, every replica the same."""
+    """Answer greedily; every replica answers the same prompts."""
 
     requests: int
     seq_len: int
@@ -166,16 +166,16 @@ AnyReply = Joined | Loaded | Served | Ready | Done | Answered | Failed
 
 
 def encode(message: Struct | Sequence[Struct]) -> bytes:
-    """One line of JSON, without its end."""
+    """One line of JSON, without the line break."""
     try:
         return msgspec.json.encode(message)
     except UnicodeEncodeError:
-        # A path may hold bytes that are no UTF-8: Python's own JSON carries them.
+        # A path may contain bytes that are not UTF-8: Python's own JSON can carry them.
         return json.dumps(msgspec.to_builtins(message)).encode()
 
 
 class Lines:
-    """Puts lines together that come in pieces. They may be long: ids of many prompts, times of many requests."""
+    """Joins lines that arrive in pieces. They may be long: ids of many prompts, times of many requests."""
 
     def __init__(self) -> None:
         self._begun: list[bytes] = []

@@ -1,7 +1,7 @@
-"""The nodes of a setting meet before anything loads: all there, the same vLLM, the same arguments, enough devices.
+"""The nodes of a setting meet before anything loads, to check that all are there with the same vLLM, the same arguments
 
-Every node does the same; node 0 listens, compares what the others say, and tells all the same. The connections stay
-open while the setting is measured, so that a node that is gone is seen at once, and not after a time-out.
+and enough devices. Node 0 listens, compares what the others say, and tells all of them the same. The connections stay
+open while the setting is measured, so that a lost node is noticed at once and not after a time-out.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from batch_inference.plan.devices import find_devices
 
 TIMEOUT_S = 60.0
 _MOST_SHOWN = 4
-# How often whether nodes that have come are still there is asked.
+# How often to check that nodes that have come are still there.
 LOOK_S = 1.0
-# For each answer of node 0, which is there at once: another program that is silent is not waited for any longer.
+# For each answer of node 0, which comes at once: a silent other program is not waited for any longer.
 _ANSWER_WITHIN_S, _CALL_AGAIN_S = 5.0, 0.2
-# After so many calls in vain something else listens there: node 0 may be just ending, or have many callers.
+# After so many failed calls, something else listens there; before, node 0 may just be ending, or have many callers.
 _MOST_CALLS = 3
-# Callers that wait for a connection: strangers may be many.
+# How many callers may wait for a connection: there may be many strangers.
 _BACKLOG = 1024
 Number = Annotated[int, Meta(ge=0, lt=100_000)]
 Rank = Annotated[int, Meta(ge=1, lt=100_000)]  # of a node that calls node 0
@@ -47,7 +47,7 @@ class NodesError(WorkFailedError):
 
 
 class Introduction(Struct, tag=True):
-    """What each node says of itself, and must fit together."""
+    """What each node says about itself; these must fit together."""
 
     node: Rank
     host: Word
@@ -61,11 +61,11 @@ class Introduction(Struct, tag=True):
         if self.devices >= self.devices_needed:
             return no_vllm(self.node, self.host) if self.vllm_version is None else None
         there = counted(self.devices, "device")
-        return f"{named(self.node, self.host)} has {there}, {self.devices_needed} are needed on each"
+        return f"{named(self.node, self.host)} has {there}, but {self.devices_needed} are needed on each"
 
 
 class Answer(Struct, tag=True):
-    """What node 0 tells all others once they are there; None: they fit together."""
+    """What node 0 tells all others once they have come; None: they fit together."""
 
     problem: Text | None
 
@@ -88,7 +88,7 @@ def no_vllm(node: int, host: str) -> str:
 
 
 def other_arguments(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str] | None:
-    """What two nodes were told differently, in the words of each; None where there is nothing."""
+    """The arguments that differ between two nodes, in each one's words; None if there are none."""
     names = [name for name in dict.fromkeys([*ours, *theirs]) if theirs.get(name) != ours.get(name)]
     more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     of_each = (
@@ -102,16 +102,16 @@ def other_arguments(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple
 def difference(
     node: str, theirs: tuple[str | None, Mapping[str, str]], first: str, ours: tuple[str | None, Mapping[str, str]]
 ) -> str | None:
-    """Of the vLLM and the arguments of a node, and of node 0: why the two cannot work together."""
+    """Why a node and node 0 cannot work together, by the vLLM and the arguments of both."""
     if theirs[0] is not None and theirs[0] != ours[0]:
-        return f"{node} has vLLM {theirs[0]}, {first} {ours[0]}"
+        return f"{node} has vLLM {theirs[0]}, but {first} has {ours[0]}"
     if told := other_arguments(theirs[1], ours[1]):
-        return f"{node} has other arguments: {told[0]}; {first}: {told[1]}"
+        return f"{node} has different arguments: {told[0]}; {first}: {told[1]}"
     return None
 
 
 def disagreement(first: Introduction, others: Iterable[Introduction]) -> str | None:
-    """Why the nodes cannot work together; None where they can."""
+    """Why the nodes cannot work together; None if they can."""
     ours = (first.vllm_version, first.arguments)
     for one in (first, *others):
         theirs, first_named = (one.vllm_version, one.arguments), named(first.node, first.host)
@@ -121,7 +121,7 @@ def disagreement(first: Introduction, others: Iterable[Introduction]) -> str | N
 
 
 class Nodes:
-    """The other nodes of a setting: for node 0 all of them, for the others node 0."""
+    """The other nodes of a setting: all of them on node 0, and node 0 on the others."""
 
     def __init__(self, connections: dict[int, Connection]) -> None:
         self._connections = connections
@@ -139,7 +139,7 @@ class Nodes:
         return network_of(self._connections.values())
 
     def lost(self) -> str | None:
-        """Which node is gone, of those that node 0 waits for; None while all are there."""
+        """Which of the nodes that node 0 waits for is gone; None while all are there."""
         lost = (node for node, connection in self._connections.items() if connection.has_spoken)
         return next((gone(f"node {node}") for node in lost), None)
 
@@ -150,24 +150,24 @@ class Nodes:
                 connection.send(Dismissal(failed))
 
     def dismissed(self, timeout_s: float) -> bool:
-        """The other nodes: True where node 0 says that the setting is over; waits for `timeout_s`. Raises NodesError
-        where the setting failed, or node 0 is gone."""
+        """Other nodes: True if node 0 says that the setting is over; waits for `timeout_s`. Raises NodesError
+        if the setting failed or node 0 is gone."""
         ((node, connection),) = self._connections.items()
         try:
             dismissal = connection.receive(_DISMISSAL, timeout_s)
         except (OSError, ValueError):
             raise NodesError(gone(f"node {node}")) from None
         if dismissal is not None and dismissal.failed:
-            raise NodesError(f"the setting failed; what node {node} printed says why")
+            raise NodesError(f"the setting failed; the output of node {node} says why")
         return dismissal is not None
 
 
 def network_of(connections: Iterable[Connection]) -> dict[str, str]:
-    """The variables that make vLLM, gloo and NCCL use the network that joins the nodes; the user's own stay."""
+    """The variables that make vLLM, gloo and NCCL use the network that connects the nodes; the user's own are kept."""
     import psutil
 
     addresses = [connection.own_address for connection in connections]
-    # A node on this machine may have come by another way than those on others.
+    # A node on this machine may have come by a different route than the others.
     own = next((address for address in addresses if not address.startswith("127.")), addresses[0])
     found = {"VLLM_HOST_IP": own}
     for name, of_interface in psutil.net_if_addrs().items():
@@ -177,11 +177,11 @@ def network_of(connections: Iterable[Connection]) -> dict[str, str]:
 
 
 def gone(name: str) -> str:
-    return f"{name} is gone; what it printed says why"
+    return f"{name} is gone; its output says why"
 
 
 def meet(config: ExperimentConfig, say: Callable[[str], None]) -> Nodes:
-    """Wait for the nodes of a setting, a minute at most. Raises NodesError in every node where they do not fit."""
+    """Wait for the nodes of a setting, at most a minute. Raises NodesError on every node if they do not fit."""
     deadline_s = time.monotonic() + TIMEOUT_S
     own = Introduction(
         config.node_rank, own_host(), arguments_of(config), installed_vllm(), len(find_devices()),
@@ -194,13 +194,13 @@ def meet(config: ExperimentConfig, say: Callable[[str], None]) -> Nodes:
 
 
 def arguments_of(config: ExperimentConfig) -> dict[str, str]:
-    """What nodes must agree on. Of a workload, which each of them reads that isn't told a length, also how long its
-    requests are: their engines are made for that."""
+    """What nodes must agree on. For a workload, which a node reads unless it is told a length, also how long its
+    requests are, because the engines are sized for that."""
     return replace(config, max_model_len=config.max_model_len or config.workload_longest).arguments()
 
 
 def own_host() -> str:
-    """As it may be shown on other nodes."""
+    """This machine's name, as other nodes may show it."""
     return "".join(one if "!" <= one <= "~" else "?" for one in socket.gethostname())
 
 
@@ -215,7 +215,7 @@ def open_door(port: int, say: Callable[[str], None], address: str = "") -> Door:
 
 
 def listen(port: int, address: str = "") -> socket.socket:
-    """For both kinds of addresses where `address` is one of IPv6. Raises OSError."""
+    """For both kinds of addresses if `address` is IPv6. Raises OSError."""
     if ":" in address and socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
     return socket.create_server(("", port), backlog=_BACKLOG)
@@ -231,7 +231,7 @@ def gather(door: Door, first: Introduction, nnodes: int, deadline_s: float) -> N
             else:
                 too_high = beyond(caller.node, caller.host, nnodes)
                 door.refuse(connection, Answer(too_high), too_high)
-        # One that comes again takes the place of the one that it was.
+        # A node that comes again replaces its earlier call.
         for call in [call for call in calls if call[1].has_spoken]:
             calls.remove(call)
             call[1].close()
@@ -259,11 +259,11 @@ def _numbers_problem(callers: list[Introduction], nnodes: int) -> str | None:
 
 
 def beyond(node: int, host: str, nnodes: int) -> str:
-    return f"{named(node, host)} is none of {nnodes}, whose numbers go up to {nnodes - 1}; see --nnodes and --node-rank"
+    return f"{named(node, host)} is not one of {nnodes}, numbered up to {nnodes - 1}; see --nnodes and --node-rank"
 
 
 def twice(host: str, other: str, node: int) -> str:
-    return f"{host} and {other} both are node {node}; give each a --node-rank of its own"
+    return f"{host} and {other} are both node {node}; give each its own --node-rank"
 
 
 def ended_early(address: str) -> str:
@@ -276,10 +276,10 @@ def did_not_come(missing: Iterable[int], nnodes: int, waited_s: float) -> str:
 
 
 def attend(address: str, port: int, own: Introduction, deadline_s: float) -> Nodes:
-    """The other nodes: say who they are, and hear the verdict. Raises NodesError."""
+    """Other nodes: say who they are, and hear the verdict. Raises NodesError."""
     connection = call((address, port), own, deadline_s)
     try:
-        # Node 0 may wait for another node until its own time is over.
+        # Node 0 may wait for another node until its own time is up.
         answer = connection.receive(_ANSWER, TIMEOUT_S + 5)
     except (OSError, ValueError):
         answer = None
@@ -297,8 +297,8 @@ def call(
     advice: str = "",
     say: Callable[[str], None] | None = None,
 ) -> Connection:
-    """The line to node 0, which knows who this is. Calls until it is there: nobody may listen yet, or somebody else.
-    `say`: for a line about that. Raises NodesError."""
+    """The connection to node 0, which then knows who this is. Keeps calling: nobody or another program may listen.
+    `say`: prints a line about that. Raises NodesError."""
     address, port = at
     secret, in_vain = secret_of_nodes(), 0
     while True:
@@ -312,23 +312,22 @@ def call(
                 raise NodesError(problem) from error
         else:
             if connection := _greeted(line, secret, within_s, address):
-                with contextlib.suppress(OSError):  # one that is gone now is missed by who waits for its verdict
+                with contextlib.suppress(OSError):  # if it is gone now, whoever waits for its verdict notices
                     connection.send(introduction)
                 return connection
             in_vain += 1
             problem = (
-                f"--master-port {port}: something else listens there on {address}, which is no node of ours; choose "
-                "another on every node"
+                f"--master-port {port}: another program listens there on {address}; choose another port on every node"
             )
             if say and in_vain == _MOST_CALLS:
-                say(f"note: {problem}; tries again")
+                say(f"note: {problem}; trying again")
         if time.monotonic() >= deadline_s:
             raise NodesError(problem)
         time.sleep(_CALL_AGAIN_S)
 
 
 def _greeted(line: socket.socket, secret: bytes, within_s: float, address: str) -> Connection | None:
-    """None where somebody else has answered. Raises NodesError where it is this program, but no node 0 for this one."""
+    """None if somebody else answered. Raises NodesError if it is this program, but not this node's node 0."""
     try:
         connection = Connection(line)
         greet(connection, secret, within_s)
@@ -342,5 +341,5 @@ def _greeted(line: socket.socket, secret: bytes, within_s: float, address: str) 
 
 
 def _is_no_host(error: OSError) -> bool:
-    """There is no such name; one that cannot be looked up just now may be found later."""
+    """There is no such name. A name that cannot be looked up right now may be found later."""
     return isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN

@@ -1,8 +1,8 @@
-"""The most that one device can do, which MFU and MBU are shares of: from datasheets, or measured with --measure-peaks.
+"""The most that one device can do, on which MFU and MBU are based: from datasheets, or from --measure-peaks.
 
     python -m batch_inference.measure.peaks DTYPE [CORES]      prints {"flops_per_s": ..., "bytes_per_s": ...}
 
-measures in a process of its own, on the first device that it sees, before any engine loads.
+measures in its own process, on the first device that it sees, before any engine loads.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from batch_inference.core.config import ConfigError
 from batch_inference.core.results import DeviceInfo, Peaks
 from batch_inference.plan.devices import Devices
 
-# Words of NVML's name -> dense 16-bit tensor throughput (FP16 and BF16, without sparsity), memory bandwidth, and the
-# page on which NVIDIA states them. The first whose words are in the name counts.
+# Words in NVML's name -> dense 16-bit tensor throughput (FP16 and BF16, without sparsity), memory bandwidth, and the
+# page on which NVIDIA states them. The first entry whose words are all in the name counts.
 DATASHEETS: tuple[tuple[str, float, float, str], ...] = (
     ("B200", 2250e12, 8.0e12, "https://www.nvidia.com/en-us/data-center/dgx-b200/"),
     ("H200 NVL", 835.5e12, 4.8e12, "https://www.nvidia.com/en-us/data-center/h200/"),
@@ -39,29 +39,29 @@ DATASHEETS: tuple[tuple[str, float, float, str], ...] = (
     ("V100", 125e12, 0.9e12, "https://www.nvidia.com/en-us/data-center/v100/"),
 )
 _MEASURE_TIMEOUT_S = 300.0
-_LEAST_S = 0.5  # of timed work, for each of the two
+_LEAST_S = 0.5  # of timed work for each of the two
 
 
 def peaks_of(device_name: str, dtype: str | None) -> Peaks | None:
-    """What the datasheet of a device says for weights of `dtype`; None where it is not known here."""
-    # A slice of a GPU has only its share.
+    """What a device's datasheet says for weights of `dtype`; None if it is not known here."""
+    # A slice of a GPU has only a share.
     if dtype not in ("float16", "bfloat16") or re.search(r"\bMIG\b", device_name):
         return None
     for words, flops_per_s, bytes_per_s, source in DATASHEETS:
-        # Whole words: an H200 is no H20, and a GH200 no H200.
+        # Whole words: an H200 is not an H20, and a GH200 is not an H200.
         if re.search(rf"\b{words}\b", device_name):
             return Peaks(flops_per_s, bytes_per_s, source, dtype)
     return None
 
 
 def datasheet_peaks(devices: Sequence[DeviceInfo], dtype: str | None) -> Peaks | None:
-    """`peaks_of` devices as a result file has them; None where they are not all the same."""
+    """`peaks_of` the devices in a result file; None if they are not all the same."""
     names = {device.name for device in devices}
     return peaks_of(names.pop(), dtype) if len(names) == 1 else None
 
 
 def measure_peaks(devices: Devices, dtype: str) -> Peaks:
-    """One matrix product and one copy on the first device, a few seconds. Raises ConfigError where it fails."""
+    """One matrix product and one copy on the first device, in a few seconds. Raises ConfigError if it fails."""
     first = devices.slice_for(0, 1)
     words = [dtype, *(first.ids if first.kind == "cpu" else ())]
     try:
@@ -95,7 +95,7 @@ def main(dtype: str, cores: str | None = None) -> None:
 
 
 def _seconds_each(work: Callable[[], Any], wait: Callable[[], None]) -> float:
-    """Seconds that one call takes, over enough calls; the first is left out."""
+    """Seconds per call, over enough calls; the first is not counted."""
     work()
     wait()
     calls, start_s = 0, time.perf_counter()

@@ -1,7 +1,7 @@
-"""The ranks of a torchrun job: rank 0 leads, the others do what it says.
+"""The ranks of a torchrun job: rank 0 leads, and the others do what it says.
 
-Words travel through the key-value store that torchrun itself keeps (MASTER_ADDR:MASTER_PORT): it is there before any
-engine, works across nodes, and a rank that is missing shows as a time-out and not as a hang in a collective.
+Messages travel through torchrun's own key-value store (MASTER_ADDR:MASTER_PORT): it exists before any
+engine, works across nodes, and a missing rank shows as a time-out instead of a hang in a collective.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batch_inference.core.config import ConfigError
 from batch_inference.measure.messages import AnyCommand, AnyReply, Command, Reply, command_from, encode, reply_from
 from batch_inference.plan.place import Place
 
-# Everyone must be there by then; the nodes of a job are started by hand, one after the other.
+# Everyone must have joined by then; the nodes of a job are started by hand, one after another.
 JOIN_TIMEOUT_S = 60.0
 _POLL = timedelta(seconds=10)
 
@@ -36,8 +36,8 @@ class Ranks:
         self._number = 0
 
     def join(self, about: dict[str, str | None]) -> None:
-        """Every rank says what it is about to do; rank 0 compares. Raises ConfigError in every rank where one is
-        missing after JOIN_TIMEOUT_S, or says something else than rank 0."""
+        """Every rank says what it is about to do, and rank 0 compares. Raises ConfigError in every rank if one is
+        missing after JOIN_TIMEOUT_S, or says something different from rank 0."""
         self._set(f"about/{self._place.rank}", json.dumps({"host": socket.gethostname(), **about}))
         if self._place.leads:
             self._set("problem", json.dumps(self._problem(about)))
@@ -56,7 +56,7 @@ class Ranks:
             theirs: dict[str, str | None] = json.loads(said)
             for name, value in about.items():
                 if theirs[name] != value:
-                    return f"rank {rank} on {theirs['host']} has {name} {theirs[name]}, rank 0 has {value}"
+                    return f"rank {rank} on {theirs['host']} has {name} {theirs[name]}, but rank 0 has {value}"
         return None
 
     def tell(self, command: Command) -> None:
@@ -65,7 +65,7 @@ class Ranks:
         self._set(f"command/{self._number}", encode(command))
 
     def hear(self, timeout_s: float | None = None) -> AnyCommand:
-        """The other ranks: the next command of rank 0; TimeoutError after `timeout_s`."""
+        """Other ranks: the next command of rank 0; TimeoutError after `timeout_s`."""
         self._number += 1
         return command_from(self._get(f"command/{self._number}", timeout_s))
 
@@ -76,13 +76,13 @@ class Ranks:
             return []
         keys = [f"reply/{self._number}/{rank}" for rank in range(self._place.world_size)]
         replies = [reply_from(self._get(key)) for key in keys]
-        # A sweep makes thousands of them, and torchrun keeps them in memory.
+        # A sweep writes thousands of them, and torchrun would keep them in memory.
         for key in [*keys, f"command/{self._number}"]:
             self._store.delete_key(f"batch_inference/{key}")
         return replies
 
     def start_together(self) -> None:
-        """Returns in every rank at the same moment, but for the way from the store to the rank."""
+        """Returns in every rank at the same moment, apart from the delay between the store and the rank."""
         ready, go = f"ready/{self._number}", f"go/{self._number}"
         count = self._store.add(f"batch_inference/{ready}", 1)
         if self._place.leads:

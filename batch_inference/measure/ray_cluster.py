@@ -1,8 +1,8 @@
-"""A Ray cluster: is there one to join, and has it enough GPUs? The only file that imports ray.
+"""A Ray cluster: is there one to join, and does it have enough GPUs? The only file that imports ray.
 
     python -m batch_inference.measure.ray_cluster ADDRESS      prints {"gpus": 8}
 
-asks in a process of its own, so that nothing of Ray stays in the script that supervises.
+asks in its own process, so that nothing of Ray stays in the supervising script.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from batch_inference.core.child import ChildError, ask, python_path
 from batch_inference.core.config import ConfigError
 
-# What RAY_ADDRESS says where each engine is to start a cluster of its own.
+# RAY_ADDRESS if each engine should start its own cluster.
 OWN_CLUSTER = "local"
-# What `ray job submit` sets for the jobs that it runs.
+# Set by `ray job submit` for its jobs.
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _CONNECT_TIMEOUT_S = 3.0
 _ASK_TIMEOUT_S = 60.0
@@ -34,8 +34,8 @@ class Cluster:
 
 
 def find_cluster() -> Cluster | None:
-    """The cluster of RAY_ADDRESS, else the one that `ray start` left running on this machine; None where vLLM will
-    have to start one. Raises ConfigError where RAY_ADDRESS leads nowhere, or Ray is not installed."""
+    """The cluster of RAY_ADDRESS, otherwise the one that `ray start` left running on this machine; None if vLLM will
+    have to start one. Raises ConfigError if RAY_ADDRESS leads nowhere or Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(f"--distributed-executor-backend ray: {sys.executable} has no ray; pip install ray")
     asked = os.environ.get("RAY_ADDRESS", "")
@@ -75,10 +75,10 @@ def _count_gpus(address: str) -> int:
 
 
 def environment_of(address: str) -> dict[str, str]:
-    """The variables that make vLLM join the cluster at `address`, and its workers find this package there."""
+    """The variables that make vLLM join the cluster at `address`, and let its workers find this package there."""
     if address == OWN_CLUSTER or _JOB in os.environ:
         return {"RAY_ADDRESS": address}
-    # Workers of a cluster that is there already do not inherit our environment.
+    # Workers of an existing cluster do not inherit our environment.
     job = {"runtime_env": {"env_vars": {"PYTHONPATH": python_path()}}}
     return {"RAY_ADDRESS": address, _JOB: json.dumps(job)}
 

@@ -1,4 +1,4 @@
-"""The replicas of a setting: engine processes of this machine, or the ranks of a torchrun job."""
+"""The replicas of a setting: engine processes on this machine, or the ranks of a torchrun job."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ from batch_inference.plan.place import Place
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Reply)
-# Long enough for every replica to be waiting when the common start comes; one alone waits for nobody.
+# Long enough for every replica to be waiting at the common start; a single one waits for nobody.
 START_LEAD_S = 0.02
-# Where workers read their own devices before they wait.
+# The same if workers read their own devices before they wait.
 LONG_START_LEAD_S = 0.3
-# A closing engine hands its devices back in 2 to 6 s; afterwards its group is ended.
+# A closing engine releases its devices in 2 to 6 s; after this its group is killed.
 CLOSE_TIMEOUT_S = 15.0
 HURRY_TIMEOUT_S = 0.5
 
 
 class Replicas(Protocol):
-    """What the experiment needs of the replicas; tests put a fake with a ticking clock in its place."""
+    """What the experiment needs from the replicas; tests use a fake with a ticking clock instead."""
 
     def start(self) -> list[EngineInfo]:
-        """Load every replica; what each engine is. Raises ReplicaError or ConfigError."""
+        """Load every replica; returns what each engine is. Raises ReplicaError or ConfigError."""
 
     def prepare(self, prompts: Prepare | Queue) -> None:
         """Make the prompts of the next run."""
@@ -74,7 +74,7 @@ class Replicas(Protocol):
         """Submit one batch to every replica at the same moment; one outcome each, times from the common start."""
 
     def answer(self, asked: Answer) -> list[Answered]:
-        """Of each replica, to the same prompts."""
+        """The answers of each replica to the same prompts."""
 
     @property
     def can_restart(self) -> bool:
@@ -84,14 +84,14 @@ class Replicas(Protocol):
     def pids(self) -> list[int]: ...
 
     def close(self, *, hurry: bool = False) -> None:
-        """End every process. `hurry`: somebody waits for the end, and nothing is left to be done in order."""
+        """End every process. `hurry`: somebody is waiting, so skip the orderly shutdown."""
 
 
 class LocalReplicas:
-    """Replicas as processes of this machine, each on its own slice of the devices.
+    """Replicas as processes on this machine, each on its own slice of the devices.
 
     They are independent of each other, because vLLM refuses coupled replicas of a dense model; those of a
-    mixture of experts with expert parallelism are `coupled`, because vLLM shares out the experts among them.
+    mixture of experts with expert parallelism are `coupled`, because vLLM divides the experts among them.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class LocalReplicas:
         nodes: Nodes | None = None,
         ray_address: str | None = None,
     ) -> None:
-        """`nodes`: the other nodes that a replica is spread over. `ray_address`: of the Ray cluster that gives out the
-        devices; "local" for one of each replica's own."""
+        """`nodes`: the other nodes that a replica is spread over. `ray_address`: of the Ray cluster that assigns the
+        devices; "local" for a separate one per replica."""
         self._config = config
         self._devices = devices
         self._coupled = coupled
@@ -138,14 +138,14 @@ class LocalReplicas:
         return self._all([asked] * len(self._processes), Answered)
 
     def _lead_s(self) -> float:
-        """How long before they start the replicas are told."""
+        """How long before the start the replicas are told."""
         if self._config.devices_elsewhere:
             return LONG_START_LEAD_S
         return START_LEAD_S if len(self._processes) > 1 else 0.0
 
     @property
     def can_restart(self) -> bool:
-        # The other nodes have ended with the engine.
+        # The other nodes ended with the engine.
         return self._nodes is None
 
     def pids(self) -> list[int]:
@@ -162,7 +162,7 @@ class LocalReplicas:
     def _environment(self, replica: int) -> dict[str, str]:
         count, size = self._config.data_parallel_size, self._config.devices_per_replica
         environment = environment_of(self._ray_address) if self._ray_address else {}
-        # In a cluster that is joined, Ray gives out the devices.
+        # In a joined cluster, Ray assigns the devices.
         if self._ray_address in (None, OWN_CLUSTER):
             own = self._devices.slice_for(replica, size)
             environment |= own.environment()
@@ -175,7 +175,7 @@ class LocalReplicas:
 
     @property
     def _is_one_engine(self) -> bool:
-        """Whether a replica is an engine of this machine that knows of no other."""
+        """Whether a replica is an engine on this machine that knows of no other."""
         return not (self._coupled or self._nodes or self._ray_address)
 
     def _all(self, commands: Sequence[Command], answer: type[R], waiting_for: str = POINT) -> list[R]:
@@ -187,11 +187,11 @@ class LocalReplicas:
 
 
 class TorchrunReplicas:
-    """The ranks of a torchrun job, seen from rank 0: one engine process here, which leads those of the other ranks."""
+    """The ranks of a torchrun job as rank 0 sees them: one engine process here, which leads the other ranks'."""
 
     def __init__(self, config: ExperimentConfig, environment: dict[str, str], place: Place) -> None:
         self._config = config
-        # Of the ranks of this node; what others compile is in logs that only they see.
+        # For the ranks on this node; compilations elsewhere are in logs that only those nodes see.
         ranks = range(1, place.local_world_size)
         self._logs = [config.log_path, *(rank_log(config.log_path, rank) for rank in ranks)]
         self._environment = environment
@@ -224,7 +224,7 @@ class TorchrunReplicas:
 
     @property
     def can_restart(self) -> bool:
-        # The other ranks are in a collective from which nobody calls them back.
+        # The other ranks are stuck in a collective.
         return False
 
     def pids(self) -> list[int]:
@@ -234,7 +234,7 @@ class TorchrunReplicas:
         if self._closed:
             return
         self._closed = True
-        # The other ranks wait for a word, also where nothing was left to measure.
+        # The other ranks are waiting, even if nothing was left to measure.
         if self._process is None and not hurry:
             with contextlib.suppress(ReplicaError, ConfigError):
                 self._join()
@@ -258,7 +258,7 @@ class TorchrunReplicas:
 
 
 def _for_replica(prompts: Prepare | Queue, replica: int) -> Prepare | Queue:
-    """Of a queue its own share alone: that of others may be large."""
+    """For a queue only its own share, because the others' may be large."""
     if isinstance(prompts, Prepare):
         return prompts
     return replace(prompts, shares=[share if of == replica else [] for of, share in enumerate(prompts.shares)])
@@ -266,7 +266,7 @@ def _for_replica(prompts: Prepare | Queue, replica: int) -> Prepare | Queue:
 
 def _expected(kind: type[R], reply: AnyReply) -> R:
     if not isinstance(reply, kind):
-        raise TypeError(f"{type(reply).__name__} was answered, {kind.__name__} is the answer")
+        raise TypeError(f"{type(reply).__name__} was answered instead of {kind.__name__}")
     return reply
 
 
@@ -275,27 +275,27 @@ def _counted_from(start_s: float, outcome: Outcome) -> Outcome:
 
 
 def _slowest(ranks: list[Outcome]) -> Outcome:
-    """The outcome of one replica from those of its ranks, which all hold the same outputs."""
+    """The outcome of one replica from those of its ranks, which all have the same outputs."""
     return replace(ranks[0], end_s=max(rank.end_s for rank in ranks), readings=joined_readings(ranks))
 
 
 def joined_readings(outcomes: Sequence[Outcome]) -> tuple[Reading, Reading] | None:
-    """What was read before and after a run, over all outcomes; None where the supervisor reads the devices itself."""
+    """What was read before and after a run, over all outcomes; None if the supervisor itself reads the devices."""
     known = [outcome.readings for outcome in outcomes if outcome.readings is not None]
     return (joined([before for before, _ in known]), joined([after for _, after in known])) if known else None
 
 
 def ports_of(replica: int) -> dict[str, str]:
-    """vLLM looks for a free port and takes it later: replicas that start together must not look in the same place."""
+    """vLLM finds a free port and takes it later, so replicas that start together must look in different places."""
     given = os.environ.get("VLLM_PORT", "")
-    # Far below the ports that the kernel gives out, and elsewhere for another sweep on this machine.
+    # Far below the ports that the kernel assigns, and different for another sweep on this machine.
     first = int(given) if given.isdecimal() else _first_port() + 100
     return {"VLLM_PORT": str(first + 100 * replica)}
 
 
 def coupling_of(replica: int, replicas: int) -> dict[str, str]:
-    """What makes vLLM run a mixture-of-experts model as one of several coupled replicas; each sees only its slice of
-    the devices, so each is the first of its kind there."""
+    """Variables that make vLLM run a mixture of experts as one of several coupled replicas; each sees only its slice of
+    the devices, so each is the first one there."""
     return {
         "VLLM_DP_SIZE": str(replicas),
         "VLLM_DP_RANK": str(replica),
@@ -306,9 +306,9 @@ def coupling_of(replica: int, replicas: int) -> dict[str, str]:
 
 
 def hold_workers(config: ExperimentConfig, devices: Devices, nodes: Nodes) -> None:
-    """The whole life of a node other than 0: hold its workers until node 0 says that the setting is over.
+    """The whole life of any node but 0: hold its workers until node 0 says that the setting is over.
 
-    Raises NodesError where it failed, or node 0 is gone; ReplicaError where the workers of this node have failed.
+    Raises NodesError if the setting failed or node 0 is gone, and ReplicaError if this node's workers failed.
     """
     process = EngineProcess(devices.environment() | nodes.environment(), node_log(config.log_path, config.node_rank))
     try:

@@ -13,7 +13,7 @@ from batch_inference.core.verdict import was_packed
 
 
 def starting_result(config: ExperimentConfig, environment: Environment) -> Result:
-    """A new result, or with what was measured into the file of `config`, whose settings are the same. Raises
+    """A new result, with what is already in the file of `config`, whose settings are the same. Raises
     ResultFileError for a file that cannot be read."""
     fresh = Result(config.setting_name, "partial", StoredConfig.of(config), environment, points=[])
     if config.overwrite or not config.output_path.exists():
@@ -28,7 +28,7 @@ def starting_result(config: ExperimentConfig, environment: Environment) -> Resul
 
 
 def is_enough(point: Point, config: ExperimentConfig, requests: int | None = None) -> bool:
-    """Whether a point that was measured before needs nothing more of what is asked now; `requests`: of a queue."""
+    """Whether a point that was measured before already meets what is asked now; `requests`: for a queue."""
     return is_warm(point, config) and has_runs_enough(point, config, requests)
 
 
@@ -38,8 +38,8 @@ def is_warm(point: Point, config: ExperimentConfig) -> bool:
 
 
 def has_runs_enough(point: Point, config: ExperimentConfig, requests: int | None = None) -> bool:
-    """Either exactly --num-runs, or as many as --target-ci needs. A run of a queue has its interval in itself: one is
-    enough, of as many `requests` as are asked."""
+    """Either exactly --num-runs, or as many as --target-ci needs. A single run of a queue has an interval, so one is
+    enough if it has as many `requests` as asked."""
     if requests is not None:
         long_enough = [run for run in point.runs if len(run.requests.output_tokens) >= requests]
         return len(long_enough) >= (config.num_runs or 1)
@@ -49,14 +49,14 @@ def has_runs_enough(point: Point, config: ExperimentConfig, requests: int | None
 
 
 def keep_job(result: Result, job: Job) -> None:
-    """Beside those of earlier sweeps whose points are still there."""
+    """Keep it beside the jobs of earlier sweeps whose points are still there."""
     used = {point.workload.job for point in result.points if point.workload}
     result.jobs = [*(one for one in result.jobs if one.key != job.key and one.key in used), job]
 
 
 def set_aside_engine(result: Result) -> None:
-    """Before another engine is kept: the points of an earlier sweep keep theirs, because the grid decides some of its
-    sizes."""
+    """Call before another engine is kept: points of an earlier sweep keep theirs, because the grid decides some of an
+    engine's sizes."""
     if result.engine is None:
         return
     measured = [point for point in result.points if point.engine is None]

@@ -1,4 +1,4 @@
-"""Which file a setting goes to: the one that has it already, or a new one with a name of its own; and who may write it.
+"""Which file a setting goes to: the one that already has it, or a new one with its own name; and who may write it.
 
 A file is found again by its settings, not by its name.
 """
@@ -19,7 +19,7 @@ from batch_inference.core.results import Environment
 from batch_inference.measure.engine_process import log_paths
 from batch_inference.measure.locks import LockedError, lock_of, locked, purpose_of
 
-# In a file name.
+# Longest text in a file name.
 _NO_WORD = re.compile(r"[^A-Za-z0-9.]+")
 # How many names are tried.
 _MOST_NAMES = 10_000
@@ -36,10 +36,10 @@ class Difference:
 
 @contextlib.contextmanager
 def claimed(config: ExperimentConfig, here: Environment) -> Iterator[tuple[ExperimentConfig, list[str]]]:
-    """The configuration with the file that is its own while the block runs, and notes for the user. Raises ConfigError
-    where the file that the user named holds something else, cannot be written, or is being written by another."""
+    """The configuration with its file, claimed while the block runs, and notes for the user. Raises ConfigError
+    if the file that the user named holds something else, cannot be written, or is being written by another."""
     notes: list[str] = []
-    taken: set[Path] = set()  # by settings that are being measured, and have no file yet
+    taken: set[Path] = set()  # by settings that are being measured but have no file yet
     purpose = purpose_of(config)
     while True:
         path, about = choose(config, here, taken)
@@ -47,7 +47,7 @@ def claimed(config: ExperimentConfig, here: Environment) -> Iterator[tuple[Exper
         check_writable_paths(chosen)
         try:
             with locked(lock_of(path), purpose) as is_locked:
-                # Another may have taken the name since.
+                # Somebody else may have taken the name since.
                 if choose(config, here, taken)[0] != path:
                     continue
                 if not is_locked:
@@ -59,12 +59,12 @@ def claimed(config: ExperimentConfig, here: Environment) -> Iterator[tuple[Exper
                 taken.add(path)
                 continue
             raise ConfigError(
-                f"--output-file {path}: {error} is measuring into it; wait for its end, or give another --output-dir"
+                f"--output-file {path}: {error} is measuring into it; wait until it ends, or give another --output-dir"
             ) from None
 
 
 def choose(config: ExperimentConfig, here: Environment, taken: Collection[Path] = ()) -> tuple[Path, list[str]]:
-    """The file, none of those `taken`, and what the user should know of it. Raises ConfigError where a file that the
+    """The file, none of those `taken`, and what the user should know about it. Raises ConfigError if a file that the
     user named holds something else."""
     if config.output_file is not None:
         return _named_by_user(config, here), []
@@ -88,20 +88,22 @@ def choose(config: ExperimentConfig, here: Environment, taken: Collection[Path] 
 
 def _named_by_user(config: ExperimentConfig, here: Environment) -> Path:
     path = config.output_path
-    if not os.path.lexists(path) or not path.is_file():  # whether it can be made is seen next
+    if not os.path.lexists(path) or not path.is_file():  # checked next: whether it can be made
         return path
     heading = read_heading(path)
     if heading is None:
-        raise ConfigError(f"--output-file {path}: it is no result of this program; move it away, or give another name")
+        raise ConfigError(
+            f"--output-file {path}: it is not a result of this program; move it away, or give another name"
+        )
     told = differences(config, here, heading)
     if told:
         words = "; ".join(f"{one.what} was {one.before}, now {one.now}" for one in told[:5])
-        raise ConfigError(f"--output-file {path}: it was measured with other settings: {words}; give another name")
+        raise ConfigError(f"--output-file {path}: it was measured with different settings: {words}; give another name")
     return path
 
 
 def differences(config: ExperimentConfig, here: Environment, heading: Heading) -> list[Difference]:
-    """What makes points of the two unlike: other settings, another vLLM, or other devices."""
+    """What makes points of the two differ: settings, vLLM, or devices."""
     old, new = heading.config.same_settings(), config.same_settings()
     found = [Difference(name, _short(old[name]), _short(new[name])) for name in new if old[name] != new[name]]
     before, now = _place(heading.environment), _place(here)
@@ -114,7 +116,7 @@ def _place(environment: Environment) -> dict[str, str]:
 
 
 def _short(value: object) -> str:
-    """A setting in few words: of a folder its last part."""
+    """A value in few words: for a folder, its last part."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else str(value)
@@ -125,7 +127,7 @@ def _is_free(path: Path, taken: Collection[Path]) -> bool:
 
 
 def _free_name(usual: Path, told: list[Difference], taken: Collection[Path]) -> Path:
-    """Says what is different; with a number where that is taken too."""
+    """A name that says what differs, with a number if that is taken too."""
     words = _NO_WORD.sub("-", told[0].now).strip("-.")[:60] if told else ""
     stem = usual.name.removesuffix("_results.json")
     stem = "_".join(filter(None, [stem, words if told and told[0].what == "model" else _worded(told, words)]))
@@ -134,7 +136,7 @@ def _free_name(usual: Path, told: list[Difference], taken: Collection[Path]) -> 
 
 
 def _worded(told: list[Difference], words: str) -> str:
-    """seed_7, vLLM_0.26.0; engine arguments say themselves what they are."""
+    """seed_7, vLLM_0.26.0; engine arguments need no name in front."""
     if not told or told[0].what in ("engine_args", "devices"):
         return words
     return f"{_NO_WORD.sub('-', told[0].what)}_{words}"
@@ -147,7 +149,7 @@ def _results_in(folder: Path) -> list[Path]:
 
 
 def check_writable_paths(config: ExperimentConfig) -> None:
-    """Try whether result, log, journal and lock can be written, and leave all as they are. Raises ConfigError."""
+    """Check that result, log, journal and lock can be written, without changing them. Raises ConfigError."""
     path = checked = config.output_path
     checks: list[tuple[Path, Callable[[Path], None]]] = [
         (path, check_writable),
@@ -171,5 +173,5 @@ def _check_log(path: Path) -> None:
     if path.exists():
         with open_regular(path, "ab"):
             pass
-    else:  # a link may lead to where nothing can be made
+    else:  # a link may lead where nothing can be made
         check_writable(path)

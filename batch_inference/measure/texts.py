@@ -1,7 +1,7 @@
 """How long the requests of a workload are, and the token ids of those that are run.
 
-Lengths and token ids are read here. Texts and chats go through vLLM's tokenizer, once, in a process of its own
-(`tokenizing`); the lengths are kept for the next setting. No text and no id of a workload is kept or logged anywhere.
+Lengths and token ids are read here. Texts and chats go once through vLLM's tokenizer, in its own process
+(`tokenizing`); the lengths are kept for the next setting. No text or id of a workload is kept or logged anywhere.
 Python's own library alone, because a plan looks too.
 """
 
@@ -31,19 +31,19 @@ from batch_inference.core.workload import Entry, Workload
 from batch_inference.plan.by_vllm import hub_cache
 from batch_inference.plan.model_place import expanded
 
-# Importing vLLM takes 10 to 20 s, on a network disk much longer, and the hub may be asked for the tokenizer.
+# Importing vLLM takes 10 to 20 s, much longer on a network disk, and the tokenizer may come from the hub.
 _SILENCE_S = 600.0
 # Requests between two looks of the progress bar.
 _LOOK = 4096
-# Of a file in a model's folder: larger ones are weights.
+# For a file in a model's folder: larger ones are weights.
 _LARGEST_BYTES = 64 << 20
 _ERROR = re.compile(r"[A-Za-z_][\w.]*")
-WITHOUT_TEXTS = "a --prompts-file of token ids (prompt_token_ids) or of lengths alone (prompt_tokens)"
+WITHOUT_TEXTS = "a --prompts-file of token ids (prompt_token_ids) or of lengths only (prompt_tokens)"
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """In tokens, of each request in the order of the file."""
+    """In tokens, for each request in the order of the file."""
 
     prompt_tokens: array[int]
     output_tokens: array[int]  # 0 where the file does not say it
@@ -51,12 +51,12 @@ class Lengths:
 
 
 class _TextsError(Exception):
-    """There are texts among the requests: a tokenizer is needed."""
+    """There are texts among the requests, so a tokenizer is needed."""
 
 
 def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str], None]) -> Lengths:
-    """Of all requests; what was left out is then known to `workload`. Raises ConfigError for a file that cannot be
-    used, or texts without a tokenizer, and WorkFailedError where vLLM's gives no answer."""
+    """For all requests; `workload` then knows what was left out. Raises ConfigError for a file that cannot be
+    used, or texts without a tokenizer, and WorkFailedError if vLLM's tokenizer gives no answer."""
     workload.left_out, workload.notes, workload.ids = set(), [], {}
     workload.stamp, content_hash = _stamp(workload.path), _content_hash(workload)
     here = _path_of(content_hash, [])
@@ -66,11 +66,11 @@ def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str]
             found, path = _lengths_here(workload), here
         except _TextsError:
             say(
-                f"note: vLLM {vllm_version()} makes tokens of the texts of {workload.path}, once; importing it takes "
-                "some seconds"
+                f"note: vLLM {vllm_version()} tokenizes the texts of {workload.path}, once; importing it takes "
+                "several seconds"
             )
             found = _lengths_by_vllm(workload, config)
-            # A tokenizer that came from the hub is here only now.
+            # A tokenizer from the hub is on this machine only now.
             path = _path_of(content_hash, _tokenizer_words(config))
         _keep(found, workload, path)
     for note in workload.notes:
@@ -79,7 +79,7 @@ def lengths_of(workload: Workload, config: ExperimentConfig, say: Callable[[str]
 
 
 def _content_hash(workload: Workload) -> str:
-    """Of the file, and of how bad lines are taken."""
+    """Of the file, and of how bad lines are handled."""
     try:
         content = _content(workload.path)
     except OSError:
@@ -88,8 +88,8 @@ def _content_hash(workload: Workload) -> str:
 
 
 def ids_of(workload: Workload, config: ExperimentConfig, indices: Sequence[int]) -> list[list[int] | None]:
-    """Of those requests, by their place in `lengths_of`; None where the file says a length alone. They stay in memory:
-    further points run the same, and more. Raises as `lengths_of`."""
+    """The ids of these requests, by their place in `lengths_of`; None where the file gives a length. Kept in memory,
+    because later points run the same requests and more. Raises as `lengths_of`."""
     wanted = set(indices) - workload.ids.keys()
     if wanted:
         try:
@@ -98,7 +98,7 @@ def ids_of(workload: Workload, config: ExperimentConfig, indices: Sequence[int])
             found = _ids_by_vllm(workload, config, wanted)
         if found.keys() != wanted or workload.stamp not in (None, _stamp(workload.path)):
             raise WorkFailedError(
-                f"--prompts-file {workload.path}: it is not what it was when its lengths were read; start again"
+                f"--prompts-file {workload.path}: it has changed since its lengths were read; start again"
             )
         workload.ids.update(found)
     known = (workload.ids[index] for index in indices)
@@ -130,7 +130,7 @@ def _lengths_here(workload: Workload) -> tuple[array[int], array[int]]:
 
 def _ids_here(workload: Workload, wanted: set[int]) -> dict[int, array[int] | None]:
     found: dict[int, array[int] | None] = {}
-    # A reading of its own: one that stops early has not counted all that is left out.
+    # A separate reading: one that stops early has not counted everything that is left out.
     again = Workload(workload.path, workload.skip_bad_lines, workload.left_out)
     for index, entry in enumerate(again.entries()):
         if index in wanted:
@@ -164,14 +164,14 @@ def _lengths_by_vllm(workload: Workload, config: ExperimentConfig) -> tuple[arra
 
 
 def _remember(workload: Workload, said: dict[str, Any]) -> None:
-    """What was left out. Raises TypeError, KeyError and ValueError for what says nothing of it."""
+    """Take over what was left out. Raises TypeError, KeyError or ValueError if the answer does not say."""
     left_out, bad_lines, refused = set(said["left_out"]), int(said["bad_lines"]), Counter(said["refused"])
     workload.notes = [str(note) for note in said["notes"]]
     workload.left_out, workload.bad_lines, workload.refused = left_out, bad_lines, refused
 
 
 def _ids_by_vllm(workload: Workload, config: ExperimentConfig, wanted: set[int]) -> dict[int, array[int] | None]:
-    # It leaves out what it left out when the lengths were found.
+    # It leaves out the same as when the lengths were read.
     found: list[array[int] | None] = []
     with contextlib.closing(_lines(workload, config, sorted(wanted))) as lines:
         for line in lines:
@@ -180,12 +180,12 @@ def _ids_by_vllm(workload: Workload, config: ExperimentConfig, wanted: set[int])
 
 
 def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | None) -> Generator[dict[str, Any]]:
-    """What `tokenizing` says after it is ready."""
+    """What `tokenizing` says once it is ready."""
     from batch_inference.core.child import ChildError, ask_for_a_stream
 
     if vllm_folder() is None:
         raise ConfigError(
-            f"--prompts-file {workload.path}: its texts need vLLM's tokenizer, and vLLM is not installed here; give "
+            f"--prompts-file {workload.path}: its texts need vLLM's tokenizer, but vLLM is not installed here; give "
             f"{WITHOUT_TEXTS}"
         )
     question = {
@@ -208,11 +208,11 @@ def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | Non
                     yield line
                 is_ready = is_ready or "ready" in line
     except ChildError as error:
-        # Once it has read the file, its last words may be of a request.
+        # Once it has read the file, its last words may be from a request.
         found = _ERROR.match(str(error))
         reason = (found[0] if found else "no reason") if is_ready else str(error)
         raise WorkFailedError(
-            f"--prompts-file {workload.path}: vLLM {vllm_version()} made no tokens of its texts ({plain(reason)})"
+            f"--prompts-file {workload.path}: vLLM {vllm_version()} could not tokenize its texts ({plain(reason)})"
         ) from None
 
 
@@ -220,13 +220,13 @@ def _lines(workload: Workload, config: ExperimentConfig, wanted: list[int] | Non
 
 
 def _path_of(content_hash: str, words: Sequence[Any]) -> Path:
-    """One for each content, tokenizer and version of ours."""
+    """One for each content, tokenizer and version of our code."""
     identity = hashlib.sha256(json.dumps([content_hash, _code(), words]).encode(errors="replace")).hexdigest()[:24]
     return cache_home() / "batch_inference" / "lengths" / f"{identity}.json"
 
 
 def _code() -> list[str]:
-    """That reads: another version of ours may read otherwise."""
+    """The code that reads: another version of it may read differently."""
     room = Path(__file__).parent
     return [_content(path) for path in (Path(__file__), room / "tokenizing.py", room.parent / "core" / "workload.py")]
 
@@ -234,7 +234,7 @@ def _code() -> list[str]:
 def _tokenizer_words(config: ExperimentConfig) -> list[Any]:
     """What tells one tokenizer, with its chat template, from another."""
     folder = vllm_folder()
-    # vLLM's flags are nearly all of no concern here, and these come and go between settings.
+    # Nearly all of vLLM's flags are irrelevant here, and these change between settings.
     flags = [word for word in redact(config.engine_args) if word not in (EXPERTS_FLAG, PREFIX_FLAG)]
     names = dict.fromkeys(filter(None, (config.model, config.engine_word("--tokenizer"))))
     files = [(name, _files_of(name, config.engine_word("--download-dir"))) for name in names]
@@ -242,9 +242,9 @@ def _tokenizer_words(config: ExperimentConfig) -> list[Any]:
 
 
 def _files_of(name: str, download_folder: str | None) -> list[tuple[str, str]]:
-    """Of a folder the content of its small files; of a hub name its snapshots, which have the name of their content."""
+    """For a folder the content of its small files; for a hub name its snapshots, named after their content."""
     path = expanded(name)
-    with contextlib.suppress(OSError):  # too long to be a path, or not ours to read
+    with contextlib.suppress(OSError):  # too long for a path, or unreadable
         if path.is_file():
             return [(path.name, f"{path.stat().st_size} {path.stat().st_mtime_ns}")]
         if path.is_dir():
@@ -273,7 +273,7 @@ def _keep(lengths: tuple[array[int], array[int]], workload: Workload, path: Path
 
 
 def _kept(path: Path, workload: Workload) -> tuple[array[int], array[int]] | None:
-    """None for what is no answer: a file may be anything."""
+    """None if it is not an answer: a file may hold anything."""
     answer = kept(path)
     try:
         prompts, outputs = (_column(answer[name]) for name in ("prompt_tokens", "output_tokens"))
@@ -296,7 +296,7 @@ def _column(text: str) -> array[int]:
 
 @contextlib.contextmanager
 def _progress(workload: Workload) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, by how much of the file is read."""
+    """A bar on a terminal that shows how much of the file is read."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return

@@ -12,12 +12,12 @@ from typing import Any
 
 from batch_inference.core.files import read_regular
 
-# Newer models have all of them in the first, older ones in the second.
+# Newer models have them all in the first file, older ones in the second.
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def added_ids(tokenizer: str, revision: str | None) -> set[int]:
-    """`tokenizer`: a folder, or a hub name whose files are on this machine; of others none are known."""
+    """`tokenizer`: a folder, or a hub name whose files are on this machine; for others none are known."""
     return {number for name in _FILES for number in _added_in(_content(tokenizer, name, revision))}
 
 
@@ -32,7 +32,7 @@ def _added_in(content: Any) -> Iterator[int]:
 
 
 def _content(tokenizer: str, name: str, revision: str | None) -> Any:
-    """None where there is no such file, or it cannot be read: vLLM may do without."""
+    """None if there is no such file, or it cannot be read: vLLM may do without."""
     path = Path(tokenizer) / name if Path(tokenizer).is_dir() else _in_cache(tokenizer, name, revision)
     try:
         return json.loads(read_regular(path)) if path else None
@@ -45,6 +45,6 @@ def _in_cache(repository: str, name: str, revision: str | None) -> Path | None:
 
     try:
         found = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
-    except ValueError:  # it is no hub name
+    except ValueError:  # it is not a hub name
         return None
     return Path(found) if isinstance(found, str) else None

@@ -1,9 +1,9 @@
-"""The texts of a workload as vLLM's own tokenizer and the model's chat template make token ids of them.
+"""Turns the texts of a workload into token ids with vLLM's own tokenizer and the model's chat template.
 
     python -m batch_inference.measure.tokenizing <QUESTION     prints what `texts` reads, as lines of JSON
 
 Chats become what `vllm run-batch` sends to its engine, the prompts of vLLM's custom data set and of ShareGPT what
-`vllm bench` sends. In a process of its own: vLLM (0.26 to 0.33) makes the tokenizer, and takes its memory along.
+`vllm bench` sends. Runs in its own process: vLLM (0.26 to 0.33) makes the tokenizer, whose memory is freed afterwards.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from batch_inference.core.workload import Entry, Workload
 from batch_inference.measure.engine import parse_engine_flags
 from batch_inference.measure.texts import WITHOUT_TEXTS
 
-# Tokenized at a time: enough for all cores, and little memory.
+# How many are tokenized at a time: enough for all cores, with little memory.
 _REQUESTS, _CHARACTERS = 256, 4 << 20
-# Batches that wait for the tokenizer, while the chat template makes more.
+# Batches that may wait for the tokenizer while the chat template makes more.
 _AHEAD = 2
-# A chat of it has no chat template: vLLM writes its tokens itself.
+# Its chats have no chat template: vLLM writes their tokens itself.
 _HARMONY = "gpt_oss"
 
 
 class _RefusedByVllmError(Exception):
-    """Why vLLM would answer a request with an error; no word of the request itself."""
+    """Why vLLM would answer a request with an error, without a word of the request itself."""
 
 
 @dataclass(slots=True)
 class _Prompt:
-    """A request on its way: ids where they are known already, else a text for the tokenizer."""
+    """A request on its way: ids if they are already known, otherwise a text for the tokenizer."""
 
     number: int  # of the entry, from 0
     place: str
-    length: int | None = None  # where the file says it
+    length: int | None = None  # if the file says it
     ids: list[int] | None = None
     text: str | None = None
     add_special_tokens: bool = True
@@ -52,10 +52,10 @@ class _Prompt:
 
 
 class Tokenizer:
-    """vLLM's, with what its server for OpenAI requests does around it."""
+    """vLLM's tokenizer, with what its OpenAI server does around it."""
 
     def __init__(self, model: str, engine_args: list[str], *, trust_remote_code: bool) -> None:
-        """Raises ConfigError where vLLM makes none."""
+        """Raises ConfigError if vLLM finds no tokenizer."""
         given = parse_engine_flags(engine_args, may_cache_prefixes=True)
         self._flag = f"--tokenizer {given['tokenizer']}" if given.get("tokenizer") else f"--model {model}"
         try:
@@ -73,7 +73,7 @@ class Tokenizer:
     # --- before the tokenizer ---
 
     def prompt_of(self, entry: Entry, number: int, place: str) -> _Prompt:
-        """Raises ConfigError where a chat has no template, and _RefusedByVllmError."""
+        """Raises ConfigError if a chat has no template, and _RefusedByVllmError."""
         prompt = _Prompt(number, place, answer=entry.output, answer_tokens=entry.output_tokens or 0)
         if entry.messages is not None:
             self._set_chat(prompt, entry)
@@ -86,11 +86,11 @@ class Tokenizer:
             prompt.length = entry.prompt_tokens
             prompt.ids = list(entry.prompt_token_ids) if entry.prompt_token_ids is not None else None
         if prompt.text is not None and not _is_unicode(prompt.text):
-            raise _RefusedByVllmError("its text holds half a character (a lone surrogate)")
+            raise _RefusedByVllmError("its text contains half a character (a lone surrogate)")
         return prompt
 
     def _set_chat(self, prompt: _Prompt, entry: Entry) -> None:
-        """As OnlineRenderer.preprocess_chat of vLLM's."""
+        """Like vLLM's OnlineRenderer.preprocess_chat."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
         try:
@@ -103,7 +103,7 @@ class Tokenizer:
             params = request.build_chat_params(None, "auto").with_defaults({"tokenize": self._is_mistrals})
             _, rendered = self._renderer.render_messages(request.messages, params)
         except Exception as error:
-            # Whatever it raises, its server answers the request with an error.
+            # Whatever it raises, vLLM's server would answer the request with an error.
             if type(error).__name__ == "ChatTemplateResolutionError":
                 raise self._no_template() from error
             raise _RefusedByVllmError(f"vLLM refuses its chat ({self._why(error)})") from error
@@ -124,9 +124,9 @@ class Tokenizer:
         return list(rendered["prompt_token_ids"])
 
     def _set_question(self, prompt: _Prompt, text: str) -> None:
-        """As CustomDataset of vLLM's, which puts every prompt into the chat template, and special tokens around it."""
+        """Like vLLM's CustomDataset, which puts every prompt into the chat template, with special tokens around it."""
         if self._has_no_template():
-            self._note(f"{self._flag}: its tokenizer has no chat template; prompts are taken as they are")
+            self._note(f"{self._flag}: its tokenizer has no chat template; prompts are used as they are")
             return
         try:
             rendered = self._tokenizer.apply_chat_template(
@@ -150,8 +150,8 @@ class Tokenizer:
             self.notes.append(text)
 
     def _why(self, error: Exception) -> str:
-        """Without a word of the request, which would then stand in a log."""
-        if hasattr(error, "errors") and callable(error.errors):  # of pydantic: which field, and what is wrong with it
+        """Without a word of the request, which would otherwise end up in a log."""
+        if hasattr(error, "errors") and callable(error.errors):  # pydantic's: which field, and what is wrong with it
             first = error.errors(include_input=False, include_context=False, include_url=False)[0]
             return f"{in_short('.'.join(map(str, first['loc'][:2])))}: {first['type']}"
         said = str(error)
@@ -179,14 +179,14 @@ class Tokenizer:
 
 
 def _renderer(settings: dict[str, Any]) -> Any:
-    """vLLM's own, for a model without anything but text."""
+    """vLLM's own renderer, for a model with only text."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers.registry import renderer_from_config
 
     if hasattr(EngineArgs, "language_model_only"):
         settings = {"language_model_only": True, **settings}
     model_config = EngineArgs(**{**settings, "skip_tokenizer_init": False}).create_model_config()
-    # Of a whole VllmConfig, for which vLLM would look for devices, it reads this.
+    # All it reads of a VllmConfig, for which vLLM would otherwise look for devices.
     parallel_config = SimpleNamespace(_api_process_rank=0, _api_process_count=1)
     config = SimpleNamespace(
         model_config=model_config, parallel_config=parallel_config, observability_config=SimpleNamespace()
@@ -220,9 +220,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def finished(workload: Workload, tokenizer: Tokenizer, wanted: set[int] | None) -> Iterator[list[_Prompt]]:
-    """All entries of a workload, or those `wanted`, by their place among all that are given out; in their order, some
-    at a time. The tokenizer works on some while the chat template makes the next: it is no Python, and needs no lock.
-    What vLLM refuses is left out. Raises ConfigError."""
+    """All entries of a workload, or those `wanted` (by their place among all entries returned), in order, some
+    at a time. The tokenizer works on some while the chat template makes the next: it is not Python, and needs no lock.
+    Entries that vLLM refuses are left out. Raises ConfigError."""
     waiting: deque[Future[list[_Prompt]]] = deque()
     with ThreadPoolExecutor(1) as executor:
         for batch in _batches(_prompts(workload, tokenizer, wanted)):
@@ -258,10 +258,10 @@ def _batches(prompts: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:
 
 
 def _usable(prompts: list[_Prompt], workload: Workload) -> list[_Prompt]:
-    """Without those of no token, which no engine takes."""
+    """Without prompts of no tokens, which no engine takes."""
     for prompt in prompts:
         if prompt.ids == []:
-            workload.leave_out(prompt.number, prompt.place, "vLLM's tokenizer makes no token of its prompt")
+            workload.leave_out(prompt.number, prompt.place, "vLLM's tokenizer makes no tokens from its prompt")
     return [prompt for prompt in prompts if prompt.ids != []]
 
 
@@ -291,7 +291,7 @@ def _lines(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     asked = json.load(sys.stdin)
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="true")
-    # Whatever else prints, prints elsewhere.
+    # Anything else that is printed goes elsewhere.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         try:

@@ -1,6 +1,6 @@
-"""Which variables of the environment a result file tells, so that two measurements can be told apart.
+"""Which environment variables a result file records, so that two measurements can be told apart.
 
-Of those that are known to be harmless the value is kept; of others that the engine may read, only that they are set.
+For those known to be harmless the value is kept; for others that the engine may read, only that they are set.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from batch_inference.core.secrets import redact_value
 
 SET = "(set, and not kept)"
-# What may change what vLLM does. Everything else in the environment stays out of the file.
+# Variables that may change what vLLM does. Everything else in the environment stays out of the file.
 _ENGINE_READS = re.compile(r"VLLM_|CUDA_|NCCL_|OMP_|RAY_|GLOO_|TORCH(?!ELASTIC)")
 # Numbers, switches, words to choose from, lists of devices, addresses and folders. vLLM's as its envs.py has them.
 _NAMES = """
@@ -102,7 +102,7 @@ HARMLESS = frozenset(_NAMES.split())
 
 
 def variables_kept(environment: Mapping[str, str]) -> dict[str, str]:
-    """By name. A harmless one may still hold a URL with a password."""
+    """By name. Even a harmless one may hold a URL with a password."""
     return {
         name: redact_value(value) if name in HARMLESS else SET
         for name, value in sorted(environment.items())

@@ -1,8 +1,8 @@
-"""Misspelt flags of vLLM, found before an engine loads: vLLM is asked once for its flags, and they are kept.
+"""Finds misspelt vLLM flags before an engine loads: vLLM is asked once for its flags, and they are kept.
 
     python -m batch_inference.measure.vllm_flags      prints them as JSON; takes as long as importing vLLM
 
-Python's own library is enough where they are kept already, because a plan looks too.
+Python's own library is enough once they are kept, because plans check too.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from batch_inference.core.flags import unknown_flag_message, value_with_dash
 from batch_inference.core.installed_vllm import keep, kept, kept_path, vllm_folder, vllm_version
 from batch_inference.core.secrets import follows_secret
 
-# Importing vLLM takes 10 to 20 s; on a network disk, or where nothing is compiled yet, much longer.
+# Importing vLLM takes 10 to 20 s; much longer on a network disk, or if nothing is compiled yet.
 ASK_TIMEOUT_S = 300.0
 
 
 def check_vllm_flags(words: Iterable[str], say: Callable[[str], None]) -> None:
-    """Raises ConfigError for a flag that vLLM does not know; where vLLM is not installed, nothing is known. `words`:
-    what is to be passed on to vLLM."""
+    """Raises ConfigError for a flag that vLLM does not know; checks nothing if vLLM is not installed. `words`:
+    what will be passed on to vLLM."""
     words = list(words)
     flags = [(place, flag) for place, word in enumerate(words) if (flag := _flag_of(word))]
     package = vllm_folder() if flags else None
@@ -31,7 +31,7 @@ def check_vllm_flags(words: Iterable[str], say: Callable[[str], None]) -> None:
     known = _kept(cache_file(package)) or _asked(package, say)
     for place, flag in flags:
         if known and flag not in known:
-            # What follows a flag that takes a secret may be that secret.
+            # The word after a flag that takes a secret may be that secret.
             before = follows_secret(words, place)
             raise value_with_dash(before) if before else ConfigError(unknown_flag_message(flag, known))
 
@@ -48,18 +48,18 @@ def cache_file(package: Path) -> Path:
 
 
 def _kept(path: Path) -> list[str]:
-    """Nothing where none are kept, or what is there is no list of flags."""
+    """Empty if none are kept, or if the file is not a list of flags."""
     flags = kept(path)
     usable = isinstance(flags, list) and all(isinstance(flag, str) and flag.startswith("--") for flag in flags)
     return flags if usable else []
 
 
 def _asked(package: Path, say: Callable[[str], None]) -> list[str]:
-    """By vLLM itself; nothing where it gives no answer, because then it checks its flags when it starts."""
+    """vLLM's own answer; empty if it gives none, because then it checks its flags when it starts."""
     from batch_inference.core.child import ChildError, ask
 
     version = vllm_version()
-    say(f"note: asking vLLM {version} once for its flags, to find misspelt ones; importing it takes some seconds")
+    say(f"note: asking vLLM {version} once for its flags, to find misspelt ones; importing it takes several seconds")
     try:
         flags: list[str] = ask("measure.vllm_flags", timeout_s=ASK_TIMEOUT_S)
     except ChildError as error:

@@ -1,4 +1,4 @@
-"""Which of vLLM's names that we use are missing in the one that is installed.
+"""Which of the vLLM names that we use are missing in the installed version.
 
     python -m batch_inference.measure.vllm_names      prints them as JSON; takes as long as importing vLLM
 
@@ -16,9 +16,9 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.installed_vllm import vllm_folder
 from batch_inference.core.text import plain
 
-# module -> its names, with the attributes or fields of a class behind a dot.
+# module -> its names; attributes or fields of a class follow a dot.
 Names = Mapping[str, Iterable[str]]
-# Without these no engine loads, or no run is counted.
+# Without these, no engine loads or no run is counted.
 NEEDED = {
     "vllm": ("LLM.generate", "LLM.collective_rpc", "LLM.get_metrics", "SamplingParams"),
     "vllm.engine.arg_utils": ("EngineArgs.add_cli_args", "EngineArgs.create_model_config"),
@@ -66,17 +66,17 @@ def _has(module: str, name: str) -> bool:
     try:
         owner: Any = importlib.import_module(module)
         for part in name.split("."):
-            # A field without a default is no attribute of its class.
+            # A field without a default is not an attribute of its class.
             if not hasattr(owner, part) and part not in getattr(owner, "__dataclass_fields__", ()):
                 return False
             owner = getattr(owner, part, None)
-    except ImportError:  # of the module, or of what it imports only when it is looked at
+    except ImportError:  # of the module, or of what it imports lazily
         return False
     return True
 
 
 def missing_metrics(names: Iterable[str]) -> list[str]:
-    """Those of its counters that its metrics do not name."""
+    """The counters that vLLM's metrics do not name."""
     folder = vllm_folder()
     text = "".join(path.read_text() for path in folder.glob("v1/metrics/*.py")) if folder else ""
     return [name for name in names if name not in text]

@@ -1,4 +1,4 @@
-"""What vLLM's own objects say: its settings, its workers, its outputs, its steps.
+"""Reads vLLM's own objects: its settings, its workers, its outputs, its steps.
 
 Imports nothing of vLLM: engine.py hands the objects over.
 """
@@ -24,14 +24,14 @@ _ID_NAME = re.compile(
     r"tokens?_(ids?|index|indices|idx)$|^(image|img|video|audio|vision|speech|media|frame)_(\w+_)?ids?$"
 )
 
-# Of a queue's timeline.
+# For a queue's timeline.
 _INTERVAL_S, _FEWEST_INTERVALS = 0.5, 100
 
 
 def weights_bytes_of(model: Any, packed_item_size: int) -> int:
-    """Bytes of this rank's parameters, those included that the CPU backend packed into buffers of its own."""
+    """Bytes of this rank's parameters, including those that the CPU backend packed into its own buffers."""
     visible = sum(item.numel() * item.element_size() for item in model.parameters())
-    # After packing, vLLM leaves an empty weight behind; the layer still knows its sizes.
+    # Packing leaves an empty weight behind; the layer still knows its sizes.
     emptied = [
         module
         for module in model.modules()
@@ -41,19 +41,19 @@ def weights_bytes_of(model: Any, packed_item_size: int) -> int:
 
 
 def _elements(layer: Any) -> int:
-    """Of the weight of a linear layer on this rank; one that every rank holds whole has no sizes of a part."""
+    """Elements of a linear layer's weight on this rank; a layer that every rank holds whole has no partial sizes."""
     inputs = getattr(layer, "input_size_per_partition", layer.input_size)
     return int(inputs * getattr(layer, "output_size_per_partition", layer.output_size))
 
 
 def compile_cache_of(counted: Any, by_torch: Mapping[str, int]) -> Literal["cold", "warm"] | None:
-    """Whether a process had to compile ("cold"), or found all in the compile cache ("warm"), by vLLM's
-    CompilationCounter, and where vLLM leaves all to torch (on a CPU) by what torch's inductor counts; None where there
+    """Whether a process had to compile ("cold") or found everything in the compile cache ("warm"), by vLLM's
+    CompilationCounter or, where vLLM leaves it to torch (on a CPU), by what torch's inductor counts; None if there
     was nothing to compile."""
     loaded = counted.num_aot_artifacts_loaded or counted.num_compiled_artifacts_loaded
     if counted.num_aot_compiles or counted.num_cache_entries_updated:
         return "cold"
-    # A graph that equals an earlier one is counted here as well, though nothing is compiled for it.
+    # A graph equal to an earlier one is counted here too, though nothing is compiled for it.
     if counted.num_inductor_compiles and not loaded:
         return "cold"
     if loaded:
@@ -64,7 +64,7 @@ def compile_cache_of(counted: Any, by_torch: Mapping[str, int]) -> Literal["cold
 
 
 def kv_bytes_of(caches: Any) -> int:
-    """Bytes of a KV pool; layers may share a storage."""
+    """Bytes of a KV pool; layers may share storage."""
     storages = (tensor.untyped_storage() for tensor in _tensors(caches))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -79,16 +79,16 @@ def _tensors(caches: Any) -> Iterable[Any]:
 
 
 class Step(NamedTuple):
-    at_s: float  # time.monotonic, when it was known here
-    prompt_tokens: int  # of the requests that had their first token
+    at_s: float  # time.monotonic when it became known here
+    prompt_tokens: int  # of the requests whose first token came in it
     output_tokens: int
-    running: int  # those that ended in it included
+    running: int  # including those that ended in it
     waiting: int
 
 
 class StepWatch:
-    """What vLLM's scheduler says of every step: most requests that ran at once, the largest share of the KV cache in
-    use, and of a queue all steps."""
+    """What vLLM's scheduler says about every step: most requests that ran at once, largest share of the KV cache in
+    use, and for a queue all steps."""
 
     def __init__(self, logger_manager: Any) -> None:
         """`logger_manager`: of an LLMEngine; every step passes its `record`."""
@@ -97,19 +97,19 @@ class StepWatch:
         self.forget()
 
     def forget(self, *, keeps_steps: bool = False) -> None:
-        """Before a run; a queue alone needs its steps, and nothing is added to those of a batch."""
+        """Call before a run; only a queue needs its steps, and nothing is added to those of a batch."""
         self._keeps_steps = keeps_steps
         self._running, self._kv_use = 0, 0.0
         self._steps: list[Step] = []
 
     @property
     def running(self) -> int | None:
-        """None where vLLM has not said."""
+        """None if vLLM has not said."""
         return self._running or None
 
     @property
     def kv_use(self) -> float | None:
-        """None also for requests of one token, which have left the cache when vLLM looks."""
+        """None also for requests of one token, which have left the cache by the time vLLM looks."""
         return self._kv_use or None
 
     def timeline(self, start_s: float) -> Timeline:
@@ -118,7 +118,7 @@ class StepWatch:
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, **keywords: Any) -> None:
         if scheduler_stats is not None:
-            # vLLM counts when those that ended in this step have left.
+            # vLLM counts after the requests that ended in this step have left.
             ended = len(iteration_stats.finished_requests) if iteration_stats else 0
             running = scheduler_stats.num_running_reqs + ended
             self._running = max(self._running, running)
@@ -137,7 +137,7 @@ class StepWatch:
 
 
 def with_workers(engine: EngineInfo, workers: list[WorkerInfo]) -> EngineInfo:
-    """What is known of an engine, completed by what all its workers report."""
+    """What is known about an engine, completed with what all its workers report."""
     activations = [worker.activation_bytes for worker in workers if worker.activation_bytes is not None]
     compile_s = [worker.compile_s for worker in workers if worker.compile_s is not None]
     caches = [worker.compile_cache for worker in workers if worker.compile_cache]
@@ -164,7 +164,7 @@ def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
         executor=executor if isinstance(executor, str) else getattr(executor, "__name__", None),
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
-        # Under torchrun vLLM runs one stage after the other, and a batch through all before the next.
+        # Under torchrun vLLM runs one stage after another, and each batch through all of them before the next.
         pipeline_stages_overlap=None if parallel.pipeline_parallel_size == 1 else executor != "external_launcher",
         enable_expert_parallel=getattr(parallel, "enable_expert_parallel", None),
         decode_context_parallel_size=getattr(parallel, "decode_context_parallel_size", None),
@@ -172,7 +172,7 @@ def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
         quantization=model.quantization,
         max_model_len=model.max_model_len,
         enforce_eager=model.enforce_eager,
-        # Of a model of text alone nothing is left out.
+        # A model with only text has nothing to leave out.
         language_model_only=getattr(model.multimodal_config, "language_model_only", None),
         skip_tokenizer_init=model.skip_tokenizer_init,
         max_num_seqs=scheduler.max_num_seqs,
@@ -196,7 +196,7 @@ def effective_settings(vllm_version: str, config: Any) -> EngineInfo:
 
 
 def timeline_of(steps: Sequence[Step], start_s: float) -> Timeline:
-    """In intervals of half a second, or of a hundredth of a run that is short."""
+    """In intervals of half a second, or of a hundredth of a short run."""
     line = Timeline([], [], [], [], [], [])
     if not steps:
         return line
@@ -215,11 +215,11 @@ def timeline_of(steps: Sequence[Step], start_s: float) -> Timeline:
 def add_queue(
     outcome: Outcome, outputs: Sequence[Any], asked: Sequence[tuple[int, int]], began_s: float, *, ends_itself: bool
 ) -> None:
-    """The lengths and times of each request of a queue, and whether they are as `asked`: prompt and output tokens of
-    each. `began_s`: by the wall clock, as vLLM's arrivals. `ends_itself`: the model may end an output before.
+    """Adds the lengths and times of each request in a queue, and whether they are as `asked` (prompt and output tokens
+    of each). `began_s`: by wall clock, like vLLM's arrivals. `ends_itself`: the model may end an output earlier.
 
-    The process that submits thousands of requests hears of first tokens late, of each by another delay. So the times
-    are the engine's own, by one clock: moved so far that no token was heard before it was made.
+    A process that submits thousands of requests hears of first tokens late, each with a different delay. So the times
+    are the engine's own, by one clock, shifted so that no token was heard before it was made.
     """
     requests = outcome.requests
     requests.arrival_s = [max(0.0, output.metrics.arrival_time - began_s) for output in outputs]
@@ -242,7 +242,7 @@ def count_outputs(outputs: Sequence[Any], start_s: float, end_s: float) -> Outco
     """Tokens and times of vLLM's RequestOutputs, in submission order.
 
     `arrival_time` is wall clock and the `*_ts` are monotonic, so only durations within one clock are used:
-    first_token_latency runs from arrival to first token, on the wall clock of the process that submits.
+    first_token_latency runs from arrival to first token, on the wall clock of the submitting process.
     """
     requests = Requests([], [], [], [])
     for output in outputs:
@@ -250,7 +250,7 @@ def count_outputs(outputs: Sequence[Any], start_s: float, end_s: float) -> Outco
         ttft_s = stats.first_token_latency
         requests.ttft_s.append(ttft_s)
         requests.latency_s.append(ttft_s + stats.last_token_ts - stats.first_token_ts)
-        # Never below 0: the two clocks tick apart by microseconds when nothing waits.
+        # Never below 0: the two clocks differ by microseconds when nothing waits.
         requests.queue_s.append(max(0.0, ttft_s - (stats.first_token_ts - stats.scheduled_ts)))
         requests.output_tokens.append(sum(len(completion.token_ids) for completion in output.outputs))
     return Outcome(
@@ -264,8 +264,8 @@ def count_outputs(outputs: Sequence[Any], start_s: float, end_s: float) -> Outco
 
 
 def special_ids(model_config: Any) -> set[int]:
-    """The ids that are no text, by a ModelConfig: those that the config of the model and of its parts names
-    (bos_token_id, image_token_index ...); of a multimodal model also those that its tokenizer adds."""
+    """The ids that are not text, by a ModelConfig: those named in the config of the model and its parts
+    (bos_token_id, image_token_index ...); for a multimodal model also those that its tokenizer adds."""
     configs = (model_config.hf_config, model_config.hf_text_config)
     named = {number for config in configs for number in _named_ids(config.to_dict())}
     if model_config.multimodal_config is None:
@@ -274,7 +274,7 @@ def special_ids(model_config: Any) -> set[int]:
 
 
 def _named_ids(values: dict[Any, Any]) -> Iterator[int]:
-    """Of a config as plain values; some parts of one have numbers as names (id2label)."""
+    """From a config as plain values; some parts have numbers as names (id2label)."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _named_ids(value)
@@ -283,5 +283,5 @@ def _named_ids(values: dict[Any, Any]) -> Iterator[int]:
 
 
 def _is_id(value: object) -> bool:
-    """-1 and None stand for none."""
+    """-1 and None mean there is none."""
     return type(value) is int and value >= 0

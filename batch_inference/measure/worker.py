@@ -1,11 +1,11 @@
-"""The process that holds an engine: it answers the commands of the supervising script, one after the other.
+"""The process that holds an engine: it answers the supervising script's commands one after another.
 
 The script starts `python -m batch_inference.measure.worker COMMAND_FD REPLY_FD` and talks to it in the JSON lines of
 messages.py over these two file descriptors. Standard output and error are vLLM's, and go to the log.
 
-End of the commands means that the supervisor is gone, and did not wait: the process ends its whole group at once.
+If the commands end, the supervisor is gone and did not wait: the process kills its whole group at once.
 
-Under torchrun the worker of rank 0 hands every command on to the other ranks, and its reply has one entry per rank.
+Under torchrun the worker of rank 0 passes every command on to the other ranks, and its reply has one entry per rank.
 Their scripts become workers themselves: `follow`.
 """
 
@@ -60,7 +60,7 @@ READ_LEAD_S = 0.05  # for the workers of other machines to read their devices
 
 
 class Worker:
-    """One engine, and in a torchrun job the way to the other ranks."""
+    """One engine and, in a torchrun job, the connection to the other ranks."""
 
     def __init__(self, started_s: float, place: Place | None = None) -> None:
         self._started_s = started_s
@@ -87,13 +87,13 @@ class Worker:
             send(self._ranks.answer(reply) if self._ranks else [reply])
 
     def follow(self, config: ExperimentConfig) -> None:
-        """Do what rank 0 says until it says "close". Raises ConfigError where rank 0 will say what is wrong."""
+        """Do what rank 0 says until it says "close". Raises ConfigError if rank 0 will say what is wrong."""
         self._join(config)
         assert self._ranks is not None
         timeout_s: float | None = None
         while not isinstance(command := self._ranks.hear(timeout_s), Close):
             reply = self._reply(command)
-            # Where this rank alone has failed, rank 0 may wait for it in a collective for ever.
+            # If only this rank has failed, rank 0 may wait for it in a collective forever.
             timeout_s = JOIN_TIMEOUT_S if isinstance(reply, Failed) else None
             self._ranks.answer(reply)
 
@@ -110,7 +110,7 @@ class Worker:
             return self._do(command)
         except ConfigError as error:
             return Failed(str(error), usage=True)
-        except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the supervisor's to judge
+        except Exception as error:  # noqa: BLE001 - the supervisor judges what vLLM raises
             traceback.print_exc()
             return Failed(f"{type(error).__name__}: {error}", usage=False)
 
@@ -133,7 +133,7 @@ class Worker:
                 return self._answer(command)
             case Start():
                 return Done(self._run(self._loaded, command.at_s))
-        raise TypeError(f"{command} is no command for an engine")
+        raise TypeError(f"{command} is not a command for an engine")
 
     @property
     def _loaded(self) -> Engine:
@@ -148,7 +148,7 @@ class Worker:
 
     def _load(self, command: Load) -> Loaded:
         config = command.config
-        # Ranks count replica by replica, as vLLM does.
+        # Ranks are numbered replica by replica, as in vLLM.
         self._replica = command.replica if self._place is None else self._place.rank // config.devices_per_replica
         self._reads_devices = config.devices_elsewhere
         self._engine = Engine(config, self._started_s)
@@ -178,7 +178,7 @@ class Worker:
         before: list[Reading] = []
 
         def wait() -> None:
-            # As late as can be: what the devices draw until the start is no part of the run.
+            # As late as possible: what the devices draw before the start is not part of the run.
             _sleep_until(at_s, lead_s=READ_LEAD_S)
             before.append(engine.read_devices())
             if self._ranks:
@@ -199,12 +199,12 @@ class Worker:
 
 
 def follow(config: ExperimentConfig, place: Place, log_path: Path) -> int:
-    """The whole life of a rank other than 0; its exit code. What vLLM prints goes to the log.
+    """The whole life of any rank but 0; returns its exit code. vLLM's output goes to the log.
 
-    Raises ConfigError where the ranks do not fit together.
+    Raises ConfigError if the ranks do not fit together.
     """
     started_s = time.monotonic()
-    # torchrun passes on Ctrl-C, and rank 0 is the one that has something to save.
+    # torchrun passes on Ctrl-C, and only rank 0 has something to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with _printing_to(log_path):
         worker = Worker(started_s, place)
@@ -237,16 +237,16 @@ def _printing_to(log_path: Path) -> Iterator[None]:
 
 
 def _sleep_until(at_s: float | None, lead_s: float = 0.0) -> None:
-    """None: the ranks start together, and at no time that is known before."""
+    """None: the ranks start together, at a time that is not known beforehand."""
     if at_s is not None:
         time.sleep(max(0.0, at_s - lead_s - time.monotonic()))
 
 
 def _read_commands(command_fd: int, commands: Commands) -> None:
-    """Hand on commands; when the supervisor is gone, leave no process of this group behind.
+    """Pass on commands; when the supervisor is gone, leave no process of this group behind.
 
     Reads with os.read and never through a file object: on GPUs vLLM forks its EngineCore while this thread waits, and
-    the child would wait for ever for the lock that a file object holds while it reads (so it was with sys.stdin).
+    the child would wait forever for the lock that a file object holds while it reads (as happened with sys.stdin).
     """
     lines = Lines()
     while chunk := os.read(command_fd, 1 << 16):
@@ -256,16 +256,16 @@ def _read_commands(command_fd: int, commands: Commands) -> None:
 
 
 def _end_group() -> None:
-    """End this process and all that it has started."""
+    """Kill this process and everything it started."""
     group = os.getpgid(0)
-    # Nobody else is left to do it. What is mapped stays usable until the end.
+    # Nobody else is left to do it. Mapped memory stays usable until the end.
     remove(shared_memory_of(group))
     os.killpg(group, signal.SIGKILL)
 
 
 def main() -> None:
     started_s = time.monotonic()
-    # Ctrl-C reaches the supervisor, which ends this group in order.
+    # Ctrl-C reaches the supervisor, which ends this group in an orderly way.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_secrets_in_output()
     command_fd, reply_fd = map(int, sys.argv[1:])
@@ -283,7 +283,7 @@ def main() -> None:
         try:
             worker.lead(commands, send)
         except BrokenPipeError:
-            # The supervisor is gone, and this thread was the first to see it: its end would leave the engine behind.
+            # The supervisor is gone, and this thread noticed first: just ending it would leave the engine behind.
             _end_group()
     worker.close()
     if worker.ends_at_once:

@@ -1,7 +1,7 @@
-"""The architectures that the formulas know: what a model of each holds in vLLM, as numbers of parameters.
+"""The architectures that the formulas know: what such a model holds in vLLM, in numbers of parameters.
 
-Each was compared with the sizes that vLLM itself gives (docs/plan_truth.md). A name that is not in `ARCHITECTURES`,
-and a config.json that does not say what a formula needs, are unknown: nothing is taken from another architecture.
+Each was compared with vLLM's own sizes (docs/plan_truth.md). A name that is not in `ARCHITECTURES`,
+or a config.json without what a formula needs, is unknown: nothing is borrowed from another architecture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batch_inference.plan.parts import Parts, UnknownError
 
 # vLLM pads a vocabulary to a multiple of this before it is shared out.
 _VOCABULARY_STEP = 64
-# Where one of these says something, layers differ in what they keep, or keep no keys and values of all heads.
+# If one of these is set, layers differ in what they keep, or do not keep the keys and values of all heads.
 _NO_PLAIN_CACHE = (
     "sliding_window_pattern", "interleaved_sliding_window", "attention_chunk_size", "kv_lora_rank", "block_configs",
     "attn_layer_indices", "full_attention_interval", "full_attn_idxs", "hybrid_override_pattern", "layers_block_type",
@@ -26,7 +26,7 @@ _NO_PLAIN_CACHE = (
 
 @dataclass(frozen=True)
 class Said:
-    """What config.json says by this name; `default`: what the architecture's own class has where it says nothing."""
+    """What config.json says under this name; `default`: the architecture's own value if it says nothing."""
 
     key: str
     default: bool
@@ -37,26 +37,26 @@ class Architecture:
     """How an architecture differs from a Llama."""
 
     mlp_matrices: int = 3  # gate, up and down; 2 without a gate
-    norms: int = 2  # vectors as long as a hidden state, in each layer, and their biases
+    norms: int = 2  # vectors as long as a hidden state, per layer, and their biases
     final_norms: int = 1
     head_norms: bool = False  # of queries and of keys, as long as a head
     qkv_bias: bool | Said = False
     out_bias: bool | Said = False
     mlp_bias: bool | Said = False
     vocabulary_bias: bool = False
-    tied: bool = False  # where tie_word_embeddings is missing
-    # vLLM puts embedding and output head on the first and the last stage, or on each; "unknown": versions differ
+    tied: bool = False  # if tie_word_embeddings is missing
+    # vLLM puts embedding and output head on the first and last stage, or on every stage; "unknown": versions differ
     vocabulary_on: Literal["ends", "every stage", "unknown"] = "ends"
     kv_heads: Literal["said", "said-or-all", "all", "one"] = "said"
     head_dim: Literal["said", "said-or-split", "split"] = "split"
     intermediate: tuple[str, ...] = ("intermediate_size",)
-    intermediate_factor: int | None = None  # times the hidden size, where it is not said
-    experts: str | None = None  # the key with their number
+    intermediate_factor: int | None = None  # times the hidden size, if config.json does not say it
+    experts: str | None = None  # the key that holds their number
     expert_size: str = "intermediate_size"
-    spare_positions: int | None = None  # learned positions are held, and so many more
-    plain_cache: bool = True  # False where the class has sliding windows that config.json need not say
-    window_default: bool = False  # a missing sliding_window is one
-    only: Mapping[str, Any] = field(default_factory=dict)  # what must be so, or missing
+    spare_positions: int | None = None  # learned positions are held, plus this many
+    plain_cache: bool = True  # False if the class has sliding windows that config.json need not mention
+    window_default: bool = False  # a missing sliding_window means there is one
+    only: Mapping[str, Any] = field(default_factory=dict)  # what must have this value, or be missing
 
 
 _LLAMA = Architecture(
@@ -66,7 +66,7 @@ _LLAMA = Architecture(
     kv_heads="said-or-all",
     head_dim="said-or-split",
 )
-# Its classes have no output head of their own, whatever config.json says.
+# Its classes have no separate output head, whatever config.json says.
 _GEMMA = Architecture(tied=True, vocabulary_on="every stage", head_dim="said", only={"tie_word_embeddings": True})
 _GEMMA_2 = dataclasses.replace(
     _GEMMA,
@@ -152,7 +152,7 @@ ARCHITECTURES = {
         intermediate_factor=None,
         only={"tie_word_embeddings": True},
     ),
-    # Of Falcons, those of the first kind: one KV head, and one norm for attention and MLP.
+    # Only the first kind of Falcon: one KV head, and one norm for attention and MLP.
     "FalconForCausalLM": dataclasses.replace(
         _GPT,
         norms=2,
@@ -183,19 +183,19 @@ def parts_of(facts: ModelFacts) -> Parts:
     name = facts.architecture
     known = ARCHITECTURES.get(name or "")
     if known is None:
-        raise UnknownError(f"{name or 'a model that names none'} is none of the architectures that the formulas know")
+        raise UnknownError(f"the formulas do not know the architecture {name or 'of a model that names none'}")
     for key, needed in known.only.items():
         if facts.words.get(key) not in (None, needed):
             raise UnknownError(f"the formulas know {name} only with {key} {needed}")
     if facts.has_more:
-        raise UnknownError(f"the formulas know {name} only where it has but one part, for text")
+        raise UnknownError(f"the formulas know {name} only as a model for text alone")
     if facts.is_moe and known.experts is None:
         raise UnknownError(f"the formulas know {name} only without experts")
     return _parts(known, facts.words)
 
 
 def split_size(facts: ModelFacts, *, whole_experts: bool) -> int | None:
-    """What each rank of TP has an equal part of in an MLP; None where that is not known, and where experts are not
+    """The size in an MLP that is divided equally among the ranks of TP; None if unknown, and if experts are not
     split."""
     known = ARCHITECTURES.get(facts.architecture or "")
     if known is None or (known.experts and whole_experts):
@@ -205,16 +205,16 @@ def split_size(facts: ModelFacts, *, whole_experts: bool) -> int | None:
 
 
 def padded_vocabulary(facts: ModelFacts) -> int | None:
-    """What vLLM shares out over the ranks of TP; None for an architecture that is not known."""
+    """The size that vLLM divides among the ranks of TP; None for an unknown architecture."""
     is_known = facts.architecture in ARCHITECTURES
     return _padded(facts.vocab_size) if is_known and facts.vocab_size else None
 
 
 def check_cache(facts: ModelFacts) -> None:
-    """Raises UnknownError unless each layer keeps the keys and values of all tokens. The architecture is known."""
+    """Raises UnknownError unless every layer keeps keys and values of all tokens. The architecture must be known."""
     known, words = ARCHITECTURES[facts.architecture or ""], facts.words
     said = [key for key in _NO_PLAIN_CACHE if words.get(key)]
-    # Qwen's windows have a switch of their own.
+    # Qwen's windows have their own switch.
     if words.get("use_sliding_window", True) and words.get("sliding_window", known.window_default):
         said.append("sliding_window")
     kinds = words.get("layer_types")
@@ -256,7 +256,7 @@ def _parts(known: Architecture, words: Mapping[str, Any]) -> Parts:
 
 
 def _mlp(known: Architecture, words: Mapping[str, Any], hidden: int) -> tuple[int, int, int]:
-    """What is split, what is on each rank, and all experts."""
+    """Parameters that are split, that are on each rank, and of all experts."""
     if known.experts:
         number = _size(words, known.experts)
         return 0, hidden * number, number * known.mlp_matrices * hidden * _size(words, known.expert_size)
@@ -298,7 +298,7 @@ def _has(said: bool | Said, words: Mapping[str, Any]) -> bool:
 
 
 def _size(words: Mapping[str, Any], *keys: str, otherwise: int | None = None) -> int:
-    """Raises UnknownError where config.json does not say it."""
+    """Raises UnknownError if config.json does not say it."""
     found = next((words[key] for key in keys if is_size(words.get(key))), otherwise)
     if not found:
         raise UnknownError(f"config.json does not say {keys[0] if keys else 'how large a head is'}")

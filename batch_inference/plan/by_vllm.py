@@ -1,7 +1,7 @@
-"""What vLLM says of the settings of a plan, where it is installed: asked once for all of them, and kept.
+"""What vLLM, if installed, says about the settings of a plan: asked once for all of them, and kept.
 
-It is asked in a process of its own (`meta_device`), which has ended when an answer is here. Python's own library alone,
-because a plan looks too.
+It is asked in its own process (`meta_device`), which has ended by the time the answer is used. Needs only Python's own
+library, because plans use it too.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from batch_inference.plan.model_place import expanded
 from batch_inference.plan.obstacles import is_coupled
 from batch_inference.plan.said import Said
 
-# Importing vLLM takes 10 to 20 s, on a network disk much longer; after that, a setting takes a second or two.
+# Importing vLLM takes 10 to 20 s, and much longer on a network disk; after that, a setting takes a second or two.
 LIMIT_VARIABLE = "BATCH_INFERENCE_PLAN_LIMIT_S"
 _LIMIT_S, _LIMIT_PER_SETTING_S = 120.0, 10.0
-# Without these it is no vLLM that can be asked.
+# Without these, vLLM cannot be asked.
 _NEEDED = ("engine/arg_utils.py", "distributed/parallel_state.py", "v1/core/kv_cache_utils.py")
-# What a model's folder holds that says something of its sizes; a tokenizer's files are large, and say nothing.
+# The files of a model's folder that tell its sizes; a tokenizer's files are large and say nothing.
 _SAYING = ("*config.json", "params.json", "*.py")
 _KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A setting, as vLLM is asked for it."""
+    """A setting, in the form in which vLLM is asked about it."""
 
     words: list[str]  # flags of its engine
     for_gpus: bool
     share_gib: float | None  # of a device's memory, for weights and KV cache together
-    pool_gib: float | None  # what vLLM takes for the KV cache, whatever is left
+    pool_gib: float | None  # what vLLM takes for the KV cache, whatever else is left
     requests: list[int]  # tokens of each, prompt and output
 
 
@@ -53,8 +53,8 @@ Setting = tuple[ExperimentConfig, ModelFacts | None, float | None]  # and the me
 
 
 def ask_vllm(settings: Sequence[Setting], devices: Devices, say: Callable[[str], None]) -> list[Said | None]:
-    """For each setting; None where vLLM is not installed, or is not to be asked. Raises ConfigError for a limit that is
-    no number."""
+    """The answer for each setting; None if vLLM is not installed or not to be asked. Raises ConfigError if the limit is
+    not a number."""
     limit_s = _limit_s(len(settings))
     folder = vllm_folder() if limit_s else None
     if folder is None:
@@ -68,7 +68,7 @@ def ask_vllm(settings: Sequence[Setting], devices: Devices, say: Callable[[str],
     asked = {path: question for path, question in zip(paths, questions, strict=True) if path and found[path] is None}
     if asked:
         found |= _asked(asked, kept_path(folder, "plans") / "vllm", limit_s, say)
-    # Of a config that is not on this machine the plan says more than vLLM does.
+    # About a config that is not on this machine, the plan says more than vLLM does.
     return [found[path] if path else None for path in paths]
 
 
@@ -77,7 +77,7 @@ def _limit_s(count: int) -> float:
     if not text:
         return _LIMIT_S + _LIMIT_PER_SETTING_S * count
     if not text.isdecimal() or len(text) > 6:
-        raise ConfigError(f"{LIMIT_VARIABLE}: {quoted(text)} is no whole number of seconds; 0 plans by formula")
+        raise ConfigError(f"{LIMIT_VARIABLE}: {quoted(text)} is not a whole number of seconds; 0 plans by formula")
     return float(text)
 
 
@@ -93,13 +93,13 @@ def question_of(
 
 
 def _words(config: ExperimentConfig, *, coupled: bool) -> Iterator[str]:
-    """Of a replica, in the flags that an engine is started with; what changes no size is left out."""
+    """The flags that an engine of a replica is started with, without those that change no size."""
     values = {
         "--model": os.path.expanduser(config.model),  # noqa: PTH111 - not every model is a path
         "--tensor-parallel-size": config.tensor_parallel_size,
         "--pipeline-parallel-size": config.pipeline_parallel_size,
         "--data-parallel-size": config.data_parallel_size if coupled else None,
-        # Whoever starts the workers, they hold the same; vLLM would look for Ray, or for torchrun.
+        # Workers hold the same whoever starts them; otherwise vLLM would look for Ray or torchrun.
         "--distributed-executor-backend": "mp" if config.devices_per_replica > 1 or coupled else None,
         "--max-model-len": config.max_model_len or config.longest_request,
         "--max-num-seqs": config.max_num_seqs or max(config.batch_sizes),
@@ -124,7 +124,7 @@ def _asked(
 
     version = vllm_version()
     settings = counted(len(asked), "setting")
-    say(f"note: asking vLLM {version} for the plan of {settings}; importing it takes some seconds, once")
+    say(f"note: asking vLLM {version} for the plan of {settings}; importing it takes several seconds, once")
     questions = [dataclasses.asdict(question) for question in asked.values()]
     told = json.dumps({"own_folder": str(own_folder), "questions": questions})
     lines, problem = ask_for_lines("plan.meta_device", told, timeout_s=limit_s)
@@ -135,7 +135,7 @@ def _asked(
             keep(_without_secrets(line), path)
     reason = redact_text(problem or "no answer")
     if not all(found.get(path) for path in asked):
-        say(f"note: vLLM {version} could not be asked for all of the plan ({reason}); the rest is by formula")
+        say(f"note: vLLM {version} could not answer for the whole plan ({reason}); the rest is by formula")
     return {path: found.get(path) or Said(version, unknown=reason) for path in asked}
 
 
@@ -144,7 +144,7 @@ def _without_secrets(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(line: Any, version: str) -> Said | None:
-    """None for what is no answer: a file may be anything."""
+    """None if it is not an answer: a file may hold anything."""
     if not isinstance(line, dict):
         return None
     kinds: dict[str, type | tuple[type, ...]] = {
@@ -165,13 +165,13 @@ def _said(line: Any, version: str) -> Said | None:
 
 
 def _answer_path(folder: Path, question: Question, config: ExperimentConfig) -> Path | None:
-    """One for each model's content, question, vLLM, kind of machine and version of ours; None for a model whose config
+    """One for each model content, question, vLLM, kind of machine and version of ours; None for a model whose config
     is not here."""
     model = [(path.name, _content(path)) for source in _sources(config) for path in _saying_files(source)]
     if not any(name in ("config.json", "params.json") for name, _ in model):
         return None
     variables = {name: value for name, value in sorted(os.environ.items())
-                 # Whether an engine has a process of its own changes no size: the quick start sets it for its engines.
+                 # Whether an engine has its own process changes no size: the quick start sets this for its engines.
                  if name.startswith("VLLM_") and name != SEPARATE and not is_secret_name(name)}  # fmt: skip
     told = {**dataclasses.asdict(question), "words": redact(question.words)}
     identity = hashlib.sha256(
@@ -182,13 +182,13 @@ def _answer_path(folder: Path, question: Question, config: ExperimentConfig) -> 
 
 @cache
 def _code() -> list[tuple[str, str]]:
-    """That asks: another version of ours may ask otherwise."""
+    """The code that asks: another version of it may ask differently."""
     return [(path.name, _content(path)) for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 
 @cache
 def _machine() -> list[str]:
-    """What vLLM looks at, too: machines that share a home may not be alike."""
+    """What vLLM also looks at: machines that share a home folder may differ."""
     gpus = {
         line
         for path in Path("/proc/driver/nvidia/gpus").glob("*/information")
@@ -220,15 +220,15 @@ def _content(path: Path) -> str:
 
 
 def _sources(config: ExperimentConfig) -> Iterator[Path]:
-    """The folders that vLLM reads a model's config from, without the network."""
+    """The folders from which vLLM reads a model's config without the network."""
     for name in filter(None, (config.model, config.engine_word("--hf-config-path"))):
         yield expanded(name)
         for folder in filter(None, (config.engine_word("--download-dir"), hub_cache())):
-            with contextlib.suppress(OSError, ValueError):  # too long to be a path, or none
+            with contextlib.suppress(OSError, ValueError):  # too long for a path, or not a path
                 yield from sorted(Path(folder).glob(f"models--{name.replace('/', '--')}/snapshots/*"))
 
 
 def hub_cache() -> str:
-    """As huggingface_hub finds it."""
+    """The cache folder, found the way huggingface_hub does."""
     home = os.environ.get("HF_HOME") or cache_home() / "huggingface"
     return os.environ.get("HF_HUB_CACHE") or f"{home}/hub"

@@ -1,7 +1,7 @@
 """The devices of this machine: how many there are, and which ones a replica gets.
 
-A device is a GPU; on a machine without one, an equal slice of the cores that this process may use.
-Python's own library alone, because --dry-run and the launcher count before anything is installed.
+A device is a GPU or, on a machine without one, an equal slice of the cores that this process may use.
+Needs only Python's own library, because --dry-run and the launcher count devices before anything is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 GIB = 2**30
-# A machine without a GPU is divided into at most as many devices as a common GPU node has.
+# A machine without a GPU is divided into at most as many devices as a common GPU node has GPUs.
 MAX_CPU_DEVICES = 8
 
 
@@ -29,7 +29,7 @@ MAX_CPU_DEVICES = 8
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 _CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
-# Entries of CUDA_VISIBLE_DEVICES; of a number no more digits than are converted.
+# Entries of CUDA_VISIBLE_DEVICES; a number has no more digits than can be converted.
 _NUMBER = re.compile(r"\s*\+?([0-9]{1,9})")
 _IDENTIFIER = re.compile("GPU-|MIG-")
 _UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
@@ -38,7 +38,7 @@ _UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
 @dataclass(frozen=True)
 class Devices:
     """The devices that this process may use. `ids`: what CUDA_VISIBLE_DEVICES takes, or cores like "0-3".
-    `are_here`: False for GPUs of another machine, which a plan is made for."""
+    `are_here`: False for GPUs of another machine that a plan is made for."""
 
     kind: Literal["gpu", "cpu"]
     ids: tuple[str, ...]
@@ -55,14 +55,14 @@ class Devices:
     def environment(self) -> dict[str, str]:
         """The variables that make vLLM use exactly these devices."""
         if self.kind == "gpu":
-            # CUDA's own order is by speed; NVML, which says what was measured on, counts by the bus.
+            # CUDA's own order is by speed; NVML, which identifies the devices, counts by bus.
             return {"CUDA_VISIBLE_DEVICES": ",".join(self.ids), **_BY_BUS}
-        if _BINDING in os.environ and not _bound_cores():  # a word of vLLM's: the user has decided
+        if _BINDING in os.environ and not _bound_cores():  # one of vLLM's words: the user has decided
             return {}
         return {_BINDING: "|".join(self.ids)}
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
-        """The same for one rank of a torchrun job: vLLM takes its GPU by LOCAL_RANK, and binds no cores there."""
+        """The same for one rank of a torchrun job: vLLM picks its GPU by LOCAL_RANK there, and binds no cores."""
         if self.kind == "gpu":
             return _BY_BUS
         cores = self.ids[local_rank]
@@ -70,8 +70,8 @@ class Devices:
 
 
 def find_devices() -> Devices:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves visible; without a GPU, the lists of cores in vLLM's own
-    VLLM_CPU_OMP_THREADS_BIND, or else slices of all cores."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves visible. Without a GPU, the lists of cores in vLLM's own
+    VLLM_CPU_OMP_THREADS_BIND, otherwise slices of all cores."""
     physical = _gpu_ids()
     if not physical:
         return Devices("cpu", _bound_cores() or tuple(_core_slices()))
@@ -82,18 +82,18 @@ def find_devices() -> Devices:
 
 
 def devices_elsewhere(count: int) -> Devices:
-    """So many GPUs of a machine that one does not sit at."""
+    """`count` GPUs of another machine."""
     return Devices("gpu", tuple(map(str, range(count))), are_here=False)
 
 
 def _visible(variable: str, physical: tuple[str, ...]) -> tuple[str, ...]:
-    """As CUDA reads CUDA_VISIBLE_DEVICES: what comes after the first entry that is no GPU does not count, and where a
-    GPU is named twice none does.
+    """Reads CUDA_VISIBLE_DEVICES as CUDA does: everything after the first entry that is not a GPU is ignored, and if a
+    GPU is named twice, none is visible.
 
-    CUDA's documentation says the first. The second, and how an entry is read, is as in torch.cuda's
-    _parse_visible_devices and _transform_uuid_to_ordinals, by which vLLM counts: a list is of numbers or of
-    identifiers, as it begins; a number may have spaces around it and anything after it; an identifier may be cut where
-    one GPU alone begins so.
+    The first rule is in CUDA's documentation. The second, and the reading of an entry, follow torch.cuda's
+    _parse_visible_devices and _transform_uuid_to_ordinals, which vLLM uses: a list holds numbers or
+    identifiers, whichever comes first; a number may have spaces around it and anything after it; an identifier may be
+    shortened if only one GPU begins that way.
     """
     named = _IDENTIFIER.match(variable)
     if named:
@@ -111,8 +111,8 @@ def _visible(variable: str, physical: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _identified(parts: list[str], kind: str) -> tuple[str, ...]:
-    """`kind`: GPU-, or MIG- for a part of a GPU. Where the driver does not list them, all of the kind are taken to be
-    there; older names of parts (MIG-GPU-.../1/0) are never listed."""
+    """`kind`: GPU-, or MIG- for a part of a GPU. If the driver does not list them, all of the kind are assumed to
+    exist; older names of parts (MIG-GPU-.../1/0) are never listed."""
     there = [name for name in _gpu_identifiers() if name.startswith(kind)]
     named = list(itertools.takewhile(lambda part: part.startswith(kind), parts))
     meant = [
@@ -124,21 +124,21 @@ def _identified(parts: list[str], kind: str) -> tuple[str, ...]:
 
 
 def _gpu_ids() -> tuple[str, ...]:
-    # The driver's own list: as fast as a directory listing, where nvidia-smi takes a tenth of a second.
+    # The driver's own list is as fast as a directory listing; nvidia-smi takes a tenth of a second.
     nodes = sorted(int(node.name[6:]) for node in Path("/dev").glob("nvidia[0-9]*") if node.name[6:].isdecimal())
     if nodes:
         return tuple(str(index) for index in range(len(nodes)))
-    # Below a GPU that is divided its parts are listed.
+    # The parts of a divided GPU are listed below it.
     return tuple(map(str, range(sum(line.startswith("GPU ") for line in _nvidia_smi()))))
 
 
 def _gpu_identifiers() -> list[str]:
-    """Of the GPUs of this machine, and of the parts of those that are divided."""
+    """Identifiers of this machine's GPUs, and of the parts of those that are divided."""
     return [found[1] for line in _nvidia_smi() if (found := _UUID.search(line))]
 
 
 def _nvidia_smi() -> tuple[str, ...]:
-    """A line for each GPU, and for each part of one; none where it cannot be asked."""
+    """A line for each GPU and for each part of one; none if nvidia-smi cannot be asked."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
         return tuple(listing.splitlines())
@@ -146,8 +146,8 @@ def _nvidia_smi() -> tuple[str, ...]:
 
 
 def _bound_cores() -> tuple[str, ...]:
-    """One list of cores per rank, as VLLM_CPU_OMP_THREADS_BIND has them ("0-3|4,6" -> "0,1,2,3" and "4,6"); empty where
-    it is not set, or a word like "auto"."""
+    """One list of cores per rank, as VLLM_CPU_OMP_THREADS_BIND has them ("0-3|4,6" -> "0,1,2,3" and "4,6"); empty if
+    it is not set or is a word like "auto"."""
     lists = os.environ.get(_BINDING, "").split("|")
     if not all(_CORES.fullmatch(cores) for cores in lists):
         return ()
@@ -172,7 +172,7 @@ def _core_slices() -> Iterator[str]:
 
 
 def smallest_memory_gib(devices: Devices) -> float | None:
-    """Memory of the smallest of the GPUs; None without GPUs here, and where NVML cannot be asked or does not answer."""
+    """Memory of the smallest GPU; None without GPUs here, or if NVML cannot be asked or does not answer."""
     if devices.kind == "cpu" or not devices.ids or not devices.are_here:
         return None
     nvml = find_nvml()
@@ -187,8 +187,8 @@ def smallest_memory_gib(devices: Devices) -> float | None:
 
 
 def find_nvml() -> Any:
-    """The Python module that asks NVML: nvidia-ml-py where it is installed, else the copy of it that lies in vLLM,
-    which is not imported for that; None where neither is there."""
+    """The Python module that asks NVML: nvidia-ml-py if it is installed, otherwise the copy inside vLLM,
+    which is found without importing vLLM; None if there is neither."""
     with contextlib.suppress(ImportError):
         return importlib.import_module("pynvml")
     with contextlib.suppress(ImportError, ValueError):
@@ -205,16 +205,16 @@ def _module_at(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("batch_inference_pynvml", path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # it looks itself up there
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # the module looks itself up there
     spec.loader.exec_module(module)
     return module
 
 
 def nvml_handle(nvml: Any, device_id: str) -> Any:
-    """NVML's handle of a device by its number or identifier. Raises NVMLError where there is none."""
+    """NVML's handle of a device, by number or identifier. Raises NVMLError if there is none."""
     if device_id.isdecimal():
         return nvml.nvmlDeviceGetHandleByIndex(int(device_id))
-    # CUDA takes the beginning of an identifier for the whole; NVML does not.
+    # CUDA accepts the beginning of an identifier for the whole; NVML does not.
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         if nvml.nvmlDeviceGetUUID(handle).startswith(device_id):

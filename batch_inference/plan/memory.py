@@ -1,6 +1,6 @@
-"""What a setting will hold on its fullest device: by formulas, and by the files that lie in the model's folder.
+"""What a setting will hold on its fullest device, by formulas and by the files in the model's folder.
 
-Either part may be unknown, and says why: no number is from a formula that was made for something else.
+Either part may be unknown, with a reason: no number comes from a formula that was made for something else.
 """
 
 from __future__ import annotations
@@ -18,78 +18,78 @@ from batch_inference.plan.obstacles import is_coupled
 from batch_inference.plan.parts import Parts, UnknownError, layers_of_stages
 from batch_inference.plan.stored_weights import parts_in_bytes, stored_weights, total_bytes
 
-# Of the engines in docs/plan_check.md: a test compares the numbers.
+# From the engines in docs/plan_check.md; a test compares the numbers.
 NOT_COUNTED = (
-    "activations are not counted: in our runs on GPUs vLLM had 0.7 to 3.9 GiB (1 to 7 %) less for the KV cache of a "
-    "device (docs/plan_check.md)"
+    "activations are not counted: in our runs on GPUs vLLM had 0.7 to 3.9 GiB (1 to 7 %) less per device for the KV "
+    "cache (docs/plan_check.md)"
 )
 FORMULA, FILES = "formula", "files"
 # vLLM's own block sizes, in tokens (of its attention backends on NVIDIA GPUs, and on the CPU).
 _GPU_BLOCK, _CPU_BLOCK = 16, 128
-# Flags that change what is held in ways that no formula here knows.
+# Flags that change what is held in ways that no formula here covers.
 _FLAGS = (
     "--model-impl", "--speculative-config", "--enable-lora", "--enable-eplb", "--decode-context-parallel-size", "-dcp",
     "--prefill-context-parallel-size", "-pcp", "--num-gpu-blocks-override", "--runner", "--convert",
 )  # fmt: skip
-# Those that begin so leave a part of the weights in the main memory.
+# Flags with these beginnings leave part of the weights in main memory.
 _OFFLOADS = ("--cpu-offload-", "--offload-")
-# Those of --load-format that leave weights as they are.
+# Values of --load-format that leave weights unchanged.
 LOADS_AS_STORED = (
     "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai-streamer", "pt", "mistral", "npcache",
     "dummy",
 )  # fmt: skip
-# Methods whose tensors are as large in vLLM as in the file.
+# Methods whose tensors have the same size in vLLM as in the file.
 _AS_STORED = ("awq", "gptq", "fp8", "compressed-tensors", "modelopt")
-# With smaller groups GPTQ's zeros, which vLLM may drop, are over a hundredth of the weights.
+# With smaller groups, GPTQ's zeros, which vLLM may drop, exceed a hundredth of the weights.
 _SMALLEST_GROUP = 128
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a setting will hold on its fullest device; None where that is not known, and `unknown` says why."""
+    """What a setting will hold on its fullest device; None if unknown, and `unknown` says why."""
 
     weights_gib: float | None
     kv_bytes_per_token: float | None
-    pool_gib: float | None  # left for the KV cache; None also where the device's memory is not known
+    pool_gib: float | None  # left for the KV cache; None also if the device's memory is unknown
     block_size: int  # tokens
     unknown: tuple[str, ...] = ()
     weights_by: str = FORMULA
-    pool_is_asked: bool = False  # by --kv-cache-memory-bytes
+    pool_is_asked: bool = False  # set with --kv-cache-memory-bytes
 
     @property
     def lacks_activations(self) -> bool:
-        """True where vLLM will have less for the KV cache than `pool_gib`."""
+        """True if vLLM will have less for the KV cache than `pool_gib`."""
         return not self.pool_is_asked and self.kv_bytes_per_token is not None and (self.pool_gib or 0) > 0
 
     @property
     def source(self) -> str | None:
-        """By what the numbers are said."""
+        """Where the numbers come from."""
         weights = self.weights_by if self.weights_gib is not None else None
         cache = FORMULA if self.kv_bytes_per_token is not None else None
         return " and ".join(dict.fromkeys(part for part in (weights, cache) if part)) or None
 
     def requests_in_one_wave(self, tokens: int) -> int | None:
-        """How many requests of `tokens`, prompt and output, the KV cache of a replica holds at once."""
+        """How many requests of `tokens` (prompt and output) the KV cache of a replica holds at once."""
         blocks = self._blocks()
         return None if blocks is None else requests_that_fit(blocks, self.block_size, tokens)
 
     def kv_cache_tokens(self, max_model_len: int) -> int | None:
-        """What vLLM will call the size of the KV cache: its share of requests of the longest kind, in tokens."""
+        """What vLLM will call the size of the KV cache: how many of the longest requests fit, in tokens."""
         blocks = self._blocks()
         return None if blocks is None else capacity_in_tokens(blocks, self.block_size, max_model_len)
 
     def _blocks(self) -> int | None:
         if self.pool_gib is None or self.kv_bytes_per_token is None:
             return None
-        # Below 0 where the weights do not fit.
+        # Below 0 if the weights do not fit.
         return max(0, int(self.pool_gib * GIB / (self.kv_bytes_per_token * self.block_size)))
 
 
 def memory_plan(
     config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None
 ) -> MemoryPlan:
-    """`memory_gib`: of one device, where it is known."""
-    unknown: dict[str, str] = {}  # what by why
+    """`memory_gib`: of one device, if known."""
+    unknown: dict[str, str] = {}  # reason -> what is unknown
     weights, weights_by, cache = None, FORMULA, None
     pool_asked_gib, block_size = asked_gib(config), _block_size(config, devices)
     try:
@@ -115,7 +115,7 @@ def memory_plan(
 def _tightest(
     share_gib: float | None, asked_gib: float | None, weights: list[float] | None, cache: list[float] | None
 ) -> tuple[float | None, float | None]:
-    """Of the stage in which the fewest tokens fit: what is left for the KV cache, and the bytes of a token."""
+    """For the stage that fits the fewest tokens: what is left for the KV cache, and the bytes per token."""
     most = max(cache) if cache else None
     if asked_gib is not None:
         return asked_gib, most
@@ -131,7 +131,7 @@ def _tightest(
 
 
 def asked_gib(config: ExperimentConfig) -> float | None:
-    """What the user gives the KV cache of a device."""
+    """What the user assigns to the KV cache of a device."""
     asked_bytes = config.engine_number("--kv-cache-memory-bytes")
     return None if asked_bytes is None else asked_bytes / GIB
 
@@ -142,7 +142,7 @@ def _block_size(config: ExperimentConfig, devices: Devices) -> int:
 
 
 def _facts(config: ExperimentConfig, facts: ModelFacts | None) -> ModelFacts:
-    """Raises UnknownError where nothing can be said."""
+    """Raises UnknownError if nothing can be said."""
     if facts is None:
         raise UnknownError(why_unread(config) or "its sizes cannot be read from here")
     given = [word.partition("=")[0].partition(".")[0].replace("_", "-") for word in config.engine_args]
@@ -164,13 +164,13 @@ def _bytes_of_a_float(config: ExperimentConfig, facts: ModelFacts) -> int:
 
 
 def _weights_of_stages(config: ExperimentConfig, facts: ModelFacts) -> tuple[list[float], str]:
-    """GiB of a device of each stage, and by what they are said. Raises UnknownError."""
+    """GiB on a device of each stage, and where the numbers come from. Raises UnknownError."""
     asked = config.engine_word("--quantization") or config.engine_word("-q")
     if asked:
-        raise UnknownError(f"--quantization {quoted(asked)} changes them")
+        raise UnknownError(f"--quantization {quoted(asked)} changes the sizes of weights")
     load_format = (config.engine_word("--load-format") or "auto").replace("_", "-")
     if load_format not in LOADS_AS_STORED:
-        raise UnknownError(f"--load-format {quoted(load_format)} may change them")
+        raise UnknownError(f"--load-format {quoted(load_format)} may change the sizes of weights")
     float_bytes = _bytes_of_a_float(config, facts)
     try:
         counted = parts_of(facts)
@@ -180,7 +180,7 @@ def _weights_of_stages(config: ExperimentConfig, facts: ModelFacts) -> tuple[lis
         return _in_gib(config, facts, counted, float_bytes), FORMULA
     stored = stored_weights(_folder(facts, facts.quantization))
     if not stored:
-        raise UnknownError(f"quantized ({facts.quantization.method}), and no weights lie in the folder")
+        raise UnknownError(f"quantized ({facts.quantization.method}), and its folder holds no weights")
     sizes = (config.tensor_parallel_size, config.pipeline_parallel_size)
     return _in_gib(config, facts, parts_in_bytes(stored, counted, *sizes), 1), FILES
 
@@ -193,12 +193,12 @@ def _in_gib(config: ExperimentConfig, facts: ModelFacts, parts: Parts, unit: int
 
 
 def _of_any_files(config: ExperimentConfig, facts: ModelFacts, float_bytes: int, reason: str) -> list[float]:
-    """Of a model whose files alone are known: right for one device. Raises UnknownError."""
+    """For a model of which only the files are known: correct for one device. Raises UnknownError."""
     stored = stored_weights(_folder(facts, facts.quantization))
     if not stored:
         raise UnknownError(reason)
     if facts.has_more:
-        raise UnknownError(f"{reason}; which parts in its files vLLM holds is vLLM's to say")
+        raise UnknownError(f"{reason}; only vLLM knows which parts of its files it holds")
     own_bytes = None if facts.quantization else float_bytes
     is_tied = bool(facts.words.get("tie_word_embeddings"))
     total_gib = total_bytes(stored, facts.num_layers, own_bytes, is_tied=is_tied) / GIB
@@ -209,15 +209,15 @@ def _of_any_files(config: ExperimentConfig, facts: ModelFacts, float_bytes: int,
 
 
 def _folder(facts: ModelFacts, quantization: Quantization | None) -> Path:
-    """Raises UnknownError where its files say nothing about sizes in vLLM."""
+    """Raises UnknownError if its files say nothing about sizes in vLLM."""
     if facts.folder is None:
-        raise UnknownError("no files here have its sizes")
+        raise UnknownError("no files here tell its sizes")
     if quantization is None:
         return facts.folder
     method = quantization.method
     too_fine = method == "gptq" and quantization.group_size in range(1, _SMALLEST_GROUP)
     if method not in _AS_STORED or too_fine:
-        raise UnknownError(f"quantized ({method}): its sizes in vLLM are others than in its files")
+        raise UnknownError(f"quantized ({method}): its sizes in vLLM differ from those in its files")
     return facts.folder
 
 
@@ -225,12 +225,12 @@ def _folder(facts: ModelFacts, quantization: Quantization | None) -> Path:
 
 
 def _cache_of_stages(config: ExperimentConfig, facts: ModelFacts) -> list[float]:
-    """Bytes of a token on a device of each stage. Raises UnknownError."""
+    """Bytes per token on a device of each stage. Raises UnknownError."""
     tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
     parts = parts_of(facts)
     check_cache(facts)
     size = _bytes_of_a_key(config, facts)
-    # KV heads are copied, not split further, when there are fewer of them than TP ranks.
+    # KV heads are copied, not split further, if there are fewer of them than TP ranks.
     of_a_layer = 2 * max(1, parts.kv_heads / tp) * parts.head_dim * size
     return [count * of_a_layer for count in layers_of_stages(parts.layers, pp)]
 
@@ -240,7 +240,7 @@ def _bytes_of_a_key(config: ExperimentConfig, facts: ModelFacts) -> int:
     if kv_dtype.startswith(KV_BYTE):
         return 1
     if kv_dtype == "auto" and facts.quantization and facts.quantization.cache_too:
-        raise UnknownError("its checkpoint says a type for keys and values")
+        raise UnknownError("its checkpoint sets a type for keys and values")
     size = _bytes_of_a_float(config, facts) if kv_dtype == "auto" else BYTES.get(kv_dtype)
     if size is None:
         raise UnknownError(f"the formulas do not know --kv-cache-dtype {quoted(kv_dtype)}")

@@ -1,11 +1,11 @@
-"""What vLLM itself says of settings, without loading anything: it builds their models on torch's meta device.
+"""What vLLM itself says about settings, without loading anything: it builds their models on torch's meta device.
 
     python -m batch_inference.plan.meta_device <QUESTIONS     prints a line of JSON for each
 
 QUESTIONS: as JSON, {"own_folder": where vLLM may keep what it finds out here, "questions": [Question, ..]}.
 
-In a process of its own, with stand-ins for what a worker has around it. Names of vLLM's that are not public (0.26 to
-0.33) are looked up, with a reason where they are missing, and whatever fails makes the answer unknown.
+Runs in its own process, with stand-ins for a worker's surroundings. vLLM's names that are not public (0.26 to
+0.33) are looked up, with a reason if they are missing, and any failure makes the answer unknown.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from batch_inference.plan.memory import LOADS_AS_STORED
 from batch_inference.plan.refusals import is_about_length, judged, may_pass
 from batch_inference.plan.stand_ins import UnknownError, be_first_rank_of, no_streams, prepare, quickest_cpu
 
-# Of most attention backends on GPUs; a vLLM for the CPU has another.
+# The block size of most attention backends on GPUs; a vLLM for the CPU has another.
 _GPU_BLOCK = 16
-# As our engines have it: without what a multimodal model has for other things than text. 0.28 to 0.31 would read the
-# processor's files for the second while they build the model, where a config is enough for its sizes.
+# As in our engines: without a multimodal model's parts for anything but text. 0.28 to 0.31 would read the
+# processor's files for the second while building the model, though a config is enough for its sizes.
 _TEXT_ALONE = {"language_model_only": True, "mm_device_do_normalize": False}
-# More than any device has: what a request takes is told by how many fit into it.
+# More than any device has: how many requests fit into it tells what one takes.
 _ROOMY_BYTES = 2**50
-# Of errors of torch's: something that has no memory behind it was read.
+# In torch's errors: something without memory behind it was read.
 _READS_META = re.compile(r"meta tensor|register_meta|on the meta device|Tensor\.item\(\)")
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM says to a Question of `by_vllm`: the fields of a Said."""
+    """vLLM's answer to a Question of `by_vllm`: the fields of a Said."""
     told: dict[str, Any] = {}
     try:
         for_others = _is_for_others(question)
@@ -46,7 +46,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
             _tell(question, told)
     except UnknownError as error:
         told["unknown"] = str(error)
-    except Exception as error:  # noqa: BLE001 - whatever vLLM raises says something of the setting, or nothing
+    except Exception as error:  # noqa: BLE001 - vLLM's error may say something about the setting
         found = judged(error)
         told.update(unknown=found.unknown, may_pass=may_pass(error))
         told["refusal"] = found.refusal or told.get("refusal")
@@ -61,15 +61,15 @@ def _tell(question: dict[str, Any], told: dict[str, Any]) -> None:
         told["refusal"] = judged(error).refusal
         if not is_about_length(told["refusal"]):
             raise
-        # The sizes are known all the same.
+        # The sizes are known anyway.
         arguments.max_model_len = None
         config = _config_of(arguments, question)
     told["longest"] = _longest(config.model_config)
     if (runner := getattr(config.model_config, "runner_type", "generate")) != "generate":
-        told["refusal"] = f"it generates no text (vLLM's runner for it is {runner})"
+        told["refusal"] = f"it does not generate text (vLLM's runner for it is {runner})"
         return
     _refuse_to_guess(arguments, config)
-    # The block of a GPU is not to be fitted to this machine; that of a hybrid model follows from its layers.
+    # A GPU's block size must not be fitted to this machine; a hybrid model's follows from its layers.
     fits_block = config.model_config.is_hybrid or not _is_for_others(question)
     stages = [
         _stage(config, number, fits_block=fits_block) for number in range(config.parallel_config.pipeline_parallel_size)
@@ -82,7 +82,7 @@ def _tell(question: dict[str, Any], told: dict[str, Any]) -> None:
 
 
 def _engine_arguments(question: dict[str, Any]) -> Any:
-    """By vLLM's own parser. Raises UnknownError for what it does not take: it says so when it starts."""
+    """Uses vLLM's own parser. Raises UnknownError for what it rejects: vLLM says so when it starts."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -101,27 +101,27 @@ def _engine_arguments(question: dict[str, Any]) -> Any:
 def _config_of(arguments: Any, question: dict[str, Any]) -> Any:
     from vllm.usage.usage_lib import UsageContext
 
-    # An offline engine takes steps as long as its GPU is large; vLLM has a length for those it does not know, too.
+    # The steps of an offline engine depend on the size of its GPU; vLLM has a default for unknown ones.
     context = None if _is_for_others(question) else UsageContext.LLM_CLASS
     return copy.deepcopy(arguments).create_engine_config(usage_context=context)
 
 
 def _is_for_others(question: dict[str, Any]) -> bool:
-    """For GPUs, where vLLM has none."""
+    """Whether it is for GPUs, and vLLM has none here."""
     from vllm.platforms import current_platform
 
     return bool(question["for_gpus"]) and not current_platform.is_cuda_alike()
 
 
 def _longest(model_config: Any) -> int | None:
-    """The model's own, whatever was asked for."""
+    """The model's own longest length, whatever was asked for."""
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         return int(copy.copy(model_config).get_and_verify_max_len(None))
     return None
 
 
 def _refuse_to_guess(arguments: Any, config: Any) -> None:
-    """Raises UnknownError where a device will hold something else than the model as it is built."""
+    """Raises UnknownError if a device will hold something other than the model as it is built."""
     model = config.model_config
     parts = (model.hf_config, model.hf_text_config)
     names = ("quantization_config", "compression_config")
@@ -130,8 +130,8 @@ def _refuse_to_guess(arguments: Any, config: Any) -> None:
         and not any(getattr(part, name, None) for part in parts for name in names),
         f"--load-format {arguments.load_format} may change the weights": str(arguments.load_format).replace("_", "-")
         not in LOADS_AS_STORED,
-        "vLLM knows the sizes in a GGUF file when it loads it": model.quantization == "gguf",
-        "a part of the weights goes to main memory": getattr(arguments, "cpu_offload_gb", 0)
+        "vLLM learns the sizes in a GGUF file only when it loads it": model.quantization == "gguf",
+        "part of the weights goes to main memory": getattr(arguments, "cpu_offload_gb", 0)
         or getattr(arguments, "offload_group_size", 0),
         "a draft model's memory is not planned": config.speculative_config,
         "adapters' memory is not planned": config.lora_config,
@@ -149,8 +149,8 @@ class _Stage:
 
     config: Any  # its VllmConfig
     weights_bytes: int
-    copies_bytes: int  # that layers make of their weights when these are loaded
-    kv_specs: dict[str, Any]  # what each of its layers keeps of a token, as a KVCacheSpec
+    copies_bytes: int  # copies that layers make of their weights while loading
+    kv_specs: dict[str, Any]  # what each of its layers keeps per token, as a KVCacheSpec
 
 
 def _stage(config: Any, number: int, *, fits_block: bool) -> _Stage:
@@ -170,7 +170,7 @@ def _stage(config: Any, number: int, *, fits_block: bool) -> _Stage:
 
 
 def _copies_bytes(model: Any, dtype: Any) -> int:
-    """MLA keeps what it expands keys and values by once more, apart and not quantized (W_UK and W_UV)."""
+    """MLA keeps a separate, unquantized copy of what expands its keys and values (W_UK and W_UV)."""
     layers = [layer for layer in model.modules() if hasattr(layer, "kv_b_proj") and hasattr(layer, "kv_lora_rank")
               and hasattr(layer, "get_kv_cache_spec")]  # fmt: skip
     parameters = sum(
@@ -190,7 +190,7 @@ def _built(config: Any, device: Any) -> Any:
         except (NotImplementedError, RuntimeError) as error:
             if not _READS_META.search(str(error)):
                 raise
-        # It reads some of its tensors while it is built: then only what is to be loaded is without memory.
+        # It reads some tensors while it is being built: then only what will be loaded has no memory.
         config.compilation_config.static_forward_context.clear()
         with _parameters_on(device):
             return initialize_model(config)
@@ -220,7 +220,7 @@ def _parameters_on(device: Any) -> Iterator[None]:
 
 
 def _kv_specs(config: Any) -> dict[str, Any]:
-    """As GPUModelRunner.get_kv_cache_spec finds them."""
+    """Found the way GPUModelRunner.get_kv_cache_spec does."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.worker import utils
@@ -238,7 +238,7 @@ def _kv_specs(config: Any) -> dict[str, Any]:
 
 
 def _pool_asked_bytes(arguments: Any, question: dict[str, Any]) -> int | None:
-    """Where the user gives the KV cache its size."""
+    """The size of the KV cache if the user sets it."""
     if question["pool_gib"] is not None:
         return int(question["pool_gib"] * GIB)
     asked = getattr(arguments, "kv_cache_memory_bytes", None)
@@ -266,13 +266,13 @@ def _kv_cache(stages: Sequence[_Stage], question: dict[str, Any], pool_asked_byt
 
 
 class _Cache:
-    """The KV cache that vLLM lays out in so many bytes of each stage."""
+    """The KV cache that vLLM lays out in the given bytes of each stage."""
 
     def __init__(self, stages: Sequence[_Stage], pools: Sequence[int]) -> None:
         from vllm.v1.core import kv_cache_utils
 
         self._utils, self._config = kv_cache_utils, stages[0].config
-        # One request of the longest kind need not fit for the plan.
+        # For the plan, the longest request need not fit.
         with self._as_long_as(1):
             specs = [dict(stage.kv_specs) for stage in stages]
             caches = kv_cache_utils.get_kv_cache_configs(self._config, specs, list(pools))
@@ -280,12 +280,12 @@ class _Cache:
         self.num_blocks: int = self._cache.num_blocks
 
     def concurrency(self, tokens: int) -> float:
-        """How many requests of `tokens` are as much as all blocks."""
+        """How many requests of `tokens` all blocks add up to."""
         with self._as_long_as(tokens):
             return float(self._utils.get_max_concurrency_for_kv_cache_config(self._config, self._cache))
 
     def requests_at_once(self, tokens: int) -> int:
-        # vLLM holds one block back. The rounding is against what floating point takes from a whole number.
+        # vLLM holds one block back. Rounding makes up for what floating point takes from a whole number.
         return int(round(self.concurrency(tokens) * (self.num_blocks - 1) / self.num_blocks, 9))
 
     @contextlib.contextmanager
@@ -300,7 +300,7 @@ class _Cache:
 
 
 def _choose_layout(stages: Sequence[_Stage]) -> None:
-    """As the engine does before it lays out the cache, in versions that know several layouts."""
+    """As the engine does before it lays out the cache, in versions that have several layouts."""
     caches = [stage.config.cache_config for stage in stages]
     if getattr(caches[0], "kv_cache_layout", "none") is not None:
         return
@@ -322,7 +322,7 @@ def _choose_layout(stages: Sequence[_Stage]) -> None:
 
 
 def look_without_processes() -> None:
-    """vLLM looks at a kind of model in a process that imports all of vLLM again. This one is as good."""
+    """vLLM inspects a kind of model in a process that imports all of vLLM again. This process is as good."""
     registry: Any = importlib.import_module("vllm.model_executor.models.registry")
     if hasattr(registry, "_run_in_subprocess"):
         registry._run_in_subprocess = lambda look: look()
@@ -330,7 +330,7 @@ def look_without_processes() -> None:
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    # Whatever else prints, prints elsewhere.
+    # Anything else that is printed goes elsewhere.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         prepare(asked["own_folder"])

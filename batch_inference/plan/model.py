@@ -23,39 +23,39 @@ from batch_inference.plan.model_place import (
 from batch_inference.plan.overrides import NotFollowedError, hf_overrides, overridden, touches_rope
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Of vLLM's --kv-cache-dtype, beside the above, those that begin so take a byte; of others the size is not known.
+# Other values of vLLM's --kv-cache-dtype that begin with this take a byte; the size of the rest is unknown.
 KV_BYTE = ("fp8", "int8")
 _LARGEST_SIZE = 2**40
-# vLLM takes the smallest of them; `model_max_length` stands above them.
+# vLLM takes the smallest of them; `model_max_length` overrides them.
 _LENGTH_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions",
     "max_sequence_length", "max_seq_length", "seq_len",
 )  # fmt: skip
-# vLLM's own names for the number of experts, and those in which checkpoints say it layer by layer.
+# vLLM's own names for the number of experts, and the names for checkpoints that give it layer by layer.
 _EXPERTS = (
     "num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts_per_layer",
     "layers_num_experts", "num_routed_experts", "moe_num_routed_experts", "num_moe_experts",
 )  # fmt: skip
-# Where a model of another kind says its own sizes.
+# Where a multimodal model keeps the sizes of its language model.
 _OTHER_PARTS = ("vision_config", "audio_config", "quantization_config", "compression_config")
 _QUANTIZED = ("quantization_config", "compression_config")
-# ModelOpt's, of its older checkpoints.
+# The file of ModelOpt's older checkpoints.
 _QUANTIZED_FILE = "hf_quant_config.json"
 _UNNAMED = "in a way that it does not name"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """As a checkpoint says it."""
+    """The quantization, as a checkpoint states it."""
 
     method: str  # in vLLM's words
     group_size: int | None
-    cache_too: bool  # it has a type for keys and values
+    cache_too: bool  # the KV cache has its own type
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes read from a model's config.json; None where the architecture does not say it in the usual words."""
+    """Sizes read from a model's config.json; None if it does not state them under the usual names."""
 
     num_layers: int | None
     num_attention_heads: int | None
@@ -64,14 +64,14 @@ class ModelFacts:
     max_model_len: int | None
     is_moe: bool
     dtype: str
-    architecture: str | None = None  # None where there is not exactly one
-    words: Mapping[str, Any] = field(default_factory=dict)  # all that config.json says of the language model
-    has_more: bool = False  # than the language model, such as one that sees
+    architecture: str | None = None  # None unless there is exactly one
+    words: Mapping[str, Any] = field(default_factory=dict)  # everything that config.json says about the language model
+    has_more: bool = False  # than the language model, such as a vision part
     quantization: Quantization | None = None
     folder: Path | None = None
 
     def dtype_used(self, asked: str) -> str:
-        """What vLLM makes of --dtype, in torch's words."""
+        """What vLLM makes of --dtype, in torch's names."""
         if asked == "auto":
             # vLLM runs a float32 checkpoint in 16 bits.
             asked = "bfloat16" if self.dtype in ("float32", "float") else self.dtype
@@ -79,14 +79,14 @@ class ModelFacts:
 
 
 def facts_of(config: ExperimentConfig) -> ModelFacts | None:
-    """The facts of a setting's model, with what vLLM's own flags make of them; None where `why_unread` says why.
-    Raises ConfigError for a model that is none."""
+    """The facts of a setting's model, as vLLM's own flags change them; None if `why_unread` gives a reason.
+    Raises ConfigError if it is not a model."""
     found = _facts_or_reason(config)
     return found if isinstance(found, ModelFacts) else None
 
 
 def why_unread(config: ExperimentConfig) -> str | None:
-    """Why a plan knows no facts of the model; None where it does. Raises ConfigError as `facts_of` does."""
+    """Why a plan knows no facts about the model; None if it does. Raises ConfigError as `facts_of` does."""
     found = _facts_or_reason(config)
     return found if isinstance(found, str) else None
 
@@ -98,17 +98,17 @@ def _facts_or_reason(config: ExperimentConfig) -> ModelFacts | str:
         overrides = hf_overrides(config.engine_args)
         facts = _read(config_source(config), source_flag(config), overrides)
     except NotFollowedError:
-        return "vLLM alone knows what --hf-overrides makes of this model"
+        return "only vLLM knows what --hf-overrides makes of this model"
     if kind_of(config.model) == "file":
         facts = dataclasses.replace(facts, quantization=Quantization("gguf", None, cache_too=False))
     longest_is_vllms = touches_rope(overrides) or prefers_params(config)
-    # Weights lie in the folder of the model, and are of other sizes than a config that is changed.
+    # The weights in the model's folder do not match the sizes of a changed config.
     folder = None if overrides or kind_of(config.model) != "folder" else expanded(config.model)
     return dataclasses.replace(facts, folder=folder, max_model_len=None if longest_is_vllms else facts.max_model_len)
 
 
 def read_model_facts(model: str) -> ModelFacts | None:
-    """The facts of a model folder; None for what is no folder. Raises ConfigError for a folder that is no model."""
+    """The facts of a model folder; None if it is not a folder. Raises ConfigError for a folder without a model."""
     return _read(model, "--model", {}) if kind_of(model) == "folder" else None
 
 
@@ -116,7 +116,7 @@ def _read(model: str, flag: str, overrides: dict[str, Any]) -> ModelFacts:
     folder = expanded(model)
     try:
         document = overridden(_object(json.loads(read_regular(folder / "config.json"))), overrides)
-        # The sizes of the language model; those with vision keep them apart.
+        # The sizes of the language model; multimodal models keep them separately.
         part = _object(document.get("text_config") or document)
         return dataclasses.replace(
             _facts_from(part),
@@ -128,7 +128,7 @@ def _read(model: str, flag: str, overrides: dict[str, Any]) -> ModelFacts:
     except FileNotFoundError:
         raise ConfigError(f"{flag} {model}: it has no config.json; give the folder that holds one") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{flag} {model}: config.json cannot be read ({error}); fetch the model again") from error
+        raise ConfigError(f"{flag} {model}: config.json cannot be read ({error}); download the model again") from error
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _quantization(document: dict[str, Any], beside: Path) -> Quantization | None
 
 
 def _quantization_beside(path: Path) -> Any:
-    """None where there is no such file. One that cannot be read says as much as an empty one."""
+    """None if there is no such file. An unreadable one counts as empty."""
     try:
         return json.loads(read_regular(path))
     except FileNotFoundError:
@@ -168,7 +168,7 @@ def _quantization_beside(path: Path) -> Any:
 
 
 def _counts_experts(value: object, key: str = "") -> bool:
-    """True where a number of experts is said anywhere in it: vLLM looks into lists and nested blocks too."""
+    """True if a number of experts appears anywhere in it: vLLM looks into lists and nested blocks too."""
     if isinstance(value, dict):
         return any(_counts_experts(inner, name) for name, inner in value.items() if name not in _OTHER_PARTS)
     if isinstance(value, list):
@@ -177,7 +177,7 @@ def _counts_experts(value: object, key: str = "") -> bool:
 
 
 def is_size(value: object) -> bool:
-    """Others, like 0 experts of a dense model or -1 for no limit, say that there is none."""
+    """Other values, like 0 experts in a dense model or -1 for no limit, mean that there is none."""
     return type(value) is int and 1 <= value <= _LARGEST_SIZE
 
 
@@ -200,11 +200,11 @@ def _facts_from(document: dict[str, Any]) -> ModelFacts:
 
 
 def _scales_positions(document: dict[str, Any]) -> bool:
-    """True where rope scaling stretches the length by rules that only vLLM knows."""
+    """True if rope scaling stretches the length by rules that only vLLM knows."""
     scaling = document.get("rope_scaling") or document.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         return True
-    # Some have a set of them for each kind of layer.
+    # Some models have one set of them for each kind of layer.
     return any(_stretches(one) for one in (scaling, *scaling.values()) if isinstance(one, dict))
 
 

@@ -1,4 +1,4 @@
-"""What a setting will hold on its fullest device: by vLLM where that says it, else by formula."""
+"""What a setting will hold on its fullest device: according to vLLM if it says so, otherwise by formula."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from batch_inference.plan.said import Said
 
 @dataclass(frozen=True)
 class Needs:
-    """None where it is not known. Activations, which vLLM takes from the same share, are not counted."""
+    """None means unknown. Activations, which vLLM takes from the same share, are not counted."""
 
     weights_gib: float | None = None
     kv_cache_tokens: int | None = None  # of a replica, as vLLM counts them
     requests_in_one_wave: dict[int, int] | None = None  # by prompt length
     source: str | None = None  # who says so
-    unknown: tuple[str, ...] = ()  # why what is None is not known, and why vLLM says nothing where it was asked
-    max_model_len: int | None = None  # tokens that the model takes, where vLLM says it
+    unknown: tuple[str, ...] = ()  # why a None is unknown, and why vLLM gave no answer if it was asked
+    max_model_len: int | None = None  # tokens that the model takes, if vLLM says so
     kv_gib: float | None = None  # on a device, for the largest point in one wave
     pool_gib: float | None = None  # left for the KV cache
-    activations_counted: bool | None = None  # None where nothing is said of what is left for the KV cache
+    activations_counted: bool | None = None  # None if what is left for the KV cache is unknown
 
     @property
     def is_refused(self) -> bool:
-        """Nothing is held, and that is known."""
+        """Whether vLLM refuses the setting, so that nothing will be held."""
         return self.source is not None and self.weights_gib is None and self.kv_gib is None
 
 
 def needs_of(
     config: ExperimentConfig, facts: ModelFacts | None, devices: Devices, memory_gib: float | None, said: Said | None
 ) -> Needs:
-    """`memory_gib`: of one device, where it is known."""
+    """`memory_gib`: of one device, if known."""
     if said and said.weights_gib is not None:
         return _by_vllm(config, said)
-    if said and said.unknown is None:  # it refuses the setting: there is nothing to hold
+    if said and said.unknown is None:  # it refuses the setting, so nothing is held
         return Needs(source=said.by, max_model_len=said.longest)
     return _by_formula(config, facts, devices, memory_gib, said)
 
 
 def memory_against(needs: Needs) -> str | None:
-    """Why a setting cannot run whose weights alone fill what vLLM has of a device; None where that is not known."""
+    """Why a setting cannot run because its weights alone fill vLLM's share of a device; None if that is unknown."""
     weights_gib, pool_gib = needs.weights_gib, needs.pool_gib
     if weights_gib is None or pool_gib is None or pool_gib > 0:
         return None

@@ -1,4 +1,4 @@
-"""--hf-overrides, as vLLM reads it: as JSON, or by parts (--hf-overrides.text_config.num_hidden_layers 2)."""
+"""--hf-overrides as vLLM reads it: JSON, or part by part (--hf-overrides.text_config.num_hidden_layers 2)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from batch_inference.core.values import size_with_suffix
 
 _FLAG = "--hf-overrides"
 _TEXT = "text_config"
-# Of another class of model the same names may mean something else.
+# In another class of model the same names may mean something else.
 _OF_ANOTHER_CLASS = ("model_type", "auto_map")
 
 
 class NotFollowedError(Exception):
-    """What the flag changes cannot be followed from here."""
+    """The effect of the flag cannot be worked out here."""
 
 
 def hf_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """What is to be changed in a model's config.json, from vLLM's own flags. Raises NotFollowedError for what is no
-    JSON object: vLLM says what it makes of it."""
+    """The changes to a model's config.json in vLLM's own flags. Raises NotFollowedError for anything but a
+    JSON object: vLLM decides what to make of that."""
     whole: str | None = None
     parts: dict[str, Any] = {}
     for name, value in _values(words):
@@ -29,7 +29,7 @@ def hf_overrides(words: Sequence[str]) -> dict[str, Any]:
             whole = value
         else:
             _put(parts, name.removeprefix(f"{_FLAG}.").split("."), value)
-    if parts:  # vLLM puts them after the flag itself, so that they stand in its place
+    if parts:  # vLLM puts them after the flag itself, so they replace it
         return parts
     try:
         overrides = {} if whole is None else json.loads(whole)
@@ -66,12 +66,12 @@ def _value(text: str) -> Any:
 
 
 def overridden(document: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The config with the changes. Raises NotFollowedError where only vLLM knows what becomes of one."""
+    """The config with the changes. Raises NotFollowedError if only vLLM knows the effect of one."""
     text = document.get(_TEXT)
     if not overrides:
         return document
     changed = set(overrides)
-    # At the top of a config with a part for the language model, what that part has too changes nothing or everything.
+    # In a config with a part for the language model, a top-level change of what that part also has does nothing or all.
     beside = isinstance(text, dict) and changed & set(text) - set(document)
     if beside or changed & set(_OF_ANOTHER_CLASS) or (_TEXT in changed and not _both_parts(text, overrides[_TEXT])):
         raise NotFollowedError
@@ -86,7 +86,7 @@ def _both_parts(*values: object) -> bool:
 
 
 def touches_rope(overrides: dict[str, Any]) -> bool:
-    """True where the longest length may change by rules that only vLLM knows."""
+    """True if the longest length may change by rules that only vLLM knows."""
     return any(name.startswith("rope") for name in _names(overrides))
 
 

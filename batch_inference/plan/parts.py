@@ -1,4 +1,4 @@
-"""A model by how vLLM shares it out over devices, in whatever it is counted in: parameters, or bytes."""
+"""A model as vLLM divides it among devices, counted in parameters or bytes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class Parts:
     layers: int
     kv_heads: int
     head_dim: int
-    # Of each layer:
+    # In each layer:
     split: float  # over the ranks of TP
-    kv: float  # so too, but no finer than a KV head
+    kv: float  # likewise, but no finer than a KV head
     experts: float  # over the ranks of TP, or expert by expert
     whole: float  # on each rank
     # Beside the layers:
     embedding: float
-    head: float  # 0 where it is the embedding
+    head: float  # 0 if it is the embedding
     beside: float  # on each rank of each stage
     num_experts: int
     vocabulary_on: Literal["ends", "every stage", "unknown"]
 
     def stages(self, tp: int, pp: int, expert_ranks: int | None) -> list[float]:
-        """What a device of each stage holds. `expert_ranks`: over so many devices whole experts
-        are shared out; None where each of them is split over TP. Raises UnknownError."""
+        """What a device of each stage holds. `expert_ranks`: how many devices whole experts are divided
+        among; None if each expert is split over TP. Raises UnknownError."""
         if pp > 1 and self.vocabulary_on == "unknown":
             raise UnknownError("which stages hold the embedding of this architecture differs between versions of vLLM")
         experts = self.experts / tp if expert_ranks is None else self.experts * self._share_of_experts(expert_ranks)
@@ -43,7 +43,7 @@ class Parts:
         ]
 
     def _share_of_experts(self, ranks: int) -> float:
-        # The fullest device, where they do not divide.
+        # The fullest device, if they do not divide evenly.
         return math.ceil(self.num_experts / ranks) / self.num_experts if self.num_experts else 0
 
     def _vocabulary(self, *, is_first: bool, is_last: bool) -> float:
@@ -55,12 +55,12 @@ class Parts:
 
 
 def layers_of_stages(layers: int, pp: int) -> list[int]:
-    """As vLLM does it: layers that are left go to the stages before the last, the hindmost first.
+    """As vLLM does it: leftover layers go to the stages before the last, the rearmost first.
 
     Raises UnknownError."""
     if pp > 1 and os.environ.get("VLLM_PP_LAYER_PARTITION"):
-        raise UnknownError("VLLM_PP_LAYER_PARTITION says how layers are shared out")
+        raise UnknownError("VLLM_PP_LAYER_PARTITION decides how layers are divided")
     if pp > layers:
-        raise UnknownError(f"{pp} stages are more than its layers")
+        raise UnknownError(f"it has fewer layers than {pp} stages")
     even, left = divmod(layers, pp)
     return [even + (pp - 1 - left <= stage < pp - 1) for stage in range(pp)]

@@ -1,4 +1,4 @@
-"""This process in a torchrun job, where there is one."""
+"""This process's place in a torchrun job, if there is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batch_inference.core.text import quoted
 
 @dataclass(frozen=True)
 class Place:
-    """This process in a torchrun job, by the variables that torchrun sets."""
+    """This process's place in a torchrun job, from the variables that torchrun sets."""
 
     rank: int
     world_size: int
@@ -25,13 +25,13 @@ class Place:
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """None outside torchrun. Raises ConfigError for variables that torchrun does not set so."""
+    """None outside torchrun. Raises ConfigError for values that torchrun would not set."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if any(name not in environment for name in names):
         return None
     for name in names:
         if not environment[name].isdecimal():
-            raise ConfigError(f"{name}: {quoted(environment[name])} is no number; torchrun sets it, unset it elsewhere")
+            raise ConfigError(f"{name}: {quoted(environment[name])} is not a number; unset it outside torchrun")
     return Place(*(int(environment[name]) for name in names))
 
 
@@ -40,7 +40,7 @@ def check_place(config: ExperimentConfig, place: Place | None) -> None:
     needed = config.num_devices
     if config.distributed_executor_backend != "external_launcher":
         if place:
-            raise ConfigError("torchrun started this: give --distributed-executor-backend external_launcher")
+            raise ConfigError("torchrun started this program; give --distributed-executor-backend external_launcher")
     elif place is None:
         if not config.dry_run:
             raise ConfigError(
@@ -49,6 +49,6 @@ def check_place(config: ExperimentConfig, place: Place | None) -> None:
             )
     elif place.world_size != needed:
         raise ConfigError(
-            f"torchrun started {place.world_size} processes, TP x PP x DP is {needed}; "
+            f"torchrun started {place.world_size} processes, but TP x PP x DP is {needed}; "
             f"give --nproc-per-node so that all nodes together have {needed}"
         )

@@ -23,7 +23,7 @@ def setting_plan(
     memory_gib: float | None = None,
     said: Said | None = None,
 ) -> list[str]:
-    """The plan of --dry-run, line by line. `memory_gib`: of one device, where it is known. `said`: by vLLM."""
+    """The plan of --dry-run, line by line. `memory_gib`: of one device, if known. `said`: by vLLM."""
     tp, pp, dp = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     needs = needs_of(config, facts, devices, memory_gib, said)
     reason = devices_against(config, devices) or rules_against(config, facts, devices, said) or memory_against(needs)
@@ -74,14 +74,14 @@ def _budgets(config: ExperimentConfig) -> str:
 
 
 def by_whom(source: str) -> str:
-    """Whose numbers these are."""
+    """Where these numbers come from."""
     return f"by {source.replace(FILES, 'the sizes in its files')}"
 
 
 def _memory_words(config: ExperimentConfig, needs: Needs) -> str:
     known = "; ".join(_known_words(config, needs))
     told = [f"{known} ({by_whom(needs.source)})"] if needs.source else []
-    # The line is called memory.
+    # The line is already called memory.
     return "; ".join([*told, *needs.unknown]).removeprefix("memory ")
 
 
@@ -92,15 +92,15 @@ def _of_length(config: ExperimentConfig, length: int) -> str:
 def _known_words(config: ExperimentConfig, needs: Needs) -> Iterator[str]:
     weights_gib, pool_gib = needs.weights_gib, needs.pool_gib
     if needs.is_refused:
-        yield "nothing, it is refused"
+        yield "none: it is refused"
     if weights_gib is not None:
-        yield f"about {weights_gib:.3g} GiB weights per device"
+        yield f"about {weights_gib:.3g} GiB of weights per device"
     if needs.kv_gib is None or memory_against(needs):
         return
-    yield f"{needs.kv_gib:.3g} GiB KV cache per device for the largest point in one wave"
+    yield f"{needs.kv_gib:.3g} GiB of KV cache per device for the largest point in one wave"
     if pool_gib is not None:
         waves = needs.requests_in_one_wave or {}
         told = ", ".join(
             f"{waves[length]} {_of_length(config, length)}" for length in config.lengths if length in waves
         )
-        yield f"{pool_gib:.3g} GiB are there for it; requests that fit in one wave: {told}"
+        yield f"{pool_gib:.3g} GiB are available for it; requests that fit in one wave: {told}"

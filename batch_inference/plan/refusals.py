@@ -1,6 +1,6 @@
-"""What an error of vLLM's says of a setting: that vLLM refuses it wherever it runs, or only that nothing is known.
+"""What an error of vLLM says about a setting: that vLLM refuses it on every machine, or only that nothing is known.
 
-Nothing is an obstacle that is not known for one: the machine that plans may lack what the one that measures has.
+Only known obstacles count: the machine that plans may lack what the one that measures has.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from dataclasses import dataclass
 
 from batch_inference.core.text import plain, short_name
 
-# Limits of the machine that plans, and of a model without memory behind it.
+# Limits of the planning machine, and of a model without memory behind it.
 _OF_THE_MACHINE = re.compile(
     r"meta tensor|meta device|\bCPU\b|\bCUDA\b|\bGPUs?\b|\bROCm\b|\bXPU\b|compute capability|[Bb]ackend|kernel|"
     r"[Tt]riton|torchvision|No module named|not installed|libcuda|connect|offline|huggingface\.co|world size",
 )
-# Rules of vLLM's that hold for a model and its sizes, on every machine (0.26 to 0.33).
+# vLLM's rules for a model and its sizes, which hold on every machine (0.26 to 0.33).
 _OF_THE_SETTING = re.compile(
     r"divisible|not aligned with the quantized weight|% *(self\.)?(tp_size|ep_size|tensor_parallel|world_size)|"
     r"attention heads|[Pp]ipeline parallel|PPMissingLayer|[Nn]um(ber of)? ?_?experts",
 )
 _OF_THE_LENGTH = re.compile(r"max_model_len .*is greater than the derived")
-# pydantic's frame around vLLM's words.
+# pydantic's wrapper around vLLM's message.
 _PYDANTIC = re.compile(r"(?:Value|Assertion) error, (.*?)(?:\[type=|$)", re.DOTALL)
 _LONGEST = 300
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One of the two is there, in one line."""
+    """Exactly one of the two is set, in one line."""
 
     refusal: str | None = None
     unknown: str | None = None
@@ -49,8 +49,8 @@ def is_about_length(words: str | None) -> bool:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether it may be gone the next time: a package can be installed, a disk can come back. Without a number of the
-    system's, an OSError is of what a model's folder lacks, and a name is what a version lacks."""
+    """Whether it may be gone next time: a package can be installed, a disk can come back. Without a system error
+    number, an OSError means that a model's folder lacks something, and a name that a version lacks it."""
     text = str(error)
     if isinstance(error, OSError):
         return error.errno is not None
@@ -60,11 +60,11 @@ def may_pass(error: BaseException) -> bool:
 
 
 def _words(error: BaseException) -> str:
-    """vLLM's own, in one line."""
+    """vLLM's own message, in one line."""
     text = str(error).strip()
     if framed := _PYDANTIC.search(text):
         text = framed[1].strip()
-    if not text:  # a bare assertion: what was asserted says it
+    if not text:  # a bare assertion: use the asserted expression
         frames = traceback.extract_tb(error.__traceback__)
         text = (frames[-1].line if frames else None) or ""
     says_enough = framed or isinstance(error, (ValueError, AssertionError, NotImplementedError))
@@ -73,5 +73,5 @@ def _words(error: BaseException) -> str:
 
 
 def _first_sentence(words: str) -> str:
-    """The next ones are advice for other programs."""
+    """Later sentences are advice for other programs."""
     return short_name(words.split(". ")[0].removesuffix("."), _LONGEST)

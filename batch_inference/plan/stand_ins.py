@@ -1,6 +1,6 @@
-"""What stands in the place of a worker's surroundings while a model is built for its sizes alone.
+"""Stand-ins for a worker's surroundings while a model is built only for its sizes.
 
-Only for the process of `meta_device`, which ends after it: nothing of this may be there when an engine measures.
+Only for the process of `meta_device`, which ends afterwards: none of this may be present when an engine measures.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-# Of vLLM's parallel_state.py (0.26 to 0.33): the first are needed, the others are newer than some versions.
+# Names in vLLM's parallel_state.py (0.26 to 0.33): the first are needed, the others are missing in older versions.
 _GROUPS = ("_WORLD", "_TP", "_PP", "_DP", "_EP")
 _NEWER_GROUPS = ("_DCP", "_PCP", "_EPLB", "_ETP")
-# Of a job that this process may have been started in.
+# Variables of a job that this process may have been started in.
 _VARIABLES_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class UnknownError(Exception):
-    """Why vLLM cannot be asked this."""
+    """vLLM cannot be asked this; the message says why."""
 
 
 def prepare(own_folder: str) -> None:
-    """Before vLLM is imported. `own_folder`: for what it would keep; nothing that was seen here may be found by an
-    engine."""
+    """Call before vLLM is imported. `own_folder`: for what it would keep; an engine must never find what was seen
+    here."""
     for name in _VARIABLES_OF_RANKS:
         os.environ.pop(name, None)
-    # The devices belong to whoever measures.
+    # The devices belong to whoever is measuring.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update(
         VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", VLLM_CACHE_ROOT=own_folder, HF_HUB_OFFLINE="1"
     )
-    # Else vLLM's CPU platform looks for it in this machine's memory.
+    # Otherwise vLLM's CPU platform looks for it in this machine's memory.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # Models that see ask for it when they are imported, and compute nothing with it while they are built.
+    # Vision models need it when they are imported, but compute nothing with it while they are built.
     if importlib.util.find_spec("torchvision") is None:
         sys.meta_path.append(_Anything("torchvision"))
 
 
 @contextlib.contextmanager
 def quickest_cpu() -> Iterator[None]:
-    """Where a vLLM for the CPU plans for GPUs: it refuses layers that this machine's cores would be too slow for."""
+    """For a CPU vLLM that plans for GPUs: it would refuse layers for which this machine's cores are too slow."""
     import torch
 
     with mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True, create=True):
@@ -54,7 +54,7 @@ def quickest_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_streams() -> Iterator[None]:
-    """Where a vLLM for GPUs sees none of them: layers make streams and events, and use them when they compute."""
+    """For a GPU vLLM that sees no GPU: layers create streams and events, but use them only to compute."""
     import torch
 
     class Unused:
@@ -69,7 +69,7 @@ def no_streams() -> Iterator[None]:
 
 
 class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """A package in which there is whatever is looked for."""
+    """A package that contains whatever is looked up in it."""
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -88,7 +88,7 @@ class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class Group:
-    """A rank of a group whose other ranks are not there. It says how many there are; nothing can be sent."""
+    """A rank of a group without its other ranks. It says how many there are; nothing can be sent."""
 
     def __init__(self, size: int, rank: int = 0) -> None:
         self.world_size, self.ranks = size, list(range(size))
@@ -103,7 +103,7 @@ class Group:
 
 
 def be_first_rank_of(stage: int, parallel: Any, parallel_state: Any) -> None:
-    """For vLLM's layers, which ask `parallel_state` who they are. `parallel`: a ParallelConfig. Raises UnknownError."""
+    """For vLLM's layers, which ask `parallel_state` for a rank. `parallel`: a ParallelConfig. Raises UnknownError."""
     missing = [name for name in _GROUPS if not hasattr(parallel_state, name)]
     if missing:
         raise UnknownError(f"its parallel_state.py has no {', '.join(missing)}")

@@ -1,6 +1,6 @@
-"""The sizes of weights that lie in a model folder, by the headers of its safetensors files.
+"""The sizes of the weights in a model folder, from the headers of its safetensors files.
 
-A header is a length of 8 bytes and JSON; nothing behind it is read.
+A header is a length in 8 bytes and JSON; nothing after it is read.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from batch_inference.core.files import check_regular, open_regular, read_regular
 from batch_inference.core.text import quoted
 from batch_inference.plan.parts import Parts, UnknownError
 
-# The format's own bound is 100 MB; files of 5 GB have some 100 kB.
+# The format's own limit is 100 MB; files of 5 GB have about 100 kB.
 _LONGEST_HEADER = 2**24
 _LONGEST_INDEX = 2**26
 _SAME = 1.01
 _INDEX = "model.safetensors.index.json"
-# What vLLM leaves in the file: causal masks and rotary tables of older checkpoints, and heads that guess ahead.
+# What vLLM does not load: causal masks and rotary tables of older checkpoints, and heads that guess ahead.
 _NOT_LOADED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|(^|\.)mtp\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d{1,6})\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# What a tensor is, by its name: the first that matches.
+# What a tensor is, judging by its name: the first match counts.
 _IN_LAYERS = {
     "experts": re.compile(r"\.experts\."),
     "router": re.compile(r"\.gate\.weight$"),
@@ -44,11 +44,11 @@ _BESIDE_LAYERS = {
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are shared out alike."""
+    """Tensors that are divided in the same way."""
 
-    kind: str  # of the above; "split" or "whole" for others of a layer, "beside" for others
+    kind: str  # one of the above; "split" or "whole" for others in a layer, "beside" for the rest
     layer: int | None
-    is_float: bool  # what vLLM holds in its own type
+    is_float: bool  # vLLM holds it in its own type
 
 
 @dataclass
@@ -66,7 +66,7 @@ Stored = Mapping[Group, Amount]
 
 @dataclass(frozen=True)
 class _File:
-    """What is read once, as long as it does not change."""
+    """A file that is read once, as long as it does not change."""
 
     path: Path
     size: int
@@ -76,13 +76,13 @@ class _File:
 @dataclass(frozen=True)
 class _Tensor:
     name: str
-    dtype: str  # in the format's words
+    dtype: str  # in the format's names
     shape: tuple[int, ...]
     size: int  # bytes
 
 
 def stored_weights(folder: Path) -> Stored:
-    """Empty where no safetensors file is there. Raises UnknownError."""
+    """Empty if there is no safetensors file. Raises UnknownError."""
     sums: dict[Group, Amount] = {}
     names: set[str] = set()
     for path in _files(folder):
@@ -93,7 +93,7 @@ def stored_weights(folder: Path) -> Stored:
         except (OSError, ValueError, RecursionError) as error:
             raise UnknownError(f"{quoted(path.name)} cannot be read as safetensors ({error})") from error
         if names & found:
-            raise UnknownError(f"tensors of {quoted(path.name)} lie in another file too")
+            raise UnknownError(f"tensors of {quoted(path.name)} are in another file too")
         names |= found
         for group, amount in groups.items():
             sums.setdefault(group, Amount()).add(amount)
@@ -101,8 +101,8 @@ def stored_weights(folder: Path) -> Stored:
 
 
 def total_bytes(stored: Stored, layers: int | None, float_bytes: int | None, *, is_tied: bool) -> int:
-    """All that vLLM loads. `layers`: of the model, where it is known; `float_bytes`: of a number in vLLM, where it may
-    be another than in the file."""
+    """Everything that vLLM loads. `layers`: of the model, if known; `float_bytes`: of a number in vLLM, if it may
+    differ from the file's."""
     return sum(
         float_bytes * amount.numbers if float_bytes and group.is_float else amount.size
         for group, amount in stored.items()
@@ -111,7 +111,7 @@ def total_bytes(stored: Stored, layers: int | None, float_bytes: int | None, *, 
 
 
 def _is_behind(group: Group, layers: int | None) -> bool:
-    # Layers behind the last one guess tokens ahead.
+    # Layers after the last one guess tokens ahead.
     return layers is not None and group.layer is not None and group.layer >= layers
 
 
@@ -125,12 +125,12 @@ def parts_in_bytes(stored: Stored, counted: Parts, tp: int, pp: int) -> Parts:
         if not _is_behind(group, counted.layers) and group.layer is not None:
             per_layer[group.layer] += amount.size
     if len(per_layer) != counted.layers or not sums["embedding"] or (counted.head and not sums["head"]):
-        raise UnknownError("the files in the folder hold other tensors than the formulas know")
+        raise UnknownError("the files in the folder hold other tensors than the formulas expect")
     if tp > counted.kv_heads and sums["fused"]:
-        raise UnknownError(f"{tp} ranks copy KV heads that lie in one matrix with the queries")
+        raise UnknownError(f"{tp} ranks copy KV heads that share a matrix with the queries")
     if pp > 1 and max(per_layer.values()) > _SAME * min(per_layer.values()):
         raise UnknownError("layers in the files have different sizes")
-    # Without experts a gate is one of the matrices that are split.
+    # Without experts, a gate is one of the split matrices.
     router = "whole" if counted.num_experts else "split"
     sums[router] += sums["router"]
     return dataclasses.replace(
@@ -146,11 +146,11 @@ def parts_in_bytes(stored: Stored, counted: Parts, tp: int, pp: int) -> Parts:
 
 
 def _files(folder: Path) -> list[Path]:
-    """As vLLM chooses them. Raises UnknownError."""
+    """Chosen the way vLLM does. Raises UnknownError."""
     found = sorted(folder.glob("*.safetensors"))
     index = folder / _INDEX
     if any(path.name.startswith("consolidated") for path in found):
-        raise UnknownError("weights in Mistral's format lie in the folder")
+        raise UnknownError("the folder holds weights in Mistral's format")
     if not index.exists():
         return found
     try:
@@ -190,7 +190,7 @@ def _group(tensor: _Tensor) -> Group:
 
 
 def _tensors(file: _File) -> Iterator[_Tensor]:
-    """Raises ValueError for what is no safetensors file."""
+    """Raises ValueError if it is not a safetensors file."""
     with open_regular(file.path, "rb") as opened:
         start = opened.read(8)
         length = int.from_bytes(start, "little")
@@ -198,14 +198,14 @@ def _tensors(file: _File) -> Iterator[_Tensor]:
             raise ValueError("it has no header")
         header = json.loads(opened.read(length))
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not an object")
     for name, entry in header.items():
         if name != "__metadata__":
             yield _tensor(name, entry, file.size - 8 - length)
 
 
 def _tensor(name: str, entry: Any, size: int) -> _Tensor:
-    """`size`: of what is behind the header. Raises ValueError."""
+    """`size`: of what follows the header. Raises ValueError."""
     try:
         start, end = map(int, entry["data_offsets"])
         tensor = _Tensor(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), end - start)

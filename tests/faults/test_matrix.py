@@ -160,7 +160,7 @@ def test_out_of_memory_at_a_point(tmp_path: Path, judged: Callable[..., Outcome]
     outcome = judged(sweep)
     assert outcome.exit_code == 1
     assert (outcome.lost_points, outcome.orphans, outcome.problems) == (0, 0, [])
-    assert "oom_run: smaller --batch-sizes" in sweep.errors()
+    assert "oom_run: use smaller --batch-sizes" in sweep.errors()
 
 
 def test_a_run_that_hangs(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
@@ -212,7 +212,7 @@ def test_a_second_script_with_the_same_file(
     outcome = judged(first, resume=False)
     assert (outcome.exit_code, outcome.lost_points, outcome.problems) == (0, 0, [])
     assert second.process.wait(60) == 2
-    assert first.errors().count("is measuring into it; wait for its end") == 1
+    assert first.errors().count("is measuring into it; wait until it ends") == 1
     assert points_of(first.document()) == GRID
 
 
@@ -260,7 +260,7 @@ def test_strangers_where_two_nodes_meet(tmp_path: Path, judged: Callable[..., Ou
         for name in "ab":
             (tmp_path / name).mkdir()
             nodes.append(NodeOfTwo(tmp_path / name, "--master-port", str(port), VLLM_CPU_OMP_THREADS_BIND="0|0"))
-            nodes[0].wait_for(lambda: "waits for the others" in nodes[0].errors())
+            nodes[0].wait_for(lambda: "is waiting for the others" in nodes[0].errors())
         orphans = judged(nodes[1], resume=False).orphans
         outcome = judged(nodes[0], resume=False)
         assert strangers.calls > 100

@@ -73,7 +73,7 @@ def test_real_sigkill_of_the_engine_and_a_hang(
     name = b"EngineCore" if separate == "1" else WORKER
     wait_for_point(sweep)
     os.kill(process_of(sweep, name), signal.SIGKILL)
-    sweep.wait_for(lambda: "the engine is started again" in sweep.errors(), 60)
+    sweep.wait_for(lambda: "the engine is restarted" in sweep.errors(), 60)
     # A point of the second length, by the second engine.
     sweep.wait_for(lambda: any(seq_len == 16 for _, seq_len in sweep.announced()))
     os.kill(process_of(sweep, name), signal.SIGSTOP)
