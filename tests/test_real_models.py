@@ -63,7 +63,7 @@ def test_a_shape_of_today_is_planned_and_measured(name: str, tmp_path: Path, mon
     if "sliding_window" in str(SHAPES[name]) and RELEASE < (0, 29) and find_devices().kind == "cpu":
         pytest.skip("before 0.29 vLLM's kernel for the CPU ends at sliding windows (cpu_attn.cpp, block_size)")
     if name == "deepseek-v2-lite" and RELEASE < (0, 29) and find_devices().kind == "cpu":
-        pytest.skip("before 0.29 vLLM's engine with MLA does not start on a CPU (ImportError in mla_attention)")
+        pytest.skip("before 0.29 vLLM's engine with MLA does not start on a CPU (an import from its fa_utils fails)")
     monkeypatch.delenv(LIMIT_VARIABLE)
     small_copy(name, tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
