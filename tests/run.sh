@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests: the fast ones (under a minute) with their coverage, then the slow ones and those on a real vLLM engine.
+# All tests: the fast ones (half a minute) with their coverage, then the slow ones and those on a real vLLM engine.
 #
 #   ./tests/run.sh [--fast] [pytest arguments]      --fast: only the first part, without coverage
 set -euo pipefail

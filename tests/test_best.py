@@ -248,6 +248,7 @@ def test_a_point_that_says_nothing_is_no_answer(tmp_path: Path) -> None:
     assert said[1] == "  TP=1: its runs say nothing about the whole job; raise --sample"
 
 
+@pytest.mark.slow
 def test_a_setting_that_another_process_measures_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

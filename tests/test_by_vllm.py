@@ -320,6 +320,7 @@ def test_a_child_that_takes_too_long_or_fails_gives_a_reason() -> None:
     assert "No module named" in (problem or "")
 
 
+@pytest.mark.slow
 def test_nobody_imports_the_stand_ins_but_the_process_that_ends_with_them() -> None:
     importing = {
         path.name
@@ -486,6 +487,7 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
 
 
+@pytest.mark.slow
 def test_the_script_asks_before_it_measures_and_its_second_answer_comes_at_once(
     refusing: dict[str, str], tmp_path: Path
 ) -> None:
@@ -500,6 +502,7 @@ def test_the_script_asks_before_it_measures_and_its_second_answer_comes_at_once(
     assert not (tmp_path / "tp_1_results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_with_kept_answers_answers_at_once(refusing: dict[str, str], tmp_path: Path) -> None:
     command = [*experiment_command(tmp_path, *SMALL_GRID), "--dry-run"]
     first = run(refusing, *command)
@@ -513,6 +516,7 @@ def test_a_plan_with_kept_answers_answers_at_once(refusing: dict[str, str], tmp_
     assert_answers_at_once(command, tmp_path, refusing)
 
 
+@pytest.mark.slow
 def test_the_launcher_asks_once_for_all_and_measures_nothing_that_is_refused(
     refusing: dict[str, str], tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_who_fails_says_why_after_its_lines_and_reads_no_question(monkeypatch: p
         next(stream)
 
 
+@pytest.mark.slow
 def test_who_is_silent_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     for program in ("import time\ntime.sleep(600)", "import os, time\nos.close(1)\ntime.sleep(600)"):
         with pytest.raises(ChildError, match=r"^no answer within 1 s$"):

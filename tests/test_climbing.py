@@ -111,6 +111,7 @@ def test_the_points_of_a_grid_come_in_turn() -> None:
 # --- the whole program ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_program_searches_and_goes_on_where_it_was(tmp_path: Path) -> None:
     words = ("--load-format", "dummy", "--batch-sizes", "auto", "--goal", "latency", "--num-runs", "2")
     command = experiment_command(tmp_path, *words, "--seq-lens", "8", "--max-tokens", "4")

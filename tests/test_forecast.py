@@ -235,6 +235,7 @@ def test_part_of_a_file_is_part_of_its_time() -> None:
     assert fifth == pytest.approx(one / 5, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_tokens", ["known", "not known"])
 def test_a_thinned_job_is_the_whole_job(output_tokens: str) -> None:
     draw = np.random.default_rng(4)
@@ -353,6 +354,7 @@ def test_long_prompts_keep_their_outputs() -> None:
     assert long > 2.5 * short
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_same_again() -> None:
     run = queue_run(lognormal(160, np.random.default_rng(0)), 16)
     job = JobLengths(np.full(1000, 200), None)

@@ -27,6 +27,7 @@ def simulation() -> Iterator[ModuleType]:
         yield importlib.import_module("interval_coverage")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", LEAST_COVERED)
 def test_an_adaptive_interval_covers_at_every_spread(simulation: ModuleType, shape: str) -> None:
     noise = simulation.draws(shape, simulation.POINTS)

@@ -166,6 +166,7 @@ def test_torchrun_over_nodes_shares_out_the_processes(launcher: Launcher) -> Non
     assert words[words.index("--master-port") + 1] == "1239"  # of the third setting, which meets on 1238
 
 
+@pytest.mark.slow
 def test_the_slurm_example_gives_every_node_its_number(launcher: Launcher) -> None:
     """srun and scontrol are stand-ins: srun runs its command once for each node."""
     tools = launcher.folder / "bin"
@@ -635,6 +636,7 @@ def test_help_names_every_preset_with_its_comment_and_fits_80_columns(launcher: 
         assert re.search(rf"^  {name} +\S", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_study_answers_at_once_and_needs_no_environment(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     command = [LAUNCHER, "--dry-run", "scaling-study"]

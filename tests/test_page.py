@@ -130,6 +130,7 @@ def test_what_would_be_better_stands_below_the_winner_with_its_command(page: Any
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 def test_a_plot_that_is_higher_than_wide_has_more_of_a_page(page: Any) -> None:
     assert '<figure class="high">' not in page(make_sweep([(1, 1, 1)]), ("memory",))
     sizes = [(tp, pp, dp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for dp in (1, 2)]

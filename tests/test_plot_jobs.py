@@ -278,6 +278,7 @@ def test_without_an_interval_there_is_no_bar() -> None:
     assert all(start == end for start, end in bars(axes))
 
 
+@pytest.mark.slow
 def test_an_interval_beyond_all_values_does_not_make_the_axis() -> None:
     wide = row("b", 2.0)
     wide = JobRow(**{**wide.__dict__, "hours": Interval(2.0, 0.0, 50.0)})
@@ -417,6 +418,7 @@ def test_of_many_settings_the_best_are_drawn_and_the_title_says_so(draw: Callabl
     assert points.sort_values("cost")["setting"].iloc[0] in chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("rows", [crowd(), crowd(4), crowd(1)[:1]])
 def test_nothing_is_written_beyond_the_sheet_or_over_the_legend(

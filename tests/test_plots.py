@@ -165,6 +165,7 @@ def test_percentiles_are_a_line_at_the_median_and_a_thin_one_at_p99_of_a_hundred
     assert not [line for line in axes.lines if line.get_gid() == "thin"]
 
 
+@pytest.mark.slow
 def test_all_points_of_all_facets_are_within_the_axes(table: Any) -> None:
     points = [make_point(b, n, [n / 10 * f for f in (1, 1.1)]) for n in (8, 32, 64) for b in (1, 4)]
     for draw in (plots.latency, plots.throughput):
@@ -438,6 +439,7 @@ def test_settings_at_the_same_place_stand_within_each_other(table: Any) -> None:
     assert sorted(text.get_text() for text in axes.texts) == ["4", "8"]
 
 
+@pytest.mark.slow
 def test_larger_marks_are_explained_where_there_are_some_and_nowhere_else(table: Any) -> None:
     results = [make_result(name, [make_point(b, 8, [1.0]) for b in (1, 2)], sizes)
                for name, sizes in (("dp_2", (1, 1, 2)), ("tp_2", (2, 1, 1)))]  # fmt: skip
@@ -468,6 +470,7 @@ def test_the_front_has_intervals_in_both_directions_and_numbers_at_its_points(ta
     assert len(axes.collections) == 4
 
 
+@pytest.mark.slow
 def test_of_a_cloud_the_first_alone_have_numbers(table: Any) -> None:
     points = [make_point(b, 8, [1 + b / 10]) for b in range(1, 202)]
     assert len(plots.pareto(table([make_result(points=points[:200])])).axes[0].texts) > 40
@@ -518,6 +521,7 @@ def test_numbers_in_cells_and_bars_can_be_read(table: Any) -> None:
             assert contrast(color("soft"), color("paper")) >= 4.5
 
 
+@pytest.mark.slow
 def test_the_best_of_many_settings_is_named_where_that_has_room(table: Any) -> None:
     settings = [(2, 2, 2), *SETTINGS[:6]]
     (axes, _) = plots.heatmap(table(make_sweep(settings, batch_sizes=range(1, 7), seq_lens=(8, 16)))).axes
@@ -541,6 +545,7 @@ def test_two_names_never_become_one() -> None:
 MANY = [(tp, pp, dp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for dp in (1, 2, 4)]
 
 
+@pytest.mark.slow
 def test_of_many_settings_the_best_are_named_and_the_others_a_range(groups: Any) -> None:
     (points,) = prepared([group.points for group in groups(make_sweep(MANY, batch_sizes=(1, 4, 16)))])
     names = named(points)
@@ -612,6 +617,7 @@ def test_the_same_results_are_the_same_svg(groups: Any, tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_unlike_things_get_figures_of_their_own(groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: dict[Path, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.update({path: self}))

@@ -85,6 +85,7 @@ def test_a_plateau_of_few_lives_has_no_batch_means() -> None:
     assert rates.output_tokens.low is None
 
 
+@pytest.mark.slow
 def test_the_interval_by_batch_means_holds_the_rate_of_a_longer_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same engine at the same clocks: neighbours err together, runs do not."""
     monkeypatch.setattr(queue_truth, "RUN_NOISE", 0.0)

@@ -203,6 +203,7 @@ def test_every_plot_and_every_dependency_is_named() -> None:
 # --- what programs wrote ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "part"),
     [pytest.param(page, part, id=f"{relative(page)}: {part.source}") for page in pages() for part in parts(page)],

@@ -293,6 +293,7 @@ def variables_of(replicas: LocalReplicas) -> list[dict[str, str]]:
     return [{**os.environ, **replicas._environment(number)} for number in range(2)]
 
 
+@pytest.mark.slow
 def test_each_replica_has_its_own_devices_ports_and_log(
     two_by_two: TwoByTwo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -472,6 +472,7 @@ def test_a_comparison_is_told_first_with_the_changes_on_top(report: Any) -> None
     assert part.rows[0][5:] == ["63.99", "60.94"]
 
 
+@pytest.mark.slow
 def test_runs_as_many_as_their_interval_needs_are_called_adaptive(report: Any) -> None:
     old, new = (make_result(points=[make_point()], config={"num_runs": runs}) for runs in (3, None))
     assert ("num_runs", "3 before, adaptive now") in report([new], old=[old])[0].pairs

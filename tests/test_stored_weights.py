@@ -93,6 +93,7 @@ def mlp(start: str, hidden: int, inner: int, matrix: Any) -> Iterator[Named]:
     yield from matrix(f"{start}.down_proj", inner, hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "matrix", "floats"),
     [

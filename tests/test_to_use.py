@@ -158,6 +158,7 @@ def test_a_budget_that_is_an_axis_is_the_points_own(tmp_path: Path) -> None:
     assert of_point(result, points[0]).values["max_num_batched_tokens"] == 2048
 
 
+@pytest.mark.slow
 def test_a_job_goes_before_a_grid_and_a_deadline_before_the_fastest(tmp_path: Path) -> None:
     one, two = setting("tp_1", queue(2)), setting("tp_2", queue(4, life_s=1.5), make_point(1, 64), sizes=(2, 1, 1))
     found = won([one, two], tmp_path)
@@ -460,6 +461,7 @@ def test_a_long_command_fits_a_terminal() -> None:
     assert in_bash("\n".join(lines)) == words
 
 
+@pytest.mark.slow
 def test_the_program_writes_them_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_all([grid("tp_1", {(1, 64): 1, (4, 64): 2}), grid("tp_2", {(1, 64): 0.5}, (2, 1, 1))], tmp_path)
     for words, folder, at_once in (
@@ -637,10 +639,36 @@ def test_a_replica_that_fails_loses_no_answers_of_the_others(tmp_path: Path) -> 
     done, answers = run(grid("dp_2", {(4, 64): 1}, (1, 1, 2)), requests, tmp_path, STUB_FAIL="run:1")
     assert (done.returncode, answers) == (1, [])
     assert done.stderr.splitlines()[-1] == (
-        "not all were answered: what there is lies in answers.jsonl.part_0, answers.jsonl.part_1; "
-        "failed: answers.jsonl.part_1"
+        "1 of 2 replicas failed or were stopped; answered so far: answers.jsonl.part_0"
     )
     assert len((tmp_path / "answers.jsonl.part_0").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_what_was_answered_before_a_ctrl_c_is_kept_and_named(replicas: int, tmp_path: Path) -> None:
+    """Each replica answers 64 requests at a time; of the others none is begun."""
+    written([grid(f"dp_{replicas}", {(1, 64): 1}, (1, 1, replicas))], tmp_path)
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "a"}\n' * 200 * replicas)
+    environment = stub_environment(STUB_STEP_S="0.002")
+    command = [sys.executable, "best/run.py", "requests.jsonl", "answers.jsonl"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    names = ["answers.jsonl"] if replicas == 1 else ["answers.jsonl.part_0", "answers.jsonl.part_1"]
+    while not all((tmp_path / name).exists() and (tmp_path / name).stat().st_size for name in names):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    why = "stopped" if replicas == 1 else "2 of 2 replicas failed or were stopped"
+    assert errors.splitlines()[-1] == f"{why}; answered so far: {', '.join(names)}"
+    kept = [json.loads(line)["index"] for name in names for line in (tmp_path / name).read_text().splitlines()]
+    assert kept
+    assert len(kept) < 200 * replicas
 
 
 def test_too_few_devices_are_said(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_a_vllm_that_gives_no_answer_is_left_to_check_its_flags(
     assert asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("--dry-run",), ()], ids=["plan", "run"])
 def test_both_programs_name_a_misspelt_flag_before_an_engine_loads(tmp_path: Path, words: tuple[str, ...]) -> None:
     environment = stub_environment(PYTHON=sys.executable, XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -121,6 +122,7 @@ def test_both_programs_name_a_misspelt_flag_before_an_engine_loads(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
 
+@pytest.mark.slow
 def test_a_plan_with_kept_flags_answers_at_once(tmp_path: Path) -> None:
     environment = stub_environment(PYTHON=sys.executable)
     commands = (

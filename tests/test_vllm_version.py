@@ -214,6 +214,7 @@ def test_both_programs_measure_with_a_version_that_nobody_tried_and_say_so(
     assert json.loads((tmp_path / "tp_1_results.json").read_text())["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_both_programs_end_at_once_where_no_engine_can_be_started(tmp_path: Path, old_vllm: dict[str, str]) -> None:
     model = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64")
     environment = {**old_vllm, "STUB_LACKS": "compilation_counter"}

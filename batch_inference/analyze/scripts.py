@@ -98,7 +98,11 @@ def main():
         run_replicas(requests, answers)
     else:
         os.environ.update(variables_of(0))
-        answer(asked, answers)
+        try:
+            answer(asked, answers)
+        except KeyboardInterrupt:
+            say_what_is_kept("stopped", [answers])
+            raise
     with open(answers, encoding="utf-8") as file:
         refused = sum("error" in json.loads(line) for line in file)
     if refused:
@@ -189,14 +193,21 @@ def run_replicas(requests, answers):
     finally:
         for process in processes:
             process.terminate()
-    if failed := [part for part, process in zip(parts, processes) if process.wait()]:
-        sys.exit(f"not all were answered: what there is lies in {', '.join(parts)}; failed: {', '.join(failed)}")
+        if failed := sum(process.wait() != 0 for process in processes):
+            say_what_is_kept(f"{failed} of {REPLICAS} replicas failed or were stopped", parts)
+    if failed:
+        sys.exit(1)
     files = [open(part, encoding="utf-8") for part in parts]
     with open(answers, "w", encoding="utf-8") as file:
         file.writelines(heapq.merge(*files, key=lambda line: json.loads(line)["index"]))
     for part, opened in zip(parts, files):
         opened.close()
         Path(part).unlink()
+
+
+def say_what_is_kept(why, files):
+    kept = [name for name in files if os.path.exists(name) and os.path.getsize(name)]
+    print(f"{why}; answered so far: {', '.join(kept) or 'nothing'}", file=sys.stderr)
 '''
 
 _GPUS = '''
@@ -248,7 +259,10 @@ def variables_of(replica):
 
 _RUN_END = """\
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 """
 
 # --- ray_data.py --------------------------------------------------------------------------------------------------
