@@ -116,6 +116,12 @@ def test_ties_are_named_and_settings_of_one_layout_told_apart(head: Any) -> None
     assert f"TP=1 (a) at 1 request gives 32 ± 12 tok/s (as good within the intervals: {others})." in sentence
 
 
+def test_what_is_said_of_a_number_stands_in_one_pair_of_brackets(head: Any) -> None:
+    points = [make_point(1, latencies_s=[1.0, 1.1, 0.9], verdict="suspect")]
+    (sentence,) = head([make_result(name, points) for name in ("a", "b")]).sentences
+    assert "gives 32 ± 12 tok/s (suspect; as good within the intervals: TP=1 (b))." in sentence
+
+
 def test_limits_and_a_price_are_part_of_the_answer(head: Any) -> None:
     one = alone("tp_1", (1, 1, 1), {1: 1.0, 4: 2.0})
     (sentence,) = head([one], Question(Limits(latency_s=1.5), price=3.6)).sentences

@@ -159,14 +159,14 @@ def _advice(group: Group, choices: Sequence[Choice]) -> Iterator[str]:
     if fastest is None or fastest.best is None:
         yield "no point meets the limits."
         return
-    yield f"{_taken(group, fastest.best)} gives {_number(fastest)}{_as_good(group, fastest)}."
+    yield f"{_taken(group, fastest.best)} gives {_number(fastest, _as_good(group, fastest))}."
     others = [(by_goal[name], same, apart) for name, same, apart in _ALSO if name in by_goal]
     for choice, same, _ in others:
         if _is_same(choice.best, fastest.best):
             yield f"{same} {_number(choice)}."
     for choice, _, apart in others:
         if not _is_same(choice.best, fastest.best):
-            yield f"For {apart} take {_taken(group, choice.best or {})}: {_number(choice)}{_as_good(group, choice)}."
+            yield f"For {apart} take {_taken(group, choice.best or {})}: {_number(choice, _as_good(group, choice))}."
 
 
 def _is_same(one: Mapping[Hashable, Any] | None, two: Mapping[Hashable, Any] | None) -> bool:
@@ -193,10 +193,10 @@ def called(group: Group, row: Mapping[Hashable, Any]) -> str:
     return words if len(names) == 1 else f"{words} ({names[str(row['setting'])]})"
 
 
-def _number(choice: Choice) -> str:
+def _number(choice: Choice, more: str = "") -> str:
     best, goal = choice.best or {}, choice.goal
     digits = with_interval(best[goal.column], half_width(best, goal.column))
-    return f"{spoken(digits)} {goal.unit}{suspect_words(best)}"
+    return f"{spoken(digits)} {goal.unit}{suspect_words(best, more)}"
 
 
 def _as_good(group: Group, choice: Choice) -> str:
@@ -204,7 +204,7 @@ def _as_good(group: Group, choice: Choice) -> str:
     if not choice.ties or choice.goal.column == COST:
         return ""
     others = [called(group, row) for row in choice.ties]
-    return f" (as good within the intervals: {few(others, 1)})"
+    return f"as good within the intervals: {few(others, 1)}"
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------

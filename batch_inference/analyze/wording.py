@@ -34,9 +34,10 @@ def suspect_mark(row: Mapping[Hashable, Any]) -> str:
     return "*" if row["verdict"] == "suspect" else ""
 
 
-def suspect_words(row: Mapping[Hashable, Any]) -> str:
-    """The same in a sentence."""
-    return " (suspect)" if row["verdict"] == "suspect" else ""
+def suspect_words(row: Mapping[Hashable, Any], more: str = "") -> str:
+    """In brackets in a sentence, which has no key to a mark; `more` stands in the same ones."""
+    said = [*(["suspect"] if row["verdict"] == "suspect" else []), *([more] if more else [])]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def spoken(number: str) -> str:
