@@ -111,6 +111,6 @@ def test_a_word_that_is_no_version_is_named(versions: Versions, word: str) -> No
     done = versions(word)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: '{word}' is no version of vLLM; give 0.28 or 0.28.0, and pytest's arguments after --\n"
+        f"error: '{word}' is not a version of vLLM; give 0.28 or 0.28.0, and pytest's arguments after --\n"
     )
     assert not versions.environments.exists()
