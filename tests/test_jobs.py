@@ -97,6 +97,25 @@ def test_the_fastest_comes_first_and_what_may_be_as_fast_is_a_tie(tmp_path: Path
     assert [row.device_hours.value / row.hours.value for row in found.rows] == pytest.approx([2, 2, 1])
 
 
+def test_a_suspect_forecast_does_not_go_before_a_valid_one_that_may_be_as_fast(tmp_path: Path) -> None:
+    def near(name: str, life_s: float, verdict: str) -> Result:
+        return setting(name, queue(life_s=life_s, verdict=verdict), sizes=(2, 1, 1))
+
+    found = answer(tmp_path, near("fast", 1.0, "suspect"), near("sure", 1.01, "valid"), near("slow", 3.0, "valid"))
+    assert [row.setting for row in found.rows] == ["sure", "fast", "slow"]
+    assert [row.setting for row in found.ties] == ["fast"]
+    apart = answer(tmp_path, near("fast", 1.0, "suspect"), near("slow", 3.0, "valid"))
+    assert [row.setting for row in apart.rows] == ["fast", "slow"]
+
+
+def test_the_answer_of_a_job_names_what_is_as_good(tmp_path: Path) -> None:
+    results = [setting("tp_2", queue(), sizes=(2, 1, 1)), setting("pp_2", queue(), sizes=(1, 2, 1))]
+    (sentence, *_) = headline(
+        analyse([load_setting(path) for path in save_all(results, tmp_path)], Question())
+    ).sentences
+    assert re.search(r"min \(0\.136 device-hours; as good within the intervals: [TP]P=2\)\. ", sentence), sentence
+
+
 def test_replicas_share_the_job(tmp_path: Path) -> None:
     found = answer(tmp_path, setting("dp_2", queue(replicas=2), sizes=(1, 1, 2)))
     (row,) = found.rows

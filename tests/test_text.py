@@ -18,6 +18,7 @@ from batch_inference.core.text import (
     quoted,
     short,
     short_name,
+    significant,
     table,
     table_in_markdown,
     wrapped,
@@ -25,6 +26,15 @@ from batch_inference.core.text import (
 
 HEADER, SIDES = ("setting", "n", "note"), ("left", "right", "left")
 ROWS = [["tp_1", "1", "valid"], ["a longer name", "1024", ""], ["tp_2", "", " x "]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.003361, "0.00336"), (0.0663, "0.0663"), (23.874, "23.9"), (1234.5, "1234"), (0, "0"), (None, ""), (-0.5, "-0.500"),
+     (1e-300, "0.000000000000")],
+)  # fmt: skip
+def test_small_numbers_have_as_many_digits_as_large_ones(value: float | None, text: str) -> None:
+    assert significant(value) == text
 
 
 def test_a_table_for_a_terminal() -> None:

@@ -17,7 +17,7 @@ from batch_inference.analyze.same_answers import of_another_model
 from batch_inference.analyze.sections import counts_of_changes
 from batch_inference.analyze.tables import differing, half_width
 from batch_inference.analyze.wording import HEADING, few, short_names, spoken, suspect_words, with_interval
-from batch_inference.core.text import counted, on_each, plain, short
+from batch_inference.core.text import counted, on_each, plain, short, significant
 
 # What a sentence names itself, or says of no group.
 _NAMED = ("model", "device_name", "device_kind", "max_tokens")
@@ -26,6 +26,7 @@ _ALSO = (
     ("latency", "It has the shortest batch time too:", "the shortest batch time"),
     ("cost", "It costs", "the least cost"),
 )
+_WITHIN = "as good within the intervals: {}"
 # A group has a sentence for each of so many prompt lengths; of several groups each has one.
 _LENGTHS = 3
 # Characters of a setting's own name, where its layout does not tell it.
@@ -204,7 +205,7 @@ def _as_good(group: Group, choice: Choice) -> str:
     if not choice.ties or choice.goal.column == COST:
         return ""
     others = [called(group, row) for row in choice.ties]
-    return f"as good within the intervals: {few(others, 1)}"
+    return _WITHIN.format(few(others, 1))
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
         yield f"The job of {job}, {model}: no measured point can forecast it; the reasons are below."
         return
     place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
-    takes = f"takes {_hours(best)}{_cost(best)}{_price(analysis)}. {_start(best)}"
+    takes = f"takes {_hours(best, *_also(answer))}{_cost(best)}{_price(analysis)}. {_start(best)}"
     said = [f"The job of {job} on {place}, {model}: {_row_taken(best, answer)} {takes}"]
     if cheapest is not best:
         said.append(
@@ -249,8 +250,14 @@ def _start(row: JobRow) -> str:
     return "The start of the engine comes on top" + ("." if row.load_s is None else f": here {short(row.load_s, 2)} s.")
 
 
-def _hours(row: JobRow) -> str:
-    return spoken(time_text(row.hours)) + suspect_words({"verdict": row.point.verdict})
+def _hours(row: JobRow, *more: str) -> str:
+    """4 min (0.13 device-hours)"""
+    used = f"{significant(row.device_hours.value)} device-hours"
+    return spoken(time_text(row.hours)) + suspect_words({"verdict": row.point.verdict}, "; ".join([used, *more]))
+
+
+def _also(answer: JobAnswer) -> list[str]:
+    return [_WITHIN.format(few([_called_row(row, answer) for row in answer.ties], 1))] if answer.ties else []
 
 
 def _price(analysis: Analysis) -> str:
@@ -258,5 +265,4 @@ def _price(analysis: Analysis) -> str:
 
 
 def _cost(row: JobRow) -> str:
-    used = f" ({short(row.device_hours.value, 3)} device-hours)"
-    return used if row.cost is None else f"{used} and costs {short(row.cost.value, 3)}"
+    return "" if row.cost is None else f" and costs {significant(row.cost.value)}"

@@ -10,7 +10,7 @@ from batch_inference.analyze.queues import QueuePoint, is_told, phases
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.wording import SUSPECT_LINE, few, with_ends
 from batch_inference.core.queue_runs import Interval
-from batch_inference.core.text import counted, on_each, plain, short
+from batch_inference.core.text import counted, on_each, plain, short, significant
 from batch_inference.core.values import OWN_END
 
 # Below so many hours a job is told in minutes, and below so many minutes in seconds.
@@ -37,10 +37,10 @@ def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
             *([str(row.point.tokens_per_step or "")] if has_budgets else []),
             *([row.point.workload.order] if has_orders else []),
             interval_text(row.hours, per_hour) + ("*" if row.point.verdict == "suspect" else ""),
-            short(row.device_hours.value, 3),
-            *([short(row.cost.value, 3)] if row.cost else []),
+            significant(row.device_hours.value),
+            *([significant(row.cost.value)] if row.cost else []),
             short(row.output_tok_per_s),
-            *([short(row.kwh, 3)] if has_energy else []),
+            *([significant(row.kwh)] if has_energy else []),
         ]
         for row in answer.rows[:ROW_LIMIT]
     ]  # fmt: skip

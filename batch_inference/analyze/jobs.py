@@ -85,7 +85,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class JobAnswer:
-    """Points that ran samples of one job, on one kind of device with one model: the fastest first."""
+    """Points that ran samples of one job, on one kind of device with one model: the best, then the others by time."""
 
     group: tuple[Any, ...]
     requests: float
@@ -150,7 +150,7 @@ def _answer(
             raise JobError(f"--job {question.name}: cannot be forecast from {labels(setting)}: {outside}")
         else:
             rows.append(_row(setting, point, labels(setting), job, question))
-    rows.sort(key=lambda row: row.hours.value)
+    rows = _best_first(rows)
     answer = JobAnswer(
         group,
         job.requests,
@@ -212,6 +212,17 @@ def _grid_ratio(setting: MeasuredSetting, point: QueuePoint) -> float | None:
         and abs(made / outputs.mean - 1) <= _NEAR
     ]
     return min(near)[1] / plateau if near else None
+
+
+def _best_first(rows: Sequence[JobRow]) -> list[JobRow]:
+    """The fastest first; or, where that one is suspect and a valid one may be as fast, the fastest valid one."""
+    ordered = sorted(rows, key=lambda row: row.hours.value)
+    if not ordered or ordered[0].point.verdict != "suspect" or ordered[0].hours.high is None:
+        return ordered
+    sure = next((row for row in ordered if row.point.verdict == "valid"), ordered[0])
+    if sure.hours.value > ordered[0].hours.high:
+        return ordered
+    return [sure, *(row for row in ordered if row is not sure)]
 
 
 def _ties(rows: Sequence[JobRow]) -> list[JobRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,14 @@ def short(value: float | None, digits: int = 4) -> str:
     whole_digits = len(str(int(abs(value)))) if abs(value) >= 1 else 0
     # Below 1 the zeros after the point count too: nothing here is worth more than a tenth of a millisecond.
     return f"{value:.{max(0, digits - whole_digits)}f}"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Of a small number as many digits as of a large one: 0.00336; never an exponent; empty if unknown."""
+    if not value:
+        return "" if value is None else "0"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{min(12, max(0, places))}f}"
 
 
 def short_name(text: str, width: int) -> str:
