@@ -303,7 +303,7 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert rest.startswith("job 480 requests: 3,840 prompt and 1,920 output tokens")
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
                     r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
-                    r"engine comes on top: here 40 s\. To finish within 0\.03 h takes 3 replicas of TP=1, so "
+                    r"engine comes on top: here 40 s\. Finishing within 0\.03 h takes 3 replicas of TP=1, so "
                     r"3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
     assert re.search(r"deadline: 3 replicas of tp_1 \(3 devices\), 2 at once on each, take 1\.3\d* ±[\d.]+ min; at the "

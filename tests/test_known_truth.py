@@ -118,7 +118,7 @@ def test_a_planted_tie_is_called_a_tie(analyze: Any, tmp_path: Path) -> None:
     assert "tie, length 512, throughput, as good within the intervals: " in text
     assert " requests on, " in text
     assert "=4 from 4 on; where two are named, their intervals overlap" in text
-    assert "(as good within the intervals: " in text
+    assert ", tied within the intervals with " in text
 
 
 def test_scaling_is_what_was_planted(analysed: Analysed) -> None:

@@ -23,7 +23,7 @@ from batch_inference.core.text import counted, on_each, plain, short
 _NAMED = ("model", "device_name", "device_kind", "max_tokens")
 # What is said of other goals, where the same point is the best, and where another is.
 _ALSO = (
-    ("latency", "It has the shortest batch time too:", "the shortest batch time"),
+    ("latency", "It also has the shortest batch time:", "the shortest batch time"),
     ("cost", "It costs", "the least cost"),
 )
 # A group has a sentence for each of so many prompt lengths; of several groups each has one.
@@ -204,7 +204,7 @@ def _as_good(group: Group, choice: Choice) -> str:
     if not choice.ties or choice.goal.column == COST:
         return ""
     others = [called(group, row) for row in choice.ties]
-    return f" (as good within the intervals: {few(others, 1)})"
+    return f", tied within the intervals with {few(others, 1)}"
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
     if deadline:
         asked = f"{analysis.question.job.deadline_h:g} h"
         said.append(
-            f"To finish within {asked} takes {counted(deadline.replicas, 'replica')} of "
+            f"Finishing within {asked} takes {counted(deadline.replicas, 'replica')} of "
             f"{_called_row(deadline.row, answer)}, so {counted(deadline.devices, 'device')}: "
             f"{spoken(time_text(deadline.hours))}."
         )
