@@ -309,7 +309,7 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert re.search(r"deadline: 3 replicas of tp_1 \(3 devices\), 2 at once on each, take 1\.3\d* ±[\d.]+ min; at the "
                      r"upper end of that interval \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
-    assert "suspect: tp_1, batch 2 x length 8: runs differ" in text
+    assert "suspect (tp_1, batch 2 x length 8): runs differ" in text
     lines = said.partition("\n\n/")[0].splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     (one,) = json.loads((tmp_path / "r" / "analysis" / "summary.json").read_text())["jobs"]
