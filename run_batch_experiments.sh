@@ -51,7 +51,7 @@ preset_torchrun-mixed-parallel() {
   for pp in 2 4; do for tp in 2 4; do setting "TP=$tp" "PP=$pp" torchrun; done; done
 }
 
-# TP=N, with whole experts TP=N, DP=N, TP=2 DP=N/2
+# TP=N; with whole experts TP=N, DP=N, TP=2 DP=N/2
 preset_expert-parallel() {
   setting TP=N
   setting TP=N experts

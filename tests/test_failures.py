@@ -133,7 +133,7 @@ def test_what_is_advised_is_this() -> None:
         "timeout_startup": "raise --startup-timeout, or see in the log where the start hangs",
         "timeout_point": "raise --point-timeout, or see in the log where the run hangs",
         "model_gated": "ask for access on the model's page, and set HF_TOKEN",
-        "network_offline": "give a model folder as --model, or reach the hub",
+        "network_offline": "give a model folder as --model, or connect to the hub",
         "model_not_found": "check --model: a folder with a config.json, or org/name of the hub",
         "tp_not_dividing": "choose a --tensor-parallel-size that divides the model's heads and sizes",
         "too_few_devices": "lower TP x PP x DP, or free devices; CUDA_VISIBLE_DEVICES may hide some",
@@ -142,7 +142,7 @@ def test_what_is_advised_is_this() -> None:
         "oom_load": "raise TP or PP, or free the device: another process may hold it",
         "oom_run": "use smaller --batch-sizes or --seq-lens, or a lower --gpu-memory-utilization",
         "port_in_use": "another engine uses the port: set VLLM_PORT or --master-port",
-        "worker_killed": "usually the kernel ran out of main memory: see dmesg, and free some",
+        "worker_killed": "usually the machine ran out of main memory: see dmesg, and free some",
         "engine_crash": "see the end of the log",
         "unknown": "see the end of the log",
     }

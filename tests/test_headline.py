@@ -104,8 +104,8 @@ def test_a_layout_that_was_not_measured_between_is_not_said_to_lose_there(tmp_pa
 def test_a_winner_for_both_is_said_once_and_on_how_many_of_the_devices(head: Any) -> None:
     found = head([alone("tp_1", (1, 1, 1), {1: 0.5}), alone("tp_2", (2, 1, 1), {1: 1.0})])
     assert found.sentences == (
-        f"On 2 × H100, {LLAMA}, 64 + 32 tokens: TP=1 on 1 device at 1 request gives 64.00 tok/s. It has the shortest "
-        "batch time too: 0.5000 s.",
+        f"On 2 × H100, {LLAMA}, 64 + 32 tokens: TP=1 on 1 device at 1 request gives 64.00 tok/s. It also has the "
+        "shortest batch time: 0.5000 s.",
     )
 
 
@@ -113,21 +113,21 @@ def test_ties_are_named_and_settings_of_one_layout_told_apart(head: Any) -> None
     points = [make_point(1, latencies_s=[1.0, 1.1, 0.9])]
     (sentence,) = head([make_result(name, points) for name in ("a", "b", "c", "d")]).sentences
     others = "TP=1 (b) and 2 more"
-    assert f"TP=1 (a) at 1 request gives 32 ± 12 tok/s (as good within the intervals: {others})." in sentence
+    assert f"TP=1 (a) at 1 request gives 32 ± 12 tok/s (tied within the intervals with {others})." in sentence
 
 
 def test_what_is_said_of_a_number_stands_in_one_pair_of_brackets(head: Any) -> None:
     points = [make_point(1, latencies_s=[1.0, 1.1, 0.9], verdict="suspect")]
     (sentence,) = head([make_result(name, points) for name in ("a", "b")]).sentences
-    assert "gives 32 ± 12 tok/s (suspect; as good within the intervals: TP=1 (b))." in sentence
+    assert "gives 32 ± 12 tok/s (suspect; tied within the intervals with TP=1 (b))." in sentence
 
 
 def test_limits_and_a_price_are_part_of_the_answer(head: Any) -> None:
     one = alone("tp_1", (1, 1, 1), {1: 1.0, 4: 2.0})
     (sentence,) = head([one], Question(Limits(latency_s=1.5), price=3.6)).sentences
     assert sentence == (
-        f"On 1 × H100, {LLAMA}, 64 + 32 tokens, with latency p99 ≤ 1.5 s: TP=1 at 1 request gives 32.00 tok/s. It has "
-        "the shortest batch time too: 1.000 s. It costs 31.25 per M tokens."
+        f"On 1 × H100, {LLAMA}, 64 + 32 tokens, with latency p99 ≤ 1.5 s: TP=1 at 1 request gives 32.00 tok/s. It also "
+        "has the shortest batch time: 1.000 s. It costs 31.25 per M tokens."
     )
     (sentence,) = head([one], Question(Limits(latency_s=0.5))).sentences
     assert sentence.endswith("with latency p99 ≤ 0.5 s: no point meets the limits.")
@@ -249,7 +249,7 @@ def test_of_settings_that_the_intervals_do_not_tell_apart_the_simplest_is_taken(
                near("tp_4", (4, 1, 1), 1.01), near("slow", (1, 1, 1), 1.5)]  # fmt: skip
     (sentence, *_) = head(results).sentences
     assert "TP=4 (tp_4) at 4 requests gives 126.7" in sentence
-    assert "(as good within the intervals: TP=4 (flags) and 1 more)" in sentence
+    assert "(tied within the intervals with TP=4 (flags) and 1 more)" in sentence
 
 
 def test_of_ties_one_to_rely_on_is_taken_and_a_suspect_one_is_marked(head: Any, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_the_answer_of_a_job_names_what_is_as_good(tmp_path: Path) -> None:
     (sentence, *_) = headline(
         analyse([load_setting(path) for path in save_all(results, tmp_path)], Question())
     ).sentences
-    assert re.search(r"min \(0\.136 device-hours; as good within the intervals: [TP]P=2\)\. ", sentence), sentence
+    assert re.search(r"min \(0\.136 device-hours; tied within the intervals with [TP]P=2\)\. ", sentence), sentence
 
 
 def test_replicas_share_the_job(tmp_path: Path) -> None:
@@ -322,13 +322,13 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert rest.startswith("job 480 requests: 3,840 prompt and 1,920 output tokens")
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
                     r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
-                    r"engine comes on top: here 40 s\. To finish within 0\.03 h takes 3 replicas of TP=1, so "
+                    r"engine comes on top: here 40 s\. Finishing within 0\.03 h takes 3 replicas of TP=1, so "
                     r"3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
     assert re.search(r"deadline: 3 replicas of tp_1 \(3 devices\), 2 at once on each, take 1\.3\d* ±[\d.]+ min; at the "
                      r"upper end of that interval \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
-    assert "suspect: tp_1, batch 2 x length 8: runs differ" in text
+    assert "suspect (tp_1, batch 2 x length 8): runs differ" in text
     lines = said.partition("\n\n/")[0].splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     (one,) = json.loads((tmp_path / "r" / "analysis" / "summary.json").read_text())["jobs"]

@@ -118,7 +118,7 @@ def test_a_planted_tie_is_called_a_tie(analyze: Any, tmp_path: Path) -> None:
     assert "tie, length 512, throughput, as good within the intervals: " in text
     assert " requests on, " in text
     assert "=4 from 4 on; where two are named, their intervals overlap" in text
-    assert "(as good within the intervals: " in text
+    assert "(tied within the intervals with " in text
 
 
 def test_scaling_is_what_was_planted(analysed: Analysed) -> None:
@@ -178,7 +178,7 @@ def test_an_invalid_point_that_would_win_does_not(analyze: Any, tmp_path: Path) 
     save_all([planted("tp_1", (1, 1, 1), 0.032), wrong], tmp_path)
     _, text = analyze("--input", tmp_path)
     assert {choice["best"]["setting"] for choice in summary(tmp_path)["groups"][0]["best"]} == {"tp_1"}
-    assert "invalid: wrong, batch 4, 16 x length 512, 2048: token counts off" in text
+    assert "invalid (wrong, batch 4, 16 x length 512, 2048): token counts off" in text
 
 
 def test_limits_and_price_decide_as_planted(analyze: Any, tmp_path: Path) -> None:

@@ -96,13 +96,13 @@ def test_failed_settings_and_lost_points_are_named_with_the_reason(report: Any) 
     failed.failure = Failure("oom_load", "Free memory is less than desired", ["secret line"])
     text = flat(as_text(report([make_result(points=[make_point(), *lost, skipped]), failed])))
     assert "tp_8 failed: Free memory is less than desired" in text
-    assert "oom: tp_1, batch 16 x length 64, 128: CUDA out of memory" in text
-    assert "skipped: tp_1, batch 32 x length 64: implied by batch 16" in text
+    assert "oom (tp_1, batch 16 x length 64, 128): CUDA out of memory" in text
+    assert "skipped (tp_1, batch 32 x length 64): implied by batch 16" in text
 
 
 def test_points_that_make_no_grid_are_named_one_by_one(report: Any) -> None:
     lost = [Point(b, n, 32, "error", reason="x") for b, n in ((1, 8), (2, 16))]
-    assert "error: tp_1, batch x length 1x8, 2x16: x" in as_text(report([make_result(points=lost)]))
+    assert "error (tp_1, batch x length 1x8, 2x16): x" in as_text(report([make_result(points=lost)]))
 
 
 def test_a_failure_without_words_is_still_a_failure(report: Any) -> None:
@@ -110,7 +110,7 @@ def test_a_failure_without_words_is_still_a_failure(report: Any) -> None:
     result.engine, result.environment = None, Environment()
     text = as_text(report([result]))
     assert "tp_8 failed: no reason is given" in text
-    assert "error: tp_8, batch 1 x length 8: no reason is given" in text
+    assert "error (tp_8, batch 1 x length 8): no reason is given" in text
 
 
 def test_an_interrupted_setting_is_among_what_is_missing(report: Any) -> None:
@@ -132,8 +132,8 @@ def test_a_reason_is_said_once_with_all_settings_that_have_it(report: Any) -> No
     points = [make_point(b, verdict="suspect", verdict_reasons=["runs differ"]) for b in (1, 2)]
     text = as_text(report([make_result(f"s{number}", points) for number in range(7)]))
     assert text.count("runs differ") == 1
-    assert "suspect: s0, batch 1, 2 x length 64; s1, batch 1, 2 x length 64;" in flat(text)
-    assert "s4, batch 1, 2 x length 64; and 2 more settings: runs differ" in flat(text)
+    assert "suspect (s0, batch 1, 2 x length 64; s1, batch 1, 2 x length 64;" in flat(text)
+    assert "s4, batch 1, 2 x length 64; and 2 more settings): runs differ" in flat(text)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_doubtful_points_are_listed_and_a_suspect_winner_is_marked(report: Any) 
         make_point(8, verdict="invalid", verdict_reasons=["9 prompt tokens came from the prefix cache"]),
     ]
     text = as_text(report([make_result(points=points)]))
-    assert "suspect: tp_1, batch 4 x length 64: 2 requests were preempted" in text
-    assert "invalid: tp_1, batch 8 x length 64: 9 prompt tokens came from the prefix cache" in text
+    assert "suspect (tp_1, batch 4 x length 64): 2 requests were preempted" in text
+    assert "invalid (tp_1, batch 8 x length 64): 9 prompt tokens came from the prefix cache" in flat(text)
     (winner,) = [line for line in text.splitlines() if line.startswith("      64  throughput")]
     assert "tok/s*  " in winner
     assert "* suspect" in text

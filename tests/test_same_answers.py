@@ -169,8 +169,8 @@ def test_settings_are_compared_with_the_smallest_one_and_that_with_itself(tmp_pa
     assert "tp_2 tp_1 32 2 9 19.5" in text
     assert "tp_4 tp_1 32 1 4 4" in text
     assert (
-        "tp_2 answers 2 of 32 requests differently from tp_1, which itself answers 1 differently in a batch of half "
-        "the size. The usual reason is rounding, which depends on the layout."
+        "tp_2 answers 2 of 32 requests differently from tp_1. In batches of half the size, tp_1 answers 1 differently "
+        "from itself. The usual reason is rounding, which depends on the layout."
     ) in text
     # As many as TP=1 with itself are no news.
     assert "tp_4 answers" not in text
@@ -179,7 +179,7 @@ def test_settings_are_compared_with_the_smallest_one_and_that_with_itself(tmp_pa
 def test_a_setting_with_other_weights_is_found(tmp_path: Path) -> None:
     text = report_of(tmp_path, *settings(answers_of(0, {}), answers_of(0, dict.fromkeys(range(30), 1))))
     assert (
-        "tp_2 does not answer like the same model as tp_1: 30 of 32 answers differ, most of them from the first tokens"
+        "tp_2 does not seem to run the same model as tp_1: 30 of 32 answers differ, most of them from the first tokens"
         in text
     )
     assert "Do not use tp_2 yet: most answers look like those of another model; see “Same answers?”." in text
@@ -192,7 +192,7 @@ def test_a_setting_with_other_weights_is_found(tmp_path: Path) -> None:
 def test_a_replica_with_other_weights_is_found(tmp_path: Path) -> None:
     wrong = told(dict.fromkeys(range(32), 1))
     text = report_of(tmp_path, *settings(answers_of(0, {}), answers_of(0, {}, other_replicas=[told({}), wrong])))
-    assert "tp_2, its replica 2, does not answer like the same model as replica 0" in text
+    assert "tp_2, its replica 2, does not seem to run the same model as replica 0" in text
     assert "tp_2 its replica 1 32 0" in text
 
 

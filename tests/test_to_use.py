@@ -516,7 +516,7 @@ def test_on_a_cpu_vllms_command_is_not_needed(tmp_path: Path) -> None:
             "--config", config, "--data-parallel-size", "2",
         ],
     ]  # fmt: skip
-    assert section.lines[-1].startswith("The lines with python -m are vllm serve and vllm run-batch: ")
+    assert section.lines[-1].startswith("The lines with python -m do what vllm serve and vllm run-batch do: ")
 
 
 # --- run.py -------------------------------------------------------------------------------------------------------

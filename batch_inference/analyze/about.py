@@ -100,7 +100,7 @@ def _by_reason(points: pd.DataFrame, what: str, why: str) -> Iterator[str]:
     """Each reason once, with all settings and points that have it."""
     for (word, reason), rows in points.fillna({why: NO_REASON}).groupby([what, why], observed=True, sort=False):
         places = [f"{name}, {_where(of)}" for name, of in rows.groupby("setting", observed=True, sort=False)]
-        yield f"{word}: {few(places, _PLACES, '; and {} more settings', '; ')}: {reason}"
+        yield f"{word} ({few(places, _PLACES, '; and {} more settings', '; ')}): {reason}"
 
 
 def _where(rows: pd.DataFrame) -> str:

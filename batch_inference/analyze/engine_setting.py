@@ -129,7 +129,7 @@ def _keep_graphs(values: dict[str, Any], why: dict[str, str], engine: EngineInfo
 
 def _notes(config: StoredConfig, engine: EngineInfo, *, is_dummy: bool, unknown: list[str]) -> Iterator[str]:
     if is_dummy:
-        yield "It was measured with dummy weights (--load-format dummy); these files load the model's own."
+        yield "It was measured with dummy weights (--load-format dummy); these files load the model's real weights."
     for name in placeholders([config.model, *config.engine_args]):
         yield f"{name} stands for a secret, which is never written to a file: put its value in that place."
     if unknown:

@@ -16,9 +16,9 @@ from batch_inference.core.values import non_empty, path_text, plain_text, withou
 DESCRIPTION = """\
 Turn the result files of batch_inference_experiment.py into a decision: the
 best setting and batch size per prompt length, TP against PP against DP,
-scaling, and the change against earlier results; as a summary, report.html,
-report.md, results.csv, summary.json and plots. The winner is also written as
-files to use: a config for `vllm serve`, and a script."""
+scaling, and the changes since earlier results. It prints a summary, and writes
+report.html, report.md, results.csv, summary.json and plots. It also writes the
+winner as files to use: a config for `vllm serve`, and a script."""
 
 EPILOG = """\
 examples:
@@ -28,7 +28,7 @@ examples:
 
 exit codes:
   0 everything was read
-  1 some files were not (they are named), or no point was measured
+  1 some files could not be read (they are named), or no point was measured
   2 wrong use   3 a regression, with --fail-on-regression
   129, 130, 143 interrupted"""
 
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=old_path,
         required=True,
         metavar="PATH",
-        help="a result file, or a folder of them, subfolders included",
+        help="a result file, or a folder of them with its subfolders",
     )
     add(
         "--output-dir",
@@ -83,14 +83,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_job_flags(parser.add_argument_group("a job (queue points)"))
     _add_comparison_flags(parser.add_argument_group("what is compared"))
     drawn = parser.add_argument_group("plots").add_mutually_exclusive_group()
-    drawn.add_argument("--plots", type=names_of("plot"), metavar="NAMES", help="only these, like `throughput,pareto`")
-    drawn.add_argument("--no-plots", action="store_true", help="leave the plots out")
+    drawn.add_argument(
+        "--plots", type=names_of("plot"), metavar="NAMES", help="draw only these, like `throughput,pareto`"
+    )
+    drawn.add_argument("--no-plots", action="store_true", help="draw no plots")
     return parser
 
 
 def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
     for name, what in (
-        ("latency", "latency of a batch"),
+        ("latency", "batch latency"),
         ("ttft", "time to first token"),
         ("tpot", "time per output token"),
     ):
@@ -102,7 +104,7 @@ def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
         type=percentage,
         default=99.0,
         metavar="P",
-        help="the percentile of these limits; default: 99",
+        help="the percentile that these limits apply to; default: 99",
     )
     group.add_argument(
         "--goal",
@@ -114,15 +116,20 @@ def _add_decision_flags(group: argparse._ArgumentGroup) -> None:
         "--device-hour-price",
         type=positive,
         metavar="PRICE",
-        help="of one device; adds the cost of a million output tokens, and of a job",
+        help="price of one device for an hour; adds the cost per million output tokens, and of a job",
     )
 
 
 def _add_job_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--job", type=old_path, metavar="FILE", help="forecast this workload instead of the one that was sampled")
-    add("--job-requests", type=whole, metavar="N", help="forecast so many requests of its kind, like 5000000 or 1e9")
-    add("--deadline-hours", type=positive, metavar="H", help="say how many replicas and devices finish the job in time")
+    add("--job-requests", type=whole, metavar="N", help="forecast this many requests of its kind, like 5000000 or 1e9")
+    add(
+        "--deadline-hours",
+        type=positive,
+        metavar="H",
+        help="say how many replicas and devices finish the job in this time",
+    )
 
 
 def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
@@ -131,19 +138,19 @@ def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
         "--baseline",
         type=name,
         metavar="NAME",
-        help="the setting that scaling is held against; default: the one on the fewest devices",
+        help="the setting that scaling is measured against; default: the one with the fewest devices",
     )
     add(
         "--compare",
         type=old_path,
         metavar="PATH",
-        help="earlier results, to be compared point by point",
+        help="earlier results, compared point by point with those of --input",
     )
     add(
         "--fail-on-regression",
         type=not_negative,
         metavar="PCT",
-        help="exit 3 if a point is lost or worse by more",
+        help="exit code 3 if a point is lost, or worse by more than PCT %%",
     )
     add(
         "--group-by",
@@ -151,7 +158,7 @@ def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
         metavar="COLUMNS",
         help="rank points together if these columns agree",
     )
-    add("--allow-mixed", action="store_true", help="rank points together that are not alike; titles say so")
+    add("--allow-mixed", action="store_true", help="rank points together even if they are not alike; titles say so")
 
 
 def number(text: str) -> float:

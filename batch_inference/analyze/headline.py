@@ -23,10 +23,10 @@ from batch_inference.core.text import counted, on_each, plain, short, significan
 _NAMED = ("model", "device_name", "device_kind", "max_tokens")
 # What is said of other goals, where the same point is the best, and where another is.
 _ALSO = (
-    ("latency", "It has the shortest batch time too:", "the shortest batch time"),
+    ("latency", "It also has the shortest batch time:", "the shortest batch time"),
     ("cost", "It costs", "the least cost"),
 )
-_WITHIN = "as good within the intervals: {}"
+_WITHIN = "tied within the intervals with {}"
 # A group has a sentence for each of so many prompt lengths; of several groups each has one.
 _LENGTHS = 3
 # Characters of a setting's own name, where its layout does not tell it.
@@ -228,7 +228,7 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
     if deadline:
         asked = f"{analysis.question.job.deadline_h:g} h"
         said.append(
-            f"To finish within {asked} takes {counted(deadline.replicas, 'replica')} of "
+            f"Finishing within {asked} takes {counted(deadline.replicas, 'replica')} of "
             f"{_called_row(deadline.row, answer)}, so {counted(deadline.devices, 'device')}: "
             f"{spoken(time_text(deadline.hours))}."
         )

@@ -35,7 +35,7 @@ def same_answers(analysis: Analysis) -> Iterator[Section]:
     """One for each model and machine."""
     for own, pairs in _of_each(analysis):
         rows = [_row(pair) for pair in (own, *pairs)]
-        lines = [line for pair in pairs for line in _said(pair, own.found)]
+        lines = [line for pair in pairs for line in _said(pair, own)]
         yield Section("Same answers?", header=_HEADER, rows=rows, numbers=frozenset(_HEADER[2:]), lines=lines)
 
 
@@ -71,16 +71,16 @@ def _row(pair: _Pair) -> list[str]:
     return [pair.setting, pair.other, str(found.requests), str(found.count), *where]
 
 
-def _said(pair: _Pair, own: Differences) -> Iterator[str]:
+def _said(pair: _Pair, own: _Pair) -> Iterator[str]:
     (name, other), found = pair.in_words, pair.found
     if found.is_another_model:
         yield (
-            f"{name} does not answer like the same model as {other}: {found.count} of {found.requests} answers differ, "
+            f"{name} does not seem to run the same model as {other}: {found.count} of {found.requests} answers differ, "
             "most of them from the first tokens on. Look for a fault in its weights or kernels before you use it."
         )
-    elif found.count > own.count:
+    elif found.count > own.found.count:
         yield (
-            f"{name} answers {found.count} of {found.requests} requests differently from {other}, which itself answers "
-            f"{own.count} differently in a batch of half the size. The usual reason is rounding, which depends on the "
-            "layout."
+            f"{name} answers {found.count} of {found.requests} requests differently from {other}. In batches of half "
+            f"the size, {own.setting} answers {own.found.count or 'none'} differently from itself. The usual reason is "
+            "rounding, which depends on the layout."
         )

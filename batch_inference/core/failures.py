@@ -38,7 +38,7 @@ FAILURES: tuple[FailureClass, ...] = (
                  "ask for access on the model's page, and set HF_TOKEN"),
     FailureClass("network_offline", r"OfflineModeIsEnabled|LocalEntryNotFoundError|couldn't connect to|Max retries"
                  r"|name resolution|Name or service not known|Network is unreachable|outgoing traffic has been dis",
-                 "give a model folder as --model, or reach the hub"),
+                 "give a model folder as --model, or connect to the hub"),
     FailureClass("model_not_found", r"RepositoryNotFoundError|not a valid model identifier|404 Client Error"
                  r"|Invalid repository ID or local directory|Repo id must|does not appear to have a file named config",
                  "check --model: a folder with a config.json, or org/name of the hub"),
@@ -59,7 +59,7 @@ FAILURES: tuple[FailureClass, ...] = (
     FailureClass("port_in_use", r"Address already in use|EADDRINUSE",
                  "another engine uses the port: set VLLM_PORT or --master-port"),
     FailureClass("worker_killed", r"exit code: -9\b|signal SIGKILL",
-                 "usually the kernel ran out of main memory: see dmesg, and free some"),
+                 "usually the machine ran out of main memory: see dmesg, and free some"),
     FailureClass("engine_crash", r"EngineDeadError|died unexpectedly|ended without a word|the engine process ended"
                  r"|node \d+ is gone|Segmentation fault", _SEE_LOG),
     FailureClass("unknown", "", _SEE_LOG),

@@ -51,14 +51,16 @@ class Options:
     goal: str = _option(
         GOALS[0], f"for best, and for --batch-sizes auto: {listed(GOALS)}", "GOAL", one_of(GOALS), gives="--goal"
     )
-    max_latency_s: float | None = _flag("max_latency_s", "S")
+    max_latency_s: float | None = _flag(
+        "max_latency_s", "S", help_text="for best, and for --batch-sizes auto: upper limit of the p99 request latency"
+    )
     max_ttft_s: float | None = _flag("max_ttft_s", "S")
     max_tpot_s: float | None = _flag("max_tpot_s", "S")
     budget_device_minutes: float | None = _option(
-        None, "for best: the search ends before it takes more (devices x minutes)", "B", seconds
+        None, "for best: end the search before it takes more than this (devices x minutes)", "B", seconds
     )
     device_hour_price: float | None = _option(
-        None, "for best: price of one device-hour, for --goal cost", "PRICE", seconds
+        None, "for best: price of one device for an hour, for --goal cost", "PRICE", seconds
     )
     job: bool = _option(False, "for quickstart: also measure a small workload, as a second part")
     output_dir: str | None = _option(
@@ -87,12 +89,12 @@ class Options:
     master_port: int = _flag(
         "master_port",
         "PORT",
-        help_text="port where they meet; the ports after it, two for each setting, must be free there too",
+        help_text="port where the nodes meet; the ports after it, two for each setting, must be free there too",
         is_passed_on=False,
     )
     nnodes: int | None = _option(
         None,
-        "nodes to spread each setting over, evenly (default: as few of those that come as can hold it)",
+        "nodes to spread each setting over evenly (default: as few of those that come as can hold it)",
         "N",
         _FLAGS["nnodes"].metadata["parse"],
     )
