@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_jobs import job
 from test_launcher import Launcher
 
 from batch_inference.core.config import ExperimentConfig
@@ -130,6 +131,35 @@ def test_the_time_left_is_that_of_the_points_measured_so_far(tmp_path: Path) -> 
     assert time_left([first, second], "cpu") is None
     assert time_left([dataclasses.replace(second, model="another")], "gpu") is None
     assert time_left([first], "gpu") is None  # nothing is left
+
+
+def queued(config: ExperimentConfig, batch_size: int, requests: int) -> Result:
+    """A point of 480 requests: each lives a second."""
+    result = make_result(config.setting_name, [make_queue_point(batch_size, (requests,), life_s=1.0)])
+    result.config, result.jobs = StoredConfig.of(config), [job(480)]
+    assert result.engine is not None
+    result.engine.load_s.total_s = 30.0
+    return result
+
+
+def test_the_time_left_of_a_job_is_that_of_the_requests_it_runs(tmp_path: Path) -> None:
+    asks = {"prompts_file": "job.jsonl", "workload_hash": "abc", "batch_sizes": (4,)}
+    first = in_folder(tmp_path, **asks)
+    save_all([queued(first, 4, 48)], tmp_path)
+    assert open_points(first) == 0
+    # A larger sample is measured again, at four requests a second, after a start and a warm-up of eight requests.
+    larger = dataclasses.replace(first, sample=120)
+    assert open_points(larger) == 1
+    said = "about 62 s left, from 1 setting measured"
+    assert time_left([larger], "gpu") == said
+    # Replicas share the requests; of a batch size that was not measured the nearest one tells.
+    assert time_left([dataclasses.replace(first, sample=240, data_parallel_size=2)], "gpu") == said
+    assert time_left([dataclasses.replace(larger, batch_sizes=(5,))], "gpu") == said
+    # There are no more than 480.
+    of_all = dataclasses.replace(first, sample=480)
+    assert time_left([of_all], "gpu") == time_left([dataclasses.replace(first, sample=4800)], "gpu")
+    save_all([queued(of_all, 4, 480)], tmp_path)
+    assert open_points(of_all) == open_points(dataclasses.replace(first, sample=4800)) == 0
 
 
 def test_a_sweep_that_went_on_counts_its_own_points_alone(tmp_path: Path) -> None:
@@ -332,8 +362,8 @@ def test_queue_points_are_told_apart_by_their_workload_and_their_tokens_per_step
     assert open_points(config) == 2
     result = measured(config)
     result.points = [
-        make_queue_point(2, workload=WorkloadKey("abc", "file", "given")),
-        make_queue_point(4, workload=WorkloadKey("abc", "file", "given"), max_num_batched_tokens=64),
+        make_queue_point(2, (32,), workload=WorkloadKey("abc", "file", "given")),
+        make_queue_point(4, (48,), workload=WorkloadKey("abc", "file", "given"), max_num_batched_tokens=64),
     ]
     save_all([result], tmp_path)
     assert open_points(config) == 1
@@ -344,7 +374,8 @@ def test_queue_points_are_told_apart_by_their_workload_and_their_tokens_per_step
         ({"output_lengths": 7}, 2),
         ({"max_num_batched_tokens": (64, 128)}, 3),
         ({"prompts_file": None, "workload_hash": None}, 2),
-        ({"prompts_file": "elsewhere.jsonl", "sample": 100, "max_tokens": 7}, 1),
+        ({"prompts_file": "elsewhere.jsonl", "sample": 32, "max_tokens": 7}, 1),
+        ({"sample": 100}, 2),
     ]
     for change, count in changes:
         assert open_points(dataclasses.replace(config, **change)) == count, change  # type: ignore[arg-type]

@@ -30,8 +30,8 @@ ROWS = [["tp_1", "1", "valid"], ["a longer name", "1024", ""], ["tp_2", "", " x 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.003361, "0.00336"), (0.0663, "0.0663"), (23.874, "23.9"), (1234.5, "1234"), (0, "0"), (None, ""), (-0.5, "-0.500"),
-     (1e-300, "0.000000000000")],
+    [(0.003361, "0.00336"), (0.0663, "0.0663"), (23.874, "23.9"), (1234.5, "1234"), (0, "0"), (None, ""),
+     (-0.5, "-0.500"), (1e-300, "0.000000000000")],
 )  # fmt: skip
 def test_small_numbers_have_as_many_digits_as_large_ones(value: float | None, text: str) -> None:
     assert significant(value) == text

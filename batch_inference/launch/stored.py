@@ -7,8 +7,9 @@ Files are found by the settings in them, never by their names.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -36,6 +37,10 @@ class Stored:
     failure: str | None  # the class of what kept the setting from getting an engine
     measured: frozenset[Shape]
     seconds_per_point: float | None  # in its last sweep, including loading; None if unknown
+    load_s: float | None = None  # until its engine was ready
+    job_requests: int | None = None  # of the whole workload
+    sampled: Mapping[Shape, int] = field(default_factory=dict)  # how many requests each queue point ran
+    pace_s: Mapping[int, float] = field(default_factory=dict)  # its seconds per request of a replica, by batch size
 
 
 _read: dict[tuple[Path, int], Stored | None] = {}
@@ -68,6 +73,7 @@ def _stored(path: Path) -> Stored | None:
     except ResultFileError:
         return None
     points = [one for one in result.points if one.status == "ok"]
+    queues = [one for one in points if one.workload and one.runs]
     return Stored(
         name=result.name,
         model=result.config.model,
@@ -77,7 +83,16 @@ def _stored(path: Path) -> Stored | None:
         failure=result.failure.kind if result.failure else None,
         measured=frozenset(map(_shape, points)),
         seconds_per_point=_seconds_per_point(result, sum(point.engine is None for point in points)),
+        load_s=result.engine.load_s.total_s if result.engine else None,
+        job_requests=max((job.requests for job in result.jobs), default=None),
+        sampled={_shape(point): len(point.runs[-1].requests.latency_s) for point in queues},
+        pace_s={} if result.config.packed else {point.batch_size: _pace_s(point) for point in queues},
     )
+
+
+def _pace_s(point: Point) -> float:
+    run = point.runs[-1]
+    return run.latency_s * len(run.replicas) / len(run.requests.latency_s)
 
 
 def _shape(point: Point) -> Shape:
@@ -154,13 +169,27 @@ def is_anything_measured(folder: Path) -> bool:
 
 
 def open_points(config: ExperimentConfig) -> int:
-    """Points of its grid that are still to be measured."""
+    """How many points of its grid are still to be measured."""
+    return len(_open(config))
+
+
+def _open(config: ExperimentConfig) -> set[Shape]:
     wanted = set(config.points())
     if not config.overwrite:
         for one in stored_in(folder_of(config)):
             if one.name == config.setting_name and one.settings == config.same_settings():
-                wanted -= one.measured
-    return len(wanted)
+                wanted -= {shape for shape in one.measured if _is_enough(one, shape, config)}
+    return wanted
+
+
+def _is_enough(stored: Stored, shape: Shape, config: ExperimentConfig) -> bool:
+    """A queue point whose sample was smaller is measured again."""
+    if shape not in stored.sampled:
+        return True
+    from batch_inference.measure.job import requests_of_point
+
+    asked = requests_of_point(config, shape[0])
+    return stored.sampled[shape] >= min(asked, stored.job_requests or asked)
 
 
 def time_left(configs: Sequence[ExperimentConfig], device_kind: str) -> str | None:
@@ -168,16 +197,35 @@ def time_left(configs: Sequence[ExperimentConfig], device_kind: str) -> str | No
     same kind of device; None if there is nothing yet."""
     left_s, used = 0.0, 0
     for config in configs:
-        points = open_points(config)
-        alike = list(_like(config, device_kind)) if points else []
-        if points and not alike:
+        points = _open(config)
+        if not points:
+            continue
+        alike = [one for one in stored_in(folder_of(config)) if _is_alike(one, config, device_kind)]
+        if not alike:
             return None
-        left_s += points * fmean(alike) if alike else 0.0
+        left_s += _job_s(config, points, alike) if config.workload else len(points) * _mean_s(alike)
         used = max(used, len(alike))
     return f"{about_time(left_s)} left, from {counted(used, 'setting')} measured" if used else None
 
 
-def _like(config: ExperimentConfig, device_kind: str) -> Iterable[float]:
-    for one in stored_in(folder_of(config)):
-        if one.model == config.model_shown and one.device_kind == device_kind and one.seconds_per_point is not None:
-            yield one.seconds_per_point
+def _is_alike(stored: Stored, config: ExperimentConfig, device_kind: str) -> bool:
+    tells = bool(stored.pace_s) if config.workload else stored.seconds_per_point is not None
+    return tells and stored.model == config.model_shown and stored.device_kind == device_kind
+
+
+def _mean_s(alike: Sequence[Stored]) -> float:
+    return fmean(one.seconds_per_point or 0.0 for one in alike)
+
+
+def _job_s(config: ExperimentConfig, points: Iterable[Shape], alike: Sequence[Stored]) -> float:
+    """Samples take as long as they have requests: at the pace that a replica has at the nearest batch size."""
+    from batch_inference.measure.job import WARMUP_LIVES, requests_of_point
+
+    seconds = fmean(one.load_s or 0.0 for one in alike)
+    for batch_size, *_ in points:
+        near = min((size for one in alike for size in one.pace_s), key=lambda size: abs(math.log(size / batch_size)))
+        pace_s = fmean(one.pace_s[near] for one in alike if near in one.pace_s)
+        whole = min(one.job_requests or math.inf for one in alike)
+        requests = min(requests_of_point(config, batch_size), whole) / config.data_parallel_size
+        seconds += pace_s * (requests + WARMUP_LIVES * batch_size)
+    return seconds

@@ -34,7 +34,7 @@ from batch_inference.measure.console import Console, key_words
 from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.environment import now
 from batch_inference.measure.hardware import Monitor, Seen
-from batch_inference.measure.job import JobFile
+from batch_inference.measure.job import WARMUP_LIVES, JobFile
 from batch_inference.measure.messages import Answer, Prepare, Queue
 from batch_inference.measure.nodes import Nodes
 from batch_inference.measure.peaks import datasheet_peaks
@@ -42,8 +42,6 @@ from batch_inference.measure.replicas import Replicas, joined_readings
 from batch_inference.measure.resume import has_runs_enough, is_enough, is_warm, keep_job, set_aside_engine
 
 MAX_WARMUPS = 5
-# Requests in a queue's warm-up, per request that runs at once.
-WARMUP_LIVES = 2
 # Engines lost one after another at different points: then the points are not the cause.
 MOST_LOSSES = 2
 # A closed engine returns its memory within seconds.

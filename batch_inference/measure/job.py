@@ -17,8 +17,15 @@ from batch_inference.measure.texts import ids_of
 
 # At least this many, however few run at once: a handful of requests does not represent a job.
 FEWEST_REQUESTS = 32
+# Requests in a queue's warm-up, per request that runs at once.
+WARMUP_LIVES = 2
 # How many lengths a result file holds, from the bulk and from the end.
 _BULK, _LAST = 20_000, 4_000
+
+
+def requests_of_point(config: ExperimentConfig, batch_size: int) -> int:
+    """The same where the workload has so many."""
+    return config.sample or config.data_parallel_size * max(FEWEST_REQUESTS, LIVES * batch_size)
 
 
 class JobFile:
@@ -40,8 +47,7 @@ class JobFile:
 
     def sample_size(self, batch_size: int) -> int:
         """How many requests a point runs, over all replicas."""
-        replicas = self.config.data_parallel_size
-        return min(len(self), self.config.sample or replicas * max(FEWEST_REQUESTS, LIVES * batch_size))
+        return min(len(self), requests_of_point(self.config, batch_size))
 
     def fills(self, batch_size: int) -> bool:
         """Whether its sample is enough for a plateau with `batch_size` requests at once."""
