@@ -378,7 +378,7 @@ def test_the_presets_of_the_file_are_these() -> None:
         ("torchrun-mixed-parallel", f"{four} under torchrun", [[*words, "torchrun"] for words in mixed]),
         (
             "expert-parallel",
-            "TP=N, with whole experts TP=N, DP=N, TP=2 DP=N/2",
+            "TP=N; with whole experts TP=N, DP=N, TP=2 DP=N/2",
             [["TP=N"], ["TP=N", "experts"], ["DP=N", "experts"], ["TP=2", "DP=N/2", "experts"]],
         ),
         ("custom", "one setting: any of TP=x PP=y DP=z, and experts", []),
