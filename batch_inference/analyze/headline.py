@@ -26,7 +26,6 @@ _ALSO = (
     ("latency", "It also has the shortest batch time:", "the shortest batch time"),
     ("cost", "It costs", "the least cost"),
 )
-_WITHIN = "tied within the intervals with {}"
 # A group has a sentence for each of so many prompt lengths; of several groups each has one.
 _LENGTHS = 3
 # Characters of a setting's own name, where its layout does not tell it.
@@ -202,10 +201,11 @@ def _number(choice: Choice, more: str = "") -> str:
 
 def _as_good(group: Group, choice: Choice) -> str:
     """Settings whose interval overlaps that of the best; of the cost they are those of the throughput per device."""
-    if not choice.ties or choice.goal.column == COST:
-        return ""
-    others = [called(group, row) for row in choice.ties]
-    return _WITHIN.format(few(others, 1))
+    return "" if choice.goal.column == COST else _tied([called(group, row) for row in choice.ties])
+
+
+def _tied(others: Sequence[str]) -> str:
+    return f"tied within the intervals with {few(others, 1)}" if others else ""
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -219,7 +219,8 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
         yield f"The job of {job}, {model}: no measured point can forecast it; the reasons are below."
         return
     place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
-    takes = f"takes {_hours(best, *_also(answer))}{_cost(best)}{_price(analysis)}. {_start(best)}"
+    tied = _tied([_called_row(row, answer) for row in answer.ties])
+    takes = f"takes {_hours(best, tied)}{_cost(best)}{_price(analysis)}. {_start(best)}"
     said = [f"The job of {job} on {place}, {model}: {_row_taken(best, answer)} {takes}"]
     if cheapest is not best:
         said.append(
@@ -250,14 +251,12 @@ def _start(row: JobRow) -> str:
     return "The start of the engine comes on top" + ("." if row.load_s is None else f": here {short(row.load_s, 2)} s.")
 
 
-def _hours(row: JobRow, *more: str) -> str:
+def _hours(row: JobRow, more: str = "") -> str:
     """4 min (0.13 device-hours)"""
     used = f"{significant(row.device_hours.value)} device-hours"
-    return spoken(time_text(row.hours)) + suspect_words({"verdict": row.point.verdict}, "; ".join([used, *more]))
-
-
-def _also(answer: JobAnswer) -> list[str]:
-    return [_WITHIN.format(few([_called_row(row, answer) for row in answer.ties], 1))] if answer.ties else []
+    return spoken(time_text(row.hours)) + suspect_words(
+        {"verdict": row.point.verdict}, "; ".join(filter(None, [used, more]))
+    )
 
 
 def _price(analysis: Analysis) -> str:

@@ -24,7 +24,7 @@ _BULK, _LAST = 20_000, 4_000
 
 
 def requests_of_point(config: ExperimentConfig, batch_size: int) -> int:
-    """The same where the workload has so many."""
+    """How many requests a point runs, over all replicas, of a workload that has so many."""
     return config.sample or config.data_parallel_size * max(FEWEST_REQUESTS, LIVES * batch_size)
 
 
