@@ -127,7 +127,8 @@ def ask(config: ExperimentConfig, here: Surroundings) -> Said | None:
     check_vllm_flags(config.engine_args, say)
     if not config.dry_run and devices_against(config, here.devices, here.processes, here.ray_gpus):
         return None
-    (said,) = ask_vllm([(config, here.facts, here.memory_gib(config))], here.devices, say)
+    setting = (config, here.facts, here.memory_gib(config))
+    (said,) = ask_vllm([setting], here.devices, say, only_in_doubt=not config.dry_run)
     return said
 
 

@@ -111,7 +111,7 @@ def searched(
 def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would be asked for the plan; and no processes."""
     monkeypatch.setattr("batch_inference.launch.packing.Packing", Side)
-    monkeypatch.setattr("batch_inference.launch.overview.ask_vllm", lambda settings, *_: [None] * len(settings))
+    monkeypatch.setattr("batch_inference.launch.overview.ask_vllm", lambda settings, *_, **__: [None] * len(settings))
 
 
 def test_one_replica_and_four_of_them_are_loaded_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,30 @@ def test_all_settings_are_asked_for_at_once_and_the_second_plan_asks_nobody(aske
     assert (again, len(asked), len(lines)) == (first, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "knows_model", "memory_gib", "asks"),
+    [
+        ({}, True, 80.0, False),
+        ({}, True, None, False),
+        ({"engine_args": ("--kv-cache-memory-bytes", "1024")}, True, 80.0, False),
+        ({}, False, 80.0, True),  # no formula
+        ({}, True, 0.08, True),  # 0.04 GiB of weights, and less than that for the KV cache
+        ({"tensor_parallel_size": 3}, True, 80.0, True),  # what speaks against it is vLLM's to say
+        ({"engine_args": ("--quantization", "fp8")}, True, 80.0, True),
+    ],
+)
+def test_before_an_engine_loads_vllm_is_asked_only_in_doubt(
+    change: dict[str, Any], knows_model: bool, memory_gib: float | None, asks: bool, asked: Asked
+) -> None:
+    config = replace(SHORT, **change)
+    settings = [(config, facts() if knows_model else None, memory_gib)]
+    answers = ask_vllm(settings, EIGHT, lambda _: None, only_in_doubt=True)
+    assert (len(asked), answers != [None]) == (asks, asks)
+    (said,) = ask_vllm(settings, EIGHT, lambda _: None)  # a plan asks, and what it was told is used from then on
+    assert len(asked) == 1
+    assert ask_vllm(settings, EIGHT, lambda _: None, only_in_doubt=True) == [said]
+
+
 def test_replicas_on_their_own_are_one_question(asked: Asked) -> None:
     said_of(*(replace(SHORT, data_parallel_size=size) for size in (1, 2, 8)))
     assert len(asked[0]) == 1
@@ -480,6 +504,16 @@ def refusing(tmp_path: Path) -> dict[str, str]:
     return environment
 
 
+@pytest.fixture
+def in_doubt(tmp_path: Path) -> str:
+    """A model for which there is no formula."""
+    folder = tmp_path / "in_doubt"
+    folder.mkdir()
+    config = json.loads(Path(TINY, "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["AnotherForCausalLM"]}))
+    return str(folder)
+
+
 REFUSED = re.compile(r"vLLM \S+ refuses it: 10 is not divisible by 3$")
 
 
@@ -489,9 +523,9 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
 
 @pytest.mark.slow
 def test_the_script_asks_before_it_measures_and_its_second_answer_comes_at_once(
-    refusing: dict[str, str], tmp_path: Path
+    refusing: dict[str, str], in_doubt: str, tmp_path: Path
 ) -> None:
-    command = experiment_command(tmp_path, *SMALL_GRID)
+    command = experiment_command(tmp_path, *SMALL_GRID, "--model", in_doubt)
     first, second = run(refusing, *command), run(refusing, *command)
     asking, error = first.stderr.splitlines()
     assert asking.startswith("note: asking vLLM ")
@@ -518,9 +552,9 @@ def test_a_plan_with_kept_answers_answers_at_once(refusing: dict[str, str], tmp_
 
 @pytest.mark.slow
 def test_the_launcher_asks_once_for_all_and_measures_nothing_that_is_refused(
-    refusing: dict[str, str], tmp_path: Path
+    refusing: dict[str, str], in_doubt: str, tmp_path: Path
 ) -> None:
-    words = ("tensor-parallel", "--model", TINY, "--seq-lens", "16", "--output-dir", str(tmp_path / "out"))
+    words = ("tensor-parallel", "--model", in_doubt, "--seq-lens", "16", "--output-dir", str(tmp_path / "out"))
     done = run({**refusing, "PYTHON": sys.executable}, str(REPOSITORY / "run_batch_experiments.sh"), *words)
     assert done.returncode == 1
     assert done.stderr.count("asking vLLM") == 1

@@ -204,14 +204,15 @@ def test_vllm_is_asked_once_its_flags_are_right_and_there_are_devices_to_measure
     made: list[Any] = []
     monkeypatch.setattr(script, "check_vllm_flags", lambda *given: made.append(given))
     monkeypatch.setattr(script, "devices_against", lambda *given: made.append(given) or obstacle)
-    monkeypatch.setattr(script, "ask_vllm", lambda *given: made.append(given) or ["said"])
+    monkeypatch.setattr(script, "ask_vllm", lambda *given, **how: made.append((*given, how)) or ["said"])
     monkeypatch.setattr(script, "smallest_memory_gib", lambda _: 70.0)
     config = ExperimentConfig(engine_args=("--a", "b"), dry_run=dry_run)
     here = here_is(facts="facts")
     assert script.ask(config, here) == ("said" if asks else None)
     assert made[0] == (("--a", "b"), script.say)
     assert ((config, GPUS, None, 4) in made) is not dry_run
-    assert made[2 - dry_run :] == [([(config, "facts", 70.0)], GPUS, script.say)] * asks
+    asked = ([(config, "facts", 70.0)], GPUS, script.say, {"only_in_doubt": not dry_run})
+    assert made[2 - dry_run :] == [asked] * asks
     script.ask(dataclasses.replace(config, device_memory_gib=80.0, dry_run=True), here)
     assert made[-1][0][0][2] == 80.0
 

@@ -134,7 +134,7 @@ def plan_jobs(
             f"N is {nodes.total} in this plan, the devices of one node; in a run it counts all nodes that come, and "
             "--nnodes sets their number"
         )
-    jobs = planned(jobs_of(settings, preset, options, here), devices, say)
+    jobs = planned(jobs_of(settings, preset, options, here), devices, say, only_in_doubt=not options.dry_run)
     if options.is_over_nodes:
         jobs = [replace(one, reason=nodes.obstacle(one.job.setting) or one.reason) for one in jobs]
     return jobs, left_out
@@ -148,7 +148,7 @@ def plan_search(preset: Preset, options: Options, here: Here, devices: Devices) 
     check_budgets(one.config)
     facts = facts_of(one.config)
     settings = settings_to_search(options, len(devices), has_experts=facts is not None and facts.is_moe)
-    return planned(jobs_of(settings, preset, options, here), devices, say)
+    return planned(jobs_of(settings, preset, options, here), devices, say, only_in_doubt=not options.dry_run)
 
 
 def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:

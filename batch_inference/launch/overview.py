@@ -50,14 +50,16 @@ class PlannedJob:
         return self.job.config
 
 
-def planned(jobs: Sequence[Job], devices: Devices, say: Callable[[str], None]) -> list[PlannedJob]:
-    """Asks vLLM once for all of them. Raises ConfigError for a folder that is not a model."""
+def planned(
+    jobs: Sequence[Job], devices: Devices, say: Callable[[str], None], *, only_in_doubt: bool = False
+) -> list[PlannedJob]:
+    """Asks vLLM once for all of them, or for those in doubt. Raises ConfigError for a folder that is not a model."""
     facts = [facts_of(job.config) for job in jobs]
     here_gib = smallest_memory_gib(devices)
     settings = [
         (job.config, known, job.config.device_memory_gib or here_gib) for job, known in zip(jobs, facts, strict=True)
     ]
-    answers = ask_vllm(settings, devices, say)
+    answers = ask_vllm(settings, devices, say, only_in_doubt=only_in_doubt)
     found = [PlannedJob(job, known, None, said) for job, known, said in zip(jobs, facts, answers, strict=True)]
     return [
         replace(one, reason=_obstacle(one, devices) or memory_against(need), needs=need)

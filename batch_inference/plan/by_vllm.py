@@ -23,9 +23,11 @@ from batch_inference.core.installed_vllm import cache_home, keep, kept, kept_pat
 from batch_inference.core.secrets import is_secret_name, redact, redact_text
 from batch_inference.core.text import counted, plain, quoted
 from batch_inference.plan.devices import Devices, find_devices
+from batch_inference.plan.memory import FORMULA, asked_gib
 from batch_inference.plan.model import ModelFacts
 from batch_inference.plan.model_place import expanded
-from batch_inference.plan.obstacles import is_coupled
+from batch_inference.plan.needs import needs_of
+from batch_inference.plan.obstacles import is_coupled, rules_against
 from batch_inference.plan.said import Said
 
 # Importing vLLM takes 10 to 20 s, and much longer on a network disk; after that, a setting takes a second or two.
@@ -52,9 +54,14 @@ class Question:
 Setting = tuple[ExperimentConfig, ModelFacts | None, float | None]  # and the memory of a device in GiB
 
 
-def ask_vllm(settings: Sequence[Setting], devices: Devices, say: Callable[[str], None]) -> list[Said | None]:
-    """The answer for each setting; None if vLLM is not installed or not to be asked. Raises ConfigError if the limit is
-    not a number."""
+def ask_vllm(
+    settings: Sequence[Setting], devices: Devices, say: Callable[[str], None], *, only_in_doubt: bool = False
+) -> list[Said | None]:
+    """The answer for each setting; None if vLLM is not installed or not to be asked.
+
+    `only_in_doubt`: an engine is about to say it anyway, so asking is worth its seconds only if the formulas cannot
+    tell that the setting can run. What was asked before is still used. Raises ConfigError if the limit is no number.
+    """
     limit_s = _limit_s(len(settings))
     folder = vllm_folder() if limit_s else None
     if folder is None:
@@ -65,11 +72,28 @@ def ask_vllm(settings: Sequence[Setting], devices: Devices, say: Callable[[str],
     questions = [question_of(*setting, devices) for setting in settings]
     paths = [_answer_path(folder, question, config) for question, (config, *_) in zip(questions, settings, strict=True)]
     found = {path: _said(kept(path), version) for path in paths if path}
-    asked = {path: question for path, question in zip(paths, questions, strict=True) if path and found[path] is None}
+    asked = {
+        path: question
+        for path, question, setting in zip(paths, questions, settings, strict=True)
+        if path and found[path] is None and not (only_in_doubt and _surely_runs(setting, devices))
+    }
     if asked:
         found |= _asked(asked, kept_path(folder, "plans") / "vllm", limit_s, say)
     # About a config that is not on this machine, the plan says more than vLLM does.
     return [found[path] if path else None for path in paths]
+
+
+def _surely_runs(setting: Setting, devices: Devices) -> bool:
+    """Whether the formulas know all sizes, nothing speaks against the setting, and the weights take at most half of the
+    share of a device, if that is known."""
+    config, facts, memory_gib = setting
+    if facts is None or rules_against(config, facts, devices):
+        return False
+    needs = needs_of(config, facts, devices, memory_gib, None)
+    if needs.source != FORMULA or needs.unknown or needs.weights_gib is None:
+        return False
+    is_asked = asked_gib(config) is not None  # a pool of the user's own size, whatever else is left
+    return is_asked or needs.pool_gib is None or needs.weights_gib <= needs.pool_gib
 
 
 def _limit_s(count: int) -> float:
