@@ -188,7 +188,8 @@ def one_and_tp(tp_s: float = 1.5, **changes: Any) -> list[Result]:
 def test_replicas_that_would_be_faster_and_were_not_measured_are_named_with_their_command(
     head: Any, tmp_path: Path
 ) -> None:
-    found = head(one_and_tp(config={"engine_args": ["--load-format", "dummy"], "temperature": 0.0}))
+    told = {"engine_args": ["--load-format", "dummy"], "temperature": 0.0, "gpu_memory_utilization": 0.95}
+    found = head(one_and_tp(config=told))
     assert found.sentences[0].partition(": ")[2].startswith("TP=2 at 64 requests gives 1,365 tok/s.")
     # 2 x 64 requests of 32 tokens in 2 s
     assert found.unmeasured == (
@@ -200,7 +201,7 @@ def test_replicas_that_would_be_faster_and_were_not_measured_are_named_with_thei
     assert words == [
         "custom", "DP=2", "--model", "meta-llama/Llama-2-7b-chat-hf", "--batch-sizes", "64", "--seq-lens", "64,128",
         "--output-dir", str(tmp_path / "new"), "--", "--max-tokens", "32", "--temperature", "0.0",
-        "--load-format", "dummy",
+        "--gpu-memory-utilization", "0.95", "--load-format", "dummy",
     ]  # fmt: skip
     done = Launcher(tmp_path)("--dry-run", *words, DEVICES="2")
     assert done.returncode == 0, done.stderr

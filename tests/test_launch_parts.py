@@ -336,7 +336,7 @@ PLANS = {
 # tp_4_pp_2      8        1         mp        0.00449      3151225    41707 / 23170
 # tp_16          16       1         -         0.00234      1579866    20909 / 11616
 #
-# activations are not counted: in our runs on GPUs vLLM had 0.7 to 3.9 GiB (1 to
+# activations are not counted: in our runs on GPUs vLLM had 0.7 to 4.1 GiB (1 to
 #   7 %) less per device for the KV cache (docs/plan_check.md)
 # TP=N/3 is left out: N/3 of 8 devices is not a whole number
 # tp_16 cannot run: it needs 16 devices, but there are 8 (gpu)
@@ -363,7 +363,7 @@ py x/batch_inference_experiment.py --name tp_4_pp_2
 # tp_4_pp_4_nodes_2           16       1         mp, 2 nodes        0.00415      6008428    83450
 # tp_32_nodes_4               32       1         -                  0.00123      1507608    20938
 #
-# activations are not counted: in our runs on GPUs vLLM had 0.7 to 3.9 GiB (1 to
+# activations are not counted: in our runs on GPUs vLLM had 0.7 to 4.1 GiB (1 to
 #   7 %) less per device for the KV cache (docs/plan_check.md)
 # tp_32_nodes_4 cannot run: --tensor-parallel-size 32 does not divide the
 #   model's 8 attention heads
