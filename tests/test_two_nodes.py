@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.vllm
 
 NODES = (("bi-test-a", "bi-veth-a", "10.77.31.1"), ("bi-test-b", "bi-veth-b", "10.77.31.2"))
 SMALL = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864", "--max-tokens", "9", "--num-runs", "2")
+QUEUE = ("--load-format", "dummy", "--kv-cache-memory-bytes", "67108864", "--sample", "40")
 
 
 def ip(*words: str) -> None:
@@ -66,21 +68,15 @@ def start_node(node: int, folder: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.usefixtures("nodes")
-@pytest.mark.parametrize("nnodes", [(), ("--nnodes", "2")])
-@pytest.mark.parametrize(
-    ("preset", "name", "log"),
-    [
-        ("torchrun-tensor-parallel", "torchrun_tp_2_nodes_2", "rank_1.log"),
-        ("custom TP=2", "tp_2_nodes_2", "node_1.log"),
-    ],
-)
-def test_two_nodes_measure_one_setting_together(
-    tmp_path: Path, preset: str, name: str, log: str, nnodes: tuple[str, ...]
-) -> None:
-    folders = [tmp_path / "a", tmp_path / "b"]
-    line = (*preset.split(), *nnodes, "--batch-sizes", "1,3", "--seq-lens", "16", "--", *SMALL)
-    processes = [start_node(node, folders[node], *line) for node in range(2)]
+TORCHRUN = ("torchrun-tensor-parallel", "torchrun_tp_2_nodes_2", "rank_1.log")
+MP = ("custom TP=2", "tp_2_nodes_2", "node_1.log")
+Route = tuple[str, str, str]
+
+
+def together(folders: list[Path], route: Route, *words: str) -> tuple[dict[str, Any], list[str]]:
+    """The result of a setting that both nodes measure, and what each of them said."""
+    preset, name, log = route
+    processes = [start_node(node, folders[node], *preset.split(), *words) for node in range(2)]
     outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     # One result file, on node 0, which is the one that owns the address; the other node has its own log.
@@ -90,12 +86,34 @@ def test_two_nodes_measure_one_setting_together(
     document = json.loads((folders[0] / f"{name}_results.json").read_text())
     assert document["status"] == "complete"
     assert len(document["engine"]["workers"]) == 2
+    return document, [errors for _, errors in outputs]
+
+
+@pytest.mark.usefixtures("nodes")
+@pytest.mark.parametrize(("route", "nnodes"), [(TORCHRUN, ()), (MP, ("--nnodes", "2"))])
+def test_two_nodes_measure_one_setting_together(tmp_path: Path, route: Route, nnodes: tuple[str, ...]) -> None:
+    words = (*nnodes, "--batch-sizes", "1,3", "--seq-lens", "16", "--", *SMALL)
+    document, said = together([tmp_path / "a", tmp_path / "b"], route, *words)
     for point in document["points"]:
         for run in point["runs"]:
             assert run["prompt_tokens"] == point["batch_size"] * 16
             assert run["output_tokens"] == point["batch_size"] * 9
-    assert "3 x 16: " in outputs[0][1]
-    assert "3 x 16: " not in outputs[1][1]
+    assert ["3 x 16: " in one for one in said] == [True, False]
+
+
+@pytest.mark.usefixtures("nodes")
+@pytest.mark.parametrize(("route", "nnodes"), [(TORCHRUN, ("--nnodes", "2")), (MP, ())])
+def test_two_nodes_work_off_one_queue(tmp_path: Path, route: Route, nnodes: tuple[str, ...]) -> None:
+    """Node 0 reads the workload, and sends what is run."""
+    job = tmp_path / "job.jsonl"
+    lengths = [(5 + 3 * number % 20, 4 + 7 * number % 13) for number in range(40)]
+    job.write_text("".join(f'{{"prompt_tokens": {a}, "output_tokens": {b}}}\n' for a, b in lengths))
+    words = (*nnodes, "--batch-sizes", "2,4", "--prompts-file", str(job), "--", *QUEUE)
+    document, _ = together([tmp_path / "a", tmp_path / "b"], route, *words)
+    assert [point["batch_size"] for point in document["points"]] == [2, 4]
+    for point in document["points"]:
+        (run,) = point["runs"]
+        assert (run["prompt_tokens"], run["output_tokens"]) == tuple(map(sum, zip(*lengths, strict=True)))
 
 
 @pytest.mark.usefixtures("nodes")
