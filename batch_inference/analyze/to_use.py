@@ -116,23 +116,31 @@ def _section(chosen: Winner, setting: EngineSetting, folder: Path, texts: dict[s
     lines = [*chosen.notes, *setting.notes, *([SUSPECT_LINE] if chosen.is_suspect else [])]
     if setting.on_cpu and CONFIG in texts:
         lines.append(_NO_COMMAND)
-    return Section("To use", pairs, lines=lines, commands=list(_commands(setting, folder, texts)))
+    # run.py has as many replicas as were measured, and would miss a deadline that needs more.
+    has_own_replicas = chosen.replicas not in (None, setting.replicas)
+    commands = list(_commands(setting, folder, texts, has_own_replicas=has_own_replicas))
+    return Section("To use", pairs, lines=lines, commands=commands)
 
 
-def _commands(setting: EngineSetting, folder: Path, texts: dict[str, str]) -> Iterator[list[str]]:
-    """Their words, quoted for a shell."""
+def _commands(
+    setting: EngineSetting, folder: Path, texts: dict[str, str], *, has_own_replicas: bool
+) -> Iterator[list[str]]:
+    """Their words, quoted for a shell: the script for a file of requests first, since batches are what is measured."""
+    scripts = [(RUN, _ANSWERS), (RAY, "answers")]
+    if has_own_replicas:
+        scripts.reverse()
+    for name, target in scripts:
+        if name in texts:
+            yield ["python", shlex.quote(str(folder / name)), _REQUESTS, target]
     config = ["--config", shlex.quote(str(folder / CONFIG))]
     replicas = ["--data-parallel-size", str(setting.replicas)] if setting.replicas > 1 else []
     nodes = (
         ["--nnodes", str(setting.nnodes), "--node-rank", "0", "--master-addr", "ADDRESS"] if setting.nnodes > 1 else []
     )
-    if CONFIG in texts:
-        yield [*_vllm("serve", setting), *config, *replicas, *nodes]
     if CONFIG in texts and not nodes:
         yield [*_vllm("run-batch", setting), "-i", _REQUESTS, "-o", _ANSWERS, *config, *replicas]
-    for name, target in ((RUN, _ANSWERS), (RAY, "answers")):
-        if name in texts:
-            yield ["python", shlex.quote(str(folder / name)), _REQUESTS, target]
+    if CONFIG in texts:
+        yield [*_vllm("serve", setting), *config, *replicas, *nodes]
 
 
 def _vllm(name: str, setting: EngineSetting) -> list[str]:
