@@ -116,6 +116,36 @@ def test_the_answer_of_a_job_names_what_is_as_good(tmp_path: Path) -> None:
     assert re.search(r"min \(0\.136 device-hours; tied within the intervals with [TP]P=2\)\. ", sentence), sentence
 
 
+def first_sentence(tmp_path: Path, *results: Result) -> str:
+    loaded = [load_setting(path) for path in save_all(list(results), tmp_path)]
+    return headline(analyse(loaded, Question())).sentences[0]
+
+
+def test_a_job_that_was_still_faster_at_the_largest_size_says_so(tmp_path: Path) -> None:
+    two, four = queue(2), queue(4, 96, life_s=1.5)
+    said = first_sentence(tmp_path, setting("tp_1", two, four))
+    words = r"4 is the largest size measured of TP=1, and throughput still grew by 3\d % from 2: try larger ones with "
+    assert re.search(f" {words}--batch-sizes.$", said), said
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        setting("tp_1", queue(4, 96, life_s=1.5)),
+        setting("tp_1", queue(2), queue(4, 96, life_s=2.5)),  # slower
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5), config={"batch_sizes": [2, 4, 8]}),
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5, counters={"peak_running": 3})),
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5, counters={"preemptions": 1})),
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5, memory={"peak_kv_use": 0.97})),
+        # All requests run at once.
+        setting("tp_1", queue(2, 4), queue(4, 4, life_s=1.5), jobs=[job(4)]),
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5, order="longest-first")),
+    ],
+)
+def test_of_a_job_no_larger_size_is_named_where_it_would_not_help(tmp_path: Path, results: Result) -> None:
+    assert "--batch-sizes" not in first_sentence(tmp_path, results)
+
+
 def test_replicas_share_the_job(tmp_path: Path) -> None:
     found = answer(tmp_path, setting("dp_2", queue(replicas=2), sizes=(1, 1, 2)))
     (row,) = found.rows
