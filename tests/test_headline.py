@@ -368,10 +368,10 @@ def test_earlier_results_are_the_first_answer(head: Any) -> None:
 
 def test_the_answer_comes_first_everywhere_and_no_number_is_broken() -> None:
     sentence = "On 4 × H100, " + "word " * 11 + "25,490 ± 190 tok/s."
-    answer = Headline("Title", ("9 settings", "H100"), (sentence, "Second."), ("vllm", "serve"))
+    answer = Headline("Title", ("9 settings", "H100"), (sentence, "Second."), ("vllm", "serve"), "This runs it:")
     lines = as_text([], answer).splitlines()
     assert lines[:2] == ["On 4 × H100, " + " ".join(["word"] * 11), "25,490 ± 190 tok/s."]
     assert lines[2:] == ["", "Second."]
     assert as_markdown([], [], [], answer).startswith(
-        f"# Title\n\n9 settings · H100\n\n**{sentence}**\n\nSecond.\n\n```bash\nvllm serve\n```\n"
+        f"# Title\n\n9 settings · H100\n\n**{sentence}**\n\nSecond.\n\nThis runs it:\n\n```bash\nvllm serve\n```\n"
     )

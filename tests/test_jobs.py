@@ -323,6 +323,24 @@ def test_a_deadline_asks_for_the_fewest_devices_that_are_in_time(tmp_path: Path)
     assert (late.deadline, late.is_late) == (None, True)
 
 
+def test_what_wins_for_a_deadline_is_called_that_in_the_answer_and_the_section(tmp_path: Path) -> None:
+    results = [setting("tp_1", queue()), setting("dp_2", queue(replicas=2, life_s=0.7), sizes=(1, 1, 2))]
+
+    def said(deadline_h: float) -> tuple[str, dict[str, str]]:
+        loaded = [load_setting(path) for path in save_all(results, tmp_path)]
+        analysis = analyse(loaded, Question(job=JobQuestion(deadline_h=deadline_h)))
+        return headline(analysis).sentences[0], dict(job_section(analysis.jobs[0], analysis).pairs)
+
+    sentence, pairs = said(45 / 3600)
+    words = r"For the deadline of 0\.0125 h take 4 replicas as in DP=2 with 2 at once on each, so 4 devices: "
+    assert re.search(words, sentence), sentence
+    assert re.match(r"4 replicas as in dp_2 \(4 devices\), 2 at once on each: ", pairs["for the deadline"])
+    sentence, pairs = said(0.1 / 3600)
+    late = "No number of replicas meets the deadline of 2.77778e-05 h: the longest request alone takes longer."
+    assert sentence.endswith(late)
+    assert pairs["for the deadline"].startswith("no number of replicas is in time")
+
+
 def test_thinned_lengths_weigh_as_much_as_the_job_has_requests() -> None:
     thinned = job(requests=1003, every=10, last=3, prompt_lens=[PROMPT] * 103, output_lens=[OUTPUT] * 103)
     lengths = lengths_of_job(thinned)
@@ -352,11 +370,11 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert rest.startswith("job 480 requests: 3,840 prompt and 1,920 output tokens")
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
                     r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
-                    r"engine comes on top: here 40 s\. Finishing within 0\.03 h takes 3 replicas of TP=1, so "
-                    r"3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
+                    r"engine comes on top: here 40 s\. For the deadline of 0\.03 h take 3 replicas of TP=1 "
+                    r"with 2 at once on each, so 3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
-    assert re.search(r"deadline: 3 replicas of tp_1 \(3 devices\), 2 at once on each, take 1\.3\d* ±[\d.]+ min; at the "
-                     r"upper end of that interval \d+% of the time is left", text)  # fmt: skip
+    assert re.search(r"for the deadline 3 replicas of tp_1 \(3 devices\), 2 at once on each: 1\.3\d* ±[\d.]+ min; at "
+                     r"the upper end of that interval \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
     assert "suspect (tp_1, batch 2 x length 8): runs differ" in text
     lines = said.partition("\n\n/")[0].splitlines()

@@ -776,6 +776,8 @@ def for_a_deadline(tmp_path: Path, **config: Any) -> Path:
     assert ("deadline", "met by 3 replicas, so 6 devices, as in ray_data.py") in to_use.section.pairs
     # The one that has three replicas.
     assert [Path(words[1]).name for words in to_use.section.commands[:2]] == ["ray_data.py", "run.py"]
+    why = "the fewest devices for the deadline, for the job of 480 requests"
+    assert to_use.runs == f"This runs tp_2, 2 at once on each of 3 replicas ({why}):"
     return tmp_path / "best" / "ray_data.py"
 
 
@@ -843,6 +845,7 @@ def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py"]
     assert to_use.section.pairs[-1] == ("deadline", "met by 1 replica, so 1 device")
     assert Path(to_use.section.commands[0][1]).name == "run.py"
+    assert to_use.runs.startswith("This runs dp_2_ep, 2 at once on each of 2 replicas (")
 
 
 @pytest.mark.vllm

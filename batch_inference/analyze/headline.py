@@ -10,7 +10,7 @@ from typing import Any
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
 from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.decide import COST, GOALS, Choice
-from batch_inference.analyze.job_sections import requests_words, time_text
+from batch_inference.analyze.job_sections import replicas_words, requests_words, time_text
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
 from batch_inference.analyze.larger import Growth, growth_of_batch, growth_of_job, try_larger
 from batch_inference.analyze.replicas import said, to_measure, unmeasured_replicas
@@ -44,6 +44,7 @@ class Headline:
     facts: tuple[str, ...] = ()
     sentences: tuple[str, ...] = ()  # the first is the answer, the others go with it
     command: tuple[str, ...] = ()  # of the winner: words, quoted for a shell
+    runs: str = ""  # what the command runs, since the answer may name several settings
     unmeasured: str = ""  # what might be better than the answer, and was not measured
     to_measure: tuple[str, ...] = ()  # the command that measures it
 
@@ -51,14 +52,15 @@ class Headline:
 NO_HEADLINE = Headline()
 
 
-def headline(analysis: Analysis, command: Sequence[str] = ()) -> Headline:
+def headline(analysis: Analysis) -> Headline:
+    """Without a command of the winner, which may not have been written."""
     names = _Names(analysis)
     models = list(dict.fromkeys(map(names.model, _values(analysis, "model"))))
     title = f"{HEADING} of {few(models, 2)}" if models else HEADING
     facts, sentences = tuple(_facts(analysis)), tuple(_sentences(analysis, names))
     better = unmeasured_replicas(analysis)
     doubt = (said(better), to_measure(better, analysis)) if better else ("", ())
-    return Headline(title, facts, sentences, tuple(command), *doubt)
+    return Headline(title, facts, sentences, unmeasured=doubt[0], to_measure=doubt[1])
 
 
 def _values(analysis: Analysis, column: str) -> list[str]:
@@ -227,7 +229,7 @@ def _tied(others: Sequence[str]) -> str:
 def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iterator[str]:
     of_group = dict(zip(ALIKE, answer.group, strict=False))
     model, job = names.model(of_group["model"]), requests_words(answer)
-    best, cheapest, deadline = answer.best, answer.cheapest, answer.deadline
+    best, cheapest = answer.best, answer.cheapest
     if best is None or cheapest is None:
         yield f"The job of {job}, {model}: no measured point can forecast it; the reasons are below."
         return
@@ -239,17 +241,24 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
         said.append(
             f"{_row_taken(cheapest, answer)} takes the fewest device-hours: {_hours(cheapest)}{_cost(cheapest)}."
         )
-    if deadline:
-        asked = f"{analysis.question.job.deadline_h:g} h"
-        said.append(
-            f"Finishing within {asked} takes {counted(deadline.replicas, 'replica')} of "
-            f"{_called_row(deadline.row, answer)}, so {counted(deadline.devices, 'device')}: "
-            f"{spoken(time_text(deadline.hours))}."
-        )
+    said += _deadline_sentence(answer, analysis.question.job.deadline_h or 0.0)
     taken = [best] if cheapest is best else [best, cheapest]
     growths = [(row, growth_of_job(row, answer)) for row in taken]
     said += try_larger([(_called_row(row, answer), growth) for row, growth in growths if growth is not None])
     yield " ".join(said)
+
+
+def _deadline_sentence(answer: JobAnswer, asked_h: float) -> Iterator[str]:
+    deadline = answer.deadline
+    if answer.is_late:
+        yield f"No number of replicas meets the deadline of {asked_h:g} h: the longest request alone takes longer."
+    if deadline:
+        row = deadline.row
+        yield (
+            f"For the deadline of {asked_h:g} h take {replicas_words(deadline, _called_row(row, answer))} with "
+            f"{row.point.batch_size} at once on each, so {counted(deadline.devices, 'device')}: "
+            f"{spoken(time_text(deadline.hours))}."
+        )
 
 
 def _row_taken(row: JobRow, answer: JobAnswer) -> str:

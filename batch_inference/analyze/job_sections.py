@@ -113,6 +113,8 @@ def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
     yield "fastest", _row_words(best)
     if cheapest is not best:
         yield "fewest device-hours", _row_words(cheapest)
+    if words := _deadline_words(answer):
+        yield "for the deadline", words
 
 
 def _row_words(row: JobRow) -> str:
@@ -130,7 +132,6 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     if answer.ties:
         others = [f"{row.setting} ({row.point.batch_size} at once: {time_text(row.hours)})" for row in answer.ties]
         yield f"tie: the interval of the fastest overlaps that of {few(others, 3, ' and {} more')}"
-    yield from _deadline_lines(answer)
     yield _basis(best)
     hits = best.point.summary.get("prefix_hit_share")
     if answer.is_cached and hits is not None:
@@ -172,21 +173,24 @@ def _too_few(point: QueuePoint) -> str:
     )
 
 
-def _deadline_lines(answer: JobAnswer) -> Iterator[str]:
+def _deadline_words(answer: JobAnswer) -> str | None:
+    """None where none is asked for."""
     deadline = answer.deadline
-    if answer.is_late:
-        yield "deadline: no number of replicas meets it, because the longest request alone takes longer."
-    if deadline:
-        yield f"deadline: {_deadline_words(deadline)}"
-
-
-def _deadline_words(deadline: Deadline) -> str:
+    if deadline is None:
+        late = "no number of replicas is in time, because the longest request alone takes longer"
+        return late if answer.is_late else None
     row = deadline.row
     return (
-        f"{counted(deadline.replicas, 'replica')} of {row.setting} ({counted(deadline.devices, 'device')}), "
-        f"{row.point.batch_size} at once on each, take {time_text(deadline.hours)}; at the upper end of that interval "
+        f"{replicas_words(deadline, row.setting)} ({counted(deadline.devices, 'device')}), "
+        f"{row.point.batch_size} at once on each: {time_text(deadline.hours)}; at the upper end of that interval "
         f"{deadline.margin:.0%} of the time is left"
     )
+
+
+def replicas_words(deadline: Deadline, name: str) -> str:
+    """3 replicas of tp_2; 8 replicas as in dp_4, of which one is a part."""
+    link = "as in" if deadline.row.point.replicas > 1 else "of"
+    return f"{counted(deadline.replicas, 'replica')} {link} {name}"
 
 
 def _order_lines(answer: JobAnswer) -> Iterator[str]:

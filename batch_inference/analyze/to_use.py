@@ -40,6 +40,13 @@ class ToUse:
     section: Section
     files: list[Path]
 
+    @property
+    def runs(self) -> str:
+        """What the first command runs, and why that: the line above it where it stands alone."""
+        is_ray = any(Path(word).name == RAY for word in self.section.commands[0])
+        replicas = self.chosen.replicas if is_ray else None
+        return f"This runs {_words(self.chosen, self.setting, replicas)} ({self.chosen.why}):"
+
 
 def write_to_use(analysis: Analysis, goal_word: str, folder: Path) -> ToUse | None:
     """Into `folder`, for the winner by that goal; None where there is none, and then nothing of an earlier one is left.
@@ -99,8 +106,10 @@ def _texts(chosen: Winner, setting: EngineSetting, version: str) -> dict[str, st
     return texts
 
 
-def _words(chosen: Winner, setting: EngineSetting) -> str:
-    each = f" on each of {counted(setting.replicas, 'replica')}" if setting.replicas > 1 else ""
+def _words(chosen: Winner, setting: EngineSetting, replicas: int | None = None) -> str:
+    """`replicas`: where they are not as many as were measured."""
+    replicas = replicas or setting.replicas
+    each = f" on each of {counted(replicas, 'replica')}" if replicas > 1 else ""
     return f"{chosen.name}, {setting.values['max_num_seqs']} at once{each}"
 
 
