@@ -114,6 +114,22 @@ def _best_and_ties(ranked: pd.DataFrame, goal: Goal) -> tuple[Record, list[Recor
     return best, [row for row in records if row is not best]
 
 
+# What decides between settings that the measurement cannot tell apart, in the order of `_simplicity`.
+_WHY_SIMPLER = ("is not suspect", "has fewer devices", "has fewer kinds of parallelism", "has fewer flags of vLLM's")
+
+
+def why_before_better(choice: Choice) -> tuple[Record, str] | None:
+    """The best of the ties, where its number is better than that of the winner, and why it is not the winner."""
+    if choice.best is None or not choice.ties:
+        return None
+    column, sign = choice.goal.column, 1 if choice.goal.better == "higher" else -1
+    highest = max(choice.ties, key=lambda row: sign * row[column])
+    if sign * highest[column] <= sign * choice.best[column]:
+        return None
+    pairs = zip(_simplicity(choice.best), _simplicity(highest), _WHY_SIMPLER, strict=True)
+    return highest, next(why for mine, other, why in pairs if mine < other)
+
+
 def _simplicity(row: Record) -> tuple[int, ...]:
     """What the measurement cannot tell apart, the effort of running it can: fewest devices, fewest kinds of
     parallelism, fewest flags of vLLM's. But one to rely on goes before a suspect one."""

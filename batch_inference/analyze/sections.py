@@ -12,7 +12,7 @@ import pandas as pd
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark
 from batch_inference.analyze.compare import SetComparison, baseline_of
-from batch_inference.analyze.decide import COST, Choice
+from batch_inference.analyze.decide import COST, Choice, why_before_better
 from batch_inference.analyze.tables import GROUP_BY, believable, half_width
 from batch_inference.analyze.wording import (
     FRONT_TITLE,
@@ -118,7 +118,16 @@ def _tie(choice: Choice) -> str:
         for row in choice.ties
     ]
     shown = few(others, 3, " and {} more settings: summary.json")
-    return f"tie, length {choice.seq_len}, {goal.name}, as good within the intervals: {shown}"
+    return f"tie, length {choice.seq_len}, {goal.name}, as good within the intervals: {shown}{_before_better(choice)}"
+
+
+def _before_better(choice: Choice) -> str:
+    """A table that names a winner, and beside it a better number, has to say why."""
+    found = why_before_better(choice)
+    if found is None or choice.best is None:
+        return ""
+    better, why = found
+    return f". {better['setting']} has the better number, but {choice.best['setting']} comes first: it {why}."
 
 
 def _none_keeps(choice: Choice, analysis: Analysis) -> str:
