@@ -187,6 +187,32 @@ def test_of_a_job_that_was_run_the_drain_is_the_one_that_was_seen(tmp_path: Path
     assert f"took {end_s - start_s:.2f} s." in said
 
 
+def uneven(slower: float) -> Point:
+    """Two replicas, of which the second takes longer for as much."""
+    point = queue(replicas=2)
+    times = point.runs[0].requests
+    for of_requests in (times.queue_s, times.ttft_s, times.latency_s):
+        of_requests[48:] = [slower * one_s for one_s in of_requests[48:]]
+    return point
+
+
+@pytest.mark.parametrize(
+    ("whole", "said"),
+    [
+        # 24 s and a half: 24 rounds of two places that take turns.
+        (True, "The replicas were done after 24.5 to 29.4 s; the job takes as long as the last."),
+        (False, r"The replicas are done after 12\d to 14\d s; the job takes as long as the last\."),
+    ],
+)
+def test_of_replicas_that_are_not_done_together_it_is_said_when_each_is(tmp_path: Path, whole: bool, said: str) -> None:
+    jobs = [job(96 if whole else 480)]
+    found = answer(tmp_path, setting("dp_2", uneven(1.2), sizes=(1, 1, 2), jobs=jobs))
+    assert found.rows[0].is_as_run == whole
+    assert re.search(said, said_of(found)), said_of(found)
+    even = answer(tmp_path, setting("dp_2", uneven(1.0), sizes=(1, 1, 2), jobs=jobs))
+    assert "The replicas" not in said_of(even)
+
+
 def test_a_sample_that_cannot_tell_its_plateau_says_what_it_takes(tmp_path: Path) -> None:
     """The interval is as wide as its value."""
     (row,) = answer(tmp_path, setting("dp_2", queue(4, 24, replicas=2), sizes=(1, 1, 2))).rows

@@ -17,6 +17,8 @@ from batch_inference.core.values import OWN_END
 _FEWEST_HOURS, _FEWEST_MINUTES = 1.0, 1.0
 # What a grid says is worth a line where it is off by more.
 _GRID_OFF = 0.02
+# Replicas that are done within this share of the time are done together.
+_TOGETHER = 0.01
 _UNITS = (("h", 1.0), ("min", 60.0), ("s", 3600.0))
 
 
@@ -143,8 +145,8 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     if any(row.point.verdict == "suspect" for row in answer.rows):
         yield SUSPECT_LINE
     yield (
-        "± or (… to …): 95 % confidence interval. Not in these times: engine starts, stragglers, failures, reading and "
-        "writing of files."
+        f"± or (… to …): 95 % confidence interval. Not in these times: engine starts, stragglers, "
+        "failures, reading and writing of files."
     )
 
 
@@ -161,7 +163,21 @@ def _basis(best: JobRow) -> str:
         run = f"{point.requests:,} requests that were run"
         said = f"{best.setting} is forecast from {run}{on_plateau}, by {found.method}."
         drain = f"takes {short(found.drain_s.value, 3)} s of it"
-    return f"{said} The drain, in which fewer requests run, {drain}.{'' if is_known else f' {_too_few(point)}'}"
+    more = [_spread_of_replicas(best), "" if is_known else _too_few(point)]
+    return " ".join([f"{said} The drain, in which fewer requests run, {drain}.", *filter(None, more)])
+
+
+def _spread_of_replicas(row: JobRow) -> str:
+    """Where they are not done together the plateau and the drain do not add up to the hours."""
+    first_s, last_s = row.forecast.first_done_s, row.forecast.seconds.value
+    if row.is_as_run:
+        ends_s = [one.end_s for one in row.point.phases]
+        first_s, last_s = min(ends_s), max(ends_s)
+    if row.point.replicas < 2 or first_s > last_s * (1 - _TOGETHER):
+        return ""
+    verb = "were" if row.is_as_run else "are"
+    between = f"{short(first_s, 3)} to {short(last_s, 3)} s"
+    return f"The replicas {verb} done after {between}; the job takes as long as the last."
 
 
 def _too_few(point: QueuePoint) -> str:

@@ -74,6 +74,7 @@ class Forecast:
     method: str
     replicas: int
     imbalance: float  # tokens of the fullest replica / mean of all replicas - 1
+    first_done_s: float  # the replica that is done first; the last one is done after `seconds`
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +273,7 @@ def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forec
         found.method,
         replicas,
         float(np.mean([work.imbalance for work in works])),
+        float(each_s.min(axis=1).mean()),
     )
 
 
