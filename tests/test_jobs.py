@@ -187,6 +187,34 @@ def test_of_a_job_that_was_run_the_drain_is_the_one_that_was_seen(tmp_path: Path
     assert f"took {end_s - start_s:.2f} s." in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "least"),
+    [("gpu", (1, 1, 1), "2.8"), ("gpu", (1, 2, 1), "14"), ("cpu", (1, 1, 1), "11")],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_interval_is_never_narrower_than_equal_runs_differ_and_that_is_said(
+    tmp_path: Path, kind: str, sizes: tuple[int, int, int], least: str, whole: bool
+) -> None:
+    device = {"device_kind": kind, "devices": [{"name": "one"}] * (sizes[0] * sizes[1])}
+    found = answer(tmp_path, setting("s", queue(), sizes=sizes, jobs=[job(48 if whole else 480)], environment=device))
+    (row,) = found.rows
+    assert row.is_as_run == whole
+    assert row.hours.high is not None
+    assert row.hours.high / row.hours.value - 1 >= row.forecast.equal_runs - 1e-9
+    words = f"95 % confidence interval, for s at least ±{least} % because two equal runs differ by that. Not in"
+    assert words in said_of(found)
+
+
+def test_of_a_wide_interval_its_least_width_is_not_said(tmp_path: Path) -> None:
+    found = answer(tmp_path, setting("s", queue()))
+    (row,) = found.rows
+    hours = row.hours.value
+    wide = replace(row, hours=Interval(hours, 0.9 * hours, 1.1 * hours))
+    assert "95 % confidence interval. Not in" in said_of(replace(found, rows=[wide]))
+    unknown = replace(row, hours=Interval(hours))
+    assert "95 % confidence interval. Not in" in said_of(replace(found, rows=[unknown]))
+
+
 def uneven(slower: float) -> Point:
     """Two replicas, of which the second takes longer for as much."""
     point = queue(replicas=2)

@@ -19,6 +19,8 @@ _FEWEST_HOURS, _FEWEST_MINUTES = 1.0, 1.0
 _GRID_OFF = 0.02
 # Replicas that are done within this share of the time are done together.
 _TOGETHER = 0.01
+# Equal runs are worth a line where they make at least this share of an interval.
+_MOST_OF_IT = 0.7
 _UNITS = (("h", 1.0), ("min", 60.0), ("s", 3600.0))
 
 
@@ -145,9 +147,16 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     if any(row.point.verdict == "suspect" for row in answer.rows):
         yield SUSPECT_LINE
     yield (
-        f"± or (… to …): 95 % confidence interval. Not in these times: engine starts, stragglers, "
+        f"± or (… to …): 95 % confidence interval{_least_width(best)}. Not in these times: engine starts, stragglers, "
         "failures, reading and writing of files."
     )
+
+
+def _least_width(row: JobRow) -> str:
+    hours, least = row.hours, row.forecast.equal_runs
+    if hours.high is None or least < _MOST_OF_IT * (hours.high / hours.value - 1):
+        return ""
+    return f", for {row.setting} at least ±{short(100 * least, 2)} % because two equal runs differ by that"
 
 
 def _basis(best: JobRow) -> str:

@@ -75,6 +75,7 @@ class Forecast:
     replicas: int
     imbalance: float  # tokens of the fullest replica / mean of all replicas - 1
     first_done_s: float  # the replica that is done first; the last one is done after `seconds`
+    equal_runs: float  # half width, as a share, of the part of the interval of `seconds` that no measurement narrows
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +275,7 @@ def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forec
         replicas,
         float(np.mean([work.imbalance for work in works])),
         float(each_s.min(axis=1).mean()),
+        _Z_95 * found.between_runs,
     )
 
 
