@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,7 @@ from batch_inference.analyze.decide import (
 )
 from batch_inference.analyze.tables import believable, load_setting, point_table
 from batch_inference.core.results import Point, Requests, Result
+from batch_inference.core.tried import limits_of
 from builders import make_point, make_result, make_run, save_all
 
 
@@ -289,6 +291,11 @@ def test_the_front_needs_more_per_device_for_more_latency(
 ) -> None:
     points = [make_point(b, latencies_s=[s, s]) for b, s in zip(batches, latencies_s, strict=True)]
     assert with_pareto(table([make_result(points=points)]))["pareto"].tolist() == front
+
+
+def test_a_search_and_the_analysis_limit_the_same_numbers() -> None:
+    asked = SimpleNamespace(max_latency_s=1.0, max_ttft_s=2.0, max_tpot_s=3.0)
+    assert limits_of(asked) == Limits(1.0, 2.0, 3.0).columns()
 
 
 def test_a_percentile_of_a_limit_has_a_column_of_its_name(table: Any) -> None:
