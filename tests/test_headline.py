@@ -17,8 +17,9 @@ from batch_inference.analyze.headline import Headline, headline
 from batch_inference.analyze.layouts import layouts
 from batch_inference.analyze.markdown import as_markdown
 from batch_inference.analyze.sections import best
-from batch_inference.analyze.tables import load_setting
+from batch_inference.analyze.tables import GROUP_BY, TO_MENTION, load_setting
 from batch_inference.analyze.terminal import as_text
+from batch_inference.analyze.wording import column_words
 from batch_inference.core.results import Result
 from builders import make_point, make_result, make_run, save_all
 from conftest import REPOSITORY
@@ -165,6 +166,15 @@ def test_what_else_tells_groups_apart_is_said(head: Any) -> None:
     first, second = head([make_result("a", [make_point()]), other]).sentences
     assert first.startswith(f"On 1 × H100, {LLAMA} (quantization unknown), 64")
     assert second.startswith(f"On 1 × H100, {LLAMA} (quantization fp8), 64")
+
+
+def test_what_tells_groups_apart_is_said_in_words(head: Any) -> None:
+    eager = make_result("b", [make_point()], engine={"enforce_eager": True, "kv_cache_dtype": "fp8"})
+    first, second = head([make_result("a", [make_point()]), eager]).sentences
+    assert first.startswith(f"On 1 × H100, {LLAMA} (KV cache dtype auto, without eager mode), 64")
+    assert second.startswith(f"On 1 × H100, {LLAMA} (KV cache dtype fp8, with eager mode), 64")
+    # Flags are called what a user gives.
+    assert not [name for name in (*GROUP_BY, *TO_MENTION) if "_" in column_words(name)]
 
 
 def test_three_lengths_have_a_sentence_each_and_others_are_counted(head: Any) -> None:

@@ -13,6 +13,7 @@ from batch_inference.analyze.compare import PLACE, halves, overlapping, simplici
 from batch_inference.analyze.front import Measured, is_on_front
 from batch_inference.analyze.tables import believable, half_width, percentile_column
 from batch_inference.core.metrics import METRIC_BY_NAME, Better
+from batch_inference.core.text import short
 
 Record = dict[Hashable, Any]
 
@@ -57,8 +58,19 @@ class Limits:
         return {percentile_column(name, self.percent): most for name, most in limits.items() if most is not None}
 
     def __str__(self) -> str:
+        return ", ".join(
+            f"{words} ≤ {most:g} s" for words, most in zip(self._words(), self.columns().values(), strict=True)
+        )
+
+    def said_of(self, row: Record) -> str:
+        """The numbers of a point that are limited."""
+        return ", ".join(
+            f"{words} {short(row[name])} s" for words, name in zip(self._words(), self.columns(), strict=True)
+        )
+
+    def _words(self) -> list[str]:
         words = {"latency": self.latency_s, "TTFT": self.ttft_s, "TPOT": self.tpot_s}
-        return ", ".join(f"{name} p{self.percent:g} ≤ {most:g} s" for name, most in words.items() if most is not None)
+        return [f"{name} p{self.percent:g}" for name, most in words.items() if most is not None]
 
 
 NO_LIMITS = Limits()

@@ -8,9 +8,9 @@ from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow, gains_of_orders
 from batch_inference.analyze.queues import QueuePoint, is_told, phases
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import SUSPECT_LINE, few, with_ends
+from batch_inference.analyze.wording import SUSPECT_LINE, few, value_words, with_ends
 from batch_inference.core.queue_runs import Interval
-from batch_inference.core.text import counted, on_each, plain, short, significant
+from batch_inference.core.text import counted, on_each, short, significant
 from batch_inference.core.values import OWN_END
 
 # Below so many hours a job is told in minutes, and below so many minutes in seconds.
@@ -62,7 +62,7 @@ def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
 def told_apart(answer: JobAnswer, answers: Sequence[JobAnswer]) -> str:
     """What of the job, and of what it was measured on, is not as in the others."""
     unlike = [
-        f"{name} {'unknown' if answer.group[place] is None else plain(answer.group[place])}"
+        value_words(name, answer.group[place])
         for place, name in enumerate(ALIKE)
         if len({str(other.group[place]) for other in answers}) > 1
     ]

@@ -17,6 +17,7 @@ from batch_inference.analyze.tables import GROUP_BY, believable, half_width
 from batch_inference.analyze.wording import (
     FRONT_TITLE,
     SUSPECT_LINE,
+    column_words,
     few,
     known,
     metric_text,
@@ -134,8 +135,7 @@ def _none_keeps(choice: Choice, analysis: Analysis) -> str:
     start = f"length {choice.seq_len}: no point meets the limits"
     if choice.nearest is None:
         return f"{start}; the percentiles are not known"
-    columns = analysis.question.limits.columns()
-    numbers = ", ".join(f"{name} {short(choice.nearest[name])}" for name in columns)
+    numbers = analysis.question.limits.said_of(choice.nearest)
     return f"{start}; nearest: {choice.nearest['setting']} at batch {choice.nearest['batch_size']}, {numbers}"
 
 
@@ -225,7 +225,7 @@ def compared(comparison: SetComparison) -> Section:
         pairs.append(
             ("throughput, new / old", f"{mean:.4f} (geometric mean), from {ratio.min():.4f} to {ratio.max():.4f}")
         )
-    pairs += [(name, f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
+    pairs += [(column_words(name), f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
     order = {word: number for number, word in enumerate(("lost", "worse", "better", "unknown", "no difference"))}
     columns = ["setting", "seq_len", "batch_size", "old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95",
                "change", "verdict"]  # fmt: skip
