@@ -16,7 +16,7 @@ from batch_inference.analyze.decide import Limits
 from batch_inference.analyze.headline import Headline, headline
 from batch_inference.analyze.layouts import layouts
 from batch_inference.analyze.markdown import as_markdown
-from batch_inference.analyze.sections import best
+from batch_inference.analyze.sections import Section, best
 from batch_inference.analyze.tables import GROUP_BY, TO_MENTION, load_setting
 from batch_inference.analyze.terminal import as_text
 from batch_inference.analyze.wording import column_words
@@ -382,6 +382,9 @@ def test_the_answer_comes_first_everywhere_and_no_number_is_broken() -> None:
     lines = as_text([], answer).splitlines()
     assert lines[:2] == ["On 4 × H100, " + " ".join(["word"] * 11), "25,490 ± 190 tok/s."]
     assert lines[2:] == ["", "Second."]
+    # In a section too.
+    text = as_text([Section("T", lines=["word " * 15 + "14 % of 25490 ±190 tok/s"])])
+    assert text.splitlines()[-1] == "    14 % of 25490 ±190 tok/s"
     assert as_markdown([], [], [], answer).startswith(
         f"# Title\n\n9 settings · H100\n\n**{sentence}**\n\nSecond.\n\nThis runs it:\n\n```bash\nvllm serve\n```\n"
     )

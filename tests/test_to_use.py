@@ -773,7 +773,10 @@ def for_a_deadline(tmp_path: Path, **config: Any) -> Path:
     result = setting("tp_2", queue(2), sizes=(2, 1, 1), engine={"max_num_seqs": 2}, config=config)
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=100 / 3600))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py", "ray_data.py"]
-    assert ("deadline", "met by 3 replicas, so 6 devices, as in ray_data.py") in to_use.section.pairs
+    assert (
+        "deadline",
+        "met by 3 replicas, so 6 devices, as in ray_data.py; the other commands start 1",
+    ) in to_use.section.pairs
     # The one that has three replicas.
     assert [Path(words[1]).name for words in to_use.section.commands[:2]] == ["ray_data.py", "run.py"]
     why = "the fewest devices for the deadline, for the job of 480 requests"

@@ -120,7 +120,8 @@ def _section(chosen: Winner, setting: EngineSetting, folder: Path, texts: dict[s
     ]
     if chosen.replicas:
         devices = counted(chosen.replicas * setting.devices_per_replica, "device")
-        has_them = f", as in {RAY}" if RAY in texts else ""
+        others = f"; the other commands start {setting.replicas}" if chosen.replicas != setting.replicas else ""
+        has_them = f", as in {RAY}{others}" if RAY in texts else ""
         pairs.append(("deadline", f"met by {counted(chosen.replicas, 'replica')}, so {devices}{has_them}"))
     lines = [*chosen.notes, *setting.notes, *([SUSPECT_LINE] if chosen.is_suspect else [])]
     if setting.on_cpu and CONFIG in texts:

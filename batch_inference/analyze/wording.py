@@ -76,7 +76,7 @@ def spoken(number: str) -> str:
 
 
 # What belongs to a number stays on its line.
-_WITH_NUMBER = re.compile(r"(?<=\d) (?=[±×+]|tok/s|s\b|min\b|h\b)|(?<=[±×+]) ")
+_WITH_NUMBER = re.compile(r"(?<=\d) (?=[±×+%]|tok/s|s\b|min\b|h\b)|(?<=[±×+]) ")
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
