@@ -250,7 +250,7 @@ def test_two_sets_are_told_with_what_is_in_one_of_them_alone() -> None:
     assert part.pairs == [
         ("points compared", "3: 1 better, 1 worse, 1 unknown"),
         ("throughput, new / old", "1.0000 (geometric mean), from 0.5000 to 2.0000"),
-        ("dtype", "a before, b now"), ("vllm_version", "1 before, 2 now"), ("host", "x before, y now"),
+        ("dtype", "a before, b now"), ("vLLM", "1 before, 2 now"), ("host", "x before, y now"),
     ]  # fmt: skip
     assert part.rows == [
         ["s", "8", "2", "worse", "0.5000", "2.000", "1.000"],

@@ -165,7 +165,7 @@ def test_a_folder_of_two_gpu_models_is_not_ranked_together(analyze: Run, tmp_pat
     done = analyze("--input", tmp_path, "--no-plots")
     best = [line.split()[4] for line in done.stdout.splitlines() if line.split()[1:2] == ["throughput"]]
     assert best == ["fast", "slow"]
-    assert "they differ in device_name" in " ".join(done.stdout.split())
+    assert "they differ in device" in " ".join(done.stdout.split())
     table = pd.read_csv(tmp_path / "analysis" / "results.csv")
     assert table["group"].tolist() == [1, 2]
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from batch_inference.analyze.compare import overlapping
-from batch_inference.analyze.decide import COST, GOALS, Choice, Limits, choices, keeps, with_cost, with_pareto
+from batch_inference.analyze.decide import (
+    COST,
+    GOALS,
+    Choice,
+    Limits,
+    choices,
+    keeps,
+    why_before_better,
+    with_cost,
+    with_pareto,
+)
 from batch_inference.analyze.tables import believable, load_setting, point_table
 from batch_inference.core.results import Point, Requests, Result
+from batch_inference.core.tried import limits_of
 from builders import make_point, make_result, make_run, save_all
 
 
@@ -84,6 +96,35 @@ def test_the_best_is_the_simplest_within_the_interval_of_the_highest(table: Any)
     points = table([high, near, far])
     assert winners(points)["throughput"] == ("tp_2", 4)
     assert ties(points, "throughput") == [("tp_1", 4), ("tp_4", 4)]
+
+
+@pytest.mark.parametrize(
+    ("better", "taken", "why"),
+    [
+        ({"verdict": "suspect"}, {}, "is not suspect"),
+        ({"sizes": (2, 1, 1)}, {}, "has fewer devices"),
+        ({"sizes": (2, 2, 1)}, {"sizes": (4, 1, 1)}, "has fewer kinds of parallelism"),
+        ({"engine_args": ["--block-size", "8"]}, {}, "has fewer flags of vLLM's"),
+    ],
+)
+def test_why_a_better_number_is_not_the_winner_is_known(
+    table: Any, better: dict[str, Any], taken: dict[str, Any], why: str
+) -> None:
+    def near(name: str, factor: float, **of: Any) -> Result:
+        point = make_point(4, latencies_s=[factor * s for s in (0.98, 1.0, 1.02)], verdict=of.get("verdict", "valid"))
+        return make_result(name, [point], of.get("sizes", (1, 1, 1)), config={"engine_args": of.get("engine_args", [])})
+
+    points = table([near("better", 1.0, **better), near("taken", 1.01, **taken)])
+    for choice in choices(points):
+        if choice.goal.name in ("throughput", "latency"):
+            assert choice.best is not None
+            assert choice.best["setting"] == "taken"
+            found = why_before_better(choice)
+            assert found is not None
+            assert (found[0]["setting"], found[1]) == ("better", why)
+    first, *_ = choices(table([near("better", 1.0), near("taken", 1.01)]))
+    assert first.best is not None
+    assert (first.best["setting"], why_before_better(first)) == ("better", None)
 
 
 def test_a_tie_is_named_once_at_its_best_point_and_the_winner_is_none(table: Any) -> None:
@@ -250,6 +291,11 @@ def test_the_front_needs_more_per_device_for_more_latency(
 ) -> None:
     points = [make_point(b, latencies_s=[s, s]) for b, s in zip(batches, latencies_s, strict=True)]
     assert with_pareto(table([make_result(points=points)]))["pareto"].tolist() == front
+
+
+def test_a_search_and_the_analysis_limit_the_same_numbers() -> None:
+    asked = SimpleNamespace(max_latency_s=1.0, max_ttft_s=2.0, max_tpot_s=3.0)
+    assert limits_of(asked) == Limits(1.0, 2.0, 3.0).columns()
 
 
 def test_a_percentile_of_a_limit_has_a_column_of_its_name(table: Any) -> None:

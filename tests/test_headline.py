@@ -16,11 +16,12 @@ from batch_inference.analyze.decide import Limits
 from batch_inference.analyze.headline import Headline, headline
 from batch_inference.analyze.layouts import layouts
 from batch_inference.analyze.markdown import as_markdown
-from batch_inference.analyze.sections import best
-from batch_inference.analyze.tables import load_setting
+from batch_inference.analyze.sections import Section, best
+from batch_inference.analyze.tables import GROUP_BY, TO_MENTION, load_setting
 from batch_inference.analyze.terminal import as_text
+from batch_inference.analyze.wording import column_words
 from batch_inference.core.results import Result
-from builders import make_point, make_result, save_all
+from builders import make_point, make_result, make_run, save_all
 from conftest import REPOSITORY
 
 LLAMA, H100 = "Llama-2-7b-chat-hf", {"devices": [{"name": "NVIDIA H100 80GB HBM3"}]}
@@ -55,7 +56,8 @@ def test_nine_settings_on_four_gpus_are_answered_in_two_sentences() -> None:
     )  # fmt: skip
     assert found.sentences == (
         "On 4 × H100, llama-3.1-8b, 512 + 128 tokens: DP=4 at 256 requests per replica gives 25,490 ± 190 tok/s. For "
-        "the shortest batch time take TP=4 at 16 requests: 0.554 ± 0.016 s (suspect).",
+        "the shortest batch time take TP=4 at 16 requests: 0.554 ± 0.016 s (suspect). 256 is the largest size measured "
+        "of DP=4, and throughput still grew by 14 % from 128: try larger ones with --batch-sizes.",
     )
 
 
@@ -166,6 +168,15 @@ def test_what_else_tells_groups_apart_is_said(head: Any) -> None:
     assert second.startswith(f"On 1 × H100, {LLAMA} (quantization fp8), 64")
 
 
+def test_what_tells_groups_apart_is_said_in_words(head: Any) -> None:
+    eager = make_result("b", [make_point()], engine={"enforce_eager": True, "kv_cache_dtype": "fp8"})
+    first, second = head([make_result("a", [make_point()]), eager]).sentences
+    assert first.startswith(f"On 1 × H100, {LLAMA} (KV cache dtype auto, without eager mode), 64")
+    assert second.startswith(f"On 1 × H100, {LLAMA} (KV cache dtype fp8, with eager mode), 64")
+    # Flags are called what a user gives.
+    assert not [name for name in (*GROUP_BY, *TO_MENTION) if "_" in column_words(name)]
+
+
 def test_three_lengths_have_a_sentence_each_and_others_are_counted(head: Any) -> None:
     points = [make_point(1, length) for length in (64, 128, 256, 512, 1024)]
     sentences = head([make_result("tp_1", points)]).sentences
@@ -173,6 +184,78 @@ def test_three_lengths_have_a_sentence_each_and_others_are_counted(head: Any) ->
         f"On 1 × H100, {LLAMA}, 64 + 32 tokens", "At 128 + 32 tokens", "At 256 + 32 tokens",
     ]  # fmt: skip
     assert [sentence.endswith(" 2 more prompt lengths below.") for sentence in sentences] == [False, False, True]
+
+
+# --- larger batches -----------------------------------------------------------------------------------------------
+
+LARGER = re.compile(r"(?<=\. )[^.]*try larger ones with --batch-sizes\.")
+
+
+def growing(name: str = "tp_1", at_4_s: float = 2.0, spread: float = 0.01, **changes: Any) -> Result:
+    """1, 2 and 4 requests; 2 take 1.5 s."""
+    seconds = {1: 1.0, 2: 1.5, 4: at_4_s}
+    points = [
+        make_point(batch, latencies_s=[second * (1 + one * spread) for one in (-1, 0, 1)])
+        for batch, second in seconds.items()
+    ]
+    for name_of_field, value in changes.pop("of_largest", {}).items():
+        setattr(points[-1], name_of_field, value)
+    return make_result(name, points, **changes)
+
+
+def larger(found: Headline) -> list[str]:
+    return [words for sentence in found.sentences for words in LARGER.findall(sentence)]
+
+
+def test_throughput_that_still_grew_at_the_largest_size_is_said(head: Any) -> None:
+    # 2 / 1.5 and 4 / 2 requests a second: half as many more.
+    (sentence,) = head([growing()]).sentences
+    words = "4 is the largest size measured of TP=1, and throughput still grew by 50 % from 2: try larger ones with "
+    assert sentence.endswith(f" {words}--batch-sizes.")
+    assert sentence.count("try larger") == 1
+
+
+def test_where_the_cost_has_another_winner_its_growth_is_said_too(head: Any) -> None:
+    two = make_result("tp_2", [make_point(batch, latencies_s=[s] * 3) for batch, s in ((2, 1.4), (4, 1.9))], (2, 1, 1))
+    assert larger(head([growing(), two], Question(price=1.0))) == [
+        "Throughput still grew at the largest sizes measured (TP=2 by 47 % from 2 to 4, TP=1 by 50 % from 2 to 4): try "
+        "larger ones with --batch-sizes."
+    ]
+
+
+def test_of_several_lengths_the_largest_growth_is_said_once(head: Any) -> None:
+    points = [
+        make_point(batch, length, latencies_s=[s] * 3)
+        for length, at_4_s in ((64, 2.0), (128, 2.5))
+        for batch, s in ((2, 1.5), (4, at_4_s))
+    ]
+    first, second = head([make_result("tp_1", points)]).sentences
+    assert "larger" not in first
+    assert second.endswith("throughput still grew by 50 % from 2: try larger ones with --batch-sizes.")
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        growing(at_4_s=2.96),  # by 1 %, which a search calls a tie
+        growing(at_4_s=2.5, spread=0.2),  # no more than chance
+        growing(at_4_s=4.0),  # 2 are better
+        make_result("tp_1", [make_point(4)]),  # nothing to compare with
+        make_result("tp_1", [make_point(b, latencies_s=[s]) for b, s in ((2, 1.5), (4, 2.0))]),  # no interval
+        # Asked for, and not reached: the search ended before, or memory did.
+        growing(config={"batch_sizes": [1, 2, 4, 8]}),
+        # It ran in waves, waited for memory, or the memory was nearly full.
+        growing(engine={"max_num_seqs": 2}),
+        growing(engine={"kv_cache_tokens": 4 * 96}),
+        growing(of_largest={"runs": [make_run(s, requests=4, counters={"preemptions": 1}) for s in (2.0, 2.01, 1.99)]}),
+    ],
+)
+def test_a_larger_size_is_not_named_where_it_would_not_help_or_was_tried(head: Any, result: Result) -> None:
+    assert larger(head([result])) == []
+
+
+def test_a_size_that_a_limit_holds_back_is_not_called_the_largest(head: Any) -> None:
+    assert larger(head([growing()], Question(Limits(latency_s=1.6)))) == []
 
 
 # --- replicas that nobody measured --------------------------------------------------------------------------------
@@ -296,10 +379,13 @@ def test_earlier_results_are_the_first_answer(head: Any) -> None:
 
 def test_the_answer_comes_first_everywhere_and_no_number_is_broken() -> None:
     sentence = "On 4 × H100, " + "word " * 11 + "25,490 ± 190 tok/s."
-    answer = Headline("Title", ("9 settings", "H100"), (sentence, "Second."), ("vllm", "serve"))
+    answer = Headline("Title", ("9 settings", "H100"), (sentence, "Second."), ("vllm", "serve"), "This runs it:")
     lines = as_text([], answer).splitlines()
     assert lines[:2] == ["On 4 × H100, " + " ".join(["word"] * 11), "25,490 ± 190 tok/s."]
     assert lines[2:] == ["", "Second."]
+    # In a section too.
+    text = as_text([Section("T", lines=["word " * 15 + "14 % of 25490 ±190 tok/s"])])
+    assert text.splitlines()[-1] == "    14 % of 25490 ±190 tok/s"
     assert as_markdown([], [], [], answer).startswith(
-        f"# Title\n\n9 settings · H100\n\n**{sentence}**\n\nSecond.\n\n```bash\nvllm serve\n```\n"
+        f"# Title\n\n9 settings · H100\n\n**{sentence}**\n\nSecond.\n\nThis runs it:\n\n```bash\nvllm serve\n```\n"
     )

@@ -116,6 +116,36 @@ def test_the_answer_of_a_job_names_what_is_as_good(tmp_path: Path) -> None:
     assert re.search(r"min \(0\.136 device-hours; tied within the intervals with [TP]P=2\)\. ", sentence), sentence
 
 
+def first_sentence(tmp_path: Path, *results: Result) -> str:
+    loaded = [load_setting(path) for path in save_all(list(results), tmp_path)]
+    return headline(analyse(loaded, Question())).sentences[0]
+
+
+def test_a_job_that_was_still_faster_at_the_largest_size_says_so(tmp_path: Path) -> None:
+    two, four = queue(2), queue(4, 96, life_s=1.5)
+    said = first_sentence(tmp_path, setting("tp_1", two, four))
+    words = r"4 is the largest size measured of TP=1, and throughput still grew by 3\d % from 2: try larger ones with "
+    assert re.search(f" {words}--batch-sizes.$", said), said
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        setting("tp_1", queue(4, 96, life_s=1.5)),
+        setting("tp_1", queue(2), queue(4, 96, life_s=2.5)),  # slower
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5), config={"batch_sizes": [2, 4, 8]}),
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5, counters={"peak_running": 3})),
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5, counters={"preemptions": 1})),
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5, memory={"peak_kv_use": 0.97})),
+        # All requests run at once.
+        setting("tp_1", queue(2, 4), queue(4, 4, life_s=1.5), jobs=[job(4)]),
+        setting("tp_1", queue(2), queue(4, 96, life_s=1.5, order="longest-first")),
+    ],
+)
+def test_of_a_job_no_larger_size_is_named_where_it_would_not_help(tmp_path: Path, results: Result) -> None:
+    assert "--batch-sizes" not in first_sentence(tmp_path, results)
+
+
 def test_replicas_share_the_job(tmp_path: Path) -> None:
     found = answer(tmp_path, setting("dp_2", queue(replicas=2), sizes=(1, 1, 2)))
     (row,) = found.rows
@@ -155,6 +185,60 @@ def test_of_a_job_that_was_run_the_drain_is_the_one_that_was_seen(tmp_path: Path
     said = said_of(found)
     assert f"tp_1 ran the whole job with {rate} on the plateau. The drain, in which fewer" in said
     assert f"took {end_s - start_s:.2f} s." in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "least"),
+    [("gpu", (1, 1, 1), "2.8"), ("gpu", (1, 2, 1), "14"), ("cpu", (1, 1, 1), "11")],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_interval_is_never_narrower_than_equal_runs_differ_and_that_is_said(
+    tmp_path: Path, kind: str, sizes: tuple[int, int, int], least: str, whole: bool
+) -> None:
+    device = {"device_kind": kind, "devices": [{"name": "one"}] * (sizes[0] * sizes[1])}
+    found = answer(tmp_path, setting("s", queue(), sizes=sizes, jobs=[job(48 if whole else 480)], environment=device))
+    (row,) = found.rows
+    assert row.is_as_run == whole
+    assert row.hours.high is not None
+    assert row.hours.high / row.hours.value - 1 >= row.forecast.equal_runs - 1e-9
+    words = f"95 % confidence interval, for s at least ±{least} % because two equal runs differ by that. Not in"
+    assert words in said_of(found)
+
+
+def test_of_a_wide_interval_its_least_width_is_not_said(tmp_path: Path) -> None:
+    found = answer(tmp_path, setting("s", queue()))
+    (row,) = found.rows
+    hours = row.hours.value
+    wide = replace(row, hours=Interval(hours, 0.9 * hours, 1.1 * hours))
+    assert "95 % confidence interval. Not in" in said_of(replace(found, rows=[wide]))
+    unknown = replace(row, hours=Interval(hours))
+    assert "95 % confidence interval. Not in" in said_of(replace(found, rows=[unknown]))
+
+
+def uneven(slower: float) -> Point:
+    """Two replicas, of which the second takes longer for as much."""
+    point = queue(replicas=2)
+    times = point.runs[0].requests
+    for of_requests in (times.queue_s, times.ttft_s, times.latency_s):
+        of_requests[48:] = [slower * one_s for one_s in of_requests[48:]]
+    return point
+
+
+@pytest.mark.parametrize(
+    ("whole", "said"),
+    [
+        # 24 s and a half: 24 rounds of two places that take turns.
+        (True, "The replicas were done after 24.5 to 29.4 s; the job takes as long as the last."),
+        (False, r"The replicas are done after 12\d to 14\d s; the job takes as long as the last\."),
+    ],
+)
+def test_of_replicas_that_are_not_done_together_it_is_said_when_each_is(tmp_path: Path, whole: bool, said: str) -> None:
+    jobs = [job(96 if whole else 480)]
+    found = answer(tmp_path, setting("dp_2", uneven(1.2), sizes=(1, 1, 2), jobs=jobs))
+    assert found.rows[0].is_as_run == whole
+    assert re.search(said, said_of(found)), said_of(found)
+    even = answer(tmp_path, setting("dp_2", uneven(1.0), sizes=(1, 1, 2), jobs=jobs))
+    assert "The replicas" not in said_of(even)
 
 
 def test_a_sample_that_cannot_tell_its_plateau_says_what_it_takes(tmp_path: Path) -> None:
@@ -293,6 +377,24 @@ def test_a_deadline_asks_for_the_fewest_devices_that_are_in_time(tmp_path: Path)
     assert (late.deadline, late.is_late) == (None, True)
 
 
+def test_what_wins_for_a_deadline_is_called_that_in_the_answer_and_the_section(tmp_path: Path) -> None:
+    results = [setting("tp_1", queue()), setting("dp_2", queue(replicas=2, life_s=0.7), sizes=(1, 1, 2))]
+
+    def said(deadline_h: float) -> tuple[str, dict[str, str]]:
+        loaded = [load_setting(path) for path in save_all(results, tmp_path)]
+        analysis = analyse(loaded, Question(job=JobQuestion(deadline_h=deadline_h)))
+        return headline(analysis).sentences[0], dict(job_section(analysis.jobs[0], analysis).pairs)
+
+    sentence, pairs = said(45 / 3600)
+    words = r"For the deadline of 0\.0125 h take 4 replicas as in DP=2 with 2 at once on each, so 4 devices: "
+    assert re.search(words, sentence), sentence
+    assert re.match(r"4 replicas as in dp_2 \(4 devices\), 2 at once on each: ", pairs["for the deadline"])
+    sentence, pairs = said(0.1 / 3600)
+    late = "No number of replicas meets the deadline of 2.77778e-05 h: the longest request alone takes longer."
+    assert sentence.endswith(late)
+    assert pairs["for the deadline"].startswith("no number of replicas is in time")
+
+
 def test_thinned_lengths_weigh_as_much_as_the_job_has_requests() -> None:
     thinned = job(requests=1003, every=10, last=3, prompt_lens=[PROMPT] * 103, output_lens=[OUTPUT] * 103)
     lengths = lengths_of_job(thinned)
@@ -322,11 +424,11 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert rest.startswith("job 480 requests: 3,840 prompt and 1,920 output tokens")
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
                     r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
-                    r"engine comes on top: here 40 s\. Finishing within 0\.03 h takes 3 replicas of TP=1, so "
-                    r"3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
+                    r"engine comes on top: here 40 s\. For the deadline of 0\.03 h take 3 replicas of TP=1 "
+                    r"with 2 at once on each, so 3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
-    assert re.search(r"deadline: 3 replicas of tp_1 \(3 devices\), 2 at once on each, take 1\.3\d* ±[\d.]+ min; at the "
-                     r"upper end of that interval \d+% of the time is left", text)  # fmt: skip
+    assert re.search(r"for the deadline 3 replicas of tp_1 \(3 devices\), 2 at once on each: 1\.3\d* ±[\d.]+ min; at "
+                     r"the upper end of that interval \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
     assert "suspect (tp_1, batch 2 x length 8): runs differ" in text
     lines = said.partition("\n\n/")[0].splitlines()

@@ -143,7 +143,7 @@ def test_a_regression_of_5_percent_is_found_and_the_rest_left_in_peace(analyze: 
     status, text = analyze(*flags, "--fail-on-regression", 3)
     assert status == 3
     assert "points compared 8: 4 worse, 4 no difference" in text
-    assert "vllm_version 0.32.0 before, 0.33.0 now" in text
+    assert "vLLM 0.32.0 before, 0.33.0 now" in text
     points = summary(tmp_path / "new")["comparison"]["points"]
     assert {(point["setting"], point["change"]) for point in points} == {("tp_4", "worse"), ("tp_1", "no difference")}
     for point in points:
@@ -157,8 +157,7 @@ def test_planted_mixed_gpus_are_never_ranked_together_silently(analyze: Any, tmp
     save_all([planted("h100", (1, 1, 1), 0.010), planted("a100", (1, 1, 1), 0.032, **a100)], tmp_path)
     _, text = analyze("--input", tmp_path)
     assert (
-        "2 groups of points that cannot be compared with each other: they differ in device_name. Each is ranked on"
-        in text
+        "2 groups of points that cannot be compared with each other: they differ in device. Each is ranked on" in text
     )
     groups = summary(tmp_path)["groups"]
     assert [group["is"]["device_name"] for group in groups] == ["NVIDIA A100", "NVIDIA H100 80GB HBM3"]
@@ -166,7 +165,7 @@ def test_planted_mixed_gpus_are_never_ranked_together_silently(analyze: Any, tmp
         assert {choice["best"]["setting"] for choice in group["best"]} == {name}
         assert not any(choice["ties"] for choice in group["best"])
     _, text = analyze("--input", tmp_path, "--allow-mixed")
-    assert "Best [MIXED: device_name]" in text
+    assert "Best [MIXED: device]" in text
     assert summary(tmp_path)["groups"][0]["mixed"] == ["device_name"]
     assert {choice["best"]["setting"] for choice in summary(tmp_path)["groups"][0]["best"]} == {"h100"}
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def page(tmp_path: Path) -> Any:
         drawn, missing = write_plots(analysis.groups, tmp_path, plots)
         sections, head = (
             sections_of(analysis),
-            headline(analysis, ("vllm", "serve", "--config", "best/vllm_config.yaml")),
+            replace(
+                headline(analysis), command=("vllm", "serve", "--config", "best/vllm_config.yaml"), runs="This runs it:"
+            ),
         )
         return as_html(sections, analysis.rows, drawn, [*missing, f"energy: {HOSTILE}"], head)
 
@@ -125,7 +128,7 @@ def test_what_would_be_better_stands_below_the_winner_with_its_command(page: Any
     one = make_result("tp_1", [make_point(4, latencies_s=[1.0])])
     text = page([one, make_result("tp_2", [make_point(4, latencies_s=[0.8])], (2, 1, 1))])
     text = re.sub("</?span[^>]*>", "", text)
-    parts = ('class="answer"', "vllm serve", "2 replicas of TP=1", "custom DP=2", "<nav")
+    parts = ('class="answer"', "This runs it:", "vllm serve", "2 replicas of TP=1", "custom DP=2", "<nav")
     places = [text.index(words) for words in parts]
     assert places == sorted(places)
 

@@ -637,8 +637,8 @@ def test_mixed_things_are_marked_in_every_title(groups: Any, tmp_path: Path, mon
     written, _ = write_plots(groups(results, Question(allow_mixed=True)), tmp_path)
     assert len(written) == 9
     for title, path in written:
-        assert "[MIXED: device_name]" in title
-        assert "[MIXED: device_name]" in saved[path].texts[0].get_text().replace("\n", " ")
+        assert "[MIXED: device]" in title
+        assert "[MIXED: device]" in saved[path].texts[0].get_text().replace("\n", " ")
         assert "NVIDIA H100 80GB HBM3 + NVIDIA A100" in texts(saved[path])
 
 

@@ -190,12 +190,11 @@ def test_unlike_things_are_grouped_and_the_difference_is_said(report: Any) -> No
     fast = make_result("a100", [make_point(latencies_s=[0.1])], environment={"devices": [{"name": "NVIDIA A100"}]})
     text = flat(as_text(report([make_result("h100", [make_point(latencies_s=[1.0])]), fast])))
     assert (
-        "2 groups of points that cannot be compared with each other: they differ in device_name. Each is ranked on"
-        in text
+        "2 groups of points that cannot be compared with each other: they differ in device. Each is ranked on" in text
     )
-    assert "group 1: device_name NVIDIA A100 (a100)" in text
-    assert "Best of group 1: device_name NVIDIA A100" in text
-    assert "Best of group 2: device_name NVIDIA H100 80GB HBM3" in text
+    assert "group 1: device NVIDIA A100 (a100)" in text
+    assert "Best of group 1: device NVIDIA A100" in text
+    assert "Best of group 2: device NVIDIA H100 80GB HBM3" in text
     assert "throughput 32.00 tok/s h100 1 1" in text
     assert "throughput 320.0 tok/s a100 1 1" in text
 
@@ -210,7 +209,7 @@ def test_a_value_that_only_one_group_knows_is_called_unknown_in_the_other(report
 def test_a_difference_within_a_group_is_mentioned(report: Any) -> None:
     other = make_result("b", [make_point()], config={"gpu_memory_utilization": 0.5})
     text = flat(as_text(report([make_result("a", [make_point()]), other])))
-    assert "The settings also differ in gpu_memory_utilization; results.csv has the values." in text
+    assert "The settings also differ in --gpu-memory-utilization; results.csv has the values." in text
 
 
 def test_replicas_say_that_the_batch_is_each_ones_own(report: Any) -> None:
@@ -305,7 +304,7 @@ def test_limits_are_named_and_what_misses_them_least(report: Any) -> None:
     parts = report(near(), Question(Limits(latency_s=0.5, ttft_s=5, percent=90)))
     text = flat(as_text(parts))
     assert "limits latency p90 ≤ 0.5 s, TTFT p90 ≤ 5 s" in text
-    assert "length 64: no point meets the limits; nearest: tp_2 at batch 4, latency_p90_s 1.016" in text
+    assert "length 64: no point meets the limits; nearest: tp_2 at batch 4, latency p90 1.016 s" in text
 
 
 def test_a_price_adds_a_ranking_by_cost(report: Any) -> None:
@@ -422,10 +421,10 @@ def unlike() -> list[Result]:
 def test_mixed_things_are_marked_in_every_title_that_ranks(report: Any) -> None:
     parts = report(unlike(), Question(allow_mixed=True))
     titles = [part.title for part in parts]
-    assert "Best [MIXED: device_name]" in titles
-    assert "Pareto front: throughput per device against latency [MIXED: device_name]" in titles
+    assert "Best [MIXED: device]" in titles
+    assert "Pareto front: throughput per device against latency [MIXED: device]" in titles
     assert all("[MIXED" in title for title in titles if title not in ("Measured", "Settings"))
-    assert "--allow-mixed ranks points together that differ in device_name" in flat(as_text(parts))
+    assert "--allow-mixed ranks points together that differ in device" in flat(as_text(parts))
     assert [row[3] for row in section(parts, "Best").rows] == ["a100"] * 3
 
 
@@ -433,7 +432,7 @@ def test_columns_of_ones_own_make_the_groups(report: Any) -> None:
     results = [make_result(name, [make_point()], config={"engine_args": [f"--{name}"]}) for name in ("x", "y")]
     parts = report(results, Question(group_by=("engine_args", "model")))
     assert [part.title for part in parts if part.title.startswith("Best")] == [
-        "Best of group 1: engine_args --x", "Best of group 2: engine_args --y",
+        "Best of group 1: vLLM's flags --x", "Best of group 2: vLLM's flags --y",
     ]  # fmt: skip
     # Also where they do not tell everything apart.
     mixed = report(unlike(), Question(group_by=("name",), allow_mixed=True))
@@ -466,7 +465,7 @@ def test_a_comparison_is_told_first_with_the_changes_on_top(report: Any) -> None
     part = parts[0]
     assert part.title == "Compared with the earlier results"
     assert part.pairs[0] == ("points compared", "3: 1 worse, 2 no difference")
-    assert part.pairs[2] == ("vllm_version", "0.32.0 before, 0.33.0 now")
+    assert part.pairs[2] == ("vLLM", "0.32.0 before, 0.33.0 now")
     assert part.rows[0][:4] == ["tp_1", "64", "2", "worse"]
     assert part.rows[0][4].startswith("0.952")
     assert part.rows[0][5:] == ["63.99", "60.94"]
@@ -475,14 +474,14 @@ def test_a_comparison_is_told_first_with_the_changes_on_top(report: Any) -> None
 @pytest.mark.slow
 def test_runs_as_many_as_their_interval_needs_are_called_adaptive(report: Any) -> None:
     old, new = (make_result(points=[make_point()], config={"num_runs": runs}) for runs in (3, None))
-    assert ("num_runs", "3 before, adaptive now") in report([new], old=[old])[0].pairs
-    assert ("num_runs", "adaptive before, 3 now") in report([old], old=[new])[0].pairs
-    assert not [name for name, _ in report([new], old=[new])[0].pairs if name == "num_runs"]
+    assert ("--num-runs", "3 before, adaptive now") in report([new], old=[old])[0].pairs
+    assert ("--num-runs", "adaptive before, 3 now") in report([old], old=[new])[0].pairs
+    assert not [name for name, _ in report([new], old=[new])[0].pairs if name == "--num-runs"]
 
 
 def test_sets_of_unlike_things_are_marked(report: Any) -> None:
     parts = report(unlike()[1:], old=[make_result("a100", [make_point()])])
-    assert parts[0].title == "Compared with the earlier results [MIXED: device_name]"
+    assert parts[0].title == "Compared with the earlier results [MIXED: device]"
 
 
 # --- much ---------------------------------------------------------------------------------------------------------

@@ -374,7 +374,7 @@ def test_a_file_for_vllm_serve_says_what_it_is_of(tmp_path: Path) -> None:
         "To use",
         [("setting", "dp_2, 64 at once on each of 2 replicas"), ("because", "best throughput at length 512")],
         commands=[
-            ["vllm", "serve", "--config", config, "--data-parallel-size", "2"],
+            ["python", str(tmp_path / "best" / "run.py"), "requests.jsonl", "answers.jsonl"],
             [
                 "vllm",
                 "run-batch",
@@ -387,7 +387,7 @@ def test_a_file_for_vllm_serve_says_what_it_is_of(tmp_path: Path) -> None:
                 "--data-parallel-size",
                 "2",
             ],
-            ["python", str(tmp_path / "best" / "run.py"), "requests.jsonl", "answers.jsonl"],
+            ["vllm", "serve", "--config", config, "--data-parallel-size", "2"],
         ],
     )
 
@@ -403,7 +403,8 @@ def test_what_an_earlier_analysis_wrote_goes_and_what_others_wrote_stays(tmp_pat
     over_nodes = grid("tp_2_nodes_2", {(4, 64): 1}, (2, 1, 1), config={"nnodes": 2})
     to_use = written([over_nodes], tmp_path)
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "ray_data.py"]
-    assert to_use.section.commands[0][-6:] == ["--nnodes", "2", "--node-rank", "0", "--master-addr", "ADDRESS"]
+    assert [words[1] for words in to_use.section.commands] == [str(best / "ray_data.py"), "serve"]
+    assert to_use.section.commands[1][-6:] == ["--nnodes", "2", "--node-rank", "0", "--master-addr", "ADDRESS"]
     assert "'distributed_executor_backend'" not in (text := (best / "ray_data.py").read_text())
     assert '"distributed_executor_backend": "ray",' in text
     (best / "notes.txt").write_text("mine")
@@ -414,7 +415,7 @@ def test_what_an_earlier_analysis_wrote_goes_and_what_others_wrote_stays(tmp_pat
     assert (best / "run.py").read_text() == "print('my own')"
     assert to_use.files == [best / "vllm_config.yaml"]
     assert to_use.section.lines == [f"run.py in {best} was not written by this program and was left as it is."]
-    assert [words[0] for words in to_use.section.commands] == ["vllm", "vllm"]
+    assert [words[:2] for words in to_use.section.commands] == [["vllm", "run-batch"], ["vllm", "serve"]]
     (best / "vllm_config.yaml").write_text("port: 1")
     to_use = written([grid("tp_2_nodes_2", {(4, 64): 1})], tmp_path)
     assert (to_use.files, to_use.section.commands) == ([], [])
@@ -443,8 +444,8 @@ def test_a_command_can_be_copied_from_everywhere(tmp_path: Path) -> None:
     result = grid("dp_2", {(64, 512): 1}, (1, 1, 2))
     to_use = write_to_use(analysed([result], tmp_path), "throughput", folder)
     assert to_use
-    words = ["vllm", "serve", "--config", str(folder / "vllm_config.yaml"), "--data-parallel-size", "2"]
-    shown = as_text([to_use.section]).partition("  vllm serve")
+    words = ["python", str(folder / "run.py"), "requests.jsonl", "answers.jsonl"]
+    shown = as_text([to_use.section]).partition("  python ")
     assert in_bash(f"{shown[1]}{shown[2]}".partition("\n  vllm run-batch")[0]) == words
     block = as_markdown([to_use.section], [], []).partition("```bash\n")[2].partition("\n```")[0]
     assert in_bash(block.splitlines()[0]) == words
@@ -509,12 +510,13 @@ def test_on_a_cpu_vllms_command_is_not_needed(tmp_path: Path) -> None:
     section = written([grid("dp_2", {(4, 64): 1}, (1, 1, 2), environment=cpu)], tmp_path).section
     config = str(tmp_path / "best" / "vllm_config.yaml")
     bind = "VLLM_CPU_OMP_THREADS_BIND='0,1|2,3'"
-    assert section.commands[:2] == [
-        [bind, "python", "-m", "vllm.entrypoints.openai.api_server", "--config", config, "--data-parallel-size", "2"],
+    assert section.commands == [
+        ["python", str(tmp_path / "best" / "run.py"), "requests.jsonl", "answers.jsonl"],
         [
             bind, "python", "-m", "vllm.entrypoints.openai.run_batch", "-i", "requests.jsonl", "-o", "answers.jsonl",
             "--config", config, "--data-parallel-size", "2",
         ],
+        [bind, "python", "-m", "vllm.entrypoints.openai.api_server", "--config", config, "--data-parallel-size", "2"],
     ]  # fmt: skip
     assert section.lines[-1].startswith("The lines with python -m do what vllm serve and vllm run-batch do: ")
 
@@ -710,7 +712,7 @@ def test_real_engines_answer_by_what_was_written(replicas: int, real_model: str,
         engine={"max_model_len": 96, "gpu_memory_utilization": 0.2},
         environment={"device_kind": kind, "devices": [{"name": "one", "cores": cores} for cores in cores_of(replicas)]},
     )  # fmt: skip
-    serve, run_batch, run_py = written([result], tmp_path).section.commands
+    run_py, run_batch, serve = written([result], tmp_path).section.commands
     (tmp_path / "requests.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in asked_of(real_model)))
 
     assert [answer.get("output_tokens", 0) > 0 for answer in answers_of(run_py, 1, tmp_path)] == [
@@ -771,7 +773,14 @@ def for_a_deadline(tmp_path: Path, **config: Any) -> Path:
     result = setting("tp_2", queue(2), sizes=(2, 1, 1), engine={"max_num_seqs": 2}, config=config)
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=100 / 3600))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py", "ray_data.py"]
-    assert ("deadline", "met by 3 replicas, so 6 devices, as in ray_data.py") in to_use.section.pairs
+    assert (
+        "deadline",
+        "met by 3 replicas, so 6 devices, as in ray_data.py; the other commands start 1",
+    ) in to_use.section.pairs
+    # The one that has three replicas.
+    assert [Path(words[1]).name for words in to_use.section.commands[:2]] == ["ray_data.py", "run.py"]
+    why = "the fewest devices for the deadline, for the job of 480 requests"
+    assert to_use.runs == f"This runs tp_2, 2 at once on each of 3 replicas ({why}):"
     return tmp_path / "best" / "ray_data.py"
 
 
@@ -838,6 +847,8 @@ def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=1))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py"]
     assert to_use.section.pairs[-1] == ("deadline", "met by 1 replica, so 1 device")
+    assert Path(to_use.section.commands[0][1]).name == "run.py"
+    assert to_use.runs.startswith("This runs dp_2_ep, 2 at once on each of 2 replicas (")
 
 
 @pytest.mark.vllm

@@ -10,7 +10,7 @@ import pandas as pd
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.tables import TO_MENTION, MeasuredSetting, differing, setting_labels
-from batch_inference.analyze.wording import few
+from batch_inference.analyze.wording import column_words, few
 from batch_inference.core.text import NO_REASON, counted, listed
 
 # A reason names so many of the settings that have it; results.csv has all.
@@ -32,7 +32,7 @@ def measured(analysis: Analysis) -> Section:
     for group in analysis.groups:
         if mixed := differing(group.points, TO_MENTION):
             where = f"The settings of group {group.number}" if analysis.unlike else "The settings"
-            lines.append(f"{where} also differ in {listed(mixed)}; results.csv has the values.")
+            lines.append(f"{where} also differ in {listed(map(column_words, mixed))}; results.csv has the values.")
     return Section("Measured", [(label, value) for label, value in pairs if value], lines=lines)
 
 
@@ -45,12 +45,12 @@ def _files(analysis: Analysis) -> str:
 def _groups(analysis: Analysis) -> Iterator[str]:
     if analysis.unlike:
         yield (f"{len(analysis.groups)} groups of points that cannot be compared with each other: they differ in "
-               f"{listed(analysis.unlike)}. Each is ranked on its own:")  # fmt: skip
+               f"{listed(map(column_words, analysis.unlike))}. Each is ranked on its own:")  # fmt: skip
         for group in analysis.groups:
             yield f"{group.name} ({_names(group.points['setting'])})"
     for group in analysis.groups:
         if group.mixed:
-            yield f"MIXED: --allow-mixed ranks points together that differ in {listed(group.mixed)}."
+            yield f"MIXED: --allow-mixed ranks points together that differ in {listed(map(column_words, group.mixed))}."
 
 
 def _names(column: pd.Series[Any]) -> str:

@@ -19,7 +19,8 @@ from batch_inference.analyze.tables import (
     point_table,
     setting_labels,
 )
-from batch_inference.core.text import in_short, plain
+from batch_inference.analyze.wording import column_words, value_words
+from batch_inference.core.text import in_short
 
 
 class QuestionError(Exception):
@@ -57,7 +58,7 @@ class Group:
 
 def mixed_mark(columns: Sequence[str]) -> str:
     """What every title that ranks unlike things together ends with; empty for like ones."""
-    return f" [MIXED: {', '.join(columns)}]" if columns else ""
+    return f" [MIXED: {', '.join(map(column_words, columns))}]" if columns else ""
 
 
 @dataclass(frozen=True)
@@ -145,4 +146,4 @@ def _group(number: int, points: pd.DataFrame, unlike: Sequence[str], limits: Lim
 def values_of(points: pd.DataFrame, columns: Sequence[str]) -> str:
     """The values of a group; it has one for each of these columns."""
     first = points.iloc[0]
-    return ", ".join(f"{name} {'unknown' if pd.isna(first[name]) else plain(first[name])}" for name in columns)
+    return ", ".join(value_words(name, first[name]) for name in columns)

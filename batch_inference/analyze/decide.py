@@ -13,6 +13,7 @@ from batch_inference.analyze.compare import PLACE, halves, overlapping, simplici
 from batch_inference.analyze.front import Measured, is_on_front
 from batch_inference.analyze.tables import believable, half_width, percentile_column
 from batch_inference.core.metrics import METRIC_BY_NAME, Better
+from batch_inference.core.text import short
 
 Record = dict[Hashable, Any]
 
@@ -57,8 +58,19 @@ class Limits:
         return {percentile_column(name, self.percent): most for name, most in limits.items() if most is not None}
 
     def __str__(self) -> str:
+        return ", ".join(
+            f"{words} ≤ {most:g} s" for words, most in zip(self._words(), self.columns().values(), strict=True)
+        )
+
+    def said_of(self, row: Record) -> str:
+        """The numbers of a point that are limited."""
+        return ", ".join(
+            f"{words} {short(row[name])} s" for words, name in zip(self._words(), self.columns(), strict=True)
+        )
+
+    def _words(self) -> list[str]:
         words = {"latency": self.latency_s, "TTFT": self.ttft_s, "TPOT": self.tpot_s}
-        return ", ".join(f"{name} p{self.percent:g} ≤ {most:g} s" for name, most in words.items() if most is not None)
+        return [f"{name} p{self.percent:g}" for name, most in words.items() if most is not None]
 
 
 NO_LIMITS = Limits()
@@ -112,6 +124,22 @@ def _best_and_ties(ranked: pd.DataFrame, goal: Goal) -> tuple[Record, list[Recor
     records: list[Record] = sorted(ranked[as_good].to_dict("records"), key=_simplicity)
     best = next(row for row in records if abs(row[goal.column] - highest[goal.column]) <= half)
     return best, [row for row in records if row is not best]
+
+
+# What decides between settings that the measurement cannot tell apart, in the order of `_simplicity`.
+_WHY_SIMPLER = ("is not suspect", "has fewer devices", "has fewer kinds of parallelism", "has fewer flags of vLLM's")
+
+
+def why_before_better(choice: Choice) -> tuple[Record, str] | None:
+    """The best of the ties, where its number is better than that of the winner, and why it is not the winner."""
+    if choice.best is None or not choice.ties:
+        return None
+    column, sign = choice.goal.column, 1 if choice.goal.better == "higher" else -1
+    highest = max(choice.ties, key=lambda row: sign * row[column])
+    if sign * highest[column] <= sign * choice.best[column]:
+        return None
+    pairs = zip(_simplicity(choice.best), _simplicity(highest), _WHY_SIMPLER, strict=True)
+    return highest, next(why for mine, other, why in pairs if mine < other)
 
 
 def _simplicity(row: Record) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
 from batch_inference.analyze.compare import LAYOUT, layout
-from batch_inference.analyze.decide import COST, Choice
-from batch_inference.analyze.job_sections import requests_words, time_text
+from batch_inference.analyze.decide import COST, GOALS, Choice
+from batch_inference.analyze.job_sections import replicas_words, requests_words, time_text
 from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
+from batch_inference.analyze.larger import Growth, growth_of_batch, growth_of_job, try_larger
 from batch_inference.analyze.replicas import said, to_measure, unmeasured_replicas
 from batch_inference.analyze.same_answers import of_another_model
 from batch_inference.analyze.sections import counts_of_changes
@@ -26,6 +27,7 @@ _ALSO = (
     ("latency", "It also has the shortest batch time:", "the shortest batch time"),
     ("cost", "It costs", "the least cost"),
 )
+_THROUGHPUT = GOALS[0].column
 # A group has a sentence for each of so many prompt lengths; of several groups each has one.
 _LENGTHS = 3
 # Characters of a setting's own name, where its layout does not tell it.
@@ -42,6 +44,7 @@ class Headline:
     facts: tuple[str, ...] = ()
     sentences: tuple[str, ...] = ()  # the first is the answer, the others go with it
     command: tuple[str, ...] = ()  # of the winner: words, quoted for a shell
+    runs: str = ""  # what the command runs, since the answer may name several settings
     unmeasured: str = ""  # what might be better than the answer, and was not measured
     to_measure: tuple[str, ...] = ()  # the command that measures it
 
@@ -49,14 +52,15 @@ class Headline:
 NO_HEADLINE = Headline()
 
 
-def headline(analysis: Analysis, command: Sequence[str] = ()) -> Headline:
+def headline(analysis: Analysis) -> Headline:
+    """Without a command of the winner, which may not have been written."""
     names = _Names(analysis)
     models = list(dict.fromkeys(map(names.model, _values(analysis, "model"))))
     title = f"{HEADING} of {few(models, 2)}" if models else HEADING
     facts, sentences = tuple(_facts(analysis)), tuple(_sentences(analysis, names))
     better = unmeasured_replicas(analysis)
     doubt = (said(better), to_measure(better, analysis)) if better else ("", ())
-    return Headline(title, facts, sentences, tuple(command), *doubt)
+    return Headline(title, facts, sentences, unmeasured=doubt[0], to_measure=doubt[1])
 
 
 def _values(analysis: Analysis, column: str) -> list[str]:
@@ -127,11 +131,13 @@ def _group_sentences(group: Group, analysis: Analysis, names: _Names) -> Iterato
     lengths = sorted(by_length)[:_LENGTHS] if len(analysis.groups) == 1 else sorted(by_length)[-1:]
     limits = str(analysis.question.limits)
     more = len(by_length) - len(lengths)
+    larger = list(try_larger([one for length in lengths for one in _growing(group, by_length[length], analysis)]))
     for number, length in enumerate(lengths, 1):
         where = f"{place}, " if number == 1 else "At "
         what = f"{where}{_tokens(group, length)}{f', with {limits}' if limits else ''}"
-        rest = f" {counted(more, 'more prompt length')} below." if more and number == len(lengths) else ""
-        yield f"{what}: {' '.join(_advice(group, by_length[length]))}{rest}"
+        rest = [f"{counted(more, 'more prompt length')} below."] if more else []
+        last = [*larger, *rest] if number == len(lengths) else []
+        yield f"{what}: {' '.join([*_advice(group, by_length[length]), *last])}"
 
 
 def _place(group: Group, analysis: Analysis, names: _Names) -> str:
@@ -167,6 +173,15 @@ def _advice(group: Group, choices: Sequence[Choice]) -> Iterator[str]:
     for choice, _, apart in others:
         if not _is_same(choice.best, fastest.best):
             yield f"For {apart} take {_taken(group, choice.best or {})}: {_number(choice, _as_good(group, choice))}."
+
+
+def _growing(group: Group, choices: Sequence[Choice], analysis: Analysis) -> Iterator[tuple[str, Growth]]:
+    """Of the points that `_advice` takes those whose throughput was still growing."""
+    for choice in choices:
+        if choice.best is not None and choice.goal.column in (_THROUGHPUT, COST):
+            growth = growth_of_batch(choice.best, group, analysis)
+            if growth is not None:
+                yield called(group, choice.best), growth
 
 
 def _is_same(one: Mapping[Hashable, Any] | None, two: Mapping[Hashable, Any] | None) -> bool:
@@ -214,7 +229,7 @@ def _tied(others: Sequence[str]) -> str:
 def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iterator[str]:
     of_group = dict(zip(ALIKE, answer.group, strict=False))
     model, job = names.model(of_group["model"]), requests_words(answer)
-    best, cheapest, deadline = answer.best, answer.cheapest, answer.deadline
+    best, cheapest = answer.best, answer.cheapest
     if best is None or cheapest is None:
         yield f"The job of {job}, {model}: no measured point can forecast it; the reasons are below."
         return
@@ -226,14 +241,24 @@ def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iter
         said.append(
             f"{_row_taken(cheapest, answer)} takes the fewest device-hours: {_hours(cheapest)}{_cost(cheapest)}."
         )
+    said += _deadline_sentence(answer, analysis.question.job.deadline_h or 0.0)
+    taken = [best] if cheapest is best else [best, cheapest]
+    growths = [(row, growth_of_job(row, answer)) for row in taken]
+    said += try_larger([(_called_row(row, answer), growth) for row, growth in growths if growth is not None])
+    yield " ".join(said)
+
+
+def _deadline_sentence(answer: JobAnswer, asked_h: float) -> Iterator[str]:
+    deadline = answer.deadline
+    if answer.is_late:
+        yield f"No number of replicas meets the deadline of {asked_h:g} h: the longest request alone takes longer."
     if deadline:
-        asked = f"{analysis.question.job.deadline_h:g} h"
-        said.append(
-            f"Finishing within {asked} takes {counted(deadline.replicas, 'replica')} of "
-            f"{_called_row(deadline.row, answer)}, so {counted(deadline.devices, 'device')}: "
+        row = deadline.row
+        yield (
+            f"For the deadline of {asked_h:g} h take {replicas_words(deadline, _called_row(row, answer))} with "
+            f"{row.point.batch_size} at once on each, so {counted(deadline.devices, 'device')}: "
             f"{spoken(time_text(deadline.hours))}."
         )
-    yield " ".join(said)
 
 
 def _row_taken(row: JobRow, answer: JobAnswer) -> str:

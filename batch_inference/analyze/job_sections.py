@@ -8,15 +8,19 @@ from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow, gains_of_orders
 from batch_inference.analyze.queues import QueuePoint, is_told, phases
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import SUSPECT_LINE, few, with_ends
+from batch_inference.analyze.wording import SUSPECT_LINE, few, value_words, with_ends
 from batch_inference.core.queue_runs import Interval
-from batch_inference.core.text import counted, on_each, plain, short, significant
+from batch_inference.core.text import counted, on_each, short, significant
 from batch_inference.core.values import OWN_END
 
 # Below so many hours a job is told in minutes, and below so many minutes in seconds.
 _FEWEST_HOURS, _FEWEST_MINUTES = 1.0, 1.0
 # What a grid says is worth a line where it is off by more.
 _GRID_OFF = 0.02
+# Replicas that are done within this share of the time are done together.
+_TOGETHER = 0.01
+# Equal runs are worth a line where they make at least this share of an interval.
+_MOST_OF_IT = 0.7
 _UNITS = (("h", 1.0), ("min", 60.0), ("s", 3600.0))
 
 
@@ -58,7 +62,7 @@ def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
 def told_apart(answer: JobAnswer, answers: Sequence[JobAnswer]) -> str:
     """What of the job, and of what it was measured on, is not as in the others."""
     unlike = [
-        f"{name} {'unknown' if answer.group[place] is None else plain(answer.group[place])}"
+        value_words(name, answer.group[place])
         for place, name in enumerate(ALIKE)
         if len({str(other.group[place]) for other in answers}) > 1
     ]
@@ -113,6 +117,8 @@ def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
     yield "fastest", _row_words(best)
     if cheapest is not best:
         yield "fewest device-hours", _row_words(cheapest)
+    if words := _deadline_words(answer):
+        yield "for the deadline", words
 
 
 def _row_words(row: JobRow) -> str:
@@ -130,7 +136,6 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     if answer.ties:
         others = [f"{row.setting} ({row.point.batch_size} at once: {time_text(row.hours)})" for row in answer.ties]
         yield f"tie: the interval of the fastest overlaps that of {few(others, 3, ' and {} more')}"
-    yield from _deadline_lines(answer)
     yield _basis(best)
     hits = best.point.summary.get("prefix_hit_share")
     if answer.is_cached and hits is not None:
@@ -142,9 +147,16 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     if any(row.point.verdict == "suspect" for row in answer.rows):
         yield SUSPECT_LINE
     yield (
-        "± or (… to …): 95 % confidence interval. Not in these times: engine starts, stragglers, failures, reading and "
-        "writing of files."
+        f"± or (… to …): 95 % confidence interval{_least_width(best)}. Not in these times: engine starts, stragglers, "
+        "failures, reading and writing of files."
     )
+
+
+def _least_width(row: JobRow) -> str:
+    hours, least = row.hours, row.forecast.equal_runs
+    if hours.high is None or least < _MOST_OF_IT * (hours.high / hours.value - 1):
+        return ""
+    return f", for {row.setting} at least ±{short(100 * least, 2)} % because two equal runs differ by that"
 
 
 def _basis(best: JobRow) -> str:
@@ -160,7 +172,21 @@ def _basis(best: JobRow) -> str:
         run = f"{point.requests:,} requests that were run"
         said = f"{best.setting} is forecast from {run}{on_plateau}, by {found.method}."
         drain = f"takes {short(found.drain_s.value, 3)} s of it"
-    return f"{said} The drain, in which fewer requests run, {drain}.{'' if is_known else f' {_too_few(point)}'}"
+    more = [_spread_of_replicas(best), "" if is_known else _too_few(point)]
+    return " ".join([f"{said} The drain, in which fewer requests run, {drain}.", *filter(None, more)])
+
+
+def _spread_of_replicas(row: JobRow) -> str:
+    """Where they are not done together the plateau and the drain do not add up to the hours."""
+    first_s, last_s = row.forecast.first_done_s, row.forecast.seconds.value
+    if row.is_as_run:
+        ends_s = [one.end_s for one in row.point.phases]
+        first_s, last_s = min(ends_s), max(ends_s)
+    if row.point.replicas < 2 or first_s > last_s * (1 - _TOGETHER):
+        return ""
+    verb = "were" if row.is_as_run else "are"
+    between = f"{short(first_s, 3)} to {short(last_s, 3)} s"
+    return f"The replicas {verb} done after {between}; the job takes as long as the last."
 
 
 def _too_few(point: QueuePoint) -> str:
@@ -172,21 +198,24 @@ def _too_few(point: QueuePoint) -> str:
     )
 
 
-def _deadline_lines(answer: JobAnswer) -> Iterator[str]:
+def _deadline_words(answer: JobAnswer) -> str | None:
+    """None where none is asked for."""
     deadline = answer.deadline
-    if answer.is_late:
-        yield "deadline: no number of replicas meets it, because the longest request alone takes longer."
-    if deadline:
-        yield f"deadline: {_deadline_words(deadline)}"
-
-
-def _deadline_words(deadline: Deadline) -> str:
+    if deadline is None:
+        late = "no number of replicas is in time, because the longest request alone takes longer"
+        return late if answer.is_late else None
     row = deadline.row
     return (
-        f"{counted(deadline.replicas, 'replica')} of {row.setting} ({counted(deadline.devices, 'device')}), "
-        f"{row.point.batch_size} at once on each, take {time_text(deadline.hours)}; at the upper end of that interval "
+        f"{replicas_words(deadline, row.setting)} ({counted(deadline.devices, 'device')}), "
+        f"{row.point.batch_size} at once on each: {time_text(deadline.hours)}; at the upper end of that interval "
         f"{deadline.margin:.0%} of the time is left"
     )
+
+
+def replicas_words(deadline: Deadline, name: str) -> str:
+    """3 replicas of tp_2; 8 replicas as in dp_4, of which one is a part."""
+    link = "as in" if deadline.row.point.replicas > 1 else "of"
+    return f"{counted(deadline.replicas, 'replica')} {link} {name}"
 
 
 def _order_lines(answer: JobAnswer) -> Iterator[str]:

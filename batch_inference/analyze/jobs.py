@@ -57,6 +57,7 @@ class JobRow:
     is_as_run: bool = False  # the whole job was run, and nothing is forecast
     layout: str = ""  # DP=4
     load_s: float | None = None  # that the engine took to start, which is not in the hours
+    is_largest: bool = False  # no larger batch size was tried with this setting, or asked for
 
     @property
     def device_hours(self) -> Interval:
@@ -195,6 +196,7 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
         is_as_run=is_as_run,
         layout=layout(*(int(setting.shared.get(name) or 0) for name in LAYOUT)),
         load_s=setting.load_s,
+        is_largest=point.batch_size >= setting.largest_size(None),
     )
 
 

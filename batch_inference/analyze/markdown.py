@@ -33,6 +33,7 @@ def _head(head: Headline) -> Iterator[str]:
     yield escaped(" · ".join(head.facts))
     for number, sentence in enumerate(head.sentences):
         yield f"**{escaped(sentence)}**" if number == 0 else escaped(sentence)
+    yield escaped(head.runs)
     yield _commands([head.command]) if head.command else ""
     yield escaped(head.unmeasured)
     yield _commands([head.to_measure]) if head.to_measure else ""

@@ -76,9 +76,10 @@ def _head(head: Headline) -> str:
     facts = f'<p class="facts">{escape(" · ".join(head.facts))}</p>' if head.facts else ""
     sentences = "".join(f"<p>{escape(kept_together(sentence))}</p>" for sentence in head.sentences)
     answer = f'<div class="answer">{sentences}</div>' if sentences else ""
+    runs = f"<p>{escape(kept_together(head.runs))}</p>" if head.runs else ""
     better = f"<p>{escape(kept_together(head.unmeasured))}</p>" if head.unmeasured else ""
     commands = [_command(words) if words else "" for words in (head.command, head.to_measure)]
-    return facts + answer + commands[0] + better + commands[1]
+    return facts + answer + runs + commands[0] + better + commands[1]
 
 
 def _contents(titles: Mapping[str, str], has_plots: bool, has_points: bool) -> str:

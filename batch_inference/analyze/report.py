@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from batch_inference.analyze import about
@@ -59,7 +60,9 @@ def write_report(
     """
     drawn, missing = _draw(analysis, folder, plots)
     sections = sections_of(analysis, to_use)
-    head = headline(analysis, to_use.section.commands[0] if to_use and to_use.section.commands else ())
+    head = headline(analysis)
+    if to_use and to_use.section.commands:
+        head = replace(head, command=tuple(to_use.section.commands[0]), runs=to_use.runs)
     page, report, results, summary = (folder / name for name in ("report.html", "report.md", "results.csv", SUMMARY))
     write_results_csv(analysis.rows, results)
     write_summary_json(analysis, unreadable, summary, to_use)

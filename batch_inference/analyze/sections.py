@@ -12,11 +12,12 @@ import pandas as pd
 
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark
 from batch_inference.analyze.compare import SetComparison, baseline_of
-from batch_inference.analyze.decide import COST, Choice
+from batch_inference.analyze.decide import COST, Choice, why_before_better
 from batch_inference.analyze.tables import GROUP_BY, believable, half_width
 from batch_inference.analyze.wording import (
     FRONT_TITLE,
     SUSPECT_LINE,
+    column_words,
     few,
     known,
     metric_text,
@@ -118,15 +119,23 @@ def _tie(choice: Choice) -> str:
         for row in choice.ties
     ]
     shown = few(others, 3, " and {} more settings: summary.json")
-    return f"tie, length {choice.seq_len}, {goal.name}, as good within the intervals: {shown}"
+    return f"tie, length {choice.seq_len}, {goal.name}, as good within the intervals: {shown}{_before_better(choice)}"
+
+
+def _before_better(choice: Choice) -> str:
+    """A table that names a winner, and beside it a better number, has to say why."""
+    found = why_before_better(choice)
+    if found is None or choice.best is None:
+        return ""
+    better, why = found
+    return f". {better['setting']} has the better number, but {choice.best['setting']} comes first: it {why}."
 
 
 def _none_keeps(choice: Choice, analysis: Analysis) -> str:
     start = f"length {choice.seq_len}: no point meets the limits"
     if choice.nearest is None:
         return f"{start}; the percentiles are not known"
-    columns = analysis.question.limits.columns()
-    numbers = ", ".join(f"{name} {short(choice.nearest[name])}" for name in columns)
+    numbers = analysis.question.limits.said_of(choice.nearest)
     return f"{start}; nearest: {choice.nearest['setting']} at batch {choice.nearest['batch_size']}, {numbers}"
 
 
@@ -216,7 +225,7 @@ def compared(comparison: SetComparison) -> Section:
         pairs.append(
             ("throughput, new / old", f"{mean:.4f} (geometric mean), from {ratio.min():.4f} to {ratio.max():.4f}")
         )
-    pairs += [(name, f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
+    pairs += [(column_words(name), f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
     order = {word: number for number, word in enumerate(("lost", "worse", "better", "unknown", "no difference"))}
     columns = ["setting", "seq_len", "batch_size", "old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95",
                "change", "verdict"]  # fmt: skip

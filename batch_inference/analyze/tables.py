@@ -68,6 +68,14 @@ class MeasuredSetting:
     columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
     queues: list[QueuePoint]
     answers: Answers | None = None
+    largest_asked: int = 0  # batch size
+
+    def largest_size(self, seq_len: int | None) -> int:
+        """The largest batch size that was asked for or tried at this prompt length, whatever became of it; None is the
+        length of a workload."""
+        places = zip(self.columns["batch_size"], self.columns["seq_len"], strict=True)
+        tried: list[int] = [size for size, length in places if length == seq_len]
+        return max([self.largest_asked, *tried])
 
     def batch_points(self) -> Iterator[tuple[int, int, int, float]]:
         """(batch size, prompt length, output tokens, output throughput) of those that were measured."""
@@ -117,6 +125,7 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         },
         queues=list(queue_points(result, summaries)),
         answers=result.answers,
+        largest_asked=max(result.config.batch_sizes, default=0),
     )
 
 

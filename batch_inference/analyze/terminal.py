@@ -52,12 +52,11 @@ def _head(head: Headline, width: int) -> Iterator[str]:
     for number, sentence in enumerate(head.sentences[:LIST_LIMIT]):
         if number:
             yield ""
-        lines = _lines(kept_together(short_name(sentence, 2 * LINE_LIMIT)), 0, width)
-        yield from (line.replace(NO_BREAK, " ") for line in lines)
+        yield from _lines(short_name(sentence, 2 * LINE_LIMIT), 0, width)
     yield from _rest(len(head.sentences) - LIST_LIMIT, "more answer")
     if head.unmeasured:
         yield ""
-        yield from (line.replace(NO_BREAK, " ") for line in _lines(kept_together(head.unmeasured), 0, width))
+        yield from _lines(head.unmeasured, 0, width)
     if head.to_measure:
         yield from _command(head.to_measure)
 
@@ -108,7 +107,8 @@ def _rest(count: int, what: str) -> Iterator[str]:
 
 def _lines(text: str, indent: int, width: int) -> list[str]:
     # Names come from files, and may be of any length.
-    return wrapped(text, indent, width=width, break_long_words=True)
+    lines = wrapped(kept_together(text), indent, width=width, break_long_words=True)
+    return [line.replace(NO_BREAK, " ") for line in lines]
 
 
 # --- tables -------------------------------------------------------------------------------------------------------

@@ -40,6 +40,13 @@ class ToUse:
     section: Section
     files: list[Path]
 
+    @property
+    def runs(self) -> str:
+        """What the first command runs, and why that: the line above it where it stands alone."""
+        is_ray = any(Path(word).name == RAY for word in self.section.commands[0])
+        replicas = self.chosen.replicas if is_ray else None
+        return f"This runs {_words(self.chosen, self.setting, replicas)} ({self.chosen.why}):"
+
 
 def write_to_use(analysis: Analysis, goal_word: str, folder: Path) -> ToUse | None:
     """Into `folder`, for the winner by that goal; None where there is none, and then nothing of an earlier one is left.
@@ -99,8 +106,10 @@ def _texts(chosen: Winner, setting: EngineSetting, version: str) -> dict[str, st
     return texts
 
 
-def _words(chosen: Winner, setting: EngineSetting) -> str:
-    each = f" on each of {counted(setting.replicas, 'replica')}" if setting.replicas > 1 else ""
+def _words(chosen: Winner, setting: EngineSetting, replicas: int | None = None) -> str:
+    """`replicas`: where they are not as many as were measured."""
+    replicas = replicas or setting.replicas
+    each = f" on each of {counted(replicas, 'replica')}" if replicas > 1 else ""
     return f"{chosen.name}, {setting.values['max_num_seqs']} at once{each}"
 
 
@@ -111,28 +120,37 @@ def _section(chosen: Winner, setting: EngineSetting, folder: Path, texts: dict[s
     ]
     if chosen.replicas:
         devices = counted(chosen.replicas * setting.devices_per_replica, "device")
-        has_them = f", as in {RAY}" if RAY in texts else ""
+        others = f"; the other commands start {setting.replicas}" if chosen.replicas != setting.replicas else ""
+        has_them = f", as in {RAY}{others}" if RAY in texts else ""
         pairs.append(("deadline", f"met by {counted(chosen.replicas, 'replica')}, so {devices}{has_them}"))
     lines = [*chosen.notes, *setting.notes, *([SUSPECT_LINE] if chosen.is_suspect else [])]
     if setting.on_cpu and CONFIG in texts:
         lines.append(_NO_COMMAND)
-    return Section("To use", pairs, lines=lines, commands=list(_commands(setting, folder, texts)))
+    # run.py has as many replicas as were measured, and would miss a deadline that needs more.
+    has_own_replicas = chosen.replicas not in (None, setting.replicas)
+    commands = list(_commands(setting, folder, texts, has_own_replicas=has_own_replicas))
+    return Section("To use", pairs, lines=lines, commands=commands)
 
 
-def _commands(setting: EngineSetting, folder: Path, texts: dict[str, str]) -> Iterator[list[str]]:
-    """Their words, quoted for a shell."""
+def _commands(
+    setting: EngineSetting, folder: Path, texts: dict[str, str], *, has_own_replicas: bool
+) -> Iterator[list[str]]:
+    """Their words, quoted for a shell: the script for a file of requests first, since batches are what is measured."""
+    scripts = [(RUN, _ANSWERS), (RAY, "answers")]
+    if has_own_replicas:
+        scripts.reverse()
+    for name, target in scripts:
+        if name in texts:
+            yield ["python", shlex.quote(str(folder / name)), _REQUESTS, target]
     config = ["--config", shlex.quote(str(folder / CONFIG))]
     replicas = ["--data-parallel-size", str(setting.replicas)] if setting.replicas > 1 else []
     nodes = (
         ["--nnodes", str(setting.nnodes), "--node-rank", "0", "--master-addr", "ADDRESS"] if setting.nnodes > 1 else []
     )
-    if CONFIG in texts:
-        yield [*_vllm("serve", setting), *config, *replicas, *nodes]
     if CONFIG in texts and not nodes:
         yield [*_vllm("run-batch", setting), "-i", _REQUESTS, "-o", _ANSWERS, *config, *replicas]
-    for name, target in ((RUN, _ANSWERS), (RAY, "answers")):
-        if name in texts:
-            yield ["python", shlex.quote(str(folder / name)), _REQUESTS, target]
+    if CONFIG in texts:
+        yield [*_vllm("serve", setting), *config, *replicas, *nodes]
 
 
 def _vllm(name: str, setting: EngineSetting) -> list[str]:

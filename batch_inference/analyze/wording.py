@@ -8,14 +8,44 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from batch_inference.analyze.tables import half_width
-from batch_inference.core.text import short, short_name
+from batch_inference.core.text import plain, short, short_name
 
 HEADING = "Batch inference: results"
 FRONT_TITLE = "Pareto front: throughput per device against latency"
 SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
+
+
+# What columns of results.csv are called where a reader meets them; of others the underscores go.
+_WORDS = {
+    "device_kind": "kind of device", "device_name": "device", "vllm_version": "vLLM",
+    "kv_cache_dtype": "KV cache dtype", "executor_class": "executor",
+    "multiprocess_engine": "an engine process of its own", "enforce_eager": "eager mode",
+    "num_speculative_tokens": "speculative tokens", "max_tokens": "output tokens", "top_p": "top-p",
+    "nnodes": "nodes", "cpu_name": "CPU", "power_limit_w": "power limit in W", "driver_version": "driver",
+    "torch_version": "torch", "num_runs": "--num-runs", "target_ci": "--target-ci", "max_runs": "--max-runs",
+    "max_num_seqs": "--max-num-seqs", "max_num_batched_tokens": "--max-num-batched-tokens",
+    "max_model_len": "--max-model-len", "gpu_memory_utilization": "--gpu-memory-utilization",
+    "cudagraph_mode": "CUDA graph mode", "enable_expert_parallel": "experts in parallel",
+    "kv_connector": "KV connector", "async_scheduling": "asynchronous scheduling", "engine_args": "vLLM's flags",
+}  # fmt: skip
+
+
+def column_words(name: str) -> str:
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+def value_words(name: str, value: object) -> str:
+    """device NVIDIA H100; quantization unknown; without eager mode."""
+    words = column_words(name)
+    if pd.isna(value):  # type: ignore[call-overload]
+        return f"{words} unknown"
+    if isinstance(value, (bool, np.bool_)):
+        return f"{'with' if value else 'without'} {words}"
+    return f"{words} {plain(value)}"
 
 
 # Of an interval whose sides differ by less the wider one stands for both.
@@ -46,7 +76,7 @@ def spoken(number: str) -> str:
 
 
 # What belongs to a number stays on its line.
-_WITH_NUMBER = re.compile(r"(?<=\d) (?=[±×+]|tok/s|s\b|min\b|h\b)|(?<=[±×+]) ")
+_WITH_NUMBER = re.compile(r"(?<=\d) (?=[±×+%]|tok/s|s\b|min\b|h\b)|(?<=[±×+]) ")
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 

@@ -105,10 +105,17 @@ class ExperimentConfig:
         metavar="X,X,..",
     )
     max_latency_s: float | None = _flag(
-        None, "for --batch-sizes auto: upper limit of the p99 request latency", seconds, measured=False
+        None,
+        "for --batch-sizes auto: upper limit of the p99 latency of a batch, over its runs",
+        seconds,
+        measured=False,
     )
-    max_ttft_s: float | None = _flag(None, "the same for the time to first token", seconds, measured=False)
-    max_tpot_s: float | None = _flag(None, "the same for the time per output token", seconds, measured=False)
+    max_ttft_s: float | None = _flag(
+        None, "the same for the time to first token, over requests", seconds, measured=False
+    )
+    max_tpot_s: float | None = _flag(
+        None, "the same for the time per output token, over requests", seconds, measured=False
+    )
     seq_lens: tuple[int, ...] = _flag((512, 1024, 2048), "prompt lengths in tokens", prompt_lengths, measured=False)
     max_tokens: int = _flag(128, "output tokens of each request, exact", token_count, measured=False)
     prompts_file: str | None = _flag(

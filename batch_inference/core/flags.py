@@ -228,6 +228,12 @@ def _check_search(config: ExperimentConfig) -> None:
             raise ConfigError(
                 f"{flag_of(name)} {as_compared(value)}: it works only with --batch-sizes {AUTO}; add that, or drop it"
             )
+    for name in ("max_latency_s", "max_ttft_s") if config.prompts_file else ():
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"{flag_of(name)} {as_compared(value)}: the requests of a workload wait in one queue, so their waiting "
+                "times are those of the sample; drop it, or limit --max-tpot-s"
+            )
 
 
 def check_longest(config: ExperimentConfig) -> None:

@@ -74,6 +74,8 @@ class Forecast:
     method: str
     replicas: int
     imbalance: float  # tokens of the fullest replica / mean of all replicas - 1
+    first_done_s: float  # the replica that is done first; the last one is done after `seconds`
+    equal_runs: float  # half width, as a share, of the part of the interval of `seconds` that no measurement narrows
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +274,8 @@ def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forec
         found.method,
         replicas,
         float(np.mean([work.imbalance for work in works])),
+        float(each_s.min(axis=1).mean()),
+        _Z_95 * found.between_runs,
     )
 
 

@@ -46,7 +46,7 @@ def job_throughput(result: Result, point: Point) -> Interval | None:
 def as_it_was_run(found: Forecast, took_s: float, runs: Sequence[QueueRun]) -> Forecast:
     """For a job that was run as a whole: only how much another run may differ is a forecast."""
     half = _TWO_RUNS * runs[0].scatter
-    return replace(found, seconds=Interval(took_s, took_s * (1 - half), took_s * (1 + half)))
+    return replace(found, seconds=Interval(took_s, took_s * (1 - half), took_s * (1 + half)), equal_runs=half)
 
 
 def made_tokens(job: JobLengths, runs: Sequence[QueueRun]) -> float:

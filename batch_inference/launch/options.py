@@ -52,7 +52,9 @@ class Options:
         GOALS[0], f"for best, and for --batch-sizes auto: {listed(GOALS)}", "GOAL", one_of(GOALS), gives="--goal"
     )
     max_latency_s: float | None = _flag(
-        "max_latency_s", "S", help_text="for best, and for --batch-sizes auto: upper limit of the p99 request latency"
+        "max_latency_s",
+        "S",
+        help_text="for best, and for --batch-sizes auto: upper limit of the p99 latency of a batch",
     )
     max_ttft_s: float | None = _flag("max_ttft_s", "S")
     max_tpot_s: float | None = _flag("max_tpot_s", "S")
