@@ -122,7 +122,10 @@ def test_the_preset_that_a_page_shows_is_one(tmp_path: Path) -> None:
     launcher.unlink()
     launcher.write_text(f"{before}{shown[1]}\n{machinery}{after}")
     launcher.chmod(0o755)
-    planned = output_of(f"./{LAUNCHER.name} {shown[2]} --model models/tiny-llama --seq-lens 64 --dry-run", tmp_path)
+    planned = output_of(
+        f"./{LAUNCHER.name} {shown[2]} --model models/tiny-llama --seq-lens 64 --dry-run -- --load-format dummy",
+        tmp_path,
+    )
     assert re.findall(r"--name (\w+) .*(--max-num-batched-tokens \d+)", planned) == [
         ("tp_2_steps_2048", "--max-num-batched-tokens 2048"),
         ("tp_2_steps_8192", "--max-num-batched-tokens 8192"),

@@ -25,7 +25,7 @@ from batch_inference.launch import running
 from batch_inference.measure import locks, study
 from batch_inference.measure.locks import LockedError, devices_in_use, holder_of, lock_of, locked
 from batch_inference.measure.study import check_writable_paths, choose, claimed, differences
-from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment
+from conftest import REPOSITORY, SMALL_GRID, TINY, experiment_command, stub_environment
 from in_process import called
 
 HERE = Environment(started_at="2026-01-02", versions={"vllm": "0.32.0"}, devices=[DeviceInfo(0, "NVIDIA H100")])
@@ -288,7 +288,7 @@ def test_a_setting_that_another_program_measures_comes_last(tmp_path: Path, monk
 @pytest.mark.slow
 def test_two_launchers_share_a_folder(tmp_path: Path) -> None:
     """The second goes on to the next setting, and tries again at the end what the first is measuring."""
-    flags = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--batch-sizes", "1,2", "--seq-lens", "8")
+    flags = ("--model", TINY, "--batch-sizes", "1,2", "--seq-lens", "8")
     command = [str(REPOSITORY / "run_batch_experiments.sh"), "tensor-parallel", *flags, "--", "--num-runs", "2"]
     variables = {"PYTHON": sys.executable, "STUB_RUN_S": "0.2", "VLLM_CPU_OMP_THREADS_BIND": "0|0"}
     first = subprocess.Popen(

@@ -19,7 +19,7 @@ from batch_inference.core.installed_vllm import release_of
 from batch_inference.measure import vllm_names, vllm_version
 from batch_inference.measure.vllm_version import FIRST, LAST, check_vllm_version
 from batch_inference.plan import stand_ins
-from conftest import REPOSITORY, STUB, experiment_command, stub_environment
+from conftest import REPOSITORY, STUB, TINY, experiment_command, stub_environment
 from in_process import called
 
 LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
@@ -203,7 +203,7 @@ def test_both_programs_measure_with_a_version_that_nobody_tried_and_say_so(
     if program == "script":
         done = script(tmp_path, old_vllm, *grid, "--num-runs", "1")
     else:
-        model = ("--model", str(REPOSITORY / "models" / "tiny-llama"))
+        model = ("--model", TINY)
         command = [LAUNCHER, "custom", "TP=1", *model, *grid[:4], "--output-dir", str(tmp_path)]
         done = subprocess.run(command, cwd=tmp_path, env=old_vllm, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -216,7 +216,7 @@ def test_both_programs_measure_with_a_version_that_nobody_tried_and_say_so(
 
 @pytest.mark.slow
 def test_both_programs_end_at_once_where_no_engine_can_be_started(tmp_path: Path, old_vllm: dict[str, str]) -> None:
-    model = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64")
+    model = ("--model", TINY, "--seq-lens", "64")
     environment = {**old_vllm, "STUB_LACKS": "compilation_counter"}
     launcher = [LAUNCHER, "custom", "TP=1", *model]
     for done in (
