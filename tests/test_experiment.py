@@ -53,6 +53,7 @@ from batch_inference.measure.messages import Outcome, Prepare, Queue
 from batch_inference.measure.resume import has_runs_enough, is_enough, keep_job, set_aside_engine, starting_result
 from builders import make_point, make_queue_point, make_queue_run, make_result, make_run, make_timeline
 
+DIFFER = "runs differ: after 10 the 95 % interval is over ±2%; keep other work off the devices, or raise --max-runs"
 ENGINE = EngineInfo(
     vllm_version="0.32.0",
     dtype="bfloat16",
@@ -228,7 +229,7 @@ def test_target_and_limit_of_the_runs_are_the_flags(config: ExperimentConfig) ->
 
 def test_an_interval_that_is_not_reached_is_said(config: ExperimentConfig) -> None:
     result = run(config, FakeReplicas(timed([1.0, 1.06] * 5)))
-    assert result.points[0].verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%; raise --max-runs"]
+    assert result.points[0].verdict_reasons == [DIFFER]
 
 
 def test_a_single_run_is_suspect_because_nobody_knows_its_interval(config: ExperimentConfig) -> None:
@@ -279,7 +280,7 @@ def test_a_run_that_is_slow_for_no_known_reason_stays(config: ExperimentConfig) 
     point = run(config, FakeReplicas(timed([1.0, 3.1] + [1.0] * 8))).points[0]
     assert [run.latency_s for run in point.runs] == [1.0, 3.1] + [1.0] * 8
     assert len(point.warmups) == 2
-    assert point.verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%; raise --max-runs"]
+    assert point.verdict_reasons == [DIFFER]
 
 
 def test_compiling_again_and_again_ends_and_is_suspect(config: ExperimentConfig) -> None:
