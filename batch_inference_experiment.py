@@ -14,7 +14,7 @@ from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.packages import missing_to_measure
-from batch_inference.core.secrets import remember
+from batch_inference.core.secrets import redact_text, remember
 from batch_inference.core.signals import end_in_order
 from batch_inference.core.streams import print_kept, say, say_notes, secure_streams, show
 from batch_inference.measure.job_lengths import JobLengths, read_job
@@ -186,6 +186,7 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
         devices_in_use(environment.devices, f"{config.setting_name}, {config.output_path}") as used,
     ):
         say_notes([*notes, *used])
+        environment.used_by_others = list(map(redact_text, used))
         return sweep(config, here, devices, watch, environment)
 
 

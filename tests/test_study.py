@@ -7,9 +7,11 @@ import dataclasses
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from batch_inference.launch import running
 from batch_inference.measure import locks, study
 from batch_inference.measure.locks import LockedError, devices_in_use, holder_of, lock_of, locked
 from batch_inference.measure.study import check_writable_paths, choose, claimed, differences
+from batch_inference.plan.devices import find_devices
 from conftest import REPOSITORY, SMALL_GRID, TINY, experiment_command, stub_environment
 from in_process import called
 
@@ -235,6 +238,23 @@ def test_devices_that_another_sweep_uses_are_said(tmp_path: Path, monkeypatch: p
         assert re.match(rf"GPU 1: used by process {os.getpid()} on .* \(tp_2\)", used[0])
     with devices_in_use(devices, "tp_2") as nobody:
         assert nobody == []
+
+
+def test_devices_that_another_sweep_uses_are_kept_in_the_file(
+    experiment: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path / "t"))
+    cores = find_devices().ids[0]
+    with devices_in_use([DeviceInfo(0, "a CPU", cores=cores)], "tp_9"):
+        done = experiment()
+    used = f"cores {cores}: used by process {os.getpid()} on {socket.gethostname()} (tp_9)"
+    assert f"note: {used}" in done.stderr.splitlines()
+    # Alone, but beside what was measured then.
+    assert "used by" not in experiment("--batch-sizes", "1,2,4").stderr
+    environment = load_result(tmp_path / "tp_1_results.json").environment
+    assert environment.used_by_others == [used]
+    assert len(environment.resumed_from) == 1
 
 
 @pytest.mark.slow
