@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -1093,6 +1094,43 @@ def test_all_batch_sizes_of_a_queue_are_measured_on_one_load_by_one_run_each(job
     assert [point.summary["plateau_output_tok_per_s"] for point in result.points] == [10.0, 40.0]
     assert [point.plateau_interval_by for point in result.points] == ["batch means"] * 2
     assert result.status == "complete"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        # The warm-ups of 2 and 8 requests take 2 s, the samples 32 s and 12 s.
+        ({}, []),
+        ({"point_timeout": 22.0}, []),
+        ({"point_timeout": 21.9}, [(1, 22)]),
+        ({"point_timeout": 8.0}, [(1, 22), (4, 9)]),
+        ({"point_timeout": 8.0, "sample": 8}, []),
+        ({"point_timeout": 8.0, "warmup_runs": 3}, [(1, 22), (4, 9)]),
+    ],
+)
+def test_a_sample_that_will_take_too_long_is_foretold(
+    job: ExperimentConfig, changes: dict[str, Any], sizes: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But never given up beforehand."""
+    result = queued(dataclasses.replace(job, **changes), QueueReplicas())
+    assert [point.status for point in result.points] == ["ok", "ok"]
+    said = " ".join(capsys.readouterr().err.split())
+    warnings = re.findall(
+        r"(\d+) at once: warning: at the pace of its warm-up the sample takes (\d+) s or more, ", said
+    )
+    assert [(int(size), int(seconds)) for size, seconds in warnings] == sizes
+    advice = f"over --point-timeout {changes.get('point_timeout', 900):g}; raise it, or give a smaller --sample"
+    assert said.count(advice) == len(sizes)
+
+
+def test_a_warmup_that_compiled_foretells_nothing(job: ExperimentConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    class Compiling(QueueReplicas):
+        def run(self) -> list[Outcome]:
+            compiled = 1 if self.prompts.stream[-2] == "warmup" else 0
+            return [replace(one, jit_compilations=compiled) for one in super().run()]
+
+    queued(dataclasses.replace(job, point_timeout=8.0), Compiling())
+    assert "--point-timeout" not in capsys.readouterr().err
 
 
 def test_every_run_of_a_queue_has_a_stream_of_its_own(job: ExperimentConfig) -> None:
