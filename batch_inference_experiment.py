@@ -14,7 +14,7 @@ from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.failures import ADVICE, WorkFailedError
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.packages import missing_to_measure
-from batch_inference.core.secrets import remember
+from batch_inference.core.secrets import redact_text, remember
 from batch_inference.core.signals import end_in_order
 from batch_inference.core.streams import print_kept, say, say_notes, secure_streams, show
 from batch_inference.measure.job_lengths import JobLengths, read_job
@@ -23,6 +23,7 @@ from batch_inference.measure.vllm_version import check_vllm_version
 from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, facts_of
+from batch_inference.plan.model_place import check_weights
 from batch_inference.plan.needs import memory_against, needs_of
 from batch_inference.plan.obstacles import devices_against, is_coupled, rules_against
 from batch_inference.plan.place import Place, check_place, find_place
@@ -104,9 +105,11 @@ def read_workload(config: ExperimentConfig, place: Place | None) -> tuple[Experi
 
 
 def look_around(config: ExperimentConfig, place: Place | None, job: JobLengths | None = None) -> Surroundings:
-    """Raises ConfigError if a model folder or RAY_ADDRESS leads nowhere, or if the place does not fit."""
+    """Raises ConfigError if a model folder or RAY_ADDRESS leads nowhere, if the folder has no weights, or if the place
+    does not fit."""
     check_place(config, place)
     facts, cluster = facts_of(config), None
+    check_weights(config)
     devices = devices_elsewhere(config.devices) if config.devices else find_devices()
     # A plan needs no cluster, and vLLM refuses Ray on the CPU.
     if config.distributed_executor_backend == "ray" and devices.kind == "gpu" and not config.dry_run:
@@ -183,6 +186,7 @@ def measure(config: ExperimentConfig, here: Surroundings) -> int:
         devices_in_use(environment.devices, f"{config.setting_name}, {config.output_path}") as used,
     ):
         say_notes([*notes, *used])
+        environment.used_by_others = list(map(redact_text, used))
         return sweep(config, here, devices, watch, environment)
 
 

@@ -37,7 +37,7 @@ from batch_inference.core.config import ConfigError
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import Run, Timeline
 from batch_inference.core.workload import Workload
-from batch_inference.measure.experiment import WARMUP_LIVES
+from batch_inference.measure.job import WARMUP_LIVES
 
 WAYS = ("together", "alone", "bench")
 

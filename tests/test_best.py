@@ -33,7 +33,7 @@ from batch_inference.launch.jobs import Here, Job, job_of
 from batch_inference.launch.options import parse_options
 from batch_inference.launch.presets import Preset, Setting
 from batch_inference.plan.devices import Devices
-from conftest import REPOSITORY
+from conftest import REPOSITORY, with_weights
 
 RECORDED = REPOSITORY / "tests" / "h100x4"
 BEST = Preset("best", "", is_search=True)
@@ -98,7 +98,7 @@ def searched(
     tmp_path: Path, line: str = "", monkeypatch: pytest.MonkeyPatch | None = None, **engines: Any
 ) -> tuple[Best, Engines]:
     """`monkeypatch`: to have the clock of the engines."""
-    words = f"best --model {REPOSITORY}/models/llama-3.1-8b --seq-lens 512 --output-dir {tmp_path} {line}"
+    words = f"best --model {with_weights('llama-3.1-8b')} --seq-lens 512 --output-dir {tmp_path} {line}"
     options, fake = parse_options(words.split()), Engines(**engines)
     if monkeypatch:
         monkeypatch.setattr(searching, "time", fake)
@@ -346,6 +346,6 @@ def test_its_options_are_of_no_other_preset(tmp_path: Path, flag: str) -> None:
 
 
 def test_its_plan_names_all_settings_that_may_be_loaded(tmp_path: Path) -> None:
-    done = Launcher(tmp_path)("best", "--dry-run", "--model", f"{REPOSITORY}/models/llama-3.1-8b", DEVICES="4")
+    done = Launcher(tmp_path)("best", "--dry-run", "--model", with_weights("llama-3.1-8b"), DEVICES="4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--batch-sizes auto") == 9

@@ -32,9 +32,8 @@ from batch_inference.plan.obstacles import rules_against
 from batch_inference.plan.printed import setting_plan
 from batch_inference.plan.said import Said
 from batch_inference.plan.stand_ins import Group, UnknownError, be_first_rank_of
-from conftest import REPOSITORY, SMALL_GRID, STUB, assert_answers_at_once, experiment_command
+from conftest import REPOSITORY, SMALL_GRID, STUB, TINY, assert_answers_at_once, experiment_command
 
-TINY = str(REPOSITORY / "models" / "tiny-llama")
 EIGHT = devices_elsewhere(8)
 CPU = Devices("cpu", ("0", "1"))
 SHORT = ExperimentConfig(model=TINY, seq_lens=(64, 16), batch_sizes=(1, 4), max_tokens=16)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -53,6 +54,7 @@ from batch_inference.measure.messages import Outcome, Prepare, Queue
 from batch_inference.measure.resume import has_runs_enough, is_enough, keep_job, set_aside_engine, starting_result
 from builders import make_point, make_queue_point, make_queue_run, make_result, make_run, make_timeline
 
+DIFFER = "runs differ: after 10 the 95 % interval is over ±2%; keep other work off the devices, or raise --max-runs"
 ENGINE = EngineInfo(
     vllm_version="0.32.0",
     dtype="bfloat16",
@@ -228,7 +230,7 @@ def test_target_and_limit_of_the_runs_are_the_flags(config: ExperimentConfig) ->
 
 def test_an_interval_that_is_not_reached_is_said(config: ExperimentConfig) -> None:
     result = run(config, FakeReplicas(timed([1.0, 1.06] * 5)))
-    assert result.points[0].verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%; raise --max-runs"]
+    assert result.points[0].verdict_reasons == [DIFFER]
 
 
 def test_a_single_run_is_suspect_because_nobody_knows_its_interval(config: ExperimentConfig) -> None:
@@ -279,7 +281,7 @@ def test_a_run_that_is_slow_for_no_known_reason_stays(config: ExperimentConfig) 
     point = run(config, FakeReplicas(timed([1.0, 3.1] + [1.0] * 8))).points[0]
     assert [run.latency_s for run in point.runs] == [1.0, 3.1] + [1.0] * 8
     assert len(point.warmups) == 2
-    assert point.verdict_reasons == ["runs differ: after 10 the 95 % interval is over ±2%; raise --max-runs"]
+    assert point.verdict_reasons == [DIFFER]
 
 
 def test_compiling_again_and_again_ends_and_is_suspect(config: ExperimentConfig) -> None:
@@ -1092,6 +1094,43 @@ def test_all_batch_sizes_of_a_queue_are_measured_on_one_load_by_one_run_each(job
     assert [point.summary["plateau_output_tok_per_s"] for point in result.points] == [10.0, 40.0]
     assert [point.plateau_interval_by for point in result.points] == ["batch means"] * 2
     assert result.status == "complete"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        # The warm-ups of 2 and 8 requests take 2 s, the samples 32 s and 12 s.
+        ({}, []),
+        ({"point_timeout": 22.0}, []),
+        ({"point_timeout": 21.9}, [(1, 22)]),
+        ({"point_timeout": 8.0}, [(1, 22), (4, 9)]),
+        ({"point_timeout": 8.0, "sample": 8}, []),
+        ({"point_timeout": 8.0, "warmup_runs": 3}, [(1, 22), (4, 9)]),
+    ],
+)
+def test_a_sample_that_will_take_too_long_is_foretold(
+    job: ExperimentConfig, changes: dict[str, Any], sizes: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But never given up beforehand."""
+    result = queued(dataclasses.replace(job, **changes), QueueReplicas())
+    assert [point.status for point in result.points] == ["ok", "ok"]
+    said = " ".join(capsys.readouterr().err.split())
+    warnings = re.findall(
+        r"(\d+) at once: warning: at the pace of its warm-up the sample takes (\d+) s or more, ", said
+    )
+    assert [(int(size), int(seconds)) for size, seconds in warnings] == sizes
+    advice = f"over --point-timeout {changes.get('point_timeout', 900):g}; raise it, or give a smaller --sample"
+    assert said.count(advice) == len(sizes)
+
+
+def test_a_warmup_that_compiled_foretells_nothing(job: ExperimentConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    class Compiling(QueueReplicas):
+        def run(self) -> list[Outcome]:
+            compiled = 1 if self.prompts.stream[-2] == "warmup" else 0
+            return [replace(one, jit_compilations=compiled) for one in super().run()]
+
+    queued(dataclasses.replace(job, point_timeout=8.0), Compiling())
+    assert "--point-timeout" not in capsys.readouterr().err
 
 
 def test_every_run_of_a_queue_has_a_stream_of_its_own(job: ExperimentConfig) -> None:

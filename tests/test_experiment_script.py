@@ -24,6 +24,7 @@ from batch_inference_experiment import Surroundings, show_plan
 from conftest import (
     REPOSITORY,
     SMALL_GRID,
+    TINY,
     assert_answers_at_once,
     assert_as_the_schema_says,
     experiment_command,
@@ -239,8 +240,7 @@ def test_a_plan_counts_with_the_memory_that_is_given_before_that_of_this_machine
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def pool(given_gib: float | None) -> float:
-        model = str(REPOSITORY / "models" / "tiny-llama")
-        config = ExperimentConfig(model=model, seq_lens=(512,), device_memory_gib=given_gib)
+        config = ExperimentConfig(model=TINY, seq_lens=(512,), device_memory_gib=given_gib)
         here = Surroundings(read_model_facts(config.model), Devices("gpu", ("0",)), None, None)
         assert show_plan(config, here) == 0
         found = re.search(r"([0-9.]+) GiB are available for it", " ".join(capsys.readouterr().out.split()))

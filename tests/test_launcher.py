@@ -23,7 +23,16 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.flags import parse_flags
 from batch_inference.launch.__main__ import main as launch
 from batch_inference.plan import devices
-from conftest import REPOSITORY, assert_answers_at_once, commands_of, running_in, stub_environment, with_ctrl_c
+from conftest import (
+    REPOSITORY,
+    TINY,
+    assert_answers_at_once,
+    commands_of,
+    running_in,
+    stub_environment,
+    with_ctrl_c,
+    with_weights,
+)
 from in_process import called
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
@@ -224,7 +233,7 @@ def test_other_presets_over_nodes_use_mp_for_one_replica_and_torchrun_for_more(l
 
 
 def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launcher) -> None:
-    model = str(REPOSITORY / "models" / "llama-2-7b")
+    model = with_weights("llama-2-7b")
     done = launcher(
         "scaling-study", "--model", model, "--seq-lens", "512", "--dry-run", "--", "--device-memory-gib", "80",
         DEVICES="16",
@@ -247,7 +256,7 @@ def test_a_plan_is_a_script_that_says_what_every_setting_needs(launcher: Launche
 def test_a_plan_for_another_machine_counts_its_devices_and_prints_commands_without_its_flags(
     launcher: Launcher,
 ) -> None:
-    model = str(REPOSITORY / "models" / "llama-2-7b")
+    model = with_weights("llama-2-7b")
     words = ("tensor-parallel", "--model", model, "--dry-run", "--device-memory-gib", "80")
     elsewhere = launcher(*words, "--devices", "4", DEVICES="0")
     assert elsewhere.returncode == 0, elsewhere.stderr
@@ -264,7 +273,7 @@ def test_a_plan_for_another_machine_counts_its_devices_and_prints_commands_witho
 
 
 def test_a_plan_for_scripts_is_a_list_with_an_object_for_each_setting(launcher: Launcher) -> None:
-    model = str(REPOSITORY / "models" / "llama-2-7b")
+    model = with_weights("llama-2-7b")
     words = ("tensor-parallel", "--dry-run", "--json", "--devices", "4", "--seq-lens", "512,1024")
     done = launcher(*words, "--model", model, "--device-memory-gib", "80")
     assert (done.returncode, done.stderr) == (0, "")
@@ -320,10 +329,10 @@ def test_batches_that_keep_replicas_from_being_compared_are_named_before_they_ar
 
 
 def test_a_plan_names_what_the_model_does_not_allow(launcher: Launcher) -> None:
-    done = launcher("tensor-parallel", "--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64",
+    done = launcher("tensor-parallel", "--model", TINY, "--seq-lens", "64",
                     "--dry-run", DEVICES="16")  # fmt: skip
     assert len(commands_of(done)) == 4
-    done = launcher("custom", "PP=8", "--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64")
+    done = launcher("custom", "PP=8", "--model", TINY, "--seq-lens", "64")
     assert done.returncode == 1
     assert "pp_8 skipped: --pipeline-parallel-size 8 is more stages than the model's 4 layers" in done.stderr
 

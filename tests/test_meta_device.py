@@ -272,6 +272,23 @@ def test_a_plan_for_gpus_by_a_vllm_without_them(fake_vllm: FakeVLLM) -> None:
     assert fake_vllm.asked == [("config", None, 16, True), *built]
 
 
+def test_a_vllm_that_groups_the_layers_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0.33 does, in a module of its own."""
+    told, seen = answer(question()), []
+
+    def grouped(config: Any, specs: list[dict[str, Any]], pools: list[int], groups: object) -> list[Any]:
+        seen.append(groups)
+        return layout_of(config, specs, pools)
+
+    module = ModuleType("vllm.v1.core.kv_cache_planning")
+    vars(module).update(
+        get_kv_cache_configs=grouped, get_global_kv_cache_groups=lambda _, specs: f"{len(specs)} stages"
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert answer(question()) == told
+    assert set(seen) == {"2 stages"}
+
+
 def test_a_plan_for_the_machine_that_makes_it(fake_vllm: FakeVLLM) -> None:
     fake_vllm.is_cuda_alike = True
     told = answer(question("--block-size", "8"))

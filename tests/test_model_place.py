@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_launcher import Launcher
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import ModelFacts, facts_of, why_unread
-from batch_inference.plan.model_place import is_on_hub
+from batch_inference.plan.model_place import check_weights, is_on_hub
 from batch_inference.plan.overrides import NotFollowedError, hf_overrides
 from batch_inference.plan.printed import setting_plan
 from builders import infeasible
+from conftest import REPOSITORY
 
 GPU = Devices("gpu", ("0",))
 LLAMA = {
@@ -236,12 +238,85 @@ def test_with_a_length_that_vllm_finds_out_nothing_is_refused(tmp_path: Path) ->
     assert "GiB of weights" in printed(config)
 
 
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+NO_WEIGHTS = (
+    "the folder holds no weights (*.safetensors, *.bin, *.pt); give one that does, or --load-format dummy for random "
+    "weights"
+)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--load-format", "auto"),
+        ("--load_format=safetensors",),
+        ("--load-format", "dummy", "--load-format", "hf"),
+        ("--config-format", "mistral"),
+        ("--hf-config-path", "org/name"),
+    ],
+)
+def test_a_folder_without_weights_is_refused(tmp_path: Path, words: tuple[str, ...]) -> None:
+    config = setting(tmp_path, *words)
+    for name in ("tokenizer.json", "model.safetensors.index.json", "README.md"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError) as caught:
+        check_weights(config)
+    assert str(caught.value) == f"--model {tmp_path}: {NO_WEIGHTS}"
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "a.pt", "a.gguf", "consolidated.00.pth", "part/a.bin"])
+def test_a_folder_with_what_may_be_weights_is_not(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    check_weights(setting(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("--load-format", load_format) for load_format in (
+            "dummy", "sharded_state", "runai_streamer", "tensorizer", "bitsandbytes", "gguf", "of_a_plugin",
+        )),
+        ("--model-weights", "s3://bucket/weights"),
+    ],
+)  # fmt: skip
+def test_what_loads_weights_in_its_own_way_is_left_to_vllm(tmp_path: Path, words: tuple[str, ...]) -> None:
+    check_weights(setting(tmp_path, *words))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"devices": 4}, {"device_memory_gib": 80.0}, {"distributed_executor_backend": "ray"}]
+)
+def test_another_machine_may_have_the_weights(tmp_path: Path, changes: dict[str, Any]) -> None:
+    check_weights(setting(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("model", ["org/name", "org/name:Q4_K_M", "s3://bucket/model", "model.gguf"])
+def test_only_a_folder_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    check_weights(ExperimentConfig(model=model))
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize("plan", [("--dry-run",), ()], ids=["plan", "run"])
+def test_both_programs_say_so_before_anything_else(tmp_path: Path, experiment: Run, plan: tuple[str, ...]) -> None:
+    model = ("--model", "models/llama-2-7b")
+    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    for done in (experiment(*model, *plan), Launcher(tmp_path)("tensor-parallel", *model, *plan)):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: --model models/llama-2-7b: {NO_WEIGHTS}\n"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == []
 
 
 def test_a_model_in_mistrals_format_is_measured(experiment: Run, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "params.json").write_text("{}")
+    (tmp_path / "m" / "consolidated.safetensors").touch()
     done = experiment("--model", str(tmp_path / "m"), "--config-format", "mistral", "--max-model-len", "auto")
     assert done.returncode == 0, done.stderr
     stored = json.loads((tmp_path / "tp_1_results.json").read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, SMALL_GRID, free_ports, stub_environment, with_ctrl_c
+from conftest import REPOSITORY, SMALL_GRID, TINY, free_ports, stub_environment, with_ctrl_c
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Node]]:
 
     def start_node(rank: int, *flags: str, **variables: str) -> Node:
         command = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SMALL_GRID, "-tp", "2"]
-        command += ["--model", str(REPOSITORY / "models" / "tiny-llama"), "--output-file", "x.json"]
+        command += ["--model", TINY, "--output-file", "x.json"]
         command += ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", port]
         folder = tmp_path / f"node_{rank}"
         folder.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from batch_inference.launch.presets import Setting
 from batch_inference.launch.processes import Processes
 from batch_inference.measure.locks import lock_of, locked
 from batch_inference.plan.devices import Devices
-from conftest import REPOSITORY, stub_environment
+from conftest import TINY, stub_environment
 
 # Writes down when it ran, and on what.
 PROGRAM = """
@@ -141,7 +141,7 @@ def test_two_launchers_print_into_files_of_their_own(tmp_path: Path) -> None:
 
 def packed_study(folder: Path) -> subprocess.CompletedProcess[str]:
     """The launcher's, with four devices on whatever cores there are: the stub needs none."""
-    flags = ["--model", str(REPOSITORY / "models" / "tiny-llama"), "--batch-sizes", "1", "--seq-lens", "8"]
+    flags = ["--model", TINY, "--batch-sizes", "1", "--seq-lens", "8"]
     core = min(os.sched_getaffinity(0))
     return subprocess.run(
         [str(LAUNCHER), "tensor-parallel", "--pack", *flags, "--", "--num-runs", "3", "--max-tokens", "4"],

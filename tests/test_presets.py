@@ -19,10 +19,9 @@ from batch_inference.launch.presets import Preset, Setting, find_preset, read_ta
 from batch_inference.launch.stored import time_left
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import read_model_facts
-from conftest import REPOSITORY
+from conftest import TINY
 
 HERE = Here("python3", "")
-TINY = str(REPOSITORY / "models" / "tiny-llama")
 STUDY, DEMO = Preset("study", ""), Preset("quickstart", "", is_demo=True)
 
 

@@ -23,8 +23,11 @@ from batch_inference.analyze.plots import JOB_PLOTS, PLOTS
 from batch_inference.core.config import ExperimentConfig, flag_of
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.results import SCHEMA_VERSION
+from batch_inference.core.text import wrapped
+from batch_inference.core.verdict import judge
 from batch_inference.launch.options import Options
 from batch_inference.plan.devices import find_devices
+from builders import make_point, make_result
 from conftest import REPOSITORY, commands_of, stub_environment
 
 LAUNCHER = REPOSITORY / "run_batch_experiments.sh"
@@ -122,7 +125,10 @@ def test_the_preset_that_a_page_shows_is_one(tmp_path: Path) -> None:
     launcher.unlink()
     launcher.write_text(f"{before}{shown[1]}\n{machinery}{after}")
     launcher.chmod(0o755)
-    planned = output_of(f"./{LAUNCHER.name} {shown[2]} --model models/tiny-llama --seq-lens 64 --dry-run", tmp_path)
+    planned = output_of(
+        f"./{LAUNCHER.name} {shown[2]} --model models/tiny-llama --seq-lens 64 --dry-run -- --load-format dummy",
+        tmp_path,
+    )
     assert re.findall(r"--name (\w+) .*(--max-num-batched-tokens \d+)", planned) == [
         ("tp_2_steps_2048", "--max-num-batched-tokens 2048"),
         ("tp_2_steps_8192", "--max-num-batched-tokens 8192"),
@@ -341,13 +347,14 @@ def masked(text: str) -> set[str]:
     # A note is one line, however it was wrapped.
     text = re.sub(r"(?<=\S)\n {4}(?=[^ \d])|(?<=[^-])\n {4}(?=\d\S* ±)", " ", text)
     text = re.sub(r"\nFailed, missing and doubtful\n.*?\n\n", "\n", text, flags=re.DOTALL)
+    text = re.sub(r"^ {6}\S.*\n", "", text, flags=re.MULTILINE)  # the reasons below a point
     # The answer names who wins, and whether another is as good.
     text = re.sub(r"\nOn \d devices? \(.*?(?=\nBest\n|\n\.\.\.\n)", "", text, flags=re.DOTALL)
     text = re.sub(r"\*(?=\s)", "", text)
     text = re.sub(r"\b(valid|suspect|invalid)\b", "VERDICT", text)
     text = re.sub(r"-{3,}", "-", re.sub(r"\d+(\.\d+)?", "#", text))
     lines = {" ".join(line.split()) for line in text.splitlines()}
-    noise = ("runs differ", "not steady", "drift", "* VERDICT", "tie, ", "±# s")
+    noise = ("* VERDICT", "tie, ", "±# s")
     return {line for line in lines if not line.startswith(noise)}
 
 
@@ -360,6 +367,13 @@ def sample() -> str:
 def test_the_sample_output_is_short_and_fits_a_terminal() -> None:
     assert len(sample().splitlines()) <= LONGEST_SAMPLE
     assert max(map(len, sample().splitlines())) <= 80
+
+
+def test_the_reason_in_the_sample_is_the_verdicts() -> None:
+    point = make_point(latencies_s=[1.0, 1.3] * 5, verdict="suspect")
+    reasons, _ = judge(make_result(points=[point], config={"num_runs": None, "target_ci": 0.05}), point)
+    (differ,) = (reason for reason in reasons if reason.startswith("runs differ"))
+    assert "\n".join(wrapped(f"      {differ}", indent=6)) in sample()
 
 
 @pytest.mark.slow

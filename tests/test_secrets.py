@@ -31,7 +31,7 @@ from batch_inference.measure.variables import HARMLESS, SET, variables_kept
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.printed import setting_plan
 from builders import make_point, make_result, save_all
-from conftest import REPOSITORY, SMALL_GRID, commands_of, experiment_command, stub_environment
+from conftest import REPOSITORY, SMALL_GRID, TINY, commands_of, experiment_command, stub_environment
 
 # {} is the secret. Every line is one spelling that vLLM's parser, or a user in a hurry, may come with.
 SPELLINGS: tuple[tuple[str, ...], ...] = (
@@ -506,7 +506,7 @@ def test_a_plan_to_be_pasted_has_placeholders_and_says_so(tmp_path: Path) -> Non
         "--batch-sizes",
         "1",
     ]
-    launcher += ["--seq-lens", "8", "--model", str(REPOSITORY / "models" / "tiny-llama")]
+    launcher += ["--seq-lens", "8", "--model", TINY]
     secret = [
         "--",
         "--max-tokens",

@@ -7,9 +7,11 @@ import dataclasses
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from batch_inference.launch import running
 from batch_inference.measure import locks, study
 from batch_inference.measure.locks import LockedError, devices_in_use, holder_of, lock_of, locked
 from batch_inference.measure.study import check_writable_paths, choose, claimed, differences
-from conftest import REPOSITORY, SMALL_GRID, experiment_command, stub_environment
+from batch_inference.plan.devices import find_devices
+from conftest import REPOSITORY, SMALL_GRID, TINY, experiment_command, stub_environment
 from in_process import called
 
 HERE = Environment(started_at="2026-01-02", versions={"vllm": "0.32.0"}, devices=[DeviceInfo(0, "NVIDIA H100")])
@@ -237,6 +240,23 @@ def test_devices_that_another_sweep_uses_are_said(tmp_path: Path, monkeypatch: p
         assert nobody == []
 
 
+def test_devices_that_another_sweep_uses_are_kept_in_the_file(
+    experiment: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path / "t"))
+    cores = find_devices().ids[0]
+    with devices_in_use([DeviceInfo(0, "a CPU", cores=cores)], "tp_9"):
+        done = experiment()
+    used = f"cores {cores}: used by process {os.getpid()} on {socket.gethostname()} (tp_9)"
+    assert f"note: {used}" in done.stderr.splitlines()
+    # Alone, but beside what was measured then.
+    assert "used by" not in experiment("--batch-sizes", "1,2,4").stderr
+    environment = load_result(tmp_path / "tp_1_results.json").environment
+    assert environment.used_by_others == [used]
+    assert len(environment.resumed_from) == 1
+
+
 @pytest.mark.slow
 def test_two_scripts_at_once_never_write_one_file(tmp_path: Path) -> None:
     command = experiment_command(tmp_path, *SMALL_GRID)
@@ -288,7 +308,7 @@ def test_a_setting_that_another_program_measures_comes_last(tmp_path: Path, monk
 @pytest.mark.slow
 def test_two_launchers_share_a_folder(tmp_path: Path) -> None:
     """The second goes on to the next setting, and tries again at the end what the first is measuring."""
-    flags = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--batch-sizes", "1,2", "--seq-lens", "8")
+    flags = ("--model", TINY, "--batch-sizes", "1,2", "--seq-lens", "8")
     command = [str(REPOSITORY / "run_batch_experiments.sh"), "tensor-parallel", *flags, "--", "--num-runs", "2"]
     variables = {"PYTHON": sys.executable, "STUB_RUN_S": "0.2", "VLLM_CPU_OMP_THREADS_BIND": "0|0"}
     first = subprocess.Popen(

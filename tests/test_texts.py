@@ -417,7 +417,7 @@ def test_texts_without_a_tokenizer_or_a_template(small_tokenizer: str, tmp_path:
         f"note: --tokenizer {without}: its tokenizer has no chat template; prompts are used as they are"
     ]
     for document, asked, expected in (
-        (CUSTOM[0], ExperimentConfig(model=tiny), f"--model {tiny}: vLLM finds no tokenizer for texts ("),
+        (CUSTOM[0], ExperimentConfig(model=tiny), f"--model {tiny}: the folder holds no tokenizer ("),
         (chat(TURNS[:2]), config, f"--tokenizer {without}: its tokenizer has no chat template, and a chat needs one; "),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_nodes import processes_of, wait_for
 
-from conftest import REPOSITORY, free_ports, stub_environment, with_ctrl_c
+from conftest import REPOSITORY, TINY, free_ports, stub_environment, with_ctrl_c
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         meeting = ("--master-addr", "127.0.0.1", "--master-port", port, "--settle-s", "3", "--wait-for-nodes-s", "30")
         (tmp_path / name).mkdir()
         node = subprocess.Popen(
-            [str(REPOSITORY / "run_batch_experiments.sh"), *meeting, *words, "--model", MODEL, *GRID],
+            [str(REPOSITORY / "run_batch_experiments.sh"), *meeting, *words, "--model", TINY, *GRID],
             cwd=tmp_path / name,
             env=stub_environment(PYTHON=sys.executable, VLLM_CPU_OMP_THREADS_BIND="0|0", **variables),
             text=True, stdout=subprocess.PIPE, stderr=(tmp_path / name / "said").open("w"), preexec_fn=with_ctrl_c,
@@ -48,9 +48,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for node in nodes:
         node.kill()
         node.wait()
-
-
-MODEL = str(REPOSITORY / "models" / "tiny-llama")
 
 
 def codes_of(*nodes: Node) -> list[int]:

@@ -263,6 +263,35 @@ def test_a_model_without_a_tokenizer(
     assert renderer.seen == []
 
 
+@pytest.mark.usefixtures("renderer")
+@pytest.mark.parametrize(
+    ("name", "error", "why"),
+    [
+        ("config.json", OSError("x"), "the folder holds no tokenizer (such as tokenizer.json), which the texts of "
+                                      "--prompts-file need"),
+        ("config.json", ImportError("x"), "vLLM finds no tokenizer for texts (x)"),
+        *((name, OSError("x"), "vLLM finds no tokenizer for texts (x)") for name in (
+            "tokenizer.json", "spiece.model", "vocab.txt", "tekken.json", "x.gguf", "qwen.tiktoken",
+        )),
+    ],
+)  # fmt: skip
+def test_a_folder_without_a_tokenizer_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, why: str
+) -> None:
+    def fail(_: dict[str, Any]) -> None:
+        raise error
+
+    (tmp_path / name).touch()
+    monkeypatch.setattr(tokenizing, "_renderer", fail)
+    for words, flag in (([], "--model"), (["tokenizer", str(tmp_path)], "--tokenizer")):
+        with pytest.raises(ConfigError) as caught:
+            tokenizing.Tokenizer(str(tmp_path) if not words else "m", words, trust_remote_code=True)
+        assert str(caught.value) == (
+            f"{flag} {tmp_path}: {why}; give --tokenizer (a folder or a hub name), or a --prompts-file of token ids "
+            "(prompt_token_ids) or of lengths only (prompt_tokens), which needs none"
+        )
+
+
 def test_the_renderer_is_of_text_alone_and_has_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     class EngineArgs:
         language_model_only = False

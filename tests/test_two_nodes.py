@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY
 
 pytestmark = pytest.mark.vllm
 
@@ -55,7 +55,7 @@ def start_node(node: int, folder: Path, *words: str) -> subprocess.Popen[str]:
     """The launcher on one node, which has a core, a network and a folder of its own. Who is which node, it finds."""
     core = sorted(os.sched_getaffinity(0))[node]
     meeting = ["--master-addr", NODES[0][2], "--master-port", "29710", "--settle-s", "5"]
-    command = ["./run_batch_experiments.sh", "--model", "models/tiny-llama", *meeting, "--output-dir", str(folder)]
+    command = ["./run_batch_experiments.sh", "--model", TINY, *meeting, "--output-dir", str(folder)]
     return subprocess.Popen(
         ["ip", "netns", "exec", NODES[node][0], "taskset", "-c", str(core), *command, *words],
         cwd=REPOSITORY,

@@ -18,6 +18,7 @@ from batch_inference.core.verdict import is_settled, judge, was_packed
 from builders import make_point, make_queue_point, make_result, make_run
 
 STEADY = [{"latency_s": 1.0}, {"latency_s": 1.0}]
+QUIETER = "keep other work off the devices"
 COUNTERS = {"preemptions": 0, "prefix_cache_hit_tokens": 0}
 
 
@@ -178,11 +179,11 @@ def test_each_kind_of_waves_is_named(engine: dict[str, Any], peak_running: int |
         ({"num_runs": None, "target_ci": 0.08}, []),
         (
             {"num_runs": None, "target_ci": 0.06, "max_runs": 3},
-            ["runs differ: after 3 the 95 % interval is over ±6%; raise --max-runs"],
+            [f"runs differ: after 3 the 95 % interval is over ±6%; {QUIETER}, or raise --max-runs"],
         ),
         (
             {"num_runs": None, "target_ci": 0.05, "max_runs": 3},
-            ["runs differ: after 3 the 95 % interval is over ±5%; raise --max-runs"],
+            [f"runs differ: after 3 the 95 % interval is over ±5%; {QUIETER}, or raise --max-runs"],
         ),
         ({"num_runs": 3, "target_ci": 0.02}, []),
     ],
@@ -295,7 +296,10 @@ def test_what_is_just_within_a_bound_is_within_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_with_as_many_runs_as_asked_an_interval_over_10_percent_is_too_wide() -> None:
-    for spread, reasons in ((0.04, []), (0.045, ["runs differ: the 95 % interval is over ±10%; raise --num-runs"])):
+    for spread, reasons in (
+        (0.04, []),
+        (0.045, [f"runs differ: the 95 % interval is over ±10%; {QUIETER}, or raise --num-runs"]),
+    ):
         assert judged(measured(latencies_s=[1.0, 1.0 + spread, 1.0 - spread]), {"num_runs": 3})[0] == reasons
 
 
@@ -364,7 +368,7 @@ def test_every_reason_is_said_to_the_letter() -> None:
         "_preempted": ["2 requests were preempted for lack of KV cache"],
         "_never_steady": ["not steady after 2 warm-ups: the last two differ by more than 5%"],
         "_compiled_late": ["vLLM kept compiling kernels during timed runs; raise --warmup-runs"],
-        "_wide_interval": ["runs differ: after 10 the 95 % interval is over ±5%; raise --max-runs"],
+        "_wide_interval": [f"runs differ: after 10 the 95 % interval is over ±5%; {QUIETER}, or raise --max-runs"],
         "_drift": ["drift: runs become slower by over 3% from the first to the last"],
         "_unlike_warmups": ["the last warm-up took 1 s, the runs 0.6 s; raise --warmup-runs"],
         "_too_short": ["runs under 10 ms are too short to time; raise --max-tokens"],

@@ -20,7 +20,7 @@ from batch_inference.core.config import ConfigError
 from batch_inference.core.installed_vllm import vllm_folder
 from batch_inference.measure import vllm_flags
 from batch_inference.measure.vllm_flags import cache_file, check_vllm_flags
-from conftest import REPOSITORY, STUB, assert_answers_at_once, experiment_command, stub_environment
+from conftest import REPOSITORY, STUB, TINY, assert_answers_at_once, experiment_command, stub_environment
 from in_process import called
 
 LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
@@ -109,7 +109,7 @@ def test_a_vllm_that_gives_no_answer_is_left_to_check_its_flags(
 @pytest.mark.parametrize("words", [("--dry-run",), ()], ids=["plan", "run"])
 def test_both_programs_name_a_misspelt_flag_before_an_engine_loads(tmp_path: Path, words: tuple[str, ...]) -> None:
     environment = stub_environment(PYTHON=sys.executable, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    model = ("--model", str(REPOSITORY / "models" / "tiny-llama"), "--seq-lens", "64")
+    model = ("--model", TINY, "--seq-lens", "64")
     launcher = [LAUNCHER, "custom", "TP=1", *model, *words, "--", "--quantisation", "fp8"]
     script = experiment_command(tmp_path, "--seq-lens", "64", *words, "--quantisation", "fp8")[1:]
     for done, notes in (
@@ -137,7 +137,7 @@ def test_a_plan_with_kept_flags_answers_at_once(tmp_path: Path) -> None:
 @pytest.mark.vllm
 def test_the_real_vllm_names_its_flags(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "batch_inference_experiment.py", "--dry-run", "--model", "models/tiny-llama"]
+    command = [sys.executable, "batch_inference_experiment.py", "--dry-run", "--model", TINY]
     grid = ("--seq-lens", "64", "--max-tokens", "4")
     for flags, code in ((["--quantisation", "fp8"], 2), (["--kv_cache_dtype=fp8", "--no-async-scheduling"], 0)):
         done = subprocess.run(

@@ -396,6 +396,7 @@ class Environment(Struct):
     variables: dict[str, str] = {}  # for those that may hold a secret, only that they are set
     peaks: Peaks | None = None
     resumed_from: list[str | None] = []  # when the earlier sweeps of this file began
+    used_by_others: list[str] = []  # for each device that another sweep used when one of this file began: which and who
 
 
 class Failure(Struct):

@@ -28,6 +28,8 @@ SHORTEST_RUN_S = 0.01
 LONGER_THAN_PASSED = 0.01
 # Below it vLLM has room for another request; a block or two at the end may stay free.
 FULL_KV_CACHE = 0.9
+# What narrows an interval, before more runs do.
+_BE_ALONE = "keep other work off the devices"
 # How its reason begins.
 _PACKED = "packed"
 # NVML's harmless reasons for a clock below the highest: it is set so, or there is nothing to do. A GPU at its
@@ -232,9 +234,10 @@ def _wide_interval(result: Result, point: Point) -> list[str]:
         return ["a single run has no interval; raise --num-runs"]
     if asked.num_runs is None and width > asked.target_ci:
         target = f"{asked.target_ci * 100:.3g}%"
-        return [f"runs differ: after {len(point.runs)} the 95 % interval is over ±{target}; raise --max-runs"]
+        differ = f"runs differ: after {len(point.runs)} the 95 % interval is over ±{target}"
+        return [f"{differ}; {_BE_ALONE}, or raise --max-runs"]
     if width > WIDEST_INTERVAL:
-        return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; raise --num-runs"]
+        return [f"runs differ: the 95 % interval is over ±{WIDEST_INTERVAL:.0%}; {_BE_ALONE}, or raise --num-runs"]
     return []
 
 

@@ -100,6 +100,12 @@ class Console:
     def repeating(self, point: Point) -> None:
         self._wrapped(f"      {_shape(point)}: vLLM compiled a kernel; the run becomes a warm-up and is repeated")
 
+    def too_long(self, point: Point, expected_s: float, limit_s: float) -> None:
+        self._wrapped(
+            f"      {_shape(point)}: warning: at the pace of its warm-up the sample takes {expected_s:,.0f} s or more, "
+            f"over --point-timeout {limit_s:g}; raise it, or give a smaller --sample"
+        )
+
     def restarting(self, point: Point) -> None:
         self._wrapped(f"      {_shape(point)}: the engine is restarted")
 

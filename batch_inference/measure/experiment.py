@@ -34,7 +34,7 @@ from batch_inference.measure.console import Console, key_words
 from batch_inference.measure.engine_process import ReplicaError
 from batch_inference.measure.environment import now
 from batch_inference.measure.hardware import Monitor, Seen
-from batch_inference.measure.job import WARMUP_LIVES, JobFile
+from batch_inference.measure.job import JobFile
 from batch_inference.measure.messages import Answer, Prepare, Queue
 from batch_inference.measure.nodes import Nodes
 from batch_inference.measure.peaks import datasheet_peaks
@@ -318,11 +318,18 @@ class Experiment:
             while made < max(1, self._config.warmup_runs):
                 point.warmups.append(as_warmup(self._run(point, replicas, "warmup", len(point.warmups))))
                 made += 1
+            self._foresee_timeout(point, self._job)
             return
         while made < self._config.warmup_runs or not (is_settled(point.warmups) or made >= MAX_WARMUPS):
             run = self._run(point, replicas, "warmup", len(point.warmups))
             point.warmups.append(as_warmup(run))
             made += 1
+
+    def _foresee_timeout(self, point: Point, job: JobFile) -> None:
+        """Say it before the sample runs for nothing. A warm-up that compiled says nothing about the pace."""
+        last, limit_s = point.warmups[-1], self._config.point_timeout
+        if not last.jit_compilations and (expected_s := job.expected_s(point.batch_size, last.latency_s)) > limit_s:
+            self._console.too_long(point, expected_s, limit_s)
 
     def _run(self, point: Point, replicas: Replicas, phase: str, index: int) -> Run:
         self._console.running(point, phase, index)
@@ -341,7 +348,7 @@ class Experiment:
         budget = point.max_num_batched_tokens
         if self._job:
             ends_itself = self._config.output_lengths == OWN_END
-            few = WARMUP_LIVES * point.batch_size * self._config.data_parallel_size if phase == "warmup" else None
+            few = self._job.warmup_size(point.batch_size) if phase == "warmup" else None
             shares = self._job.shares(point.key, few)
             stream: list[int | str] = [self._config.seed, "queue", point.batch_size, phase, index]
             return Queue(shares, point.batch_size, stream, ends_itself, budget)

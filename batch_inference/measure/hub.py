@@ -22,19 +22,8 @@ from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.failures import ADVICE, SAME_FOR_ALL, WorkFailedError, classify
 from batch_inference.core.text import plain
 from batch_inference.plan.devices import GIB
-from batch_inference.plan.model_place import is_on_hub
+from batch_inference.plan.model_place import WEIGHT_FILES, is_on_hub
 
-# vLLM's --load-format -> the names of the weights, of which the first that exist count. Other formats load in their own
-# ways, and `dummy` loads nothing.
-_WEIGHTS = {
-    "auto": ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt"),
-    "hf": ("*.safetensors", "*.bin", "*.pt"),
-    "safetensors": ("*.safetensors",),
-    "fastsafetensors": ("*.safetensors",),
-    "mistral": ("consolidated*.safetensors",),
-    "npcache": ("*.bin",),
-    "pt": ("*.pt",),
-}
 _YES = ("1", "ON", "YES", "TRUE")
 LOOK_TIMEOUT_S, FETCH_TIMEOUT_S = 60.0, 7 * 86_400.0
 
@@ -75,7 +64,7 @@ def _request(config: ExperimentConfig) -> _Request | None:
     elsewhere = os.environ.get("VLLM_USE_MODELSCOPE", "").upper() in _YES
     load_format = config.engine_word("--load-format") or "auto"
     # ORG/NAME:QUANTIZATION is one file of many.
-    if offline or elsewhere or load_format not in _WEIGHTS or not is_on_hub(config.model):
+    if offline or elsewhere or load_format not in WEIGHT_FILES or not is_on_hub(config.model):
         return None
     return _Request(config.model, load_format, config.engine_word("--revision"), config.engine_word("--download-dir"))
 
@@ -141,7 +130,7 @@ def _files(request: _Request) -> list[Any]:
     )
     top = [file for file in listing.siblings or [] if "/" not in file.rfilename]
     names = [file.rfilename for file in top]
-    weights = next((found for like in _WEIGHTS[request.load_format] if (found := fnmatch.filter(names, like))), [])
+    weights = next((found for like in WEIGHT_FILES[request.load_format] if (found := fnmatch.filter(names, like))), [])
     return [file for file in top if file.rfilename in weights or file.rfilename.endswith(".json")]
 
 

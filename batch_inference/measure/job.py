@@ -49,6 +49,17 @@ class JobFile:
         """How many requests a point runs, over all replicas."""
         return min(len(self), requests_of_point(self.config, batch_size))
 
+    def warmup_size(self, batch_size: int) -> int:
+        """How many of them its warm-up runs."""
+        return min(self.sample_size(batch_size), WARMUP_LIVES * batch_size * self.config.data_parallel_size)
+
+    def expected_s(self, batch_size: int, warmup_s: float) -> float:
+        """How long a point's sample takes at least, at the pace of its warm-up: both have the same mix of requests. A
+        queue's start and end, with fewer at once, take as long as one more request or less."""
+        at_once = batch_size * self.config.data_parallel_size
+        sample, warmup = (size(batch_size) / at_once + 1 for size in (self.sample_size, self.warmup_size))
+        return warmup_s * sample / warmup
+
     def fills(self, batch_size: int) -> bool:
         """Whether its sample is enough for a plateau with `batch_size` requests at once."""
         return self.sample_size(batch_size) >= FEWEST_LIVES * batch_size * self.config.data_parallel_size

@@ -24,6 +24,8 @@ def starting_result(config: ExperimentConfig, environment: Environment) -> Resul
     fresh.answers = old.answers
     if fresh.points:
         environment.resumed_from = [*old.environment.resumed_from, old.environment.started_at]
+        used = [*old.environment.used_by_others, *environment.used_by_others]
+        environment.used_by_others = list(dict.fromkeys(used))
     return fresh
 
 

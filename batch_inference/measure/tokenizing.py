@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ _REQUESTS, _CHARACTERS = 256, 4 << 20
 _AHEAD = 2
 # Its chats have no chat template: vLLM writes their tokens itself.
 _HARMONY = "gpt_oss"
+# The names of a tokenizer's files, for a folder in which vLLM found none.
+_TOKENIZER_FILE = re.compile(r"token|vocab|merges|tekken|\.(model|gguf)$", re.IGNORECASE)
 
 
 class _RefusedByVllmError(Exception):
@@ -61,10 +64,9 @@ class Tokenizer:
         try:
             self._renderer = _renderer({**given, "model": model, "trust_remote_code": trust_remote_code})
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :")
             raise ConfigError(
-                f"{self._flag}: vLLM finds no tokenizer for texts ({in_short(reason)}); give --tokenizer (a folder or "
-                f"a hub name), or {WITHOUT_TEXTS}"
+                f"{self._flag}: {_why_none(given.get('tokenizer') or model, error)}; give --tokenizer (a folder or a "
+                f"hub name), or {WITHOUT_TEXTS}, which needs none"
             ) from error
         self._tokenizer: Any = self._renderer.tokenizer
         self._is_mistrals = _is_mistrals(self._tokenizer)
@@ -192,6 +194,15 @@ def _renderer(settings: dict[str, Any]) -> Any:
         model_config=model_config, parallel_config=parallel_config, observability_config=SimpleNamespace()
     )
     return renderer_from_config(config)
+
+
+def _why_none(source: str, error: Exception) -> str:
+    """Why texts have no tokenizer. For a folder without one, vLLM's own reason is about packages."""
+    names = [path.name for path in Path(source).glob("*")]
+    if names and not isinstance(error, ImportError) and not any(map(_TOKENIZER_FILE.search, names)):
+        return "the folder holds no tokenizer (such as tokenizer.json), which the texts of --prompts-file need"
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :")
+    return f"vLLM finds no tokenizer for texts ({in_short(reason)})"
 
 
 def _is_mistrals(tokenizer: Any) -> bool:

@@ -57,9 +57,17 @@ OTHERS = {
     "vllm.tokenizers.mistral": ("maybe_serialize_tool_calls", "truncate_tool_call_ids", "validate_request_params"),
 }
 
+# Where else the names of a module may be: versions differ.
+ALSO_IN = {"vllm.v1.core.kv_cache_utils": "vllm.v1.core.kv_cache_planning"}
+
 
 def missing_of(names: Names) -> list[str]:
-    return [f"{module}.{name}" for module, those in names.items() for name in those if not _has(module, name)]
+    return [
+        f"{module}.{name}"
+        for module, those in names.items()
+        for name in those
+        if not (_has(module, name) or _has(ALSO_IN.get(module, module), name))
+    ]
 
 
 def _has(module: str, name: str) -> bool:

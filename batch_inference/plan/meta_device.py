@@ -275,7 +275,7 @@ class _Cache:
         # For the plan, the longest request need not fit.
         with self._as_long_as(1):
             specs = [dict(stage.kv_specs) for stage in stages]
-            caches = kv_cache_utils.get_kv_cache_configs(self._config, specs, list(pools))
+            caches = _laid_out(self._config, specs, list(pools))
         self._cache = min(caches, key=lambda cache: cache.num_blocks)
         self.num_blocks: int = self._cache.num_blocks
 
@@ -297,6 +297,18 @@ class _Cache:
             yield
         finally:
             model.max_model_len = kept
+
+
+def _laid_out(config: Any, specs: list[dict[str, Any]], pools: list[int]) -> Any:
+    """The cache of each stage. Since 0.33 vLLM does this in another module, and groups the layers before."""
+    try:
+        from vllm.v1.core import kv_cache_planning
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils
+
+        return kv_cache_utils.get_kv_cache_configs(config, specs, pools)
+    groups = kv_cache_planning.get_global_kv_cache_groups(config, specs)
+    return kv_cache_planning.get_kv_cache_configs(config, specs, pools, groups)
 
 
 def _choose_layout(stages: Sequence[_Stage]) -> None:

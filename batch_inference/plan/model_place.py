@@ -21,6 +21,19 @@ _FILE_OF_HUB = re.compile(r"[^/]+/[^/]+/[^/]+\.gguf", re.IGNORECASE)
 _FORMAT = "--config-format"
 _PARAMS = "params.json"
 _CONFIG_PATH = "--hf-config-path"
+# vLLM's --load-format -> the names of the weights, of which the first that exist count. Other formats load in their own
+# ways, and `dummy` loads nothing.
+WEIGHT_FILES = {
+    "auto": ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt"),
+    "hf": ("*.safetensors", "*.bin", "*.pt"),
+    "safetensors": ("*.safetensors",),
+    "fastsafetensors": ("*.safetensors",),
+    "mistral": ("consolidated*.safetensors",),
+    "npcache": ("*.bin",),
+    "pt": ("*.pt",),
+}
+# Whatever may be weights: some models load files with names of their own, also from a folder in the folder.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def kind_of(model: str, flag: str = "--model") -> Kind:
@@ -54,6 +67,24 @@ def _kind(model: str) -> Kind | None:
             return "folder" if path.is_dir() else "file" if path.is_file() else None
     is_path = model.startswith(_HERE) or (model.count("/") > 1 and not _FILE_OF_HUB.fullmatch(model))
     return None if is_path else "hub"
+
+
+def check_weights(config: ExperimentConfig) -> None:
+    """Raises ConfigError for a model folder in which vLLM, after a minute of starting, would find nothing to load.
+
+    Not for a plan for another machine, nor with Ray, whose workers may be on one: the weights may be there.
+    """
+    is_elsewhere = config.devices or config.device_memory_gib or config.distributed_executor_backend == "ray"
+    loads_files = (config.engine_word("--load-format") or "auto") in WEIGHT_FILES
+    if is_elsewhere or not loads_files or config.engine_word("--model-weights") or kind_of(config.model) != "folder":
+        return
+    folder = expanded(config.model)
+    if any(path.suffix in _WEIGHTS for pattern in ("*", "*/*") for path in folder.glob(pattern)):
+        return
+    raise ConfigError(
+        f"--model {config.model}: the folder holds no weights (*.safetensors, *.bin, *.pt); give one that does, or "
+        "--load-format dummy for random weights"
+    )
 
 
 def config_source(config: ExperimentConfig) -> str:

@@ -22,11 +22,10 @@ import pytest
 
 from batch_inference.core.result_file import load_result
 from batch_inference.measure.leftovers import all_shared_memory, shared_memory_of
-from conftest import REPOSITORY, stub_environment, with_ctrl_c
+from conftest import REPOSITORY, TINY, stub_environment, with_ctrl_c
 
 GRID = {(batch_size, seq_len) for batch_size in (1, 2, 3) for seq_len in (8, 16)}
 SWEEP = ("--batch-sizes", "1,2,3", "--seq-lens", "8,16", "--max-tokens", "4", "--num-runs", "2", "--warmup-runs", "2")
-MODEL = str(REPOSITORY / "models" / "tiny-llama")
 # What the supervisor may take to end everything, and the kernel to forget it.
 ORPHANS_WITHIN_S = 15.0
 # For a moment of a sweep, and for its end. A real engine needs a minute for its start alone, and longer on a machine
@@ -72,7 +71,7 @@ class Sweep:
 
     def command(self, *flags: str) -> list[str]:
         words = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), *SWEEP, *flags]
-        return [*words, "--model", MODEL, "--output-file", str(self.file)]
+        return [*words, "--model", TINY, "--output-file", str(self.file)]
 
     def move_to(self, folder: Path) -> None:
         """Where the sweep's files are to be found."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from strangers import Strangers
 
-from conftest import REPOSITORY, free_ports
-from faults.conftest import GRID, MODEL, SWEEP, Outcome, Sweep, points_of
+from conftest import REPOSITORY, TINY, free_ports
+from faults.conftest import GRID, SWEEP, Outcome, Sweep, points_of
 
 pytestmark = pytest.mark.slow
 LAUNCHER = str(REPOSITORY / "run_batch_experiments.sh")
@@ -36,7 +36,7 @@ class Launched(Sweep):
     SIZES = "TP=1"
 
     def command(self, *flags: str) -> list[str]:
-        words = ["custom", self.SIZES, "--model", MODEL, "--output-dir", ".", *flags, "--", *SWEEP, "--name", "x"]
+        words = ["custom", self.SIZES, "--model", TINY, "--output-dir", ".", *flags, "--", *SWEEP, "--name", "x"]
         return [LAUNCHER, *words]
 
 
@@ -47,7 +47,7 @@ class Queued(Sweep):
         workload = self.folder / "job.jsonl"
         workload.write_text('{"prompt_tokens": 5, "output_tokens": 3}\n' * 40)
         words = [sys.executable, str(REPOSITORY / "batch_inference_experiment.py"), "--prompts-file", str(workload)]
-        return [*words, "--batch-sizes", "1,2,3", "--model", MODEL, "--output-file", str(self.file), *flags]
+        return [*words, "--batch-sizes", "1,2,3", "--model", TINY, "--output-file", str(self.file), *flags]
 
 
 class NodeOfTwo(Launched):

@@ -33,13 +33,12 @@ from batch_inference.plan.devices import Devices
 from batch_inference.plan.model import read_model_facts
 from batch_inference.plan.place import check_place
 from batch_inference.plan.printed import setting_plan
-from conftest import REPOSITORY, stub_environment
+from conftest import REPOSITORY, TINY, stub_environment
 from fuzz.tries import NUMBERS, chance, told
 
 LISTS_OF_A_TRY = 10
 # So many tries start the real program too.
 REAL = NUMBERS[:4]
-MODEL = str(REPOSITORY / "models" / "tiny-llama")
 DEVICES = Devices("gpu", tuple("01234567"))
 
 # What must never be taken, and what may be, whatever it means.
@@ -96,7 +95,7 @@ def experiment_words(rng: random.Random) -> tuple[list[str], list[str]]:
         else:
             more, its_bad = one_of_a_flag(rng, flag_of(field.name), *values_of(field))
             words, bad = words + more, bad + its_bad
-    return (words if chance(rng, 0.2) else ["--model", MODEL, *words]), bad
+    return (words if chance(rng, 0.2) else ["--model", TINY, *words]), bad
 
 
 def values_of(field: dataclasses.Field[Any]) -> tuple[Sequence[str], Sequence[str]]:
@@ -155,7 +154,7 @@ def launcher_words(rng: random.Random, presets: Sequence[str]) -> tuple[list[str
     words += ["--dry-run"] if "--dry-run" not in words else []
     if chance(rng, 0.3):
         words += ["--", *experiment_words(rng)[0]]
-    return (words if chance(rng, 0.2) else ["--model", MODEL, *words]), bad
+    return (words if chance(rng, 0.2) else ["--model", TINY, *words]), bad
 
 
 def values_of_option(field: dataclasses.Field[Any]) -> tuple[Sequence[str], Sequence[str]]:
