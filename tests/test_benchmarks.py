@@ -9,8 +9,9 @@ import random
 import re
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
@@ -111,6 +112,83 @@ def test_both_tools_find_the_same_caches(load: Any, tmp_path: Path, monkeypatch:
     first, second = folder(cold=True), folder(cold=True)
     assert first.endswith("/triton")
     assert first != second
+
+
+# --- runs of a pipeline ----------------------------------------------------------------------------------------------
+
+
+def scattered(load: Any, latency_s: float, requests: list[int], **changes: Any) -> Any:
+    """A run of 32 steps of a pipeline of two stages, of 10 ms each in its first half and then of 20 ms."""
+    raw = {"batch_size": 16, "seq_len": 64, "way": "plain", "latency_s": latency_s, "throttled_us": 0}
+    steps = [(0.0, number, requests[number % 2], 0) for number in range(32)]
+    results = [(0.01 * number + 0.01 * max(0, number - 15), requests[number % 2]) for number in range(32)]
+    return load("pipeline_scatter").compact({**raw, "steps": steps, "results": results, **changes}, stages=2)
+
+
+def test_what_is_kept_of_a_run_of_a_pipeline(load: Any) -> None:
+    ran = scattered(load, 0.5, [10, 6])
+    assert ran.micro_batches == [10, 6]
+    # From the fourth step on: ten parts of two steps.
+    assert ran.parts_s == pytest.approx([0.02] * 6 + [0.04] * 4)
+    assert scattered(load, 0.5, [16, 0]).micro_batches == [16, 0]
+    assert scattered(load, 0.5, [16, 0], results=[(0.0, 16)] * 20).parts_s == []
+    with pytest.raises(ValueError, match=r"plain: 16 requests were handed over, \[16, 16\] run"):
+        scattered(load, 0.5, [16, 16])
+
+
+def test_runs_of_a_pipeline_are_a_row_for_each_way(load: Any) -> None:
+    runs = [scattered(load, 1.0, [16, 0]), scattered(load, 1.2, [10, 6]), scattered(load, 1.0, [8, 8], way="even")]
+    setting = {"model": "m", "tensor_parallel_size": 1, "pipeline_parallel_size": 2, "max_tokens": 16}
+    text = load("pipeline_scatter").table({**setting, "device": "cpu", "vllm": "0.32.0"}, runs)
+    assert text.splitlines()[0].endswith("Time for which the container's CPU limit held it back: 0 s.")
+    assert text.splitlines()[-2:] == [
+        "| 16 | 64 | plain | 2 | 1.100 | 12.9% | 18.2% | 36.9% | 1, 2 |",
+        "| 16 | 64 | even | 1 | 1.000 |  | 0.0% | 36.9% | 2 |",
+    ]
+
+
+def test_a_way_becomes_what_the_scheduler_is_told(load: Any) -> None:
+    wanted = load("pipeline_scatter").wanted
+    assert wanted("plain", 10, 4) == {"held": 0, "split": [], "interval_s": 0.005}
+    assert wanted("held", 10, 4) == {"held": 10, "split": [], "interval_s": 0.005}
+    assert wanted("even/short", 10, 4) == {"held": 10, "split": [3, 3, 3, 3], "interval_s": 0.0002}
+    assert wanted("6,0,2", 10, 4) == {"held": 10, "split": [6, 0, 2], "interval_s": 0.005}
+
+
+@pytest.mark.parametrize("text", ["odd", "plain/long", "6,,2", "held/short/short"])
+def test_a_way_that_is_none_is_refused(load: Any, text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="plain, held, even or 6,6,4 is needed"):
+        load("pipeline_scatter").way(text)
+
+
+def test_held_back_by_the_limit_of_the_container(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unknown without such a file, or where it does not say."""
+    scatter, file = load("pipeline_scatter"), tmp_path / "cpu.stat"
+    monkeypatch.setattr(scatter, "CPU_STAT", file)
+    found = [scatter.throttled_us()]
+    for text in ("usage_usec 5\n", "usage_usec 5\nnr_throttled 1\nthrottled_usec 70\n"):
+        file.write_text(text)
+        found.append(scatter.throttled_us())
+    assert found == [None, None, 70]
+
+
+def test_the_recorded_runs_of_a_pipeline_give_the_numbers_of_the_pages(load: Any) -> None:
+    scatter = load("pipeline_scatter")
+    folder = REPOSITORY / "docs"
+    recorded = json.loads((folder / "h200" / "pipeline_scatter.json").read_text())
+    setting = {name: value for name, value in recorded.items() if name not in ("rows", "runs")}
+    runs = [scatter.Ran(**run) for run in recorded["runs"]]
+    assert scatter.document(setting, runs) == recorded
+    assert scatter.table(setting, runs) + "\n" == (folder / "h200" / "pipeline_scatter.md").read_text()
+    page = " ".join((folder / "measuring.md").read_text().split())
+    for batch_size, text in ((16, "1.15, 1.32, 1.79 and 2.12 s at 16"), (64, "1.58, 1.94 and 2.23 s at 64")):
+        by_number: dict[int, list[float]] = {}
+        for run in runs:
+            if run.batch_size == batch_size and not run.way.endswith("/short"):
+                by_number.setdefault(sum(map(bool, run.micro_batches)), []).append(run.latency_s)
+        *first, last = [f"{fmean(by_number[number]):.2f}" for number in sorted(by_number)]
+        assert f"{', '.join(first)} and {last} s at {batch_size}" == text
+        assert text in page
 
 
 # --- a queue against engines of their own, and against `vllm bench throughput` ----------------------------------------
