@@ -191,6 +191,18 @@ def test_the_bound_of_the_interval_is_the_one_asked_for(asked: dict[str, Any], r
     assert judged(measured(latencies_s=[1.0, 1.021, 0.979]), asked)[0] == reasons
 
 
+@pytest.mark.parametrize(("stages", "said"), [(1, False), (2, True)])
+def test_runs_of_a_pipeline_differ_by_nature(stages: int, said: bool) -> None:
+    nature = "(runs of a pipeline differ by nature: docs/measuring.md, Pipelines)"
+    differing = measured(latencies_s=[0.8, 1.2] * 5)
+    for asked in ({}, {"num_runs": 10}):
+        (reason,) = judged(differing, {"pipeline_parallel_size": stages, **asked})[0]
+        assert reason.startswith("runs differ: ")
+        assert reason.endswith(nature) is said
+    (single,) = judged(measured(latencies_s=[1.0]), {"pipeline_parallel_size": stages, "num_runs": 1})[0]
+    assert single == "a single run has no interval; raise --num-runs"
+
+
 @pytest.mark.parametrize(
     ("latencies_s", "drifts"),
     [

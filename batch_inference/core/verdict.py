@@ -28,6 +28,8 @@ SHORTEST_RUN_S = 0.01
 LONGER_THAN_PASSED = 0.01
 # Below it vLLM has room for another request; a block or two at the end may stay free.
 FULL_KV_CACHE = 0.9
+# What neither a quiet machine nor more runs change.
+_PIPELINE = "runs of a pipeline differ by nature: docs/measuring.md, Pipelines"
 # How its reason begins.
 _PACKED = "packed"
 # NVML's harmless reasons for a clock below the highest: it is set so, or there is nothing to do. A GPU at its
@@ -223,6 +225,14 @@ def _compiled_late(_: Result, point: Point) -> list[str]:
 
 
 def _wide_interval(result: Result, point: Point) -> list[str]:
+    """In a pipeline each run divides the batch in its own way, however quiet the machine is."""
+    reasons = _too_wide(result, point)
+    if result.config.pipeline_parallel_size == 1:
+        return reasons
+    return [f"{reason} ({_PIPELINE})" if reason.startswith("runs differ") else reason for reason in reasons]
+
+
+def _too_wide(result: Result, point: Point) -> list[str]:
     if point.workload:
         return []  # a single run: its plateau's interval tells
     width, asked = relative_ci95(run_latencies_s(point), result.is_adaptive(point)), result.config
