@@ -215,6 +215,11 @@ def test_throughput_that_still_grew_at_the_largest_size_is_said(head: Any) -> No
     assert sentence.count("try larger") == 1
 
 
+def test_a_growth_of_many_times_is_a_factor(head: Any) -> None:
+    points = [make_point(batch, latencies_s=[second] * 3) for batch, second in ((1, 1.0), (64, 2.5))]
+    assert "throughput still grew by a factor of 26 from 1: " in " ".join(head([make_result("tp_1", points)]).sentences)
+
+
 def test_where_the_cost_has_another_winner_its_growth_is_said_too(head: Any) -> None:
     two = make_result("tp_2", [make_point(batch, latencies_s=[s] * 3) for batch, s in ((2, 1.4), (4, 1.9))], (2, 1, 1))
     assert larger(head([growing(), two], Question(price=1.0))) == [

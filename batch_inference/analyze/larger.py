@@ -29,7 +29,8 @@ class Growth:
     share: float
 
     def __str__(self) -> str:
-        return f"{100 * self.share:.0f} % from {self.smaller}"
+        by = f"{100 * self.share:.0f} %" if self.share < 1 else f"a factor of {1 + self.share:.2g}"
+        return f"{by} from {self.smaller}"
 
 
 def growth_of_batch(row: Mapping[Hashable, Any], group: Group, analysis: Analysis) -> Growth | None:
