@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -507,7 +508,7 @@ def refusing(tmp_path: Path) -> dict[str, str]:
 def in_doubt(tmp_path: Path) -> str:
     """A model for which there is no formula."""
     folder = tmp_path / "in_doubt"
-    folder.mkdir()
+    shutil.copytree(TINY, folder)
     config = json.loads(Path(TINY, "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["AnotherForCausalLM"]}))
     return str(folder)
