@@ -113,6 +113,13 @@ def test_a_failure_without_words_is_still_a_failure(report: Any) -> None:
     assert "error (tp_8, batch 1 x length 8): no reason is given" in text
 
 
+def test_a_setting_that_did_not_have_its_devices_for_itself_is_doubtful(report: Any) -> None:
+    used = ["GPU 1: used by process 7 on a (tp_2)", "GPU 2: used by process 7 on a (tp_2)"]
+    text = flat(as_text(report([make_result("tp_1", [make_point(1)], environment={"used_by_others": used})])))
+    assert f"tp_1 began on devices that another sweep used: {used[0]}; {used[1]}" in text
+    assert "another sweep" not in flat(as_text(report([make_result("tp_1", [make_point(1)])])))
+
+
 def test_an_interrupted_setting_is_among_what_is_missing(report: Any) -> None:
     grid = {"batch_sizes": [1, 2, 4], "seq_lens": [64]}
     stopped = make_result("tp_1", [make_point(1)], config=grid, status="partial")

@@ -82,6 +82,11 @@ def problems(analysis: Analysis) -> Section:
     is_ok = points["status"] == "ok"
     lines = [f"{labels[setting.path]} failed: {setting.failure}" for setting in analysis.settings if setting.failure]
     lines += [_interrupted(labels[setting.path], setting) for setting in analysis.settings if setting.is_interrupted]
+    lines += [
+        f"{labels[setting.path]} began on devices that another sweep used: {'; '.join(setting.used_by_others)}"
+        for setting in analysis.settings
+        if setting.used_by_others
+    ]
     lines += _by_reason(points[~is_ok], "status", "reason")
     lines += _by_reason(points[is_ok & points["verdict"].isin(["suspect", "invalid"])], "verdict", "verdict_reasons")
     return Section("Failed, missing and doubtful", lines=lines)

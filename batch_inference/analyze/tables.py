@@ -69,6 +69,7 @@ class MeasuredSetting:
     queues: list[QueuePoint]
     answers: Answers | None = None
     largest_asked: int = 0  # batch size
+    used_by_others: Sequence[str] = ()  # devices that another sweep used when this one began: which and who
 
     def largest_size(self, seq_len: int | None) -> int:
         """The largest batch size that was asked for or tried at this prompt length, whatever became of it; None is the
@@ -126,6 +127,7 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         queues=list(queue_points(result, summaries)),
         answers=result.answers,
         largest_asked=max(result.config.batch_sizes, default=0),
+        used_by_others=[_cell(redact_text(used)) for used in result.environment.used_by_others],
     )
 
 
