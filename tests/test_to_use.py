@@ -667,7 +667,8 @@ def test_what_was_answered_before_a_ctrl_c_is_kept_and_named(replicas: int, tmp_
     assert process.returncode == 130
     assert "Traceback" not in errors
     why = "stopped" if replicas == 1 else "2 of 2 replicas failed or were stopped"
-    assert errors.splitlines()[-1] == f"{why}; answered so far: {', '.join(names)}"
+    # Python's own tracker of the replicas' resources may warn after that.
+    assert f"{why}; answered so far: {', '.join(names)}" in errors.splitlines()
     kept = [json.loads(line)["index"] for name in names for line in (tmp_path / name).read_text().splitlines()]
     assert kept
     assert len(kept) < 200 * replicas
