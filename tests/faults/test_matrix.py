@@ -280,7 +280,8 @@ def test_no_fault(tmp_path: Path, judged: Callable[..., Outcome]) -> None:
 
 def at_once_or_later(folder: Path, flags: tuple[str, str], moment: str, by: type[Sweep]) -> tuple[Sweep, Sweep]:
     """Two programs that are told to measure the same into the same file."""
-    variables = {"STUB_LOAD_S": "0.2", "STUB_RUN_S": "0.02"}
+    # The first must still be at work when the second has started, on a busy machine too.
+    variables = {"STUB_LOAD_S": "0.2", "STUB_RUN_S": "0.1" if moment == "later" else "0.02"}
     first = start(folder, *flags[0].split(), by=by, **variables)
     if moment == "later":
         first.wait_for(lambda: MOMENTS["warming_up"](first))
