@@ -229,7 +229,7 @@ def uneven(slower: float) -> Point:
     [
         # 24 s and a half: 24 rounds of two places that take turns.
         (True, "The replicas were done after 24.5 to 29.4 s; the job takes as long as the last."),
-        (False, r"The replicas are done after 12\d to 14\d s; the job takes as long as the last\."),
+        (False, r"The replicas are done after 2\.0\d* to 2\.[34]\d* min; the job takes as long as the last\."),
     ],
 )
 def test_of_replicas_that_are_not_done_together_it_is_said_when_each_is(tmp_path: Path, whole: bool, said: str) -> None:
@@ -253,7 +253,7 @@ def test_a_sample_that_cannot_tell_its_plateau_says_what_it_takes(tmp_path: Path
     assert "on the plateau" not in said
     assert said.startswith("dp_2 is forecast from 48 requests that were run, by fitted steps. The drain, in which ")
     assert (
-        " of it. 48 requests are too few to tell the throughput of its plateau: with 4 at once on each replica that "
+        " s. 48 requests are too few to tell the throughput of its plateau: with 4 at once on each replica that "
         "takes about 96 in all: --sample 96." in said
     )
 
@@ -377,6 +377,19 @@ def test_a_deadline_asks_for_the_fewest_devices_that_are_in_time(tmp_path: Path)
     assert (late.deadline, late.is_late) == (None, True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "deadline_h", "warns"), [("cpu", 0.03, True), ("cpu", 1.0, False), ("gpu", 0.03, False)]
+)
+def test_more_replicas_on_the_cores_of_one_machine_are_not_promised(
+    tmp_path: Path, kind: str, deadline_h: float, warns: bool
+) -> None:
+    results = [setting("tp_1", queue(), environment={"device_kind": kind})]
+    loaded = [load_setting(path) for path in save_all(results, tmp_path)]
+    analysis = analyse(loaded, Question(job=JobQuestion(deadline_h=deadline_h)))
+    lines = job_section(analysis.jobs[0], analysis).lines
+    assert any("and count whole machines" in line for line in lines) == warns
+
+
 def test_what_wins_for_a_deadline_is_called_that_in_the_answer_and_the_section(tmp_path: Path) -> None:
     results = [setting("tp_1", queue()), setting("dp_2", queue(replicas=2, life_s=0.7), sizes=(1, 1, 2))]
 
@@ -386,9 +399,9 @@ def test_what_wins_for_a_deadline_is_called_that_in_the_answer_and_the_section(t
         return headline(analysis).sentences[0], dict(job_section(analysis.jobs[0], analysis).pairs)
 
     sentence, pairs = said(45 / 3600)
-    words = r"For the deadline of 0\.0125 h take 4 replicas as in DP=2 with 2 at once on each, so 4 devices: "
+    words = r"For the deadline of 0\.0125 h take 4 replicas as in DP=2 with 2 at once on each replica, so 4 devices: "
     assert re.search(words, sentence), sentence
-    assert re.match(r"4 replicas as in dp_2 \(4 devices\), 2 at once on each: ", pairs["for the deadline"])
+    assert re.match(r"4 replicas as in dp_2 \(4 devices\), 2 at once on each replica: ", pairs["for the deadline"])
     sentence, pairs = said(0.1 / 3600)
     late = "No number of replicas meets the deadline of 2.77778e-05 h: the longest request alone takes longer."
     assert sentence.endswith(late)
@@ -425,9 +438,9 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
                     r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
                     r"engine comes on top: here 40 s\. For the deadline of 0\.03 h take 3 replicas of TP=1 "
-                    r"with 2 at once on each, so 3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
+                    r"with 2 at once on each replica, so 3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
-    assert re.search(r"for the deadline 3 replicas of tp_1 \(3 devices\), 2 at once on each: 1\.3\d* ±[\d.]+ min; at "
+    assert re.search(r"for the deadline 3 replicas of tp_1 \(3 devices\), 2 at once on each replica: 1\.3\d* ±[\d.]+ min; at "
                      r"the upper end of that interval \d+% of the time is left", text)  # fmt: skip
     assert " output tokens 4 " in text
     assert "suspect (tp_1, batch 2 x length 8): runs differ" in text

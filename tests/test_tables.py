@@ -318,3 +318,21 @@ def test_many_files_are_read_on_several_cores_in_their_order(tmp_path: Path, mon
     assert [type(found) for found in together] == [type(found) for found in alone]
     assert str(together[3]) == str(alone[3])
     assert together[4] == alone[4]
+
+
+@pytest.mark.parametrize(
+    ("cores", "count"),
+    [(["0"], "1"), (["0-3", "4-7"], "4"), (["0-1,8", "2"], "3"), (["what"], None), ([None], None)],
+)
+def test_devices_of_a_cpu_are_alike_only_with_as_many_cores(
+    table: Any, cores: list[str | None], count: str | None
+) -> None:
+    """One engine on all cores is another device than one on a single core."""
+
+    def on(name: str, listed: Sequence[str | None]) -> Result:
+        devices = [{"name": "AMD EPYC", "cores": one} for one in listed]
+        return make_result(name, [make_point(1)], environment={"device_kind": "cpu", "devices": devices})
+
+    points = table([on("tp_1", cores), on("tp_2", ["0-63"])])
+    assert [None if pd.isna(value) else value for value in points["device_cores"]] == [count, "64"]
+    assert differing(points, GROUP_BY) == ["device_cores"]

@@ -394,8 +394,8 @@ def test_every_reason_is_said_to_the_letter() -> None:
         "_no_plateau": ["sample too small for a plateau: 3 requests, 4 at once on each replica; raise --sample"],
         "_wide_plateau": ["plateau: the 95 % interval of its throughput is over ±10%; raise --sample"],
         "_unsteady_plateau": [
-            "plateau not steady: it becomes slower by 20% from its beginning to its end; raise --sample, or give "
-            "--order shuffled"
+            "plateau not steady: it becomes slower by 20% from its beginning to its end; keep other work off the "
+            "devices, raise --sample, or give --order shuffled"
         ],
         "_packed": ["packed: other settings ran beside it; measure the decisive points again without --pack"],
     }
@@ -550,16 +550,16 @@ def test_a_plateau_that_is_not_steady_has_a_direction(slower: float, order: str,
 @pytest.mark.parametrize(
     ("requests", "order", "advice"),
     [
-        (49, "given", "; raise --sample, or give --order shuffled"),
-        (49, "shuffled", "; raise --sample"),
-        (48, "given", "; give --order shuffled"),  # the whole job ran
+        (49, "given", ", raise --sample, or give --order shuffled"),
+        (49, "shuffled", ", or raise --sample"),
+        (48, "given", ", or give --order shuffled"),  # the whole job ran
         (48, "shuffled", ""),
     ],
 )
 def test_what_makes_a_plateau_steadier_is_said_as_far_as_it_can_be_done(requests: int, order: str, advice: str) -> None:
     point = queued(slower=0.2, order=order)
     (reason,), _ = judge(make_result(points=[point], jobs=[job_of(requests)]), point)
-    assert reason.endswith(f"to its end{advice}")
+    assert reason.endswith(f"to its end; keep other work off the devices{advice}")
 
 
 def test_the_plateau_of_any_replica_may_be_the_one_that_is_not_steady() -> None:

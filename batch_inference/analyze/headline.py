@@ -256,7 +256,7 @@ def _deadline_sentence(answer: JobAnswer, asked_h: float) -> Iterator[str]:
         row = deadline.row
         yield (
             f"For the deadline of {asked_h:g} h take {replicas_words(deadline, _called_row(row, answer))} with "
-            f"{row.point.batch_size} at once on each, so {counted(deadline.devices, 'device')}: "
+            f"{row.point.batch_size} at once{on_each(deadline.replicas)}, so {counted(deadline.devices, 'device')}: "
             f"{spoken(time_text(deadline.hours))}."
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from batch_inference.analyze.answers import Analysis
-from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow, gains_of_orders
+from batch_inference.analyze.jobs import ALIKE, HOUR_S, Deadline, JobAnswer, JobRow, gains_of_orders
 from batch_inference.analyze.queues import QueuePoint, is_told, phases
 from batch_inference.analyze.sections import ROW_LIMIT, Section
 from batch_inference.analyze.wording import SUSPECT_LINE, few, value_words, with_ends
@@ -21,7 +21,7 @@ _GRID_OFF = 0.02
 _TOGETHER = 0.01
 # Equal runs are worth a line where they make at least this share of an interval.
 _MOST_OF_IT = 0.7
-_UNITS = (("h", 1.0), ("min", 60.0), ("s", 3600.0))
+_UNITS = (("h", 1.0), ("min", 60.0), ("s", HOUR_S))
 
 
 def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
@@ -87,7 +87,10 @@ def requests_words(answer: JobAnswer) -> str:
 
 def unit_of(answer: JobAnswer) -> tuple[str, float]:
     """Of the time that the fastest takes, and how many make an hour."""
-    hours = answer.rows[0].hours.value if answer.rows else 1.0
+    return _unit(answer.rows[0].hours.value if answer.rows else 1.0)
+
+
+def _unit(hours: float) -> tuple[str, float]:
     return next(((unit, per_hour) for unit, per_hour in _UNITS if hours * per_hour >= 1.0), _UNITS[-1])
 
 
@@ -101,7 +104,7 @@ def interval_text(interval: Interval, factor: float = 1.0, unit: str = "") -> st
 
 def time_text(interval: Interval) -> str:
     """Of hours, in a unit that suits."""
-    unit, per_hour = next(((unit, one) for unit, one in _UNITS if interval.value * one >= 1.0), _UNITS[-1])
+    unit, per_hour = _unit(interval.value)
     return interval_text(interval, per_hour, unit)
 
 
@@ -140,6 +143,11 @@ def _lines(answer: JobAnswer) -> Iterator[str]:
     hits = best.point.summary.get("prefix_hit_share")
     if answer.is_cached and hits is not None:
         yield f"{best.setting}: {hits:.0%} of the prompt tokens that were run came from the prefix cache."
+    if answer.deadline and answer.deadline.devices > answer.deadline.row.num_devices and "cpu" in answer.group:
+        yield (
+            "Replicas are counted as independent. On the cores of one machine they are not, because they share its "
+            "memory: measure as many as a machine has, and count whole machines."
+        )
     yield from _order_lines(answer)
     yield from _grid_lines(answer.rows)
     if any(row.hours.low is None for row in answer.rows):
@@ -171,7 +179,7 @@ def _basis(best: JobRow) -> str:
     else:
         run = f"{point.requests:,} requests that were run"
         said = f"{best.setting} is forecast from {run}{on_plateau}, by {found.method}."
-        drain = f"takes {short(found.drain_s.value, 3)} s of it"
+        drain = f"takes the last {short(found.drain_s.value, 3)} s"
     more = [_spread_of_replicas(best), "" if is_known else _too_few(point)]
     return " ".join([f"{said} The drain, in which fewer requests run, {drain}.", *filter(None, more)])
 
@@ -185,8 +193,9 @@ def _spread_of_replicas(row: JobRow) -> str:
     if row.point.replicas < 2 or first_s > last_s * (1 - _TOGETHER):
         return ""
     verb = "were" if row.is_as_run else "are"
-    between = f"{short(first_s, 3)} to {short(last_s, 3)} s"
-    return f"The replicas {verb} done after {between}; the job takes as long as the last."
+    unit, per_hour = _unit(last_s / HOUR_S)
+    first, last = (short(seconds / HOUR_S * per_hour, 3) for seconds in (first_s, last_s))
+    return f"The replicas {verb} done after {first} to {last} {unit}; the job takes as long as the last."
 
 
 def _too_few(point: QueuePoint) -> str:
@@ -207,7 +216,8 @@ def _deadline_words(answer: JobAnswer) -> str | None:
     row = deadline.row
     return (
         f"{replicas_words(deadline, row.setting)} ({counted(deadline.devices, 'device')}), "
-        f"{row.point.batch_size} at once on each: {time_text(deadline.hours)}; at the upper end of that interval "
+        f"{row.point.batch_size} at once{on_each(deadline.replicas)}: {time_text(deadline.hours)}; at the upper end of "
+        "that interval "
         f"{deadline.margin:.0%} of the time is left"
     )
 

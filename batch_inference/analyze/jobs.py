@@ -26,7 +26,7 @@ from batch_inference.core.queue_runs import Interval
 _NEAR = 0.1
 # Points alike in this are ranked together. The output length of a batch is none of theirs.
 ALIKE = tuple(name for name in GROUP_BY if name != "max_tokens")
-_HOUR_S = 3600.0
+HOUR_S = 3600.0
 _J_PER_KWH = 3.6e6
 
 
@@ -189,7 +189,7 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
         devices_per_replica=setting.num_devices // point.replicas,
         point=point,
         forecast=found,
-        hours=scaled(found.seconds, 1 / _HOUR_S),
+        hours=scaled(found.seconds, 1 / HOUR_S),
         output_tok_per_s=made_tokens(job, point.runs) / found.seconds.value,
         price=question.price,
         grid_ratio=_grid_ratio(setting, point),
@@ -246,10 +246,10 @@ def _deadline(rows: Sequence[JobRow], job: JobLengths, hours: float) -> Deadline
     for row in best.values():
         point = row.point
         order = point.workload.order
-        answer = replicas_for_deadline(point.runs, in_order(job, order), hours * _HOUR_S, order)
+        answer = replicas_for_deadline(point.runs, in_order(job, order), hours * HOUR_S, order)
         if answer:
             replicas = answer.forecast.replicas
-            in_hours = scaled(answer.forecast.seconds, 1 / _HOUR_S)
+            in_hours = scaled(answer.forecast.seconds, 1 / HOUR_S)
             found.append(Deadline(row, replicas, replicas * row.devices_per_replica, in_hours, answer.margin))
     return min(found, key=lambda one: (one.devices, one.hours.value), default=None)
 

@@ -108,7 +108,7 @@ def newest(settings: Sequence[MeasuredSetting]) -> tuple[list[MeasuredSetting], 
 
 def _same_setting(setting: MeasuredSetting) -> tuple[Any, ...]:
     """Alike where the same was asked of the same. A file that does not say what was asked is like no other."""
-    names = ("config_hash", "max_tokens", "device_kind", "device_name", "vllm_version")
+    names = ("config_hash", "max_tokens", "device_kind", "device_name", "device_cores", "vllm_version")
     asked = setting.shared.get("config_hash")
     return (setting.name, *(setting.shared.get(name) for name in names), None if asked else setting.path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import pandas as pd
 from batch_inference.analyze.queues import QueuePoint, queue_points
 from batch_inference.core.metrics import METRICS, Summary, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.core.result_file import load_result
-from batch_inference.core.results import Answers, EngineInfo, Point, Result
+from batch_inference.core.results import Answers, DeviceInfo, EngineInfo, Point, Result
 from batch_inference.core.secrets import redact, redact_text, redact_value
 from batch_inference.core.statistics import percentile
 from batch_inference.core.text import NO_REASON, plain, short_name, with_budget
@@ -25,9 +26,9 @@ Row = dict[str, Any]
 
 # Points that differ in one of these measure different things: they are grouped, never ranked together.
 GROUP_BY = (
-    "model", "device_kind", "device_name", "vllm_version", "dtype", "quantization", "kv_cache_dtype", "load_format",
-    "executor_class", "multiprocess_engine", "runner", "enforce_eager", "speculative_method", "num_speculative_tokens",
-    "max_tokens", "temperature", "top_p",
+    "model", "device_kind", "device_name", "device_cores", "vllm_version", "dtype", "quantization", "kv_cache_dtype",
+    "load_format", "executor_class", "multiprocess_engine", "runner", "enforce_eager", "speculative_method",
+    "num_speculative_tokens", "max_tokens", "temperature", "top_p",
 )  # fmt: skip
 # Within a group these may differ, but the reader must know.
 TO_MENTION = (
@@ -38,6 +39,7 @@ TO_MENTION = (
 )  # fmt: skip
 # The durations that a limit can be set on.
 DURATIONS: dict[str, Callable[[Point], list[float]]] = {"latency": run_latencies_s, "ttft": ttfts_s, "tpot": tpots_s}
+_SOME_CORES = re.compile(r"\d{1,6}(-\d{1,6})?", re.ASCII)
 # Characters; Excel takes 32,767.
 _LONGEST_CELL = 32_000
 # How a file is written is no setting, and a point has its own batch_size and seq_len.
@@ -229,11 +231,20 @@ def _environment(result: Result) -> Row:
     return {
         **{name: getattr(environment, name) for name in names},
         "device_name": " + ".join(sorted({device.name for device in devices if device.name})) or None,
+        # A word, so that it stays one beside GPUs, which have none.
+        "device_cores": str(cores) if (cores := max(map(_count_of, devices), default=0)) else None,
         "device_memory_gib": _least(device.memory_gib for device in devices),
         "power_limit_w": _least(device.power_limit_w for device in devices),
         "vllm_version": vllm_version,
         **{_cell(f"{package}_version"): version for package, version in versions.items()},
     }
+
+
+def _count_of(device: DeviceInfo) -> int:
+    """Its cores, which are listed as vLLM does: 0-3,8 are five. What is no list has none: files may hold anything."""
+    parts = [part for part in (device.cores or "").split(",") if _SOME_CORES.fullmatch(part)]
+    ends = [list(map(int, part.split("-"))) for part in parts]
+    return sum(abs(each[-1] - each[0]) + 1 for each in ends)
 
 
 def percentile_column(prefix: str, percent: float) -> str:

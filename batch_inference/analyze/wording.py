@@ -21,7 +21,8 @@ SUSPECT_LINE = "* suspect: see below, and do not rely on it alone."
 
 # What columns of results.csv are called where a reader meets them; of others the underscores go.
 _WORDS = {
-    "device_kind": "kind of device", "device_name": "device", "vllm_version": "vLLM",
+    "device_kind": "kind of device", "device_name": "device", "device_cores": "cores per device",
+    "vllm_version": "vLLM",
     "kv_cache_dtype": "KV cache dtype", "executor_class": "executor",
     "multiprocess_engine": "an engine process of its own", "enforce_eager": "eager mode",
     "num_speculative_tokens": "speculative tokens", "max_tokens": "output tokens", "top_p": "top-p",

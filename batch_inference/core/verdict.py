@@ -189,11 +189,12 @@ def _unsteady_plateau(result: Result, point: Point) -> list[str]:
 
 
 def _steadier(result: Result, point: Point) -> str:
-    """What would help; nothing if the whole job ran with its requests already shuffled."""
+    """What would help. Of a file whose requests come in no order, other work is the usual reason."""
     in_given_order = point.workload is not None and point.workload.order == "given"
-    advice = [] if _ran_as_a_whole(result, point) else ["raise --sample"]
+    advice = [_BE_ALONE, *([] if _ran_as_a_whole(result, point) else ["raise --sample"])]
     advice += ["give --order shuffled"] if in_given_order else []
-    return f"; {', or '.join(advice)}" if advice else ""
+    *others, last = advice
+    return f"; {', '.join(others)}, or {last}" if others else f"; {last}"
 
 
 def _plateau_rates(timeline: Timeline | None, batch_size: int) -> list[float]:

@@ -171,7 +171,7 @@ class LogFollower:
 
 def _kept_words(config: ExperimentConfig, kept: Sequence[Point], total: int) -> str:
     suspect = sum(point.verdict == "suspect" for point in kept)
-    doubt = f", {suspect} of them suspect" if suspect else ""
+    doubt = ", and suspect" if suspect == len(kept) else f", {suspect} of them suspect" if suspect else ""
     verb = "is" if len(kept) == 1 else "are"
     return f"{len(kept)} of {counted(total, 'point')} {verb} kept from {config.output_path}{doubt}"
 
