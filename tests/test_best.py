@@ -151,12 +151,13 @@ def test_the_answer_is_written_to_be_used(tmp_path: Path) -> None:
     found = race.best()
     assert found is not None
     assert found.best is not None
-    assert best.write_to_use() == str(tmp_path / "best")
+    assert best.write_to_use() == f"python {tmp_path}/best/run.py requests.jsonl answers.jsonl"
     config = (tmp_path / "best" / "vllm_config.yaml").read_text()
     assert f"max-num-seqs: {found.best.batch_size}\n" in config
     assert f"tensor-parallel-size: {found.layout.tp}\n" in config
     assert "the best for throughput that a search found" in config
-    assert (tmp_path / "best" / "run.py").exists()
+    (tmp_path / "best" / "run.py").write_text("print('my own')")
+    assert best.write_to_use() == str(tmp_path / "best")
 
 
 def test_what_was_measured_is_in_the_usual_files(tmp_path: Path) -> None:

@@ -547,6 +547,12 @@ def loaded(done: subprocess.CompletedProcess[str], name: str) -> list[str]:
     return sorted(found[name] for found in variables if name in found)
 
 
+def told_at_the_end(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line, with the time and the rate as T and R."""
+    last = done.stderr.splitlines()[-1]
+    return re.sub(r"in [\d,]+\.\d s \([\d,]+ tok/s\)", "in T s (R tok/s)", last)
+
+
 def test_requests_of_every_kind_are_answered(tmp_path: Path) -> None:
     requests = [
         {"prompt": "ab"},
@@ -559,13 +565,16 @@ def test_requests_of_every_kind_are_answered(tmp_path: Path) -> None:
     done, answers = run(grid("tp_2", {(4, 64): 1}, (2, 1, 1)), requests, tmp_path)
     assert done.returncode == 0, done.stderr
     assert answers == [
-        {"index": 0, "custom_id": None, "text": "2 for [97, 98]", "output_tokens": 2},
-        {"index": 1, "custom_id": None, "text": "3 for [5, 6, 7]", "output_tokens": 3},
-        {"index": 2, "custom_id": "x", "text": "2 for [99]", "output_tokens": 2},
-        {"index": 3, "custom_id": None, "text": "1 for [1, 2]", "output_tokens": 1},
-        {"index": 4, "custom_id": None, "text": "4 for [104, 105]", "output_tokens": 4},
-        {"index": 5, "custom_id": None, "text": "32 for [100]", "output_tokens": 32},
+        {"index": 0, "custom_id": None, "text": "2 for [97, 98]", "output_tokens": 2, "finish_reason": "stop"},
+        {"index": 1, "custom_id": None, "text": "3 for [5, 6, 7]", "output_tokens": 3, "finish_reason": "length"},
+        {"index": 2, "custom_id": "x", "text": "2 for [99]", "output_tokens": 2, "finish_reason": "length"},
+        {"index": 3, "custom_id": None, "text": "1 for [1, 2]", "output_tokens": 1, "finish_reason": "length"},
+        {"index": 4, "custom_id": None, "text": "4 for [104, 105]", "output_tokens": 4, "finish_reason": "length"},
+        {"index": 5, "custom_id": None, "text": "32 for [100]", "output_tokens": 32, "finish_reason": "length"},
     ]
+    assert told_at_the_end(done) == (
+        "answers.jsonl: 6 of 6 requests answered, 44 output tokens in T s (R tok/s), 1 ended by itself"
+    )
     assert loaded(done, "CUDA_VISIBLE_DEVICES") == ["0,1"]
 
 
@@ -574,16 +583,57 @@ def test_a_request_that_is_refused_takes_no_other_along(sizes: tuple[int, int, i
     requests = [{"prompt": text, "max_tokens": 1, "custom_id": text[0]} for text in ("a", "b", "c" * 4096, "d")]
     done, answers = run(grid("s", {(4, 64): 1}, sizes), requests, tmp_path)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == ("answers.jsonl: vLLM refused 1 of 4 requests: their lines say why")
+    assert told_at_the_end(done) == (
+        "answers.jsonl: 3 of 4 requests answered, 3 output tokens in T s (R tok/s), 0 ended by themselves, "
+        '1 failed: see "error"'
+    )
     assert [answer.get("text") for answer in answers] == ["1 for [97]", "1 for [98]", None, "1 for [100]"]
     error = "the prompt has 4096 tokens, and max_model_len is 4096"
     assert answers[2] == {"index": 2, "custom_id": "c", "error": error}
 
 
 def test_an_engine_that_dies_refuses_nobody(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"index": 0, "text": "of an earlier run"}\n')
+    os.utime(tmp_path / "answers.jsonl", (1, 1))
+    died_before = run(grid("s", {(4, 64): 1}), [{"prompt": "a"}], tmp_path, STUB_FAIL="load")
+    assert died_before[0].stderr.splitlines()[-1] == "the engine failed or was stopped; answered so far: nothing"
+    assert died_before[1]
     done, answers = run(grid("s", {(4, 64): 1}), [{"prompt": "a"}], tmp_path, STUB_FAIL="dies")
     assert (done.returncode, answers) == (1, [])
-    assert "EngineDeadError" in done.stderr.splitlines()[-1]
+    *_, error, last = done.stderr.splitlines()
+    assert "EngineDeadError" in error
+    assert last == "the engine failed or was stopped; answered so far: nothing"
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((1, 1, 2), marks=pytest.mark.slow)], ids=["one", "replicas"])
+def test_the_time_is_that_of_the_requests_without_the_start_of_the_engine(
+    sizes: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """One engine makes 104 tokens, one after another; each of two makes 52."""
+    began = time.monotonic()
+    requests = [{"prompt": "b", "max_tokens": 50}] * 4
+    done, _ = run(grid("s", {(1, 64): 1}, sizes), requests, tmp_path, STUB_STEP_S="0.01", STUB_LOAD_S="1")
+    took_s = time.monotonic() - began
+    found = re.search(r": 4 of 4 .* 104 output tokens in ([\d.]+) s", done.stderr.splitlines()[-1])
+    assert found, done.stderr
+    assert 1.0 / sizes[2] <= float(found[1]) < took_s - 0.9
+
+
+def test_who_is_ended_ends_the_replicas_too(tmp_path: Path) -> None:
+    written([grid("tp_1", {(1, 64): 1})], tmp_path)
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "a"}\n')
+    command = [sys.executable, "best/run.py", "requests.jsonl", "answers.jsonl"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=stub_environment(STUB_LOAD_S="60"), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline().startswith("stub vLLM is loading")
+    process.terminate()
+    # Its output ends when nobody is left who could write to it.
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert errors.splitlines()[-1] == "the engine failed or was stopped; answered so far: nothing"
 
 
 @pytest.mark.slow
@@ -666,7 +716,7 @@ def test_what_was_answered_before_a_ctrl_c_is_kept_and_named(replicas: int, tmp_
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    why = "stopped" if replicas == 1 else "2 of 2 replicas failed or were stopped"
+    why = "the engine failed or was stopped" if replicas == 1 else "2 of 2 replicas failed or were stopped"
     # Python's own tracker of the replicas' resources may warn after that.
     assert f"{why}; answered so far: {', '.join(names)}" in errors.splitlines()
     kept = [json.loads(line)["index"] for name in names for line in (tmp_path / name).read_text().splitlines()]

@@ -74,6 +74,7 @@ _RUN_IMPORTS = """
 import heapq
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,19 +95,10 @@ def main():
         answer(read(requests), answers, int(replica[0]))
         return
     asked = read(requests)
-    if REPLICAS > 1:
-        run_replicas(requests, answers)
-    else:
-        os.environ.update(variables_of(0))
-        try:
-            answer(asked, answers)
-        except KeyboardInterrupt:
-            say_what_is_kept("stopped", [answers])
-            raise
-    with open(answers, encoding="utf-8") as file:
-        refused = sum("error" in json.loads(line) for line in file)
-    if refused:
-        sys.exit(f"{answers}: vLLM refused {refused} of {len(asked)} requests: their lines say why")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the replicas too
+    seconds = run_replicas(requests, answers)
+    if say_what_was_done(answers, len(asked), seconds):
+        sys.exit(1)
 
 
 def read(path):
@@ -140,6 +132,7 @@ def answer(requests, path, replica=0):
     from vllm import LLM
 
     llm = LLM(**ENGINE)
+    begin = time.perf_counter()
     with open(path, "w", encoding="utf-8") as file:
         for start in range(0, len(requests), TOGETHER * REPLICAS):
             mine = list(enumerate(requests[start : start + TOGETHER * REPLICAS], start))[replica::REPLICAS]
@@ -153,10 +146,12 @@ def answer(requests, path, replica=0):
                 if error is None:
                     best = next(outputs).outputs[0]
                     row |= {"text": best.text, "output_tokens": len(best.token_ids)}
+                    row["finish_reason"] = best.finish_reason  # "stop": by itself, "length": cut off
                 else:
                     row["error"] = error
                 file.write(json.dumps(row, ensure_ascii=False) + "\\n")
             file.flush()
+    Path(f"{path}.seconds").write_text(str(time.perf_counter() - begin))
     if COUPLED:
         time.sleep(1)  # the others may still wait for this one's last step
 
@@ -176,8 +171,12 @@ def submit(llm, asked, most):
 
 
 def run_replicas(requests, answers):
-    """Each a process with devices of its own, because vLLM takes what it sees when it is imported."""
-    parts = [f"{answers}.part_{replica}" for replica in range(REPLICAS)]
+    """Each a process with devices of its own, because vLLM takes what it sees when it is imported, and a single one
+    too, so that what vLLM says at its end comes before our last line. Returns the seconds of the slowest one, without
+    the start of its engine."""
+    parts = [f"{answers}.part_{replica}" for replica in range(REPLICAS)] if REPLICAS > 1 else [answers]
+    times = [Path(f"{part}.seconds") for part in parts]
+    began = time.time()
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, requests, part, str(replica)],
@@ -193,10 +192,21 @@ def run_replicas(requests, answers):
     finally:
         for process in processes:
             process.terminate()
-        if failed := sum(process.wait() != 0 for process in processes):
-            say_what_is_kept(f"{failed} of {REPLICAS} replicas failed or were stopped", parts)
+        failed = sum(process.wait() != 0 for process in processes)
+        seconds = [float(file.read_text()) for file in times if file.exists()]
+        for file in times:
+            file.unlink(missing_ok=True)
+        if failed:
+            say_what_is_kept(failed, parts, began)
     if failed:
         sys.exit(1)
+    if REPLICAS > 1:
+        merge(parts, answers)
+    return max(seconds)
+
+
+def merge(parts, answers):
+    """In the order of the requests."""
     files = [open(part, encoding="utf-8") for part in parts]
     with open(answers, "w", encoding="utf-8") as file:
         file.writelines(heapq.merge(*files, key=lambda line: json.loads(line)["index"]))
@@ -205,9 +215,30 @@ def run_replicas(requests, answers):
         Path(part).unlink()
 
 
-def say_what_is_kept(why, files):
-    kept = [name for name in files if os.path.exists(name) and os.path.getsize(name)]
-    print(f"{why}; answered so far: {', '.join(kept) or 'nothing'}", file=sys.stderr)
+def say_what_is_kept(failed, files, began):
+    """Of this run: files of an earlier one may lie there still."""
+    own = [name for name in files if os.path.exists(name) and os.path.getmtime(name) >= began]
+    kept = [name for name in own if os.path.getsize(name)]
+    who = f"{failed} of {REPLICAS} replicas failed or were" if REPLICAS > 1 else "the engine failed or was"
+    print(f"{who} stopped; answered so far: {', '.join(kept) or 'nothing'}", file=sys.stderr)
+
+
+def say_what_was_done(answers, asked, seconds):
+    """The last line. Returns how many requests failed."""
+    tokens = failed = stopped = 0
+    with open(answers, encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            tokens += row.get("output_tokens", 0)
+            failed += "error" in row
+            stopped += row.get("finish_reason") == "stop"
+    print(
+        f"{answers}: {asked - failed:,} of {asked:,} requests answered, {tokens:,} output tokens in {seconds:,.1f} s "
+        f"({tokens / seconds:,.0f} tok/s), {stopped:,} ended by "
+        + ("itself" if stopped == 1 else "themselves")
+        + (f', {failed:,} failed: see "error"' if failed else ""),
+        file=sys.stderr,
+    )
+    return failed
 '''
 
 _GPUS = '''

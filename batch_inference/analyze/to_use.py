@@ -47,6 +47,12 @@ class ToUse:
         replicas = self.chosen.replicas if is_ray else None
         return f"This runs {_words(self.chosen, self.setting, replicas)} ({self.chosen.why}):"
 
+    @property
+    def run_command(self) -> str | None:
+        """What runs a file of requests on one machine; None where run.py was not written."""
+        scripts = [shlex.quote(str(path)) for path in self.files if path.name == RUN]
+        return next((" ".join(words) for words in self.section.commands if words[1] in scripts), None)
+
 
 def write_to_use(analysis: Analysis, goal_word: str, folder: Path) -> ToUse | None:
     """Into `folder`, for the winner by that goal; None where there is none, and then nothing of an earlier one is left.

@@ -197,7 +197,8 @@ class Best:
                 self.batches_s.setdefault((point.seq_len, point.batch_size), []).append(batch_s)
 
     def write_to_use(self) -> str | None:
-        """Where the answer at the longest prompts was written for use; None if a package for that is missing."""
+        """Writes the answer at the longest prompts for use, and returns the command that runs it, or the folder if
+        there is none; None if a package for that is missing."""
         length, race = max(self.search.races.items(), key=lambda pair: pair[0] or 0)
         found = race.best()
         if found is None or found.best is None or missing_to_analyse(plots=False):
@@ -215,10 +216,11 @@ class Best:
             f"the best for {self.options.goal} that a search found",
         )  # fmt: skip
         try:
-            return str(folder) if write_winner(chosen, folder) else None
+            written = write_winner(chosen, folder)
         except OSError as error:
             say(f"error: {folder}: cannot be written to: {error.strerror}")
             return None
+        return (written.run_command or str(folder)) if written else None
 
     def study_s(self) -> float | None:
         """Roughly what all settings that could win would take, at all sizes that were tried; None if no engine was

@@ -269,7 +269,7 @@ class LLM:
         return [
             RequestOutput(
                 prompt,
-                [_completion(prompt, done[index][0] - (FAIL == "tokens" and index == 0))],
+                [_completion(prompt, done[index][0] - (FAIL == "tokens" and index == 0), params[index].max_tokens)],
                 RequestStateStats(
                     arrival_time=arrived,
                     queued_ts=stamps[index][0],
@@ -326,12 +326,13 @@ def _output(prompt, max_tokens):
         last_token_ts=now + RUN_S,
         first_token_latency=0.5 * RUN_S,
     )
-    return RequestOutput(prompt, [_completion(prompt, tokens)], stats, 16 if FAIL == "prefix" else 0)
+    return RequestOutput(prompt, [_completion(prompt, tokens, tokens)], stats, 16 if FAIL == "prefix" else 0)
 
 
-def _completion(prompt, tokens):
+def _completion(prompt, tokens, most):
     """Its text tells which prompt it is of."""
-    return SimpleNamespace(token_ids=[7] * tokens, text=f"{tokens} for {prompt}")
+    reason = "length" if tokens == most else "stop"
+    return SimpleNamespace(token_ids=[7] * tokens, text=f"{tokens} for {prompt}", finish_reason=reason)
 
 
 def _vllm_config(args):
