@@ -23,7 +23,7 @@ from batch_inference.measure.vllm_version import check_vllm_version
 from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices, smallest_memory_gib
 from batch_inference.plan.model import ModelFacts, facts_of
-from batch_inference.plan.model_place import check_weights
+from batch_inference.plan.model_place import check_weights, note_on_name
 from batch_inference.plan.needs import memory_against, needs_of
 from batch_inference.plan.obstacles import devices_against, is_coupled, rules_against
 from batch_inference.plan.place import Place, check_place, find_place
@@ -79,7 +79,7 @@ def main() -> int:
         here = look_around(config, place, job)
         work = choose(config, here)
         if place is None or place.leads:
-            say_notes([*notes, *([job.left_out] if job and job.left_out else [])])
+            say_notes([*notes, *filter(None, [note_on_name(config), job.left_out if job else None])])
         return work(config, here)
     except ConfigError as error:
         # Every rank of a node finds the same error; one reports it.

@@ -349,9 +349,17 @@ def test_an_invalid_point_answers_nothing(tmp_path: Path) -> None:
 
 def test_what_an_order_saves_is_said_where_both_were_measured(tmp_path: Path) -> None:
     found = answer(tmp_path, setting("tp_1", queue(life_s=1.0), queue(life_s=0.8, order="longest-first")))
-    ((where, order, saved),) = gains_of_orders(found)
+    ((where, order, saved, is_told),) = gains_of_orders(found)
     assert (where, order) == ("tp_1, 2 at once", "longest-first")
     assert saved == pytest.approx(0.2, abs=0.02)
+    assert ("may be chance" in said_of(found)) != is_told
+
+
+def test_an_order_that_saves_less_than_is_known_is_not_praised(tmp_path: Path) -> None:
+    found = answer(tmp_path, setting("tp_1", queue(life_s=1.0), queue(life_s=0.999, order="longest-first")))
+    ((*_, is_told),) = gains_of_orders(found)
+    assert not is_told
+    assert "compared with the order of the file; the intervals overlap, so this may be chance." in said_of(found)
 
 
 def test_a_batch_of_the_mean_lengths_is_held_against_the_plateau(tmp_path: Path) -> None:
@@ -388,6 +396,7 @@ def test_more_replicas_on_the_cores_of_one_machine_are_not_promised(
     analysis = analyse(loaded, Question(job=JobQuestion(deadline_h=deadline_h)))
     lines = job_section(analysis.jobs[0], analysis).lines
     assert any("and count whole machines" in line for line in lines) == warns
+    assert ("devices, each on a machine of its own: " in headline(analysis).sentences[0]) == warns
 
 
 def test_what_wins_for_a_deadline_is_called_that_in_the_answer_and_the_section(tmp_path: Path) -> None:
@@ -438,10 +447,12 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
                     r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
                     r"engine comes on top: here 40 s\. For the deadline of 0\.03 h take 3 replicas of TP=1 "
-                    r"with 2 at once on each replica, so 3 devices: 1\.3\d* ± [\d.]+ min\. On 1 × H100", answer)  # fmt: skip
+                    r"with 2 at once on each replica, so 3 devices: 1\.3\d* ± [\d.]+ min\. "
+                    r"On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
-    assert re.search(r"for the deadline 3 replicas of tp_1 \(3 devices\), 2 at once on each replica: 1\.3\d* ±[\d.]+ min; at "
-                     r"the upper end of that interval \d+% of the time is left", text)  # fmt: skip
+    assert re.search(r"for the deadline 3 replicas of tp_1 \(3 devices\), 2 at once on each replica: "
+                     r"1\.3\d* ±[\d.]+ min; at the upper end of that interval \d+% of the time is "
+                     r"left", text)  # fmt: skip
     assert " output tokens 4 " in text
     assert "suspect (tp_1, batch 2 x length 8): runs differ" in text
     lines = said.partition("\n\n/")[0].splitlines()

@@ -662,3 +662,18 @@ def test_every_planned_command_is_one_that_the_script_understands(launcher: Laun
         for words in commands_of(launcher(preset, "--dry-run")):
             config = config_of(words)
             assert config.name == dataclasses.replace(config, name=None).setting_name
+
+
+def test_a_sample_that_is_too_small_for_one_setting_leaves_the_others(launcher: Launcher) -> None:
+    """One that cannot run here at all is skipped for that."""
+    words = ("data-parallel", "--model", TINY, "--prompts-file", str(REPOSITORY / "examples" / "workload.jsonl"))
+    small = (*words, "--batch-sizes", "16", "--dry-run", "--", "--sample", "40")
+    two = launcher(*small, DEVICES="2")
+    said = " ".join(two.stdout.replace("#", " ").split())
+    assert two.returncode == 0, two.stderr
+    assert "dp_2 cannot run: --sample 40: with 16 at once on 2 replicas there is no plateau below 64; raise it" in said
+    assert "dp_4 cannot run: it needs 4 devices" in said
+    # Too small for all that could run is a mistake.
+    none = launcher(*small[:-1], "31", DEVICES="2")
+    assert none.returncode == 2
+    assert none.stderr.startswith("error: --sample 31: with 16 at once on 1 replica there is no plateau below 32")

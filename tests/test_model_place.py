@@ -15,7 +15,7 @@ from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.plan.devices import Devices
 from batch_inference.plan.memory import memory_plan
 from batch_inference.plan.model import ModelFacts, facts_of, why_unread
-from batch_inference.plan.model_place import check_weights, is_on_hub
+from batch_inference.plan.model_place import check_weights, is_on_hub, note_on_name
 from batch_inference.plan.overrides import NotFollowedError, hf_overrides
 from batch_inference.plan.printed import setting_plan
 from builders import infeasible
@@ -321,3 +321,15 @@ def test_a_model_in_mistrals_format_is_measured(experiment: Run, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     stored = json.loads((tmp_path / "tp_1_results.json").read_text())
     assert stored["config"]["max_model_len"] == -1
+
+
+def test_a_name_of_the_hub_that_may_be_a_misspelt_folder_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert note_on_name(ExperimentConfig(model="models/tiny-lama")) == (
+        "--model models/tiny-lama is taken as a name on the hub (the folder models here has none of that name)"
+    )
+    assert note_on_name(ExperimentConfig(model="org/tiny-llama")) is None
+    assert note_on_name(ExperimentConfig(model=str(tmp_path / "models"))) is None

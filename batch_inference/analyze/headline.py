@@ -11,7 +11,7 @@ from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_
 from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.decide import COST, GOALS, Choice
 from batch_inference.analyze.job_sections import replicas_words, requests_words, time_text
-from batch_inference.analyze.jobs import ALIKE, JobAnswer, JobRow
+from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow
 from batch_inference.analyze.larger import Growth, growth_of_batch, growth_of_job, try_larger
 from batch_inference.analyze.replicas import said, to_measure, unmeasured_replicas
 from batch_inference.analyze.same_answers import of_another_model
@@ -256,9 +256,18 @@ def _deadline_sentence(answer: JobAnswer, asked_h: float) -> Iterator[str]:
         row = deadline.row
         yield (
             f"For the deadline of {asked_h:g} h take {replicas_words(deadline, _called_row(row, answer))} with "
-            f"{row.point.batch_size} at once{on_each(deadline.replicas)}, so {counted(deadline.devices, 'device')}: "
+            f"{row.point.batch_size} at once{on_each(deadline.replicas)}, so {counted(deadline.devices, 'device')}"
+            f"{_of_machines(deadline, answer)}: "
             f"{spoken(time_text(deadline.hours))}."
         )
+
+
+def _of_machines(deadline: Deadline, answer: JobAnswer) -> str:
+    """Devices that are cores share the memory of their machine: what was measured is what so many of them do."""
+    measured = deadline.row.num_devices
+    if "cpu" not in answer.group or deadline.devices <= measured:
+        return ""
+    return ", each on a machine of its own" if measured == 1 else f", at most {measured} on a machine"
 
 
 def _row_taken(row: JobRow, answer: JobAnswer) -> str:

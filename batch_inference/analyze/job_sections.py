@@ -229,9 +229,10 @@ def replicas_words(deadline: Deadline, name: str) -> str:
 
 
 def _order_lines(answer: JobAnswer) -> Iterator[str]:
-    for where, order, saved in gains_of_orders(answer):
-        word = "saves" if saved >= 0 else "costs"
-        yield f"order: {order} {word} {abs(saved):.1%} of the time at {where}, compared with the order of the file."
+    for where, order, saved, are_apart in gains_of_orders(answer):
+        gain = f"{'saves' if saved >= 0 else 'costs'} {abs(saved):.1%} of the time at {where}"
+        doubt = "" if are_apart else "; the intervals overlap, so this may be chance"
+        yield f"order: {order} {gain}, compared with the order of the file{doubt}."
 
 
 def _grid_lines(rows: Sequence[JobRow]) -> Iterator[str]:

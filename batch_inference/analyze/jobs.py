@@ -148,7 +148,10 @@ def _answer(
             advice = "lower --batch-sizes" if point.is_whole_job else "raise --sample"
             left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; {advice}")
         elif outside := question.lengths and mix_outside(point.runs, job):
-            raise JobError(f"--job {question.name}: cannot be forecast from {labels(setting)}: {outside}")
+            raise JobError(
+                f"--job {question.name}: cannot be forecast from {labels(setting)}: {outside} Measure a sample of this "
+                f"file, with --prompts-file {question.name}"
+            )
         else:
             rows.append(_row(setting, point, labels(setting), job, question))
     rows = _best_first(rows)
@@ -227,6 +230,12 @@ def _best_first(rows: Sequence[JobRow]) -> list[JobRow]:
     return [sure, *(row for row in ordered if row is not sure)]
 
 
+def _overlap(one: Interval, other: Interval) -> bool:
+    """Also where an end is unknown."""
+    ends = (one.low, one.high, other.low, other.high)
+    return None in ends or (one.low <= other.high and other.low <= one.high)  # type: ignore[operator]
+
+
 def _ties(rows: Sequence[JobRow]) -> list[JobRow]:
     """Of every other setting the best, where it may be as fast as the fastest."""
     if not rows or rows[0].hours.high is None:
@@ -259,12 +268,14 @@ def scaled(interval: Interval, factor: float) -> Interval:
     return Interval(interval.value * factor, low, high)
 
 
-def gains_of_orders(answer: JobAnswer) -> Iterator[tuple[str, str, float]]:
-    """(setting, order, share of the time that it saves against the order of the file) where both were measured."""
+def gains_of_orders(answer: JobAnswer) -> Iterator[tuple[str, str, float, bool]]:
+    """(setting, order, share of the time that it saves against the order of the file, whether the intervals are apart)
+    where both were measured."""
     best: dict[tuple[str, int, str], JobRow] = {}
     for row in answer.rows:
         best.setdefault((row.setting, row.point.batch_size, row.point.workload.order), row)
     for (setting, batch_size, order), row in best.items():
         given = best.get((setting, batch_size, "given"))
         if order != "given" and given:
-            yield f"{setting}, {batch_size} at once", order, 1 - row.hours.value / given.hours.value
+            saved, apart = 1 - row.hours.value / given.hours.value, not _overlap(row.hours, given.hours)
+            yield f"{setting}, {batch_size} at once", order, saved, apart

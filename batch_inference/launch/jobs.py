@@ -13,7 +13,7 @@ from batch_inference.core.flags import PLAN_FLAGS, devices_without_plan, parse_f
 from batch_inference.core.streams import say
 from batch_inference.launch.options import Options
 from batch_inference.launch.presets import Preset, Setting, without
-from batch_inference.measure.job_lengths import read_job
+from batch_inference.measure.job_lengths import SampleTooSmallError, read_job
 from batch_inference.plan.devices import find_devices
 
 EXPERIMENT, ANALYSIS = "batch_inference_experiment.py", "analyze_results.py"
@@ -40,6 +40,7 @@ class Job:
     config: ExperimentConfig
     setting: Setting
     port: int = 0  # its first port on node 0, for several nodes
+    reason: str | None = None  # why what is asked of it cannot be measured with this setting, wherever it runs
 
     @property
     def console_path(self) -> Path:
@@ -129,12 +130,12 @@ def job_of(setting: Setting, port: int, rank: int, preset: Preset, options: Opti
     if preset.is_demo and not (preset.goes_on or options.resume or options.output_dir):
         flags.append("--overwrite")
     flags += options.passed_on
-    config = _with_lengths(parse_flags([*flags, *_plan_flags(options), *options.flags])[0])
+    config, reason = _with_lengths(parse_flags([*flags, *_plan_flags(options), *options.flags])[0])
     if config.devices != options.devices:
         raise ConfigError("--devices: give it once and before --, because sizes of the preset may depend on it")
     flags += without_plan_flags(options.flags)
     words = (*start, here.path(EXPERIMENT), *flags)
-    return Job(setting.name, words, config, setting, port)
+    return Job(setting.name, words, config, setting, port, reason)
 
 
 def _gives(options: Options, name: str) -> bool:
@@ -145,12 +146,15 @@ def _runs_on_cores(options: Options) -> bool:
     return not options.devices and find_devices().kind == "cpu"
 
 
-def _with_lengths(config: ExperimentConfig) -> ExperimentConfig:
-    """With the lengths of a workload's requests, if its file is on this node. Raises ConfigError if it is not a
-    job."""
+def _with_lengths(config: ExperimentConfig) -> tuple[ExperimentConfig, str | None]:
+    """With the lengths of a workload's requests, if its file is on this node, and why they are too few for the setting.
+    Raises ConfigError if it is not a job."""
     if config.prompts_file is None or (config.node_rank and not Path(config.prompts_file).exists()):
-        return config
-    return read_job(config, say)[0]
+        return config, None
+    try:
+        return read_job(config, say)[0], None
+    except SampleTooSmallError as error:
+        return error.config, str(error)
 
 
 def _plan_flags(options: Options) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from batch_inference.core.config import ExperimentConfig
+from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.secrets import placeholders, redact
 from batch_inference.core.text import WIDTH, counted, listed, wrapped
 from batch_inference.launch.jobs import Job
@@ -54,8 +54,8 @@ class PlannedJob:
 def planned(
     jobs: Sequence[Job], devices: Devices, say: Callable[[str], None], *, only_in_doubt: bool = False
 ) -> list[PlannedJob]:
-    """Asks vLLM once for all of them, or for those in doubt. Raises ConfigError for a folder that is not a model, or
-    has no weights."""
+    """Asks vLLM once for all of them, or for those in doubt. Raises ConfigError for a folder that is not a model or has
+    no weights, and for a sample that is too small for all settings that could run."""
     facts = [facts_of(job.config) for job in jobs]
     for job in jobs:
         check_weights(job.config)
@@ -65,15 +65,21 @@ def planned(
     ]
     answers = ask_vllm(settings, devices, say, only_in_doubt=only_in_doubt)
     found = [PlannedJob(job, known, None, said) for job, known, said in zip(jobs, facts, answers, strict=True)]
-    return [
+    found = [
         replace(one, reason=_obstacle(one, devices) or memory_against(need), needs=need)
         for one, need in zip(found, all_needs(found, devices), strict=True)
     ]
+    # A mistake of the user's is one where it leaves nothing to be measured.
+    mistakes = [one.job.reason for one in found if one.reason is not None and one.reason == one.job.reason]
+    if mistakes and all(one.reason for one in found):
+        raise ConfigError(mistakes[0])
+    return found
 
 
 def _obstacle(one: PlannedJob, devices: Devices) -> str | None:
     nnodes = one.job.setting.nodes
-    return _uneven(one.config, nnodes) or _infeasible(one.config, one.facts, nnodes, devices, one.said)
+    infeasible = _uneven(one.config, nnodes) or _infeasible(one.config, one.facts, nnodes, devices, one.said)
+    return infeasible or one.job.reason
 
 
 def _uneven(config: ExperimentConfig, nnodes: int) -> str | None:

@@ -22,6 +22,14 @@ from batch_inference.measure.texts import lengths_of
 FEWEST_LIVES = 2
 
 
+class SampleTooSmallError(ConfigError):
+    """For one setting: another, with fewer replicas, may do with as few requests. `config` has the longest request."""
+
+    def __init__(self, message: str, config: ExperimentConfig) -> None:
+        super().__init__(message)
+        self.config = config
+
+
 @dataclass(frozen=True)
 class JobLengths:
     """For each request, in the order of the file; for the output, the most that it takes."""
@@ -73,7 +81,8 @@ def _check_sample(config: ExperimentConfig, requests: int) -> None:
         )
     largest, replicas = config.least_batch, config.data_parallel_size
     if sample < min(requests, FEWEST_LIVES * largest * replicas):
-        raise ConfigError(
+        raise SampleTooSmallError(
             f"--sample {sample}: with {largest} at once on {counted(replicas, 'replica')} there is no plateau below "
-            f"{FEWEST_LIVES * largest * replicas}; raise it, or lower --batch-sizes"
+            f"{FEWEST_LIVES * largest * replicas}; raise it, or lower --batch-sizes",
+            config,
         )

@@ -123,6 +123,12 @@ def prefers_params(config: ExperimentConfig) -> bool:
     return is_free and (folder / _PARAMS).exists() and any(folder.glob("consolidated*.safetensors"))
 
 
+def note_on_name(config: ExperimentConfig) -> str | None:
+    """On a name of the hub that may be a folder's, misspelt: vLLM would look for it on the hub, for minutes."""
+    remark = _no_folder(config.model) if kind_of(config.model) == "hub" else ""
+    return f"--model {config.model} is taken as a name on the hub{remark}" if remark else None
+
+
 def _no_folder(name: str) -> str:
     """A remark on a hub name that also looks like a folder."""
     parent = Path(name).parent
