@@ -447,11 +447,11 @@ def test_the_job_comes_first_with_its_hours_cost_and_deadline(
     assert re.match(r"The job of 480 requests on 1 × H100, Llama-2-7b-chat-hf: TP=1 with 2 at once takes 4\.0\d* ± "
                     r"[\d.]+ min \(0\.0\d+ device-hours\) and costs 2\.4\d* at 36 per device-hour\. The start of the "
                     r"engine comes on top: here 40 s\. For the deadline of 0\.03 h take 3 replicas of TP=1 "
-                    r"with 2 at once on each replica, so 3 devices: 1\.3\d* ± [\d.]+ min\. "
-                    r"On 1 × H100", answer)  # fmt: skip
+                    r"with 2 at once on each replica, so 3 devices: 1\.3\d* ± [\d.]+ min, "
+                    r"at a cost of 2\.4\d\. On 1 × H100", answer)  # fmt: skip
     assert re.search(r"fastest tp_1, 2 at once: 4\.0\d* ±[\d.]+ min, [\d.]+ ±[\d.]+ device-hours, cost 2\.4", text)
     assert re.search(r"for the deadline 3 replicas of tp_1 \(3 devices\), 2 at once on each replica: "
-                     r"1\.3\d* ±[\d.]+ min; at the upper end of that interval \d+% of the time is "
+                     r"1\.3\d* ±[\d.]+ min, at a cost of 2\.4\d; at the upper end of that interval \d+% of the time is "
                      r"left", text)  # fmt: skip
     assert " output tokens 4 " in text
     assert "suspect (tp_1, batch 2 x length 8): runs differ" in text

@@ -10,7 +10,7 @@ from typing import Any
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
 from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.decide import COST, GOALS, Choice
-from batch_inference.analyze.job_sections import replicas_words, requests_words, time_text
+from batch_inference.analyze.job_sections import at_cost, replicas_words, requests_words, time_text
 from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow
 from batch_inference.analyze.larger import Growth, growth_of_batch, growth_of_job, try_larger
 from batch_inference.analyze.replicas import said, to_measure, unmeasured_replicas
@@ -258,7 +258,7 @@ def _deadline_sentence(answer: JobAnswer, asked_h: float) -> Iterator[str]:
             f"For the deadline of {asked_h:g} h take {replicas_words(deadline, _called_row(row, answer))} with "
             f"{row.point.batch_size} at once{on_each(deadline.replicas)}, so {counted(deadline.devices, 'device')}"
             f"{_of_machines(deadline, answer)}: "
-            f"{spoken(time_text(deadline.hours))}."
+            f"{spoken(time_text(deadline.hours))}{at_cost(deadline)}."
         )
 
 

@@ -216,10 +216,15 @@ def _deadline_words(answer: JobAnswer) -> str | None:
     row = deadline.row
     return (
         f"{replicas_words(deadline, row.setting)} ({counted(deadline.devices, 'device')}), "
-        f"{row.point.batch_size} at once{on_each(deadline.replicas)}: {time_text(deadline.hours)}; at the upper end of "
+        f"{row.point.batch_size} at once{on_each(deadline.replicas)}: {time_text(deadline.hours)}"
+        f"{at_cost(deadline)}; at the upper end of "
         "that interval "
         f"{deadline.margin:.0%} of the time is left"
     )
+
+
+def at_cost(deadline: Deadline) -> str:
+    return "" if deadline.cost is None else f", at a cost of {significant(deadline.cost, 3)}"
 
 
 def replicas_words(deadline: Deadline, name: str) -> str:

@@ -83,6 +83,10 @@ class Deadline:
     hours: Interval
     margin: float  # of the time there is, at the upper end of the interval
 
+    @property
+    def cost(self) -> float | None:
+        return None if self.row.price is None else self.hours.value * self.devices * self.row.price
+
 
 @dataclass(frozen=True)
 class JobAnswer:
