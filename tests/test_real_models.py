@@ -83,7 +83,8 @@ def test_a_shape_of_today_is_planned_and_measured(name: str, tmp_path: Path, mon
     )
     asked: list[str] = []
     (said,) = ask_vllm([(config, facts_of(config), None)], find_devices(), asked.append)
-    assert asked == []  # the script has asked the same, and the answer is kept
+    # Where no formula tells that the model fits, the script has asked the same, and the answer is kept.
+    assert bool(asked) == (name == "qwen3-30b-a3b")
     assert said is not None
     assert (said.refusal, said.unknown) == (None, None)
     copies_gib = 2 * 2 * 512 * 4 * (128 + 128) / GIB if name == "deepseek-v2-lite" else 0  # of MLA's, in 16 bits
