@@ -20,6 +20,7 @@ from batch_inference.core.result_file import load_result, save_result
 from batch_inference.core.results import Failure, StoredConfig
 from batch_inference.core.values import AUTO_SIZES
 from batch_inference.launch import best as searching
+from batch_inference.launch import replay
 from batch_inference.launch.__main__ import plan_search
 from batch_inference.launch.best import (
     Best,
@@ -32,6 +33,7 @@ from batch_inference.launch.best import (
 from batch_inference.launch.jobs import Here, Job, job_of
 from batch_inference.launch.options import parse_options
 from batch_inference.launch.presets import Preset, Setting
+from batch_inference.launch.replay import Replay
 from batch_inference.plan.devices import Devices
 from conftest import REPOSITORY, with_weights
 
@@ -300,6 +302,18 @@ def test_a_study_says_in_the_end_what_a_search_would_have_taken(tmp_path: Path) 
         r"best would have found the highest throughput with 2 engine starts, in about \d\d% of this time", said
     )
     assert what_best_saves(jobs[:3]) is None
+
+
+def test_a_study_says_if_a_search_would_have_missed_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, engines = parse_options(["study", "--seq-lens", "512", "--output-dir", str(tmp_path)]), Engines()
+    settings = [Setting(1, 1, 1), Setting(2, 1, 1), Setting(4, 1, 1), Setting(1, 1, 4)]
+    jobs = [job_of(setting, 0, 0, Preset("study", ""), options, HERE) for setting in settings]
+    for job in jobs:
+        engines.run([*job.words, "--batch-sizes", "16,32,64,128,256"])
+    for missed, said in ((0.02, "the highest throughput"), (0.034, "96.6% of the highest throughput")):
+        missing = Replay({512: missed}, 60.0, 2)
+        monkeypatch.setattr(replay, "replayed", lambda *_, missing=missing: missing)
+        assert str(what_best_saves(jobs)).startswith(f"best would have found {said} with 2 engine starts")
 
 
 def test_candidates_are_all_ways_to_use_the_devices() -> None:

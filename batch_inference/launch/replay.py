@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from statistics import fmean
 
-from batch_inference.core.climb import Climb, Tried, pooled_halves
+from batch_inference.core.climb import Climb, Tried, best_of, pooled_halves
 from batch_inference.core.config import MIN_RUNS, ExperimentConfig
 from batch_inference.core.metrics import run_latencies_s
 from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search
@@ -141,30 +141,57 @@ def measured(  # noqa: PLR0913 - a load, and what it is asked
     recorded: Recorded, load: Load, goal: Goal, seq_len: int, to_beat: float, draw: random.Random | None
 ) -> tuple[Found, float]:
     """What one engine load measures, and the seconds of its runs: few per size, for the best as many as its interval
-    needs."""
-    points = recorded.points(seq_len)
-    sizes = sorted(points)
-    asked = [size for size in load.sizes or () if size in points] or sizes
-    climb = Climb(asked, rises=not goal.is_latency, between=lambda _: False, to_beat=to_beat)
-    runs: dict[int, list[float]] = {}
-    tried: list[Tried] = []
-    took_s = 0.0
-    while (size := climb.next_size(tried)) is not None:
-        runs[size] = [run_of(points[size], draw) for _ in range(RUNS_ON_THE_WAY + (not runs))]
-        took_s += sum(runs[size]) + warmup_s(points[size])
-        tried = tried_of(points, runs, recorded.layout, goal)
-    first = max(tried, key=lambda one: one.value)
-    best, is_asked = first.batch_size, first.value + first.half >= to_beat
+    needs. Sizes that are given are all measured so."""
+    points, layout = recorded.points(seq_len), recorded.layout
     most = ExperimentConfig.max_runs if load.is_answer else MIN_RUNS
-    while is_asked and len(runs[best]) < most and not _has_enough(runs[best]):
-        runs[best].append(run_of(points[best], draw))
-        took_s += runs[best][-1]
-    tried = tried_of(points, runs, recorded.layout, goal)
-    return Found(recorded.layout, tried, climb.is_exhausted(tried)), took_s
+    runs: dict[int, list[float]] = {}
+    if given := [size for size in load.sizes or () if size in points]:
+        runs |= {size: _runs_until_enough(points[size], [], most, draw) for size in given}
+        return Found(layout, tried_of(points, runs, layout, goal), is_exhausted=False), _seconds_of(points, runs)
+    climb = Climb(steps_of(points), rises=not goal.is_latency, between=points.__contains__, to_beat=to_beat)
+    tried: list[Tried] = []
+    while (size := climb.next_size(tried) or _best_that_lacks_runs(tried, runs, most, to_beat)) is not None:
+        if size in runs:
+            runs[size] = _runs_until_enough(points[size], runs[size], most, draw)
+        else:
+            runs[size] = [run_of(points[size], draw) for _ in range(RUNS_ON_THE_WAY + (not runs))]
+        tried = tried_of(points, runs, layout, goal)
+    return Found(layout, tried, climb.is_exhausted(tried)), _seconds_of(points, runs)
 
 
-def _has_enough(runs: list[float]) -> bool:
-    return len(runs) > RUNS_ON_THE_WAY and is_narrow(runs, ExperimentConfig.target_ci)
+def _best_that_lacks_runs(
+    tried: Sequence[Tried], runs: dict[int, list[float]], most: int, to_beat: float
+) -> int | None:
+    best = best_of(tried)
+    if best is None or best.value + best.half < to_beat or _has_enough(runs[best.batch_size], most):
+        return None
+    return best.batch_size
+
+
+def steps_of(sizes: Iterable[int]) -> list[int]:
+    """The sizes that a search climbs, each at least twice the one before, and the largest; others lie in between."""
+    rising = sorted(sizes)
+    steps = rising[:1]
+    for size in rising:
+        if size >= 2 * steps[-1]:
+            steps.append(size)
+    return steps if steps[-1] == rising[-1] else [*steps, rising[-1]]
+
+
+def _runs_until_enough(point: Point, runs: list[float], most: int, draw: random.Random | None) -> list[float]:
+    """With the runs that there are already."""
+    runs = list(runs)
+    while not _has_enough(runs, most):
+        runs.append(run_of(point, draw))
+    return runs
+
+
+def _seconds_of(points: dict[int, Point], runs: dict[int, list[float]]) -> float:
+    return sum(warmup_s(points[size]) + sum(seconds) for size, seconds in runs.items())
+
+
+def _has_enough(runs: list[float], most: int) -> bool:
+    return len(runs) >= most or (len(runs) >= MIN_RUNS and is_narrow(runs, ExperimentConfig.target_ci))
 
 
 def tried_of(points: dict[int, Point], runs: dict[int, list[float]], layout: Layout, goal: Goal) -> list[Tried]:
