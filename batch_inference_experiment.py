@@ -105,11 +105,9 @@ def read_workload(config: ExperimentConfig, place: Place | None) -> tuple[Experi
 
 
 def look_around(config: ExperimentConfig, place: Place | None, job: JobLengths | None = None) -> Surroundings:
-    """Raises ConfigError if a model folder or RAY_ADDRESS leads nowhere, if the folder has no weights, or if the place
-    does not fit."""
+    """Raises ConfigError as `ask` does, and if a model folder or RAY_ADDRESS leads nowhere or the place does not fit."""
     check_place(config, place)
     facts, cluster = facts_of(config), None
-    check_weights(config)
     devices = devices_elsewhere(config.devices) if config.devices else find_devices()
     # A plan needs no cluster, and vLLM refuses Ray on the CPU.
     if config.distributed_executor_backend == "ray" and devices.kind == "gpu" and not config.dry_run:
@@ -124,10 +122,12 @@ def look_around(config: ExperimentConfig, place: Place | None, job: JobLengths |
 
 
 def ask(config: ExperimentConfig, here: Surroundings) -> Said | None:
-    """Raises ConfigError for a flag that vLLM does not know, and for a vLLM that cannot load our engines."""
+    """Raises ConfigError for a flag that vLLM does not know, for a folder without weights, and for a vLLM that cannot
+    load our engines."""
     if not config.dry_run and (warning := check_vllm_version(say)):
         say(f"warning: {warning}")
     check_vllm_flags(config.engine_args, say)
+    check_weights(config)  # a flag that is misspelt may be --load-format
     if not config.dry_run and devices_against(config, here.devices, here.processes, here.ray_gpus):
         return None
     setting = (config, here.facts, here.memory_gib(config))

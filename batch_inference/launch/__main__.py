@@ -44,6 +44,7 @@ from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.measure.vllm_version import check_vllm_version
 from batch_inference.plan.devices import Devices, devices_elsewhere, find_devices
 from batch_inference.plan.model import facts_of
+from batch_inference.plan.model_place import check_weights
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,6 +79,9 @@ def work(preset: Preset, options: Options, here: Here, argv: Sequence[str], proc
     nodes = alike(len(devices), options.nnodes if options.is_over_nodes else 1)
     jobs, left_out = plan_jobs(preset, options, here, devices, nodes)
     check_vllm_flags((word for one in jobs for word in one.config.engine_args), say)
+    # A flag that is misspelt may be --load-format.
+    for one in jobs:
+        check_weights(one.config)
     if options.dry_run:
         return show_plan(jobs, left_out, options, devices)
     install_where_needed(jobs, here, argv, processes)

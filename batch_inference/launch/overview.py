@@ -20,7 +20,6 @@ from batch_inference.plan.by_vllm import ask_vllm
 from batch_inference.plan.devices import Devices, smallest_memory_gib
 from batch_inference.plan.memory import NOT_COUNTED
 from batch_inference.plan.model import ModelFacts, facts_of
-from batch_inference.plan.model_place import check_weights
 from batch_inference.plan.needs import Needs, memory_against, needs_of
 from batch_inference.plan.obstacles import devices_against, rules_against
 from batch_inference.plan.printed import by_whom, grid_words, job_words
@@ -54,11 +53,9 @@ class PlannedJob:
 def planned(
     jobs: Sequence[Job], devices: Devices, say: Callable[[str], None], *, only_in_doubt: bool = False
 ) -> list[PlannedJob]:
-    """Asks vLLM once for all of them, or for those in doubt. Raises ConfigError for a folder that is not a model or has
-    no weights, and for a sample that is too small for all settings that could run."""
+    """Asks vLLM once for all of them, or for those in doubt. Raises ConfigError for a folder that is not a model, and
+    for a sample that is too small for all settings that could run."""
     facts = [facts_of(job.config) for job in jobs]
-    for job in jobs:
-        check_weights(job.config)
     here_gib = smallest_memory_gib(devices)
     settings = [
         (job.config, known, job.config.device_memory_gib or here_gib) for job, known in zip(jobs, facts, strict=True)
