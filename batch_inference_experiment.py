@@ -105,7 +105,7 @@ def read_workload(config: ExperimentConfig, place: Place | None) -> tuple[Experi
 
 
 def look_around(config: ExperimentConfig, place: Place | None, job: JobLengths | None = None) -> Surroundings:
-    """Raises ConfigError as `ask` does, and if a model folder or RAY_ADDRESS leads nowhere or the place does not fit."""
+    """Raises ConfigError as `ask` does, and if a model folder or RAY_ADDRESS leads nowhere or a place does not fit."""
     check_place(config, place)
     facts, cluster = facts_of(config), None
     devices = devices_elsewhere(config.devices) if config.devices else find_devices()
