@@ -26,8 +26,15 @@ def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv("PYTHONPATH", str(STUB))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    without_token(monkeypatch, tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def without_token(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def started_here(folder: Path, address: str) -> None:
@@ -79,7 +86,10 @@ def test_a_cluster_that_cannot_be_joined_gives_rays_reason(address: str, monkeyp
         find_cluster()
 
 
-def test_workers_of_a_cluster_that_is_joined_find_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_of_a_cluster_that_is_joined_find_this_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without_token(monkeypatch, tmp_path)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     job = json.loads(environment_of("head:6379")["RAY_JOB_CONFIG_JSON_ENV_VAR"])
     assert str(REPOSITORY) in job["runtime_env"]["env_vars"]["PYTHONPATH"]
@@ -116,7 +126,8 @@ def test_a_cluster_is_asked_for_its_gpus_and_left_again(
     assert done == [(("10.0.0.1:6379",), {"logging_level": "ERROR", "log_to_driver": False}), "left"] * 2
 
 
-def test_what_asks_a_cluster_waits_a_minute_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_asks_a_cluster_waits_a_minute_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_token(monkeypatch, tmp_path)
     asked: list[Any] = []
 
     def ask(*words: str, **options: Any) -> Any:
@@ -130,7 +141,7 @@ def test_what_asks_a_cluster_waits_a_minute_for_it(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError) as caught:
         ray_cluster._count_gpus("head:1")
     assert str(caught.value) == "the Ray cluster at head:1 cannot be joined: no answer within 60 s"
-    assert asked == [(("measure.ray_cluster", "head:1"), {"timeout_s": 60.0})] * 2
+    assert asked == [(("measure.ray_cluster", "head:1"), {"timeout_s": 60.0, "environment": {}})] * 2
 
 
 @pytest.mark.parametrize(
@@ -153,7 +164,33 @@ def test_an_address_is_a_host_and_a_port(
     assert closed == [True] * len(called)
 
 
-def test_the_variables_that_join_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["home", "file", "variable"])
+def test_the_users_token_is_shown_to_a_cluster(where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray 2.60 itself shows it only at the address `auto`."""
+    without_token(monkeypatch, tmp_path)
+    asked: list[Any] = []
+    monkeypatch.setattr(ray_cluster, "ask", lambda *words, **options: asked.append(options) or {"gpus": 4})
+    assert "RAY_AUTH_MODE" not in environment_of("head:1")
+    if where == "variable":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    elif where == "file":
+        (tmp_path / "token").write_text("secret")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    else:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert environment_of("head:1")["RAY_AUTH_MODE"] == "token"
+    assert "secret" not in str(environment_of("head:1"))
+    ray_cluster._count_gpus("head:1")
+    assert asked == [{"timeout_s": 60.0, "environment": {"RAY_AUTH_MODE": "token"}}]
+    # A cluster of its own has the token from Ray, and what the user says about tokens stays.
+    assert environment_of("local") == {"RAY_ADDRESS": "local"}
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "RAY_AUTH_MODE" not in environment_of("head:1")
+
+
+def test_the_variables_that_join_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_token(monkeypatch, tmp_path)
     monkeypatch.setattr(ray_cluster, "python_path", lambda: "/ours")
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     job = '{"runtime_env": {"env_vars": {"PYTHONPATH": "/ours"}}}'

@@ -23,6 +23,7 @@ from batch_inference.core.config import ConfigError
 OWN_CLUSTER = "local"
 # Set by `ray job submit` for its jobs.
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_AUTH_MODE = "RAY_AUTH_MODE"
 _CONNECT_TIMEOUT_S = 3.0
 _ASK_TIMEOUT_S = 60.0
 
@@ -69,18 +70,34 @@ def _answers(address: str) -> bool:
 
 def _count_gpus(address: str) -> int:
     try:
-        return int(ask("measure.ray_cluster", address, timeout_s=_ASK_TIMEOUT_S)["gpus"])
+        return int(ask("measure.ray_cluster", address, timeout_s=_ASK_TIMEOUT_S, environment=_authentication())["gpus"])
     except ChildError as error:
         raise ConfigError(f"the Ray cluster at {address} cannot be joined: {error}") from error
 
 
 def environment_of(address: str) -> dict[str, str]:
     """The variables that make vLLM join the cluster at `address`, and let its workers find this package there."""
-    if address == OWN_CLUSTER or _JOB in os.environ:
+    if address == OWN_CLUSTER:
         return {"RAY_ADDRESS": address}
-    # Workers of an existing cluster do not inherit our environment.
-    job = {"runtime_env": {"env_vars": {"PYTHONPATH": python_path()}}}
-    return {"RAY_ADDRESS": address, _JOB: json.dumps(job)}
+    environment = {"RAY_ADDRESS": address, **_authentication()}
+    if _JOB not in os.environ:
+        # Workers of an existing cluster do not inherit our environment.
+        environment[_JOB] = json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": python_path()}}})
+    return environment
+
+
+def _authentication() -> dict[str, str]:
+    """The variable that makes Ray show the user's token, if there is one.
+
+    Ray 2.60 makes a token for the first cluster that a program starts, and from then on `ray start` asks everybody for
+    it. But it shows it unasked only at the address `auto`, not at one that is given.
+    """
+    has_token = "RAY_AUTH_TOKEN" in os.environ or _token_file().exists()
+    return {_AUTH_MODE: "token"} if has_token and _AUTH_MODE not in os.environ else {}
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def main(address: str) -> None:
