@@ -40,7 +40,15 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"prompt_tokens": 812, "output_tokens": 96}, Entry(812, output_tokens=96)),
         ({"prompt_tokens": 1}, Entry(1)),
         ({"prompt": "hello", "output_tokens": 5}, Entry(prompt="hello", output_tokens=5, is_question=True)),
+        ({"prompt": "hello", "max_tokens": 5}, Entry(prompt="hello", output_tokens=5, is_question=True)),
         ({"prompt_token_ids": [0, 5, 7]}, Entry(prompt_token_ids=[0, 5, 7])),
+        ({"prompt_token_ids": [5], "max_completion_tokens": 6}, Entry(prompt_token_ids=[5], output_tokens=6)),
+        ({"messages": HELLO, "max_tokens": 7}, Entry(messages=HELLO, output_tokens=7)),
+        ({"messages": HELLO, "output_tokens": 9}, Entry(messages=HELLO, output_tokens=9)),
+        (
+            {"messages": HELLO, "chat_template_kwargs": {"a": 1}, "max_tokens": 7, "output_tokens": 9},
+            Entry(messages=HELLO, output_tokens=7, options={"chat_template_kwargs": {"a": 1}}),
+        ),
         (chat(messages=HELLO, max_tokens=7), Entry(messages=HELLO, output_tokens=7)),
         (chat(messages=HELLO, max_tokens=7, max_completion_tokens=8), Entry(messages=HELLO, output_tokens=8)),
         (chat(messages=HELLO, n=1, response_format={"type": "text"}), Entry(messages=HELLO)),
@@ -106,10 +114,11 @@ def test_a_table_of_lengths(tmp_path: Path) -> None:
         ('{"prompt": ""}', "FILE, line 1: its prompt is not a text; fix it"),
         ('{"prompt_token_ids": [1, -1]}', "FILE, line 1: its token ids are not a list of numbers"),
         ('{"prompt_token_ids": [1, 9999999999]}', "FILE, line 1: its token ids are not a list of numbers"),
-        ("{}", "FILE, line 1: it has none of body, conversations, prompt, prompt_token_ids and prompt_tokens; fix"),
+        ("{}", "FILE, line 1: it has none of body, conversations, messages, prompt, prompt_token_ids and prompt_tok"),
         ("[3]", "FILE, entry 1: it is not a JSON object; fix"),
         ('{"body": 3}', "FILE, line 1: its body is not an object; fix"),
         ('{"url": "/v1/x", "body": {}}', "FILE, line 1: its url '/v1/x' is neither /v1/chat/completions nor"),
+        ('{"messages": "hello"}', "FILE, line 1: its messages are not a list of objects"),
         (json.dumps(chat()), "FILE, line 1: its messages are not a list of objects"),
         ('{"conversations": [{"from": "human", "value": "a"}]}', "FILE, line 1: its conversation has no question with"),
         ("prompt_tokens,output_tokens\n5,5\n6,x\n", "FILE, line 3: its output_tokens 'x' is not a number of tokens"),
@@ -134,6 +143,7 @@ REFUSED = [
     chat(messages=HELLO, chat_template_kwargs={"chat_template": "a"}),
     chat(messages=HELLO, truncate_prompt_tokens=5),
     {"url": "/v1/completions", "body": {"prompt": "a", "suffix": "b"}},
+    {"messages": HELLO, "n": 2},
 ]
 
 
@@ -141,7 +151,7 @@ def test_what_is_not_measured_is_counted_and_refused_at_the_end(tmp_path: Path) 
     lines = [{"prompt_tokens": 1}, *REFUSED, REFUSED[0]]
     text = "\n".join(map(json.dumps, lines))
     assert said(tmp_path, text) == (
-        "FILE: not measured: 2 with n over 1 (first: line 2), 2 with structured output (first: line 3), 1 with images "
+        "FILE: not measured: 3 with n over 1 (first: line 2), 2 with structured output (first: line 3), 1 with images "
         "or other media (first: line 5), 1 for embeddings (first: line 6), 1 with several prompts (first: line 7), 2 "
         "with a chat template of their own (first: line 8), 2 with a suffix or a truncated prompt (first: line 10); "
         "leave them out with --skip-bad-lines"

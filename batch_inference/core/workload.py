@@ -20,6 +20,8 @@ from batch_inference.core.text import counted, listed, quoted
 from batch_inference.core.values import MOST_TOKENS
 
 _LENGTHS = ("prompt_tokens", "output_tokens")
+# The limit of a request's output: OpenAI's names, the newer one first, and that of vLLM's own data set.
+_LIMITS = ("max_completion_tokens", "max_tokens", "output_tokens")
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # How much of a JSON array is read at a time.
 _CHUNK = 1 << 20
@@ -258,7 +260,9 @@ def entry_of(document: Any) -> Entry:
         return _of_openai(document)
     if "conversations" in document:
         return _of_sharegpt(document["conversations"])
-    output_tokens = _length(document, "output_tokens")
+    if "messages" in document:  # the body of an OpenAI batch line, on its own
+        return _of_chat(document)
+    output_tokens = _longest(document)
     if "prompt_token_ids" in document:
         return Entry(prompt_token_ids=_ids(document["prompt_token_ids"]), output_tokens=output_tokens)
     if "prompt" in document:
@@ -266,7 +270,7 @@ def entry_of(document: Any) -> Entry:
         return Entry(prompt=prompt, output_tokens=output_tokens, is_question=True)
     prompt_tokens = _length(document, "prompt_tokens")
     if prompt_tokens is None:
-        raise _BadLineError("it has none of body, conversations, prompt, prompt_token_ids and prompt_tokens")
+        raise _BadLineError("it has none of body, conversations, messages, prompt, prompt_token_ids and prompt_tokens")
     return Entry(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
 
 
@@ -279,18 +283,26 @@ def _of_openai(document: dict[str, Any]) -> Entry:
         raise _RefusedError("for embeddings")
     if url not in (_CHAT, _COMPLETIONS):
         raise _BadLineError(f"its url {_shown(url)} is neither {_CHAT} nor {_COMPLETIONS}")
-    _refuse_several_and_structured(body)
-    longest = (
-        _length(body, "max_completion_tokens") if body.get("max_completion_tokens") else _length(body, "max_tokens")
-    )
     if url == _CHAT:
-        options = _options(body, _CHAT_OPTIONS)
-        return Entry(messages=_messages(body.get("messages")), output_tokens=longest, options=options)
+        return _of_chat(body)
+    _refuse_several_and_structured(body)
+    longest = _longest(body)
     prompt = _only(body.get("prompt"))
     if isinstance(prompt, list):
         return Entry(prompt_token_ids=_ids(prompt), output_tokens=longest)
     options = _options(body, _COMPLETION_OPTIONS)
     return Entry(prompt=_text(prompt, "prompt"), output_tokens=longest, options=options)
+
+
+def _of_chat(body: dict[str, Any]) -> Entry:
+    _refuse_several_and_structured(body)
+    options = _options(body, _CHAT_OPTIONS)
+    return Entry(messages=_messages(body.get("messages")), output_tokens=_longest(body), options=options)
+
+
+def _longest(request: dict[str, Any]) -> int | None:
+    lengths = (_length(request, name) for name in _LIMITS)
+    return next((length for length in lengths if length), None)
 
 
 def _options(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
