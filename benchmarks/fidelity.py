@@ -3,8 +3,9 @@
 
     python benchmarks/fidelity.py --model models/tiny-llama --points 1x64,4x64 --max-tokens 32 -- --load-format dummy
 
-A point is BATCHxLENGTH. All three use one device and the same engine flags (after --), warm-ups, runs and sampling
-(temperature 1, top-p 1, as `vllm bench latency` does). Prints a Markdown table of the medians and their ratios, and
+A point is BATCHxLENGTH. All three use the same engine flags (after --, also --tensor-parallel-size), warm-ups, runs and
+sampling (temperature 1, top-p 1, as `vllm bench latency` does). On a CPU, several workers need vLLM's
+VLLM_CPU_OMP_THREADS_BIND, such as "0|1". Prints a Markdown table of the medians and their ratios, and
 writes it with every latency to --output-dir. Exit code 1 if a ratio is further from 1 than --tolerance.
 """
 

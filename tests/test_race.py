@@ -23,6 +23,7 @@ from conftest import REPOSITORY
 STUDIES = sorted({path.parent for path in [
     *(REPOSITORY / "tests" / "h100x4").glob("*_results.json"),
     *(REPOSITORY / "docs").glob("**/study/*_results.json"),
+    *(REPOSITORY / "docs" / "cpu" / "grids").glob("*/*_results.json"),
 ]})  # fmt: skip
 TP1, TP2, TP4, PP2, DP4 = Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(dp=4)
 HIGH, SHORT, EACH = Goal(), Goal(is_latency=True), Goal(is_per_device=True)

@@ -86,9 +86,7 @@ def test_a_cluster_that_cannot_be_joined_gives_rays_reason(address: str, monkeyp
         find_cluster()
 
 
-def test_workers_of_a_cluster_that_is_joined_find_this_package(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_workers_of_a_cluster_that_is_joined_find_this_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without_token(monkeypatch, tmp_path)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     job = json.loads(environment_of("head:6379")["RAY_JOB_CONFIG_JSON_ENV_VAR"])
@@ -169,7 +167,7 @@ def test_the_users_token_is_shown_to_a_cluster(where: str, monkeypatch: pytest.M
     """Ray 2.60 itself shows it only at the address `auto`."""
     without_token(monkeypatch, tmp_path)
     asked: list[Any] = []
-    monkeypatch.setattr(ray_cluster, "ask", lambda *words, **options: asked.append(options) or {"gpus": 4})
+    monkeypatch.setattr(ray_cluster, "ask", lambda *_, **options: asked.append(options) or {"gpus": 4})
     assert "RAY_AUTH_MODE" not in environment_of("head:1")
     if where == "variable":
         monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
