@@ -321,9 +321,14 @@ def main():
 
 def make_processor(is_chat):
     """Of rows with "messages", with "prompt", or of an OpenAI batch file."""
-    # The names are those of the version of Ray.
-    template = "chat_template_stage" if "chat_template_stage" in fields() else "apply_chat_template"
-    more = {template: is_chat}
+    # vLLM turns texts into ids and back. Stages of Ray for that would take two more cores for each replica, and Ray waits
+    # for ever if there are not enough. The names are those of the version of Ray.
+    is_new = "chat_template_stage" in fields()
+    more = {
+        "chat_template_stage" if is_new else "apply_chat_template": is_chat,
+        "tokenize_stage" if is_new else "tokenize": False,
+        "detokenize_stage" if is_new else "detokenize": False,
+    }
     if "should_continue_on_error" in fields():  # else one request that is refused ends the job
         more["should_continue_on_error"] = True
     if "log_engine_metrics" in fields():  # vLLM imports Ray Serve for them
