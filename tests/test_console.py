@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,50 @@ def test_a_terminal_shows_points_and_runs_and_the_time_left(monkeypatch: pytest.
     }
     assert max(percents[:-1]) < 100
     assert re.fullmatch(r"\d+:\d+", bars[-1][2])
+
+
+class Screen(Terminal):
+    """Tells when a text has been shown."""
+
+    def waited_for(self, text: str) -> bool:
+        end_s = time.monotonic() + 5
+        while text not in self.getvalue() and time.monotonic() < end_s:
+            time.sleep(0.01)
+        return text in self.getvalue()
+
+
+def test_a_terminal_shows_what_vllm_is_doing_until_it_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("batch_inference.measure.console.LOG_LOOK_S", 0.01)
+    config = ExperimentConfig(output_file=str(tmp_path / "tp_1_results.json"))
+    console = Console()
+    console.loading(config)
+    assert screen.waited_for("00:00 starting vLLM")
+    with config.log_path.open("a") as log:
+        for line, words in (
+            ("INFO 11-27 [model_runner.py:284] Loading model from scratch...", "loading weights"),
+            ("INFO 11-27 [model_runner.py:305] Model loading took 15.0 GiB and 1.9 seconds", "compiling"),
+            ("INFO 11-27 [gpu_worker.py:560] Available KV cache memory: 94.83 GiB", "warming up"),
+            ("Capturing CUDA graphs (PIECEWISE):   0%|          | 0/35", "capturing CUDA graphs"),
+        ):
+            print(line, file=log, flush=True)
+            assert screen.waited_for(f"00:00 {words}") or screen.waited_for(f"00:01 {words}")
+    console.note("a note from elsewhere")
+    console.loaded(EngineInfo(vllm_version="0.32.0", dtype="bfloat16"))
+    console.close()
+    # The bar is wiped before anything else is written.
+    shown = re.split(r"[\r\n]+", screen.getvalue())
+    assert "a note from elsewhere" in shown
+    assert [line.startswith("  ready after 0 s: vLLM 0.32.0") for line in shown].count(True) == 1
+    assert shown[-1] == ""
+
+
+def test_without_a_terminal_nothing_moves_while_it_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.loading(ExperimentConfig(output_file=str(tmp_path / "tp_1_results.json")))
+    console.close()
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_verbose_shows_what_is_added_to_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

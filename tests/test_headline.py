@@ -57,7 +57,7 @@ def test_nine_settings_on_four_gpus_are_answered_in_two_sentences() -> None:
     assert found.sentences == (
         "On 4 × H100, llama-3.1-8b, 512 + 128 tokens: DP=4 at 256 requests per replica gives 25,490 ± 190 tok/s. For "
         "the shortest batch time take TP=4 at 16 requests: 0.554 ± 0.016 s (suspect). 256 is the largest size measured "
-        "of DP=4, and throughput still grew by 14 % from 128: try larger ones with --batch-sizes.",
+        "with DP=4, and throughput still grew by 14 % from 128: try larger ones with --batch-sizes.",
     )
 
 
@@ -210,7 +210,7 @@ def larger(found: Headline) -> list[str]:
 def test_throughput_that_still_grew_at_the_largest_size_is_said(head: Any) -> None:
     # 2 / 1.5 and 4 / 2 requests a second: half as many more.
     (sentence,) = head([growing()]).sentences
-    words = "4 is the largest size measured of TP=1, and throughput still grew by 50 % from 2: try larger ones with "
+    words = "4 is the largest size measured with TP=1, and throughput still grew by 50 % from 2: try larger ones with "
     assert sentence.endswith(f" {words}--batch-sizes.")
     assert sentence.count("try larger") == 1
 

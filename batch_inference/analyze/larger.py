@@ -114,7 +114,7 @@ def try_larger(found: Sequence[tuple[str, Growth]]) -> Iterator[str]:
     advice = "try larger ones with --batch-sizes."
     if len(growths) == 1:
         ((name, growth),) = growths.items()
-        largest = f"{growth.batch_size} is the largest size measured of {name}"
+        largest = f"{growth.batch_size} is the largest size measured with {name}"
         yield f"{largest}, and throughput still grew by {growth}: {advice}"
     elif growths:
         each = ", ".join(f"{name} by {growth} to {growth.batch_size}" for name, growth in growths.items())

@@ -321,8 +321,8 @@ def main():
 
 def make_processor(is_chat):
     """Of rows with "messages", with "prompt", or of an OpenAI batch file."""
-    # vLLM turns texts into ids and back. Stages of Ray for that would take two more cores for each replica, and Ray waits
-    # for ever if there are not enough. The names are those of the version of Ray.
+    # vLLM turns texts into ids and back. Stages of Ray for that would take two more cores for each replica, and Ray
+    # waits for ever if there are not enough. The names are those of the version of Ray.
     is_new = "chat_template_stage" in fields()
     more = {
         "chat_template_stage" if is_new else "apply_chat_template": is_chat,

@@ -22,6 +22,13 @@ from batch_inference.core.text import counted, listed, plain, short, table, with
 # Usually two agree; with more, a point takes longer than the bar expects.
 EXPECTED_WARMUPS = 2
 LOG_LOOK_S = 0.2
+# What vLLM's log says when a part of the start begins, in any of its versions.
+_PARTS = (
+    (re.compile("Loading model|Starting to load"), "loading weights"),
+    (re.compile(r"Model loading took|torch\.compile|Dynamo"), "compiling"),
+    (re.compile("KV cache (memory|size)"), "warming up"),
+    (re.compile("Capturing CUDA graph"), "capturing CUDA graphs"),
+)
 _SHORT_REASON = re.compile("[:;]")  # what comes before is the short form
 _BATCH_LEGEND = "  batch x length: output throughput ±95 % interval, latency, TTFT, memory"
 _QUEUE_LEGEND = "  requests at once: output throughput on the plateau ±95 % interval, time, memory"
@@ -33,6 +40,7 @@ class Console:
     def __init__(self) -> None:
         self._bar: Any = None
         self._log: LogFollower | None = None
+        self._loading: _LoadingBar | None = None
         self._number = 0
         self._total: int | None = 0
         self._told: set[PointKey] = set()
@@ -42,10 +50,11 @@ class Console:
 
     def note(self, text: str) -> None:
         """A line above the bar, if there is one. It may be from a log, which may hold a secret."""
-        if self._bar is None:
+        bar = self._loading.bar if self._loading else self._bar
+        if bar is None:
             say(text)
         else:
-            self._bar.write(redact_text(text), file=sys.stderr)
+            bar.write(redact_text(text), file=sys.stderr)
 
     def loading(self, config: ExperimentConfig) -> None:
         self._loading_since_s = time.monotonic()
@@ -53,8 +62,11 @@ class Console:
         self.note(f"  vLLM's log: {config.log_path}")
         if config.verbose:
             self._log = LogFollower(config.log_path, self.note)
+        elif sys.stderr.isatty():
+            self._loading = _LoadingBar(config.log_path)
 
     def loaded(self, engine: EngineInfo) -> None:
+        self._end_loading()
         self.note(
             f"  ready after {time.monotonic() - self._loading_since_s:.0f} s: vLLM {engine.vllm_version}, "
             f"{engine.dtype}, weights {_gib(engine.weights_gib)}, KV cache {engine.kv_cache_tokens} tokens"
@@ -134,18 +146,45 @@ class Console:
         for line in wrapped(text, indent=6):
             self.note(line)
 
+    def _end_loading(self) -> None:
+        if self._loading is not None:
+            self._loading.end()
+            self._loading = None
+
     def close(self) -> None:
+        self._end_loading()
         if self._log is not None:
             self._log.stop()
         if self._bar is not None:
             self._bar.close()
 
 
+class _LoadingBar:
+    """What vLLM is doing until it is ready, and for how long already: minutes, with a large model."""
+
+    def __init__(self, log_path: Path) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            desc="starting vLLM", file=sys.stderr, leave=False, dynamic_ncols=True, bar_format="  {elapsed} {desc}"
+        )
+        self._log = LogFollower(log_path, self._look_at, self.bar.refresh)
+
+    def _look_at(self, line: str) -> None:
+        if doing := next((words for begin, words in _PARTS if begin.search(line)), None):
+            self.bar.set_description_str(doing)
+
+    def end(self) -> None:
+        self._log.stop()
+        self.bar.close()
+
+
 class LogFollower:
     """Shows every line added to a log until it is stopped."""
 
-    def __init__(self, path: Path, show: Callable[[str], None]) -> None:
-        self._path, self._show = path, show
+    def __init__(self, path: Path, show: Callable[[str], None], looked: Callable[[], object] = lambda: None) -> None:
+        """`looked` is called each time the log was looked at."""
+        self._path, self._show, self._looked = path, show, looked
         self._seen_bytes = path.stat().st_size if path.exists() else 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -154,6 +193,7 @@ class LogFollower:
     def _follow(self) -> None:
         while not self._ended.wait(LOG_LOOK_S):
             self._show_new()
+            self._looked()
         self._show_new()
 
     def _show_new(self) -> None:
