@@ -97,7 +97,8 @@ def _authentication() -> dict[str, str]:
 
 
 def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    # A Path fails to expand ~ for a user who has no home, as in some containers.
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))  # noqa: PTH111
 
 
 def main(address: str) -> None:
