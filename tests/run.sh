@@ -54,5 +54,9 @@ else
   run_part coverage run -m "${fast_part[@]}"
   say_coverage
 fi
-$fast || run_part pytest -q -m "vllm or slow" --durations=0 "$@"
+if ! $fast; then
+  run_part pytest -q -m "slow and not vllm" -n 2 --dist worksteal --durations=10 "$@"
+  # A real engine takes all cores.
+  run_part pytest -q -m vllm --durations=0 "$@"
+fi
 $ran || exit 5

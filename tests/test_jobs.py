@@ -124,7 +124,9 @@ def first_sentence(tmp_path: Path, *results: Result) -> str:
 def test_a_job_that_was_still_faster_at_the_largest_size_says_so(tmp_path: Path) -> None:
     two, four = queue(2), queue(4, 96, life_s=1.5)
     said = first_sentence(tmp_path, setting("tp_1", two, four))
-    words = r"4 is the largest size measured with TP=1, and throughput still grew by 3\d % from 2: try larger ones with "
+    words = (
+        r"4 is the largest size measured with TP=1, and throughput still grew by 3\d % from 2: try larger ones with "
+    )
     assert re.search(f" {words}--batch-sizes.$", said), said
 
 

@@ -211,20 +211,22 @@ def test_it_installs_where_nobody_reads_what_it_says(setup: Setup, redirection: 
 
 @pytest.mark.parametrize(
     ("words", "exits", "code", "parts"),
-    # The exit codes of both parts, and of the coverage, which is looked at where all tests run.
+    # The exit codes of the three parts, and of the coverage, which is looked at where all tests run.
     [
-        ((), (0, 0, 0), 0, 2),
-        (("--fast",), (0, 0, 2), 0, 1),
-        ((), (1, 0, 0), 1, 1),
-        ((), (0, 1, 0), 1, 2),
-        ((), (5, 0, 0), 5, 1),
-        ((), (0, 0, 2), 2, 1),
-        (("-k", "only_slow"), (5, 0, 2), 0, 2),
-        (("-k", "nothing"), (5, 5, 2), 5, 2),
+        ((), (0, 0, 0, 0), 0, 3),
+        (("--fast",), (0, 0, 0, 2), 0, 1),
+        ((), (1, 0, 0, 0), 1, 1),
+        ((), (0, 1, 0, 0), 1, 2),
+        ((), (0, 0, 1, 0), 1, 3),
+        ((), (5, 0, 0, 0), 5, 1),
+        ((), (0, 0, 0, 2), 2, 1),
+        (("-k", "only_slow"), (5, 0, 5, 2), 0, 3),
+        (("-k", "only_vllm"), (5, 5, 0, 2), 0, 3),
+        (("-k", "nothing"), (5, 5, 5, 2), 5, 3),
     ],
 )
-def test_all_tests_pass_only_if_both_parts_do(
-    tmp_path: Path, words: tuple[str, ...], exits: tuple[int, int, int], code: int, parts: int
+def test_all_tests_pass_only_if_all_parts_do(
+    tmp_path: Path, words: tuple[str, ...], exits: tuple[int, int, int, int], code: int, parts: int
 ) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -232,11 +234,12 @@ def test_all_tests_pass_only_if_both_parts_do(
     calls = tmp_path / "calls"
     Setup._script(tmp_path / "setup_env.sh", "#!/bin/sh\n")
     pytest_stand_in = f"""#!/usr/bin/env bash
-        [[ $* != "-m coverage report --format total" ]] || exit {exits[2]}
+        [[ $* != "-m coverage report --format total" ]] || exit {exits[3]}
         [[ $* == *pytest* ]] || exit 0
         echo "$*" >>"{calls}"
-        [[ $* == *"not vllm"* ]] && exit {exits[0]}
-        exit {exits[1]}
+        [[ $* == *"not vllm and not slow"* ]] && exit {exits[0]}
+        [[ $* == *"slow and not vllm"* ]] && exit {exits[1]}
+        exit {exits[2]}
     """
     Setup._script(tmp_path / ".venv" / "bin" / "python", pytest_stand_in)
     done = subprocess.run([str(tmp_path / "tests" / "run.sh"), *words], timeout=30)
