@@ -518,9 +518,9 @@ def test_a_baseline_of_another_group_is_none_here(table: Any) -> None:
 
 
 def test_of_points_that_a_baseline_holds_twice_the_first_is_meant(table: Any) -> None:
-    twice = [make_point(1, latencies_s=[1.0, 1.0]), make_point(1, latencies_s=[4.0, 4.0])]
+    one, again = make_point(1, latencies_s=[1.0, 1.0]), make_point(1, latencies_s=[4.0, 4.0])
     two = make_result("tp_2", [make_point(1, latencies_s=[0.5, 0.5])], (2, 1, 1))
-    points = with_scaling(table([make_result("tp_1", twice), two]))
+    points = with_scaling(table([make_result("tp_1", [one]), make_result("tp_1_again", [again]), two]))
     assert numbers(points, "tp_2", "speedup") == [2.0]
 
 

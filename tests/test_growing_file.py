@@ -47,11 +47,23 @@ def test_of_a_point_that_was_measured_twice_the_last_counts(path: Path) -> None:
     for latency_s in (5.0, 6.0):
         growing.add(make_point(2, latencies_s=[latency_s]))
         assert found(path) == [(1, 1.0), (4, 1.0), (8, 1.0), (2, latency_s)]
+    assert [json.loads(growing.told() or "")["points"][-1]["runs"][0]["latency_s"]] == [6.0]
     growing.fold()
     assert not journal_of(path).exists()
-    assert found(path)[:3] == [(1, 1.0), (4, 1.0), (8, 1.0)]
-    assert found(path)[-1] == (2, 6.0)
+    points = json.loads(path.read_text())["points"]
+    assert [(point["batch_size"], point["runs"][0]["latency_s"]) for point in points] == [
+        (1, 1.0), (4, 1.0), (8, 1.0), (2, 6.0),
+    ]  # fmt: skip
+    growing.add(make_point(4, latencies_s=[7.0]))
+    growing.fold()
+    assert found(path) == [(1, 1.0), (8, 1.0), (2, 6.0), (4, 7.0)]
     growing.close()
+
+
+def test_of_a_point_that_an_older_version_wrote_twice_the_last_counts(path: Path) -> None:
+    result = make_result(points=[make_point(1), make_point(2), make_point(2, latencies_s=[5.0])])
+    path.write_text(to_json(result))
+    assert found(path) == [(1, 1.0), (2, 5.0)]
 
 
 def test_the_journal_is_folded_in_when_it_has_as_many_points_as_the_file(path: Path) -> None:

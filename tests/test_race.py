@@ -40,6 +40,13 @@ def race(goal: Goal, *candidates: Layout, known: list[Found] | None = None) -> R
     return Race(goal, candidates, feasible, {one.layout: one for one in known or []})
 
 
+def test_a_best_that_is_unsure_hides_nothing() -> None:
+    """If its runs differ by more than a tie, others may still be better by more than a tie."""
+    one = race(HIGH, TP2, PP2, known=[found(TP2, 800.0, half=0.12), found(TP1, 440.0, half=0.0)])
+    assert one.bound(PP2).most == 880
+    assert one.open() == [PP2]
+
+
 # --- the bounds hold where it was measured --------------------------------------------------------------------------
 
 

@@ -41,6 +41,13 @@ class Tried:
     fits: bool = True  # in memory at once
     excess: float = 0.0  # the worst ratio of a limited value to its limit
     runs: int = 1
+    own_half: float | None = None  # of the interval that its result says, once it has enough runs for one
+    is_suspect: bool = False
+
+    @property
+    def shown_half(self) -> float:
+        """Of the interval that people are told."""
+        return self.half if self.own_half is None else self.own_half
 
     @property
     def keeps_limits(self) -> bool:

@@ -39,6 +39,7 @@ class GrowingFile:
         self._journal: IO[bytes] | None = None
         self._in_file: set[PointKey] = set()
         self._in_journal: set[PointKey] = set()
+        self._repeats = False  # whether the journal has a point twice
         self._unsaved: list[str] = []  # lines of points that could not be written
 
     @property
@@ -55,6 +56,7 @@ class GrowingFile:
         self._unsaved.append(line)
         self._append(line)
         self._unsaved.clear()
+        self._repeats |= point.key in self._in_journal
         self._in_journal.add(point.key)
         if len(self._in_journal) >= len(self._in_file):
             self.fold()
@@ -78,7 +80,7 @@ class GrowingFile:
         write_document(self.path, self._document(lines))
         self.close()
         self._file, self._journal = self.path.open("rb"), None
-        self._in_file, self._in_journal = keys, set()
+        self._in_file, self._in_journal, self._repeats = keys, set(), False
         # A reader that comes before this still sees that the journal was folded in.
         with contextlib.suppress(OSError):
             journal_of(self.path).unlink(missing_ok=True)
@@ -108,13 +110,22 @@ class GrowingFile:
         """The line of every point, as it was last measured."""
         again = self._in_file & self._in_journal
         for line in self._lines_of_file():
-            if not again or msgspec.json.decode(line, type=PointKey) not in again:
+            if not again or _key_of(line) not in again:
                 yield line
         if self._journal is not None:
-            with os.fdopen(self._journal.fileno(), "rb", closefd=False) as journal:
-                journal.seek(0)
-                next(journal, None)
-                yield from (line.decode().rstrip("\n") for line in journal)
+            # Where each point was last measured; only keys are kept, because lines may be long.
+            last = {_key_of(line): number for number, line in self._lines_of_journal()} if self._repeats else None
+            for number, line in self._lines_of_journal():
+                if last is None or last[_key_of(line)] == number:
+                    yield line
+
+    def _lines_of_journal(self) -> Iterator[tuple[int, str]]:
+        assert self._journal is not None
+        with os.fdopen(self._journal.fileno(), "rb", closefd=False) as journal:
+            journal.seek(0)
+            next(journal, None)
+            for number, line in enumerate(journal):
+                yield number, line.decode().rstrip("\n")
 
     def _lines_of_file(self) -> Iterator[str]:
         if self._file is None:
@@ -127,6 +138,10 @@ class GrowingFile:
             if line == POINTS_END.encode().splitlines(keepends=True)[0]:
                 return
             yield line.decode().rstrip(",\n")
+
+
+def _key_of(line: str) -> PointKey:
+    return msgspec.json.decode(line, type=PointKey)
 
 
 def _write_or_undo(file: IO[bytes], line: bytes) -> None:

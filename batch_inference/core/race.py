@@ -26,7 +26,7 @@ SPLIT = "{times} times the devices of {base}, so at most {times} times its work,
 SHARED = "the same devices as {base}, with the same work divided further"
 REPLICA = "a batch takes as long as on one of its replicas, {base}"
 STAGED = "a batch passes through all stages, and takes as long as a stage's part of it on {base}"
-DIVIDED = "{times} times the devices of {base}, so at least 1/{times} of its time"
+DIVIDED = "a batch runs on {times} times the devices of {base}, so it takes at least 1/{times} of its time"
 BOTH = "a batch passes through all stages, and takes at least 1/{times} of a stage's part of it on {base}"
 
 
@@ -151,7 +151,7 @@ class Race:
 
     def half_of(self, found: Found) -> float:
         """Infinite if unknown."""
-        return self.goal.value(found.layout, found.best.half) if found.best else 0.0
+        return self.goal.value(found.layout, found.best.shown_half) if found.best else 0.0
 
     def ties(self) -> list[Found]:
         """Measured candidates whose interval overlaps that of the best."""
@@ -219,9 +219,8 @@ class Race:
         """Candidates that may still win, the most promising first."""
         enough = -math.inf
         if (best := self.best()) is not None:
-            value, half = self.value_of(best), self.half_of(best)
-            # An unknown interval does not make anything a tie.
-            enough = value + max(half if math.isfinite(half) else 0.0, TIE * value)
+            # However unsure the best is: if its runs differ much, another may still be clearly better.
+            enough = self.value_of(best) * (1 + TIE)
         left = [
             one
             for one in self.candidates

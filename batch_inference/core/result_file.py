@@ -239,7 +239,10 @@ def _decoded(data: bytes) -> Result:
     if header.schema_version < SCHEMA_VERSION:
         return _converted(msgspec.json.decode(data))
     _check_config(msgspec.json.decode(header.config))
-    return msgspec.json.decode(data, type=Result)
+    result = msgspec.json.decode(data, type=Result)
+    # Until 2026-11-27 a point that had got more runs could be there twice.
+    result.points = list({point.key: point for point in result.points}.values())
+    return result
 
 
 def _converted(document: Any) -> Result:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from batch_inference.core.climb import Tried, pooled_halves
+from batch_inference.core.config import MIN_RUNS
 from batch_inference.core.metrics import run_latencies_s
 from batch_inference.core.results import Point, Result
 from batch_inference.core.values import LATENCY_GOAL
@@ -38,8 +39,19 @@ def tried_of(result: Result, points: Sequence[Point], goal: str, limits: Mapping
         value, half = _value(result, point, goal, halves[point.batch_size])
         excess = max((_over(point.summary.get(name), most) for name, most in limits.items()), default=0.0)
         fits = (point.summary.get("waves") or 1) <= 1
-        found.append(Tried(point.batch_size, value, half, fits, excess, len(point.runs)))
+        own_half = _own_half(point, value)
+        is_suspect = point.verdict == "suspect"
+        found.append(Tried(point.batch_size, value, half, fits, excess, len(point.runs), own_half, is_suspect))
     return found
+
+
+def _own_half(point: Point, value: float) -> float | None:
+    """Of the interval in its summary, which is wider where the number of runs was not fixed. Two runs tell less than
+    those of its neighbours."""
+    mean_s, ci95_s = (point.summary.get(name) for name in ("latency_mean_s", "latency_ci95_s"))
+    if point.workload is not None or len(point.runs) < MIN_RUNS or not mean_s or ci95_s is None:
+        return None
+    return value * ci95_s / mean_s
 
 
 def _over(value: float | None, most: float) -> float:

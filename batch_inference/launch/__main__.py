@@ -24,6 +24,7 @@ from batch_inference.launch.best import (
     Best,
     as_search,
     check_budgets,
+    check_one_node,
     check_search,
     report,
     settings_to_search,
@@ -62,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
                 say(usage(presets.values()))
                 return 2
             preset = find_preset(presets, options.preset)
+            if preset.is_search:
+                check_one_node(options)
             check_together(preset, options)
             return work(preset, options, here, argv, processes)
         except ConfigError as error:
@@ -162,9 +165,12 @@ def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
             say(f"{one.job.name} skipped: {one.reason}")
         return none_can_run(best.preset)
     best.run(jobs)
-    say_how_to_analyse(best.here, folder_of(best.preset, best.options))
+    say_how_to_analyse(best.here, folder_of(best.preset, best.options), best.flags_of_analysis)
     written = best.write_to_use()
-    shown = show("\n".join([*report(best), *([f"to use: {written}"] if written else [])]))
+    # It has one batch size, and so one length.
+    lengths = [length for length in best.search.races if length]
+    of_one = f", for prompts of {max(lengths)} tokens" if len(lengths) > 1 else ""
+    shown = show("\n".join([*report(best), *([f"to use{of_one}: {written}"] if written else [])]))
     return shown if best.is_answered and not best.failed else 1
 
 

@@ -20,8 +20,8 @@ from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig,
 from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search, layouts
 from batch_inference.core.streams import say
-from batch_inference.core.text import counted, listed, on_each, short, wrapped
-from batch_inference.core.values import AUTO, AUTO_SIZES, COST, LATENCY_GOAL, PER_DEVICE
+from batch_inference.core.text import counted, listed, on_each, quoted, short, wrapped
+from batch_inference.core.values import AUTO, AUTO_SIZES, COST, LATENCY_GOAL, PER_DEVICE, THROUGHPUT
 from batch_inference.launch.jobs import Here, Job, folder_of, job_of
 from batch_inference.launch.options import Options
 from batch_inference.launch.overview import PlannedJob
@@ -42,11 +42,13 @@ _OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--packed", *_ASKED)
 # What is chosen for each load, and what the search itself must know: after -- only the loads would get them.
 _SEARCHED = (
     "--batch-sizes", "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--to-beat",
-    "--enable-expert-parallel", "--packed",
+    "-tp", "-pp", "-dp", "--enable-expert-parallel", "--packed",
 )  # fmt: skip
 # A user who sets how often a point runs sets it for all settings.
 _RUNS = ("--num-runs", "--max-runs")
-_BEFORE = (*_ASKED, "--prompts-file")
+_BEFORE = (*_ASKED, "--prompts-file", "--output-dir")
+# Each load has its own file, and there is one node.
+_NOT_FOR_LOADS = ("--output-file", "--nnodes", "--node-rank", "--master-addr", "--master-port")
 _KEEPS_NONE = "no batch size that was tried stays within"
 # No engine of a real model starts faster.
 _LEAST_START_S = 10.0
@@ -55,11 +57,17 @@ _RUNS_OF_A_STUDY = 5
 _SETTINGS_OF_A_STUDY = 4
 
 
-def check_search(options: Options, devices: Devices) -> None:
-    """Raises ConfigError for what `best` does not accept, or lacks."""
+def check_one_node(options: Options) -> None:
+    """Raises ConfigError for a search over several nodes."""
     if options.nnodes not in (None, 1) or options.is_over_nodes:
         given = f"--nnodes {options.nnodes}" if options.nnodes else f"--master-addr {options.master_addr}"
         raise ConfigError(f"{given}: best runs on one node; leave it out, or use another preset for several nodes")
+
+
+def check_search(options: Options, devices: Devices) -> None:
+    """Raises ConfigError for what `best` does not accept, or lacks."""
+    if options.words:
+        raise ConfigError(f"{quoted(options.words[0])} is one word too many after the preset best")
     if options.batch_sizes != Options.batch_sizes and options.batch_sizes != AUTO_SIZES:
         raise ConfigError(f"--batch-sizes {listed(options.batch_sizes)}: best searches them; leave it out")
     _check_behind(options.flags)
@@ -86,6 +94,8 @@ def _check_behind(flags: Sequence[str]) -> None:
             raise ConfigError(f"{flag} after --: best searches it; leave it out")
         if flag in _BEFORE:
             raise ConfigError(f"{flag} after --: best must know it; give it before --")
+        if flag in _NOT_FOR_LOADS:
+            raise ConfigError(f"{flag} after --: best sets it for each of its loads, on one node; leave it out")
 
 
 def check_budgets(config: ExperimentConfig) -> None:
@@ -149,6 +159,15 @@ class Best:
     starts_s: list[float] = field(default_factory=list)
     # The mean time of a batch of every point measured, by what tells it from other points of its setting.
     batches_s: dict[tuple[int | None, int], list[float]] = field(default_factory=dict)
+
+    @property
+    def flags_of_analysis(self) -> list[str]:
+        """With which an analysis answers the same question."""
+        words = [] if self.options.goal == THROUGHPUT else ["--goal", self.options.goal]
+        for name in (*_LIMITS, "device_hour_price"):
+            if (value := getattr(self.options, name)) is not None:
+                words += [flag_of(name), f"{value:g}"]
+        return words
 
     @property
     def is_answered(self) -> bool:
@@ -259,6 +278,9 @@ class Best:
     def _job_of(self, load: Load, *, beside: bool) -> Job:
         kept, rest = [], iter(self.options.passed_on)
         for word in rest:
+            # A setting that is measured once more, now alone, keeps what this search has measured of it.
+            if word == "--overwrite" and load.layout in self.paths:
+                continue
             if word not in _OWN_FLAGS:
                 kept.append(word)
             elif word != "--packed":
@@ -280,7 +302,8 @@ class Best:
 
     @property
     def _says_runs(self) -> bool:
-        return any(word.partition("=")[0] in _RUNS for word in self.options.passed_on)
+        words = (*self.options.passed_on, *self.options.flags)
+        return any(word.partition("=")[0] in _RUNS for word in words)
 
     def _written(self) -> set[tuple[str, int]]:
         """The result files of the folder, each with its modification time."""
@@ -311,7 +334,8 @@ class Best:
                     load.layout, tried, went_on and is_searched and climb.is_exhausted(tried), not job.config.packed
                 )
             else:
-                race.lost[load.layout] = f"{_why_lost(result, length)}; see {job.config.log_path}"
+                where = f"; see {job.config.log_path}" if job.config.log_path.exists() else ""
+                race.lost[load.layout] = f"{_why_lost(result, length)}{where}"
 
 
 def tried_in(result: Result, config: ExperimentConfig, length: int | None, options: Options) -> list[Tried]:
@@ -407,14 +431,15 @@ def _loaded(best: Best, race: Race) -> Iterator[str]:
 def _value(best: Best, race: Race, found: Found) -> str:
     """In the unit of the goal, with its interval."""
     value, half = race.value_of(found), race.half_of(found)
+    doubt = " (suspect)" if found.best and found.best.is_suspect else ""
     if best.options.goal == LATENCY_GOAL:
-        return f"{_with_half(1 / value, half / value**2)} s per batch"
+        return f"{_with_half(1 / value, half / value**2)} s per batch{doubt}"
     over_all = " over the whole job" if best.options.prompts_file else ""
     words = f"{_with_half(value, half)} tok/s{_per_device(best)}{over_all}"
     if best.options.device_hour_price is None or found.best is None:
-        return words
+        return words + doubt
     cost = best.options.device_hour_price * found.layout.num_devices / 3600 / found.best.value * 1e6
-    return f"{words}, {short(cost)} per million output tokens"
+    return f"{words}, {short(cost)} per million output tokens{doubt}"
 
 
 def _with_half(value: float, half: float) -> str:
@@ -459,7 +484,7 @@ def _limits(options: Options) -> str:
 def _took(best: Best) -> str:
     devices = len(best.devices)
     used = f"{best.used_s * devices / 60:.1f} device-minutes ({counted(devices, 'device')}, {best.used_s:.0f} s)"
-    words = f"Used {used} for {counted(best.loads, 'load')}"
+    words = f"This call used {used} for {counted(best.loads, 'load')}"
     if study_s := best.study_s():
         words += f"; a study of all settings at these batch sizes would take about {study_s * devices / 60:.3g}"
     if best.ended_by_budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from batch_inference.core.signals import EXIT_CODES
@@ -38,8 +39,8 @@ def say_outcomes(outcomes: Outcomes) -> None:
             say(f"  {job.name}: see {job.config.log_path}")
 
 
-def say_how_to_analyse(here: Here, folder: str) -> None:
-    say(f"analyse with: {shlex.join([here.python, here.path(ANALYSIS), '--input', folder])}")
+def say_how_to_analyse(here: Here, folder: str, flags: Sequence[str] = ()) -> None:
+    say(f"analyse with: {shlex.join([here.python, here.path(ANALYSIS), '--input', folder, *flags])}")
 
 
 def _names(jobs: list[Job]) -> str:
