@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from batch_inference.core.packages import missing_to_measure
 from batch_inference.core.secrets import redact_text, remember
 from batch_inference.core.signals import end_in_order
 from batch_inference.core.streams import print_kept, say, say_notes, secure_streams, show
+from batch_inference.core.text import wrapped
 from batch_inference.measure.job_lengths import JobLengths, read_job
 from batch_inference.measure.vllm_flags import check_vllm_flags
 from batch_inference.measure.vllm_version import check_vllm_version
@@ -221,7 +222,7 @@ def sweep(
         if measured := experiment.unsaved():
             say(f"what was measured, as it would have been saved:\n{measured}")
         return 1
-    return tell(config, result, is_whole=experiment.is_whole)
+    return tell(config, result, experiment.answers(), is_whole=experiment.is_whole)
 
 
 def environment_of(config: ExperimentConfig, here: Surroundings, devices: Devices, watch: Monitor) -> Environment:
@@ -254,8 +255,8 @@ def build_replicas(config: ExperimentConfig, here: Surroundings, devices: Device
     return LocalReplicas(config, devices, coupled=coupled, nodes=nodes, ray_address=ray_address)
 
 
-def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
-    """Say how it ended; returns the exit code."""
+def tell(config: ExperimentConfig, result: Result, answers: Sequence[str], *, is_whole: bool) -> int:
+    """Say how it ended, with the answers of a search; returns the exit code."""
     from batch_inference.measure.console import closing_table
 
     if result.failure:
@@ -263,7 +264,8 @@ def tell(config: ExperimentConfig, result: Result, *, is_whole: bool) -> int:
         raise WorkFailedError(
             f"{config.setting_name}: {result.failure.reason}\n  {kind}: {ADVICE[kind]}\n  vLLM's log: {config.log_path}"
         )
-    print_kept(f"{closing_table(result)}\n\n{config.output_path}", config.output_path)
+    found = "\n".join(line for answer in answers for line in wrapped(answer, indent=2))
+    print_kept("\n\n".join(filter(None, [closing_table(result), found, str(config.output_path)])), config.output_path)
     return 0 if is_whole else 1
 
 

@@ -200,7 +200,9 @@ def test_a_size_that_is_lost_bounds_nothing(tmp_path: Path) -> None:
     """Nobody knows what it would have done: others may do more than all that was measured."""
     best, engines = searched(tmp_path, lost_at=64)
     assert {name for name, _ in engines.calls} >= {"tp_1", "dp_4", "tp_2", "tp_4"}
-    assert "at most" not in "\n".join(report(best))
+    said = " ".join(" ".join(report(best)).split())
+    assert "at most" not in said
+    assert "TP=1: failed with 64 at once (oom), 128 at once (oom), 256 at once (oom)" in said
 
 
 def test_the_interval_is_that_of_the_result_file(tmp_path: Path) -> None:

@@ -61,6 +61,20 @@ def test_few_runs_are_made_on_the_way_and_more_of_the_best() -> None:
     assert order[-1] == (128, 1)  # to three
 
 
+def test_what_was_found_is_said_for_each_length() -> None:
+    config = ExperimentConfig(**{**SEARCH, "seq_lens": (64, 128), "max_latency_s": 1.5})
+    climbing = Climbing(config, make_result(), keys(config), [])
+    assert climbing.answers() == []
+    for length, sizes in ((64, (16, 32, 64)), (128, (16,))):
+        for size in sizes:
+            climbing.told(measured(PointKey(size, length, 32), [batch_s(size) * length / 64] * 3))
+    climbing.told(Point(128, 64, 32, "oom", reason="out of memory"))
+    assert climbing.answers() == [
+        "best for throughput at length 64: 32 at once",
+        "no batch size that was tried keeps the limits at length 128; the nearest is 16 at once, 1.55 times its limit",
+    ]
+
+
 def test_a_best_that_cannot_win_gets_no_more_runs() -> None:
     best = 128 * 32 / batch_s(128)
     for to_beat, ends in ((best * 1.1, 2), (best * 0.9, 1)):
@@ -124,6 +138,7 @@ def test_the_program_searches_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [(point["batch_size"], len(point["runs"])) for point in document["points"]] == [(1, 2)]
     assert document["config"]["batch_sizes"] == list(AUTO_SIZES)
     assert "[1] 1 x 8: " in runs[0].stderr
+    assert "\n\nbest for latency at length 8: 1 at once\n\n" in runs[0].stdout
     assert "nothing is left to measure" in runs[1].stderr
 
 

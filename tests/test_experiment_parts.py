@@ -339,11 +339,11 @@ def test_what_became_of_it_is_told(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(script, "print_kept", lambda *given: kept.append(given))
     monkeypatch.setattr("batch_inference.measure.console.closing_table", lambda result: f"table of {result.name}")
     config, result = ExperimentConfig(output_file="a/b.json"), make_result("tp_2", [make_point()])
-    assert [tell(config, result, is_whole=is_whole) for is_whole in (True, False)] == [0, 1]
+    assert [tell(config, result, [], is_whole=is_whole) for is_whole in (True, False)] == [0, 1]
     assert kept == [("table of tp_2\n\na/b.json", Path("a/b.json"))] * 2
     result.failure = Failure("oom_load", "no room")
     with pytest.raises(WorkFailedError) as caught:
-        tell(config, result, is_whole=True)
+        tell(config, result, [], is_whole=True)
     assert str(caught.value) == f"tp_1: no room\n  oom_load: {ADVICE['oom_load']}\n  vLLM's log: a/b.log"
     assert len(kept) == 2
     assert capsys.readouterr() == ("", "")
@@ -410,7 +410,9 @@ class SweepOf:
         monkeypatch.setattr(f"{room}.hub.fetch_models", lambda *given: self.called.append(("fetch", *given)))
         monkeypatch.setattr(f"{room}.nodes.meet", self.meet)
         monkeypatch.setattr(script, "build_replicas", lambda *given: given)
-        monkeypatch.setattr(script, "tell", lambda config, result, is_whole: (config, result, is_whole))
+        monkeypatch.setattr(
+            script, "tell", lambda config, result, answers, is_whole: (config, result, *answers, is_whole)
+        )
 
     def begin(self, config: Any, environment: Any) -> Any:
         assert (type(config), environment) == (ExperimentConfig, "environment")
@@ -418,7 +420,9 @@ class SweepOf:
 
     def experiment(self, *given: Any) -> Any:
         self.given = given
-        return SimpleNamespace(is_open=self.is_open, is_whole=self.is_whole, run=self.run, unsaved=lambda: self.told)
+        return SimpleNamespace(
+            is_open=self.is_open, is_whole=self.is_whole, run=self.run, unsaved=lambda: self.told, answers=lambda: []
+        )
 
     @contextlib.contextmanager
     def meet(self, *given: Any) -> Iterator[str]:

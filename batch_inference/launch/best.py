@@ -156,6 +156,8 @@ class Best:
     ended_by_budget: bool = False
     failed: list[Job] = field(default_factory=list)
     paths: dict[Layout, Path] = field(default_factory=dict)  # of their result files
+    # Why batch sizes have no result, at each prompt length.
+    lost_sizes: dict[tuple[Layout, int | None], dict[int, str]] = field(default_factory=dict)
     starts_s: list[float] = field(default_factory=list)
     # The mean time of a batch of every point measured, by what tells it from other points of its setting.
     batches_s: dict[tuple[int | None, int], list[float]] = field(default_factory=dict)
@@ -323,6 +325,7 @@ class Best:
             self._note_times(result)
         for length, to_beat in zip(load.lengths, load.to_beat, strict=True):
             race = self.search.races[length]
+            self.lost_sizes[load.layout, length] = _lost_sizes(result, length)
             tried = tried_in(result, job.config, length, self.options) if result else []
             if result and tried:
                 climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL, to_beat=to_beat)
@@ -357,6 +360,11 @@ def _why_lost(result: Result | None, length: int | None) -> str:
     points = [point for point in result.points if point.seq_len == length] if result else []
     reasons = [reason for point in points for reason in (point.reason, *point.verdict_reasons) if reason]
     return reasons[0] if reasons else "nothing was measured"
+
+
+def _lost_sizes(result: Result | None, length: int | None) -> dict[int, str]:
+    points = result.points if result else []
+    return {one.batch_size: one.failure or one.status for one in points if one.status != "ok" and one.seq_len == length}
 
 
 def _has_invalid(result: Result, length: int | None) -> bool:
@@ -394,7 +402,7 @@ def report(best: Best) -> list[str]:
         what = f"{best.options.goal}, " + ("this workload" if length is None else f"prompts of {length} tokens")
         found = race.best()
         lines.append(f"Best for {what}: " + (_named(found) if found else "none"))
-        texts = [*_loaded(best, race), *_not_loaded(best, race)]
+        texts = [*_loaded(best, race), *_lost(best, race, length), *_not_loaded(best, race)]
         lines += [line for text in texts for line in wrapped(f"  {text}", indent=6)] + [""]
     return [*lines, *wrapped(_took(best), indent=2)]
 
@@ -426,6 +434,13 @@ def _loaded(best: Best, race: Race) -> Iterator[str]:
             yield f"{found.layout}: its runs say nothing about the whole job; raise --sample"
         elif first:
             yield f"{found.layout}: {_KEEPS_NONE} {_limits(best.options)}"
+
+
+def _lost(best: Best, race: Race, length: int | None) -> Iterator[str]:
+    """Sizes that failed might have been better than the best of their setting."""
+    for layout in race.found:
+        if lost := best.lost_sizes.get((layout, length)):
+            yield f"{layout}: failed with {listed(f'{size} at once ({why})' for size, why in lost.items())}"
 
 
 def _value(best: Best, race: Race, found: Found) -> str:

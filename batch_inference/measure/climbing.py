@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from batch_inference.core.climb import Climb, Tried, best_of
 from batch_inference.core.config import ExperimentConfig
 from batch_inference.core.results import Point, PointKey, Result
+from batch_inference.core.text import short, with_budget
 from batch_inference.core.tried import limits_of, tried_of
 from batch_inference.core.values import LATENCY_GOAL
 from batch_inference.measure.resume import has_runs_enough
@@ -41,6 +42,10 @@ class InTurn:
     def told(self, point: Point) -> None:
         """A point that was measured, with its runs, or lost."""
         self.rest.remove(point.key)
+
+    def answers(self) -> list[str]:
+        """A grid is no question."""
+        return []
 
 
 class Climbing:
@@ -79,14 +84,41 @@ class Climbing:
     def kept(self) -> list[Point]:
         return list(self._points.values())
 
-    def _next_of(self, keys: Sequence[PointKey]) -> Next | None:
+    def answers(self) -> list[str]:
+        """What was found so far, for each length or budget: the best size, or that which misses the limits least."""
+        return list(filter(None, map(self._answer_of, self._ways.values())))
+
+    def _answer_of(self, keys: Sequence[PointKey]) -> str | None:
+        key, tried = keys[0], self._tried_of(keys)
+        where = "" if key.seq_len is None else f" at length {key.seq_len}"
+        if key.max_num_batched_tokens is not None:
+            where = with_budget(where, key.max_num_batched_tokens)
+        best = best_of(tried)
+        if best is not None and best.value > 0:
+            return f"best for {self._config.goal}{where}: {best.batch_size} at once"
+        missed = [one for one in tried if 1 < one.excess < math.inf]
+        if not missed:
+            return None
+        nearest = min(missed, key=lambda one: one.excess)
+        return (
+            f"no batch size that was tried keeps the limits{where}; the nearest is {nearest.batch_size} at once, "
+            f"{short(nearest.excess, 3)} times its limit"
+        )
+
+    def _tried_of(self, keys: Sequence[PointKey]) -> list[Tried]:
         way = _way_of(keys[0])
-        lost = [key.batch_size for key in self._lost if _way_of(key) == way]
         if way not in self._tried:
             points = [point for key, point in self._points.items() if _way_of(key) == way]
             measured = tried_of(self._result, points, self._config.goal, limits_of(self._config))
-            self._tried[way] = [*measured, *(Tried(size, 0.0, 0.0, fits=False, excess=math.inf) for size in lost)]
-        tried = self._tried[way]
+            lost = (Tried(size, 0.0, 0.0, fits=False, excess=math.inf) for size in self._lost_sizes(way))
+            self._tried[way] = [*measured, *lost]
+        return self._tried[way]
+
+    def _lost_sizes(self, way: tuple[object, ...]) -> list[int]:
+        return [key.batch_size for key in self._lost if _way_of(key) == way]
+
+    def _next_of(self, keys: Sequence[PointKey]) -> Next | None:
+        tried, lost = self._tried_of(keys), self._lost_sizes(_way_of(keys[0]))
         to_beat = self._to_beat(keys[0].seq_len)
         climb = Climb([key.batch_size for key in keys], rises=self._config.goal != LATENCY_GOAL, to_beat=to_beat)
         size = climb.next_size(tried)

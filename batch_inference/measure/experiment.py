@@ -123,6 +123,10 @@ class Experiment:
         """Whether every point is measured and none failed."""
         return not self._lost and all(point.status == "ok" for point in self.result.points)
 
+    def answers(self) -> list[str]:
+        """What a search of batch sizes has found, in lines; nothing of a grid."""
+        return self._order.answers()
+
     def unsaved(self) -> str | None:
         """What was measured, as the file would hold it; None if nothing was."""
         return self._file.told()
