@@ -6,6 +6,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,17 @@ def test_for_the_shortest_time_one_request_is_enough(tmp_path: Path) -> None:
     assert first[0].startswith("Best for latency, prompts of 512 tokens: TP=4, ")
     # Its ten runs differ, and nobody should rely on it alone.
     assert re.fullmatch(r"  0\.55\d+ ±[\d.]+% s per batch \(suspect\)", first[1])
+
+
+def test_a_better_setting_on_fewer_devices_is_said(tmp_path: Path) -> None:
+    """On few cores a small model is fastest on one of them."""
+    best, _ = searched(tmp_path, "--goal latency")
+    (race,) = best.search.races.values()
+    (one,) = race.found[Layout()].tried[:1]
+    assert "better" not in "\n".join(report(best))
+    race.found[Layout()] = Found(Layout(), [replace(one, value=10.0, half=0.1, own_half=None)], is_exhausted=True)
+    said = " ".join(" ".join(report(best)).split())
+    assert "TP=1, 16 at once: 0.1000 ±1.0% s per batch; better, but on 1 of 4 devices" in said
 
 
 def test_for_one_device_the_price_is_said(tmp_path: Path) -> None:

@@ -429,11 +429,19 @@ def _loaded(best: Best, race: Race) -> Iterator[str]:
             continue
         if found.best:
             word = "as good, within its interval: " if found in ties else ""
-            yield f"{word}{_named(found)}: {_value(best, race, found)}"
+            yield f"{word}{_named(found)}: {_value(best, race, found)}{_though_better(best, race, found)}"
         elif any(tried.keeps_limits for tried in found.tried):
             yield f"{found.layout}: its runs say nothing about the whole job; raise --sample"
         elif first:
             yield f"{found.layout}: {_KEEPS_NONE} {_limits(best.options)}"
+
+
+def _though_better(best: Best, race: Race, found: Found) -> str:
+    """Why a setting with a better number is not the answer: it leaves devices idle."""
+    first = race.best()
+    if first is None or found.layout in race.candidates or race.value_of(found) <= race.value_of(first):
+        return ""
+    return f"; better, but on {found.layout.num_devices} of {counted(len(best.devices), 'device')}"
 
 
 def _lost(best: Best, race: Race, length: int | None) -> Iterator[str]:
