@@ -40,6 +40,20 @@ def race(goal: Goal, *candidates: Layout, known: list[Found] | None = None) -> R
     return Race(goal, candidates, feasible, {one.layout: one for one in known or []})
 
 
+def test_what_is_as_good_as_the_best_is_measured_alone_too() -> None:
+    each = race(EACH, TP1, TP2, known=[found(TP1, 100.0), found(TP2, 199.0)])
+    beside = {layout: replace(each.found[layout], is_alone=False) for layout in (TP1, TP2)}
+    each.found |= beside
+    assert each.next_load() == Load(TP1, (16,))
+    each.found[TP1] = replace(beside[TP1], is_alone=True)
+    assert each.next_load() == Load(TP2, (16,))
+    each.found[TP2] = replace(beside[TP2], is_alone=True)
+    assert each.next_load() is None
+    # What cannot be as good is left as it is.
+    each.found[TP2] = replace(found(TP2, 150.0), is_alone=False)
+    assert each.next_load() is None
+
+
 def test_a_best_that_is_unsure_hides_nothing() -> None:
     """If its runs differ by more than a tie, others may still be better by more than a tie."""
     one = race(HIGH, TP2, PP2, known=[found(TP2, 800.0, half=0.12), found(TP1, 440.0, half=0.0)])

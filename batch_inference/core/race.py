@@ -242,10 +242,10 @@ class Race:
         hopeful = self.open()
         if hopeful:
             return self._load_for(hopeful[0])
-        best = self.best()
-        # Only a setting that ran alone can be the answer.
-        if best and best.best and not best.is_alone and best.layout not in self.lost:
-            return Load(best.layout, (best.best.batch_size,))
+        # Only a setting that ran alone can be the answer, or as good.
+        for one in filter(None, [self.best(), *self.ties()]):
+            if one.best and not one.is_alone and one.layout not in self.lost:
+                return Load(one.layout, (one.best.batch_size,))
         return None
 
     def to_beat(self, layout: Layout) -> float:
