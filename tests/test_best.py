@@ -26,13 +26,12 @@ from batch_inference.launch.__main__ import plan_search
 from batch_inference.launch.best import (
     Best,
     candidates,
-    check_one_node,
     check_search,
     report,
     settings_to_search,
     what_best_saves,
 )
-from batch_inference.launch.jobs import Here, Job, job_of
+from batch_inference.launch.jobs import Here, Job, check_together, job_of
 from batch_inference.launch.options import parse_options
 from batch_inference.launch.presets import Preset, Setting
 from batch_inference.launch.replay import Replay
@@ -407,7 +406,7 @@ def test_candidates_are_all_ways_to_use_the_devices() -> None:
 def test_what_a_search_does_not_take_is_one_line(line: str, said: str) -> None:
     def checked() -> None:
         options = parse_options(["best", *line.split()])
-        check_one_node(options)
+        check_together(BEST, options)
         check_search(options, FOUR)
 
     with pytest.raises(ConfigError) as caught:

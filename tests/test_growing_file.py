@@ -60,6 +60,16 @@ def test_of_a_point_that_was_measured_twice_the_last_counts(path: Path) -> None:
     growing.close()
 
 
+def test_a_point_whose_saving_was_interrupted_is_once_in_the_file(path: Path) -> None:
+    """Its line is there, but nothing knows of it."""
+    growing = begun(path, make_point(1), make_point(2))
+    growing._append(point_line(make_point(2, latencies_s=[5.0])))
+    growing.fold()
+    points = json.loads(path.read_text())["points"]
+    assert [(point["batch_size"], point["runs"][0]["latency_s"]) for point in points] == [(1, 1.0), (2, 5.0)]
+    growing.close()
+
+
 def test_of_a_point_that_an_older_version_wrote_twice_the_last_counts(path: Path) -> None:
     result = make_result(points=[make_point(1), make_point(2), make_point(2, latencies_s=[5.0])])
     path.write_text(to_json(result))

@@ -39,7 +39,6 @@ class GrowingFile:
         self._journal: IO[bytes] | None = None
         self._in_file: set[PointKey] = set()
         self._in_journal: set[PointKey] = set()
-        self._repeats = False  # whether the journal has a point twice
         self._unsaved: list[str] = []  # lines of points that could not be written
 
     @property
@@ -56,7 +55,6 @@ class GrowingFile:
         self._unsaved.append(line)
         self._append(line)
         self._unsaved.clear()
-        self._repeats |= point.key in self._in_journal
         self._in_journal.add(point.key)
         if len(self._in_journal) >= len(self._in_file):
             self.fold()
@@ -80,7 +78,7 @@ class GrowingFile:
         write_document(self.path, self._document(lines))
         self.close()
         self._file, self._journal = self.path.open("rb"), None
-        self._in_file, self._in_journal, self._repeats = keys, set(), False
+        self._in_file, self._in_journal = keys, set()
         # A reader that comes before this still sees that the journal was folded in.
         with contextlib.suppress(OSError):
             journal_of(self.path).unlink(missing_ok=True)
@@ -107,25 +105,24 @@ class GrowingFile:
             raise cannot_be_written(self.path, error) from error
 
     def _lines(self) -> Iterator[str]:
-        """The line of every point, as it was last measured."""
-        again = self._in_file & self._in_journal
+        """The line of every point, as it was last measured. What the journal has is read from it: after an interruption
+        it may have more than was counted."""
+        last = {_key_of(line): number for number, line in enumerate(self._lines_of_journal())}
+        again = self._in_file & last.keys()
         for line in self._lines_of_file():
             if not again or _key_of(line) not in again:
                 yield line
-        if self._journal is not None:
-            # Where each point was last measured; only keys are kept, because lines may be long.
-            last = {_key_of(line): number for number, line in self._lines_of_journal()} if self._repeats else None
-            for number, line in self._lines_of_journal():
-                if last is None or last[_key_of(line)] == number:
-                    yield line
+        newest = set(last.values())
+        yield from (line for number, line in enumerate(self._lines_of_journal()) if number in newest)
 
-    def _lines_of_journal(self) -> Iterator[tuple[int, str]]:
-        assert self._journal is not None
+    def _lines_of_journal(self) -> Iterator[str]:
+        if self._journal is None:
+            return
         with os.fdopen(self._journal.fileno(), "rb", closefd=False) as journal:
             journal.seek(0)
             next(journal, None)
-            for number, line in enumerate(journal):
-                yield number, line.decode().rstrip("\n")
+            for line in journal:
+                yield line.decode().rstrip("\n")
 
     def _lines_of_file(self) -> Iterator[str]:
         if self._file is None:

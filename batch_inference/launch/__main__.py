@@ -24,7 +24,6 @@ from batch_inference.launch.best import (
     Best,
     as_search,
     check_budgets,
-    check_one_node,
     check_search,
     report,
     settings_to_search,
@@ -63,8 +62,6 @@ def main(argv: Sequence[str]) -> int:
                 say(usage(presets.values()))
                 return 2
             preset = find_preset(presets, options.preset)
-            if preset.is_search:
-                check_one_node(options)
             check_together(preset, options)
             return work(preset, options, here, argv, processes)
         except ConfigError as error:
@@ -167,9 +164,7 @@ def find_best(best: Best, jobs: Sequence[PlannedJob]) -> int:
     best.run(jobs)
     say_how_to_analyse(best.here, folder_of(best.preset, best.options), best.flags_of_analysis)
     written = best.write_to_use()
-    # It has one batch size, and so one length.
-    lengths = [length for length in best.search.races if length]
-    of_one = f", for prompts of {max(lengths)} tokens" if len(lengths) > 1 else ""
+    of_one = f", for prompts of {best.length_to_use} tokens" if len(best.search.races) > 1 else ""
     shown = show("\n".join([*report(best), *([f"to use{of_one}: {written}"] if written else [])]))
     return shown if best.is_answered and not best.failed else 1
 

@@ -7,6 +7,7 @@ started only for what is missing.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig,
 from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search, layouts
 from batch_inference.core.streams import say
-from batch_inference.core.text import counted, listed, on_each, quoted, short, wrapped
+from batch_inference.core.text import counted, listed, on_each, short, wrapped
 from batch_inference.core.values import AUTO, AUTO_SIZES, COST, LATENCY_GOAL, PER_DEVICE, THROUGHPUT
 from batch_inference.launch.jobs import Here, Job, folder_of, job_of
 from batch_inference.launch.options import Options
@@ -57,17 +58,8 @@ _RUNS_OF_A_STUDY = 5
 _SETTINGS_OF_A_STUDY = 4
 
 
-def check_one_node(options: Options) -> None:
-    """Raises ConfigError for a search over several nodes."""
-    if options.nnodes not in (None, 1) or options.is_over_nodes:
-        given = f"--nnodes {options.nnodes}" if options.nnodes else f"--master-addr {options.master_addr}"
-        raise ConfigError(f"{given}: best runs on one node; leave it out, or use another preset for several nodes")
-
-
 def check_search(options: Options, devices: Devices) -> None:
     """Raises ConfigError for what `best` does not accept, or lacks."""
-    if options.words:
-        raise ConfigError(f"{quoted(options.words[0])} is one word too many after the preset best")
     if options.batch_sizes != Options.batch_sizes and options.batch_sizes != AUTO_SIZES:
         raise ConfigError(f"--batch-sizes {listed(options.batch_sizes)}: best searches them; leave it out")
     _check_behind(options.flags)
@@ -165,11 +157,13 @@ class Best:
     @property
     def flags_of_analysis(self) -> list[str]:
         """With which an analysis answers the same question."""
-        words = [] if self.options.goal == THROUGHPUT else ["--goal", self.options.goal]
-        for name in (*_LIMITS, "device_hour_price"):
-            if (value := getattr(self.options, name)) is not None:
-                words += [flag_of(name), f"{value:g}"]
-        return words
+        goal = [] if self.options.goal == THROUGHPUT else ["--goal", self.options.goal]
+        return [*goal, *itertools.chain(*_given(self.options, (*_LIMITS, "device_hour_price")))]
+
+    @property
+    def length_to_use(self) -> int | None:
+        """The longest: what is written to use has one batch size, and so one length. None for a workload."""
+        return max(self.search.races, key=lambda length: length or 0)
 
     @property
     def is_answered(self) -> bool:
@@ -220,8 +214,8 @@ class Best:
     def write_to_use(self) -> str | None:
         """Writes the answer at the longest prompts for use, and returns the command that runs it, or the folder if
         there is none; None if a package for that is missing."""
-        length, race = max(self.search.races.items(), key=lambda pair: pair[0] or 0)
-        found = race.best()
+        length = self.length_to_use
+        found = self.search.races[length].best()
         if found is None or found.best is None or missing_to_analyse(plots=False):
             return None
         from batch_inference.analyze.tables import load_setting
@@ -297,9 +291,7 @@ class Best:
         words = ["--batch-sizes", AUTO, "--goal", self.options.goal]
         if any(load.to_beat):
             words += ["--to-beat", ",".join(f"{value:.6g}" for value in load.to_beat)]
-        for name in _LIMITS:
-            if (value := getattr(self.options, name)) is not None:
-                words += [flag_of(name), f"{value:g}"]
+        words += itertools.chain(*_given(self.options, _LIMITS))
         return words if load.is_answer or self._says_runs else [*words, "--max-runs", str(MIN_RUNS)]
 
     @property
@@ -429,16 +421,15 @@ def _loaded(best: Best, race: Race) -> Iterator[str]:
             continue
         if found.best:
             word = "as good, within its interval: " if found in ties else ""
-            yield f"{word}{_named(found)}: {_value(best, race, found)}{_though_better(best, race, found)}"
+            yield f"{word}{_named(found)}: {_value(best, race, found)}{_though_better(best, race, first, found)}"
         elif any(tried.keeps_limits for tried in found.tried):
             yield f"{found.layout}: its runs say nothing about the whole job; raise --sample"
         elif first:
             yield f"{found.layout}: {_KEEPS_NONE} {_limits(best.options)}"
 
 
-def _though_better(best: Best, race: Race, found: Found) -> str:
-    """Why a setting with a better number is not the answer: it leaves devices idle."""
-    first = race.best()
+def _though_better(best: Best, race: Race, first: Found | None, found: Found) -> str:
+    """Why a setting with a better number than the first is not the answer: it leaves devices idle."""
     if first is None or found.layout in race.candidates or race.value_of(found) <= race.value_of(first):
         return ""
     return f"; better, but on {found.layout.num_devices} of {counted(len(best.devices), 'device')}"
@@ -500,8 +491,14 @@ def _why_not(best: Best, race: Race, layout: Layout) -> str:
 
 
 def _limits(options: Options) -> str:
-    given = ((flag_of(name), getattr(options, name)) for name in _LIMITS)
-    return listed(f"{flag} {value:g}" for flag, value in given if value is not None)
+    return listed(map(" ".join, _given(options, _LIMITS)))
+
+
+def _given(options: Options, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Of these numbers, the flags of those that were given, each with its value."""
+    for name in names:
+        if (value := getattr(options, name)) is not None:
+            yield flag_of(name), f"{value:g}"
 
 
 def _took(best: Best) -> str:

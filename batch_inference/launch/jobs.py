@@ -55,7 +55,10 @@ def folder_of(preset: Preset, options: Options) -> str:
 
 def check_together(preset: Preset, options: Options) -> None:
     """Raises ConfigError for options that the preset does not allow, or lacks."""
-    if not preset.is_search:
+    if preset.is_search:
+        preset.check_no_words(options.words)
+        _check_one_node(preset, options)
+    else:
         _check_no_search(preset, options)
     if options.job and not preset.is_demo:
         raise ConfigError(f"--job: it works only with quickstart; with {preset.name} give --prompts-file FILE")
@@ -68,6 +71,14 @@ def check_together(preset: Preset, options: Options) -> None:
         raise ConfigError(f"{given} was given, but {preset.name} is for one node")
     if options.master_addr is None:
         raise ConfigError(f"{given} was given, but --master-addr HOST is needed too")
+
+
+def _check_one_node(preset: Preset, options: Options) -> None:
+    if options.nnodes not in (None, 1) or options.is_over_nodes:
+        given = f"--nnodes {options.nnodes}" if options.nnodes else f"--master-addr {options.master_addr}"
+        raise ConfigError(
+            f"{given}: {preset.name} runs on one node; leave it out, or use another preset for several nodes"
+        )
 
 
 def _check_no_search(preset: Preset, options: Options) -> None:

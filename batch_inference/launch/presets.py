@@ -82,9 +82,13 @@ class Preset:
         """The words of each setting. `words`: the user's, after the preset's name. Raises ConfigError."""
         if self.made_by:
             return MADE_BY[self.made_by](words)
+        self.check_no_words(words)
+        return self.settings
+
+    def check_no_words(self, words: Sequence[str]) -> None:
+        """Raises ConfigError."""
         if words:
             raise ConfigError(f"{quoted(words[0])} is one word too many after the preset {self.name}")
-        return self.settings
 
 
 def without(name: str, flags: Sequence[str]) -> list[str]:
