@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import resource
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from batch_inference.core import growing_file
 from batch_inference.core.growing_file import GrowingFile
 from batch_inference.core.result_file import ResultFileError, journal_of, load_result, point_line, to_json
 from batch_inference.core.results import Point
@@ -67,6 +70,28 @@ def test_a_point_whose_saving_was_interrupted_is_once_in_the_file(path: Path) ->
     growing.fold()
     points = json.loads(path.read_text())["points"]
     assert [(point["batch_size"], point["runs"][0]["latency_s"]) for point in points] == [(1, 1.0), (2, 5.0)]
+    growing.close()
+
+
+@pytest.mark.parametrize("place", ["open_regular", "_write_or_undo", "write_document", "GrowingFile.close"])
+def test_a_signal_ends_a_save_when_it_is_whole(path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = begun(path, make_point(1))
+    owner, name = (GrowingFile, "close") if place == "GrowingFile.close" else (growing_file, place)
+    work = getattr(owner, name)
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        done = work(*arguments, **named)
+        signal.raise_signal(signal.SIGINT)
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            growing.add(make_point(2))
+    assert found(path) == [(1, 1.0), (2, 1.0)]
+    growing.add(make_point(4))
+    growing.fold()
+    assert found(path) == [(1, 1.0), (2, 1.0), (4, 1.0)]
     growing.close()
 
 

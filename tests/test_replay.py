@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from batch_inference.core.race import Goal, Layout, Load
 from batch_inference.launch.replay import Recorded, measured, steps_of
@@ -48,3 +49,16 @@ def test_sizes_that_are_given_are_all_measured_in_full() -> None:
     # Whether a larger batch would be better was not asked.
     assert not found.is_exhausted
     assert seconds == pytest.approx(0.5 + 3 * 1.0 + 0.5 + 3 * 4.0)
+
+
+@pytest.mark.parametrize(("ended_at", "in_all_s"), [("03:04:05", 4.0), ("03:04:07", 4.0), ("03:04:11", 6.0)])
+def test_a_setting_takes_at_least_its_start_and_its_runs(ended_at: str, in_all_s: float) -> None:
+    """Begin and end are recorded in whole seconds: a study of short runs would otherwise take no time at all."""
+    one = recorded({16: 0.5})  # a warm-up and three runs
+    result = one.result
+    assert result.engine is not None
+    engine = replace(result.engine, load_s=replace(result.engine.load_s, total_s=2.0))
+    environment = replace(result.environment, ended_at=f"2026-01-02T{ended_at}+00:00")
+    timed = Recorded(Layout(), replace(result, engine=engine, environment=environment))
+    assert timed.wall_s == pytest.approx(in_all_s)
+    assert timed.beside_s == pytest.approx(in_all_s - 4.0)

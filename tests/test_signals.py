@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from batch_inference.core import signals
-from batch_inference.core.signals import EXIT_CODES
+from batch_inference.core.signals import EXIT_CODES, held_back
 from conftest import REPOSITORY, with_ctrl_c
 from in_process import called
 
@@ -80,6 +82,43 @@ def test_an_ignored_hangup_stays_ignored() -> None:
     _, errors = process.communicate("\n", timeout=30)
     assert "SIGHUP" not in errors
     assert process.returncode == 143
+
+
+@pytest.fixture
+def arrived() -> Iterator[list[int]]:
+    """Signals as they take effect."""
+    took_effect: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: took_effect.append(number)) for number in EXIT_CODES}
+    yield took_effect
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_one_is_held_back_until_a_change_is_whole(number: signal.Signals, arrived: list[int]) -> None:
+    with held_back():
+        with held_back():
+            signal.raise_signal(number)
+        assert not arrived
+    assert arrived == [number]
+    signal.raise_signal(number)
+    assert arrived == [number, number]
+
+
+def test_one_that_is_held_back_takes_effect_where_the_change_fails(arrived: list[int]) -> None:
+    with contextlib.suppress(OSError), held_back():
+        signal.raise_signal(signal.SIGTERM)
+        raise OSError
+    assert arrived == [signal.SIGTERM]
+
+
+def test_a_second_one_does_not_wait_for_a_change_that_hangs(arrived: list[int]) -> None:
+    with held_back():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+            assert not arrived
+        signal.raise_signal(signal.SIGINT)
+        assert arrived == [signal.SIGINT]
 
 
 @pytest.mark.parametrize("number", EXIT_CODES)

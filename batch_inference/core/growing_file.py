@@ -27,6 +27,7 @@ from batch_inference.core.result_file import (
     write_document,
 )  # fmt: skip
 from batch_inference.core.results import Point, PointKey, Result
+from batch_inference.core.signals import held_back
 
 
 class GrowingFile:
@@ -45,10 +46,12 @@ class GrowingFile:
     def has_begun(self) -> bool:
         return self._file is not None
 
+    @held_back()
     def begin(self) -> None:
         """Replace what is there with the result and all its points. Raises ResultFileError."""
         self._write(map(point_line, self._result.points), {point.key for point in self._result.points})
 
+    @held_back()
     def add(self, point: Point) -> None:
         """Add a point, or one that was measured again. On ResultFileError the point is kept in memory."""
         line = point_line(point)
@@ -59,6 +62,7 @@ class GrowingFile:
         if len(self._in_journal) >= len(self._in_file):
             self.fold()
 
+    @held_back()
     def fold(self) -> None:
         """Write the head again, with all points after it. Raises ResultFileError."""
         self._write(self._lines(), self._in_file | self._in_journal)

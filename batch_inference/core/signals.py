@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -21,6 +21,32 @@ def end_in_order(numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIG
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
     atexit.register(_end_as_decided)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """A signal that comes inside takes effect when all is done, so that what is changed here is changed as a whole. A
+    second one does not wait: what it interrupts may hang."""
+    came: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        # A hangup is no second request, as below.
+        if len(came) > 1 and number != signal.SIGHUP:
+            before[number](number, frame)
+
+    before: dict[int, Callable[[int, FrameType | None], object]] = {}
+    for number in EXIT_CODES:
+        if callable(handler := signal.getsignal(number)):
+            before[number] = handler
+            signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for held, handler in before.items():
+            signal.signal(held, handler)
+        if came:
+            before[came[0]](came[0], None)
 
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:

@@ -37,13 +37,15 @@ class Recorded:
 
     @cached_property
     def wall_s(self) -> float:
-        begin, end = self.result.environment.started_at, self.result.environment.ended_at
-        return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds() if begin and end else 0.0
+        return self.start_s + sum(map(seconds_of, self.result.points)) + self.beside_s
 
     @cached_property
     def beside_s(self) -> float:
-        """Time for neither start nor runs: closing the engine, and gaps between runs."""
-        return max(0.0, self.wall_s - self.start_s - sum(map(seconds_of, self.result.points)))
+        """Time for neither start nor runs: closing the engine, and gaps between runs. What is recorded of begin and end
+        are whole seconds, which a short setting may be within."""
+        begin, end = self.result.environment.started_at, self.result.environment.ended_at
+        in_all_s = (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds() if begin and end else 0
+        return max(0.0, in_all_s - self.start_s - sum(map(seconds_of, self.result.points)))
 
     def points(self, seq_len: int) -> dict[int, Point]:
         return {
