@@ -432,3 +432,4 @@ def test_its_plan_names_all_settings_that_may_be_loaded(tmp_path: Path) -> None:
     done = Launcher(tmp_path)("best", "--dry-run", "--model", with_weights("llama-3.1-8b"), DEVICES="4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--batch-sizes auto") == 9
+    assert "# for each: batch sizes auto (up to 1024) x lengths " in done.stdout

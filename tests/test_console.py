@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
 import threading
 import time
@@ -92,6 +93,27 @@ def test_a_terminal_shows_points_and_runs_and_the_time_left(monkeypatch: pytest.
     }
     assert max(percents[:-1]) < 100
     assert re.fullmatch(r"\d+:\d+", bars[-1][2])
+
+
+class Interrupted(Terminal):
+    """Ctrl-C comes before this text."""
+
+    before = "a note"
+
+    def write(self, text: str, /) -> int:
+        if text == self.before:
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_a_line_above_the_bar_is_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, console = Interrupted(), Console()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console.start(ExperimentConfig(), 2, [])
+    with pytest.raises(KeyboardInterrupt):
+        console.note("a note")
+    assert "a note\n" in terminal.getvalue()
+    console.close()
 
 
 class Screen(Terminal):

@@ -10,6 +10,7 @@ import pytest
 
 from batch_inference.core.config import ConfigError, ExperimentConfig
 from batch_inference.core.text import has_control
+from batch_inference.core.values import AUTO_SIZES
 from batch_inference.plan.devices import GIB, Devices
 from batch_inference.plan.memory import MemoryPlan, memory_plan
 from batch_inference.plan.model import ModelFacts, read_model_facts
@@ -733,6 +734,14 @@ def test_the_cache_of_the_largest_point_is_that_of_its_batch_and_its_longest_req
     config = ExperimentConfig(batch_sizes=(4, 16, 1), seq_lens=(2048, 512), max_tokens=128)
     # 16 requests of 2176 tokens, at 512 KiB each
     assert "17 GiB of KV cache per device for the largest point in one wave" in plan(config, facts(tmp_path))
+
+
+def test_the_plan_of_a_search_does_not_count_its_points(tmp_path: Path) -> None:
+    runs, read = "3 to 10 timed runs each", facts(tmp_path)
+    assert f"128 output tokens: 12 points, {runs}" in plan(ExperimentConfig(), read)
+    assert f"128 output tokens, {runs}" in plan(ExperimentConfig(batch_sizes=AUTO_SIZES), read)
+    of_workload = ExperimentConfig(batch_sizes=AUTO_SIZES, prompts_file="jobs.jsonl", workload_longest=9)
+    assert "jobs.jsonl, auto (up to 1024) requests at once, the longest request takes 9" in plan(of_workload, read)
 
 
 def test_the_plan_says_in_a_line_that_activations_are_not_counted(tmp_path: Path) -> None:

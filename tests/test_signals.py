@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,19 @@ def test_a_second_one_does_not_wait_for_a_change_that_hangs(arrived: list[int]) 
             assert not arrived
         signal.raise_signal(signal.SIGINT)
         assert arrived == [signal.SIGINT]
+
+
+def test_a_thread_has_nothing_to_hold_back() -> None:
+    worked = []
+
+    def work() -> None:
+        with held_back():
+            worked.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert worked == [True]
 
 
 @pytest.mark.parametrize("number", EXIT_CODES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import NoReturn
@@ -26,7 +27,10 @@ def end_in_order(numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIG
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """A signal that comes inside takes effect when all is done, so that what is changed here is changed as a whole. A
-    second one does not wait: what it interrupts may hang."""
+    second one does not wait: what it interrupts may hang. Threads are not interrupted anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     came: list[int] = []
 
     def hold(number: int, frame: FrameType | None) -> None:

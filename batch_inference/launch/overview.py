@@ -224,6 +224,8 @@ def _head(configs: Sequence[ExperimentConfig], nodes: str, devices: Devices) -> 
 def _points_words(config: ExperimentConfig) -> str:
     if config.prompts_file:
         return f"for each: {job_words(config)}"
+    if config.searches:  # as many as it needs
+        return f"for each: {grid_words(config)}"
     return f"{counted(len(list(config.points())), 'point')} each: {grid_words(config)}"
 
 

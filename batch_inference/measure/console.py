@@ -16,6 +16,7 @@ from batch_inference.core.failures import ADVICE
 from batch_inference.core.files import open_regular
 from batch_inference.core.results import EngineInfo, Point, PointKey, Result, WorkloadKey
 from batch_inference.core.secrets import redact_text
+from batch_inference.core.signals import held_back
 from batch_inference.core.streams import say
 from batch_inference.core.text import counted, listed, plain, short, table, with_budget, wrapped
 
@@ -51,9 +52,10 @@ class Console:
     def note(self, text: str) -> None:
         """A line above the bar, if there is one. It may be from a log, which may hold a secret."""
         bar = self._loading.bar if self._loading else self._bar
-        if bar is None:
+        if bar is None or bar.disable:
             say(text)
-        else:
+            return
+        with held_back():  # interrupted, tqdm would release a lock that it did not get
             bar.write(redact_text(text), file=sys.stderr)
 
     def loading(self, config: ExperimentConfig) -> None:

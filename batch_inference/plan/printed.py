@@ -35,8 +35,7 @@ def setting_plan(
             {"job": job_words(config)}
             if config.prompts_file
             else {
-                "grid": grid_words(config)
-                + f": {len(list(config.points()))} points, {config.runs_in_words} timed runs each"
+                "grid": grid_words(config) + f"{_count_words(config, 'point')}, {config.runs_in_words} timed runs each"
             }
         ),
         "file": str(config.output_path),
@@ -60,9 +59,14 @@ def grid_words(config: ExperimentConfig) -> str:
 def job_words(config: ExperimentConfig) -> str:
     longest = f", the longest request takes {config.workload_longest} tokens" if config.workload_longest else ""
     return (
-        f"{config.prompts_file}, {batch_words(config)} requests at once{_budgets(config)}: "
-        f"{counted(len(list(config.points())), 'queue point')}{longest}"
+        f"{config.prompts_file}, {batch_words(config)} requests at once{_budgets(config)}"
+        f"{_count_words(config, 'queue point')}{longest}"
     )
+
+
+def _count_words(config: ExperimentConfig, noun: str) -> str:
+    """Nothing for a search, which finds out how many points it needs."""
+    return "" if config.searches else f": {counted(len(list(config.points())), noun)}"
 
 
 def batch_words(config: ExperimentConfig) -> str:
