@@ -352,6 +352,19 @@ def test_a_set_of_two_models_is_compared_model_by_model(table: Any) -> None:
     assert found.unlike == {}
 
 
+def test_points_of_other_tokens_per_step_are_compared_one_by_one(table: Any) -> None:
+    def grid(factor: float, *others: Result) -> list[Result]:
+        points = [point for budget in (2048, 8192) for point in points_of({1: factor}, max_num_batched_tokens=budget)]
+        return [make_result("budgets", points), *others]
+
+    # Beside points without, whole numbers are read as floats.
+    old = table(grid(1, make_result("other", points_of({1: 1}))), "old")
+    found = compare_sets(table(grid(2)), old)
+    assert found.points["tokens_per_step"].tolist() == [2048, 8192]
+    assert found.points["change"].tolist() == ["worse", "worse"]
+    assert (found.repeated, found.only_new, found.only_old) == (0, 0, 1)
+
+
 def test_a_point_is_told_apart_only_where_a_set_holds_it_twice(table: Any) -> None:
     """One setting of an older vLLM among the new ones does not take the others from being compared."""
     newer = {"environment": {"versions": {"vllm": "0.33.0", "torch": "2.13.0"}}}

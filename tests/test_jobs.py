@@ -18,12 +18,12 @@ from batch_inference.analyze.answers import Question, analyse
 from batch_inference.analyze.flags import UsageError
 from batch_inference.analyze.headline import headline
 from batch_inference.analyze.job_file import lengths_in
-from batch_inference.analyze.job_sections import interval_text, job_section, time_text
+from batch_inference.analyze.job_sections import few_words, interval_text, job_section, time_text
 from batch_inference.analyze.jobs import JobAnswer, JobError, JobQuestion, gains_of_orders, job_answers
 from batch_inference.analyze.queues import phases
 from batch_inference.analyze.tables import load_setting
 from batch_inference.core.forecast import JobLengths
-from batch_inference.core.job_times import lengths_of_job
+from batch_inference.core.job_times import job_throughput, lengths_of_job
 from batch_inference.core.lengths import Distribution
 from batch_inference.core.queue_runs import Interval
 from batch_inference.core.results import Job, Point, Result, WorkloadKey
@@ -169,6 +169,28 @@ def test_a_job_that_was_run_is_not_forecast(tmp_path: Path) -> None:
     (row,) = found.rows
     assert row.point.is_whole_job
     assert row.hours.value * 3600 == pytest.approx(whole.runs[0].latency_s)
+
+
+def test_the_runs_of_a_whole_job_tell_how_far_they_are_apart(tmp_path: Path) -> None:
+    """Where that is more than equal runs usually differ."""
+    wide = queue(requests=48)
+    for life_s in (1.3, 0.75):
+        wide.runs += queue(requests=48, life_s=life_s).runs
+    found = answer(tmp_path, setting("tp_1", wide, jobs=[job(48)]))
+    (row,) = found.rows
+    assert row.hours.value * 3600 == pytest.approx(np.mean([run.latency_s for run in wide.runs]))
+    spread = np.std(np.log([run.latency_s for run in wide.runs]), ddof=1) * np.sqrt(1 + 1 / 3)
+    assert row.hours.high is not None
+    assert row.hours.high / row.hours.value == pytest.approx(np.exp(1.96 * spread), rel=0.01)
+    assert row.hours.low is not None
+    assert row.hours.low > 0
+    said = said_of(found)
+    assert "tp_1 ran the whole job 3 times" in said
+    assert " s in the last run." in said
+    point = next(iter(setting("tp_1", wide, jobs=[job(48)]).points))
+    searched = job_throughput(setting("tp_1", wide, jobs=[job(48)]), point)
+    assert searched is not None
+    assert searched.high == pytest.approx(48 * OUTPUT / (row.hours.low * 3600))
 
 
 def said_of(found: JobAnswer, analysis: Any = None) -> str:
@@ -345,6 +367,39 @@ def test_other_content_and_other_output_lengths_are_other_jobs(tmp_path: Path) -
     assert [one.output_lengths for one in answers(tmp_path, setting("tp_1", *points, jobs=jobs))] == ["file", 7]
 
 
+def test_ends_of_the_models_own_at_other_limits_are_other_jobs(tmp_path: Path) -> None:
+    def limited(name: str, limit: int) -> Result:
+        point = queue(workload=WorkloadKey("abc", "eos", "given"))
+        point.max_tokens = limit
+        return setting(name, point, jobs=[job(output_lengths="eos", output=None)])
+
+    found = answers(tmp_path, limited("short", 128), limited("long", 1024))
+    assert [(one.limit, one.rows[0].setting) for one in found] == [(1024, "long"), (128, "short")]
+    assert few_words(found[0], found) == "480 requests, ended by the model, at most 1024 tokens"
+
+
+def test_two_jobs_of_as_many_requests_are_told_apart_by_their_tokens(tmp_path: Path) -> None:
+    points = [queue(workload=WorkloadKey(content, "file", "given")) for content in ("abc", "d")]
+    longer = job(content_hash="d", prompt_lens=[2 * PROMPT] * 480)
+    found = answers(tmp_path, setting("tp_1", *points, jobs=[job(), longer]))
+    assert [few_words(one, found) for one in found] == [
+        "480 requests of 3,840 prompt tokens", "480 requests of 7,680 prompt tokens",
+    ]  # fmt: skip
+    assert few_words(found[0]) == "480 requests"
+
+
+def test_a_file_is_forecast_from_what_it_is_like_and_the_rest_left_out(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"lengths": JobLengths(np.full(99, 3 * PROMPT), np.full(99, OUTPUT)), "name": "f.jsonl"}
+    unlike, like = queue(4), queue(2)
+    like.runs[0].requests.prompt_tokens = [3 * PROMPT] * 48
+    found = answer(tmp_path, setting("tp_1", unlike, like), **asked)
+    assert [row.point.batch_size for row in found.rows] == [2]
+    (left_out,) = found.left_out
+    assert left_out.startswith("tp_1, 4 at once: no forecast. The mean prompt of the job has 24 tokens, and that of ")
+    with pytest.raises(JobError, match=r"^--job f.jsonl: cannot be forecast from tp_1: The mean prompt .*f.jsonl$"):
+        answers(tmp_path, setting("tp_1", unlike), **asked)
+
+
 def test_an_invalid_point_answers_nothing(tmp_path: Path) -> None:
     assert answers(tmp_path, setting("tp_1", queue(verdict="invalid"))) == []
 
@@ -385,6 +440,45 @@ def test_a_deadline_asks_for_the_fewest_devices_that_are_in_time(tmp_path: Path)
     assert deadline.margin == pytest.approx(1 - deadline.hours.high * 36)
     late = answer(tmp_path, *both, deadline_h=0.1 / 3600)
     assert (late.deadline, late.is_late) == (None, True)
+
+
+def test_what_ran_the_whole_job_in_time_is_in_time(tmp_path: Path) -> None:
+    """A forecast for other numbers of replicas is less sure, and would take more of them."""
+    whole = queue(replicas=2)
+    found = answer(tmp_path, setting("dp_2", whole, sizes=(1, 1, 2), jobs=[job(96)]), deadline_h=26 / 3600)
+    assert found.deadline is not None
+    assert (found.deadline.replicas, found.deadline.devices) == (2, 2)
+    assert found.deadline.hours == found.rows[0].hours
+    assert found.deadline.hours.high is not None
+    assert found.deadline.margin == pytest.approx(1 - found.deadline.hours.high * 3600 / 26)
+    late = answer(tmp_path, setting("dp_2", whole, sizes=(1, 1, 2), jobs=[job(96)]), deadline_h=20 / 3600)
+    assert late.deadline is not None
+    assert late.deadline.replicas > 2
+
+
+def test_replicas_that_share_experts_are_not_counted_singly(tmp_path: Path) -> None:
+    coupled = setting(
+        "dp_2_ep", queue(replicas=2), sizes=(1, 1, 2), config={"engine_args": ["--enable-expert-parallel"]}
+    )
+    for seconds, replicas in ((1000, 2), (125, 4)):
+        deadline = answer(tmp_path, coupled, deadline_h=seconds / 3600).deadline
+        assert deadline is not None
+        assert (deadline.replicas, deadline.devices) == (replicas, replicas)
+
+
+def test_the_fewest_device_hours_may_be_tied(tmp_path: Path) -> None:
+    results = [
+        setting("tp_2", queue(life_s=1.0), sizes=(2, 1, 1)),
+        setting("tp_1", queue(life_s=1.99)),
+        setting("tp_4", queue(life_s=3.0), sizes=(4, 1, 1)),
+    ]
+    found = answer(tmp_path, *results)
+    assert found.cheapest is not None
+    assert (found.cheapest.setting, [row.setting for row in found.as_cheap]) == ("tp_1", ["tp_2"])
+    words = "TP=1 with 2 at once takes the fewest device-hours: 8.1"
+    said = first_sentence(tmp_path, *results)
+    assert words in said
+    assert "0.135 device-hours; tied within the intervals with TP=2)" in said
 
 
 @pytest.mark.parametrize(

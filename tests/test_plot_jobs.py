@@ -48,7 +48,8 @@ def queue_point(batch_size: int = 8, plateau: float | None = 100.0, **changes: A
     half = changes.pop("half", plateau and plateau / 10)
     summary = {PLATEAU: plateau, "plateau_ci95_tok_per_s": half, "output_tok_per_s": 80.0}
     values: dict[str, Any] = {
-        "tokens_per_step": None, "workload": WorkloadKey("abc", "file", changes.pop("order", "given")), "job": JOB,
+        "tokens_per_step": None, "max_tokens": None,
+        "workload": WorkloadKey("abc", "file", changes.pop("order", "given")), "job": JOB,
         "verdict": "valid", "replicas": 1, "runs": [], "requests": 100, "latency_s": 10.0, "power_w": None,
         "summary": summary, "timelines": [steady()], "phases": [Phases(1.0, 8.0, 10.0)], **changes,
     }  # fmt: skip
@@ -65,7 +66,7 @@ def row(setting: str = "tp_1", hours: float = 2.0, devices: int = 1, **changes: 
 
 def answer(rows: Sequence[JobRow], **changes: Any) -> JobAnswer:
     values: dict[str, Any] = {"group": tuple(map(ABOUT.get, ALIKE)), "requests": 4000.0, "prompt_tokens": 1.0}
-    values |= {"output_tokens": 1.0, "is_cached": False, "output_lengths": "file", "ties": []} | changes
+    values |= {"output_tokens": 1.0, "is_cached": False, "output_lengths": "file", "limit": None, "ties": []} | changes
     return JobAnswer(rows=sorted(rows, key=lambda one: one.hours.value), **values)
 
 

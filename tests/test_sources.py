@@ -157,6 +157,26 @@ def test_the_same_setting_found_twice_counts_once_and_a_line_says_so(analyze: Ru
     assert pd.read_csv(tmp_path / "analysis" / "results.csv")["setting"].tolist() == ["tp_1"]
 
 
+def test_of_another_grid_of_a_setting_the_points_that_the_newest_lacks_count(analyze: Run, tmp_path: Path) -> None:
+    def sized(day: str, *sizes: int) -> Result:
+        when = {"started_at": f"2026-01-{day}T00:00:00+00:00", "ended_at": None}
+        return make_result(
+            "tp_1", [make_point(size) for size in sizes], config={"batch_sizes": list(sizes)}, environment=when
+        )
+
+    for folder, content in (("a", sized("03", 1, 2)), ("b", sized("02", 2, 4)), ("c", sized("01", 1, 4))):
+        save(tmp_path / folder / "tp_1_results.json", content)
+    done = analyze("--input", tmp_path)
+    assert (
+        "tp_1 was measured more than once: a/tp_1_results.json is the newest and counts, c/tp_1_results.json does not, "
+        "of b/tp_1_results.json only what it does not have."
+    ) in done.stdout
+    table = pd.read_csv(tmp_path / "analysis" / "results.csv")
+    assert sorted(zip(table["setting"], table["batch_size"], strict=True)) == [
+        ("tp_1 [a/tp_1_results]", 1), ("tp_1 [a/tp_1_results]", 2), ("tp_1 [b/tp_1_results]", 4),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "other",
     [

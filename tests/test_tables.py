@@ -82,7 +82,7 @@ def test_a_name_in_two_files_is_told_apart_by_the_file(tmp_path: Path) -> None:
 
 def test_points_asked_for_and_never_reached_are_counted(tmp_path: Path) -> None:
     config = {"batch_sizes": [1, 2, 4], "seq_lens": [8, 16]}
-    result = make_result(points=[make_point(), make_point(2, status="oom", runs=[])], config=config)
+    result = make_result(points=[make_point(1, 8), make_point(2, 8, status="oom", runs=[])], config=config)
     setting = load_setting(save_all([result], tmp_path)[0])
     assert (setting.points_ok, setting.points_asked) == (1, 6)
 
@@ -92,6 +92,13 @@ def test_points_of_an_earlier_sweep_with_another_grid_count_as_asked_for(tmp_pat
     (path,) = save_all([make_result(points=points, config={"batch_sizes": [4]})], tmp_path)
     setting = load_setting(path)
     assert (setting.grid, setting.points_ok, setting.points_asked) == ([(4, 64)], 3, 3)
+
+
+def test_points_of_an_earlier_sweep_do_not_hide_what_a_later_one_never_reached(tmp_path: Path) -> None:
+    points = [make_point(batch_size) for batch_size in (1, 2, 4, 8)]
+    result = make_result(points=points, config={"batch_sizes": [8, 16, 32]}, status="partial")
+    setting = load_setting(save_all([result], tmp_path)[0])
+    assert (setting.points_ok, setting.points_asked, setting.is_interrupted) == (4, 6, True)
 
 
 def test_whatever_is_missing_is_an_empty_cell(table: Any) -> None:

@@ -900,7 +900,7 @@ def test_coupled_replicas_are_none_of_rays(tmp_path: Path) -> None:
     )
     to_use = written([result], tmp_path, job=JobQuestion(deadline_h=1))
     assert [path.name for path in to_use.files] == ["vllm_config.yaml", "run.py"]
-    assert to_use.section.pairs[-1] == ("deadline", "met by 1 replica, so 1 device")
+    assert to_use.section.pairs[-1] == ("deadline", "met by 2 replicas, so 2 devices")
     assert Path(to_use.section.commands[0][1]).name == "run.py"
     assert to_use.runs.startswith("This runs dp_2_ep, 2 at once on each of 2 replicas (")
 

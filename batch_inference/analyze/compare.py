@@ -220,7 +220,7 @@ def asked_points(settings: Iterable[MeasuredSetting]) -> set[Key]:
         for setting in settings
         for batch, length in setting.grid
     )
-    return {tuple(str(point.get(name)) for name in _SAME_POINT) for point in points}
+    return {tuple(_key_text(point.get(name)) for name in _SAME_POINT) for point in points}
 
 
 def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = ()) -> SetComparison:
@@ -247,14 +247,21 @@ def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = 
 
 def _keyed(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """The table with the text of these columns as its index."""
-    return table.set_axis(pd.MultiIndex.from_arrays([table[name].map(str) for name in keys], names=keys))
+    return table.set_axis(pd.MultiIndex.from_arrays([table[name].map(_key_text) for name in keys], names=keys))
+
+
+def _key_text(value: Any) -> str:
+    """Alike in a column that has unknowns, and therefore floats, and in one that has none."""
+    if pd.isna(value):
+        return "None"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _telling_apart(table: pd.DataFrame) -> set[str]:
-    """The columns of GROUP_BY in which rows of the same point differ."""
+    """The columns of GROUP_BY, and the tokens per step, in which rows of the same point differ."""
     points = _keyed(table, _SAME_POINT)
     repeated = points[points.index.duplicated(keep=False)]
-    columns = [name for name in GROUP_BY if name not in _SAME_POINT]
+    columns = [name for name in (*GROUP_BY, "tokens_per_step") if name not in _SAME_POINT]
     kinds = repeated[columns].astype(str).groupby(level=_SAME_POINT).nunique()
     return {name for name in columns if (kinds[name] > 1).any()}
 

@@ -10,14 +10,14 @@ from typing import Any
 from batch_inference.analyze.answers import Analysis, Group, mixed_mark, values_of
 from batch_inference.analyze.compare import LAYOUT, layout
 from batch_inference.analyze.decide import COST, GOALS, Choice
-from batch_inference.analyze.job_sections import at_cost, replicas_words, requests_words, time_text
+from batch_inference.analyze.job_sections import at_cost, job_words, replicas_words, time_text
 from batch_inference.analyze.jobs import ALIKE, Deadline, JobAnswer, JobRow
 from batch_inference.analyze.larger import Growth, growth_of_batch, growth_of_job, try_larger
 from batch_inference.analyze.replicas import said, to_measure, unmeasured_replicas
 from batch_inference.analyze.same_answers import of_another_model
 from batch_inference.analyze.sections import counts_of_changes
 from batch_inference.analyze.tables import differing, half_width
-from batch_inference.analyze.wording import HEADING, few, short_names, spoken, suspect_words, with_interval
+from batch_inference.analyze.wording import HEADING, few, short_names, spoken, suspect_words, tied, with_interval
 from batch_inference.core.text import counted, on_each, plain, short, significant
 
 # What a sentence names itself, or says of no group.
@@ -109,7 +109,9 @@ def _sentences(analysis: Analysis, names: _Names) -> Iterator[str]:
         points = analysis.comparison.points
         changes = counts_of_changes(points) or "no point is in both"
         yield f"Compared with the earlier results, {counted(len(points), 'point')}: {changes}."
-    for answer in sorted(analysis.jobs, key=lambda one: -len(one.rows)):
+    # Of one that nothing can be said of, its section gives the reasons.
+    answered = [answer for answer in analysis.jobs if answer.rows] or analysis.jobs
+    for answer in sorted(answered, key=lambda one: -len(one.rows)):
         yield from _job_sentences(answer, analysis, names)
     for group in sorted(analysis.groups, key=lambda one: (-len(one.points), one.number)):
         yield from _group_sentences(group, analysis, names)
@@ -216,11 +218,7 @@ def _number(choice: Choice, more: str = "") -> str:
 
 def _as_good(group: Group, choice: Choice) -> str:
     """Settings whose interval overlaps that of the best; of the cost they are those of the throughput per device."""
-    return "" if choice.goal.column == COST else _tied([called(group, row) for row in choice.ties])
-
-
-def _tied(others: Sequence[str]) -> str:
-    return f"tied within the intervals with {few(others, 1)}" if others else ""
+    return "" if choice.goal.column == COST else "".join(tied([called(group, row) for row in choice.ties]))
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -228,19 +226,18 @@ def _tied(others: Sequence[str]) -> str:
 
 def _job_sentences(answer: JobAnswer, analysis: Analysis, names: _Names) -> Iterator[str]:
     of_group = dict(zip(ALIKE, answer.group, strict=False))
-    model, job = names.model(of_group["model"]), requests_words(answer)
+    model, job = names.model(of_group["model"]), job_words(answer, analysis.jobs)
     best, cheapest = answer.best, answer.cheapest
     if best is None or cheapest is None:
         yield f"The job of {job}, {model}: no measured point can forecast it; the reasons are below."
         return
     place = names.devices(best.num_devices, of_group["device_name"], of_group["device_kind"])
-    tied = _tied([_called_row(row, answer) for row in answer.ties])
-    takes = f"takes {_hours(best, tied)}{_cost(best)}{_price(analysis)}. {_start(best)}"
+    hours = _hours(best, [_called_row(row, answer) for row in answer.ties])
+    takes = f"takes {hours}{_cost(best)}{_price(analysis)}. {_start(best)}"
     said = [f"The job of {job} on {place}, {model}: {_row_taken(best, answer)} {takes}"]
     if cheapest is not best:
-        said.append(
-            f"{_row_taken(cheapest, answer)} takes the fewest device-hours: {_hours(cheapest)}{_cost(cheapest)}."
-        )
+        hours = _hours(cheapest, [_called_row(row, answer) for row in answer.as_cheap])
+        said.append(f"{_row_taken(cheapest, answer)} takes the fewest device-hours: {hours}{_cost(cheapest)}.")
     said += _deadline_sentence(answer, analysis.question.job.deadline_h or 0.0)
     taken = [best] if cheapest is best else [best, cheapest]
     growths = [(row, growth_of_job(row, answer)) for row in taken]
@@ -285,11 +282,11 @@ def _start(row: JobRow) -> str:
     return "The start of the engine comes on top" + ("." if row.load_s is None else f": here {short(row.load_s, 2)} s.")
 
 
-def _hours(row: JobRow, more: str = "") -> str:
-    """4 min (0.13 device-hours)"""
-    used = f"{significant(row.device_hours.value)} device-hours"
+def _hours(row: JobRow, others: Sequence[str]) -> str:
+    """4 min (0.13 device-hours); `others` may be as good."""
+    used = f"{spoken(significant(row.device_hours.value))} device-hours"
     return spoken(time_text(row.hours)) + suspect_words(
-        {"verdict": row.point.verdict}, "; ".join(filter(None, [used, more]))
+        {"verdict": row.point.verdict}, "; ".join([used, *tied(others)])
     )
 
 
@@ -298,4 +295,4 @@ def _price(analysis: Analysis) -> str:
 
 
 def _cost(row: JobRow) -> str:
-    return "" if row.cost is None else f" and costs {significant(row.cost.value)}"
+    return "" if row.cost is None else f" and costs {spoken(significant(row.cost.value))}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from batch_inference.analyze.answers import Analysis
 from batch_inference.analyze.jobs import ALIKE, HOUR_S, Deadline, JobAnswer, JobRow, gains_of_orders
 from batch_inference.analyze.queues import QueuePoint, is_told, phases
 from batch_inference.analyze.sections import ROW_LIMIT, Section
-from batch_inference.analyze.wording import SUSPECT_LINE, few, value_words, with_ends
+from batch_inference.analyze.wording import SUSPECT_LINE, few, tied, value_words, with_ends
 from batch_inference.core.queue_runs import Interval
 from batch_inference.core.text import counted, on_each, short, significant
 from batch_inference.core.values import OWN_END
@@ -66,15 +67,23 @@ def told_apart(answer: JobAnswer, answers: Sequence[JobAnswer]) -> str:
         for place, name in enumerate(ALIKE)
         if len({str(other.group[place]) for other in answers}) > 1
     ]
-    return ", ".join([few_words(answer), *unlike])
+    return ", ".join([few_words(answer, answers), *unlike])
 
 
-def few_words(answer: JobAnswer) -> str:
-    """Of a title, where there are several jobs."""
-    outputs = {OWN_END: ", ended by the model", "file": ""}.get(
+def few_words(answer: JobAnswer, answers: Sequence[JobAnswer] = ()) -> str:
+    """Of a title, where there are several jobs; with its tokens, where another has as many requests."""
+    limit = "" if answer.limit is None else f", at most {answer.limit} tokens"
+    outputs = {OWN_END: f", ended by the model{limit}", "file": ""}.get(
         str(answer.output_lengths), f", {answer.output_lengths} output tokens each"
     )
-    return f"{requests_words(answer)}{outputs}{_cached(answer)}"
+    return f"{job_words(answer, answers)}{outputs}{_cached(answer)}"
+
+
+def job_words(answer: JobAnswer, answers: Sequence[JobAnswer] = ()) -> str:
+    """How many requests, and of how many tokens where another job has as many requests."""
+    others = {other.prompt_tokens for other in answers if other.requests == answer.requests}
+    more = f" of {answer.prompt_tokens:,.0f} prompt tokens" if len(others) > 1 else ""
+    return f"{requests_words(answer)}{more}"
 
 
 def _cached(answer: JobAnswer) -> str:
@@ -119,7 +128,8 @@ def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
         return
     yield "fastest", _row_words(best)
     if cheapest is not best:
-        yield "fewest device-hours", _row_words(cheapest)
+        ties = [f", {words}" for words in tied([row.setting for row in answer.as_cheap])]
+        yield "fewest device-hours", "".join([_row_words(cheapest), *ties])
     if words := _deadline_words(answer):
         yield "for the deadline", words
 
@@ -175,7 +185,9 @@ def _basis(best: JobRow) -> str:
     on_plateau = f" with {interval_text(rate, unit='tok/s')} on the plateau" if rate is not None and is_known else ""
     if best.is_as_run:
         start_s, end_s = phases(point)[-1]
-        said, drain = f"{best.setting} ran the whole job{on_plateau}.", f"took {short(end_s - start_s, 3)} s"
+        times = f" {point.times} times" if point.times > 1 else ""
+        said = f"{best.setting} ran the whole job{times}{on_plateau}."
+        drain = f"took {short(end_s - start_s, 3)} s{_of_last_run(best)}"
     else:
         run = f"{point.requests:,} requests that were run"
         said = f"{best.setting} is forecast from {run}{on_plateau}, by {found.method}."
@@ -195,15 +207,22 @@ def _spread_of_replicas(row: JobRow) -> str:
     verb = "were" if row.is_as_run else "are"
     unit, per_hour = _unit(last_s / HOUR_S)
     first, last = (short(seconds / HOUR_S * per_hour, 3) for seconds in (first_s, last_s))
-    return f"The replicas {verb} done after {first} to {last} {unit}; the job takes as long as the last."
+    ends = f"The replicas {verb} done after {first} to {last} {unit}{_of_last_run(row)}"
+    return f"{ends}; the job takes as long as the last."
+
+
+def _of_last_run(row: JobRow) -> str:
+    """What is told of one run, where the times are the mean of several."""
+    return " in the last run" if row.is_as_run and row.point.times > 1 else ""
 
 
 def _too_few(point: QueuePoint) -> str:
     """Advice that can be followed: a job has no more requests than it has."""
     advice = "" if point.is_whole_job else f": --sample {point.requests_of_a_plateau}"
+    verb = "request is" if point.requests == 1 else "requests are"
     return (
-        f"{point.requests:,} requests are too few to tell the throughput of its plateau: with {point.batch_size} at "
-        f"once{on_each(point.replicas)} that takes about {point.requests_of_a_plateau:,} in all{advice}."
+        f"{point.requests:,} {verb} too few to tell the throughput of its plateau: with {point.batch_size} at once"
+        f"{on_each(point.replicas)} that takes about {point.requests_of_a_plateau:,} in all{advice}."
     )
 
 
@@ -219,7 +238,7 @@ def _deadline_words(answer: JobAnswer) -> str | None:
         f"{row.point.batch_size} at once{on_each(deadline.replicas)}: {time_text(deadline.hours)}"
         f"{at_cost(deadline)}; at the upper end of "
         "that interval "
-        f"{deadline.margin:.0%} of the time is left"
+        f"{math.floor(100 * deadline.margin)}% of the time is left"
     )
 
 
@@ -235,6 +254,8 @@ def replicas_words(deadline: Deadline, name: str) -> str:
 
 def _order_lines(answer: JobAnswer) -> Iterator[str]:
     for where, order, saved, are_apart in gains_of_orders(answer):
+        if round(saved, 3) == 0:
+            continue
         gain = f"{'saves' if saved >= 0 else 'costs'} {abs(saved):.1%} of the time at {where}"
         doubt = "" if are_apart else "; the intervals overlap, so this may be chance"
         yield f"order: {order} {gain}, compared with the order of the file{doubt}."

@@ -57,6 +57,7 @@ class JobRow:
     is_as_run: bool = False  # the whole job was run, and nothing is forecast
     layout: str = ""  # DP=4
     load_s: float | None = None  # that the engine took to start, which is not in the hours
+    is_coupled: bool = False  # its replicas share experts
     is_largest: bool = False  # no larger batch size was tried with this setting, or asked for
 
     @property
@@ -98,6 +99,7 @@ class JobAnswer:
     output_tokens: float | None  # None where the model itself ends
     is_cached: bool
     output_lengths: str | int
+    limit: int | None  # of output tokens, where the model itself ends
     rows: list[JobRow]
     ties: list[JobRow]  # other settings whose interval overlaps that of the fastest
     left_out: list[str] = field(default_factory=list)
@@ -112,6 +114,12 @@ class JobAnswer:
     def cheapest(self) -> JobRow | None:
         return min(self.rows, key=lambda row: row.device_hours.value, default=None)
 
+    @property
+    def as_cheap(self) -> list[JobRow]:
+        """Of every other setting the one with the fewest device-hours, where they may be as few as the fewest."""
+        by_cost = sorted(self.rows, key=lambda row: row.device_hours.value)
+        return _ties(by_cost, [row.device_hours for row in by_cost])
+
 
 class JobError(Exception):
     """The points cannot answer what is asked of the job: one line that says why."""
@@ -121,20 +129,26 @@ def job_answers(
     settings: Sequence[MeasuredSetting], labels: Callable[[MeasuredSetting], str], question: JobQuestion
 ) -> list[JobAnswer]:
     """Raises JobError for a job that is unlike everything that was measured."""
+    unlike: list[str] = []
     asked = sorted(
         ((_group_of(setting, point), setting, point) for setting in settings for point in setting.queues),
         key=lambda one: repr(one[0]),
     )
     answers = []
     for group, members in groupby(asked, key=lambda one: one[0]):
-        answers.append(_answer(group, [(setting, point) for _, setting, point in members], labels, question))
+        answers.append(_answer(group, [(setting, point) for _, setting, point in members], labels, question, unlike))
+    if unlike and not any(answer.rows for answer in answers):
+        raise JobError(
+            f"--job {question.name}: cannot be forecast from {unlike[0]} Measure a sample of this file, with "
+            f"--prompts-file {question.name}"
+        )
     return answers
 
 
 def _group_of(setting: MeasuredSetting, point: QueuePoint) -> tuple[Any, ...]:
     """The values of ALIKE, and what the points ran."""
-    alike = tuple(map(setting.shared.get, ALIKE))
-    return (*alike, point.workload.content_hash, str(point.workload.output_lengths), point.workload.is_cached)
+    alike, ran = tuple(map(setting.shared.get, ALIKE)), point.workload
+    return (*alike, ran.content_hash, str(ran.output_lengths), point.max_tokens, ran.is_cached)
 
 
 def _answer(
@@ -142,7 +156,9 @@ def _answer(
     members: Sequence[tuple[MeasuredSetting, QueuePoint]],
     labels: Callable[[MeasuredSetting], str],
     question: JobQuestion,
+    unlike: list[str],
 ) -> JobAnswer:
+    """`unlike` gets a sentence for each point from which the job of the question cannot be forecast."""
     first = members[0][1]
     job = _asked_job(first, question)
     rows, left_out = [], []
@@ -152,10 +168,8 @@ def _answer(
             advice = "lower --batch-sizes" if point.is_whole_job else "raise --sample"
             left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; {advice}")
         elif outside := question.lengths and mix_outside(point.runs, job):
-            raise JobError(
-                f"--job {question.name}: cannot be forecast from {labels(setting)}: {outside} Measure a sample of this "
-                f"file, with --prompts-file {question.name}"
-            )
+            unlike.append(f"{labels(setting)}: {outside}")
+            left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast. {outside}")
         else:
             rows.append(_row(setting, point, labels(setting), job, question))
     rows = _best_first(rows)
@@ -166,8 +180,9 @@ def _answer(
         None if job.output_tokens is None else total(job, job.output_tokens),
         first.workload.is_cached,
         first.workload.output_lengths,
+        first.max_tokens,
         rows,
-        _ties(rows),
+        _ties(rows, [row.hours for row in rows]),
         left_out,
     )
     if question.deadline_h is None or not rows:
@@ -189,7 +204,7 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
     found = forecast(point.runs, in_order(job, point.workload.order), point.replicas, point.workload.order)
     is_as_run = _is_as_run(point, question)
     if is_as_run:
-        found = as_it_was_run(found, point.latency_s, point.runs)
+        found = as_it_was_run(found, point.latency_s)
     return JobRow(
         setting=label,
         num_devices=setting.num_devices,
@@ -203,6 +218,7 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
         is_as_run=is_as_run,
         layout=layout(*(int(setting.shared.get(name) or 0) for name in LAYOUT)),
         load_s=setting.load_s,
+        is_coupled=point.replicas > 1 and bool(setting.shared.get("enable_expert_parallel")),
         is_largest=point.batch_size >= setting.largest_size(None),
     )
 
@@ -240,13 +256,13 @@ def _overlap(one: Interval, other: Interval) -> bool:
     return None in ends or (one.low <= other.high and other.low <= one.high)  # type: ignore[operator]
 
 
-def _ties(rows: Sequence[JobRow]) -> list[JobRow]:
-    """Of every other setting the best, where it may be as fast as the fastest."""
-    if not rows or rows[0].hours.high is None:
+def _ties(rows: Sequence[JobRow], intervals: Sequence[Interval]) -> list[JobRow]:
+    """Of every other setting the best, where it may be as good as the first: less is better."""
+    if not rows or intervals[0].high is None:
         return []
     seen, ties = {rows[0].setting}, []
-    for row in rows[1:]:
-        if row.setting not in seen and row.hours.low is not None and row.hours.low <= rows[0].hours.high:
+    for row, interval in zip(rows[1:], intervals[1:], strict=True):
+        if row.setting not in seen and interval.low is not None and interval.low <= intervals[0].high:
             ties.append(row)
         seen.add(row.setting)
     return ties
@@ -255,16 +271,25 @@ def _ties(rows: Sequence[JobRow]) -> list[JobRow]:
 def _deadline(rows: Sequence[JobRow], job: JobLengths, hours: float) -> Deadline | None:
     """Of the best point of each setting, the one that needs the fewest devices."""
     best = {row.setting: row for row in sorted(rows, key=lambda row: -row.device_hours.value)}
-    found = []
-    for row in best.values():
-        point = row.point
-        order = point.workload.order
-        answer = replicas_for_deadline(point.runs, in_order(job, order), hours * HOUR_S, order)
-        if answer:
-            replicas = answer.forecast.replicas
-            in_hours = scaled(answer.forecast.seconds, 1 / HOUR_S)
-            found.append(Deadline(row, replicas, replicas * row.devices_per_replica, in_hours, answer.margin))
+    found = [one for row in best.values() if (one := _forecast_in_time(row, job, hours))]
+    found += [_as_run_in_time(row, hours) for row in rows if row.is_as_run and (row.hours.high or math.inf) <= hours]
     return min(found, key=lambda one: (one.devices, one.hours.value), default=None)
+
+
+def _as_run_in_time(row: JobRow, hours: float) -> Deadline:
+    """What ran the whole job in time needs no forecast."""
+    return Deadline(row, row.point.replicas, row.num_devices, row.hours, 1 - (row.hours.high or 0.0) / hours)
+
+
+def _forecast_in_time(row: JobRow, job: JobLengths, hours: float) -> Deadline | None:
+    """Replicas that share experts are only as many as were measured, or twice as many and so on."""
+    order, together = row.point.workload.order, row.point.replicas if row.is_coupled else 1
+    answer = replicas_for_deadline(row.point.runs, in_order(job, order), hours * HOUR_S, order, together=together)
+    if answer is None:
+        return None
+    replicas = answer.forecast.replicas
+    in_hours = scaled(answer.forecast.seconds, 1 / HOUR_S)
+    return Deadline(row, replicas, replicas * row.devices_per_replica, in_hours, answer.margin)
 
 
 def scaled(interval: Interval, factor: float) -> Interval:

@@ -26,6 +26,7 @@ class QueuePoint:
     batch_size: int
     tokens_per_step: int | None  # where it is an axis of the sweep
     workload: WorkloadKey
+    max_tokens: int | None  # where the model itself ends
     job: Job
     verdict: str
     replicas: int
@@ -40,6 +41,11 @@ class QueuePoint:
     @property
     def is_whole_job(self) -> bool:
         return self.requests >= self.job.requests
+
+    @property
+    def times(self) -> int:
+        """How often it was run."""
+        return len(self.runs) // self.replicas
 
     @property
     def plateau(self) -> Interval | None:
@@ -76,6 +82,7 @@ def _queue_point(result: Result, point: Point, job: Job, summary: Summary) -> Qu
         batch_size=point.batch_size,
         tokens_per_step=point.max_num_batched_tokens,
         workload=point.workload,
+        max_tokens=point.max_tokens,
         job=job,
         verdict=str(point.verdict),
         replicas=result.data_parallel_size,

@@ -91,19 +91,29 @@ def _left_out(flag: str, files: int) -> list[str]:
 
 
 def newest(settings: Sequence[MeasuredSetting]) -> tuple[list[MeasuredSetting], list[str]]:
-    """Of each setting that was measured twice the newest; and a line for each that says so."""
+    """Of each point that was measured twice the newest, also if it has failed since; and a line for each setting with
+    such points."""
     alike: dict[tuple[Any, ...], list[MeasuredSetting]] = defaultdict(list)
     for setting in settings:
         alike[_same_setting(setting)].append(setting)
-    notes, older = [], set[Path]()
+    notes, counts = [], {setting.path: setting for setting in settings}
     for found in alike.values():
-        *others, last = sorted(found, key=_measured_at)
-        if others:
-            older.update(setting.path for setting in others)
-            left_out = few([setting.file for setting in others], 3)
-            notes.append(f"{last.name} was measured more than once: {last.file} is the newest and counts, {left_out} "
-                         f"{'does' if len(others) == 1 else 'do'} not.")  # fmt: skip
-    return [setting for setting in settings if setting.path not in older], notes
+        last, *others = sorted(found, key=_measured_at, reverse=True)
+        newer, gone, cut = {*(last.ids() or last.asked)}, list[str](), list[str]()
+        for setting in others:
+            rest = setting.without(newer)
+            newer.update(setting.ids())
+            if rest.num_points == setting.num_points > 0:
+                continue
+            (cut if rest.num_points else gone).append(setting.file)
+            counts[setting.path] = rest
+        said = [f"{few(gone[::-1], 3)} {'does' if len(gone) == 1 else 'do'} not"] if gone else []
+        said += [f"of {few(cut[::-1], 3)} only what it does not have"] if cut else []
+        if said:
+            notes.append(
+                f"{last.name} was measured more than once: {last.file} is the newest and counts, {', '.join(said)}."
+            )
+    return [rest for setting in settings if (rest := counts[setting.path]).num_points or rest is setting], notes
 
 
 def _same_setting(setting: MeasuredSetting) -> tuple[Any, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ _NOT_IN_ROWS = {
 }  # fmt: skip
 
 
+# What tells the points of a setting apart: batch size, prompt length, output length, workload, tokens per step.
+_ID = ("batch_size", "seq_len", "max_tokens", "workload", "tokens_per_step")
+PointId = tuple[int | str | None, ...]
+
+
 @dataclass(frozen=True)
 class MeasuredSetting:
     """One result file: where it lies, what became of it, and its points as columns. Its raw runs are not kept: those of
@@ -72,6 +78,7 @@ class MeasuredSetting:
     answers: Answers | None = None
     largest_asked: int = 0  # batch size
     used_by_others: Sequence[str] = ()  # devices that another sweep used when this one began: which and who
+    asked: frozenset[PointId] = frozenset()  # points, measured or not
 
     def largest_size(self, seq_len: int | None) -> int:
         """The largest batch size that was asked for or tried at this prompt length, whatever became of it; None is the
@@ -86,6 +93,24 @@ class MeasuredSetting:
         for batch_size, seq_len, max_tokens, throughput in zip(*map(self.columns.__getitem__, names), strict=True):
             if seq_len is not None and throughput is not None:
                 yield batch_size, seq_len, max_tokens, throughput
+
+    def ids(self) -> list[PointId]:
+        """Of its points, in their order."""
+        return list(zip(*(self.columns[name] for name in _ID), strict=True)) if self.columns else []
+
+    def without(self, others: Container[PointId]) -> MeasuredSetting:
+        """Its measured points except these, as if nothing else had been asked for."""
+        keeps = [one not in others for one in self.ids()]
+        columns = {name: list(itertools.compress(cells, keeps)) for name, cells in self.columns.items()}
+        return replace(
+            self,
+            points_ok=columns.get("status", []).count("ok"),
+            points_asked=sum(keeps),
+            grid=[],
+            columns=columns,
+            queues=[point for point in self.queues if _id_of_queue(point) not in others],
+            asked=frozenset(itertools.compress(self.ids(), keeps)),
+        )
 
     @property
     def num_points(self) -> int:
@@ -108,21 +133,26 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
     shared = _shared(result, result.engine)
     # Computed again from the raw runs: what a file says of itself is not trusted.
     summaries = [summarise(result, point) for point in result.points]
+    asked = {
+        (batch_size, seq_len, max_tokens, _workload_text(workload), budget)
+        for batch_size, seq_len, max_tokens, workload, budget in result.config.points()
+    }
+    identity = _identity(file := _cell(path.relative_to(top) if top else path.name), result)
     return MeasuredSetting(
         path=path,
-        file=(file := _cell(path.relative_to(top) if top else path.name)),
+        file=file,
         name=_cell(result.name),
         num_devices=result.num_devices,
         status=result.status,
         points_ok=sum(point.status == "ok" for point in result.points),
-        points_asked=max(len(list(result.config.points())), len(result.points)),
+        points_asked=len(asked | set(zip(*(identity[name] for name in _ID), strict=True))),
         grid=[(batch_size, length) for batch_size, length, *_ in result.config.points() if length is not None],
         load_s=load_s,
         failure=_cell(redact_text(failure)) if result.status == "failed" else None,
         shared=shared,
         # Lists of numbers go from process to process much faster than a dict for each point.
         columns={
-            **_identity(file, result),
+            **identity,
             **_numbers(result, summaries, percent),
             **_of_earlier_engines(result, shared),
         },
@@ -130,6 +160,7 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         answers=result.answers,
         largest_asked=max(result.config.batch_sizes, default=0),
         used_by_others=[_cell(redact_text(used)) for used in result.environment.used_by_others],
+        asked=frozenset(asked),
     )
 
 
@@ -144,7 +175,7 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
         "batch_size": [point.batch_size for point in points],
         "seq_len": [point.seq_len for point in points],
         "max_tokens": [point.max_tokens for point in points],
-        "workload": [point.workload and " ".join(map(str, point.workload.as_tuple())) for point in points],
+        "workload": [_workload_text(point.workload.as_tuple() if point.workload else None) for point in points],
         "tokens_per_step": [point.max_num_batched_tokens for point in points],
         "global_batch_size": [point.batch_size * result.data_parallel_size for point in points],
         "num_devices": [result.num_devices] * count,
@@ -155,6 +186,15 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
         "timed_runs": [len(point.runs) for point in points],
         "memory_scope": [point.runs[0].memory.scope if point.runs else None for point in points],
     }
+
+
+def _workload_text(workload: Sequence[object] | None) -> str | None:
+    return None if workload is None else " ".join(map(str, workload))
+
+
+def _id_of_queue(point: QueuePoint) -> PointId:
+    workload = _workload_text(point.workload.as_tuple())
+    return point.batch_size, None, point.max_tokens, workload, point.tokens_per_step
 
 
 def _numbers(result: Result, summaries: Sequence[Summary], percent: float) -> dict[str, list[Any]]:

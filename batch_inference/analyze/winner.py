@@ -10,6 +10,7 @@ import pandas as pd
 
 from batch_inference.analyze.answers import Analysis, Group
 from batch_inference.analyze.decide import COST, GOALS, Choice, Goal
+from batch_inference.analyze.job_sections import requests_words
 from batch_inference.analyze.jobs import JobAnswer, JobRow
 from batch_inference.analyze.tables import MeasuredSetting, setting_labels
 from batch_inference.core.results import Point
@@ -27,7 +28,7 @@ class Winner:
     batch_size: int
     tokens_per_step: int | None
     seq_len: int | None = None  # None for one of a job
-    max_tokens: int | None = None
+    max_tokens: int | None = None  # of a job, where the model itself ends
     workload: tuple[object, ...] | None = None
     why: str = ""
     is_suspect: bool = False
@@ -37,9 +38,8 @@ class Winner:
     def is_of(self, point: Point) -> bool:
         """Whether a point of the setting's file is this one."""
         workload = point.workload and point.workload.as_tuple()
-        mine = (self.batch_size, self.seq_len, self.tokens_per_step, self.workload)
-        has_length = self.workload is not None or point.max_tokens == self.max_tokens
-        return mine == (point.batch_size, point.seq_len, point.max_num_batched_tokens, workload) and has_length
+        mine = (self.batch_size, self.seq_len, self.max_tokens, self.tokens_per_step, self.workload)
+        return mine == (point.batch_size, point.seq_len, point.max_tokens, point.max_num_batched_tokens, workload)
 
 
 def winner(analysis: Analysis, goal_word: str) -> Winner | None:
@@ -68,7 +68,8 @@ def _of_row(analysis: Analysis, answer: JobAnswer, row: JobRow, why: str, replic
     point = row.point
     return Winner(
         _by_name(analysis)[row.setting], row.setting, point.batch_size, point.tokens_per_step,
-        workload=point.workload.as_tuple(), why=f"{why}, for the job of {answer.requests:,.0f} requests",
+        max_tokens=point.max_tokens, workload=point.workload.as_tuple(),
+        why=f"{why}, for the job of {requests_words(answer)}",
         is_suspect=point.verdict == "suspect", replicas=replicas,
         notes=tuple(_notes_of_job(analysis, point.workload.order)),
     )  # fmt: skip

@@ -91,6 +91,10 @@ def few(words: Sequence[str], most: int, rest: str = " and {} more", between: st
     return between.join(words[:most]) + (rest.format(more) if more > 0 else "")
 
 
+def tied(others: Sequence[str]) -> list[str]:
+    return [f"tied within the intervals with {few(others, 1)}"] if others else []
+
+
 def not_drawn(reasons: Sequence[str]) -> list[str]:
     return [f"Not drawn: {reason}" for reason in reasons]
 

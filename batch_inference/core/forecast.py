@@ -401,12 +401,13 @@ class DeadlineAnswer:
 
 
 def replicas_for_deadline(
-    runs: Sequence[QueueRun], job: JobLengths, deadline_s: float, order: str = "given", seed: int = 0
+    runs: Sequence[QueueRun], job: JobLengths, deadline_s: float, order: str = "given", together: int = 1
 ) -> DeadlineAnswer | None:
-    """None if no number of replicas is in time because the last request alone takes longer."""
-    found, replicas = measured(runs), 1
+    """None if no number of replicas is in time because the last request alone takes longer. `together`: so many
+    replicas are one engine, so that there are only multiples of it."""
+    found, replicas = measured(runs), together
     while replicas <= max(job.requests, 1):
-        answer = forecast_from(found, job, replicas, order, seed)
+        answer = forecast_from(found, job, replicas, order)
         latest_s = answer.seconds.high or answer.seconds.value
         if latest_s <= deadline_s:
             return DeadlineAnswer(answer, 1 - latest_s / deadline_s)
@@ -414,7 +415,8 @@ def replicas_for_deadline(
         drain_s = min(answer.drain_s.value, latest_s)
         left_s = deadline_s - drain_s
         wanted = replicas * (latest_s - drain_s) / left_s if left_s > 0 else 2 * replicas
-        replicas = max(replicas + 1, math.floor(min(wanted, 2 * max(job.requests, 1))))
+        wanted = math.floor(min(wanted, 2 * max(job.requests, 1)))
+        replicas = max(replicas + together, wanted // together * together)
     return None
 
 

@@ -18,9 +18,6 @@ from batch_inference.core.queue_runs import Interval, QueueRun
 from batch_inference.core.results import Job, Point, Result
 from batch_inference.core.sharing import Order, ordered
 
-# Half width of the 95 % interval of the difference of two equal runs, in standard deviations of one run.
-_TWO_RUNS = 1.96 * math.sqrt(2)
-
 
 def job_throughput(result: Result, point: Point) -> Interval | None:
     """Output tokens per second over the whole job; None if the point says nothing about it."""
@@ -35,7 +32,7 @@ def job_throughput(result: Result, point: Point) -> Interval | None:
     found = forecast(runs, in_order(lengths, order), result.data_parallel_size, order)
     seconds = found.seconds
     if is_whole:
-        seconds = as_it_was_run(found, fmean(run.latency_s for run in point.runs), runs).seconds
+        seconds = as_it_was_run(found, fmean(run.latency_s for run in point.runs)).seconds
     tokens = made_tokens(lengths, runs)
     low, high = seconds.low, seconds.high
     if low is None or high is None:
@@ -43,10 +40,10 @@ def job_throughput(result: Result, point: Point) -> Interval | None:
     return Interval(tokens / seconds.value, tokens / high, tokens / low)
 
 
-def as_it_was_run(found: Forecast, took_s: float, runs: Sequence[QueueRun]) -> Forecast:
+def as_it_was_run(found: Forecast, took_s: float) -> Forecast:
     """For a job that was run as a whole: only how much another run may differ is a forecast."""
-    half = _TWO_RUNS * runs[0].scatter
-    return replace(found, seconds=Interval(took_s, took_s * (1 - half), took_s * (1 + half)), equal_runs=half)
+    ends = (took_s * math.exp(sign * found.equal_runs) for sign in (-1, 1))
+    return replace(found, seconds=Interval(took_s, *ends))
 
 
 def made_tokens(job: JobLengths, runs: Sequence[QueueRun]) -> float:
