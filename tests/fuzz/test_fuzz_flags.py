@@ -100,8 +100,9 @@ def experiment_words(rng: random.Random) -> tuple[list[str], list[str]]:
 
 def values_of(field: dataclasses.Field[Any]) -> tuple[Sequence[str], Sequence[str]]:
     if field.type in (int, int | None):
-        from_0 = field.metadata["parse"] in (values.node_number, values.seed)
-        return [text for text in WHOLE_BAD if not (from_0 and text == "0")], WHOLE_ODD
+        parse = field.metadata["parse"]
+        good = "0" if parse in (values.node_number, values.seed) else "-1" if parse is values.token_length else None
+        return [text for text in WHOLE_BAD if text != good], WHOLE_ODD
     if field.type in (float, float | None):
         return NUMBER_BAD, NUMBER_ODD
     return (LIST_BAD, LIST_ODD) if field.type == tuple[int, ...] else ((), TEXTS)
