@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from test_launcher import Launcher, config_of
 
@@ -252,6 +253,43 @@ def test_a_setting_that_is_measured_again_alone_keeps_its_points(tmp_path: Path)
     assert "--overwrite" in best._job_of(Load(Layout(2), (256,), (512,)), beside=False).words
 
 
+def test_points_of_other_tokens_per_step_are_no_answer(tmp_path: Path) -> None:
+    """A study over several of them may lie in the same file, and be faster."""
+    best, engines = searched(tmp_path)
+    (path,) = (path for layout, path in best.paths.items() if layout == Layout(dp=4))
+    result = load_result(path)
+    faster = load_result(path).points
+    for point in faster:
+        point.batch_size, point.max_num_batched_tokens = 2 * point.batch_size, 1024
+        for run in point.runs:
+            run.latency_s /= 2
+    result.points += [*faster, msgspec.structs.replace(faster[0], batch_size=1024, status="oom", runs=[])]
+    save_result(result, path)
+    engines.calls.clear()
+    (job,) = [one.job for layout, one in best.jobs.items() if layout == Layout(dp=4)]
+    before = best.search.races[512].found[Layout(dp=4)]
+    best._keep(Load(Layout(dp=4), (256,), (512,), (0.0,)), job, 0)
+    after = best.search.races[512].found[Layout(dp=4)]
+    assert [one.batch_size for one in after.tried] == [one.batch_size for one in before.tried]
+    assert best.lost_sizes[Layout(dp=4), 512] == {}
+
+
+def test_points_that_ran_beside_others_are_no_answer_for_a_setting_alone(tmp_path: Path) -> None:
+    best, _ = searched(tmp_path)
+    path, layout = best.paths[Layout()], Layout()
+    result = load_result(path)
+    for point in result.points[:-1]:
+        point.verdict_reasons = ["packed: other settings ran beside it"]
+    save_result(result, path)
+    best._keep(Load(layout, (256,), (512,), (0.0,)), best.jobs[layout].job, 0)
+    assert [one.batch_size for one in best.search.races[512].found[layout].tried] == [result.points[-1].batch_size]
+
+
+def test_without_a_visible_device_nothing_is_searched() -> None:
+    with pytest.raises(ConfigError, match=r"^CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it"):
+        check_search(parse_options(["best"]), Devices("gpu", ()))
+
+
 def test_what_was_measured_before_is_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     searched(tmp_path)
     monkeypatch.setattr(Engines, "run", lambda *_: 0)
@@ -387,6 +425,10 @@ def test_candidates_are_all_ways_to_use_the_devices() -> None:
     [
         ("TP=2", "'TP=2' is one word too many after the preset best"),
         ("-- -tp 2", "-tp after --: best searches it; leave it out"),
+        ("-- -ep", "-ep after --: best searches it; leave it out"),
+        ("-- --enable_expert_parallel", "--enable-expert-parallel after --: best searches it; leave it out"),
+        ("-- --overwrite", "--overwrite after --: best must know it; give it before --"),
+        ("-- --seq_lens=8", "--seq-lens after --: best must know it; give it before --"),
         ("-- --output-dir x", "--output-dir after --: best must know it; give it before --"),
         ("-- --nnodes=2", "--nnodes after --: best sets it for each of its loads, on one node; leave it out"),
         ("--nnodes 2 --master-addr h", "--nnodes 2: best runs on one node"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def test_the_number_of_runs_is_exact_or_has_bounds(argv: list[str], fewest: int,
         (["--temperature", "101"], "a number from 0 to 100"),
         (["--name", "a\nb"], "--name: 'a\\nb' was given; it contains control characters"),
         (["--name", "\x1b[31mred"], "--name: '\\x1b[31mred'"),
+        (["--name", "a/b"], "--name: 'a/b' was given; a file is named after it; leave out / and a . in front"),
+        (["--name", ".a"], "--name: '.a' was given; a file is named after it; leave out / and a . in front"),
         (["--name", "x" * 300], "xxxx' was given; a path may have 4095 bytes, and each name in it 255; shorten it"),
         (["--name", "\u00e9" * 110], "which makes a file name of 233 bytes; at most 220 are allowed"),
         (["--name", "a\udcff"], "--name: 'a\udcff' was given; it contains bytes that are not text"),
@@ -559,15 +562,23 @@ def test_what_two_nodes_compare_is_all_of_this(tmp_path: Path, monkeypatch: pyte
         "vLLM's flags": "--a-b c_d -q b",
     }  # fmt: skip
     # A folder is the same one by any name; a hub name is no folder.
-    assert config.same_settings()["model"] == str(tmp_path / "m")
+    folder = config.same_settings()["model"]
+    assert re.fullmatch(r"m \([0-9a-f]{16}\)", folder)
     (tmp_path / "link").symlink_to("m")
-    assert ExperimentConfig(model="link/../m").same_settings()["model"] == str(tmp_path / "m")
+    assert ExperimentConfig(model="link/../m").same_settings()["model"] == folder
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert ExperimentConfig(model="~/m").same_settings()["model"] == str(tmp_path / "m")
+    assert ExperimentConfig(model="~/m").same_settings()["model"] == folder
+    (tmp_path / "other" / "m").mkdir(parents=True)
+    assert ExperimentConfig(model="other/m").same_settings()["model"] != folder
     assert ExperimentConfig(model="org/~m").same_settings()["model"] == "org/~m"
     too_long = "m" * 5000
     assert ExperimentConfig(model=too_long).same_settings()["model"] == too_long
     assert ExperimentConfig(dtype="float").same_settings()["dtype"] == "float32"
+
+
+def test_a_flag_that_stands_alone_has_no_value() -> None:
+    config = ExperimentConfig(engine_args=("--hf-token", "--quantization", "fp8", "--port", "-1"))
+    assert [config.engine_word(flag) for flag in ("--hf-token", "--quantization", "--port")] == [None, "fp8", "-1"]
 
 
 def test_the_last_of_several_equal_words_counts() -> None:

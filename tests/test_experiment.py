@@ -611,6 +611,23 @@ def test_resume_measures_only_what_is_missing(config: ExperimentConfig) -> None:
     assert result.environment.resumed_from == ["then"]
 
 
+def test_a_point_stays_as_it_was_measured_when_the_next_sweep_has_a_fixed_number_of_runs(
+    config: ExperimentConfig,
+) -> None:
+    """Runs that ended by their own interval need a wider one."""
+    adaptive = dataclasses.replace(config, num_runs=None, target_ci=0.5, batch_sizes=(1,))
+    (before,) = run(adaptive, FakeReplicas()).points
+    fixed = dataclasses.replace(config, num_runs=3, batch_sizes=(1, 2))
+    run(fixed, FakeReplicas())
+    result = load_result(config.output_path)
+    assert [(point.batch_size, result.is_adaptive(point)) for point in result.points] == [(1, True), (2, False)]
+    assert summarise(result, result.points[0])["latency_ci95_s"] == before.summary["latency_ci95_s"]
+    run(dataclasses.replace(adaptive, batch_sizes=(1, 2, 4)), FakeReplicas())
+    result = load_result(config.output_path)
+    kept = {point.batch_size: result.is_adaptive(point) for point in result.points}
+    assert kept == {1: True, 2: False, 4: True}
+
+
 def test_resume_with_nothing_open_starts_no_engine_and_keeps_the_file(config: ExperimentConfig) -> None:
     before = run(config, FakeReplicas())
     replicas = FakeReplicas(fail_at=(1, "warmup", 0))

@@ -227,6 +227,24 @@ def test_what_a_gpu_has_no_counter_for_is_unknown(gpus: GpuMonitor) -> None:
     assert reading.used_gib == [1, 2]
 
 
+def test_a_gpu_that_shares_the_main_memory_tells_none_of_its_own(
+    gpus: GpuMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(_handle: int) -> None:
+        raise fake_nvml.NVMLError
+
+    before = gpus.read()
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetMemoryInfo", unsupported)
+    monkeypatch.setattr(hardware, "SAMPLE_S", 0.01)
+    assert [(one.memory_gib, one.used_before_gib) for one in gpus.identify()] == [(None, None)] * 2
+    reading = gpus.read()
+    assert (reading.used_gib, joined([reading, before]).used_gib) == (None, None)
+    assert (gpus.held(before), gpus.held(reading)) == (None, None)
+    with gpus.watch() as seen:
+        time.sleep(0.2)
+    assert (seen.peak_gib, seen.sm_mhz) == (None, [1980, 1979])
+
+
 @pytest.fixture
 def neighbour() -> Iterator[int]:
     """A process of another group, as an engine of somebody else is."""

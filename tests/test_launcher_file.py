@@ -265,6 +265,18 @@ def test_what_measures_nothing_installs_nothing(bare: Launcher) -> None:
     assert bare.calls() == []
 
 
+def test_an_installation_is_found_whatever_the_folder_is_called(bare: Launcher) -> None:
+    folder = bare.folder / "co [1] *"
+    (bare.folder / "checkout").rename(folder)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(bare.environment["PYTHON_IN_VENV"], folder / ".venv" / "bin" / "python")
+    (folder / ".venv" / ".installed-abc").touch()
+    bare.file = folder / "run_batch_experiments.sh"
+    done = bare.as_program("custom", "TP=1")
+    assert done.returncode == 0, done.stderr
+    assert (bare.calls_file.read_text().count("setup"), bare.names()) == (0, ["tp_1"])
+
+
 def test_a_missing_vllm_is_installed_and_the_preset_goes_on(bare: Launcher) -> None:
     done = bare.as_program("custom", "TP=1", "--output-dir", "x y")
     assert done.returncode == 0, done.stderr

@@ -381,6 +381,7 @@ def test_what_is_stored_of_what_was_asked_is_all_but_secrets() -> None:
     stored = StoredConfig.of(config)
     expected = dataclasses.asdict(config) | {
         "model": config.model_shown, "engine_args": ("--hf-token", "<hf_token>"), "config_hash": config.settings_hash(),
+        "model_id": "https://<login>@h/m",
     }  # fmt: skip
     assert dataclasses.asdict(stored) == expected
     assert "pass" not in stored.model

@@ -330,6 +330,34 @@ def test_after_a_signal_packed_settings_are_not_counted(tmp_path: Path, monkeypa
     assert ended.value.code == 143
 
 
+def test_a_setting_that_is_refused_after_it_has_written_its_file_is_tried_no_third_time(tmp_path: Path) -> None:
+    """As one whose workload holds a token id that the model does not have."""
+    jobs = [planned(tmp_path, 1), planned(tmp_path, 2)]
+
+    def refused() -> int:
+        measured(jobs[0].config)
+        return 2
+
+    processes = Planned(refused, lambda: 0, refused)
+    outcomes = run_jobs(jobs, Options(), DEVICES, processes)
+    assert processes.names == ["tp_1", "tp_2", "tp_1"]
+    assert ends(outcomes) == ("tp_2", "", "tp_1")
+
+
+def test_a_setting_that_is_tried_again_at_the_end_skips_none_that_has_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_for_all: list[str]
+) -> None:
+    holders = {"tp_1": ["process 7"], "tp_3": ["process 7"]}
+    monkeypatch.setattr(
+        running,
+        "measured_by",
+        lambda config: (holders.get(config.setting_name) or [None]).pop(),  # type: ignore[list-item]
+    )
+    same_for_all += ["tp_1"]
+    outcomes = run_jobs(five(tmp_path), Options(), DEVICES, Planned(*[lambda: 0] * 3, lambda: 1))
+    assert ends(outcomes) == ("tp_2 tp_4 tp_5", "tp_3", "tp_1")
+
+
 def test_only_wrong_use_makes_one_look_who_took_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "taken_since", lambda *_: "another process")
     assert ends(run_jobs(five(tmp_path)[:2], Options(), DEVICES, Planned(lambda: 1, lambda: 0))) == ("tp_2", "", "tp_1")

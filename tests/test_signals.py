@@ -106,6 +106,13 @@ def test_one_is_held_back_until_a_change_is_whole(number: signal.Signals, arrive
     assert arrived == [number, number]
 
 
+def test_within_a_change_a_second_one_does_not_wait_either(arrived: list[int]) -> None:
+    with held_back(), held_back():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert arrived == [signal.SIGTERM]
+
+
 def test_one_that_is_held_back_takes_effect_where_the_change_fails(arrived: list[int]) -> None:
     with contextlib.suppress(OSError), held_back():
         signal.raise_signal(signal.SIGTERM)

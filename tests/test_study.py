@@ -96,6 +96,23 @@ def test_a_model_folder_is_the_same_by_any_path(
         assert choose(dataclasses.replace(config, model=model), HERE) == (config.output_path, [])
 
 
+def test_a_model_folder_of_the_same_name_elsewhere_is_another(
+    config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its path is as it was written, from where it was measured."""
+    for place in ("one", "two"):
+        (tmp_path / place / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "one")
+    config = dataclasses.replace(config, model="m")
+    save(config.output_path, config)
+    assert choose(config, HERE) == (config.output_path, [])
+    monkeypatch.chdir(tmp_path / "two")
+    path, _ = choose(config, HERE)
+    assert path != config.output_path
+    same = dataclasses.replace(config, model=str(tmp_path / "one" / "m"))
+    assert choose(same, HERE) == (config.output_path, [])
+
+
 @pytest.mark.parametrize(
     ("change", "name", "said"),
     [

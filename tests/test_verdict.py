@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from batch_inference.core import verdict
 from batch_inference.core.lengths import Lengths
 from batch_inference.core.results import Job, Point, Verdict, Warmup, WorkloadKey
 from batch_inference.core.statistics import relative_ci95, trend
+from batch_inference.core.values import AUTO_SIZES
 from batch_inference.core.verdict import is_settled, judge, was_packed
 from builders import make_point, make_queue_point, make_result, make_run
 
@@ -609,3 +611,13 @@ def test_a_plateau_that_is_hardly_known_is_held_against_samples_in_an_order_that
     assert judge(make_result(points=[whole], jobs=[job_of(48)]), whole) == ([], "valid")
     part = jerky()
     assert len(judge(make_result(points=[part], jobs=[job_of(49)]), part)[0]) == 1
+
+
+@pytest.mark.parametrize(("num_runs", "is_step"), [(None, True), (3, False)])
+def test_only_a_search_that_chooses_its_runs_makes_steps(num_runs: int | None, is_step: bool) -> None:
+    point = measured(latencies_s=(1.0, 1.03, 0.97))
+    result = make_result(points=[point], config={"num_runs": num_runs})
+    result.config = dataclasses.replace(result.config, batch_sizes=AUTO_SIZES)
+    reasons, verdict = judge(result, point)
+    said = ["3 runs: only a step towards the best batch size (--batch-sizes auto)"]
+    assert (reasons, verdict) == ((said, "suspect") if is_step else ([], "valid"))

@@ -48,7 +48,7 @@ _NOT_IN_ROWS = {
     "output_dir", "output_file", "overwrite", "resume", "verbose", "dry_run", "devices", "batch_sizes", "seq_lens",
     "goal", "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s",
     "prompts_file", "output_lengths", "sample", "order", "skip_bad_lines", "workload_longest", "workload_hash",
-    "compare_answers",
+    "compare_answers", "model_id",
 }  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
         "batch_size": [point.batch_size for point in points],
         "seq_len": [point.seq_len for point in points],
         "max_tokens": [point.max_tokens for point in points],
-        "workload": [_workload_text(point.workload.as_tuple() if point.workload else None) for point in points],
+        "workload": [_workload_text(point.shape[3]) for point in points],
         "tokens_per_step": [point.max_num_batched_tokens for point in points],
         "global_batch_size": [point.batch_size * result.data_parallel_size for point in points],
         "num_devices": [result.num_devices] * count,

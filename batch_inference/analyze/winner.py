@@ -13,6 +13,7 @@ from batch_inference.analyze.decide import COST, GOALS, Choice, Goal
 from batch_inference.analyze.job_sections import requests_words
 from batch_inference.analyze.jobs import JobAnswer, JobRow
 from batch_inference.analyze.tables import MeasuredSetting, setting_labels
+from batch_inference.core.config import Workload
 from batch_inference.core.results import Point
 
 # As --goal has it.
@@ -29,7 +30,7 @@ class Winner:
     tokens_per_step: int | None
     seq_len: int | None = None  # None for one of a job
     max_tokens: int | None = None  # of a job, where the model itself ends
-    workload: tuple[object, ...] | None = None
+    workload: Workload | None = None
     why: str = ""
     is_suspect: bool = False
     replicas: int | None = None  # that a deadline needs
@@ -37,9 +38,7 @@ class Winner:
 
     def is_of(self, point: Point) -> bool:
         """Whether a point of the setting's file is this one."""
-        workload = point.workload and point.workload.as_tuple()
-        mine = (self.batch_size, self.seq_len, self.max_tokens, self.tokens_per_step, self.workload)
-        return mine == (point.batch_size, point.seq_len, point.max_tokens, point.max_num_batched_tokens, workload)
+        return point.shape == (self.batch_size, self.seq_len, self.max_tokens, self.workload, self.tokens_per_step)
 
 
 def winner(analysis: Analysis, goal_word: str) -> Winner | None:

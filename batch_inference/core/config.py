@@ -332,12 +332,13 @@ class ExperimentConfig:
         return redact_value(self.model)
 
     def engine_word(self, flag: str) -> str | None:
-        """The value of one of vLLM's own flags; None if it is not given."""
+        """The value of one of vLLM's own flags; None if it is not given, or stands alone."""
         words: list[str] = []
         for word in self.engine_args:
             name, equals, value = word.partition("=") if word.startswith("-") else (word, "", "")
             words += [name.replace("_", "-") if word.startswith("-") else name, *([value] if equals else [])]
-        return dict(itertools.pairwise(words)).get(flag)
+        found = dict(itertools.pairwise(words)).get(flag)
+        return None if found is None or found.startswith("--") else found
 
     def engine_number(self, flag: str) -> int | None:
         """The same for a flag whose value is a size, like 4096 or 8G."""
@@ -380,13 +381,19 @@ class ExperimentConfig:
         }
         return {
             **values,
-            "model": redact_value(_resolved(self.model)),
+            "model": self.model_identity,
             "distributed_executor_backend": self.distributed_executor_backend or self.own_backend,
             "dtype": {"half": "float16", "float": "float32"}.get(self.dtype, self.dtype),
             "engine_args": sorted(_flags_with_values(redact(self.engine_args))),
             # Several are an axis of the sweep, like its batch sizes.
             "max_num_batched_tokens": None if len(self.budgets) > 1 else self.max_num_batched_tokens,
         }
+
+    @property
+    def model_identity(self) -> str:
+        """Equal for the same model, however it is named from here. It tells no more of a path than the last part."""
+        place = _resolved(self.model)
+        return redact_value(self.model if place is None else f"{place.name} ({_hash_of({'model': str(place)})})")
 
     @property
     def own_backend(self) -> str:
@@ -437,13 +444,13 @@ def as_compared(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:150]} ({_hash_of({'': text})})"
 
 
-def _resolved(model: str) -> str:
-    """A folder or file by its real path, however it is named from here; a hub name unchanged."""
+def _resolved(model: str) -> Path | None:
+    """The real path of a folder or file; None for a hub name."""
     path = Path(model).expanduser()
     try:
-        return str(path.resolve()) if path.is_dir() or path.is_file() else model
+        return path.resolve() if path.is_dir() or path.is_file() else None
     except OSError:  # too long for a file name
-        return model
+        return None
 
 
 def _flags_with_values(words: Sequence[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from batch_inference.core.config import ExperimentConfig, Workload
+from batch_inference.core.config import ExperimentConfig, Shape, Workload
 from batch_inference.core.lengths import Difference, Lengths
 from batch_inference.core.secrets import redact, redact_value
 from batch_inference.core.values import MOST_DEVICES
@@ -231,10 +231,17 @@ class Point(Struct):
     summary: dict[str, float | None] = {}
     plateau_interval_by: str | None = None  # for a queue point: the method, "batch means" or "fitted steps"
     engine: int | None = None  # which of `earlier_engines` measured it; None: the last one
+    is_adaptive: bool | None = None  # of an earlier sweep; None: as `config` has it
 
     @property
     def key(self) -> PointKey:
         return PointKey(self.batch_size, self.seq_len, self.max_tokens, self.workload, self.max_num_batched_tokens)
+
+    @property
+    def shape(self) -> Shape:
+        """As `ExperimentConfig.points` has it."""
+        workload = self.workload.as_tuple() if self.workload else None
+        return self.batch_size, self.seq_len, self.max_tokens, workload, self.max_num_batched_tokens
 
     @property
     def tokens_per_request(self) -> int | None:
@@ -348,6 +355,7 @@ class StoredConfig(ExperimentConfig):
     """
 
     config_hash: str | None = None
+    model_id: str | None = None  # a relative path is of the folder in which it was given
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
@@ -363,7 +371,11 @@ class StoredConfig(ExperimentConfig):
         values = {item.name: getattr(config, item.name) for item in dataclasses.fields(ExperimentConfig)}
         values |= {name: redact_value(value) for name, value in values.items() if isinstance(value, str)}
         values["engine_args"] = tuple(redact(config.engine_args))
-        return cls(**values, config_hash=config.settings_hash())
+        return cls(**values, config_hash=config.settings_hash(), model_id=config.model_identity)
+
+    @property
+    def model_identity(self) -> str:
+        return self.model_id or super().model_identity
 
 
 class Peaks(Struct):
@@ -450,7 +462,8 @@ class Result(Struct):
 
     def is_adaptive(self, point: Point) -> bool:
         """Whether the number of runs of the point depended on how they went. For a queue it never does."""
-        return self.config.num_runs is None and point.workload is None
+        is_adaptive = self.config.num_runs is None if point.is_adaptive is None else point.is_adaptive
+        return is_adaptive and point.workload is None
 
     def job_of(self, workload: WorkloadKey) -> Job | None:
         return next((job for job in self.jobs if job.key == workload.job), None)

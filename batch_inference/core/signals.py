@@ -24,11 +24,15 @@ def end_in_order(numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIG
     atexit.register(_end_as_decided)
 
 
+_is_held = False
+
+
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """A signal that comes inside takes effect when all is done, so that what is changed here is changed as a whole. A
     second one does not wait: what it interrupts may hang. Threads are not interrupted anyway."""
-    if threading.current_thread() is not threading.main_thread():
+    global _is_held
+    if _is_held or threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
@@ -44,9 +48,11 @@ def held_back() -> Iterator[None]:
         if callable(handler := signal.getsignal(number)):
             before[number] = handler
             signal.signal(number, hold)
+    _is_held = True
     try:
         yield
     finally:
+        _is_held = False
         for held, handler in before.items():
             signal.signal(held, handler)
         if came:

@@ -239,7 +239,8 @@ def _too_wide(result: Result, point: Point) -> list[str]:
     if point.workload:
         return []  # a single run: its plateau's interval tells
     width, asked = relative_ci95(run_latencies_s(point), result.is_adaptive(point)), result.config
-    if asked.searches and len(point.runs) <= MIN_RUNS and (width is None or width > asked.target_ci):
+    is_step = asked.searches and asked.num_runs is None and len(point.runs) <= MIN_RUNS
+    if is_step and (width is None or width > asked.target_ci):
         return [f"{counted(len(point.runs), 'run')}: only a step towards the best batch size (--batch-sizes auto)"]
     if width is None:
         return ["a single run has no interval; raise --num-runs"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ _LIMITS = ("max_completion_tokens", "max_tokens", "output_tokens")
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # How much of a JSON array is read at a time.
 _CHUNK = 1 << 20
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
 _LONGEST_ENTRY = 1 << 26  # characters: far more than any model takes
 _IDS = range(1 << 31)  # token ids: far more than any vocabulary has
 _NO_JSON = "it is not JSON"
@@ -162,18 +164,19 @@ class Workload:
     def _of_array(self, file: IO[str]) -> Iterator[tuple[str, Any]]:
         decode, text, at, number = json.JSONDecoder().raw_decode, file.read(_CHUNK).lstrip(), 1, 0
         while True:
-            rest = text[at:].lstrip(" \t\r\n,")
-            more = file.read(_CHUNK) if len(rest) < _CHUNK else ""
-            text, at = rest + more, 0
-            if text.startswith("]"):
-                self._check_end(text[1:], file, number)
+            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            if len(text) - at < _CHUNK and (chunk := file.read(_CHUNK)):
+                text, at = text[at:] + chunk, 0
+                continue
+            if text.startswith("]", at):
+                self._check_end(text[at + 1 :], file, number)
                 return
             try:
-                document, at = decode(text)
+                document, at = decode(text, at)
             except (ValueError, RecursionError):
-                if len(text) > _LONGEST_ENTRY or not (chunk := file.read(_CHUNK)):
-                    raise self._broken_list(number, text) from None
-                text += chunk
+                if len(text) - at > _LONGEST_ENTRY or not (chunk := file.read(_CHUNK)):
+                    raise self._broken_list(number, text[at:]) from None
+                text, at = text[at:] + chunk, 0
                 continue
             number += 1
             yield f"entry {number}", document

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from batch_inference.core.climb import TIE, Climb, Tried
-from batch_inference.core.config import MIN_RUNS, ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.config import EXPERTS_FLAG, MIN_RUNS, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search, layouts
 from batch_inference.core.streams import say
@@ -31,10 +31,11 @@ from batch_inference.launch.processes import Processes
 from batch_inference.launch.running import wait_for_others
 from batch_inference.launch.stored import file_of, result_of
 from batch_inference.plan.devices import Devices
+from batch_inference.plan.obstacles import ALL_HIDDEN
 
 # Results need installed packages; the plan works without them.
 if TYPE_CHECKING:
-    from batch_inference.core.results import Result
+    from batch_inference.core.results import Point, Result
 
 _LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
 _ASKED = ("--goal", *map(flag_of, _LIMITS))
@@ -43,11 +44,11 @@ _OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--packed", *_ASKED)
 # What is chosen for each load, and what the search itself must know: after -- only the loads would get them.
 _SEARCHED = (
     "--batch-sizes", "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--to-beat",
-    "-tp", "-pp", "-dp", "--enable-expert-parallel", "--packed",
+    "-tp", "-pp", "-dp", EXPERTS_FLAG, "-ep", "--packed",
 )  # fmt: skip
 # A user who sets how often a point runs sets it for all settings.
 _RUNS = ("--num-runs", "--max-runs")
-_BEFORE = (*_ASKED, "--prompts-file", "--output-dir")
+_BEFORE = (*_ASKED, "--prompts-file", "--seq-lens", "--output-dir", "--overwrite")
 # Each load has its own file, and there is one node.
 _NOT_FOR_LOADS = ("--output-file", "--nnodes", "--node-rank", "--master-addr", "--master-port")
 _KEEPS_NONE = "no batch size that was tried stays within"
@@ -60,6 +61,8 @@ _SETTINGS_OF_A_STUDY = 4
 
 def check_search(options: Options, devices: Devices) -> None:
     """Raises ConfigError for what `best` does not accept, or lacks."""
+    if not len(devices):
+        raise ConfigError(ALL_HIDDEN)
     if options.batch_sizes != Options.batch_sizes and options.batch_sizes != AUTO_SIZES:
         raise ConfigError(f"--batch-sizes {listed(options.batch_sizes)}: best searches them; leave it out")
     _check_behind(options.flags)
@@ -82,7 +85,8 @@ def check_search(options: Options, devices: Devices) -> None:
 def _check_behind(flags: Sequence[str]) -> None:
     """Raises ConfigError for flags that the loads would get, but not the search."""
     for word in flags:
-        if (flag := word.partition("=")[0]) in _SEARCHED:
+        # vLLM takes underscores too.
+        if (flag := word.partition("=")[0].replace("_", "-")) in _SEARCHED:
             raise ConfigError(f"{flag} after --: best searches it; leave it out")
         if flag in _BEFORE:
             raise ConfigError(f"{flag} after --: best must know it; give it before --")
@@ -199,15 +203,17 @@ class Best:
         what = Goal(goal == LATENCY_GOAL, goal in (PER_DEVICE, COST))
         return Search({length: Race(what, chosen, feasible) for length in lengths})
 
-    def _note_times(self, result: Result) -> None:
-        """To estimate what a study of all settings would take."""
+    def _note_start(self, result: Result) -> None:
+        """This and the times of batches are for an estimate of what a study of all settings would take."""
         from batch_inference.launch.replay import Recorded, layout_of
 
         recorded = Recorded(layout_of(result), result)
         if recorded.start_s:
             # Closing the engine and the gaps between runs take time too.
             self.starts_s.append(recorded.start_s + recorded.beside_s)
-        for point in result.points:
+
+    def _note_batches(self, points: Sequence[Point]) -> None:
+        for point in points:
             if (batch_s := point.summary.get("latency_mean_s")) is not None:
                 self.batches_s.setdefault((point.seq_len, point.batch_size), []).append(batch_s)
 
@@ -224,10 +230,11 @@ class Best:
 
         config, folder = self.jobs[found.layout].config, Path(folder_of(self.preset, self.options), "best")
         path = self.paths[found.layout]
+        max_tokens = next(limit for _, seq_len, limit, *_ in config.points() if seq_len == length)
         chosen = Winner(
             load_setting(path), self.jobs[found.layout].job.name, found.best.batch_size,
             None,
-            length, None if length is None else config.max_tokens, config.workload,
+            length, max_tokens, config.workload,
             f"the best for {self.options.goal} that a search found",
         )  # fmt: skip
         try:
@@ -309,58 +316,59 @@ class Best:
     def _keep(self, load: Load, job: Job, code: int) -> None:
         if code == 2 and not any(race.found for race in self.search.races.values()):
             raise SystemExit(2)  # a wrong flag or model is wrong for all
+        from batch_inference.measure.resume import is_warm
+
         if code:
             self.failed.append(job)
         path, result = file_of(job.config) or (None, None)
         if path and result:
             self.paths[load.layout] = path
-            self._note_times(result)
+            self._note_start(result)
         for length, to_beat in zip(load.lengths, load.to_beat, strict=True):
             race = self.search.races[length]
-            self.lost_sizes[load.layout, length] = _lost_sizes(result, length)
-            tried = tried_in(result, job.config, length, self.options) if result else []
-            if result and tried:
+            points = _points(result, job.config, length)
+            self._note_batches(points)
+            self.lost_sizes[load.layout, length] = _lost_sizes(points)
+            # What ran beside others is no answer where this setting was to run alone, but tells how far to climb.
+            tried = tried_in(result, [one for one in points if is_warm(one, job.config)], self.options)
+            if tried:
                 climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL, to_beat=to_beat)
                 # What was lost on the way up may have been better than everything measured.
                 before = race.found.get(load.layout)  # beside others
-                went_on = code == 0 and not _has_invalid(result, length)
+                went_on = code == 0 and all(point.verdict != "invalid" for point in points)
                 is_searched = load.sizes is None or (before is not None and before.is_exhausted)
+                is_exhausted = climb.is_exhausted(tried_in(result, points, self.options))
                 race.found[load.layout] = Found(
-                    load.layout, tried, went_on and is_searched and climb.is_exhausted(tried), not job.config.packed
+                    load.layout, tried, went_on and is_searched and is_exhausted, not job.config.packed
                 )
             else:
                 where = f"; see {job.config.log_path}" if job.config.log_path.exists() else ""
-                race.lost[load.layout] = f"{_why_lost(result, length)}{where}"
+                race.lost[load.layout] = f"{_why_lost(result, points)}{where}"
 
 
-def tried_in(result: Result, config: ExperimentConfig, length: int | None, options: Options) -> list[Tried]:
+def tried_in(result: Result | None, points: Sequence[Point], options: Options) -> list[Tried]:
     from batch_inference.core.tried import limits_of, tried_of
 
-    points = [
-        point
-        for point in result.points
-        if point.status == "ok" and point.verdict != "invalid" and point.seq_len == length
-        and (point.workload.as_tuple() if point.workload else None) == config.workload
-        and (length is None or point.max_tokens == config.max_tokens)
-    ]  # fmt: skip
-    return tried_of(result, points, options.goal, limits_of(options))
+    kept = [point for point in points if point.status == "ok" and point.verdict != "invalid"]
+    return tried_of(result, kept, options.goal, limits_of(options)) if result else []
 
 
-def _why_lost(result: Result | None, length: int | None) -> str:
+def _points(result: Result | None, config: ExperimentConfig, length: int | None) -> list[Point]:
+    """Whatever became of them, at whatever batch size: what was asked for at this length. A file may hold more, such as
+    other workloads, output lengths or tokens per step."""
+    asked = {shape[1:] for shape in config.points() if shape[1] == length}
+    return [point for point in result.points if point.shape[1:] in asked] if result else []
+
+
+def _why_lost(result: Result | None, points: Sequence[Point]) -> str:
     if result and result.failure:
         return result.failure.reason
-    points = [point for point in result.points if point.seq_len == length] if result else []
     reasons = [reason for point in points for reason in (point.reason, *point.verdict_reasons) if reason]
     return reasons[0] if reasons else "nothing was measured"
 
 
-def _lost_sizes(result: Result | None, length: int | None) -> dict[int, str]:
-    points = result.points if result else []
-    return {one.batch_size: one.failure or one.status for one in points if one.status != "ok" and one.seq_len == length}
-
-
-def _has_invalid(result: Result, length: int | None) -> bool:
-    return any(point.seq_len == length and point.verdict == "invalid" for point in result.points)
+def _lost_sizes(points: Sequence[Point]) -> dict[int, str]:
+    return {one.batch_size: one.failure or one.status for one in points if one.status != "ok"}
 
 
 def what_best_saves(done: Sequence[Job]) -> str | None:

@@ -91,7 +91,7 @@ def _infeasible(
     needed, there = config.num_devices, len(devices) * nnodes
     # Every node is assumed to be like this one.
     on_each = None if config.distributed_executor_backend == "ray" else needed // nnodes
-    if on_each and needed > there:
+    if on_each and needed > there > 0:
         return f"it needs {needed} devices, but there are {there} ({devices.kind})"
     return devices_against(config, devices, on_each) or rules_against(config, facts, devices, said)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from batch_inference.core.config import ExperimentConfig
@@ -80,6 +80,7 @@ class _OneByOne:
         self._jobs, self._outcomes, self._devices = jobs, outcomes, devices
         self._processes, self._leader = processes, leader
         self._elsewhere: list[int] = []  # places of the settings that other programs are measuring
+        self._tried_again: set[int] = set()  # places that another program seemed to have measured meanwhile
 
     def run(self) -> None:
         for place, one in enumerate(self._jobs):
@@ -87,7 +88,7 @@ class _OneByOne:
                 _say_skipped(self._jobs, place)
             elif holder := measured_by(one.config):
                 self._leave(place, holder)
-            elif self._ends_preset(place):
+            elif self._ends_preset(place, range(place + 1, len(self._jobs))):
                 return
         self.wait_for([])
 
@@ -97,7 +98,7 @@ class _OneByOne:
         while self._elsewhere:
             place = self._elsewhere.pop(0)
             self._wait_for_others(place)
-            if self._ends_preset(place):
+            if self._ends_preset(place, ()):
                 return
 
     def _leave(self, place: int, holder: str) -> None:
@@ -107,21 +108,23 @@ class _OneByOne:
     def _wait_for_others(self, place: int) -> None:
         wait_for_others(self._jobs[place].config, _heading(self._jobs, place), self._processes)
 
-    def _ends_preset(self, place: int) -> bool:
-        """Measure a setting; returns whether those after it need not be tried."""
-        job, heading, rest = self._jobs[place].job, _heading(self._jobs, place), self._jobs[place + 1 :]
+    def _ends_preset(self, place: int, after: Iterable[int]) -> bool:
+        """Measure a setting; returns whether those that are left need not be tried: those `after` it, and those that
+        wait for other programs."""
+        job, heading = self._jobs[place].job, _heading(self._jobs, place)
+        left = [self._jobs[number] for number in sorted({*after, *self._elsewhere})]
         say(f"{heading} -> {job.config.output_path}")
-        say_time_left(self._jobs[place:], self._devices)
+        say_time_left([self._jobs[place], *left], self._devices)
         since_s = time.time()
         code = self._leader.run(job, heading) if self._leader else self._processes.run(job.words)
-        if code == 2 and (holder := taken_since(job.config, since_s)):
+        if code == 2 and (holder := self._holder_since(place, since_s)):
             self._leave(place, holder)
             return False
         # A wrong flag or model is wrong for all settings.
         if code == 2 and self._outcomes.none_ran:
             raise SystemExit(2)
         self._outcomes.keep(job, code)
-        later = [one.job for one in rest if not one.reason]
+        later = [one.job for one in left if not one.reason]
         if code and is_same_for_all(job, later, since_s):
             self._outcomes.skipped += later
             return True
@@ -130,6 +133,15 @@ class _OneByOne:
             say(f"error: {self._leader.problem}; the preset ends; not started: {not_begun or 'none'}")
             return True
         return False
+
+    def _holder_since(self, place: int, since_s: float) -> str | None:
+        """Who measures the setting, or began to and has ended since. The latter is believed once: what was written may
+        be the setting's own, which was then refused."""
+        config = self._jobs[place].job.config
+        if place in self._tried_again:
+            return measured_by(config)
+        self._tried_again.add(place)
+        return taken_since(config, since_s)
 
 
 def say_time_left(jobs: Sequence[PlannedJob], devices: Devices) -> None:

@@ -81,11 +81,11 @@ def _stored(path: Path) -> Stored | None:
         device_kind=result.environment.device_kind,
         written_s=path.stat().st_mtime,
         failure=result.failure.kind if result.failure else None,
-        measured=frozenset(map(_shape, points)),
+        measured=frozenset(point.shape for point in points),
         seconds_per_point=_seconds_per_point(result, sum(point.engine is None for point in points)),
         load_s=result.engine.load_s.total_s if result.engine else None,
         job_requests=max((job.requests for job in result.jobs), default=None),
-        sampled={_shape(point): len(point.runs[-1].requests.latency_s) for point in queues},
+        sampled={point.shape: len(point.runs[-1].requests.latency_s) for point in queues},
         pace_s={} if result.config.packed else {point.batch_size: _pace_s(point) for point in queues},
     )
 
@@ -93,11 +93,6 @@ def _stored(path: Path) -> Stored | None:
 def _pace_s(point: Point) -> float:
     run = point.runs[-1]
     return run.latency_s * len(run.replicas) / len(run.requests.latency_s)
-
-
-def _shape(point: Point) -> Shape:
-    workload = point.workload.as_tuple() if point.workload else None
-    return point.batch_size, point.seq_len, point.max_tokens, workload, point.max_num_batched_tokens
 
 
 def _seconds_per_point(result: Result, points: int) -> float | None:

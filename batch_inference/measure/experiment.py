@@ -293,6 +293,7 @@ class Experiment:
 
     def _measure(self, point: Point, replicas: Replicas, runs: int | None) -> None:
         """`runs`: how many are enough; None for as many as were asked."""
+        point.is_adaptive = None
         if self._job:
             point.sample = self._job.sample(point.batch_size)
         self._warm_up(point, replicas)

@@ -29,7 +29,7 @@ class Reading(Struct):
     """What a monitor reads at one moment: a number per device or per replica, as `scope` says."""
 
     scope: Literal["device", "replica"]
-    used_gib: list[float]
+    used_gib: list[float] | None  # None where NVML does not tell it, as on GPUs that share the main memory
     energy_j: list[float | None]  # since the driver was loaded; None without a counter
     other_processes: list[int | None] = []  # those that are not ours
 
@@ -44,7 +44,7 @@ class Seen(Struct):
 
 @dataclass(frozen=True)
 class _Sample:
-    used_gib: float
+    used_gib: float | None
     sm_mhz: float | None
     reasons: tuple[str, ...]
 
@@ -74,8 +74,8 @@ class GpuMonitor:
                 index=index,
                 name=nvml.nvmlDeviceGetName(handle),
                 uuid=nvml.nvmlDeviceGetUUID(handle),
-                memory_gib=(memory := nvml.nvmlDeviceGetMemoryInfo(handle)).total / GIB,
-                used_before_gib=None if in_use else memory.used / GIB,
+                memory_gib=self._memory_gib(handle, "total"),
+                used_before_gib=None if in_use else self._memory_gib(handle, "used"),
                 power_limit_w=self._watts(nvml.nvmlDeviceGetEnforcedPowerLimit, handle),
                 idle_power_w=None if in_use else self._watts(nvml.nvmlDeviceGetPowerUsage, handle),
                 max_sm_mhz=_or_none(nvml, lambda h=handle: nvml.nvmlDeviceGetMaxClockInfo(h, nvml.NVML_CLOCK_SM)),
@@ -107,15 +107,23 @@ class GpuMonitor:
 
     def held(self, before: Reading) -> str | None:
         """Which devices hold more than `before`, and for whom; None if none does."""
-        for index, (earlier_gib, held_gib) in enumerate(zip(before.used_gib, self._used_gib(), strict=True)):
+        now_gib = self._used_gib()
+        if before.used_gib is None or now_gib is None:
+            return None
+        for index, (earlier_gib, held_gib) in enumerate(zip(before.used_gib, now_gib, strict=True)):
             if held_gib > earlier_gib + RETURNED_WITHIN_GIB:
                 pids = self._running(self._handles[index]) or []
                 holders = ", ".join(f"process {pid}" for pid in pids) or "a process not seen here"
                 return f"GPU {index} holds {held_gib - earlier_gib:.1f} GiB more than before, for {holders}"
         return None
 
-    def _used_gib(self) -> list[float]:
-        return [self._nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB for handle in self._handles]
+    def _used_gib(self) -> list[float] | None:
+        return _all_known([self._memory_gib(handle, "used") for handle in self._handles])
+
+    def _memory_gib(self, handle: Any, part: Literal["total", "used"]) -> float | None:
+        read = self._nvml.nvmlDeviceGetMemoryInfo
+        gib: float | None = _or_none(self._nvml, lambda: getattr(read(handle), part) / GIB)
+        return gib
 
     def _running(self, handle: Any) -> list[int] | None:
         """Processes that compute on a device; None if NVML does not say."""
@@ -152,14 +160,15 @@ class GpuMonitor:
             per_device = list(zip(*samples, strict=True))
             clocks = [[sample.sm_mhz for sample in device if sample.sm_mhz is not None] for device in per_device]
             seen.sm_mhz = [fmean(values) if values else None for values in clocks]
-            seen.peak_gib = [max(sample.used_gib for sample in device) for device in per_device]
+            used = [[sample.used_gib for sample in device if sample.used_gib is not None] for device in per_device]
+            seen.peak_gib = _all_known([max(values, default=None) for values in used])
             seen.throttle_reasons = sorted({name for moment in samples for one in moment for name in one.reasons})
 
     def _sample(self, handle: Any) -> _Sample:
         nvml = self._nvml
         bits = _or_none(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) or 0
         return _Sample(
-            used_gib=nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB,
+            used_gib=self._memory_gib(handle, "used"),
             sm_mhz=_or_none(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
             reasons=tuple(name for name, bit in self._throttle_bits if bits & bit),
         )
@@ -202,7 +211,7 @@ def joined(readings: Sequence[Reading]) -> Reading:
     """The readings of several ranks or replicas, each on its own devices, as one."""
     return Reading(
         scope=readings[0].scope,
-        used_gib=[value for reading in readings for value in reading.used_gib],
+        used_gib=_all_known([value for reading in readings for value in reading.used_gib or (None,)]),
         energy_j=[value for reading in readings for value in reading.energy_j],
         other_processes=[value for reading in readings for value in reading.other_processes],
     )
@@ -242,6 +251,12 @@ def _snake(word: str) -> str:
 
 def monitor(devices: Devices) -> Monitor:
     return GpuMonitor(devices) if devices.kind == "gpu" else CpuMonitor(devices)
+
+
+def _all_known(values: Sequence[float | None]) -> list[float] | None:
+    """None if any is unknown."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
 
 
 def _or_none(nvml: Any, read: Any) -> Any:

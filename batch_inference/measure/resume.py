@@ -20,6 +20,9 @@ def starting_result(config: ExperimentConfig, environment: Environment) -> Resul
         return fresh
     old = load_result(config.output_path)
     fresh.points = [point for point in old.points if point.status == "ok" and point.verdict != "invalid"]
+    for point in fresh.points:
+        if old.is_adaptive(point) != fresh.is_adaptive(point):
+            point.is_adaptive = old.is_adaptive(point)
     fresh.engine, fresh.earlier_engines, fresh.jobs = old.engine, old.earlier_engines, old.jobs
     fresh.answers = old.answers
     if fresh.points:

@@ -116,9 +116,10 @@ def _place(environment: Environment) -> dict[str, str]:
 
 
 def _short(value: object) -> str:
-    """A value in few words: for a folder, its last part."""
+    """A value in few words."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
+    # Of a hub name the last part.
     return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else str(value)
 
 

@@ -17,6 +17,9 @@ def is_coupled(config: ExperimentConfig, facts: ModelFacts | None) -> bool:
     return config.enable_expert_parallel and config.data_parallel_size > 1 and (facts is None or facts.is_moe)
 
 
+ALL_HIDDEN = "CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it, or name existing GPUs, each once"
+
+
 def devices_against(
     config: ExperimentConfig, devices: Devices, devices_here: int | None = None, ray_gpus: int | None = None
 ) -> str | None:
@@ -24,7 +27,7 @@ def devices_against(
     will assign the devices."""
     lower = "lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
     if devices.kind == "gpu" and not devices.ids:
-        return "CUDA_VISIBLE_DEVICES hides every GPU of this machine; unset it, or name existing GPUs, each once"
+        return ALL_HIDDEN
     if config.distributed_executor_backend == "ray":
         if devices.kind == "cpu":
             return "--distributed-executor-backend ray is refused by vLLM on the CPU; use mp"
