@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from batch_inference.analyze.files import default_folder, find_files, folder_to_use, make_folder, not_this_folder
 from batch_inference.analyze.flags import UsageError, parse
+from batch_inference.core.config import flag_of
 from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.signals import EXIT_CODES, end_in_order
 from batch_inference.core.streams import print_kept, say, secure_streams
@@ -101,11 +102,22 @@ def ask(
 
     limits = Limits(flags.max_latency_s, flags.max_ttft_s, flags.max_tpot_s, flags.slo_percentile)
     job = job_question(settings, flags)
+    notes = [*notes, *notes_on_jobs(settings, flags)]
     question = Question(limits, flags.device_hour_price, flags.baseline, flags.group_by, flags.allow_mixed, job)
     try:
         return analyse(settings, question, earlier, notes)
     except QuestionError as error:
         raise UsageError(str(error)) from error
+
+
+def notes_on_jobs(settings: list[MeasuredSetting], flags: Namespace) -> list[str]:
+    """What was asked of batches, where there are only jobs."""
+    if not any(setting.queues for setting in settings) or any(any(setting.batch_points()) for setting in settings):
+        return []
+    goal = ["--goal latency: a job is fastest where throughput is highest; no setting is written to be used."]
+    limits = [name for name in ("max_latency_s", "max_ttft_s", "max_tpot_s") if getattr(flags, name) is not None]
+    said = [f"{flag_of(name)}: it limits points of a grid, and only jobs were measured." for name in limits]
+    return [*(goal if flags.goal == "latency" else []), *said]
 
 
 def job_question(settings: list[MeasuredSetting], flags: Namespace) -> JobQuestion:

@@ -135,6 +135,19 @@ def test_a_plot_is_one_that_there_is() -> None:
     assert str(caught.value) == f"--plots a,b: no such plot; choose of {', '.join(known)}"
 
 
+def test_what_is_asked_of_batches_where_there_are_only_jobs_is_said() -> None:
+    def setting(*batches: object) -> Any:
+        return SimpleNamespace(queues=["a job"], batch_points=lambda: iter(batches))
+
+    flags = parse(["--input", "x", "--goal", "latency", "--max-ttft-s", "2"])
+    assert script.notes_on_jobs([setting()], flags) == [
+        "--goal latency: a job is fastest where throughput is highest; no setting is written to be used.",
+        "--max-ttft-s: it limits points of a grid, and only jobs were measured.",
+    ]
+    assert script.notes_on_jobs([setting(), setting((1, 2, 3, 4.0))], flags) == []
+    assert script.notes_on_jobs([setting()], parse(["--input", "x"])) == []
+
+
 def test_what_is_asked_is_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
         "--input x --max-latency-s 1 --max-ttft-s 2 --max-tpot-s 3 --slo-percentile 90 --device-hour-price 4"
@@ -142,7 +155,7 @@ def test_what_is_asked_is_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) ->
     )
     given: list[Any] = []
     monkeypatch.setattr("batch_inference.analyze.answers.analyse", lambda *asked: given.append(asked) or "analysis")
-    settings: Any = ["settings"]
+    settings: Any = []
     assert script.ask(settings, parse(words.split()), ["earlier"], ["note"]) == "analysis"  # type: ignore[list-item, comparison-overlap]
     assert script.ask(settings, parse(["--input", "x"]), None, []) == "analysis"  # type: ignore[comparison-overlap]
     (_, full, *rest), (_, plain, *_) = given

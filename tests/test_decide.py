@@ -190,6 +190,21 @@ def test_cost_is_price_over_throughput(table: Any) -> None:
     assert COST not in with_cost(points.drop(columns=COST), None)
 
 
+def test_the_cost_has_the_best_and_the_ties_of_the_throughput_per_device(table: Any) -> None:
+    """Also where one interval holds the other number, and not the other way round."""
+    wide, narrow = ([1.0, 0.96, 1.04], [1.1034, 1.1035, 1.1036])
+    results = [
+        make_result(
+            "tp_2", [make_point(8, latencies_s=[each / 2 for each in wide])], (2, 1, 1), config={"num_runs": 3}
+        ),
+        make_result("tp_1", [make_point(8, latencies_s=narrow)], config={"num_runs": 3}),
+    ]
+    points = with_cost(table(results), 1.0)
+    by_goal = winners(points)
+    assert by_goal["cost"] == by_goal["per device"] == ("tp_1", 8)
+    assert ties(points, "cost") == ties(points, "per device") == [("tp_2", 8)]
+
+
 def test_the_front_holds_the_points_that_nothing_beats_in_both(table: Any) -> None:
     points = with_pareto(table(two_settings()))
     # Latency 0.8, 1.0, 1.6, 2.0; per device 20, 32, 40, 64: each slower one is better per device.

@@ -284,6 +284,11 @@ def test_replicas_that_would_be_faster_and_were_not_measured_are_named_with_thei
         "2 replicas of TP=1 (DP=2) were not measured. One of them gives 1,024 tok/s at 64 tokens with 64 requests at "
         "once, so that 2 should give about 2,050 tok/s, more than any setting here. Measure them:"
     )
+    sized = head(one_and_tp(config=told | {"max_num_seqs": 32, "max_num_batched_tokens": 2048}))
+    assert (
+        "--temperature 0.0 --gpu-memory-utilization 0.95 --max-num-seqs 32 --max-num-batched-tokens 2048 "
+        in " ".join(sized.to_measure)
+    )
     launcher, *words = shlex.split(" ".join(found.to_measure))
     assert launcher == "./run_batch_experiments.sh"
     assert words == [

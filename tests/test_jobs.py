@@ -427,6 +427,8 @@ def test_a_batch_of_the_mean_lengths_is_held_against_the_plateau(tmp_path: Path)
     assert near.summary["output_tok_per_s"]
     assert row.grid_ratio == pytest.approx(near.summary["output_tok_per_s"] / plateau)
     assert answer(tmp_path, setting("tp_1", queue(), far)).rows[0].grid_ratio is None
+    near.verdict = "invalid"
+    assert answer(tmp_path, setting("tp_1", queue(), near)).rows[0].grid_ratio is None
 
 
 def test_a_deadline_asks_for_the_fewest_devices_that_are_in_time(tmp_path: Path) -> None:
@@ -507,6 +509,8 @@ def test_what_wins_for_a_deadline_is_called_that_in_the_answer_and_the_section(t
     words = r"For the deadline of 0\.0125 h take 4 replicas as in DP=2 with 2 at once on each replica, so 4 devices: "
     assert re.search(words, sentence), sentence
     assert re.match(r"4 replicas as in dp_2 \(4 devices\), 2 at once on each replica: ", pairs["for the deadline"])
+    results[1].points[0].verdict = "suspect"
+    assert re.search(rf"{words}[\d.]+ ± [\d.]+ s \(suspect\)\.", said(45 / 3600)[0])
     sentence, pairs = said(0.1 / 3600)
     late = "No number of replicas meets the deadline of 2.77778e-05 h: the longest request alone takes longer."
     assert sentence.endswith(late)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from batch_inference.analyze import plot_looks, plot_style, plots
 from batch_inference.analyze.answers import Group, Question, analyse
 from batch_inference.analyze.plot_colors import STYLES, color, contrast, shade, text_on
 from batch_inference.analyze.plot_looks import looks, named, prepared
-from batch_inference.analyze.plot_style import NothingToShowError
+from batch_inference.analyze.plot_style import FRONT, NothingToShowError
 from batch_inference.analyze.plots import PLOTS, write_plots
 from batch_inference.analyze.tables import load_setting
 from batch_inference.analyze.wording import short_names
@@ -235,6 +236,31 @@ def test_the_front_is_a_line_through_the_points_that_nothing_beats(table: Any) -
     assert "steps-post" in [line.get_drawstyle() for line in figure.axes[0].lines]
     marks = {(float(x), float(y)) for line in figure.axes[0].lines for x, y in line.get_xydata()}
     assert (2.0, 16.0) in marks
+
+
+def test_a_front_of_one_point_has_no_line_and_none_in_the_legend(table: Any) -> None:
+    assert FRONT not in legend_labels(plots.pareto(table([make_result(points=[make_point()])])))
+    assert FRONT in legend_labels(plots.pareto(table(make_sweep(SETTINGS[:2], batch_sizes=(4, 16)))))
+
+
+def test_a_map_without_numbers_explains_none(table: Any) -> None:
+    words = "bold: the highest of its batch size"
+    few, many = ([make_result(name, [make_point(size) for size in range(1, 1 + count)]) for name in ("a", "b")]
+                 for count in (3, 60))  # fmt: skip
+    assert words in legend_labels(plots.heatmap(table(few)))
+    figure = plots.heatmap(table(many))
+    assert words not in legend_labels(figure)
+
+
+def test_batch_sizes_below_a_map_have_room(table: Any) -> None:
+    sizes = [1000 * number for number in range(1, 29)]
+    both = [make_result("a", [make_point(size) for size in sizes]), make_result("b", [make_point(1000)])]
+    figure = plots.heatmap(table(both))
+    axes = figure.axes[0]
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) > 3
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_the_roof_is_bandwidth_left_of_the_ridge_and_arithmetic_right_of_it(table: Any) -> None:

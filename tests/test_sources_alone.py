@@ -61,6 +61,10 @@ def test_what_is_asked_for_is_kept_and_the_rest_counted(model: Any, names: Any, 
     assert (files_of(found), told) == (kept, notes)
 
 
+def test_one_of_several_settings_of_a_name_is_chosen_by_what_the_report_calls_it() -> None:
+    assert [one.file for one in chosen(THREE, None, ["tp_2 [c]"], "--input x")[0]] == ["c"]
+
+
 @pytest.mark.parametrize(
     ("model", "names", "told"),
     [

@@ -213,7 +213,8 @@ def test_graphs_are_those_of_the_engine_that_measured(
 @pytest.mark.parametrize("flag", ["--max-cudagraph-capture-size", "--cudagraph-capture-sizes"])
 def test_graphs_that_the_user_chose_stay(flag: str) -> None:
     found = setting_of(engine=GRAPHS, config={"engine_args": [flag, "128"]})
-    assert {name: value for name, value in found.values.items() if "graph" in name} == {flag[2:].replace("-", "_"): 128}
+    value = [128] if flag.endswith("sizes") else 128
+    assert {name: of for name, of in found.values.items() if "graph" in name} == {flag[2:].replace("-", "_"): value}
 
 
 def test_of_a_batch_in_waves_as_many_run_as_ran() -> None:
@@ -309,6 +310,10 @@ def test_replicas_of_experts_are_coupled() -> None:
         ("'--a\": 1}\nimport os' x --A b", {}, ['--a": 1}\nimport os', "--A"]),
         ("x", {}, []),
         ("", {}, []),
+        ("--cudagraph-capture-sizes 1 2 4", {"cudagraph_capture_sizes": [1, 2, 4]}, []),
+        ("--cudagraph_capture_sizes=8", {"cudagraph_capture_sizes": [8]}, []),
+        ("--kv-cache-dtype-skip-layers 0", {"kv_cache_dtype_skip_layers": ["0"]}, []),
+        ("--revision 123456", {"revision": "123456"}, []),
     ],
 )  # fmt: skip
 def test_words_are_read_as_vllm_reads_them(line: str, settings: dict[str, Any], unknown: list[str]) -> None:

@@ -60,13 +60,14 @@ def _names(column: pd.Series[Any]) -> str:
 def settings(analysis: Analysis) -> Section:
     labels = setting_labels(analysis.settings)
     several = len(analysis.groups) > 1
-    numbers = analysis.points[["setting", "group"]].drop_duplicates().astype({"setting": str})
-    of_setting = numbers.groupby("setting")["group"].agg(lambda found: ",".join(map(str, sorted(found))))
+    # By file, because a setting has a name for each number of tokens per step.
+    numbers = analysis.points[["file", "group"]].drop_duplicates()
+    of_file = numbers.groupby("file")["group"].agg(lambda found: ",".join(map(str, sorted(found))))
     rows = []
     ordered = sorted(analysis.settings, key=lambda setting: (setting.num_devices, labels[setting.path]))
     for setting in ordered[:ROW_LIMIT]:
         label = labels[setting.path]
-        group = [of_setting.get(label, "")] if several else []
+        group = [of_file.get(setting.file, "")] if several else []
         done = f"{setting.points_ok}/{setting.points_asked}"
         load = "" if setting.load_s is None else f"{setting.load_s:.1f}"
         rows.append([label, *group, str(setting.num_devices), done, setting.status, load])

@@ -89,7 +89,7 @@ def analyse(
         raise QuestionError(f"--group-by {name}: no such column; results.csv has their names") from error
     points = batch_points(rows)
     _check_mixed(points, question)
-    _check_baseline(rows, question)
+    _check_baseline(points, question)
     points = with_pareto(with_cost(with_scaling(points, question.baseline), question.price))
     unlike = differing(points, list(group_by))
     found = [_group(number, alike, unlike, question.limits) for number, alike in groups(points)]
@@ -126,7 +126,7 @@ def _check_mixed(points: pd.DataFrame, question: Question) -> None:
 
 
 def _check_baseline(points: pd.DataFrame, question: Question) -> None:
-    names = list(map(str, points["setting"].cat.categories))
+    names = list(map(str, points["setting"].unique()))
     if question.baseline is not None and question.baseline not in names:
         asked, there = in_short(question.baseline), ", ".join(map(in_short, names[:10]))
         raise QuestionError(f"--baseline {asked}: no such setting; choose one of {there}")

@@ -107,11 +107,13 @@ def choices(points: pd.DataFrame, limits: Limits = NO_LIMITS) -> Iterator[Choice
             yield Choice(seq_len, goals[0], None, nearest=_nearest(here, limits))
             continue
         for goal in goals:
-            values = allowed[goal.column].dropna().sort_values(ascending=goal.better == "lower", kind="stable")
+            # The cost is that of the throughput per device, and so are its best point and its ties.
+            by = GOALS[1] if goal.column == COST else goal
+            values = allowed[by.column].dropna().sort_values(ascending=by.better == "lower", kind="stable")
             # The best point of each setting stands for it.
             ranked = allowed.loc[allowed.loc[values.index, "setting"].drop_duplicates().index]
             if not ranked.empty:
-                yield Choice(seq_len, goal, *_best_and_ties(ranked, goal))
+                yield Choice(seq_len, goal, *_best_and_ties(ranked, by))
 
 
 def _best_and_ties(ranked: pd.DataFrame, goal: Goal) -> tuple[Record, list[Record]]:

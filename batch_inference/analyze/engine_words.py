@@ -18,6 +18,12 @@ _SHORT = {
 # Sizes that vLLM's parser reads with a suffix, like 4G, and EngineArgs only as numbers.
 _SIZES = ("max_num_scheduled_tokens", "kv_cache_memory_bytes", "safetensors_prefetch_block_size",
           "max_num_queued_tokens")  # fmt: skip
+# What vLLM's parser makes lists of, also of one entry: of numbers, and of texts; and texts that may look like numbers.
+_NUMBERS = ("cudagraph_capture_sizes", "numa_bind_nodes", "device_ids")
+_TEXTS = ("kv_cache_dtype_skip_layers", "allowed_media_domains", "lora_target_modules", "ignore_patterns",
+          "numa_bind_cpus", "collect_detailed_traces", "sleep_preserve_parameter_names", "logits_processors",
+          "cpu_offload_params", "offload_params")  # fmt: skip
+_TEXT = ("revision", "code_revision", "tokenizer_revision", "served_model_name")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FLAG = re.compile(r"-(?![\d.])")
 _LEVEL = re.compile(r"-O=?(\d)")
@@ -65,8 +71,12 @@ def _long(flag: str) -> str:
 
 
 def _of_flag(name: str, values: Sequence[str]) -> Any:
-    if len(values) > 1:
+    if name in _NUMBERS:
+        return list(map(_plain, values))
+    if name in _TEXTS or len(values) > 1:
         return list(values)
+    if name in _TEXT:
+        return values[0]
     if name in _SIZES:
         return size_with_suffix(values[0]) or values[0]
     return _plain(values[0])

@@ -255,7 +255,7 @@ def _deadline_sentence(answer: JobAnswer, asked_h: float) -> Iterator[str]:
             f"For the deadline of {asked_h:g} h take {replicas_words(deadline, _called_row(row, answer))} with "
             f"{row.point.batch_size} at once{on_each(deadline.replicas)}, so {counted(deadline.devices, 'device')}"
             f"{_of_machines(deadline, answer)}: "
-            f"{spoken(time_text(deadline.hours))}{at_cost(deadline)}."
+            f"{spoken(time_text(deadline.hours))}{suspect_words({'verdict': row.point.verdict})}{at_cost(deadline)}."
         )
 
 

@@ -111,6 +111,7 @@ def _compared_where(rows: pd.DataFrame, with_alone: pd.DataFrame) -> list[str]:
     if best["layout"].nunique() == 1:
         every = {1: counted(batches[0], "request"), 2: "both batch sizes"}
         of_these = " at which several layouts were measured" if len(rows) < len(with_alone) else ""
+        of_these = f", the only batch size{of_these}" if of_these and len(batches) == 1 else of_these
         where = every.get(len(batches), f"all {len(batches)} batch sizes")
         return [f"{best['layout'].iloc[0]}, at {where}{of_these}"]
     places = best.groupby("layout", sort=False)["global_batch_size"].agg(list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,9 +62,14 @@ def heatmap(points: pd.DataFrame) -> Figure:
     batches = sorted(measured["global_batch_size"].unique())
     row_in = _NAMED_ROW_IN if maps[0].names else _ROW_IN
     height_in = min(_ROW_IN * _ROWS, max(1.2, row_in * len(maps[0].rows)))
-    figure, grid = new_figure(measured, title, len(maps), height_in, _handles(maps, len(batches)))
     longest = max(len(label) for one in maps for label in one.labels)
-    figure.subplots_adjust(left=max(0.8, 0.5 + 0.075 * longest) / WIDTH_IN, right=1 - 0.95 / WIDTH_IN)
+    left_in, right_in = max(0.8, 0.5 + 0.075 * longest), 0.95
+    has_numbers = (
+        height_in / len(maps[0].rows) >= _TEXT_IN and (WIDTH_IN - left_in - right_in) / len(batches) > _NUMBER_IN
+    )
+    handles = _handles(maps, len(batches), has_numbers=has_numbers)
+    figure, grid = new_figure(measured, title, len(maps), height_in, handles)
+    figure.subplots_adjust(left=left_in / WIDTH_IN, right=1 - right_in / WIDTH_IN)
     low, high = measured["output_tok_per_s"].min(), measured["output_tok_per_s"].max()
     norm = LogNorm(low, high) if high > 30 * low > 0 else Normalize(0, high)
     for axes, one in zip(grid, maps, strict=True):
@@ -96,14 +102,14 @@ def _best_cells(points: pd.DataFrame) -> pd.DataFrame:
     return ranked.drop_duplicates(["global_batch_size", "seq_len"])
 
 
-def _handles(maps: Sequence[Map], columns: int) -> list[Any]:
+def _handles(maps: Sequence[Map], columns: int, *, has_numbers: bool) -> list[Any]:
     """Of what there is in the maps."""
     handles: list[Any] = []
     if any((one.points["verdict"] != "valid").any() for one in maps):
         handles.append(words_only(f"*: {NOT_TO_RELY_ON}"))
     if any(len(one.points) < columns * len(one.rows) for one in maps):
         handles.append(Patch(facecolor=color("blank"), edgecolor=color("soft"), linewidth=0.5, label="not measured"))
-    if maps[0].rows_are == "setting":
+    if maps[0].rows_are == "setting" and has_numbers:
         handles.append(words_only("bold: the highest of its batch size"))
     return handles
 
@@ -157,7 +163,9 @@ def _draw_frame(axes: Axes, shown: Map, batches: list[int], room_in: float) -> N
     """What no cell covers was not measured."""
     axes.set_facecolor(color("blank"))
     axes.set_title(shown.title, pad=4)
-    x_ticks = some(range(len(batches)), max(2, int(room_in * len(batches) / 0.4)))
+    label_in = max(0.4, 0.09 * max(len(str(batch)) for batch in batches) + 0.08)
+    # The largest has a label, and of the others every second, or third, and so on.
+    x_ticks = range(len(batches) - 1, -1, -math.ceil(label_in / room_in))[::-1]
     y_ticks = some(range(len(shown.rows)), _ROWS if shown.rows_are == "setting" else _ROW_NAMES)
     axes.set_xticks(x_ticks, [str(batches[index]) for index in x_ticks])
     axes.set_yticks(y_ticks, [shown.labels[index] for index in y_ticks])

@@ -22,6 +22,7 @@ from batch_inference.analyze.plot_style import (
 )
 from batch_inference.analyze.wording import short_names
 from batch_inference.core.metrics import METRIC_BY_NAME
+from batch_inference.core.text import short
 
 # Bars on a sheet.
 _BARS = 40
@@ -117,9 +118,13 @@ def _number(axes: Axes, parts: pd.DataFrame, longest: float) -> None:
     for name in parts.columns:
         for row, value in enumerate(parts[name]):
             if longest and value / longest * inches * 0.8 > _NUMBER_IN:
-                axes.text(left[row] + value / 2, row, f"{value:.1f}", ha="center", va="center", fontsize=7.5,
+                axes.text(left[row] + value / 2, row, _number_text(value), ha="center", va="center", fontsize=7.5,
                           color=text_on(_face(name)))  # fmt: skip
         left = left + parts[name].to_numpy()
+
+
+def _number_text(gib: float) -> str:
+    return f"{gib:.1f}" if gib >= 1 else short(gib, 2)
 
 
 def _draw_capacity(axes: Axes, points: pd.DataFrame) -> None:

@@ -58,9 +58,11 @@ def pareto(points: pd.DataFrame) -> Figure:
     """Latency against throughput per device: a mark per point, and a line through those that nothing beats."""
     measured = measured_points(points, _PER_DEVICE)
     title = FRONT_TITLE + of_many(measured, "the others")
-    front = Line2D([], [], color=color("ink"), linewidth=1, label=FRONT)
     shown = named(measured)
-    figure, grid = length_grid(measured, title, [*handles_of(measured, shown), front, words_only(_NUMBERS)])
+    # A front of one point has no line.
+    has_line = any(len(_corners(here)) > 1 for _, here in measured.groupby("seq_len"))
+    front = [Line2D([], [], color=color("ink"), linewidth=1, label=FRONT)] if has_line else []
+    figure, grid = length_grid(measured, title, [*handles_of(measured, shown), *front, words_only(_NUMBERS)])
     for axes, here in grid:
         draw_others(axes, here[~here["setting"].isin(shown)], _LATENCY, _PER_DEVICE)
         _draw_steps(axes, here)

@@ -135,6 +135,11 @@ def _flags(setting: MeasuredSetting, row: Record) -> Sequence[str]:
         default = _USUAL_DTYPE if name == "dtype" else getattr(usual, name)
         if value is not None and value != default:
             words += [flag_of(name)] if value is True else [flag_of(name), shlex.quote(str(value))]
+    sizes = dict(setting.sizes_asked)
+    if not pd.isna(row["tokens_per_step"]):
+        sizes["max_num_batched_tokens"] = int(row["tokens_per_step"])
+    for name, size in sizes.items():
+        words += [flag_of(name), str(size)]
     # Quoted already.
     engine = setting.shared.get("engine_args")
     return [*words, *([] if engine is None or pd.isna(engine) else [str(engine)])]

@@ -218,7 +218,7 @@ def pareto(group: Group) -> Section:
 
 def compared(comparison: SetComparison) -> Section:
     points = comparison.points
-    pairs = [("points compared", f"{len(points)}: {counts_of_changes(points)}")]
+    pairs = [("points compared", f"{len(points)}: {counts_of_changes(points)}" if len(points) else "none")]
     ratio = points["ratio"].dropna()
     if not ratio.empty:
         mean = math.exp(ratio.map(math.log).mean())

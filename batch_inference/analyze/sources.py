@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_inference.analyze.flags import UsageError
-from batch_inference.analyze.tables import MeasuredSetting, load_setting
+from batch_inference.analyze.tables import MeasuredSetting, load_setting, setting_labels
 from batch_inference.analyze.wording import few
 from batch_inference.core.result_file import ResultFileError
 from batch_inference.core.text import counted, in_short
@@ -67,10 +67,13 @@ def chosen(
         notes += _left_out(f"--model {model}", len(kept) - len(of_model))
         kept = of_model
     if names is not None:
-        there = {setting.name for setting in kept}
+        # Either the name, or what the report calls a setting where several share it.
+        labels = setting_labels(settings)
+        called = {setting.path: {setting.name, labels[setting.path]} for setting in kept}
+        there = set[str]().union(*called.values())
         if missing := [name for name in names if name not in there]:
-            raise _unknown("--setting", ",".join(missing), where, there)
-        of_names = [setting for setting in kept if setting.name in names]
+            raise _unknown("--setting", ",".join(missing), where, (setting.name for setting in kept))
+        of_names = [setting for setting in kept if not called[setting.path].isdisjoint(names)]
         notes += _left_out(f"--setting {','.join(names)}", len(kept) - len(of_names))
         kept = of_names
     return kept, notes

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ _NOT_IN_ROWS = {
 }  # fmt: skip
 
 
+_SIZES_ASKED = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
 # What tells the points of a setting apart: batch size, prompt length, output length, workload, tokens per step.
 _ID = ("batch_size", "seq_len", "max_tokens", "workload", "tokens_per_step")
 PointId = tuple[int | str | None, ...]
@@ -79,6 +80,7 @@ class MeasuredSetting:
     largest_asked: int = 0  # batch size
     used_by_others: Sequence[str] = ()  # devices that another sweep used when this one began: which and who
     asked: frozenset[PointId] = frozenset()  # points, measured or not
+    sizes_asked: Mapping[str, int] = field(default_factory=dict)  # of the engine; `shared` has what became of them
 
     def largest_size(self, seq_len: int | None) -> int:
         """The largest batch size that was asked for or tried at this prompt length, whatever became of it; None is the
@@ -89,10 +91,10 @@ class MeasuredSetting:
 
     def batch_points(self) -> Iterator[tuple[int, int, int, float]]:
         """(batch size, prompt length, output tokens, output throughput) of those that were measured."""
-        names = ("batch_size", "seq_len", "max_tokens", "output_tok_per_s")
-        for batch_size, seq_len, max_tokens, throughput in zip(*map(self.columns.__getitem__, names), strict=True):
-            if seq_len is not None and throughput is not None:
-                yield batch_size, seq_len, max_tokens, throughput
+        names = ("batch_size", "seq_len", "max_tokens", "output_tok_per_s", "verdict")
+        for *sizes, throughput, verdict in zip(*map(self.columns.__getitem__, names), strict=True):
+            if sizes[1] is not None and throughput is not None and verdict != "invalid":
+                yield (*sizes, throughput)
 
     def ids(self) -> list[PointId]:
         """Of its points, in their order."""
@@ -161,6 +163,7 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         largest_asked=max(result.config.batch_sizes, default=0),
         used_by_others=[_cell(redact_text(used)) for used in result.environment.used_by_others],
         asked=frozenset(asked),
+        sizes_asked={name: value for name in _SIZES_ASKED if isinstance(value := getattr(result.config, name), int)},
     )
 
 

@@ -121,8 +121,9 @@ def _known(value: Any) -> int | None:
 
 def _notes(analysis: Analysis, group: Group, choices: Sequence[Choice], chosen: Choice) -> Iterator[str]:
     if len(analysis.groups) > 1:
+        most = "no group has more points" if _has_equals(group, analysis) else "which has the most points"
         yield (
-            f"There are {len(analysis.groups)} groups; this is the winner of {group.name}, which has the most points. "
+            f"There are {len(analysis.groups)} groups; this is the winner of {group.name}, {most}. "
             "Choose another with --model or --setting."
         )
     others = [
@@ -132,6 +133,10 @@ def _notes(analysis: Analysis, group: Group, choices: Sequence[Choice], chosen: 
     ]
     if others:
         yield f"Other lengths have other winners: {', '.join(others)}."
+
+
+def _has_equals(group: Group, analysis: Analysis) -> bool:
+    return sum(len(other.points) == len(group.points) for other in analysis.groups) > 1
 
 
 def _place(best: Mapping[object, object]) -> tuple[object, object]:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from batch_inference.analyze.tables import half_width
-from batch_inference.core.text import plain, short, short_name
+from batch_inference.core.text import plain, short, short_name, significant
 
 HEADING = "Batch inference: results"
 FRONT_TITLE = "Pareto front: throughput per device against latency"
@@ -49,6 +49,8 @@ def value_words(name: str, value: object) -> str:
     return f"{words} {plain(value)}"
 
 
+# Below this a number has as many digits as a large one.
+_TOLD_BY_PLACES = 0.01
 # Of an interval whose sides differ by less the wider one stands for both.
 _NEARLY_ALIKE = 1.1
 
@@ -123,8 +125,9 @@ def widths_line(points: pd.DataFrame) -> str:
     sure, unsure = relative[~is_suspect].dropna(), relative[is_suspect].dropna()
     if sure.empty and unsure.empty:
         return ""
-    said = [f"within ±{100 * sure.max():.1f} %"] if not sure.empty else []
-    said += [f"those of suspect points within ±{100 * unsure.max():.0f} %"] if not unsure.empty else []
+    # Rounded up, as single intervals are.
+    said = [f"within ±{math.ceil(1000 * sure.max() - 1e-9) / 10:.1f} %"] if not sure.empty else []
+    said += [f"those of suspect points within ±{math.ceil(100 * unsure.max() - 1e-9)} %"] if not unsure.empty else []
     return f"95 % intervals: {', '.join(said)}."
 
 
@@ -132,7 +135,7 @@ def with_interval(value: float, half: float | None, decimals: int = 9) -> str:
     """Digits as far as the interval allows, at most so many decimals: two of it, and the value as far as those, but of
     the value two at least. The interval is rounded up."""
     if not half or value == 0:
-        return short(value)
+        return short(value) if value == 0 or abs(value) >= _TOLD_BY_PLACES else significant(value)
     decimals = min(decimals, _decimals(value, half))
     rounded_up = math.ceil(half * 10**decimals - 1e-9) / 10**decimals
     shown = max(0, decimals)
