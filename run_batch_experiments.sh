@@ -132,7 +132,7 @@ find_python() {
   if [[ -n ${PYTHON:-} ]]; then
     command -v "$PYTHON" >/dev/null || die "PYTHON: ${PYTHON@Q} cannot be run; give the path of a Python that has vLLM"
     python=$PYTHON
-  elif [[ -z $(find "$checkout/.venv" -maxdepth 1 -name '.installed-*' 2>/dev/null) ]]; then
+  elif [[ -z $(find -H "$checkout/.venv" -maxdepth 1 -name '.installed-*' 2>/dev/null) ]]; then
     if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       python=python3
     else

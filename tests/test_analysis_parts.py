@@ -31,6 +31,7 @@ from batch_inference.analyze import (
     tables,
     terminal,
 )
+from batch_inference.analyze.about import settings as settings_section
 from batch_inference.analyze.answers import Group, Question, QuestionError, analyse
 from batch_inference.analyze.compare import SetComparison, holm, layout, layout_order, regressions
 from batch_inference.analyze.decide import Limits
@@ -44,7 +45,7 @@ from batch_inference.analyze.tables import load_setting, point_table, setting_la
 from batch_inference.analyze.terminal import as_text, closing
 from batch_inference.analyze.wording import Best, few, known, metric_text, not_drawn, suspect_mark, with_interval
 from batch_inference.core.results import Point, Result
-from builders import make_point, make_result, save_all
+from builders import make_point, make_queue_point, make_result, save_all
 
 
 def analysed(results: Sequence[Result], folder: Path, question: Question | None = None) -> Any:
@@ -557,6 +558,32 @@ def test_the_files_are_named_in_order_and_old_ones_go(tmp_path: Path, monkeypatc
     report.write_report(analysis, [], folder)
     report.write_report(analysis, [], folder, ())
     assert asked == [(1, folder, ["p"], []), (1, folder, None, [])]
+
+
+def of_two_budgets() -> Result:
+    points = [make_point(4, max_num_batched_tokens=budget) for budget in (2048, 8192)]
+    return make_result("tp_1", points, config={"max_num_batched_tokens": [2048, 8192]})
+
+
+def test_a_baseline_is_what_the_report_calls_points(tmp_path: Path) -> None:
+    results = [of_two_budgets(), make_result("tp_2", [make_point(4)], (2, 1, 1))]
+    name = "tp_1, 8192 tokens per step"
+    assert set(analysed(results, tmp_path, Question(baseline=name)).points["scaling_baseline"]) == {name}
+    with pytest.raises(QuestionError, match=r"^--baseline tp_1: no such setting; choose one of tp_1, 2048 tokens per"):
+        analysed(results, tmp_path, Question(baseline="tp_1"))
+
+
+def test_of_jobs_alone_a_baseline_is_a_setting(tmp_path: Path) -> None:
+    results = [make_result("tp_1", [make_queue_point()])]
+    assert analysed(results, tmp_path, Question(baseline="tp_1")).points.empty
+    with pytest.raises(QuestionError, match=r"^--baseline tp_9: no such setting; choose one of tp_1$"):
+        analysed(results, tmp_path, Question(baseline="tp_9"))
+
+
+def test_a_setting_of_several_tokens_per_step_has_its_group(tmp_path: Path) -> None:
+    other = make_result("tp_2", [make_point(4)], (2, 1, 1), config={"model": "other"})
+    section = settings_section(analysed([of_two_budgets(), other], tmp_path, Question()))
+    assert [row[:2] for row in section.rows] == [["tp_1", "1"], ["tp_2", "2"]]
 
 
 def test_of_many_settings_ten_are_named_as_baselines(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from batch_inference.analyze.compare import (
     side_by_side,
     with_scaling,
 )
-from batch_inference.analyze.tables import half_width, load_setting, point_table
+from batch_inference.analyze.tables import MeasuredSetting, half_width, load_setting, point_table
 from batch_inference.core.results import Point, Result
 from batch_inference.core.statistics import STOPPED_BY_ITSELF
 from builders import make_point, make_result, make_sweep, save_all
@@ -363,6 +363,22 @@ def test_points_of_other_tokens_per_step_are_compared_one_by_one(table: Any) -> 
     assert found.points["tokens_per_step"].tolist() == [2048, 8192]
     assert found.points["change"].tolist() == ["worse", "worse"]
     assert (found.repeated, found.only_new, found.only_old) == (0, 0, 1)
+
+
+def test_other_tokens_per_step_than_were_asked_for_are_not_lost(tmp_path: Path) -> None:
+    def measured(folder: str, *budgets: int) -> tuple[pd.DataFrame, list[MeasuredSetting]]:
+        points = [point for budget in budgets for point in points_of({1: 1}, max_num_batched_tokens=budget)]
+        config = {"batch_sizes": [1], "max_num_batched_tokens": list(budgets)}
+        paths = save_all([make_result("budgets", points, config=config)], tmp_path / folder)
+        settings = [load_setting(path) for path in paths]
+        return point_table(settings), settings
+
+    (new, asked), (old, _) = measured("new", 8192, 16384), measured("old", 2048, 8192)
+    found = compare_sets(new, old, asked_points(asked))
+    assert found.points["change"].tolist() == ["no difference"]
+    (new, asked), (old, _) = measured("newer", 2048, 8192), measured("older", 2048, 8192)
+    new = new[new["tokens_per_step"] == 8192]
+    assert compare_sets(new, old, asked_points(asked)).points["change"].tolist() == ["no difference", "lost"]
 
 
 def test_a_point_is_told_apart_only_where_a_set_holds_it_twice(table: Any) -> None:

@@ -268,9 +268,11 @@ def test_what_measures_nothing_installs_nothing(bare: Launcher) -> None:
 def test_an_installation_is_found_whatever_the_folder_is_called(bare: Launcher) -> None:
     folder = bare.folder / "co [1] *"
     (bare.folder / "checkout").rename(folder)
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(bare.environment["PYTHON_IN_VENV"], folder / ".venv" / "bin" / "python")
-    (folder / ".venv" / ".installed-abc").touch()
+    installed = bare.folder / "installed"
+    (installed / "bin").mkdir(parents=True)
+    shutil.copy(bare.environment["PYTHON_IN_VENV"], installed / "bin" / "python")
+    (installed / ".installed-abc").touch()
+    (folder / ".venv").symlink_to(installed)
     bare.file = folder / "run_batch_experiments.sh"
     done = bare.as_program("custom", "TP=1")
     assert done.returncode == 0, done.stderr

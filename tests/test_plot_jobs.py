@@ -50,7 +50,7 @@ def queue_point(batch_size: int = 8, plateau: float | None = 100.0, **changes: A
     values: dict[str, Any] = {
         "tokens_per_step": None, "max_tokens": None,
         "workload": WorkloadKey("abc", "file", changes.pop("order", "given")), "job": JOB,
-        "verdict": "valid", "replicas": 1, "runs": [], "requests": 100, "latency_s": 10.0, "power_w": None,
+        "verdict": "valid", "replicas": 1, "runs": [], "requests": 100, "latencies_s": [10.0], "power_w": None,
         "summary": summary, "timelines": [steady()], "phases": [Phases(1.0, 8.0, 10.0)], **changes,
     }  # fmt: skip
     return QueuePoint(batch_size=batch_size, **values)
@@ -479,7 +479,7 @@ def test_a_setting_looks_as_it_does_among_all_of_the_analysis() -> None:
 def test_the_sizes_of_a_setting_are_those_of_its_file() -> None:
     found = analysed([answer([row("tp_2")])])
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "data_parallel_size": 4}
-    one = SimpleNamespace(path=Path("a.json"), file="a.json", name="tp_2", shared=sizes)
+    one = SimpleNamespace(path=Path("a.json"), file="a.json", name="tp_2", shared=sizes, part_of=None)
     ((_, job),) = job_tables(SimpleNamespace(rows=found.rows, jobs=found.jobs, settings=[one]))
     assert job.iloc[0][list(sizes)].to_dict() == sizes
 

@@ -344,6 +344,15 @@ def test_a_setting_that_is_refused_after_it_has_written_its_file_is_tried_no_thi
     assert ends(outcomes) == ("tp_2", "", "tp_1")
 
 
+def test_a_packed_setting_that_is_refused_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "Packing", FakePacking)
+    monkeypatch.setattr(FakePacking, "codes", (2, 0))
+    monkeypatch.setattr(running, "taken_since", lambda config, _: "x" if config.setting_name == "tp_1" else None)
+    processes = Planned(lambda: 2)
+    outcomes = run_jobs(five(tmp_path)[:2], Options(pack=True), DEVICES, processes)
+    assert (processes.names, ends(outcomes)) == (["tp_1"], ("tp_2", "", "tp_1"))
+
+
 def test_a_setting_that_is_tried_again_at_the_end_skips_none_that_has_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_for_all: list[str]
 ) -> None:

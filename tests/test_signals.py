@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,29 @@ def test_a_second_one_does_not_wait_for_a_change_that_hangs(arrived: list[int]) 
             assert not arrived
         signal.raise_signal(signal.SIGINT)
         assert arrived == [signal.SIGINT]
+    assert arrived == [signal.SIGINT]
+
+
+def test_one_that_comes_between_two_restored_handlers_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored, real = [], signal.signal
+    before = {number: signal.getsignal(number) for number in EXIT_CODES}
+
+    def interrupted(number: int, handler: Any) -> Any:
+        done = real(number, handler)
+        if handler == before[signal.Signals(number)]:
+            restored.append(number)
+            if len(restored) == 1:
+                raise KeyboardInterrupt
+        return done
+
+    real(signal.SIGTERM, lambda *_: None)
+    before[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with pytest.raises(KeyboardInterrupt), held_back():
+        pass
+    assert {number: signal.getsignal(number) for number in EXIT_CODES} == before
+    real(signal.SIGTERM, signal.SIG_DFL)
+    assert not signals._is_held
 
 
 def test_a_thread_has_nothing_to_hold_back() -> None:

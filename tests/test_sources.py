@@ -16,6 +16,8 @@ import pytest
 import analyze_results
 from batch_inference.analyze.files import find_files, mark_of
 from batch_inference.analyze.flags import UsageError
+from batch_inference.analyze.sources import newest
+from batch_inference.analyze.tables import MeasuredSetting, load_setting, setting_labels
 from batch_inference.core.result_file import save_result
 from batch_inference.core.results import Result
 from builders import make_point, make_result
@@ -172,9 +174,32 @@ def test_of_another_grid_of_a_setting_the_points_that_the_newest_lacks_count(ana
         "of b/tp_1_results.json only what it does not have."
     ) in done.stdout
     table = pd.read_csv(tmp_path / "analysis" / "results.csv")
-    assert sorted(zip(table["setting"], table["batch_size"], strict=True)) == [
-        ("tp_1 [a/tp_1_results]", 1), ("tp_1 [a/tp_1_results]", 2), ("tp_1 [b/tp_1_results]", 4),
+    # One setting, so that it does not tie with itself.
+    assert sorted(zip(table["setting"], table["batch_size"], table["file"], strict=True)) == [
+        ("tp_1", 1, "a/tp_1_results.json"), ("tp_1", 2, "a/tp_1_results.json"), ("tp_1", 4, "b/tp_1_results.json"),
     ]  # fmt: skip
+    assert "tie" not in done.stdout
+
+
+def test_what_another_file_of_a_setting_has_is_not_missing(tmp_path: Path) -> None:
+    def part(folder: str, day: str, asked: list[int], measured: list[int]) -> MeasuredSetting:
+        when = {"started_at": f"2026-01-{day}T00:00:00+00:00", "ended_at": None}
+        points = [make_point(size) for size in measured]
+        status = "complete" if asked == measured else "partial"
+        result = make_result("tp_1", points, config={"batch_sizes": asked}, environment=when, status=status)
+        return load_setting(save(tmp_path / folder / "tp_1_results.json", result), top=tmp_path)
+
+    older, newer = part("a", "01", [1, 2, 4, 8, 16], [1, 2]), part("b", "02", [4, 8], [4, 8])
+    kept, notes = newest([older, newer])
+    assert [(one.file, one.points_ok, one.points_asked, one.is_interrupted) for one in kept] == [
+        ("a/tp_1_results.json", 2, 3, True), ("b/tp_1_results.json", 2, 2, False),
+    ]  # fmt: skip
+    assert [one.largest_size(64) for one in kept] == [16, 16]
+    assert set(setting_labels(kept).values()) == {"tp_1"}
+    assert notes == [
+        "tp_1 was measured more than once: b/tp_1_results.json is the newest and counts, of a/tp_1_results.json only "
+        "what it does not have."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,13 @@ def test_a_model_folder_of_the_same_name_elsewhere_is_another(
     save(config.output_path, config)
     assert choose(config, HERE) == (config.output_path, [])
     monkeypatch.chdir(tmp_path / "two")
-    path, _ = choose(config, HERE)
+    path, (note,) = choose(config, HERE)
     assert path != config.output_path
+    assert re.search(r" holds model m \([0-9a-f]{16}\); this goes to .*tp_1_m-[0-9a-f]{16}_results\.json$", note)
+    (tmp_path / "two" / "n").mkdir()
+    path, (note,) = choose(dataclasses.replace(config, model="n"), HERE)
+    assert path.name == "tp_1_n_results.json"
+    assert " holds model m; this goes to " in note
     same = dataclasses.replace(config, model=str(tmp_path / "one" / "m"))
     assert choose(same, HERE) == (config.output_path, [])
 

@@ -91,7 +91,7 @@ def test_points_of_an_earlier_sweep_with_another_grid_count_as_asked_for(tmp_pat
     points = [make_point(batch_size) for batch_size in (1, 2, 4)]
     (path,) = save_all([make_result(points=points, config={"batch_sizes": [4]})], tmp_path)
     setting = load_setting(path)
-    assert (setting.grid, setting.points_ok, setting.points_asked) == ([(4, 64)], 3, 3)
+    assert (setting.asked, setting.points_ok, setting.points_asked) == ({(4, 64, 32, None, None)}, 3, 3)
 
 
 def test_points_of_an_earlier_sweep_do_not_hide_what_a_later_one_never_reached(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from test_jobs import queue, setting
+from test_jobs import job, queue, setting
 
 import analyze_results
 from batch_inference.analyze import decide, flags
@@ -39,7 +39,7 @@ from batch_inference.analyze.terminal import as_text
 from batch_inference.analyze.to_use import MARK, ToUse, write_to_use
 from batch_inference.analyze.winner import Winner, winner
 from batch_inference.analyze.yaml_text import scalar, yaml_text
-from batch_inference.core.results import EngineInfo, Point, Result
+from batch_inference.core.results import EngineInfo, Point, Result, WorkloadKey
 from batch_inference.plan.devices import find_devices
 from builders import make_point, make_result, save_all
 from conftest import REPOSITORY, free_ports, stub_environment
@@ -276,6 +276,16 @@ def test_no_secret_is_written_and_its_place_is_named(tmp_path: Path) -> None:
             f"# {name} stands for a secret, which is never written to a file: put its value in that place.\n" in config
         )
         assert sum(line.startswith(name) for line in to_use.section.lines) == 1
+
+
+def test_of_a_job_that_the_model_ends_the_point_with_the_winners_limit_is_used(tmp_path: Path) -> None:
+    points = [queue(2, workload=WorkloadKey("abc", "eos", "given"), life_s=life_s) for life_s in (2.0, 1.0)]
+    for point, limit in zip(points, (1024, 128), strict=True):
+        point.max_tokens = limit
+    jobs = [job(output_lengths="eos", output=None)]
+    found = won([setting("tp_1", *points, jobs=jobs)], tmp_path)
+    assert found.max_tokens in (128, 1024)
+    assert [found.is_of(point) for point in points] == [found.max_tokens == 1024, found.max_tokens == 128]
 
 
 def test_replicas_of_experts_are_coupled() -> None:

@@ -70,6 +70,7 @@ def settings(analysis: Analysis) -> Section:
         group = [of_file.get(setting.file, "")] if several else []
         done = f"{setting.points_ok}/{setting.points_asked}"
         load = "" if setting.load_s is None else f"{setting.load_s:.1f}"
+        label += "" if setting.part_of is None else f", in {setting.file}"
         rows.append([label, *group, str(setting.num_devices), done, setting.status, load])
     header = ("setting", *(["group"] if several else []), "devices", "points ok", "status", "load s")
     to_the_right = frozenset({"devices", "points ok", "load s"})

@@ -89,7 +89,7 @@ def analyse(
         raise QuestionError(f"--group-by {name}: no such column; results.csv has their names") from error
     points = batch_points(rows)
     _check_mixed(points, question)
-    _check_baseline(points, question)
+    _check_baseline(rows if points.empty else points, question)
     points = with_pareto(with_cost(with_scaling(points, question.baseline), question.price))
     unlike = differing(points, list(group_by))
     found = [_group(number, alike, unlike, question.limits) for number, alike in groups(points)]

@@ -193,7 +193,8 @@ def _judged(rows: pd.DataFrame) -> pd.DataFrame:
 # --- one result set against another -------------------------------------------------------------------------------
 
 _SAME_POINT = ["name", *LAYOUT, "executor_class", "batch_size", "seq_len", "max_tokens"]
-Key = tuple[str, ...]  # of a point: these as text
+_ASKED_POINT = [*_SAME_POINT, "tokens_per_step"]
+Key = tuple[str, ...]  # of a point that was asked for: these as text
 
 
 @dataclass(frozen=True)
@@ -216,11 +217,13 @@ class SetComparison:
 def asked_points(settings: Iterable[MeasuredSetting]) -> set[Key]:
     """The points of the settings' grids, measured or not, as `compare_sets` knows them."""
     points = (
-        {**setting.shared, "name": setting.name, "batch_size": batch, "seq_len": length}
+        {**setting.shared, "name": setting.name, "batch_size": batch, "seq_len": length, "max_tokens": most,
+         "tokens_per_step": budget}
         for setting in settings
-        for batch, length in setting.grid
-    )
-    return {tuple(_key_text(point.get(name)) for name in _SAME_POINT) for point in points}
+        for batch, length, most, _, budget in setting.asked
+        if length is not None
+    )  # fmt: skip
+    return {tuple(_key_text(point.get(name)) for name in _ASKED_POINT) for point in points}
 
 
 def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = ()) -> SetComparison:
@@ -233,8 +236,7 @@ def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = 
     two = believable(two)
     pairs = one.index.intersection(two.index, sort=False)
     alone = two[~two.index.isin(new.index)]
-    is_asked = [key[: len(_SAME_POINT)] in asked for key in alone.index]
-    never_reached = alone[pd.Series(is_asked, index=alone.index, dtype=bool)]
+    never_reached = alone[_keyed(alone, _ASKED_POINT).index.isin(asked)]
     one_paired, two_paired = one.reindex(pairs), two.reindex(pairs)
     return SetComparison(
         points=_changes(one_paired, two_paired, never_reached),

@@ -55,7 +55,7 @@ def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
         header,
         rows,
         frozenset(header) - {"setting", "order"},
-        [*answer.left_out, *_lines(answer)],
+        [*answer.left_out, *(f"no forecast from {said}" for said in answer.unlike), *_lines(answer)],
         more=len(answer.rows) - len(rows),
     )
 
@@ -185,7 +185,7 @@ def _basis(best: JobRow) -> str:
     on_plateau = f" with {interval_text(rate, unit='tok/s')} on the plateau" if rate is not None and is_known else ""
     if best.is_as_run:
         start_s, end_s = phases(point)[-1]
-        times = f" {point.times} times" if point.times > 1 else ""
+        times = f" {len(point.latencies_s)} times" if len(point.latencies_s) > 1 else ""
         said = f"{best.setting} ran the whole job{times}{on_plateau}."
         drain = f"took {short(end_s - start_s, 3)} s{_of_last_run(best)}"
     else:
@@ -213,7 +213,7 @@ def _spread_of_replicas(row: JobRow) -> str:
 
 def _of_last_run(row: JobRow) -> str:
     """What is told of one run, where the times are the mean of several."""
-    return " in the last run" if row.is_as_run and row.point.times > 1 else ""
+    return " in the last run" if row.is_as_run and len(row.point.latencies_s) > 1 else ""
 
 
 def _too_few(point: QueuePoint) -> str:

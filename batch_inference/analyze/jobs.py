@@ -103,6 +103,7 @@ class JobAnswer:
     rows: list[JobRow]
     ties: list[JobRow]  # other settings whose interval overlaps that of the fastest
     left_out: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)  # points that say nothing about the job of the question, and why
     deadline: Deadline | None = None
     is_late: bool = False  # no number of replicas is in time
 
@@ -129,14 +130,14 @@ def job_answers(
     settings: Sequence[MeasuredSetting], labels: Callable[[MeasuredSetting], str], question: JobQuestion
 ) -> list[JobAnswer]:
     """Raises JobError for a job that is unlike everything that was measured."""
-    unlike: list[str] = []
     asked = sorted(
         ((_group_of(setting, point), setting, point) for setting in settings for point in setting.queues),
         key=lambda one: repr(one[0]),
     )
     answers = []
     for group, members in groupby(asked, key=lambda one: one[0]):
-        answers.append(_answer(group, [(setting, point) for _, setting, point in members], labels, question, unlike))
+        answers.append(_answer(group, [(setting, point) for _, setting, point in members], labels, question))
+    unlike = [said for answer in answers for said in answer.unlike]
     if unlike and not any(answer.rows for answer in answers):
         raise JobError(
             f"--job {question.name}: cannot be forecast from {unlike[0]} Measure a sample of this file, with "
@@ -156,20 +157,17 @@ def _answer(
     members: Sequence[tuple[MeasuredSetting, QueuePoint]],
     labels: Callable[[MeasuredSetting], str],
     question: JobQuestion,
-    unlike: list[str],
 ) -> JobAnswer:
-    """`unlike` gets a sentence for each point from which the job of the question cannot be forecast."""
     first = members[0][1]
     job = _asked_job(first, question)
-    rows, left_out = [], []
+    rows, left_out, unlike = [], [], []
     for setting, point in members:
         # Of the job itself, run as a whole, nothing is to be forecast.
         if not _is_as_run(point, question) and (why := too_small(point.runs)):
             advice = "lower --batch-sizes" if point.is_whole_job else "raise --sample"
             left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast, {why}; {advice}")
         elif outside := question.lengths and mix_outside(point.runs, job):
-            unlike.append(f"{labels(setting)}: {outside}")
-            left_out.append(f"{labels(setting)}, {point.batch_size} at once: no forecast. {outside}")
+            unlike.append(f"{labels(setting)}, {point.batch_size} at once: {outside}")
         else:
             rows.append(_row(setting, point, labels(setting), job, question))
     rows = _best_first(rows)
@@ -184,6 +182,7 @@ def _answer(
         rows,
         _ties(rows, [row.hours for row in rows]),
         left_out,
+        unlike,
     )
     if question.deadline_h is None or not rows:
         return answer
@@ -204,7 +203,7 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
     found = forecast(point.runs, in_order(job, point.workload.order), point.replicas, point.workload.order)
     is_as_run = _is_as_run(point, question)
     if is_as_run:
-        found = as_it_was_run(found, point.latency_s)
+        found = as_it_was_run(found, point.latencies_s, point.runs[0].scatter)
     return JobRow(
         setting=label,
         num_devices=setting.num_devices,
@@ -271,8 +270,11 @@ def _ties(rows: Sequence[JobRow], intervals: Sequence[Interval]) -> list[JobRow]
 def _deadline(rows: Sequence[JobRow], job: JobLengths, hours: float) -> Deadline | None:
     """Of the best point of each setting, the one that needs the fewest devices."""
     best = {row.setting: row for row in sorted(rows, key=lambda row: -row.device_hours.value)}
-    found = [one for row in best.values() if (one := _forecast_in_time(row, job, hours))]
-    found += [_as_run_in_time(row, hours) for row in rows if row.is_as_run and (row.hours.high or math.inf) <= hours]
+    found = [_as_run_in_time(row, hours) for row in rows if row.is_as_run and (row.hours.high or math.inf) <= hours]
+    # One that needs as many devices is less sure than what was seen.
+    fewest = min((one.devices for one in found), default=math.inf)
+    forecasts = [one for row in best.values() if (one := _forecast_in_time(row, job, hours))]
+    found += [one for one in forecasts if one.devices < fewest]
     return min(found, key=lambda one: (one.devices, one.hours.value), default=None)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from batch_inference.core.config import Shape
 from batch_inference.core.metrics import Summary
 from batch_inference.core.queue_points import runs_of
 from batch_inference.core.queue_runs import LIVES, Interval, Phases, QueueRun, phases_of
@@ -32,7 +33,7 @@ class QueuePoint:
     replicas: int
     runs: list[QueueRun]  # of all replicas and runs
     requests: int  # of the sample
-    latency_s: float
+    latencies_s: list[float]  # of the runs
     summary: dict[str, float | None]
     power_w: float | None  # of all devices, on the mean of the runs
     timelines: list[Timeline]  # of the last run, by replica
@@ -43,9 +44,8 @@ class QueuePoint:
         return self.requests >= self.job.requests
 
     @property
-    def times(self) -> int:
-        """How often it was run."""
-        return len(self.runs) // self.replicas
+    def shape(self) -> Shape:
+        return self.batch_size, None, self.max_tokens, self.workload.as_tuple(), self.tokens_per_step
 
     @property
     def plateau(self) -> Interval | None:
@@ -76,7 +76,7 @@ def _queue_point(result: Result, point: Point, job: Job, summary: Summary) -> Qu
     assert point.workload is not None
     runs = runs_of(result, point)
     energies = [run.energy_j for run in point.runs if run.energy_j is not None]
-    latency_s = fmean(run.latency_s for run in point.runs)
+    latencies_s = [run.latency_s for run in point.runs]
     timelines = [part.timeline for part in point.runs[-1].replicas if part.timeline]
     return QueuePoint(
         batch_size=point.batch_size,
@@ -88,9 +88,9 @@ def _queue_point(result: Result, point: Point, job: Job, summary: Summary) -> Qu
         replicas=result.data_parallel_size,
         runs=[replica for run in runs for replica in run],
         requests=len(point.runs[-1].requests.output_tokens),
-        latency_s=latency_s,
+        latencies_s=latencies_s,
         summary=summary,
-        power_w=fmean(energies) / latency_s if len(energies) == len(point.runs) else None,
+        power_w=fmean(energies) / fmean(latencies_s) if len(energies) == len(point.runs) else None,
         timelines=timelines,
         phases=[phases_of(replica) for replica in runs[-1]],
     )

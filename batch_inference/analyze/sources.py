@@ -8,6 +8,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
@@ -94,29 +95,43 @@ def _left_out(flag: str, files: int) -> list[str]:
 
 
 def newest(settings: Sequence[MeasuredSetting]) -> tuple[list[MeasuredSetting], list[str]]:
-    """Of each point that was measured twice the newest, also if it has failed since; and a line for each setting with
-    such points."""
+    """Of each point that was measured twice the newest, also if it has failed since; and a line for each setting that
+    has several files."""
     alike: dict[tuple[Any, ...], list[MeasuredSetting]] = defaultdict(list)
     for setting in settings:
         alike[_same_setting(setting)].append(setting)
-    notes, counts = [], {setting.path: setting for setting in settings}
+    counts, notes = dict[Path, MeasuredSetting](), list[str]()
     for found in alike.values():
-        last, *others = sorted(found, key=_measured_at, reverse=True)
-        newer, gone, cut = {*(last.ids() or last.asked)}, list[str](), list[str]()
-        for setting in others:
-            rest = setting.without(newer)
-            newer.update(setting.ids())
-            if rest.num_points == setting.num_points > 0:
-                continue
-            (cut if rest.num_points else gone).append(setting.file)
-            counts[setting.path] = rest
-        said = [f"{few(gone[::-1], 3)} {'does' if len(gone) == 1 else 'do'} not"] if gone else []
-        said += [f"of {few(cut[::-1], 3)} only what it does not have"] if cut else []
-        if said:
-            notes.append(
-                f"{last.name} was measured more than once: {last.file} is the newest and counts, {', '.join(said)}."
-            )
-    return [rest for setting in settings if (rest := counts[setting.path]).num_points or rest is setting], notes
+        parts = _parts(sorted(found, key=_measured_at, reverse=True))
+        counts |= {part.path: part for part in parts if part.num_points or part.part_of is None}
+        if len(found) > 1:
+            notes.append(_of_several_files(parts))
+    return [counts[setting.path] for setting in settings if setting.path in counts], notes
+
+
+def _parts(files: Sequence[MeasuredSetting]) -> list[MeasuredSetting]:
+    """What counts of the files of one setting, the newest first."""
+    newest_file, *older = files
+    every = {shape for one in files for shape in one.shapes}
+    largest = max(one.largest_asked for one in files)
+    # What another file has is not missing.
+    asked = newest_file.asked.difference(every.difference(newest_file.shapes))
+    parts = [replace(newest_file, asked=asked, largest_asked=largest)]
+    # One without any points failed, and what was asked of it must not be shown as it once was.
+    newer = {*(newest_file.shapes or newest_file.asked)}
+    for one in older:
+        rest = replace(one.without(newer), part_of=newest_file.path, largest_asked=largest, answers=None)
+        newer.update(one.shapes)
+        parts.append(replace(rest, asked=rest.asked.difference(every.difference(rest.shapes))))
+    return parts
+
+
+def _of_several_files(parts: Sequence[MeasuredSetting]) -> str:
+    last, *older = parts
+    gone, cut = ([one.file for one in reversed(older) if bool(one.num_points) == has] for has in (False, True))
+    said = [f"{few(gone, 3)} {'does' if len(gone) == 1 else 'do'} not"] if gone else []
+    said += [f"of {few(cut, 3)} only what it does not have"] if cut else []
+    return f"{last.name} was measured more than once: {last.file} is the newest and counts, {', '.join(said)}."
 
 
 def _same_setting(setting: MeasuredSetting) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import itertools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import msgspec
 import pandas as pd
 
 from batch_inference.analyze.queues import QueuePoint, queue_points
+from batch_inference.core.config import Shape
 from batch_inference.core.metrics import METRICS, Summary, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import Answers, DeviceInfo, EngineInfo, Point, Result
@@ -53,9 +54,6 @@ _NOT_IN_ROWS = {
 
 
 _SIZES_ASKED = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
-# What tells the points of a setting apart: batch size, prompt length, output length, workload, tokens per step.
-_ID = ("batch_size", "seq_len", "max_tokens", "workload", "tokens_per_step")
-PointId = tuple[int | str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ class MeasuredSetting:
     num_devices: int
     status: str
     points_ok: int
-    points_asked: int  # more than the sweep had where one with other points went before
-    grid: list[tuple[int, int]]  # batch size, prompt length: the batch points asked for, measured or not
+    shapes: list[Shape]  # of its points: what tells them apart
+    asked: frozenset[Shape]  # measured or not
     load_s: float | None
     failure: str | None  # why the setting has no engine; None for one that was measured
     shared: Row  # what is alike for all points
@@ -79,7 +77,7 @@ class MeasuredSetting:
     answers: Answers | None = None
     largest_asked: int = 0  # batch size
     used_by_others: Sequence[str] = ()  # devices that another sweep used when this one began: which and who
-    asked: frozenset[PointId] = frozenset()  # points, measured or not
+    part_of: Path | None = None  # the newest file of this setting; None for that one itself
     sizes_asked: Mapping[str, int] = field(default_factory=dict)  # of the engine; `shared` has what became of them
 
     def largest_size(self, seq_len: int | None) -> int:
@@ -96,22 +94,22 @@ class MeasuredSetting:
             if sizes[1] is not None and throughput is not None and verdict != "invalid":
                 yield (*sizes, throughput)
 
-    def ids(self) -> list[PointId]:
-        """Of its points, in their order."""
-        return list(zip(*(self.columns[name] for name in _ID), strict=True)) if self.columns else []
+    @property
+    def points_asked(self) -> int:
+        """More than the sweep had where one with other points went before."""
+        return len(self.asked.union(self.shapes))
 
-    def without(self, others: Container[PointId]) -> MeasuredSetting:
-        """Its measured points except these, as if nothing else had been asked for."""
-        keeps = [one not in others for one in self.ids()]
+    def without(self, others: Collection[Shape]) -> MeasuredSetting:
+        """Its points except these, which are not asked of it either."""
+        keeps = [shape not in others for shape in self.shapes]
         columns = {name: list(itertools.compress(cells, keeps)) for name, cells in self.columns.items()}
         return replace(
             self,
             points_ok=columns.get("status", []).count("ok"),
-            points_asked=sum(keeps),
-            grid=[],
+            shapes=list(itertools.compress(self.shapes, keeps)),
+            asked=self.asked.difference(others),
             columns=columns,
-            queues=[point for point in self.queues if _id_of_queue(point) not in others],
-            asked=frozenset(itertools.compress(self.ids(), keeps)),
+            queues=[point for point in self.queues if point.shape not in others],
         )
 
     @property
@@ -135,26 +133,21 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
     shared = _shared(result, result.engine)
     # Computed again from the raw runs: what a file says of itself is not trusted.
     summaries = [summarise(result, point) for point in result.points]
-    asked = {
-        (batch_size, seq_len, max_tokens, _workload_text(workload), budget)
-        for batch_size, seq_len, max_tokens, workload, budget in result.config.points()
-    }
-    identity = _identity(file := _cell(path.relative_to(top) if top else path.name), result)
     return MeasuredSetting(
         path=path,
-        file=file,
+        file=(file := _cell(path.relative_to(top) if top else path.name)),
         name=_cell(result.name),
         num_devices=result.num_devices,
         status=result.status,
         points_ok=sum(point.status == "ok" for point in result.points),
-        points_asked=len(asked | set(zip(*(identity[name] for name in _ID), strict=True))),
-        grid=[(batch_size, length) for batch_size, length, *_ in result.config.points() if length is not None],
+        shapes=[point.shape for point in result.points],
+        asked=frozenset(result.config.points()),
         load_s=load_s,
         failure=_cell(redact_text(failure)) if result.status == "failed" else None,
         shared=shared,
         # Lists of numbers go from process to process much faster than a dict for each point.
         columns={
-            **identity,
+            **_identity(file, result),
             **_numbers(result, summaries, percent),
             **_of_earlier_engines(result, shared),
         },
@@ -162,7 +155,6 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         answers=result.answers,
         largest_asked=max(result.config.batch_sizes, default=0),
         used_by_others=[_cell(redact_text(used)) for used in result.environment.used_by_others],
-        asked=frozenset(asked),
         sizes_asked={name: value for name in _SIZES_ASKED if isinstance(value := getattr(result.config, name), int)},
     )
 
@@ -178,7 +170,7 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
         "batch_size": [point.batch_size for point in points],
         "seq_len": [point.seq_len for point in points],
         "max_tokens": [point.max_tokens for point in points],
-        "workload": [_workload_text(point.shape[3]) for point in points],
+        "workload": [point.workload and " ".join(map(str, point.workload.as_tuple())) for point in points],
         "tokens_per_step": [point.max_num_batched_tokens for point in points],
         "global_batch_size": [point.batch_size * result.data_parallel_size for point in points],
         "num_devices": [result.num_devices] * count,
@@ -189,15 +181,6 @@ def _identity(file: str, result: Result) -> dict[str, list[Any]]:
         "timed_runs": [len(point.runs) for point in points],
         "memory_scope": [point.runs[0].memory.scope if point.runs else None for point in points],
     }
-
-
-def _workload_text(workload: Sequence[object] | None) -> str | None:
-    return None if workload is None else " ".join(map(str, workload))
-
-
-def _id_of_queue(point: QueuePoint) -> PointId:
-    workload = _workload_text(point.workload.as_tuple())
-    return point.batch_size, None, point.max_tokens, workload, point.tokens_per_step
 
 
 def _numbers(result: Result, summaries: Sequence[Summary], percent: float) -> dict[str, list[Any]]:
@@ -365,14 +348,17 @@ def batch_points(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def setting_labels(settings: Sequence[MeasuredSetting]) -> dict[Path, str]:
-    """A unique name for each file: that of the setting, with the file's own where two settings share one."""
-    counts = Counter(setting.name for setting in settings)
-    return {
+    """A unique name for each setting, by its files: its own, with that of its newest file where two settings share
+    one."""
+    whole = [setting for setting in settings if setting.part_of is None]
+    counts = Counter(setting.name for setting in whole)
+    labels = {
         setting.path: setting.name
         if counts[setting.name] == 1
         else f"{setting.name} [{setting.file.removesuffix('.json')}]"
-        for setting in settings
+        for setting in whole
     }
+    return labels | {setting.path: labels[setting.part_of] for setting in settings if setting.part_of}
 
 
 def _group_numbers(table: pd.DataFrame, group_by: Sequence[str]) -> pd.Series[int]:

@@ -12,7 +12,7 @@ from batch_inference.analyze.answers import Analysis, Group
 from batch_inference.analyze.decide import COST, GOALS, Choice, Goal
 from batch_inference.analyze.job_sections import requests_words
 from batch_inference.analyze.jobs import JobAnswer, JobRow
-from batch_inference.analyze.tables import MeasuredSetting, setting_labels
+from batch_inference.analyze.tables import MeasuredSetting
 from batch_inference.core.config import Workload
 from batch_inference.core.results import Point
 
@@ -65,8 +65,9 @@ def _of_jobs(analysis: Analysis, goal: Goal) -> Winner | None:
 
 def _of_row(analysis: Analysis, answer: JobAnswer, row: JobRow, why: str, replicas: int | None) -> Winner:
     point = row.point
+    setting = next(one for one in analysis.settings if any(queue is point for queue in one.queues))
     return Winner(
-        _by_name(analysis)[row.setting], row.setting, point.batch_size, point.tokens_per_step,
+setting, row.setting, point.batch_size, point.tokens_per_step,
         max_tokens=point.max_tokens, workload=point.workload.as_tuple(),
         why=f"{why}, for the job of {requests_words(answer)}",
         is_suspect=point.verdict == "suspect", replicas=replicas,
@@ -79,11 +80,6 @@ def _notes_of_job(analysis: Analysis, order: str) -> Iterator[str]:
         yield f"There are {len(analysis.jobs)} jobs; this is the winner of the one with the most points."
     if order != "given":
         yield f"It was measured with the requests {order}; give yours in that order."
-
-
-def _by_name(analysis: Analysis) -> Mapping[str, MeasuredSetting]:
-    labels = setting_labels(analysis.settings)
-    return {labels[setting.path]: setting for setting in analysis.settings}
 
 
 # --- grids --------------------------------------------------------------------------------------------------------

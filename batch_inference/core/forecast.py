@@ -406,7 +406,7 @@ def replicas_for_deadline(
     """None if no number of replicas is in time because the last request alone takes longer. `together`: so many
     replicas are one engine, so that there are only multiples of it."""
     found, replicas = measured(runs), together
-    while replicas <= max(job.requests, 1):
+    while replicas <= max(job.requests, together):
         answer = forecast_from(found, job, replicas, order)
         latest_s = answer.seconds.high or answer.seconds.value
         if latest_s <= deadline_s:

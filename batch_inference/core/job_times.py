@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from batch_inference.core.queue_points import runs_of
 from batch_inference.core.queue_runs import Interval, QueueRun
 from batch_inference.core.results import Job, Point, Result
 from batch_inference.core.sharing import Order, ordered
+
+_Z_95 = 1.96
 
 
 def job_throughput(result: Result, point: Point) -> Interval | None:
@@ -32,7 +34,7 @@ def job_throughput(result: Result, point: Point) -> Interval | None:
     found = forecast(runs, in_order(lengths, order), result.data_parallel_size, order)
     seconds = found.seconds
     if is_whole:
-        seconds = as_it_was_run(found, fmean(run.latency_s for run in point.runs)).seconds
+        seconds = as_it_was_run(found, [run.latency_s for run in point.runs], runs[0].scatter).seconds
     tokens = made_tokens(lengths, runs)
     low, high = seconds.low, seconds.high
     if low is None or high is None:
@@ -40,10 +42,13 @@ def job_throughput(result: Result, point: Point) -> Interval | None:
     return Interval(tokens / seconds.value, tokens / high, tokens / low)
 
 
-def as_it_was_run(found: Forecast, took_s: float) -> Forecast:
-    """For a job that was run as a whole: only how much another run may differ is a forecast."""
-    ends = (took_s * math.exp(sign * found.equal_runs) for sign in (-1, 1))
-    return replace(found, seconds=Interval(took_s, *ends))
+def as_it_was_run(found: Forecast, took_s: Sequence[float], scatter: float) -> Forecast:
+    """For a job that was run as a whole, once or several times: only how much another run may differ is a forecast.
+    `scatter`: the least standard deviation of equal runs."""
+    spread = stdev(map(math.log, took_s)) if len(took_s) > 1 else 0.0
+    half = _Z_95 * max(scatter, spread) * math.sqrt(1 + 1 / len(took_s))
+    mean_s = fmean(took_s)
+    return replace(found, seconds=Interval(mean_s, mean_s * math.exp(-half), mean_s * math.exp(half)), equal_runs=half)
 
 
 def made_tokens(job: JobLengths, runs: Sequence[QueueRun]) -> float:

@@ -36,25 +36,28 @@ def held_back() -> Iterator[None]:
         yield
         return
     came: list[int] = []
+    before: dict[int, Callable[[int, FrameType | None], object]] = {}
 
     def hold(number: int, frame: FrameType | None) -> None:
-        came.append(number)
         # A hangup is no second request, as below.
-        if len(came) > 1 and number != signal.SIGHUP:
+        if came and number != signal.SIGHUP:
+            came.clear()
             before[number](number, frame)
+        else:
+            came.append(number)
 
-    before: dict[int, Callable[[int, FrameType | None], object]] = {}
-    for number in EXIT_CODES:
-        if callable(handler := signal.getsignal(number)):
-            before[number] = handler
-            signal.signal(number, hold)
     _is_held = True
     try:
-        yield
+        # All are restored, even if one comes between two of them.
+        with contextlib.ExitStack() as handlers:
+            for number in EXIT_CODES:
+                if callable(handler := signal.getsignal(number)):
+                    before[number] = handler
+                    handlers.callback(signal.signal, number, handler)
+                    signal.signal(number, hold)
+            yield
     finally:
         _is_held = False
-        for held, handler in before.items():
-            signal.signal(held, handler)
         if came:
             before[came[0]](came[0], None)
 

@@ -95,6 +95,7 @@ class _OneByOne:
     def wait_for(self, places: Sequence[int]) -> None:
         """Settings that other programs are measuring: wait for them to end, then do what is left."""
         self._elsewhere += places
+        self._tried_again.update(places)
         while self._elsewhere:
             place = self._elsewhere.pop(0)
             self._wait_for_others(place)

@@ -21,6 +21,7 @@ from batch_inference.measure.locks import LockedError, lock_of, locked, purpose_
 
 # Longest text in a file name.
 _NO_WORD = re.compile(r"[^A-Za-z0-9.]+")
+_HASH = re.compile(r" \([0-9a-f]{16}\)$")  # of a model folder's place
 # How many names are tried.
 _MOST_NAMES = 10_000
 
@@ -105,7 +106,7 @@ def _named_by_user(config: ExperimentConfig, here: Environment) -> Path:
 def differences(config: ExperimentConfig, here: Environment, heading: Heading) -> list[Difference]:
     """What makes points of the two differ: settings, vLLM, or devices."""
     old, new = heading.config.same_settings(), config.same_settings()
-    found = [Difference(name, _short(old[name]), _short(new[name])) for name in new if old[name] != new[name]]
+    found = [Difference(name, *_told_apart(old[name], new[name])) for name in new if old[name] != new[name]]
     before, now = _place(heading.environment), _place(here)
     return found + [Difference(what, before[what], now[what]) for what in now if before[what] != now[what]]
 
@@ -113,6 +114,13 @@ def differences(config: ExperimentConfig, here: Environment, heading: Heading) -
 def _place(environment: Environment) -> dict[str, str]:
     devices = sorted({device.name for device in environment.devices})
     return {"vLLM": environment.versions.get("vllm", "unknown"), "devices": " + ".join(devices) or "unknown"}
+
+
+def _told_apart(old: object, new: object) -> tuple[str, str]:
+    """In few words; of model folders the names, if these are enough."""
+    before, now = _short(old), _short(new)
+    names = _HASH.sub("", before), _HASH.sub("", now)
+    return (before, now) if names[0] == names[1] else names
 
 
 def _short(value: object) -> str:
