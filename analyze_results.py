@@ -111,12 +111,18 @@ def ask(
 
 
 def notes_on_jobs(settings: list[MeasuredSetting], flags: Namespace) -> list[str]:
-    """What was asked of batches, where there are only jobs."""
+    """Notes on flags that are about batches, where only jobs were measured."""
     if not any(setting.queues for setting in settings) or any(any(setting.batch_points()) for setting in settings):
         return []
-    goal = ["--goal latency: a job is fastest where throughput is highest; no setting is written to be used."]
+    goal = [
+        "--goal latency is for batches, and only jobs were measured: no files to use are written. A job is fastest "
+        "where throughput is highest."
+    ]
     limits = [name for name in ("max_latency_s", "max_ttft_s", "max_tpot_s") if getattr(flags, name) is not None]
-    said = [f"{flag_of(name)}: it limits points of a grid, and only jobs were measured." for name in limits]
+    said = [
+        f"{flag_of(name)} has no effect: it limits the points of a grid, and only jobs were measured."
+        for name in limits
+    ]
     return [*(goal if flags.goal == "latency" else []), *said]
 
 

@@ -141,8 +141,9 @@ def test_what_is_asked_of_batches_where_there_are_only_jobs_is_said() -> None:
 
     flags = parse(["--input", "x", "--goal", "latency", "--max-ttft-s", "2"])
     assert script.notes_on_jobs([setting()], flags) == [
-        "--goal latency: a job is fastest where throughput is highest; no setting is written to be used.",
-        "--max-ttft-s: it limits points of a grid, and only jobs were measured.",
+        "--goal latency is for batches, and only jobs were measured: no files to use are written. A job is fastest "
+        "where throughput is highest.",
+        "--max-ttft-s has no effect: it limits the points of a grid, and only jobs were measured.",
     ]
     assert script.notes_on_jobs([setting(), setting((1, 2, 3, 4.0))], flags) == []
     assert script.notes_on_jobs([setting()], parse(["--input", "x"])) == []

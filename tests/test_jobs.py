@@ -135,7 +135,12 @@ def test_a_job_that_was_still_faster_at_the_largest_size_says_so(tmp_path: Path)
     [
         setting("tp_1", queue(4, 96, life_s=1.5)),
         setting("tp_1", queue(2), queue(4, 96, life_s=2.5)),  # slower
-        setting("tp_1", queue(2), queue(4, 96, life_s=1.5), config={"batch_sizes": [2, 4, 8]}),
+        setting(
+            "tp_1",
+            queue(2),
+            queue(4, 96, life_s=1.5),
+            config={"batch_sizes": [2, 4, 8], "prompts_file": "j.jsonl", "workload_hash": "abc"},
+        ),
         setting("tp_1", queue(2), queue(4, 96, life_s=1.5, counters={"peak_running": 3})),
         setting("tp_1", queue(2), queue(4, 96, life_s=1.5, counters={"preemptions": 1})),
         setting("tp_1", queue(2), queue(4, 96, life_s=1.5, memory={"peak_kv_use": 0.97})),

@@ -19,7 +19,7 @@ from batch_inference.analyze.flags import UsageError
 from batch_inference.analyze.sources import newest
 from batch_inference.analyze.tables import MeasuredSetting, load_setting, setting_labels
 from batch_inference.core.result_file import save_result
-from batch_inference.core.results import Result
+from batch_inference.core.results import Answers, Result
 from builders import make_point, make_result
 
 Run = Callable[..., CompletedProcess[str]]
@@ -148,7 +148,7 @@ def test_the_same_setting_found_twice_counts_once_and_a_line_says_so(analyze: Ru
     done = analyze("--input", tmp_path)
     assert done.returncode == 0
     line = (
-        "tp_1 was measured more than once: a/tp_1_results.json is the newest and counts, c/tp_1_results.json, "
+        "tp_1 was measured in several files: a/tp_1_results.json is the newest and counts, c/tp_1_results.json, "
         "b/tp_1_results.json do not."
     )
     assert line in done.stdout
@@ -170,8 +170,8 @@ def test_of_another_grid_of_a_setting_the_points_that_the_newest_lacks_count(ana
         save(tmp_path / folder / "tp_1_results.json", content)
     done = analyze("--input", tmp_path)
     assert (
-        "tp_1 was measured more than once: a/tp_1_results.json is the newest and counts, c/tp_1_results.json does not, "
-        "of b/tp_1_results.json only what it does not have."
+        "tp_1 was measured in several files: a/tp_1_results.json is the newest and counts, c/tp_1_results.json does "
+        "not, of b/tp_1_results.json only the points that no newer file has."
     ) in done.stdout
     table = pd.read_csv(tmp_path / "analysis" / "results.csv")
     # One setting, so that it does not tie with itself.
@@ -194,12 +194,35 @@ def test_what_another_file_of_a_setting_has_is_not_missing(tmp_path: Path) -> No
     assert [(one.file, one.points_ok, one.points_asked, one.is_interrupted) for one in kept] == [
         ("a/tp_1_results.json", 2, 3, True), ("b/tp_1_results.json", 2, 2, False),
     ]  # fmt: skip
-    assert [one.largest_size(64) for one in kept] == [16, 16]
+    assert [one.largest_size((1, 64, 32, None, None)) for one in kept] == [16, 16]
     assert set(setting_labels(kept).values()) == {"tp_1"}
     assert notes == [
-        "tp_1 was measured more than once: b/tp_1_results.json is the newest and counts, of a/tp_1_results.json only "
-        "what it does not have."
+        "tp_1 was measured in several files: b/tp_1_results.json is the newest and counts, of a/tp_1_results.json only "
+        "the points that no newer file has."
     ]
+    # What two of them did not reach is missing once, and other work has no larger sizes.
+    again = part("c", "03", [1, 2, 4, 8, 16], [1])
+    assert [one.points_asked - one.num_points for one in newest([older, newer, again])[0]] == [0, 0, 1]
+    assert again.largest_size((1, 128, 32, None, None)) == 0
+
+
+def test_a_setting_that_fails_now_is_not_shown_as_it_once_was(tmp_path: Path) -> None:
+    old = result(config={"batch_sizes": [1]}, environment=at("2026-01-01T00:00:00+00:00"))
+    failed = make_result("tp_1", status="failed", config={"batch_sizes": [1]},
+                         environment=at("2026-01-02T00:00:00+00:00"))  # fmt: skip
+    paths = [save(tmp_path / folder / "tp_1_results.json", one) for folder, one in (("a", old), ("b", failed))]
+    ((one,), _) = newest([load_setting(path, top=tmp_path) for path in paths])
+    assert (one.file, one.num_points, one.points_asked) == ("b/tp_1_results.json", 0, 1)
+
+
+def test_answers_of_an_older_file_are_those_of_the_setting(tmp_path: Path) -> None:
+    old = result(environment=at("2026-01-01T00:00:00+00:00"))
+    old.answers = Answers(0, 8, 4, [], [], [])
+    paths = [
+        save(tmp_path / folder / "tp_1_results.json", one)
+        for folder, one in (("a", old), ("b", result(environment=at("2026-01-02T00:00:00+00:00"))))
+    ]
+    assert [one.answers for one in newest([load_setting(path, top=tmp_path) for path in paths])[0]] == [old.answers]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +241,7 @@ def test_other_settings_of_the_same_name_are_told_apart_by_their_files(
     save(tmp_path / "a" / "tp_1_results.json", result())
     save(tmp_path / "b" / "tp_1_results.json", result(**other))
     done = analyze("--input", tmp_path)
-    assert "more than once" not in done.stdout
+    assert "in several files" not in done.stdout
     table = pd.read_csv(tmp_path / "analysis" / "results.csv")
     assert set(table["setting"]) == {"tp_1 [a/tp_1_results]", "tp_1 [b/tp_1_results]"}
 
@@ -226,7 +249,7 @@ def test_other_settings_of_the_same_name_are_told_apart_by_their_files(
 def test_files_that_do_not_say_what_was_asked_are_never_the_same(analyze: Run, tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
         save(tmp_path / name, result(config={"config_hash": None}, environment=at("yesterday")))
-    assert "more than once" not in analyze("--input", tmp_path).stdout
+    assert "in several files" not in analyze("--input", tmp_path).stdout
 
 
 # --- what is chosen -----------------------------------------------------------------------------------------------

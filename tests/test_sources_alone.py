@@ -62,7 +62,12 @@ def test_what_is_asked_for_is_kept_and_the_rest_counted(model: Any, names: Any, 
 
 
 def test_one_of_several_settings_of_a_name_is_chosen_by_what_the_report_calls_it() -> None:
-    assert [one.file for one in chosen(THREE, None, ["tp_2 [c]"], "--input x")[0]] == ["c"]
+    one, other = setting("b", "tp_2"), setting("c", "tp_2", model="other/n", config_hash="h2")
+    assert files_of(chosen([one, other], None, ["tp_2 [c]"], "--input x")[0]) == ["c"]
+    # With its older files.
+    again = setting("d", "tp_2", model="other/n", config_hash="h2", ended_at="2026-01-02T03:00:00+00:00")
+    again = dataclasses.replace(again, shapes=[(2, 8, 32, None, None)])
+    assert files_of(chosen([one, other, again], None, ["tp_2 [d]"], "--input x")[0]) == ["c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,7 @@ def test_the_newest_counts(first: dict[str, Any], second: dict[str, Any], counti
     found, notes = newest([setting("a", **first), setting("b", **second)])
     assert files_of(found) == [counting]
     other = {"a": "b", "b": "a"}[counting]
-    assert notes == [f"tp_1 was measured more than once: {counting} is the newest and counts, {other} does not."]
+    assert notes == [f"tp_1 was measured in several files: {counting} is the newest and counts, {other} does not."]
 
 
 def test_of_many_older_files_three_are_named_and_the_order_stays() -> None:
@@ -114,7 +119,7 @@ def test_of_many_older_files_three_are_named_and_the_order_stays() -> None:
     many = [setting(name, ended_at=f"2026-01-0{day}T00:00:00+00:00") for name, day in times.items()]
     found, notes = newest([setting("z", "tp_2"), *many, setting("y", "tp_4")])
     assert files_of(found) == ["z", "e", "y"]
-    assert notes == ["tp_1 was measured more than once: e is the newest and counts, a, b, c and 1 more do not."]
+    assert notes == ["tp_1 was measured in several files: e is the newest and counts, a, b, c and 1 more do not."]
 
 
 @pytest.mark.parametrize("name", ["config_hash", "max_tokens", "device_kind", "device_name", "vllm_version"])

@@ -148,7 +148,7 @@ def _job(answer: JobAnswer) -> dict[str, Any]:
         "prefixes_are_cached": answer.is_cached,
         "fastest": [_job_row(row) for row in answer.rows],
         "ties": [row.setting for row in answer.ties],
-        "not_forecast": answer.left_out,
+        "not_forecast": answer.not_forecast,
         "deadline": deadline
         and {
             "setting": deadline.row.setting,

@@ -69,7 +69,7 @@ def _values(analysis: Analysis, column: str) -> list[str]:
 
 def _facts(analysis: Analysis) -> Iterator[str]:
     """Model, devices, vLLM, date."""
-    yield counted(len(analysis.settings), "setting")
+    yield counted(sum(one.part_of is None for one in analysis.settings), "setting")
     for column, before in (("model", ""), ("device_name", ""), ("vllm_version", "vLLM ")):
         if values := _values(analysis, column):
             yield before + few(values, 3)

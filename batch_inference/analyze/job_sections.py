@@ -55,7 +55,7 @@ def job_section(answer: JobAnswer, analysis: Analysis) -> Section:
         header,
         rows,
         frozenset(header) - {"setting", "order"},
-        [*answer.left_out, *(f"no forecast from {said}" for said in answer.unlike), *_lines(answer)],
+        [*answer.not_forecast, *_lines(answer)],
         more=len(answer.rows) - len(rows),
     )
 

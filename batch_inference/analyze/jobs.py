@@ -112,6 +112,11 @@ class JobAnswer:
         return self.rows[0] if self.rows else None
 
     @property
+    def not_forecast(self) -> list[str]:
+        """Points that are left out, and why."""
+        return [*self.left_out, *(f"no forecast from {said}" for said in self.unlike)]
+
+    @property
     def cheapest(self) -> JobRow | None:
         return min(self.rows, key=lambda row: row.device_hours.value, default=None)
 
@@ -218,7 +223,7 @@ def _row(setting: MeasuredSetting, point: QueuePoint, label: str, job: JobLength
         layout=layout(*(int(setting.shared.get(name) or 0) for name in LAYOUT)),
         load_s=setting.load_s,
         is_coupled=point.replicas > 1 and bool(setting.shared.get("enable_expert_parallel")),
-        is_largest=point.batch_size >= setting.largest_size(None),
+        is_largest=point.batch_size >= setting.largest_size(point.shape),
     )
 
 
@@ -284,7 +289,7 @@ def _as_run_in_time(row: JobRow, hours: float) -> Deadline:
 
 
 def _forecast_in_time(row: JobRow, job: JobLengths, hours: float) -> Deadline | None:
-    """Replicas that share experts are only as many as were measured, or twice as many and so on."""
+    """Replicas that share experts come in multiples of the number that was measured."""
     order, together = row.point.workload.order, row.point.replicas if row.is_coupled else 1
     answer = replicas_for_deadline(row.point.runs, in_order(job, order), hours * HOUR_S, order, together=together)
     if answer is None:

@@ -46,7 +46,8 @@ def growth_of_batch(row: Mapping[Hashable, Any], group: Group, analysis: Analysi
         return None
     best, before = here.iloc[0].to_dict(), smaller.iloc[-1].to_dict()
     setting = next(one for one in analysis.settings if one.file == best["file"])
-    if setting.largest_size(int(row["seq_len"])) > int(row["batch_size"]) or not _has_room(best):
+    shape = (int(row["batch_size"]), int(row["seq_len"]), int(row["max_tokens"]), None, None)
+    if setting.largest_size(shape) > int(row["batch_size"]) or not _has_room(best):
         return None
     halves = [half_width(one, _THROUGHPUT) for one in (best, before)]
     if None in halves:

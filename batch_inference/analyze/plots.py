@@ -110,7 +110,7 @@ def _efficiency(points: pd.DataFrame, efficiency: str, equal: str) -> Figure:
         raise NothingToShowError("every measured setting has the same number of devices")
     baseline = baseline_of(measured)
     if baseline is None:
-        raise NothingToShowError("the baseline of --baseline is not among these points")
+        raise NothingToShowError("the setting of --baseline has no points here")
     shown = measured[measured[efficiency].notna() & (measured["setting"].astype(object) != baseline)]
     if shown.empty:
         raise NothingToShowError(f"no point has the same length and {equal} as one of the baseline, {baseline}")

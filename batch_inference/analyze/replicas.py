@@ -117,7 +117,7 @@ def to_measure(one: Unmeasured, analysis: Analysis) -> tuple[str, ...]:
     if (setting.shared.get("nnodes") or 1) > 1:
         return ()
     sizes = [f"{name}={size}" for name, size in zip(("TP", "PP", "DP"), one.sizes, strict=True) if size > 1]
-    points = analysis.points[analysis.points["file"] == row["file"]]
+    points = analysis.points[analysis.points["setting"] == row["setting"]]
     batches, lengths = (sorted(points[name].unique()) for name in ("batch_size", "seq_len"))
     return (
         "./run_batch_experiments.sh", "custom", *sizes, "--model", shlex.quote(str(row["model"])),

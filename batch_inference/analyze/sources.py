@@ -18,6 +18,7 @@ from typing import Any
 from batch_inference.analyze.flags import UsageError
 from batch_inference.analyze.tables import MeasuredSetting, load_setting, setting_labels
 from batch_inference.analyze.wording import few
+from batch_inference.core.config import Shape
 from batch_inference.core.result_file import ResultFileError
 from batch_inference.core.text import counted, in_short
 
@@ -68,9 +69,11 @@ def chosen(
         notes += _left_out(f"--model {model}", len(kept) - len(of_model))
         kept = of_model
     if names is not None:
-        # Either the name, or what the report calls a setting where several share it.
-        labels = setting_labels(settings)
-        called = {setting.path: {setting.name, labels[setting.path]} for setting in kept}
+        # Either the name, or what the report calls a setting where several share it; with all its files.
+        counting, _ = newest(settings)
+        labels = setting_labels(counting)
+        label_of = {_same_setting(one): labels[one.path] for one in counting}
+        called = {setting.path: {setting.name, label_of[_same_setting(setting)]} for setting in kept}
         there = set[str]().union(*called.values())
         if missing := [name for name in names if name not in there]:
             raise _unknown("--setting", ",".join(missing), where, (setting.name for setting in kept))
@@ -112,26 +115,29 @@ def newest(settings: Sequence[MeasuredSetting]) -> tuple[list[MeasuredSetting], 
 def _parts(files: Sequence[MeasuredSetting]) -> list[MeasuredSetting]:
     """What counts of the files of one setting, the newest first."""
     newest_file, *older = files
-    every = {shape for one in files for shape in one.shapes}
-    largest = max(one.largest_asked for one in files)
-    # What another file has is not missing.
-    asked = newest_file.asked.difference(every.difference(newest_file.shapes))
-    parts = [replace(newest_file, asked=asked, largest_asked=largest)]
     # One without any points failed, and what was asked of it must not be shown as it once was.
     newer = {*(newest_file.shapes or newest_file.asked)}
+    parts = [newest_file]
     for one in older:
-        rest = replace(one.without(newer), part_of=newest_file.path, largest_asked=largest, answers=None)
+        parts.append(replace(one.without(newer), part_of=newest_file.path, answers=None))
         newer.update(one.shapes)
-        parts.append(replace(rest, asked=rest.asked.difference(every.difference(rest.shapes))))
-    return parts
+    # What another file has is not missing, and what is missing is so once.
+    answers = next((one.answers for one in files if one.answers), None)
+    told, tried = set[Shape](), frozenset[Shape]().union(*(one.tried for one in files))
+    has = {shape for part in parts for shape in part.shapes}
+    for place, part in enumerate(parts):
+        asked = part.asked.difference(told, has.difference(part.shapes))
+        told |= asked
+        parts[place] = replace(part, asked=asked, tried=tried)
+    return [replace(parts[0], answers=answers), *parts[1:]]
 
 
 def _of_several_files(parts: Sequence[MeasuredSetting]) -> str:
     last, *older = parts
     gone, cut = ([one.file for one in reversed(older) if bool(one.num_points) == has] for has in (False, True))
     said = [f"{few(gone, 3)} {'does' if len(gone) == 1 else 'do'} not"] if gone else []
-    said += [f"of {few(cut, 3)} only what it does not have"] if cut else []
-    return f"{last.name} was measured more than once: {last.file} is the newest and counts, {', '.join(said)}."
+    said += [f"of {few(cut, 3)} only the points that no newer file has"] if cut else []
+    return f"{last.name} was measured in several files: {last.file} is the newest and counts, {', '.join(said)}."
 
 
 def _same_setting(setting: MeasuredSetting) -> tuple[Any, ...]:

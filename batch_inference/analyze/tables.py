@@ -75,17 +75,14 @@ class MeasuredSetting:
     columns: dict[str, list[Any]]  # what is each point's own, in the order of the points
     queues: list[QueuePoint]
     answers: Answers | None = None
-    largest_asked: int = 0  # batch size
+    tried: frozenset[Shape] = frozenset()  # asked for or measured, in all files of the setting
     used_by_others: Sequence[str] = ()  # devices that another sweep used when this one began: which and who
     part_of: Path | None = None  # the newest file of this setting; None for that one itself
     sizes_asked: Mapping[str, int] = field(default_factory=dict)  # of the engine; `shared` has what became of them
 
-    def largest_size(self, seq_len: int | None) -> int:
-        """The largest batch size that was asked for or tried at this prompt length, whatever became of it; None is the
-        length of a workload."""
-        places = zip(self.columns["batch_size"], self.columns["seq_len"], strict=True)
-        tried: list[int] = [size for size, length in places if length == seq_len]
-        return max([self.largest_asked, *tried])
+    def largest_size(self, shape: Shape) -> int:
+        """The largest batch size that was asked for or tried of this work, whatever became of it."""
+        return max((size for size, *work in self.tried if tuple(work[:3]) == shape[1:4]), default=0)
 
     def batch_points(self) -> Iterator[tuple[int, int, int, float]]:
         """(batch size, prompt length, output tokens, output throughput) of those that were measured."""
@@ -100,7 +97,7 @@ class MeasuredSetting:
         return len(self.asked.union(self.shapes))
 
     def without(self, others: Collection[Shape]) -> MeasuredSetting:
-        """Its points except these, which are not asked of it either."""
+        """It without these points, as if they had not been asked of it."""
         keeps = [shape not in others for shape in self.shapes]
         columns = {name: list(itertools.compress(cells, keeps)) for name, cells in self.columns.items()}
         return replace(
@@ -141,7 +138,7 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         status=result.status,
         points_ok=sum(point.status == "ok" for point in result.points),
         shapes=[point.shape for point in result.points],
-        asked=frozenset(result.config.points()),
+        asked=(asked := frozenset(result.config.points())),
         load_s=load_s,
         failure=_cell(redact_text(failure)) if result.status == "failed" else None,
         shared=shared,
@@ -153,7 +150,7 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         },
         queues=list(queue_points(result, summaries)),
         answers=result.answers,
-        largest_asked=max(result.config.batch_sizes, default=0),
+        tried=asked.union(point.shape for point in result.points),
         used_by_others=[_cell(redact_text(used)) for used in result.environment.used_by_others],
         sizes_asked={name: value for name in _SIZES_ASKED if isinstance(value := getattr(result.config, name), int)},
     )
@@ -348,8 +345,8 @@ def batch_points(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def setting_labels(settings: Sequence[MeasuredSetting]) -> dict[Path, str]:
-    """A unique name for each setting, by its files: its own, with that of its newest file where two settings share
-    one."""
+    """For each file the name of its setting; where several settings share a name, followed by that of its newest
+    file."""
     whole = [setting for setting in settings if setting.part_of is None]
     counts = Counter(setting.name for setting in whole)
     labels = {

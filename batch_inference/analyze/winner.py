@@ -67,7 +67,7 @@ def _of_row(analysis: Analysis, answer: JobAnswer, row: JobRow, why: str, replic
     point = row.point
     setting = next(one for one in analysis.settings if any(queue is point for queue in one.queues))
     return Winner(
-setting, row.setting, point.batch_size, point.tokens_per_step,
+        setting, row.setting, point.batch_size, point.tokens_per_step,
         max_tokens=point.max_tokens, workload=point.workload.as_tuple(),
         why=f"{why}, for the job of {requests_words(answer)}",
         is_suspect=point.verdict == "suspect", replicas=replicas,
@@ -117,7 +117,7 @@ def _known(value: Any) -> int | None:
 
 def _notes(analysis: Analysis, group: Group, choices: Sequence[Choice], chosen: Choice) -> Iterator[str]:
     if len(analysis.groups) > 1:
-        most = "no group has more points" if _has_equals(group, analysis) else "which has the most points"
+        most = "one of those with the most points" if _has_equals(group, analysis) else "which has the most points"
         yield (
             f"There are {len(analysis.groups)} groups; this is the winner of {group.name}, {most}. "
             "Choose another with --model or --setting."

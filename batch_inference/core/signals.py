@@ -29,26 +29,26 @@ _is_held = False
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """A signal that comes inside takes effect when all is done, so that what is changed here is changed as a whole. A
-    second one does not wait: what it interrupts may hang. Threads are not interrupted anyway."""
+    """A signal that comes while the block runs takes effect at its end, so that what is changed there is changed as a
+    whole. A second one does not wait: what it interrupts may hang. Only the main thread is ever interrupted."""
     global _is_held
     if _is_held or threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    came, is_told = list[int](), False
     before: dict[int, Callable[[int, FrameType | None], object]] = {}
 
     def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal is_told
+        came.append(number)
         # A hangup is no second request, as below.
-        if came and number != signal.SIGHUP:
-            came.clear()
+        if len(came) > 1 and number != signal.SIGHUP:
+            is_told = True
             before[number](number, frame)
-        else:
-            came.append(number)
 
     _is_held = True
     try:
-        # All are restored, even if one comes between two of them.
+        # An exception while one is restored keeps none of the others from it.
         with contextlib.ExitStack() as handlers:
             for number in EXIT_CODES:
                 if callable(handler := signal.getsignal(number)):
@@ -58,7 +58,7 @@ def held_back() -> Iterator[None]:
             yield
     finally:
         _is_held = False
-        if came:
+        if came and not is_told:
             before[came[0]](came[0], None)
 
 

@@ -228,7 +228,7 @@ def path_text(text: str) -> str:
 def name_text(text: str) -> str:
     """A name that is written into files, and that a file is named after."""
     if "/" in text or text.startswith("."):
-        raise ValueError("a file is named after it; leave out / and a . in front")
+        raise ValueError("a file is named after it, so it may not contain / or begin with .")
     return path_text(plain_text(text))
 
 

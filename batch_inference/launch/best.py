@@ -354,8 +354,8 @@ def tried_in(result: Result | None, points: Sequence[Point], options: Options) -
 
 
 def _points(result: Result | None, config: ExperimentConfig, length: int | None) -> list[Point]:
-    """Whatever became of them, at whatever batch size: what was asked for at this length. A file may hold more, such as
-    other workloads, output lengths or tokens per step."""
+    """The points that were asked for at this length, of any batch size, whatever became of them. A file may hold more,
+    such as other workloads, output lengths or tokens per step."""
     asked = {shape[1:] for shape in config.points() if shape[1] == length}
     return [point for point in result.points if point.shape[1:] in asked] if result else []
 

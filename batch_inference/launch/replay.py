@@ -41,8 +41,8 @@ class Recorded:
 
     @cached_property
     def beside_s(self) -> float:
-        """Time for neither start nor runs: closing the engine, and gaps between runs. What is recorded of begin and end
-        are whole seconds, which a short setting may be within."""
+        """Time for neither start nor runs: closing the engine, and gaps between runs. Begin and end are recorded in
+        whole seconds, so a short setting may begin and end in the same one."""
         begin, end = self.result.environment.started_at, self.result.environment.ended_at
         in_all_s = (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds() if begin and end else 0
         return max(0.0, in_all_s - self.start_s - sum(map(seconds_of, self.result.points)))
