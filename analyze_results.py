@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from batch_inference.analyze.files import default_folder, find_files, folder_to_use, make_folder, not_this_folder
 from batch_inference.analyze.flags import UsageError, parse
-from batch_inference.core.config import flag_of
+from batch_inference.core.config import LIMITS, flag_of
 from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.signals import EXIT_CODES, end_in_order
 from batch_inference.core.streams import print_kept, say, secure_streams
@@ -118,7 +118,7 @@ def notes_on_jobs(settings: list[MeasuredSetting], flags: Namespace) -> list[str
         "--goal latency is for batches, and only jobs were measured: no files to use are written. A job is fastest "
         "where throughput is highest."
     ]
-    limits = [name for name in ("max_latency_s", "max_ttft_s", "max_tpot_s") if getattr(flags, name) is not None]
+    limits = [name for name in LIMITS if getattr(flags, name) is not None]
     said = [
         f"{flag_of(name)} has no effect: it limits the points of a grid, and only jobs were measured."
         for name in limits

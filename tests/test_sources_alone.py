@@ -26,7 +26,7 @@ from batch_inference.core.result_file import ResultFileError
 from builders import make_point, make_result, save_all
 
 SETTING = MeasuredSetting(
-    path=Path("x.json"), file="x.json", name="tp_1", num_devices=1, status="complete", points_ok=1,
+    path=Path("x.json"), file="x.json", name="tp_1", num_devices=1, status="complete",
     shapes=[(1, 8, 32, None, None)], asked=frozenset({(1, 8, 32, None, None)}), queues=[],
     load_s=None, failure=None, shared={}, columns={},
 )  # fmt: skip

@@ -79,7 +79,7 @@ def few_words(answer: JobAnswer, answers: Sequence[JobAnswer] = ()) -> str:
     return f"{job_words(answer, answers)}{outputs}{_cached(answer)}"
 
 
-def job_words(answer: JobAnswer, answers: Sequence[JobAnswer] = ()) -> str:
+def job_words(answer: JobAnswer, answers: Sequence[JobAnswer]) -> str:
     """How many requests, and of how many tokens where another job has as many requests."""
     others = {other.prompt_tokens for other in answers if other.requests == answer.requests}
     more = f" of {answer.prompt_tokens:,.0f} prompt tokens" if len(others) > 1 else ""
@@ -128,8 +128,7 @@ def _pairs(answer: JobAnswer) -> Iterator[tuple[str, str]]:
         return
     yield "fastest", _row_words(best)
     if cheapest is not best:
-        ties = [f", {words}" for words in tied([row.setting for row in answer.as_cheap])]
-        yield "fewest device-hours", "".join([_row_words(cheapest), *ties])
+        yield "fewest device-hours", ", ".join([_row_words(cheapest), *tied([row.setting for row in answer.as_cheap])])
     if words := _deadline_words(answer):
         yield "for the deadline", words
 

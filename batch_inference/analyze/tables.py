@@ -16,7 +16,7 @@ import msgspec
 import pandas as pd
 
 from batch_inference.analyze.queues import QueuePoint, queue_points
-from batch_inference.core.config import Shape
+from batch_inference.core.config import LIMITS, Shape
 from batch_inference.core.metrics import METRICS, Summary, run_latencies_s, summarise, tpots_s, ttfts_s
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import Answers, DeviceInfo, EngineInfo, Point, Result
@@ -47,7 +47,7 @@ _LONGEST_CELL = 32_000
 # How a file is written is no setting, and a point has its own batch_size and seq_len.
 _NOT_IN_ROWS = {
     "output_dir", "output_file", "overwrite", "resume", "verbose", "dry_run", "devices", "batch_sizes", "seq_lens",
-    "goal", "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s",
+    "goal", "to_beat", *LIMITS,
     "prompts_file", "output_lengths", "sample", "order", "skip_bad_lines", "workload_longest", "workload_hash",
     "compare_answers", "model_id",
 }  # fmt: skip
@@ -66,7 +66,6 @@ class MeasuredSetting:
     name: str
     num_devices: int
     status: str
-    points_ok: int
     shapes: list[Shape]  # of its points: what tells them apart
     asked: frozenset[Shape]  # measured or not
     load_s: float | None
@@ -82,7 +81,7 @@ class MeasuredSetting:
 
     def largest_size(self, shape: Shape) -> int:
         """The largest batch size that was asked for or tried of this work, whatever became of it."""
-        return max((size for size, *work in self.tried if tuple(work[:3]) == shape[1:4]), default=0)
+        return max((one[0] for one in self.tried if one[1:4] == shape[1:4]), default=0)
 
     def batch_points(self) -> Iterator[tuple[int, int, int, float]]:
         """(batch size, prompt length, output tokens, output throughput) of those that were measured."""
@@ -90,6 +89,10 @@ class MeasuredSetting:
         for *sizes, throughput, verdict in zip(*map(self.columns.__getitem__, names), strict=True):
             if sizes[1] is not None and throughput is not None and verdict != "invalid":
                 yield (*sizes, throughput)
+
+    @property
+    def points_ok(self) -> int:
+        return self.columns.get("status", []).count("ok")
 
     @property
     def points_asked(self) -> int:
@@ -102,7 +105,6 @@ class MeasuredSetting:
         columns = {name: list(itertools.compress(cells, keeps)) for name, cells in self.columns.items()}
         return replace(
             self,
-            points_ok=columns.get("status", []).count("ok"),
             shapes=list(itertools.compress(self.shapes, keeps)),
             asked=self.asked.difference(others),
             columns=columns,
@@ -111,7 +113,7 @@ class MeasuredSetting:
 
     @property
     def num_points(self) -> int:
-        return len(next(iter(self.columns.values()), []))
+        return len(self.shapes)
 
     @property
     def is_interrupted(self) -> bool:
@@ -136,7 +138,6 @@ def load_setting(path: Path, percent: float = 99, top: Path | None = None) -> Me
         name=_cell(result.name),
         num_devices=result.num_devices,
         status=result.status,
-        points_ok=sum(point.status == "ok" for point in result.points),
         shapes=[point.shape for point in result.points],
         asked=(asked := frozenset(result.config.points())),
         load_s=load_s,

@@ -50,6 +50,8 @@ MEETING_SECRET = "BATCH_INFERENCE_MEETING_SECRET"
 SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # vLLM's own: each device holds whole experts of a mixture, instead of a slice of every one.
 EXPERTS_FLAG = "--enable-expert-parallel"
+# The limits of a search and of an analysis, in seconds.
+LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
 PREFIX_FLAG = "--enable-prefix-caching"
 # Content, output lengths, order, whether prefixes are cached.
 Workload = tuple[str, str | int, str, bool]
@@ -408,7 +410,7 @@ class ExperimentConfig:
         names = (
             "model", "batch_sizes", "seq_lens", "max_tokens", "num_runs", "target_ci", "max_runs", "warmup_runs",
             "output_lengths", "sample", "order", "skip_bad_lines", "compare_answers", "max_num_batched_tokens", "goal",
-            "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s",
+            "to_beat", *LIMITS,
         )  # fmt: skip
         # A model may be in another folder on another node, under the same name. So may a workload, of which node 0
         # sends what is run.

@@ -10,7 +10,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from batch_inference.core.config import MIN_RUNS, PREFIX_FLAG, ConfigError, ExperimentConfig, as_compared, flag_of
+from batch_inference.core.config import (
+    LIMITS,
+    MIN_RUNS,
+    PREFIX_FLAG,
+    ConfigError,
+    ExperimentConfig,
+    as_compared,
+    flag_of,
+)
 from batch_inference.core.parser import Parser
 from batch_inference.core.secrets import dashed_secret, left_placeholder
 from batch_inference.core.text import has_control, quoted
@@ -223,7 +231,7 @@ def _check_together(config: ExperimentConfig) -> None:
 
 
 def _check_search(config: ExperimentConfig) -> None:
-    for name in () if config.searches else ("goal", "to_beat", "max_latency_s", "max_ttft_s", "max_tpot_s"):
+    for name in () if config.searches else ("goal", "to_beat", *LIMITS):
         if (value := getattr(config, name)) != getattr(ExperimentConfig, name):
             raise ConfigError(
                 f"{flag_of(name)} {as_compared(value)}: it works only with --batch-sizes {AUTO}; add that, or drop it"

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from batch_inference.core.climb import TIE, Climb, Tried
-from batch_inference.core.config import EXPERTS_FLAG, MIN_RUNS, ConfigError, ExperimentConfig, flag_of
+from batch_inference.core.config import EXPERTS_FLAG, LIMITS, MIN_RUNS, ConfigError, ExperimentConfig, flag_of
 from batch_inference.core.packages import missing_to_analyse
 from batch_inference.core.race import Found, Goal, Layout, Load, Race, Search, layouts
 from batch_inference.core.streams import say
@@ -37,8 +37,7 @@ from batch_inference.plan.obstacles import ALL_HIDDEN
 if TYPE_CHECKING:
     from batch_inference.core.results import Point, Result
 
-_LIMITS = ("max_latency_s", "max_ttft_s", "max_tpot_s")
-_ASKED = ("--goal", *map(flag_of, _LIMITS))
+_ASKED = ("--goal", *map(flag_of, LIMITS))
 # What each load gets its own values of: flags of the search, and the sizes.
 _OWN_FLAGS = ("--batch-sizes", "--seq-lens", "--packed", *_ASKED)
 # What is chosen for each load, and what the search itself must know: after -- only the loads would get them.
@@ -162,7 +161,7 @@ class Best:
     def flags_of_analysis(self) -> list[str]:
         """With which an analysis answers the same question."""
         goal = [] if self.options.goal == THROUGHPUT else ["--goal", self.options.goal]
-        return [*goal, *itertools.chain(*_given(self.options, (*_LIMITS, "device_hour_price")))]
+        return [*goal, *itertools.chain(*_given(self.options, (*LIMITS, "device_hour_price")))]
 
     @property
     def length_to_use(self) -> int | None:
@@ -298,7 +297,7 @@ class Best:
         words = ["--batch-sizes", AUTO, "--goal", self.options.goal]
         if any(load.to_beat):
             words += ["--to-beat", ",".join(f"{value:.6g}" for value in load.to_beat)]
-        words += itertools.chain(*_given(self.options, _LIMITS))
+        words += itertools.chain(*_given(self.options, LIMITS))
         return words if load.is_answer or self._says_runs else [*words, "--max-runs", str(MIN_RUNS)]
 
     @property
@@ -314,10 +313,10 @@ class Best:
         return set()
 
     def _keep(self, load: Load, job: Job, code: int) -> None:
-        if code == 2 and not any(race.found for race in self.search.races.values()):
-            raise SystemExit(2)  # a wrong flag or model is wrong for all
         from batch_inference.measure.resume import is_warm
 
+        if code == 2 and not any(race.found for race in self.search.races.values()):
+            raise SystemExit(2)  # a wrong flag or model is wrong for all
         if code:
             self.failed.append(job)
         path, result = file_of(job.config) or (None, None)
@@ -330,17 +329,17 @@ class Best:
             self._note_batches(points)
             self.lost_sizes[load.layout, length] = _lost_sizes(points)
             # What ran beside others is no answer where this setting was to run alone, but tells how far to climb.
-            tried = tried_in(result, [one for one in points if is_warm(one, job.config)], self.options)
+            alone = [one for one in points if is_warm(one, job.config)]
+            tried = tried_in(result, alone, self.options)
             if tried:
                 climb = Climb(AUTO_SIZES, rises=self.options.goal != LATENCY_GOAL, to_beat=to_beat)
                 # What was lost on the way up may have been better than everything measured.
                 before = race.found.get(load.layout)  # beside others
                 went_on = code == 0 and all(point.verdict != "invalid" for point in points)
                 is_searched = load.sizes is None or (before is not None and before.is_exhausted)
-                is_exhausted = climb.is_exhausted(tried_in(result, points, self.options))
-                race.found[load.layout] = Found(
-                    load.layout, tried, went_on and is_searched and is_exhausted, not job.config.packed
-                )
+                climbed = tried if len(alone) == len(points) else tried_in(result, points, self.options)
+                is_exhausted = went_on and is_searched and climb.is_exhausted(climbed)
+                race.found[load.layout] = Found(load.layout, tried, is_exhausted, not job.config.packed)
             else:
                 where = f"; see {job.config.log_path}" if job.config.log_path.exists() else ""
                 race.lost[load.layout] = f"{_why_lost(result, points)}{where}"
@@ -499,7 +498,7 @@ def _why_not(best: Best, race: Race, layout: Layout) -> str:
 
 
 def _limits(options: Options) -> str:
-    return listed(map(" ".join, _given(options, _LIMITS)))
+    return listed(map(" ".join, _given(options, LIMITS)))
 
 
 def _given(options: Options, names: Sequence[str]) -> Iterator[tuple[str, str]]:
