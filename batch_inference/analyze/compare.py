@@ -202,8 +202,9 @@ class SetComparison:
     """Two result sets, point by point.
 
     `points` has the columns of the newer points, `old_output_tok_per_s`, `ratio` (new / old), `ratio_ci95`,
-    `p_value`, `p_holm` (corrected for the number of points) and `change`: better, worse, no difference, unknown
-    (fewer than two runs), or lost (measured before, now failed, invalid, or asked for and not reached).
+    `p_value`, `p_holm` (corrected for the number of points) and `change`: better or worse (`p_holm` under 0.05),
+    maybe better or maybe worse (only `p_value` is), no difference, unknown (fewer than two runs), or lost (measured
+    before, now failed, invalid, or asked for and not reached).
     """
 
     points: pd.DataFrame
@@ -280,13 +281,16 @@ def _values(table: pd.DataFrame, name: str) -> str:
     return ", ".join([*sorted(map(str, column.unique())), *adaptive]) or "unknown"
 
 
+_CHANGE_OF = ("ratio", "p_value", "p_holm")
+
+
 def _changes(new: pd.DataFrame, old: pd.DataFrame, never_reached: pd.DataFrame) -> pd.DataFrame:
     found = ratios(new, old)
     lost = (new["status"] != "ok") | (new["verdict"] == "invalid")
     found = found.mask(lost)
     changes = new.assign(old_output_tok_per_s=old["output_tok_per_s"], **found, p_holm=holm(_column(found, "p_value")))
     changes = changes.assign(
-        change=[_change(*row) for row in zip(lost, changes["ratio"], changes["p_holm"], strict=True)]
+        change=[_change(*row) for row in zip(lost, *(changes[name] for name in _CHANGE_OF), strict=True)]
     )
     if never_reached.empty:
         return changes
@@ -294,14 +298,15 @@ def _changes(new: pd.DataFrame, old: pd.DataFrame, never_reached: pd.DataFrame) 
     return pd.concat([changes, gone.assign(status="failed", change="lost")])
 
 
-def _change(lost: bool, ratio: float, p_holm: float) -> str:
+def _change(lost: bool, ratio: float, p_value: float, p_holm: float) -> str:
     if lost:
         return "lost"
     if np.isnan(p_holm):
         return "unknown"
-    if p_holm >= 0.05:
+    if p_value >= 0.05:
         return "no difference"
-    return "better" if ratio > 1 else "worse"
+    way = "better" if ratio > 1 else "worse"
+    return way if p_holm < 0.05 else f"maybe {way}"
 
 
 def holm(p_values: Floats) -> Floats:

@@ -216,6 +216,9 @@ def pareto(group: Group) -> Section:
 # --- two result sets ----------------------------------------------------------------------------------------------
 
 
+_WORST_FIRST = ("lost", "worse", "maybe worse", "better", "maybe better", "unknown", "no difference")
+
+
 def compared(comparison: SetComparison) -> Section:
     points = comparison.points
     pairs = [("points compared", f"{len(points)}: {counts_of_changes(points)}" if len(points) else "none")]
@@ -226,7 +229,7 @@ def compared(comparison: SetComparison) -> Section:
             ("throughput, new / old", f"{mean:.4f} (geometric mean), from {ratio.min():.4f} to {ratio.max():.4f}")
         )
     pairs += [(column_words(name), f"{old} before, {new} now") for name, (old, new) in comparison.unlike.items()]
-    order = {word: number for number, word in enumerate(("lost", "worse", "better", "unknown", "no difference"))}
+    order = {word: number for number, word in enumerate(_WORST_FIRST)}
     columns = ["setting", "seq_len", "batch_size", "old_output_tok_per_s", "output_tok_per_s", "ratio", "ratio_ci95",
                "change", "verdict"]  # fmt: skip
     ranked = points[columns].assign(_order=points["change"].map(order)).sort_values(["_order", "ratio"], kind="stable")
@@ -243,13 +246,15 @@ def compared(comparison: SetComparison) -> Section:
 def counts_of_changes(points: pd.DataFrame) -> str:
     """3 better, 1 worse, 20 no difference"""
     counts = points["change"].value_counts()
-    words = ("better", "worse", "lost", "no difference", "unknown")
+    words = ("better", "worse", "lost", "maybe better", "maybe worse", "no difference", "unknown")
     return ", ".join(f"{counts[word]} {word}" for word in words if word in counts)
 
 
 def _compare_notes(comparison: SetComparison) -> Iterator[str]:
     yield ("better, worse: by Welch's t test of the runs at 5 %, with Holm's correction for the number of points. ±: "
            "95 % interval of each ratio alone.")  # fmt: skip
+    if comparison.points["change"].isin({"maybe better", "maybe worse"}).any():
+        yield "maybe: only the test of that point alone says so, as it does for one in twenty points without a change."
     if (comparison.points["change"] == "lost").any():
         yield "lost: measured before; now failed, invalid, or asked for and not reached."
     if (comparison.points["change"] == "unknown").any():
