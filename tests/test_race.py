@@ -80,7 +80,11 @@ def pairs_of(study: Path, goal: str) -> Iterator[tuple[Found, Found]]:
     for one, two in itertools.permutations(results, 2):
         for length in {point.seq_len for point in results[one].points}:
             yield tuple(  # type: ignore[misc]
-                Found(layout, tried_of(results[layout], points(results[layout], length), goal, {}), is_exhausted=True)
+                Found(
+                    layout,
+                    tried_of(results[layout], points(results[layout], length), goal, {}),
+                    is_exhausted=results[layout].status == "complete",
+                )
                 for layout in (one, two)
             )
 
