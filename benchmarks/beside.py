@@ -23,7 +23,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from ways import Result, add_flags, markdown_row, measure_ours, ours_command, points, save
+from ways import Result, add_flags, markdown_row, measure_ours, ours_command, points, save, turns
 
 from batch_inference.core.flags import parse_flags
 from batch_inference.core.result_file import load_result
@@ -51,7 +51,7 @@ def main() -> int:
     latencies_s: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
     wall_s: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(args.rounds):
-        for way, measure in ways.items():
+        for way, measure in turns(list(ways.items()), number):
             print(f"round {number + 1}: {way} ...", file=sys.stderr, flush=True)
             result, taken_s = measure(args)
             wall_s[way].append(taken_s)

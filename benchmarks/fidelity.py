@@ -33,6 +33,7 @@ from ways import (
     points,
     save,
     shared_flags,
+    turns,
 )
 
 Latencies = dict[Point, list[float]]
@@ -45,8 +46,9 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Latencies] = {way: {point: [] for point in args.points} for way in WAYS}
     taken_s = dict.fromkeys(WAYS, 0.0)
+    measures = list(zip(WAYS, (ours, bare_loop, bench_latency), strict=True))
     for number in range(args.rounds):
-        for way, measure in zip(WAYS, (ours, bare_loop, bench_latency), strict=True):
+        for way, measure in turns(measures, number):
             print(f"round {number + 1}: {way} ...", file=sys.stderr, flush=True)
             started_s = time.monotonic()
             for point, latencies_s in measure(args).items():

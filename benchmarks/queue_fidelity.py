@@ -9,11 +9,11 @@ together    this program, every batch size and token budget on one load
 alone       this program, an engine for each of them, without its own scheduler
 bench       `vllm bench throughput` with --max-num-seqs and --max-num-batched-tokens, on texts of the same lengths
 
-Every round restarts every engine. All get the same engine flags (after --), sampling (temperature 1, top-p 1), order
-of requests, and a warm-up of as many requests. Lengths come from --prompts-file, except those that `vllm bench
-throughput` would drop. Each run is checked: the lengths of every request, in order; the most requests at once;
-the tokens of the steps against the budget. Exit code 1 if a check fails, or a ratio of the medians is further from 1
-than --tolerance. One replica.
+Every round restarts every engine, and another way begins. All get the same engine flags (after --), sampling
+(temperature 1, top-p 1), order of requests, and a warm-up of as many requests. Lengths come from --prompts-file, except
+those that `vllm bench throughput` would drop. Each run is checked: the lengths of every request, in order; the most
+requests at once; the tokens of the steps against the budget. Exit code 1 if a check fails, or a ratio of the medians is
+further from 1 than --tolerance. One replica.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from known_texts import KnownTexts, Lengths, is_kept, sharegpt
-from ways import AS_OURS_OF_TEXTS, REPOSITORY, call, keep, listed, markdown_row, with_sizes
+from ways import AS_OURS_OF_TEXTS, REPOSITORY, call, keep, listed, markdown_row, turns, with_sizes
 
 from batch_inference.core.config import ConfigError
 from batch_inference.core.result_file import load_result
@@ -95,14 +95,14 @@ def main() -> int:
         return 2
     ways = WAYS if args.tokenizer else WAYS[:2]
     measured: Measured = {way: {limit: [] for limit in args.limits} for way in ways}
-    for number in range(1, args.rounds + 1):
-        for way in ways:
-            print(f"round {number}: {way} ...", file=sys.stderr, flush=True)
+    for number in range(args.rounds):
+        for way in turns(ways, number):
+            print(f"round {number + 1}: {way} ...", file=sys.stderr, flush=True)
             for limit, runs in MEASURES[way](args, queue).items():
                 measured[way][limit] += runs
         # A round takes minutes: anybody who stops after a few keeps those.
         rows = [row_of(limit, measured, queue.tokens) for limit in args.limits]
-        shown = "\n".join(table(args, queue, rows, rounds=number))
+        shown = "\n".join(table(args, queue, rows, rounds=number + 1))
         keep(folder, args.name, document(args, queue, measured, rows), shown)
     print(shown)
     wrong = dict.fromkeys(what_is_wrong(measured))

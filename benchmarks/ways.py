@@ -12,9 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -25,6 +25,7 @@ from batch_inference.core.results import Result  # noqa: E402
 from batch_inference.measure.engine_process import quiet_environment  # noqa: E402
 
 Point = tuple[int, int]  # batch size, prompt length
+Way = TypeVar("Way")
 # What our script itself gives to vLLM.
 _MEMORY = ("--gpu-memory-utilization", "0.8")
 AS_OURS = (*_MEMORY, "--skip-tokenizer-init")
@@ -121,6 +122,13 @@ def call(command: list[str], log: Path, *, resume: bool = False, **variables: st
         sys.exit(f"error: a measurement failed with exit code {done.returncode}; see {log}")
     record.write_text(json.dumps({"command": command, "wall_s": wall_s}))
     return wall_s
+
+
+def turns(ways: Sequence[Way], number: int) -> list[Way]:
+    """In what order they are measured in round `number` (0, 1, …): another one begins each time, so that a machine that
+    becomes slower or faster favours none."""
+    first = number % len(ways)
+    return [*ways[first:], *ways[:first]]
 
 
 def listed(values: Iterable[int]) -> str:

@@ -347,6 +347,16 @@ def test_what_vllm_bench_says_is_held_against_the_file(load: Any, tmp_path: Path
     assert fidelity.bench_of(args, queue, fidelity.Limit(2, None)).wrong == ["it says 1 requests and 26 tokens"]
 
 
+def test_another_way_begins_in_each_round(load: Any) -> None:
+    turns = load("ways").turns
+    ways = ("together", "alone", "bench")
+    rounds = [turns(ways, number) for number in range(4)]
+    assert rounds[0] == list(ways)
+    assert rounds[1] == ["alone", "bench", "together"]
+    assert rounds[2] == ["bench", "together", "alone"]
+    assert rounds[3] == rounds[0]
+
+
 @pytest.mark.slow
 def test_all_limits_on_one_load_and_each_on_its_own(tmp_path: Path) -> None:
     """By the stand-in for vLLM; the time of its steps is no matter here."""
