@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The search of `best` on recorded studies instead of engines: device time, and distance from the true best.
 
-    python benchmarks/best_replay.py docs/h100/study tests/h100x4 --output-dir docs/best
+    python benchmarks/best_replay.py docs/h200/study tests/h100x4 --output-dir docs/best
 
 Each FOLDER holds the result files of one study: settings measured over a grid of batch sizes. The search
 loads, climbs and drops settings as it does on a machine, but a run takes as long as one of the recorded runs of that

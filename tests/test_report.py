@@ -532,6 +532,14 @@ def test_ratios_are_averaged_as_ratios_are(report: Any) -> None:
     ]  # fmt: skip
 
 
+def test_a_comparison_of_sets_without_a_common_point_says_so(report: Any) -> None:
+    part = report([make_result("tp_1", points=[make_point(1)])], old=[make_result("tp_2", points=[make_point(1)])])[0]
+    assert part.title.startswith("Compared with the earlier results")
+    assert part.pairs[0] == ("points compared", "none")
+    assert not part.rows
+    assert any("1 point is only in the new results." in line for line in part.lines)
+
+
 def test_changes_are_counted_and_ordered_by_how_bad_they_are(report: Any) -> None:
     now_s = {1: [1.0, 1.0], 2: [0.5, 0.5], 4: [1.0], 8: [2.0, 2.0], 32: [4.0, 4.0], 64: [1.0]}
     new = [make_point(b, latencies_s=runs_s) for b, runs_s in now_s.items()]

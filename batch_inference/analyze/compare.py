@@ -281,17 +281,13 @@ def _values(table: pd.DataFrame, name: str) -> str:
     return ", ".join([*sorted(map(str, column.unique())), *adaptive]) or "unknown"
 
 
-_CHANGE_OF = ("ratio", "p_value", "p_holm")
-
-
 def _changes(new: pd.DataFrame, old: pd.DataFrame, never_reached: pd.DataFrame) -> pd.DataFrame:
     found = ratios(new, old)
     lost = (new["status"] != "ok") | (new["verdict"] == "invalid")
     found = found.mask(lost)
     changes = new.assign(old_output_tok_per_s=old["output_tok_per_s"], **found, p_holm=holm(_column(found, "p_value")))
-    changes = changes.assign(
-        change=[_change(*row) for row in zip(lost, *(changes[name] for name in _CHANGE_OF), strict=True)]
-    )
+    rows = zip(lost, changes["ratio"], changes["p_value"], changes["p_holm"], strict=True)
+    changes = changes.assign(change=[_change(*row) for row in rows])
     if never_reached.empty:
         return changes
     gone = never_reached.assign(old_output_tok_per_s=never_reached["output_tok_per_s"], output_tok_per_s=np.nan)
