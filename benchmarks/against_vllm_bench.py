@@ -45,6 +45,7 @@ from ways import (
 )
 
 from batch_inference.core.statistics import ci95_half_width
+from batch_inference.core.text import counted
 from batch_inference.core.values import batch_sizes, prompt_lengths
 
 # Parts of the engine's start in vLLM's own words (0.26 to 0.33), with the seconds in the last group.
@@ -281,10 +282,6 @@ def table(args: argparse.Namespace, document: dict[str, Any]) -> list[str]:
 def seconds(ours_s: float | None, theirs_s: float | None, *, with_ratio: bool = True) -> list[str]:
     ratio = theirs_s / ours_s if with_ratio and ours_s and theirs_s is not None else None
     return [written(ours_s, ".1f"), written(theirs_s, ".1f"), written(ratio, ".1f")]
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}{'es' if thing.endswith('s') else 's'}"
 
 
 def written(value: float | None, form: str) -> str:

@@ -36,6 +36,7 @@ from ways import AS_OURS_OF_TEXTS, REPOSITORY, call, keep, listed, markdown_row,
 from batch_inference.core.config import ConfigError
 from batch_inference.core.result_file import load_result
 from batch_inference.core.results import Run, Timeline
+from batch_inference.core.text import counted
 from batch_inference.core.workload import Workload
 from batch_inference.measure.job import WARMUP_LIVES
 
@@ -327,7 +328,7 @@ def table(args: argparse.Namespace, queue: Queue, rows: list[dict[str, Any]], ro
     prompts, outputs = (sum(column) for column in zip(*queue.lengths, strict=True))
     lines = [
         f"{args.model}, {len(queue.lengths)} requests of {prompts} prompt and {outputs} output tokens, medians of "
-        f"{rounds} engine starts each."
+        f"{counted(rounds, 'engine start')} each."
     ]
     if queue.ids_s is not None:
         lines[0] += (

@@ -54,8 +54,8 @@ def on_each(replicas: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 point, 2 points"""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """1 point, 2 points, 2 processes"""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def about_time(seconds: float) -> str:
