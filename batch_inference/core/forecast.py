@@ -30,14 +30,13 @@ from batch_inference.core.queue_runs import (
     places_taken,
 )
 from batch_inference.core.queue_simulation import READING, STEPS, SimulatedWork, simulate_work
-from batch_inference.core.statistics import t_quantile_95
+from batch_inference.core.statistics import Z_95, t_quantile_95
 from batch_inference.core.step_costs import StepCosts, columns_worth_it, fit_costs, lag_of, seen_work
 from batch_inference.core.text import counted
 
 BATCH_MEANS, FITTED_STEPS = "batch means", "fitted steps"
 SORTED = ("longest-first", "shortest-first")
 
-_Z_95 = 1.959964
 _GROUPS_OF_A_PHASE, _FEWEST_GROUPS, _MOST_GROUPS = 4, 4, 30
 # A stretch is weighted by its seconds to this power: 1 fits independent steps, and the others show if the costs
 # depend on the power, as they do if a step does not cost the sum of its parts.
@@ -275,7 +274,7 @@ def _combined(found: Measured, works: Sequence[JobWork], replicas: int) -> Forec
         replicas,
         float(np.mean([work.imbalance for work in works])),
         float(each_s.min(axis=1).mean()),
-        _Z_95 * found.between_runs,
+        Z_95 * found.between_runs,
     )
 
 
@@ -331,8 +330,8 @@ def _half_width(found: Measured, work: Floats, off: float) -> float | None:
     return math.sqrt(
         error**2
         + (_T_95 * found.noise.of(float(found.seconds.sum()))) ** 2
-        + (_Z_95 * found.between_runs) ** 2
-        + (_Z_95 * way) ** 2
+        + (Z_95 * found.between_runs) ** 2
+        + (Z_95 * way) ** 2
         + (_T_95 * found.noise.of(base)) ** 2
         + found.off**2
         + off**2

@@ -17,8 +17,7 @@ from batch_inference.core.queue_points import runs_of
 from batch_inference.core.queue_runs import Interval, QueueRun
 from batch_inference.core.results import Job, Point, Result
 from batch_inference.core.sharing import Order, ordered
-
-_Z_95 = 1.96
+from batch_inference.core.statistics import Z_95
 
 
 def job_throughput(result: Result, point: Point) -> Interval | None:
@@ -46,7 +45,7 @@ def as_it_was_run(found: Forecast, took_s: Sequence[float], scatter: float) -> F
     """For a job that was run as a whole, once or several times: only how much another run may differ is a forecast.
     `scatter`: the least standard deviation of equal runs."""
     spread = stdev(map(math.log, took_s)) if len(took_s) > 1 else 0.0
-    half = _Z_95 * max(scatter, spread) * math.sqrt(1 + 1 / len(took_s))
+    half = Z_95 * max(scatter, spread) * math.sqrt(1 + 1 / len(took_s))
     mean_s = fmean(took_s)
     return replace(found, seconds=Interval(mean_s, mean_s * math.exp(-half), mean_s * math.exp(half)), equal_runs=half)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist, fmean
 
+# What a normal variable of mean 0 and deviation 1 exceeds in size in 5 % of all cases.
+Z_95 = NormalDist().inv_cdf(0.975)
 # Above this, the expansion of a quantile is as good as the sum.
 _MANY_DEGREES = 200
 # Runs that continue until they agree stop too early if they agree by luck. This many times Student's
