@@ -340,7 +340,7 @@ def table(args: argparse.Namespace, queue: Queue, rows: list[dict[str, Any]], ro
         *(f"{way} tok/s" for way in WAYS),
         *(f"together / {way}" for way in WAYS[1:]),
     ]
-    heads += ["largest spread of the starts", *(f"steps {way}" for way in WAYS)]
+    heads += ["largest spread of the runs", *(f"steps {way}" for way in WAYS)]
     return [*lines, "", markdown_row(heads), f"|{'---|' * len(heads)}", *map(markdown, rows)]
 
 
