@@ -167,6 +167,8 @@ def gate(analysis: Analysis, percent: float | None) -> int:
     if (points["change"] == "unknown").all():
         what = "no point is in both sets with two runs or more; compare settings of the same name and grid"
         return wrong_use(f"{flag}: {what}")
+    if unknown := int((points["change"] == "unknown").sum()):
+        say(f"note: {flag}: {unknown} of {len(points)} points cannot be judged: a single run; raise --num-runs")
     return 0
 
 

@@ -395,6 +395,27 @@ def test_other_tokens_per_step_than_were_asked_for_are_not_lost(tmp_path: Path) 
     assert compare_sets(new, old, asked_points(asked)).points["change"].tolist() == ["no difference", "lost"]
 
 
+def test_points_of_a_model_that_the_new_set_does_not_measure_are_not_lost(tmp_path: Path) -> None:
+    def measured(folder: str, *models: str, **changes: Any) -> tuple[pd.DataFrame, list[MeasuredSetting]]:
+        settings = []
+        for model in models:
+            config = {"model": model, "batch_sizes": [1, 2], "seq_lens": [64], "max_tokens": 32}
+            result = make_result("tp_1", config=config, **(changes or {"points": points_of({1: 1, 2: 1})}))
+            result.engine = None if changes else result.engine
+            settings += [load_setting(path) for path in save_all([result], tmp_path / folder / model)]
+        return point_table(settings), settings
+
+    (new, asked), (old, _) = measured("new", "a"), measured("old", "a", "b")
+    found = compare_sets(new, old, asked_points(asked))
+    assert found.points["change"].tolist() == ["no difference", "no difference"]
+    assert found.only_old == 2
+    # Of the same model it is lost, also if no engine was loaded that could tell its dtype and devices.
+    new, asked = measured("failed", "a", status="failed")
+    found = compare_sets(new, old, asked_points(asked))
+    assert found.points[["model", "change"]].to_numpy().tolist() == [["a", "lost"], ["a", "lost"]]
+    assert found.only_old == 2
+
+
 def test_a_point_is_told_apart_only_where_a_set_holds_it_twice(table: Any) -> None:
     """One setting of an older vLLM among the new ones does not take the others from being compared."""
     newer = {"environment": {"versions": {"vllm": "0.33.0", "torch": "2.13.0"}}}
@@ -490,7 +511,7 @@ def test_what_failed_or_was_invalid_before_is_no_measure_of_what_is_now(table: A
     found = compare_sets(table([make_result(points=points_of(dict.fromkeys((1, 2, 4, 8, 16), 1)))]), old)
     assert found.points["batch_size"].tolist() == [1, 16]
     assert set(found.points["change"]) == {"no difference"}
-    assert (found.only_new, found.only_old) == (3, 0)
+    assert (found.only_new, found.only_old, found.invalid_old) == (0, 0, 3)
     # Nor are they lost where they are not there any more.
     assert regressions(compare_sets(table([make_result(points=points_of({1: 1, 16: 1}))]), old), 1).empty
 

@@ -169,7 +169,7 @@ def test_settings_are_compared_with_the_smallest_one_and_that_with_itself(tmp_pa
     assert "tp_2 tp_1 32 2 9 19.5" in text
     assert "tp_4 tp_1 32 1 4 4" in text
     assert (
-        "tp_2 answers 2 of 32 requests differently from tp_1. In batches of half the size, tp_1 answers 1 differently "
+        "tp_2 answers 2 of 32 requests differently from tp_1. Asked again in two halves, tp_1 answers 1 differently "
         "from itself. The usual reason is rounding, which depends on the layout."
     ) in text
     # As many as TP=1 with itself are no news.

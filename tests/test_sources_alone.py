@@ -183,6 +183,16 @@ def test_what_is_wrong_with_a_path_is_told(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+def test_a_folder_that_holds_only_the_other_set_is_told_so(tmp_path: Path) -> None:
+    other = tmp_path / "tp_1_results.json"
+    other.touch()
+    with pytest.raises(UsageError) as caught:
+        find_files("--input", tmp_path, [other])
+    assert str(caught.value) == (
+        f"--input {tmp_path}: holds only results of the other set, or of --output-dir; keep the two sets apart"
+    )
+
+
 def test_files_come_in_order_folder_by_folder_and_links_last(tmp_path: Path) -> None:
     for name in ("b.json", "a.json", "sub/c.json", "sub/deep/d.json", "tab/e.json", ".hidden.json", "summary.json",
                  "x.txt", "analysis_old/f.json", ".dot/g.json"):  # fmt: skip

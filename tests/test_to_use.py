@@ -697,7 +697,41 @@ def test_a_bad_request_is_named_before_an_engine_loads(line: str, told: str, tmp
     (tmp_path / "requests.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
     command = [sys.executable, "best/run.py", "requests.jsonl", "answers.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, env=stub_environment(), capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{told}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{told}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--help"], "usage: python best/run.py REQUESTS.jsonl ANSWERS.jsonl"),
+        (["good", "answers", "1"], "usage: python best/run.py REQUESTS.jsonl ANSWERS.jsonl"),
+        (["no", "answers"], "no: cannot be read: No such file or directory"),
+        (["best", "answers"], "best: cannot be read: Is a directory"),
+        (["latin", "answers"], "latin: is no text in UTF-8"),
+        (["empty", "answers"], "empty: holds no requests"),
+        (["good", "no/answers"], "no/answers: its folder does not exist; create it first"),
+        (["good", "best"], "best: is a folder; give a file for the answers"),
+        (["good", "link"], "link: holds the requests; give another file for the answers"),
+    ],
+)
+def test_wrong_use_is_said_in_one_line_before_an_engine_loads(arguments: list[str], told: str, tmp_path: Path) -> None:
+    written([grid("tp_1", {(4, 64): 1})], tmp_path)
+    (tmp_path / "good").write_text('{"prompt": "a"}\n')
+    (tmp_path / "link").symlink_to("good")
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "latin").write_bytes('{"prompt": "ä"}\n'.encode("latin-1"))
+    command = [sys.executable, "best/run.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=stub_environment(), capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{told}\n")
+    assert (tmp_path / "good").read_text() == '{"prompt": "a"}\n'
+
+
+def test_a_request_for_no_tokens_is_left_to_vllm_to_refuse(tmp_path: Path) -> None:
+    written([grid("tp_1", {(4, 64): 1})], tmp_path)
+    space: dict[str, Any] = {"__name__": "run"}
+    exec(compile((tmp_path / "best" / "run.py").read_text(), "run.py", "exec"), space)
+    limits = [space["request"](line, "line 1")[1] for line in ('{"prompt": "a", "max_tokens": 0}', '{"prompt": "a"}')]
+    assert limits == [0, space["SAMPLING"]["max_tokens"]]
 
 
 @pytest.mark.slow

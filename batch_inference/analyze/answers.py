@@ -95,7 +95,10 @@ def analyse(
     found = [_group(number, alike, unlike, question.limits) for number, alike in groups(points)]
     comparison = None
     if earlier is not None:
-        comparison = compare_sets(points, batch_points(point_table(earlier)), asked_points(settings))
+        before = point_table(earlier)
+        comparison = compare_sets(points, batch_points(before), asked_points(settings))
+        if before["workload"].notna().any():
+            notes = [*notes, "--compare: points of a workload are not compared with earlier ones, only batches"]
     rows = pd.concat([points, rows[rows["workload"].notna()]]) if len(rows) > len(points) else points
     return Analysis(settings, points, rows, found, unlike, question, comparison, notes, _jobs(settings, question))
 

@@ -5,7 +5,7 @@ Throughput is a fixed number of tokens over the mean latency of the runs: every 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,7 +194,7 @@ def _judged(rows: pd.DataFrame) -> pd.DataFrame:
 
 _SAME_POINT = ["name", *LAYOUT, "executor_class", "batch_size", "seq_len", "max_tokens"]
 _ASKED_POINT = [*_SAME_POINT, "tokens_per_step"]
-Key = tuple[str, ...]  # of a point that was asked for: these as text
+AskedPoint = Mapping[str, Any]  # the columns of a point that are known of it, measured or not
 
 
 @dataclass(frozen=True)
@@ -212,40 +212,55 @@ class SetComparison:
     unlike: dict[str, tuple[str, str]] = field(default_factory=dict)
     only_new: int = 0
     only_old: int = 0
+    invalid_old: int = 0  # points of the newer set that failed or were invalid in the older one
     repeated: int = 0  # points that a set holds twice: which of them is meant cannot be known
 
 
-def asked_points(settings: Iterable[MeasuredSetting]) -> set[Key]:
-    """The points of the settings' grids, measured or not, as `compare_sets` knows them."""
-    points = (
-        {**setting.shared, "name": setting.name, "batch_size": batch, "seq_len": length, "max_tokens": most,
-         "tokens_per_step": budget}
-        for setting in settings
-        for batch, length, most, _, budget in setting.asked
-        if length is not None
-    )  # fmt: skip
-    return {tuple(_key_text(point.get(name)) for name in _ASKED_POINT) for point in points}
+def asked_points(settings: Iterable[MeasuredSetting]) -> Iterator[AskedPoint]:
+    """The points of the settings' grids, measured or not, as `compare_sets` takes them."""
+    for setting in settings:
+        known = setting.shared
+        if setting.load_s is None:
+            # What only an engine would have told (its dtype, its devices) is left open.
+            known = {name: value for name, value in known.items() if name == "model" or name not in GROUP_BY}
+            known["executor_class"] = setting.shared["executor_class"]
+        for batch, length, most, _, budget in setting.asked:
+            if length is not None:
+                point = {"batch_size": batch, "seq_len": length, "max_tokens": most, "tokens_per_step": budget}
+                yield {**known, "name": setting.name, **point}
 
 
-def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Collection[Key] = ()) -> SetComparison:
+def compare_sets(new: pd.DataFrame, old: pd.DataFrame, asked: Iterable[AskedPoint] = ()) -> SetComparison:
     """Points of equal name, layout, batch and lengths; `asked`: those that the files of `new` should hold."""
     # Where a set holds a point twice, of two models, say, what tells the two apart belongs to the point.
     within = sorted(_telling_apart(new) | _telling_apart(old))
     new, old = (_keyed(table, [*_SAME_POINT, *within]) for table in (new, old))
     one, two = (table[~table.index.duplicated(keep=False)] for table in (new, old))
     repeated = len(new) - len(one) + len(old) - len(two)
-    two = believable(two)
+    unbelieved, two = two, believable(two)
     pairs = one.index.intersection(two.index, sort=False)
     alone = two[~two.index.isin(new.index)]
-    never_reached = alone[_keyed(alone, _ASKED_POINT).index.isin(asked)]
+    never_reached = alone[_were_asked(alone, asked, within)]
     one_paired, two_paired = one.reindex(pairs), two.reindex(pairs)
     return SetComparison(
         points=_changes(one_paired, two_paired, never_reached),
         unlike=_unlike(one_paired, two_paired),
-        only_new=len(one.index.difference(two.index)),
+        only_new=len(one.index.difference(unbelieved.index)),
+        invalid_old=len(one.index.intersection(unbelieved.index.difference(two.index))),
         only_old=len(alone) - len(never_reached),
         repeated=repeated,
     )
+
+
+def _were_asked(points: pd.DataFrame, asked: Iterable[AskedPoint], within: Sequence[str]) -> list[bool]:
+    """Which of the points are among those asked for; what is not known of one of these may be anything."""
+    known: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for one in asked:
+        key = tuple(_key_text(one.get(name)) for name in _ASKED_POINT)
+        known.setdefault(key, []).append({name: _key_text(one[name]) for name in within if name in one})
+    rows = points[within].map(_key_text).to_dict("records")
+    keys = _keyed(points, _ASKED_POINT).index
+    return [any(one.items() <= row.items() for one in known.get(key, ())) for key, row in zip(keys, rows, strict=True)]
 
 
 def _keyed(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

@@ -60,6 +60,10 @@ def _found_below(flag: str, top: Path, others: Iterable[Path | None]) -> Found:
         else:
             found.unreadable.append(f"{folder}: this folder cannot be read: {files.strerror}")
     if not found.paths:
+        if any(files and not isinstance(files, OSError) for _, files in _folders(top, ())):
+            raise UsageError(
+                f"{flag} {top}: holds only results of the other set, or of --output-dir; keep the two sets apart"
+            )
         raise UsageError(f"{flag} {top}: holds no result files (*.json); run an experiment with its output there")
     return found
 

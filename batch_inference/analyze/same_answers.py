@@ -80,7 +80,7 @@ def _said(pair: _Pair, own: _Pair) -> Iterator[str]:
         )
     elif found.count > own.found.count:
         yield (
-            f"{name} answers {found.count} of {found.requests} requests differently from {other}. In batches of half "
-            f"the size, {own.setting} answers {own.found.count or 'none'} differently from itself. The usual reason is "
+            f"{name} answers {found.count} of {found.requests} requests differently from {other}. Asked again in two "
+            f"halves, {own.setting} answers {own.found.count or 'none'} differently from itself. The usual reason is "
             "rounding, which depends on the layout."
         )

@@ -85,16 +85,20 @@ from pathlib import Path
 _RUN = '''
 # So many requests of each replica are submitted together; their answers are on disk before the next ones begin.
 TOGETHER = 64 * ENGINE["max_num_seqs"]
+IS_REPLICA = "RUN_PY_REPLICA"  # tells a process of this script its number
 
 
 def main():
-    if len(sys.argv) not in (3, 4):
-        sys.exit(f"usage: python {sys.argv[0]} REQUESTS.jsonl ANSWERS.jsonl")
-    requests, answers, *replica = sys.argv[1:]
-    if replica:
-        answer(read(requests), answers, int(replica[0]))
-        return
+    if len(sys.argv) != 3:
+        refuse(f"usage: python {sys.argv[0]} REQUESTS.jsonl ANSWERS.jsonl")
+    requests, answers = sys.argv[1:]
     asked = read(requests)
+    if IS_REPLICA in os.environ:
+        answer(asked, answers, int(os.environ[IS_REPLICA]))
+        return
+    if not asked:
+        refuse(f"{requests}: holds no requests")
+    check_place(answers, requests)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the replicas too
     seconds = run_replicas(requests, answers)
     if say_what_was_done(answers, len(asked), seconds):
@@ -104,21 +108,42 @@ def main():
 def read(path):
     """(prompt or messages, most output tokens, custom_id) of each line: one with "prompt", "prompt_token_ids" or
     "messages", or one of an OpenAI batch file."""
-    found = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    body = row.get("body", row)
-                    asked = body.get("messages") or prompt_of(body)
-                except (ValueError, AttributeError):
-                    asked = None
-                if not asked:
-                    sys.exit(f"{path}, line {number}: is no request with prompt, prompt_token_ids or messages")
-                limits = (body.get(key) for key in ("max_completion_tokens", "max_tokens", "output_tokens"))
-                found.append((asked, next(filter(None, limits), SAMPLING["max_tokens"]), row.get("custom_id")))
-    return found
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [request(line, f"{path}, line {number}") for number, line in enumerate(file, 1) if line.strip()]
+    except OSError as error:
+        refuse(f"{path}: cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        refuse(f"{path}: is no text in UTF-8")
+
+
+def request(line, place):
+    try:
+        row = json.loads(line)
+        body = row.get("body", row)
+        asked = body.get("messages") or prompt_of(body)
+    except (ValueError, AttributeError):
+        asked = None
+    if not asked:
+        refuse(f"{place}: is no request with prompt, prompt_token_ids or messages")
+    limits = (body.get(key) for key in ("max_completion_tokens", "max_tokens", "output_tokens"))
+    most = next((limit for limit in limits if limit is not None), SAMPLING["max_tokens"])
+    return asked, most, row.get("custom_id")
+
+
+def check_place(answers, requests):
+    """Before an engine is loaded, which takes long."""
+    if not os.path.isdir(os.path.dirname(answers) or "."):
+        refuse(f"{answers}: its folder does not exist; create it first")
+    if os.path.isdir(answers):
+        refuse(f"{answers}: is a folder; give a file for the answers")
+    if os.path.exists(answers) and os.path.samefile(answers, requests):
+        refuse(f"{answers}: holds the requests; give another file for the answers")
+
+
+def refuse(why):
+    print(why, file=sys.stderr)
+    sys.exit(2)
 
 
 def prompt_of(body):
@@ -179,8 +204,8 @@ def run_replicas(requests, answers):
     began = time.time()
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, requests, part, str(replica)],
-            env={**os.environ, **variables_of(replica)},
+            [sys.executable, __file__, requests, part],
+            env={**os.environ, **variables_of(replica), IS_REPLICA: str(replica)},
         )
         for replica, part in enumerate(parts)
     ]
@@ -354,7 +379,7 @@ def fields():
 def asked(row):
     body = row.get("body") or row
     limits = (body.get(key) for key in ("max_completion_tokens", "max_tokens", "output_tokens"))
-    most = next(filter(None, limits), SAMPLING["max_tokens"])
+    most = next((limit for limit in limits if limit is not None), SAMPLING["max_tokens"])
     what = "messages" if body.get("messages") is not None else "prompt"
     # What is in a row goes along to `answered`.
     sampling = {**SAMPLING, "max_tokens": int(most)}

@@ -251,10 +251,11 @@ def counts_of_changes(points: pd.DataFrame) -> str:
 
 
 def _compare_notes(comparison: SetComparison) -> Iterator[str]:
-    yield ("better, worse: by Welch's t test of the runs at 5 %, with Holm's correction for the number of points. ±: "
-           "95 % interval of each ratio alone.")  # fmt: skip
+    yield ("better, worse: by Welch's t test at 5 % with the errors of the intervals, and Holm's correction for the "
+           "number of points. ±: 95 % interval of each ratio alone.")  # fmt: skip
     if comparison.points["change"].isin({"maybe better", "maybe worse"}).any():
-        yield "maybe: only the test of that point alone says so, as it does for one in twenty points without a change."
+        yield ("maybe: only the test of that point alone says so, as it does for up to one in twenty points without a "
+               "change.")  # fmt: skip
     if (comparison.points["change"] == "lost").any():
         yield "lost: measured before; now failed, invalid, or asked for and not reached."
     if (comparison.points["change"] == "unknown").any():
@@ -262,6 +263,7 @@ def _compare_notes(comparison: SetComparison) -> Iterator[str]:
     counts = (
         (comparison.only_new, "only in the new results"),
         (comparison.only_old, "only in the earlier results"),
+        (comparison.invalid_old, "failed or invalid in the earlier results"),
         (comparison.repeated, "more than once in one of the sets, and left out"),
     )
     for count, what in counts:
