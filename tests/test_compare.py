@@ -26,6 +26,7 @@ from batch_inference.analyze.compare import (
     side_by_side,
     with_scaling,
 )
+from batch_inference.analyze.sections import compared
 from batch_inference.analyze.tables import MeasuredSetting, half_width, load_setting, point_table
 from batch_inference.core.results import Point, Result
 from batch_inference.core.statistics import STOPPED_BY_ITSELF
@@ -305,6 +306,10 @@ def test_what_no_longer_works_is_lost(table: Any, tmp_path: Path) -> None:
     ]
     assert len(regressions(found, 50)) == 3
     assert found.only_old == 0
+    # Sizes are whole numbers also where nothing at all was measured.
+    none = [make_result("b", status="failed")]
+    asked = asked_points([load_setting(path) for path in save_all(none, tmp_path)])
+    assert compared(compare_sets(table(none), old, asked)).rows[0][:4] == ["b", "64", "1", "lost"]
 
 
 def test_points_of_one_set_alone_are_counted(table: Any) -> None:

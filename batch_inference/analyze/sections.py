@@ -276,5 +276,6 @@ def _compare_notes(comparison: SetComparison) -> Iterator[str]:
 def _change_row(row: Mapping[Hashable, Any]) -> list[str]:
     ratio = "" if pd.isna(row["ratio"]) else with_interval(row["ratio"], known(row["ratio_ci95"]))
     numbers = [short(known(row[name])) for name in ("old_output_tok_per_s", "output_tok_per_s")]
-    place = [str(row[name]) for name in ("setting", "seq_len", "batch_size")]
-    return [*place, row["change"] + suspect_mark(row), ratio, *numbers]
+    # Beside points that are lost, whole numbers are read as floats.
+    sizes = [f"{row[name]:.0f}" for name in ("seq_len", "batch_size")]
+    return [str(row["setting"]), *sizes, row["change"] + suspect_mark(row), ratio, *numbers]
