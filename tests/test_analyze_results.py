@@ -204,9 +204,9 @@ def steady(factor: float) -> list[Point]:
     return [make_point(latencies_s=[factor * s for s in (1.0, 1.001, 0.999, 1.0005)])]
 
 
-def test_points_of_a_workload_are_not_compared_and_that_is_said(analyze: Run) -> None:
+def test_points_of_a_workload_are_not_compared_and_that_is_said(analyze: Run, tmp_path: Path) -> None:
     job = REPOSITORY / "docs" / "h200" / "job"
-    done = analyze("--input", job, "--compare", job, "--no-plots")
+    done = analyze("--input", job, "--compare", job, "--no-plots", "--output-dir", tmp_path)
     assert done.returncode == 0
     told = " ".join(done.stdout.split())
     assert "--compare: points of a workload are not compared with earlier ones, only batches" in told
