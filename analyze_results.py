@@ -164,10 +164,11 @@ def gate(analysis: Analysis, percent: float | None) -> int:
     if found := len(regressions(analysis.comparison, percent)):
         complain(f"{flag}: {found} of {len(points)} points are lost or worse by more")
         return 3
-    if (points["change"] == "unknown").all():
+    unknown = int((points["change"] == "unknown").sum())
+    if unknown == len(points):
         what = "no point is in both sets with two runs or more; compare settings of the same name and grid"
         return wrong_use(f"{flag}: {what}")
-    if unknown := int((points["change"] == "unknown").sum()):
+    if unknown:
         say(f"note: {flag}: {unknown} of {len(points)} points cannot be judged: a single run; raise --num-runs")
     return 0
 

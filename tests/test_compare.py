@@ -280,13 +280,13 @@ def test_noise_alone_is_no_difference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("factor", "way"), [(1.004, "worse"), (0.996, "better")])
 def test_what_only_the_test_of_its_own_point_shows_is_maybe_so(table: Any, factor: float, way: str) -> None:
-    def compared(points: int) -> SetComparison:
+    def with_one_changed(points: int) -> SetComparison:
         before = dict.fromkeys(range(1, points + 1), 1.0)
         old, new = (make_result(points=points_of(before | now)) for now in ({}, {1: factor}))
         return compare_sets(table([new]), table([old], "old"))
 
-    assert compared(1).points["change"].tolist() == [way]
-    many = compared(100)
+    assert with_one_changed(1).points["change"].tolist() == [way]
+    many = with_one_changed(100)
     assert many.points["change"].tolist() == [f"maybe {way}", *["no difference"] * 99]
     # It is no reason to fail.
     assert regressions(many, 0).empty

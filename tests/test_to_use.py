@@ -555,6 +555,13 @@ def run(
     return done, [json.loads(line) for line in answers.read_text().splitlines()] if answers.exists() else []
 
 
+def names_of(folder: Path) -> dict[str, Any]:
+    """What run.py defines, without running it."""
+    space: dict[str, Any] = {"__name__": "read"}
+    exec(compile((folder / "run.py").read_text(), "run.py", "exec"), space)
+    return space
+
+
 def loaded(done: subprocess.CompletedProcess[str], name: str) -> list[str]:
     """What the variable was in each engine."""
     lines = [line for line in done.stdout.splitlines() if line.startswith("stub vLLM is loading")]
@@ -695,8 +702,13 @@ def test_on_a_cpu_replicas_have_cores_of_their_own(tmp_path: Path) -> None:
 def test_a_bad_request_is_named_before_an_engine_loads(line: str, told: str, tmp_path: Path) -> None:
     written([grid("dp_2", {(4, 64): 1}, (1, 1, 2))], tmp_path)
     (tmp_path / "requests.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
-    command = [sys.executable, "best/run.py", "requests.jsonl", "answers.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, env=stub_environment(), capture_output=True, text=True, timeout=50)
+    assert_refused(["requests.jsonl", "answers.jsonl"], told, tmp_path)
+
+
+def assert_refused(arguments: list[str], told: str, folder: Path) -> None:
+    """run.py, before an engine loads."""
+    command = [sys.executable, "best/run.py", *arguments]
+    done = subprocess.run(command, cwd=folder, env=stub_environment(), capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{told}\n")
 
 
@@ -720,16 +732,13 @@ def test_wrong_use_is_said_in_one_line_before_an_engine_loads(arguments: list[st
     (tmp_path / "link").symlink_to("good")
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "latin").write_bytes('{"prompt": "ä"}\n'.encode("latin-1"))
-    command = [sys.executable, "best/run.py", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=stub_environment(), capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{told}\n")
+    assert_refused(arguments, told, tmp_path)
     assert (tmp_path / "good").read_text() == '{"prompt": "a"}\n'
 
 
 def test_a_request_for_no_tokens_is_left_to_vllm_to_refuse(tmp_path: Path) -> None:
     written([grid("tp_1", {(4, 64): 1})], tmp_path)
-    space: dict[str, Any] = {"__name__": "run"}
-    exec(compile((tmp_path / "best" / "run.py").read_text(), "run.py", "exec"), space)
+    space = names_of(tmp_path / "best")
     limits = [space["request"](line, "line 1")[1] for line in ('{"prompt": "a", "max_tokens": 0}', '{"prompt": "a"}')]
     assert limits == [0, space["SAMPLING"]["max_tokens"]]
 
@@ -782,9 +791,7 @@ def test_odd_names_are_words_and_never_code(tmp_path: Path) -> None:
     model = "/m/it's \"a\" \\ model\u202e'); import os #"
     words = ["--revision", "'''\"\"\"\n", '--x": __import__("os").abort(), "y', "1", "--quantization", "a'b"]
     written([grid("tp_1", {(4, 64): 1}, config={"model": model, "engine_args": words})], tmp_path)
-    space = {"__name__": "read"}
-    exec(compile((tmp_path / "best" / "run.py").read_text(), "run.py", "exec"), space)
-    engine: Any = space["ENGINE"]
+    engine = names_of(tmp_path / "best")["ENGINE"]
     assert (engine["model"], engine["revision"], engine["quantization"]) == (model, "'''\"\"\"\n", "a'b")
     assert not [name for name in engine if not name.isidentifier()]
 
@@ -1017,9 +1024,7 @@ def test_vllms_own_parser_takes_the_file_and_says_the_same(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     found = [json.loads(line.removeprefix("FOUND")) for line in done.stdout.splitlines() if line.startswith("FOUND")]
     for folder, values in zip(settings, found, strict=True):
-        space: dict[str, Any] = {"__name__": "read"}
-        exec(compile((folder / "run.py").read_text(), "run.py", "exec"), space)
         # run.py gives the same to LLM.
-        assert values == space["ENGINE"]
+        assert values == names_of(folder)["ENGINE"]
     assert [values.get("max_cudagraph_capture_size") for values in found] == [512, 512, None]
     assert (found[1]["kv_cache_memory_bytes"], found[1]["hf_token"]) == (4 * 2**30, "<hf_token>")

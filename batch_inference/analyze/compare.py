@@ -194,6 +194,7 @@ def _judged(rows: pd.DataFrame) -> pd.DataFrame:
 
 _SAME_POINT = ["name", *LAYOUT, "executor_class", "batch_size", "seq_len", "max_tokens"]
 _ASKED_POINT = [*_SAME_POINT, "tokens_per_step"]
+_SURE_AS_ASKED = ("model", "executor_class")  # of GROUP_BY, what no engine changes
 AskedPoint = Mapping[str, Any]  # the columns of a point that are known of it, measured or not
 
 
@@ -222,8 +223,7 @@ def asked_points(settings: Iterable[MeasuredSetting]) -> Iterator[AskedPoint]:
         known = setting.shared
         if setting.load_s is None:
             # What only an engine would have told (its dtype, its devices) is left open.
-            known = {name: value for name, value in known.items() if name == "model" or name not in GROUP_BY}
-            known["executor_class"] = setting.shared["executor_class"]
+            known = {name: value for name, value in known.items() if name in _SURE_AS_ASKED or name not in GROUP_BY}
         for batch, length, most, _, budget in setting.asked:
             if length is not None:
                 point = {"batch_size": batch, "seq_len": length, "max_tokens": most, "tokens_per_step": budget}

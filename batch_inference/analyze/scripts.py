@@ -85,7 +85,7 @@ from pathlib import Path
 _RUN = '''
 # So many requests of each replica are submitted together; their answers are on disk before the next ones begin.
 TOGETHER = 64 * ENGINE["max_num_seqs"]
-IS_REPLICA = "RUN_PY_REPLICA"  # tells a process of this script its number
+WHICH_REPLICA = "RUN_PY_REPLICA"  # tells a process of this script its number
 
 
 def main():
@@ -93,8 +93,8 @@ def main():
         refuse(f"usage: python {sys.argv[0]} REQUESTS.jsonl ANSWERS.jsonl")
     requests, answers = sys.argv[1:]
     asked = read(requests)
-    if IS_REPLICA in os.environ:
-        answer(asked, answers, int(os.environ[IS_REPLICA]))
+    if WHICH_REPLICA in os.environ:
+        answer(asked, answers, int(os.environ[WHICH_REPLICA]))
         return
     if not asked:
         refuse(f"{requests}: holds no requests")
@@ -205,7 +205,7 @@ def run_replicas(requests, answers):
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, requests, part],
-            env={**os.environ, **variables_of(replica), IS_REPLICA: str(replica)},
+            env={**os.environ, **variables_of(replica), WHICH_REPLICA: str(replica)},
         )
         for replica, part in enumerate(parts)
     ]
